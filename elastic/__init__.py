@@ -1,0 +1,43 @@
+"""Elastic Attention: attention routers for frozen causal language models (arXiv 2601.17367).
+
+Names are loaded on first use: `import elastic` alone imports neither torch nor Lightning nor CuPy.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from elastic.config import ElasticConfig, RouterConfig, SparseConfig
+
+if TYPE_CHECKING:
+    from elastic.backbone import attach, detach, override_routes
+    from elastic.checkpoint import save_elastic
+    from elastic.inference import generate, load
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "attach": "elastic.backbone",
+    "detach": "elastic.backbone",
+    "override_routes": "elastic.backbone",
+    "save_elastic": "elastic.checkpoint",
+    "load": "elastic.inference",
+    "generate": "elastic.inference",
+}
+
+__all__ = [
+    "ElasticConfig",
+    "RouterConfig",
+    "SparseConfig",
+    "attach",
+    "detach",
+    "generate",
+    "load",
+    "override_routes",
+    "save_elastic",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'elastic' has no attribute {name!r}; it offers {', '.join(__all__)}")

@@ -1,0 +1,160 @@
+"""Configuration of routers and sparse patterns (spec sections 2 and 3).
+
+Frozen dataclasses without a torch import: cheap to build, safe to share, checked once at construction. `to_dict` and `from_dict` are
+the form stored in a checkpoint's `elastic.json`.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Mode = Literal["full", "streaming", "xattention"]
+Granule = Literal["token", "block"]
+FeatureNorm = Literal["running", "none"]
+
+BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How a router sees its layer.
+
+    Attributes:
+        pool_tokens: P of the boundary pooling: the first P and last P prompt tokens are averaged (P >= 1).
+        feature_norm: `running` standardises the pooled keys with statistics gathered in training; `none` is the paper's router.
+    """
+
+    pool_tokens: int = 100
+    feature_norm: FeatureNorm = "running"
+
+    def __post_init__(self) -> None:
+        _check_int("router.pool_tokens", self.pool_tokens, minimum=1)
+        _check_choice("router.feature_norm", self.feature_norm, get_args(FeatureNorm))
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """The attention mode behind route 0 and route 1, and the sizes of the sparse patterns.
+
+    Attributes:
+        route0: mode of heads with route 0 (the paper's FA).
+        route1: mode of heads with route 1 (the paper's SA).
+        sink: tokens at the start of a sample that streaming heads always see; a multiple of `block`, 0 allowed.
+        window: most recent tokens that streaming heads see, the query itself included; a positive multiple of `block`.
+        block: block size of the head plan. The CUDA kernels take 64 and 128, the PyTorch path every size in `BLOCK_SIZES`.
+        granule: whether the window's left edge moves by token or by block.
+        stride: XAttention: antidiagonal stride S (appendix of the paper), a divisor of `block`.
+        threshold: XAttention: share of the estimated mass that the selected blocks must hold, in (0, 1].
+    """
+
+    route0: Mode = "full"
+    route1: Mode = "streaming"
+    sink: int = 128
+    window: int = 2048
+    block: int = 128
+    granule: Granule = "token"
+    stride: int = 16
+    threshold: float = 0.9
+
+    def __post_init__(self) -> None:
+        _check_choice("sparse.route0", self.route0, get_args(Mode))
+        _check_choice("sparse.route1", self.route1, get_args(Mode))
+        if self.route0 == self.route1:
+            raise ValueError(
+                f"sparse.route0 and sparse.route1 are both {self.route0!r}; routing needs two different modes, "
+                "such as full/streaming (FA-SSA)"
+            )
+        _check_choice("sparse.granule", self.granule, get_args(Granule))
+        _check_int("sparse.block", self.block)
+        if self.block not in BLOCK_SIZES:
+            raise ValueError(f"sparse.block={self.block} is not supported; use one of {', '.join(map(str, BLOCK_SIZES))}")
+        _check_multiple("sparse.sink", self.sink, self.block, minimum=0)
+        _check_multiple("sparse.window", self.window, self.block, minimum=self.block)
+        _check_int("sparse.stride", self.stride, minimum=1)
+        if "xattention" in (self.route0, self.route1) and self.block % self.stride:
+            raise ValueError(f"sparse.stride={self.stride} does not divide sparse.block={self.block}; use 8 or 16")
+        if not _is_number(self.threshold) or not 0.0 < self.threshold <= 1.0:
+            raise ValueError(f"sparse.threshold={self.threshold!r} is not in (0, 1]; the paper uses 0.9")
+
+    @property
+    def name(self) -> str:
+        """Name of the configuration as the paper writes it, such as `FA-SSA`."""
+        short = {"full": "FA", "streaming": "SSA", "xattention": "XA"}
+        return f"{short[self.route0]}-{short[self.route1]}"
+
+
+@dataclass(frozen=True)
+class ElasticConfig:
+    """Everything `attach` needs to know.
+
+    Attributes:
+        router: how routers pool and standardise keys.
+        sparse: which modes they choose between.
+        sparsity_bias: added to the SA logit at inference; above 0 more heads run sparse, below 0 fewer. Not used in training.
+    """
+
+    router: RouterConfig = field(default_factory=RouterConfig)
+    sparse: SparseConfig = field(default_factory=SparseConfig)
+    sparsity_bias: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value, kind in (("router", self.router, RouterConfig), ("sparse", self.sparse, SparseConfig)):
+            if not isinstance(value, kind):
+                raise ValueError(
+                    f"ElasticConfig.{name} is a {type(value).__name__}, expected {kind.__name__}; "
+                    "use ElasticConfig.from_dict for plain dictionaries"
+                )
+        if not _is_number(self.sparsity_bias) or not math.isfinite(self.sparsity_bias):
+            raise ValueError(f"sparsity_bias={self.sparsity_bias!r} is not a finite number; 0.0 leaves the routers' decisions as they are")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dictionary, the inverse of `from_dict`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ElasticConfig":
+        """Build from a nested dictionary; absent keys take their defaults.
+
+        Raises:
+            ValueError: a key that no field has, or a value out of range, named with what was expected.
+        """
+        values = dict(_known_keys(cls, values, ""))
+        for name, kind in (("router", RouterConfig), ("sparse", SparseConfig)):
+            if name in values:
+                values[name] = kind(**_known_keys(kind, values[name], f"{name}."))
+        return cls(**values)
+
+
+def _known_keys(cls: type, values: Any, prefix: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix or 'elastic config'} is a {type(values).__name__}, expected a mapping of settings")
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown setting {prefix}{key}; known settings are {', '.join(prefix + k for k in known)}")
+    return values
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(choices)}")
+
+
+def _check_int(name: str, value: Any, minimum: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is a {type(value).__name__}, expected a whole number")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name}={value} is below {minimum}; use {minimum} or more")
+
+
+def _check_multiple(name: str, value: Any, block: int, minimum: int) -> None:
+    _check_int(name, value)
+    below = value // block * block
+    if value % block or value < minimum:
+        choices = sorted({max(minimum, below), max(minimum, below + block)})
+        raise ValueError(f"{name}={value} is not a multiple of sparse.block={block} (at least {minimum}); use {' or '.join(map(str, choices))}")
