@@ -1,7 +1,7 @@
 """Configuration of routers and sparse patterns (spec sections 2 and 3).
 
-Frozen dataclasses without a torch import: cheap to build, safe to share, checked once at construction. `to_dict` and `from_dict` are
-the form stored in a checkpoint's `elastic.json`.
+Frozen dataclasses without a torch import: cheap to build, safe to share, checked once at construction. `to_dict` and
+`from_dict` are the form stored in a checkpoint's `elastic.json`.
 """
 
 import dataclasses
@@ -22,7 +22,8 @@ class RouterConfig:
 
     Attributes:
         pool_tokens: P of the boundary pooling: the first P and last P prompt tokens are averaged (P >= 1).
-        feature_norm: `running` standardises the pooled keys with statistics gathered in training; `none` is the paper's router.
+        feature_norm: `running` standardises the pooled keys with statistics gathered in training; `none` is the
+            paper's router.
     """
 
     pool_tokens: int = 100
@@ -42,7 +43,8 @@ class SparseConfig:
         route1: mode of heads with route 1 (the paper's SA).
         sink: tokens at the start of a sample that streaming heads always see; a multiple of `block`, 0 allowed.
         window: most recent tokens that streaming heads see, the query itself included; a positive multiple of `block`.
-        block: block size of the head plan. The CUDA kernels take 64 and 128, the PyTorch path every size in `BLOCK_SIZES`.
+        block: block size of the head plan. The CUDA kernels take 64 and 128, the PyTorch path every size in
+            `BLOCK_SIZES`.
         granule: whether the window's left edge moves by token or by block.
         stride: XAttention: antidiagonal stride S (appendix of the paper), a divisor of `block`.
         threshold: XAttention: share of the estimated mass that the selected blocks must hold, in (0, 1].
@@ -68,7 +70,9 @@ class SparseConfig:
         _check_choice("sparse.granule", self.granule, get_args(Granule))
         _check_int("sparse.block", self.block)
         if self.block not in BLOCK_SIZES:
-            raise ValueError(f"sparse.block={self.block} is not supported; use one of {', '.join(map(str, BLOCK_SIZES))}")
+            raise ValueError(
+                f"sparse.block={self.block} is not supported; use one of {', '.join(map(str, BLOCK_SIZES))}"
+            )
         _check_multiple("sparse.sink", self.sink, self.block, minimum=0)
         _check_multiple("sparse.window", self.window, self.block, minimum=self.block)
         _check_int("sparse.stride", self.stride, minimum=1)
@@ -91,12 +95,15 @@ class ElasticConfig:
     Attributes:
         router: how routers pool and standardise keys.
         sparse: which modes they choose between.
-        sparsity_bias: added to the SA logit at inference; above 0 more heads run sparse, below 0 fewer. Not used in training.
+        sparsity_bias: added to the SA logit at inference; above 0 more heads run sparse, below 0 fewer. Not used in
+            training.
+        dense_decode: after the prefill, every head attends to the whole cache; by default heads keep their route.
     """
 
     router: RouterConfig = field(default_factory=RouterConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
     sparsity_bias: float = 0.0
+    dense_decode: bool = False
 
     def __post_init__(self) -> None:
         for name, value, kind in (("router", self.router, RouterConfig), ("sparse", self.sparse, SparseConfig)):
@@ -105,8 +112,15 @@ class ElasticConfig:
                     f"ElasticConfig.{name} is a {type(value).__name__}, expected {kind.__name__}; "
                     "use ElasticConfig.from_dict for plain dictionaries"
                 )
+        if not isinstance(self.dense_decode, bool):
+            raise ValueError(
+                f"dense_decode={self.dense_decode!r} is a {type(self.dense_decode).__name__}, expected true or false"
+            )
         if not _is_number(self.sparsity_bias) or not math.isfinite(self.sparsity_bias):
-            raise ValueError(f"sparsity_bias={self.sparsity_bias!r} is not a finite number; 0.0 leaves the routers' decisions as they are")
+            raise ValueError(
+                f"sparsity_bias={self.sparsity_bias!r} is not a finite number; 0.0 leaves the routers' decisions as "
+                "they are"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, the inverse of `from_dict`."""
@@ -132,7 +146,9 @@ def _known_keys(cls: type, values: Any, prefix: str) -> dict[str, Any]:
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
-            raise ValueError(f"unknown setting {prefix}{key}; known settings are {', '.join(prefix + k for k in known)}")
+            raise ValueError(
+                f"unknown setting {prefix}{key}; known settings are {', '.join(prefix + k for k in known)}"
+            )
     return values
 
 
@@ -157,4 +173,7 @@ def _check_multiple(name: str, value: Any, block: int, minimum: int) -> None:
     below = value // block * block
     if value % block or value < minimum:
         choices = sorted({max(minimum, below), max(minimum, below + block)})
-        raise ValueError(f"{name}={value} is not a multiple of sparse.block={block} (at least {minimum}); use {' or '.join(map(str, choices))}")
+        raise ValueError(
+            f"{name}={value} is not a multiple of sparse.block={block} (at least {minimum}); use "
+            f"{' or '.join(map(str, choices))}"
+        )

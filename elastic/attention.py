@@ -1,0 +1,90 @@
+"""`routed_attention`: every head in its routed mode, with the straight-through gradient of the route (spec section 4).
+
+This is the seam between routing and kernels: `attend` is the one operator below it. With a hard route the output is
+    the routed
+branch, so only that branch needs a backward for q, k and v; the other branch is needed forward only, for the route's
+own gradient
+    d route = <dO, O_SA - O_FA> summed over the group's heads, the sample's tokens and D.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic.head_plan import HeadPlan, Layout
+from elastic.torch_attention import attend
+
+
+def backend_for(device: torch.device) -> str:
+    """Name of the attention implementation that runs on this kind of device, as stated in reports."""
+    return f"torch ({device.type})"
+
+
+def routed_attention(
+    q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
+) -> Tensor:
+    """Attention output [B, Lq, H, D] of a plan built from `route_NK`.
+
+    Args:
+        q_BHSD: [B, H, Lq, D] after RoPE.
+        k_BKSD, v_BKSD: [B, K, Lk, D], cached keys included.
+        route_NK: the route; if it carries a gradient, it receives the straight-through gradient.
+        scale: softmax scale.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    _check(q_BHSD, k_BKSD, v_BKSD, plan)
+    out = attend(q_BHSD, k_BKSD, v_BKSD, plan, scale)
+    if not (route_NK.requires_grad and torch.is_grad_enabled()):
+        return out
+    with torch.no_grad():
+        other = attend(q_BHSD, k_BKSD, v_BKSD, plan.flipped(), scale)
+    return _StraightThrough.apply(out, other, route_NK, plan.layout)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Identity on the routed output whose backward also gives the route <dO, O_route1 - O_route0> per sample and KV
+    head.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, other: Tensor, route_NK: Tensor, layout: Layout) -> Tensor:
+        ctx.save_for_backward(out, other, route_NK)
+        ctx.layout = layout
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        (grad_BSHD,) = grad_outputs
+        out, other, route_NK = ctx.saved_tensors
+        kv_heads = route_NK.shape[1]
+        # <dO, out - other> per token and KV head, [B, Lq, K]
+        gap = (grad_BSHD.float() * (out.float() - other.float())).unflatten(2, (kv_heads, -1)).sum((-1, -2))
+        layout: Layout = ctx.layout
+        per_sample = [gap[row, max(0, b - layout.past) : max(0, e - layout.past)].sum(0) for row, b, e in layout.spans]
+        sign = torch.where(route_NK > 0.5, 1.0, -1.0)
+        return grad_BSHD, None, (torch.stack(per_sample) * sign).to(route_NK.dtype), None
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan) -> None:
+    layout = plan.layout
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} do not belong together; expected "
+            "[B, H, Lq, D], [B, K, Lk, D], [B, K, Lk, D]"
+        )
+    if q.shape[1] % k.shape[1] or plan.mode_NK.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"{q.shape[1]} query heads, {k.shape[1]} KV heads and a plan for {plan.mode_NK.shape[1]} KV heads do "
+            "not fit; "
+            "query heads must be a multiple of KV heads, and the plan must have one mode per KV head"
+        )
+    if (q.shape[0], q.shape[2], k.shape[2]) != (layout.rows, layout.queries, layout.keys):
+        raise ValueError(
+            f"rows, queries and keys are {(q.shape[0], q.shape[2], k.shape[2])}, but the layout was built for "
+            f"{(layout.rows, layout.queries, layout.keys)}"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; expected one dtype for all three")

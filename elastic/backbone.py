@@ -1,0 +1,263 @@
+"""Attach attention routers to a frozen Hugging Face causal LM from outside, and detach them again (spec section 6).
+
+Nothing is copied, subclassed or patched: a pre-hook on the decoder lays out the samples of the batch, a pre-hook on
+every attention module routes them, and an attention function registered with transformers runs the head plan. Decisions
+of a generation live on its KV cache, so interleaved requests never mix.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic.attention import routed_attention
+from elastic.config import ElasticConfig
+from elastic.head_plan import HeadPlan
+from elastic.patterns import check_supported
+from elastic.router import AttentionRouter
+from elastic.routing import RouteRecord, Routing, RoutingState, route_layer, route_of
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+__all__ = [
+    "FAMILIES",
+    "RouteRecord",
+    "RoutingState",
+    "attach",
+    "detach",
+    "elastic_config",
+    "is_attached",
+    "override_routes",
+    "route_of",
+    "routers",
+    "routing",
+    "set_config",
+    "set_temperature",
+    "update_statistics",
+]
+
+_IMPLEMENTATION = "elastic"
+_HANDLE = "_elastic_handle"
+
+
+def attach(model: Any, config: ElasticConfig | None = None) -> Any:
+    """Give every attention layer of `model` a router, freeze the backbone, and run attention by head plan. Works in
+    place.
+
+    Args:
+        model: a transformers causal LM of one of `FAMILIES`, on any device and dtype; routers stay fp32.
+        config: router and pattern settings; default `ElasticConfig()`.
+
+    Returns:
+        The same model. With all heads on full attention its outputs equal the stock model's bit for bit on the CPU.
+
+    Raises:
+        ValueError: a model that is attached already or uses something unsupported, or a configuration without a kernel.
+    """
+    config = config or ElasticConfig()
+    check_supported(config.sparse)
+    if is_attached(model):
+        raise ValueError("this model already has routers; call elastic.detach(model) first")
+    layers = _attention_layers(model)
+    _register()
+    handle = _Handle(model, config)
+    for attn in layers:
+        weight = attn.k_proj.weight
+        router = AttentionRouter(weight.shape[0] // attn.head_dim, attn.head_dim, config.router)
+        attn.router = router.to(weight.device).train(model.training)
+        handle.hooks.append(attn.register_forward_pre_hook(handle.before_attention, with_kwargs=True))
+    handle.hooks.append(model.get_decoder().register_forward_pre_hook(handle.before_decoder, with_kwargs=True))
+    model.set_attn_implementation(_IMPLEMENTATION)
+    setattr(model, _HANDLE, handle)
+    return model
+
+
+def detach(model: Any) -> Any:
+    """Remove the routers and restore the stock model exactly, `requires_grad` flags included."""
+    handle = _handle(model)
+    for hook in handle.hooks:
+        hook.remove()
+    for attn in handle.attention_layers(model):
+        del attn.router
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(handle.trainable[name])
+    model.set_attn_implementation(handle.implementation)
+    delattr(model, _HANDLE)
+    return model
+
+
+def is_attached(model: Any) -> bool:
+    """Whether `attach` was called on this model."""
+    return hasattr(model, _HANDLE)
+
+
+def elastic_config(model: Any) -> ElasticConfig:
+    """The configuration the model was attached with."""
+    return _handle(model).routing.config
+
+
+def set_config(model: Any, config: ElasticConfig) -> None:
+    """Replace settings that need no new routers: sparsity bias, decoding, pattern sizes."""
+    check_supported(config.sparse)
+    if config.router != elastic_config(model).router:
+        raise ValueError(
+            f"router settings are fixed at attach ({elastic_config(model).router}); detach and attach again"
+        )
+    _handle(model).routing.config = config
+
+
+def routers(model: Any) -> list[AttentionRouter]:
+    """The routers in layer order."""
+    return [attn.router for attn in _handle(model).attention_layers(model)]
+
+
+def routing(model: Any) -> RoutingState:
+    """What the routers decided in the last forward pass of this model (for training and tests; generation:
+    `route_of(cache)`).
+
+    Raises:
+        RuntimeError: no forward pass yet, or one whose routes lost their gradient to reentrant checkpointing.
+    """
+    states = [router.last for router in routers(model)]
+    lengths = _handle(model).routing.lengths_N
+    if lengths is None or any(state is None for state in states):
+        raise RuntimeError("no routes yet: run a forward pass of the attached model first")
+    state = RoutingState.stack([state for state in states if state is not None], lengths)
+    if state.logits is not None and model.training and torch.is_grad_enabled() and not state.route.requires_grad:
+        raise RuntimeError(
+            "the routes of the last forward pass have no gradient: it ran under torch.no_grad or reentrant gradient "
+            "checkpointing; use gradient_checkpointing_enable({'use_reentrant': False})"
+        )
+    return state
+
+
+@contextmanager
+def override_routes(model: Any, route: int | Tensor | None) -> Iterator[None]:
+    """Inside the context, use these routes instead of the routers' decisions.
+
+    Args:
+        route: 0 (every head in route 0's mode), 1, a tensor [L, K] or [L, N, K] in {0, 1}, or None for the routers'
+            own.
+
+    Raises:
+        ValueError: a tensor of another shape, or values other than 0 and 1.
+    """
+    state = _handle(model).routing
+    state.check_override(route, len(routers(model)), routers(model)[0].mean.shape[0])
+    previous, state.override = state.override, route
+    try:
+        yield
+    finally:
+        state.override = previous
+
+
+def set_temperature(model: Any, temperature: float) -> None:
+    """Temperature of the Gumbel-softmax that samples routes while the model is in training mode."""
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} is not positive; the annealing must end above 0 (tau_min)")
+    _handle(model).routing.temperature = temperature
+
+
+def update_statistics(model: Any) -> None:
+    """Fold the features of the last forward pass into the routers' running statistics; call once per micro-batch."""
+    for router in routers(model):
+        if router.last is None:
+            raise RuntimeError("no routes yet: run a forward pass of the attached model first")
+        if router.last.pooled_NKD is not None:
+            router.update_statistics(router.last.pooled_NKD)
+
+
+class _Handle:
+    """What `attach` must remember: how to undo itself, and the routing state its hooks share."""
+
+    def __init__(self, model: Any, config: ElasticConfig) -> None:
+        self.implementation = model.config._attn_implementation
+        self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self.hooks: list[Any] = []
+        self.routing = Routing(config)
+        model.requires_grad_(False)
+
+    def attention_layers(self, model: Any) -> list[Any]:
+        return [layer.self_attn for layer in model.get_decoder().layers]
+
+    def before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Lay out the batch's samples once per forward pass and hand the layout to the layers as a keyword."""
+        return args, self.routing.lay_out(args, kwargs)
+
+    def before_attention(self, attn: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Route the layer's heads and hand the route to the attention function as a keyword."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        layout = kwargs.get("elastic_layout")
+        if layout is None:
+            raise ValueError("this layer was called outside the attached model's decoder; call the whole model")
+        route = route_layer(attn, hidden, layout, kwargs.get("past_key_values"), self.routing)
+        plan = HeadPlan.build(route, self.routing.config.sparse, layout)
+        return args, {**kwargs, "elastic_route": route, "elastic_plan": plan}
+
+
+def _attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: q [B, H, Lq, D], k and v [B, K, Lk, D] after RoPE -> [B, Lq, H, D]."""
+    plan, route = kwargs.get("elastic_plan"), kwargs.get("elastic_route")
+    if plan is None or route is None:
+        raise ValueError(
+            "attention implementation 'elastic' was chosen without routers; call elastic.attach(model, config)"
+        )
+    keys = plan.layout.keys  # a static cache hands out its whole allocation
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return routed_attention(query, key[:, :, :keys], value[:, :, :keys], route, plan, scale), None
+
+
+def _no_mask(**kwargs: Any) -> None:
+    """The layout carries padding and packing; no [S, S] mask is ever built for the whole batch."""
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(_IMPLEMENTATION, _attention_function)
+    AttentionMaskInterface.register(_IMPLEMENTATION, _no_mask)
+
+
+def _handle(model: Any) -> _Handle:
+    if not is_attached(model):
+        raise ValueError("this model has no routers; call elastic.attach(model, config) or elastic.load(path) first")
+    return getattr(model, _HANDLE)
+
+
+def _attention_layers(model: Any) -> list[Any]:
+    """The attention modules in layer order, after checking that this model can be routed."""
+    config: Any = getattr(model, "config", None)
+    family = getattr(config, "model_type", type(model).__name__)
+    if family not in FAMILIES or not hasattr(model, "get_decoder"):
+        raise ValueError(f"model family {family!r} is not supported; tested families are {', '.join(FAMILIES)}")
+    if config._attn_implementation != "sdpa":
+        raise ValueError(
+            f"the model runs attention by {config._attn_implementation!r}, expected 'sdpa', which full heads "
+            "reproduce; "
+            "load it with attn_implementation='sdpa'"
+        )
+    layers = [layer.self_attn for layer in model.get_decoder().layers]
+    for attn in layers:
+        where = f"layer {attn.layer_idx}"
+        if getattr(attn, "sliding_window", None) is not None:
+            raise ValueError(
+                f"{where} has its own sliding window of {attn.sliding_window} tokens; routed heads need full "
+                "attention beneath: "
+                "set config.sliding_window = None (and layer_types to full_attention) when loading"
+            )
+        if attn.attention_dropout:
+            raise ValueError(
+                f"{where} has attention_dropout={attn.attention_dropout}, expected 0 for a frozen backbone; set it "
+                "to 0.0"
+            )
+    return layers

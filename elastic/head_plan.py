@@ -1,0 +1,160 @@
+"""Where the samples lie in a batch (`Layout`) and what each of their heads does (`HeadPlan`): all that one attention
+launch reads.
+
+Legend: N samples, B batch rows, K KV heads. A sample is a run of tokens of one row: the whole row, the row without its
+padding, or one example of a packed row. Positions count keys, the cached ones included; the queries are the last Lq
+positions of a row.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from elastic.config import SparseConfig
+from elastic.patterns import mode_id
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Samples of one forward pass.
+
+    Attributes:
+        row_N, begin_N, end_N: int64; the sample's row and its key positions [begin, end).
+        prompt_end_N: int64; end of the part that the router may see (begin_N is its start).
+        rows, queries, keys: B, Lq and Lk, cache included.
+        packed: several samples share a row (then Lq = Lk).
+        padded: some position belongs to no sample.
+    """
+
+    row_N: Tensor
+    begin_N: Tensor
+    end_N: Tensor
+    prompt_end_N: Tensor
+    rows: int
+    queries: int
+    keys: int
+    packed: bool
+    padded: bool
+
+    @property
+    def past(self) -> int:
+        """Keys that were in the cache before this forward pass."""
+        return self.keys - self.queries
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """(row, begin, end) of every sample on the host; synchronises once per forward pass on a GPU."""
+        rows, begins, ends = torch.stack([self.row_N, self.begin_N, self.end_N]).tolist()
+        return list(zip(rows, begins, ends, strict=True))
+
+    @cached_property
+    def dense_mask(self) -> Tensor | None:
+        """Causal and padding mask as the stock SDPA path builds it: None, or bool [B, 1, Lq, Lk]."""
+        if not self.padded and (self.past == 0 or self.queries == 1):
+            return None
+        key = torch.arange(self.keys, device=self.row_N.device)
+        causal = key <= key[self.past :, None]
+        valid = (key >= self.begin_N[:, None]) & (key < self.end_N[:, None])
+        return (causal & valid[:, None, :])[:, None]
+
+
+def batch_layout(
+    rows: int,
+    queries: int,
+    past: int,
+    device: torch.device,
+    attention_mask: Tensor | None = None,
+    prompt_end: Tensor | None = None,
+) -> Layout:
+    """One sample per row.
+
+    Args:
+        attention_mask: [B, Lk] with 1 on valid tokens, which must be one run per row (left or right padding).
+        prompt_end: [B], key positions; default the end of the valid tokens.
+
+    Raises:
+        ValueError: a mask of another shape, a row without valid tokens, or padding between valid tokens.
+    """
+    keys = past + queries
+    row = torch.arange(rows, device=device)
+    begin, end = torch.zeros_like(row), torch.full_like(row, keys)
+    padded = False
+    if attention_mask is not None:
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < keys:
+            raise ValueError(
+                f"attention_mask has shape {list(attention_mask.shape)}, expected [{rows}, {keys}] (rows, cached + "
+                "new tokens); "
+                "pass the tokenizer's 2D mask"
+            )
+        valid = attention_mask[:, :keys].to(device).bool()
+        count = valid.sum(1)
+        begin = valid.int().argmax(1)
+        end = begin + count
+        padded = bool((count < keys).any())
+        if padded:
+            if bool((count == 0).any()):
+                raise ValueError(
+                    f"row {int(count.argmin())} of attention_mask has no valid token; drop empty prompts from the batch"
+                )
+            last = keys - 1 - valid.flip(1).int().argmax(1)
+            if bool((last + 1 != end).any()):
+                raise ValueError("attention_mask has padding between valid tokens; pad on one side only")
+    prompt_end = end if prompt_end is None else prompt_end.to(device)
+    return Layout(row, begin, end, prompt_end, rows, queries, keys, packed=False, padded=padded)
+
+
+def packed_layout(cu_seq_lens: Tensor, prompt_end: Tensor | None, length: int, device: torch.device) -> Layout:
+    """Samples packed into one row of `length` tokens; `cu_seq_lens` [N + 1] holds their boundaries from 0 to `length`.
+
+    Raises:
+        ValueError: boundaries that do not start at 0, end at `length` and increase.
+    """
+    bounds = cu_seq_lens.to(device=device, dtype=torch.int64)
+    host = bounds.tolist()
+    if bounds.dim() != 1 or len(host) < 2 or host[0] != 0 or host[-1] != length or sorted(set(host)) != host:
+        raise ValueError(
+            f"cu_seq_lens={host} is not an increasing run of boundaries from 0 to the row's {length} tokens; "
+            "elastic.packed.collate builds it"
+        )
+    begin, end = bounds[:-1], bounds[1:]
+    prompt_end = end if prompt_end is None else prompt_end.to(device)
+    return Layout(torch.zeros_like(begin), begin, end, prompt_end, 1, length, length, packed=True, padded=False)
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Metadata of one attention launch: mode per (sample, KV head), pattern sizes, and the layout.
+
+    Attributes:
+        mode_NK: int32, ids of `elastic.patterns`.
+        sparse: pattern sizes and the two modes.
+        layout: where the samples lie.
+    """
+
+    mode_NK: Tensor
+    sparse: SparseConfig
+    layout: Layout
+
+    @classmethod
+    def build(cls, route_NK: Tensor, sparse: SparseConfig, layout: Layout) -> "HeadPlan":
+        """Plan of a route [N, K] in {0, 1}, on the route's device without synchronising.
+
+        Raises:
+            ValueError: a route of another number of samples.
+        """
+        samples = layout.row_N.shape[0]
+        if route_NK.dim() != 2 or route_NK.shape[0] != samples:
+            raise ValueError(
+                f"route has shape {list(route_NK.shape)}, expected [{samples}, KV heads]: one row per sample of "
+                "this batch; "
+                "was the cache filled by another batch?"
+            )
+        mode = torch.where(route_NK.detach() > 0.5, mode_id(sparse.route1), mode_id(sparse.route0))
+        return cls(mode.to(torch.int32), sparse, layout)
+
+    def flipped(self) -> "HeadPlan":
+        """The plan in which every head runs its other mode."""
+        both = mode_id(self.sparse.route0) + mode_id(self.sparse.route1)
+        return replace(self, mode_NK=both - self.mode_NK)

@@ -1,0 +1,150 @@
+"""The attention router of one layer (spec section 3; paper section 3.1, appendices D and H.5).
+
+Pre-RoPE keys -> boundary pooling -> standardised features -> task MLP -> router MLP -> two logits per KV head.
+Legend: N samples, S tokens, K KV heads, D head dim.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from elastic.config import RouterConfig
+
+MIN_STATISTICS = 8  # samples before the deviation means anything
+STANDARDISED_LIMIT = 10.0  # features further out than this many deviations carry no more information than the sign
+_EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class BoundarySlots:
+    """Which tokens the boundary pooling averages, per sample: P slots at the prompt's start and P at its end.
+
+    A prompt shorter than 2P counts each token once: its end slots that fall among the first P tokens weigh 0.
+
+    Attributes:
+        index_N2P: key positions in the row, clamped into it where the weight is 0.
+        weight_N2P: 1.0 for slots that count, else 0.0.
+    """
+
+    index_N2P: Tensor
+    weight_N2P: Tensor
+
+    @classmethod
+    def of(cls, begin_N: Tensor, end_N: Tensor, pool_tokens: int) -> "BoundarySlots":
+        """Slots of the prompts [begin, end), in int64 row positions; no host synchronisation."""
+        step = torch.arange(pool_tokens, device=begin_N.device)
+        first = begin_N[:, None] + step
+        last = end_N[:, None] - pool_tokens + step
+        weight = torch.cat([first < end_N[:, None], last >= begin_N[:, None] + pool_tokens], dim=1)
+        index = torch.cat([first, last], dim=1)
+        return cls(torch.where(weight, index, begin_N[:, None]), weight.float())
+
+
+def weighted_sum(keys_NPKD: Tensor, weight_NP: Tensor) -> Tensor:
+    """Sum of the slots in fp32, [N, K, D]."""
+    return (keys_NPKD.float() * weight_NP[:, :, None, None]).sum(1)
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """A layer's last decision.
+
+    Attributes:
+        route_NK: in {0, 1}, with the straight-through gradient in training.
+        logits_NK2, pooled_NKD: what it was decided from; None when the route was given from outside.
+    """
+
+    route_NK: Tensor
+    logits_NK2: Tensor | None
+    pooled_NKD: Tensor | None
+
+
+class AttentionRouter(nn.Module):
+    """Decides full or sparse attention per sample and KV head from the layer's own keys.
+
+    Parameters are shared by the heads of the layer: 263,682 at D = 128. The last layer's weight starts at zero, so
+        every head starts
+    undecided. The running statistics (per KV head and channel) are gathered in training by `update_statistics`, saved
+    with the router and frozen afterwards; with `feature_norm="none"` they stay unused.
+
+    Args:
+        num_kv_heads: K.
+        head_dim: D.
+        config: pooling and feature normalisation.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+    last: LayerState | None
+
+    def __init__(self, num_kv_heads: int, head_dim: int, config: RouterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.last = None
+        self.task = nn.Sequential(nn.Linear(head_dim, 4 * head_dim), nn.SiLU(), nn.Linear(4 * head_dim, head_dim))
+        undecided = nn.Linear(head_dim, 2)
+        nn.init.zeros_(undecided.weight)
+        nn.init.zeros_(undecided.bias)
+        self.head = nn.Sequential(
+            nn.Linear(head_dim, 4 * head_dim),
+            nn.SiLU(),
+            nn.Linear(4 * head_dim, head_dim),
+            nn.SiLU(),
+            undecided,
+        )
+        self.register_buffer("mean", torch.zeros(num_kv_heads, head_dim))
+        self.register_buffer("var", torch.ones(num_kv_heads, head_dim))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out the last decision, which may hang on an autograd graph."""
+        return {**self.__dict__, "last": None}
+
+    def forward(self, pooled_NKD: Tensor) -> Tensor:
+        """Logits [N, K, 2] (route 0 first) of pooled keys [N, K, D]; fp32 whatever the backbone's dtype."""
+        with torch.autocast(pooled_NKD.device.type, enabled=False):
+            features = self.standardise(pooled_NKD.float())
+            return self.head(self.task(features))
+
+    def standardise(self, pooled_NKD: Tensor) -> Tensor:
+        """Features in units of the running deviation, per KV head and channel; unchanged before `MIN_STATISTICS`
+        samples.
+        """
+        if self.config.feature_norm == "none":
+            return pooled_NKD
+        features = (pooled_NKD - self.mean) * torch.rsqrt(self.var + _EPSILON)
+        features = features.clamp(-STANDARDISED_LIMIT, STANDARDISED_LIMIT)
+        return torch.where(self.count >= MIN_STATISTICS, features, pooled_NKD)
+
+    @torch.no_grad()
+    def update_statistics(self, pooled_NKD: Tensor) -> None:
+        """Fold a batch of pooled keys [N, K, D] into the running mean and variance (Chan's parallel update).
+
+        In a distributed run the batches of all processes count.
+        """
+        pooled = pooled_NKD.detach().double()
+        moments = torch.stack([pooled.sum(0), pooled.square().sum(0)])
+        added = torch.tensor(float(pooled.shape[0]), dtype=torch.float64, device=pooled.device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(moments)
+            torch.distributed.all_reduce(added)
+        batch_mean = moments[0] / added
+        batch_var = (moments[1] / added - batch_mean.square()).clamp_min(0.0)
+        # Before the first batch `var` is the neutral 1.0, which must not count.
+        old_var = torch.where(self.count > 0, self.var.double(), torch.zeros_like(batch_var))
+        total = self.count + added
+        delta = batch_mean - self.mean.double()
+        var = (old_var * self.count + batch_var * added + delta.square() * self.count * added / total) / total
+        self.mean.copy_(self.mean.double() + delta * added / total)
+        self.var.copy_(var)
+        self.count.copy_(total)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Mean entropy in nats of the routes' softmax over the last axis: ln 2 when undecided, 0 when certain."""
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    return -(log_p.exp() * log_p).sum(-1).mean()

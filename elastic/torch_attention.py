@@ -1,0 +1,120 @@
+"""Attention of a head plan in PyTorch: the CPU path, and the slow twin of the CUDA kernels on any device.
+
+Full heads go through the same SDPA call as the stock model, so a plan of full heads equals it bit for bit on the CPU.
+Streaming heads run in chunks of queries against their sink and window only: their cost grows with S * (sink + window),
+not with S * S.
+Legend: B rows, S tokens, H query heads, K KV heads, G = H / K, D head dim, C queries of a chunk.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from elastic.config import SparseConfig
+from elastic.head_plan import HeadPlan
+from elastic.patterns import FULL
+from elastic.visibility import lower_bound, visible
+
+
+def attend(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, plan: HeadPlan, scale: float) -> Tensor:
+    """Run every head in its planned mode. Differentiable in q, k and v.
+
+    Args:
+        q_BHSD: [B, H, Lq, D] after RoPE; the last Lq positions of each row.
+        k_BKSD, v_BKSD: [B, K, Lk, D], cached keys included.
+
+    Returns:
+        [B, Lq, H, D]; zero at padding.
+    """
+    modes = plan.mode_NK.tolist()
+    if all(mode == FULL for sample in modes for mode in sample) and not plan.layout.packed:
+        return _full(q_BHSD, k_BKSD, v_BKSD, plan.layout.dense_mask, scale)
+    samples = [
+        _sample(q_BHSD, k_BKSD, v_BKSD, plan, scale, heads, span)
+        for heads, span in zip(modes, plan.layout.spans, strict=True)
+    ]
+    return torch.cat(samples, dim=1 if plan.layout.packed else 0)
+
+
+def _full(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Causal attention by the stock model's own SDPA call; [B, Lq, H, D]."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    owner = SimpleNamespace(num_key_value_groups=q_BHSD.shape[1] // k_BKSD.shape[1], is_causal=True)
+    return sdpa_attention_forward(owner, q_BHSD, k_BKSD, v_BKSD, mask, scaling=scale)[0]  # type: ignore[arg-type]
+
+
+def _sample(
+    q_BHSD: Tensor,
+    k_BKSD: Tensor,
+    v_BKSD: Tensor,
+    plan: HeadPlan,
+    scale: float,
+    modes: list[int],
+    span: tuple[int, int, int],
+) -> Tensor:
+    """All heads of one sample, [1, its query rows, H, D]: the heads of each mode at once, then back in head order."""
+    layout, (row, begin, end) = plan.layout, span
+    group = q_BHSD.shape[1] // k_BKSD.shape[1]
+    first, last = max(0, begin - layout.past), max(0, end - layout.past)  # its query rows
+    outputs, order = [], []
+    for mode in sorted(set(modes)):
+        kv_heads = [head for head, of_head in enumerate(modes) if of_head == mode]
+        heads = [head * group + g for head in kv_heads for g in range(group)]
+        q, k, v = q_BHSD[row, heads][None], k_BKSD[row, kv_heads][None], v_BKSD[row, kv_heads][None]
+        if mode == FULL and not layout.packed:
+            mask = None if layout.dense_mask is None else layout.dense_mask[row : row + 1]
+            out = _full(q, k, v, mask, scale)
+        elif mode == FULL:
+            out = _full(q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end], None, scale)
+        else:
+            out = streaming(q[:, :, first:last], k[:, :, begin:end], v[:, :, begin:end], plan.sparse, scale)
+            if not layout.packed:
+                out = F.pad(out, (0, 0, 0, 0, first, layout.queries - last))
+        outputs.append(out)
+        order += heads
+    if len(outputs) == 1:
+        return outputs[0]
+    inverse = torch.tensor(order, device=q_BHSD.device).argsort()
+    return torch.cat(outputs, dim=2).index_select(2, inverse)
+
+
+def streaming(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, sparse: SparseConfig, scale: float) -> Tensor:
+    """Streaming attention of one sample's heads: position 0 is its first key, the queries are its last Lq positions.
+
+    Returns:
+        [1, Lq, H, D].
+    """
+    _, heads, queries, dim = q_BHSD.shape
+    kv_heads, keys = k_BKSD.shape[1:3]
+    group = heads // kv_heads
+    chunk = min(max(64, sparse.window // 4), 512)
+    outputs = []
+    for start in range(keys - queries, keys, chunk):
+        stop = min(start + chunk, keys)
+        # The group's query heads share keys: fold them into the query axis instead of repeating K and V.
+        q_KCD = q_BHSD[0, :, start - keys + queries : stop - keys + queries].reshape(kv_heads, -1, dim)
+        k, v, mask_Ck = _visited(k_BKSD[0], v_BKSD[0], start, stop, sparse)
+        out = F.scaled_dot_product_attention(
+            q_KCD[None], k[None], v[None], attn_mask=mask_Ck.repeat(group, 1), scale=scale
+        )
+        outputs.append(out.view(heads, stop - start, dim))
+    return torch.cat(outputs, dim=1).transpose(0, 1)[None]
+
+
+def _visited(
+    k_KSD: Tensor, v_KSD: Tensor, start: int, stop: int, sparse: SparseConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values that the queries [start, stop) visit, and the bool mask [C, visited]."""
+    local = max(0, lower_bound(start, sparse.window, sparse.granule, sparse.block))
+    sink = min(sparse.sink, local)
+    position = torch.arange(start, stop, device=k_KSD.device)[:, None]
+    key = torch.cat([torch.arange(sink, device=k_KSD.device), torch.arange(local, stop, device=k_KSD.device)])
+    mask = visible(position, key, sink=sparse.sink, window=sparse.window, granule=sparse.granule, block=sparse.block)
+    if sink == 0:
+        return k_KSD[:, local:stop], v_KSD[:, local:stop], mask
+    k = torch.cat([k_KSD[:, :sink], k_KSD[:, local:stop]], dim=1)
+    v = torch.cat([v_KSD[:, :sink], v_KSD[:, local:stop]], dim=1)
+    return k, v, mask
