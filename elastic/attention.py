@@ -1,9 +1,8 @@
 """`routed_attention`: every head in its routed mode, with the straight-through gradient of the route (spec section 4).
 
-This is the seam between routing and kernels: `attend` is the one operator below it. With a hard route the output is
-    the routed
-branch, so only that branch needs a backward for q, k and v; the other branch is needed forward only, for the route's
-own gradient
+This is the seam between routing and kernels: `attend` is the one operator below it. With a hard route the output is the
+routed branch, so only that branch needs a backward for q, k and v; the other branch is needed forward only, for the
+route's own gradient
     d route = <dO, O_SA - O_FA> summed over the group's heads, the sample's tokens and D.
 """
 

@@ -249,11 +249,11 @@ def _attention_layers(model: Any) -> list[Any]:
     layers = [layer.self_attn for layer in model.get_decoder().layers]
     for attn in layers:
         where = f"layer {attn.layer_idx}"
-        if getattr(attn, "sliding_window", None) is not None:
+        window = getattr(attn, "sliding_window", getattr(config, "sliding_window", None))
+        if window is not None:
             raise ValueError(
-                f"{where} has its own sliding window of {attn.sliding_window} tokens; routed heads need full "
-                "attention beneath: "
-                "set config.sliding_window = None (and layer_types to full_attention) when loading"
+                f"{where} has its own sliding window of {window} tokens, but full heads must see everything; load the model "
+                "with sliding_window=None (and layer_types of full_attention)"
             )
         if attn.attention_dropout:
             raise ValueError(

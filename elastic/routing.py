@@ -211,7 +211,8 @@ def _given(route: int | Tensor, layer: int, samples: int, like_KD: Tensor) -> Te
     """The override's route of one layer, [N, K]."""
     kv_heads = like_KD.shape[0]
     if isinstance(route, Tensor):
-        return route[layer].to(like_KD).expand(samples, kv_heads)
+        of_layer = route[layer].to(like_KD)
+        return of_layer.expand(samples, kv_heads) if of_layer.dim() == 1 else of_layer
     return torch.full((samples, kv_heads), float(route), device=like_KD.device)
 
 

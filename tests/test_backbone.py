@@ -1,0 +1,368 @@
+"""attach/detach: bit-identity with the stock model, routes per sample, caches, padding, checkpointing, packing."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from elastic.backbone import (
+    attach,
+    detach,
+    elastic_config,
+    is_attached,
+    override_routes,
+    route_of,
+    routers,
+    routing,
+    set_config,
+    set_temperature,
+    update_statistics,
+)
+from elastic.config import ElasticConfig, RouterConfig
+from tests.models import FAMILIES, KV_HEADS, LAYERS, left_padded, random_ids, small_config, tiny_model, varied_routers
+
+
+def routed_model(family: str = "llama"):
+    model = attach(tiny_model(family), small_config())
+    varied_routers(model)
+    return model
+
+
+def greedy(model, ids, steps: int, **kwargs):
+    return model.generate(ids, max_new_tokens=steps, do_sample=False, eos_token_id=None, **kwargs)[:, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_heads_and_detach_are_bit_identical_to_the_stock_model(family):
+    model = tiny_model(family)
+    ids = random_ids(2, 70)
+    padded, mask = left_padded(ids, [20, 0])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    plain, with_padding, tokens = model(ids).logits, model(padded, attention_mask=mask).logits, greedy(model, ids, 6)
+    attach(model, small_config())
+    with override_routes(model, 0):
+        assert torch.equal(model(ids).logits, plain)
+        assert torch.equal(model(padded, attention_mask=mask).logits, with_padding)
+        assert torch.equal(greedy(model, ids, 6), tokens)
+    with override_routes(model, 1):
+        assert not torch.allclose(model(ids).logits, plain)
+    detach(model)
+    assert torch.equal(model(ids).logits, plain)
+    assert torch.equal(model(padded, attention_mask=mask).logits, with_padding)
+    assert model.config._attn_implementation == "sdpa"
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_routes_differ_within_the_batch(family):
+    model = routed_model(family)
+    model(random_ids(4, 60))
+    route = routing(model).route
+    assert route.shape == (LAYERS, 4, KV_HEADS)
+    assert set(route.unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_generation_equals_uncached(family):
+    model = routed_model(family)
+    ids = random_ids(2, 64)
+    cached = greedy(model, ids, 8)
+    current, spans = ids, torch.tensor([[0, 64], [0, 64]])
+    for _ in range(8):
+        logits = model(current, use_cache=False, prompt_spans=spans).logits[:, -1]
+        current = torch.cat([current, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(current[:, 64:], cached)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_padded_batch_equals_singles(family):
+    model = routed_model(family)
+    ids, pads = random_ids(3, 64), [0, 17, 30]
+    padded, mask = left_padded(ids, pads)
+    batch = model(padded, attention_mask=mask)
+    routes = routing(model).route
+    for row, pad in enumerate(pads):
+        single = model(ids[row : row + 1, pad:]).logits
+        assert torch.equal(routing(model).route[:, 0], routes[:, row])
+        torch.testing.assert_close(batch.logits[row, pad:], single[0], rtol=0, atol=2e-6)
+    together = greedy(model, padded, 6, attention_mask=mask)
+    for row, pad in enumerate(pads):
+        assert torch.equal(together[row], greedy(model, ids[row : row + 1, pad:], 6)[0])
+
+
+def test_interleaved_requests_do_not_mix():
+    model = routed_model()
+    prompts = [random_ids(1, 50, seed=s) for s in (1, 2)]
+    alone = [greedy(model, ids, 5)[0].tolist() for ids in prompts]
+    caches = [DynamicCache(config=model.config), DynamicCache(config=model.config)]
+    tokens: list[list[int]] = [[], []]
+    nexts = [
+        model(ids, past_key_values=cache).logits[:, -1:].argmax(-1) for ids, cache in zip(prompts, caches, strict=True)
+    ]
+    for _ in range(5):
+        for i in (0, 1):
+            tokens[i].append(int(nexts[i]))
+            nexts[i] = model(nexts[i], past_key_values=caches[i]).logits[:, -1:].argmax(-1)
+    assert tokens == alone
+    assert not torch.equal(route_of(caches[0]).route, route_of(caches[1]).route)
+
+
+def test_a_copied_cache_keeps_its_routes():
+    model = routed_model()
+    cache = DynamicCache(config=model.config)
+    model(random_ids(1, 50), past_key_values=cache)
+    twin = copy.deepcopy(cache)
+    token = random_ids(1, 1)
+    assert torch.equal(model(token, past_key_values=cache).logits, model(token, past_key_values=twin).logits)
+    assert route_of(twin).prompt_lengths.tolist() == [50]
+
+
+def test_a_new_turn_routes_again_over_the_whole_conversation():
+    """Pooling on a later turn: the conversation's first P keys, and the last P of the new tokens."""
+    model = routed_model()
+    first, second = random_ids(1, 40, seed=5), random_ids(1, 30, seed=6)
+    cache = DynamicCache(config=model.config)
+    model(first, past_key_values=cache)
+    model(second, past_key_values=cache)
+    turn = routers(model)[0].last.pooled_NKD
+    model(torch.cat([first, second], 1), use_cache=False)
+    torch.testing.assert_close(turn, routers(model)[0].last.pooled_NKD, rtol=0, atol=1e-6)
+    assert route_of(cache).prompt_lengths.tolist() == [70]
+
+
+def test_static_cache_generates_the_same_tokens():
+    model = routed_model()
+    ids = random_ids(1, 40)
+    cache = StaticCache(config=model.config, max_cache_len=80)
+    logits = model(ids, past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=1e-6)
+    token = logits[:, -1:].argmax(-1)
+    step = model(token, past_key_values=cache).logits[:, -1]
+    expected = model(torch.cat([ids, token], 1), use_cache=False, prompt_spans=torch.tensor([[0, 40]])).logits[:, -1]
+    torch.testing.assert_close(step, expected, rtol=0, atol=2e-6)
+
+
+def test_dense_decode_lets_every_head_see_the_cache():
+    model = routed_model()
+    set_config(model, ElasticConfig(elastic_config(model).router, elastic_config(model).sparse, dense_decode=True))
+    cache, ids = DynamicCache(config=model.config), random_ids(1, 50)
+    token = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+    dense = model(token, past_key_values=copy.deepcopy(cache)).logits
+    with override_routes(model, 0):
+        assert torch.equal(model(token, past_key_values=cache).logits, dense)
+
+
+def test_sparsity_bias_moves_the_decisions():
+    model = routed_model()
+    ratios = []
+    for bias in (-100.0, 0.0, 100.0):
+        set_config(model, ElasticConfig(elastic_config(model).router, elastic_config(model).sparse, sparsity_bias=bias))
+        model(random_ids(4, 60))
+        ratios.append(routing(model).route.mean().item())
+    assert ratios[0] == 0.0 and 0.0 < ratios[1] < 1.0 and ratios[2] == 1.0
+
+
+def test_packed_rows_equal_their_samples_alone():
+    model = routed_model()
+    lengths = [33, 5, 52]
+    parts = [random_ids(1, n, seed=n) for n in lengths]
+    bounds = torch.tensor([0, 33, 38, 90], dtype=torch.int32)
+    position = torch.cat([torch.arange(n) for n in lengths])[None]
+    spans = torch.tensor([[0, 20], [33, 38], [38, 70]])
+    packed = model(
+        torch.cat(parts, 1), position_ids=position, cu_seq_lens=bounds, prompt_spans=spans, use_cache=False
+    ).logits
+    state = routing(model)
+    assert state.lengths.tolist() == lengths
+    for n, ids in enumerate(parts):
+        prompt = torch.tensor([[0, int(spans[n, 1] - spans[n, 0])]])
+        alone = model(ids, use_cache=False, prompt_spans=prompt).logits
+        assert torch.equal(routing(model).route[:, 0], state.route[:, n])
+        torch.testing.assert_close(packed[0, bounds[n] : bounds[n + 1]], alone[0], rtol=0, atol=2e-6)
+
+
+def router_gradients(model, ids) -> list[torch.Tensor]:
+    torch.manual_seed(11)
+    logits = model(ids, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]) + routing(model).route.mean()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return list(torch.autograd.grad(loss, trainable))
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = routed_model().train()
+    ids = random_ids(1, 60)
+    plain = router_gradients(model, ids)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed = router_gradients(model, ids)
+    assert any(bool(g.abs().sum() > 0) for g in plain)
+    assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
+
+
+def test_reentrant_checkpointing_is_refused():
+    model = routed_model().train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model(random_ids(1, 30), use_cache=False)
+    with pytest.raises(RuntimeError, match=r"no gradient.*use_reentrant': False"):
+        routing(model)
+
+
+def test_only_routers_are_trainable_and_statistics_are_gathered():
+    model = attach(tiny_model(), small_config()).train()
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names and all(".self_attn.router." in name for name in names)
+    before = routers(model)[1].count.clone()
+    model(random_ids(3, 40))
+    update_statistics(model)
+    assert before == 0 and routers(model)[1].count == 3
+    pooled = routers(model)[1].last.pooled_NKD
+    torch.testing.assert_close(routers(model)[1].mean, pooled.mean(0))
+    torch.testing.assert_close(routers(model)[1].var, pooled.var(0, unbiased=False), rtol=1e-4, atol=1e-7)
+
+
+def test_routers_take_over_training_mode_and_copy():
+    model = attach(tiny_model(), small_config())
+    assert not routers(model)[0].training
+    model.train()
+    model(random_ids(1, 30))
+    twin = copy.deepcopy(model)
+    assert is_attached(twin) and routers(twin)[0] is not routers(model)[0]
+    with override_routes(twin, 1):
+        twin(random_ids(1, 30))
+    assert routing(twin).route.mean() == 1.0
+
+
+@pytest.mark.parametrize("kind", ["layers", "samples"])
+def test_override_with_a_tensor(kind):
+    model = routed_model()
+    route = (torch.rand(LAYERS, KV_HEADS, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    given = route if kind == "layers" else route[:, None].expand(LAYERS, 2, KV_HEADS)
+    with override_routes(model, given):
+        model(random_ids(2, 30))
+        assert torch.equal(routing(model).route, route[:, None].expand(LAYERS, 2, KV_HEADS))
+
+
+def call_without_decoder(model):
+    hidden = torch.zeros(1, 3, 64)
+    model.model.layers[0].self_attn(hidden_states=hidden, position_embeddings=(hidden, hidden), attention_mask=None)
+
+
+def stale_cache(model):
+    cache = DynamicCache(config=model.config)
+    detach(model)
+    model(random_ids(1, 9), past_key_values=cache)
+    attach(model, small_config())
+    model(random_ids(1, 1), past_key_values=cache)
+
+
+def override(route):
+    def use(model):
+        with override_routes(model, route):
+            pass
+
+    return use
+
+
+BAD_CALLS = {
+    "attached twice": (lambda m: attach(m), ValueError, "already has routers; call elastic.detach"),
+    "other router settings": (
+        lambda m: set_config(m, ElasticConfig(RouterConfig(pool_tokens=9))),
+        ValueError,
+        "router settings are fixed at attach",
+    ),
+    "no forward yet": (routing, RuntimeError, "no routes yet: run a forward pass"),
+    "statistics before forward": (update_statistics, RuntimeError, "no routes yet"),
+    "temperature": (lambda m: set_temperature(m, 0.0), ValueError, "temperature=0.0 is not positive"),
+    "override value": (override(2), ValueError, "route=2; expected 0, 1, a tensor"),
+    "override shape": (override(torch.zeros(2, 2)), ValueError, r"shape \[2, 2\] do not fit; expected \[3, 2\]"),
+    "override content": (override(torch.full((3, 2), 0.5)), ValueError, "values other than 0"),
+    "override samples": (
+        lambda m: override_samples(m),
+        ValueError,
+        r"route has shape \[3, 2\], expected \[1, KV heads\]",
+    ),
+    "mask shape": (
+        lambda m: m(random_ids(2, 9), attention_mask=torch.ones(2, 1, 9, 9)),
+        ValueError,
+        r"attention_mask has shape \[2, 1, 9, 9\], expected \[2, 9\]",
+    ),
+    "mask with a hole": (
+        lambda m: m(random_ids(1, 4), attention_mask=torch.tensor([[1, 0, 1, 1]])),
+        ValueError,
+        "padding between valid tokens; pad on one side",
+    ),
+    "empty prompt": (
+        lambda m: m(random_ids(2, 4), attention_mask=torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])),
+        ValueError,
+        "row 1 of attention_mask has no valid token; drop empty prompts",
+    ),
+    "no input": (lambda m: m(), ValueError, "without input_ids and inputs_embeds|exactly one of input_ids"),
+    "packed rows": (
+        lambda m: m(random_ids(2, 9), cu_seq_lens=torch.tensor([0, 9])),
+        ValueError,
+        "came with 2 rows, 0 cached tokens and no attention_mask",
+    ),
+    "bounds": (
+        lambda m: m(random_ids(1, 9), cu_seq_lens=torch.tensor([0, 5, 8])),
+        ValueError,
+        r"cu_seq_lens=\[0, 5, 8\] is not an increasing run of boundaries from 0 to the row's 9 tokens",
+    ),
+    "span shape": (
+        lambda m: m(random_ids(1, 9), prompt_spans=torch.tensor([0, 5])),
+        ValueError,
+        r"prompt_spans has shape \[2\], expected \[samples, 2\]",
+    ),
+    "span count": (
+        lambda m: m(random_ids(1, 9), prompt_spans=torch.tensor([[0, 5], [5, 9]])),
+        ValueError,
+        "2 prompts for 1 samples",
+    ),
+    "empty span": (
+        lambda m: m(random_ids(1, 9), prompt_spans=torch.tensor([[0, 0]])),
+        ValueError,
+        r"prompt span \[0, 0\) of sample 0 does not fit; its tokens are \[0, 9\)",
+    ),
+    "layer called alone": (call_without_decoder, ValueError, "outside the attached model's decoder"),
+    "foreign cache": (stale_cache, ValueError, "holds 9 tokens but no route for layer 0"),
+    "cache without routes": (lambda m: route_of(DynamicCache()), ValueError, "DynamicCache holds no routes"),
+}
+
+
+def override_samples(model):
+    with override_routes(model, torch.zeros(LAYERS, 3, KV_HEADS)):
+        model(random_ids(1, 9))
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls(case):
+    call, error, message = BAD_CALLS[case]
+    model = attach(tiny_model(), small_config())
+    with pytest.raises(error, match=message):
+        call(model)
+
+
+BAD_MODELS = {
+    "sliding window": (lambda: tiny_model("mistral", sliding_window=32), small_config, "sliding window of 32 tokens"),
+    "dropout": (lambda: tiny_model(attention_dropout=0.1), small_config, "attention_dropout=0.1, expected 0"),
+    "family": (lambda: torch.nn.Linear(2, 2), small_config, "family 'Linear' is not supported; tested families are"),
+    "eager": (lambda: tiny_model(attn_implementation="eager"), small_config, "'eager', expected 'sdpa'"),
+    "FA-XA": (tiny_model, lambda: small_config(route1="xattention", stride=4), "FA-XA needs the xattention pattern"),
+    "XA-SSA": (tiny_model, lambda: small_config(route0="xattention", stride=4), "XA-SSA needs the xattention pattern"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_models_that_cannot_be_routed(case):
+    model, config, message = BAD_MODELS[case]
+    with pytest.raises(ValueError, match=message):
+        attach(model(), config())
+
+
+def test_calls_without_routers_name_the_way_out():
+    for call in (detach, routing, routers, elastic_config):
+        with pytest.raises(ValueError, match=r"no routers; call elastic\.attach"):
+            call(tiny_model())

@@ -1,0 +1,106 @@
+"""Configuration: round trips, and every rejected value with its message."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic.config import BLOCK_SIZES, ElasticConfig, RouterConfig, SparseConfig
+
+
+@st.composite
+def sparse_configs(draw) -> SparseConfig:
+    block = draw(st.sampled_from(BLOCK_SIZES))
+    modes = draw(st.permutations(["full", "streaming", "xattention"]))
+    return SparseConfig(
+        route0=modes[0],
+        route1=modes[1],
+        sink=block * draw(st.integers(0, 50)),
+        window=block * draw(st.integers(1, 50)),
+        block=block,
+        granule=draw(st.sampled_from(["token", "block"])),
+        stride=draw(st.sampled_from([s for s in (1, 2, 4, 8, 16) if block % s == 0])),
+        threshold=draw(st.floats(0.01, 1.0)),
+    )
+
+
+@given(
+    sparse_configs(),
+    st.integers(1, 10_000),
+    st.sampled_from(["running", "none"]),
+    st.floats(-50, 50),
+    st.booleans(),
+)
+def test_any_valid_config_survives_the_round_trip(sparse, pool, norm, bias, dense_decode):
+    config = ElasticConfig(RouterConfig(pool, norm), sparse, bias, dense_decode)
+    assert ElasticConfig.from_dict(config.to_dict()) == config
+    assert hash(config) == hash(ElasticConfig.from_dict(config.to_dict()))
+
+
+@given(st.integers(-5000, 5000), st.sampled_from(BLOCK_SIZES))
+def test_windows_are_positive_multiples_of_the_block_or_refused(window, block):
+    if window > 0 and window % block == 0:
+        assert SparseConfig(window=window, block=block, sink=0).window == window
+    else:
+        with pytest.raises(ValueError, match=r"sparse\.window=.* is not a multiple of sparse\.block"):
+            SparseConfig(window=window, block=block, sink=0)
+
+
+def test_defaults_are_the_papers():
+    config = ElasticConfig()
+    assert config.sparse.name == "FA-SSA"
+    assert (config.sparse.sink, config.sparse.window, config.sparse.block, config.router.pool_tokens) == (
+        128,
+        2048,
+        128,
+        100,
+    )
+    assert SparseConfig("full", "xattention").name == "FA-XA"
+    assert SparseConfig("xattention", "streaming").name == "XA-SSA"
+
+
+BAD = {
+    "window": (
+        lambda: SparseConfig(window=2000),
+        r"sparse\.window=2000 is not a multiple of sparse\.block=128.*1920 or 2048",
+    ),
+    "window zero": (lambda: SparseConfig(window=0), r"sparse\.window=0 is not a multiple .*use 128"),
+    "sink": (lambda: SparseConfig(sink=100), r"sparse\.sink=100 is not a multiple of sparse\.block=128.*use 0 or 128"),
+    "block": (lambda: SparseConfig(block=100), r"sparse\.block=100 is not supported; use one of 4, 8, 16, 32, 64, 128"),
+    "float window": (
+        lambda: SparseConfig(window=2048.0),
+        r"sparse\.window=2048\.0 is a float, expected a whole number",
+    ),
+    "bool sink": (lambda: SparseConfig(sink=True), r"sparse\.sink=True is a bool"),
+    "mode": (lambda: SparseConfig(route1="local"), r"sparse\.route1='local' is not known; use one of full, streaming"),
+    "one mode": (lambda: SparseConfig(route0="streaming"), "both 'streaming'; routing needs two different modes"),
+    "granule": (lambda: SparseConfig(granule="row"), r"sparse\.granule='row' is not known; use one of token, block"),
+    "stride": (
+        lambda: SparseConfig(route1="xattention", stride=12),
+        r"sparse\.stride=12 does not divide sparse\.block=128",
+    ),
+    "threshold": (lambda: SparseConfig(threshold=1.5), r"sparse\.threshold=1\.5 is not in \(0, 1\]"),
+    "pool": (lambda: RouterConfig(pool_tokens=0), r"router\.pool_tokens=0 is below 1"),
+    "norm": (
+        lambda: RouterConfig(feature_norm="batch"),
+        r"router\.feature_norm='batch' is not known; use one of running, none",
+    ),
+    "bias": (lambda: ElasticConfig(sparsity_bias=float("nan")), "sparsity_bias=nan is not a finite number"),
+    "decode": (lambda: ElasticConfig(dense_decode="yes"), "dense_decode='yes' is a str, expected true or false"),
+    "nested": (lambda: ElasticConfig(sparse={"sink": 0}), r"ElasticConfig\.sparse is a dict, expected SparseConfig"),
+    "unknown": (
+        lambda: ElasticConfig.from_dict({"sparce": {}}),
+        "unknown setting sparce; known settings are router, sparse",
+    ),
+    "unknown nested": (
+        lambda: ElasticConfig.from_dict({"sparse": {"local": 2048}}),
+        r"unknown setting sparse\.local; known settings are sparse\.route0",
+    ),
+    "not a mapping": (lambda: ElasticConfig.from_dict({"sparse": [1]}), r"sparse\. is a list, expected a mapping"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_settings_are_named(case):
+    build, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        build()

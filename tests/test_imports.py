@@ -1,0 +1,38 @@
+"""`import elastic` stays light, and every module imports on its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "elastic"
+MODULES = sorted(
+    ".".join(("elastic", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+)
+HEAVY = ("torch", "cupy", "lightning", "transformers", "datasets", "matplotlib")
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_import_elastic_is_light():
+    loaded = run("import sys, elastic; elastic.ElasticConfig(); print(' '.join(sys.modules))").split()
+    assert not [name for name in HEAVY if name in loaded]
+
+
+def test_modules_import_in_one_process_without_cuda():
+    lines = "\n".join(f"import {name}" for name in MODULES)
+    code = f"{lines}\nimport torch, sys\nassert not torch.cuda.is_initialized()\nassert 'cupy' not in sys.modules\nprint('ok')"
+    assert run(code).strip() == "ok"
+
+
+def test_lazy_names_exist():
+    import elastic
+
+    for name in elastic.__all__:
+        assert getattr(elastic, name) is not None
+    with pytest.raises(AttributeError, match="module 'elastic' has no attribute 'atach'; it offers"):
+        _ = elastic.atach

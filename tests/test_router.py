@@ -1,0 +1,70 @@
+"""The router: size, neutral start, boundary pooling against the obvious loop, running statistics."""
+
+import math
+
+import pytest
+import torch
+
+from elastic.config import RouterConfig
+from elastic.router import MIN_STATISTICS, AttentionRouter, BoundarySlots, entropy, weighted_sum
+
+
+def naive_pool(keys_SKD: torch.Tensor, begin: int, end: int, pool: int) -> torch.Tensor:
+    """Spec section 3 word by word."""
+    prompt = keys_SKD[begin:end].float()
+    if end - begin < 2 * pool:
+        return prompt.mean(0)
+    return torch.cat([prompt[:pool], prompt[-pool:]]).mean(0)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 15, 16, 17, 40])
+@pytest.mark.parametrize("begin", [0, 3])
+def test_pooling_takes_the_prompts_ends_once(length, begin):
+    keys = torch.randn(begin + length + 5, 2, 4, generator=torch.Generator().manual_seed(length))
+    slots = BoundarySlots.of(torch.tensor([begin]), torch.tensor([begin + length]), pool_tokens=8)
+    pooled = weighted_sum(keys[slots.index_N2P], slots.weight_N2P) / slots.weight_N2P.sum(1)[:, None, None]
+    torch.testing.assert_close(pooled[0], naive_pool(keys, begin, begin + length, 8))
+
+
+def test_size_and_neutral_start():
+    router = AttentionRouter(8, 128, RouterConfig())
+    assert sum(p.numel() for p in router.parameters()) == 263_682
+    logits = router(torch.randn(5, 8, 128))
+    assert logits.shape == (5, 8, 2)
+    assert torch.equal(logits, torch.zeros_like(logits))
+    assert entropy(logits).item() == pytest.approx(math.log(2))
+
+
+def test_statistics_equal_those_of_all_batches_at_once():
+    router = AttentionRouter(2, 4, RouterConfig())
+    batches = [torch.randn(n, 2, 4, generator=torch.Generator().manual_seed(n)) * 3 + 5 for n in (1, 7, 4)]
+    for batch in batches:
+        router.update_statistics(batch)
+    everything = torch.cat(batches)
+    assert router.count.item() == 12
+    torch.testing.assert_close(router.mean, everything.mean(0))
+    torch.testing.assert_close(router.var, everything.var(0, unbiased=False))
+    standardised = router.standardise(everything)
+    torch.testing.assert_close(standardised.mean(0), torch.zeros(2, 4), atol=1e-5, rtol=0)
+
+
+def test_features_stay_raw_until_the_statistics_mean_something():
+    router = AttentionRouter(2, 4, RouterConfig())
+    pooled = torch.randn(MIN_STATISTICS - 1, 2, 4)
+    router.update_statistics(pooled)
+    assert torch.equal(router.standardise(pooled), pooled)
+    router.update_statistics(pooled[:1])
+    assert not torch.equal(router.standardise(pooled), pooled)
+
+
+def test_the_papers_router_ignores_statistics():
+    router = AttentionRouter(2, 4, RouterConfig(feature_norm="none"))
+    pooled = torch.randn(20, 2, 4)
+    router.update_statistics(pooled * 10)
+    assert torch.equal(router.standardise(pooled), pooled)
+
+
+def test_bf16_keys_give_fp32_logits_under_autocast():
+    router = AttentionRouter(2, 4, RouterConfig())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert router(torch.randn(3, 2, 4, dtype=torch.bfloat16)).dtype == torch.float32
