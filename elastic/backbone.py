@@ -243,8 +243,7 @@ def _attention_layers(model: Any) -> list[Any]:
     if config._attn_implementation != "sdpa":
         raise ValueError(
             f"the model runs attention by {config._attn_implementation!r}, expected 'sdpa', which full heads "
-            "reproduce; "
-            "load it with attn_implementation='sdpa'"
+            "reproduce; load it with attn_implementation='sdpa'"
         )
     layers = [layer.self_attn for layer in model.get_decoder().layers]
     for attn in layers:
@@ -252,8 +251,8 @@ def _attention_layers(model: Any) -> list[Any]:
         window = getattr(attn, "sliding_window", getattr(config, "sliding_window", None))
         if window is not None:
             raise ValueError(
-                f"{where} has its own sliding window of {window} tokens, but full heads must see everything; load the model "
-                "with sliding_window=None (and layer_types of full_attention)"
+                f"{where} has its own sliding window of {window} tokens, but full heads must see everything; load "
+                "the model with sliding_window=None (and layer_types of full_attention)"
             )
         if attn.attention_dropout:
             raise ValueError(

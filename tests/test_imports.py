@@ -25,8 +25,8 @@ def test_import_elastic_is_light():
 
 def test_modules_import_in_one_process_without_cuda():
     lines = "\n".join(f"import {name}" for name in MODULES)
-    code = f"{lines}\nimport torch, sys\nassert not torch.cuda.is_initialized()\nassert 'cupy' not in sys.modules\nprint('ok')"
-    assert run(code).strip() == "ok"
+    checks = "import torch, sys\nassert not torch.cuda.is_initialized()\nassert 'cupy' not in sys.modules\nprint('ok')"
+    assert run(f"{lines}\n{checks}").strip() == "ok"
 
 
 def test_lazy_names_exist():
