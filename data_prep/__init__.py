@@ -1,0 +1,1 @@
+"""Offline data preparation: text sources, task generators, mixtures, packed shards."""

