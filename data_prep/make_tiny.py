@@ -1,7 +1,7 @@
 """Train the tiny backbone that ships with the package: a 3-layer Qwen3 of 0.5 M parameters on the tiny language.
 
-Run once by a maintainer (`python -m data_prep.make_tiny`); CI only uses the result. Accuracies with all heads full and all heads
-streaming are written beside the weights, as measured on held-out records.
+Run once by a maintainer (`python -m data_prep.make_tiny`); CI only uses the result. Accuracies with all heads full and
+all heads streaming are written beside the weights, as measured on held-out records.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def padded(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(model: Any, tokenizer: Any, steps: int, seed: int, lr: float) -> float:
-    """AdamW with cosine decay over the curriculum; the loss is on answers, and on whole texts where they are predictable."""
+    """AdamW with cosine decay over the curriculum; the loss is on answers, for patterns on whole texts."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     stages = [stage for share, *stage in CURRICULUM for _ in range(round(share * steps))]
     rng = random.Random(seed)
@@ -71,7 +71,7 @@ def train(model: Any, tokenizer: Any, steps: int, seed: int, lr: float) -> float
     for step, (words, rows) in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / len(stages)))
-        tasks = ["single_qa"] * (rows // 2) + ["in_context"] * (rows // 4) + ["code"] * (rows // 4)
+        tasks = ["single_qa"] * (rows // 2) + ["in_context"] * (rows // 2)
         samples = [tokenise(build_records(t, "train", 1, words, rng.getrandbits(60))[0], tokenizer) for t in tasks]
         ids, labels = padded(samples)
         labels[rows // 2 :] = ids[rows // 2 :].masked_fill(ids[rows // 2 :] == 0, -100)
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=ASSET, help="folder of the backbone (default: the package's asset)")
-    parser.add_argument("--steps", type=int, default=900, help="optimiser steps (default 900)")
+    parser.add_argument("--steps", type=int, default=800, help="optimiser steps (default 800)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data (default 0)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default 3e-3)")
     args = parser.parse_args(argv)

@@ -1,7 +1,7 @@
-"""A language of 64 words for the shipped tiny backbone: records in the ordinary format, small enough to learn on a CPU in minutes.
+"""A language of 62 words for the shipped tiny backbone: ordinary records, learned on a CPU in minutes.
 
-`single_qa` hides one key with a four-digit value in filler (needs the whole context), `in_context` repeats a short pattern and `code`
-counts on (both need a local window only).
+`single_qa` hides one key with a four-digit value in filler (needs the whole context); `in_context` repeats a short
+pattern (a local window is enough).
 """
 
 import random
@@ -14,13 +14,14 @@ FILLER = tuple(f"f{i}" for i in range(16))
 KEYS = tuple(f"k{i}" for i in range(12))
 DIGITS = tuple(str(i) for i in range(10))
 PATTERN = tuple(f"p{i}" for i in range(16))
-WORDS = ("key", "find", "repeat", "count", "on", "then")
+WORDS = ("key", "find", "repeat", "on")
 VOCABULARY = (*SPECIAL, *WORDS, *FILLER, *KEYS, *DIGITS, *PATTERN)
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}<assistant> {{ message['content'] }} <eos> "
-    "{% else %}<user> {{ message['content'] }} {% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% else %}<user> {{ message['content'] }} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-TASKS = ("single_qa", "in_context", "code")
+TASKS = ("single_qa", "in_context")
 
 
 def build_tokenizer() -> Any:
@@ -28,16 +29,16 @@ def build_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="then"))
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="on"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="then")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="on")
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.padding_side = "left"
     return tokenizer
 
 
 def build_records(task: str, split: str, count: int, words: int, seed: int) -> list[Record]:
-    """`count` records of one task with contexts of `words` / 2 to `words` words; splits draw from different random streams.
+    """`count` records of one task with contexts of `words` / 2 to `words` words; splits draw from different streams.
 
     Raises:
         ValueError: a task that this language does not have, or contexts too short to hide anything in.
@@ -47,7 +48,7 @@ def build_records(task: str, split: str, count: int, words: int, seed: int) -> l
     if words < 32:
         raise ValueError(f"contexts of {words} words are too short for the tiny language; use 32 or more")
     rng = random.Random(f"{task}/{split}/{seed}")
-    make = {"single_qa": _needle, "in_context": _pattern, "code": _counting}[task]
+    make = {"single_qa": _needle, "in_context": _pattern}[task]
     return [make(rng, rng.randint(words // 2, words), f"tiny/{split}/{i}") for i in range(count)]
 
 
@@ -63,9 +64,3 @@ def _pattern(rng: random.Random, words: int, source: str) -> Record:
     period = rng.sample(PATTERN, rng.randint(3, 8))
     text = [period[i % len(period)] for i in range(words + 8)]
     return Record("in_context", " ".join(text[:words]), f"repeat on {text[words - 1]}", " ".join(text[words:]), source)
-
-
-def _counting(rng: random.Random, words: int, source: str) -> Record:
-    start, step = rng.randrange(10), rng.choice([1, 2, 3])
-    text = [DIGITS[(start + step * i) % 10] for i in range(words + 8)]
-    return Record("code", " ".join(text[:words]), f"count on {text[words - 1]}", " ".join(text[words:]), source)

@@ -72,7 +72,7 @@ def check_device(device: str) -> None:
     except RuntimeError as error:
         raise ValueError(f"device={device!r} is not a torch device; use cpu, cuda or cuda:N") from error
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r} was asked for, but torch sees no CUDA GPU; use cpu, or see `elastic doctor`")
+        raise ValueError(f"device={device!r} was asked for, but torch sees no CUDA GPU; use cpu (see `elastic doctor`)")
 
 
 def architecture(model: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Packed examples: tokenise records with the backbone's chat template, pack them into rows, collate rows into batches.
 
-Samples of a row never see each other: `cu_seq_lens` marks their boundaries and `position_ids` restart. Labels are aligned with the
-inputs (the loss shifts them) and -100 on prompts.
+Samples of a row never see each other: `cu_seq_lens` marks their boundaries and `position_ids` restart. Labels are
+aligned with the inputs (the loss shifts them) and -100 on prompts.
 """
 
 from collections.abc import Iterable, Iterator
@@ -44,7 +44,7 @@ class PackedRow(TypedDict):
 
 
 class Batch(TypedDict):
-    """input_ids, labels, position_ids: int64 [1, S]; cu_seq_lens: int32 [N + 1]; prompt_spans: int64 [N, 2]; task_id: [N]."""
+    """Ids, labels and positions: int64 [1, S]; cu_seq_lens: int32 [N + 1]; prompt_spans: int64 [N, 2]; task_id: [N]."""
 
     input_ids: Tensor
     labels: Tensor

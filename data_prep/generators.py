@@ -1,0 +1,162 @@
+"""Records of the five task classes from local text. Held-out wording, names and texts never occur in training."""
+
+import random
+import re
+from collections.abc import Callable
+
+from data_prep import sources
+from elastic.records import Record
+
+# Two disjoint halves of everything that is drawn: the first for training, the second for validation and test.
+CITIES = (
+    ("Lisbon", "Oslo", "Cairo", "Quito", "Hanoi", "Perth", "Turin", "Lagos", "Kyoto", "Dakar", "Minsk", "Boston"),
+    ("Riga", "Lima", "Accra", "Delhi", "Porto", "Osaka", "Basel", "Tunis", "Sofia", "Davos", "Malmo", "Denver"),
+)
+NAMES = (
+    ("Alice", "Bruno", "Chloe", "David", "Elena", "Felix", "Grace", "Henry", "Irene", "Jonas", "Karen", "Louis"),
+    ("Maria", "Nolan", "Olivia", "Peter", "Quinn", "Rosa", "Simon", "Tessa", "Ulric", "Vera", "Walter", "Yvonne"),
+)
+PLACES = (
+    ("kitchen", "garage", "library", "cellar", "garden", "attic", "studio", "harbour"),
+    ("office", "museum", "barn", "tower", "chapel", "workshop", "station", "orchard"),
+)
+NEEDLES = (
+    ("The special magic number for {city} is {value}.", "Remember that the secret code of {city} is {value}."),
+    ("Note for later: the access code of {city} reads {value}.", "In {city}, the registered number is {value}."),
+)
+NEEDLE_QUESTIONS = (
+    ("What is the number for {city}? Reply with the number only.", "Which code belongs to {city}? Give only the code."),
+    ("State the code of {city}, digits only.", "Which number was given for {city}? Only the digits."),
+)
+HOPS = (
+    ("{first} shares a desk with {second}.", "{second} keeps the spare key in the {place}."),
+    ("{first} always travels with {second}.", "The notebook of {second} lies in the {place}."),
+)
+HOP_QUESTIONS = (
+    "Where does the person who shares a desk with {first} keep the spare key? Answer with one word.",
+    "In which place lies the notebook of the person who travels with {first}? Answer with one word.",
+)
+CONTINUE = ("Continue the text above.", "Write what follows in this text.")
+COMPLETE = ("Write the next lines of this file.", "Continue this source file.")
+CLASSES = {
+    "animal": (
+        ("horse", "otter", "eagle", "whale", "tiger", "goose"),
+        ("camel", "robin", "shark", "zebra", "mouse", "raven"),
+    ),
+    "fruit": (
+        ("apple", "mango", "peach", "grape", "lemon", "melon"),
+        ("cherry", "banana", "papaya", "orange", "plum", "fig"),
+    ),
+    "colour": (
+        ("red", "green", "purple", "white", "brown", "pink"),
+        ("blue", "yellow", "black", "orange", "grey", "violet"),
+    ),
+    "metal": (
+        ("iron", "copper", "zinc", "silver", "lead", "nickel"),
+        ("gold", "tin", "cobalt", "steel", "bronze", "titanium"),
+    ),
+}
+SHOTS = ("Word: {word}\nClass: {label}", "Item {word} -> group {label}")
+SHOT_QUESTIONS = (
+    "Word: {word}\nClass: Answer with the class only.",
+    "Item {word} -> which group? Answer with the group only.",
+)
+
+
+def generate(task: str, split: str, count: int, words: int, seed: int) -> list[Record]:
+    """`count` records of one task class with contexts of about `words` / 2 to `words` words; deterministic.
+
+    Raises:
+        ValueError: an unknown task, or contexts too short.
+    """
+    if task not in GENERATORS:
+        raise ValueError(f"no generator for task {task!r}; known tasks are {', '.join(GENERATORS)}")
+    if words < 64:
+        raise ValueError(f"contexts of {words} words are too short for the text generators; use 64 or more")
+    rng = random.Random(f"{task}/{split}/{seed}")
+    half = 0 if split == "train" else 1
+    return [GENERATORS[task](rng, split, half, rng.randint(words // 2, words), f"{split}/{i}") for i in range(count)]
+
+
+def single_qa(rng: random.Random, split: str, half: int, words: int, name: str) -> Record:
+    """One number hidden in prose."""
+    city, value = rng.choice(CITIES[half]), str(rng.randint(1_000_000, 9_999_999))
+    needle = rng.choice(NEEDLES[half]).format(city=city, value=value)
+    context = _hide(rng, _sentences(rng, split, words), [needle])
+    return Record("single_qa", context, rng.choice(NEEDLE_QUESTIONS[half]).format(city=city), value, f"needle/{name}")
+
+
+def multihop_qa(rng: random.Random, split: str, half: int, words: int, name: str) -> Record:
+    """Two facts that only together answer the question, among facts about others."""
+    people = rng.sample(NAMES[half], 6)
+    places = rng.sample(PLACES[half], 3)
+    facts = []
+    for first, second, place in zip(people[::2], people[1::2], places, strict=True):
+        facts += [fact.format(first=first, second=second, place=place) for fact in HOPS[half]]
+    context = _hide(rng, _sentences(rng, split, words), facts)
+    return Record("multihop_qa", context, HOP_QUESTIONS[half].format(first=people[0]), places[0], f"hops/{name}")
+
+
+def summarization(rng: random.Random, split: str, half: int, words: int, name: str) -> Record:
+    """Continuation of a passage: lives on its subject and style, not on single details."""
+    tokens = " ".join(_sentences(rng, split, words + 48)).split(" ")
+    return Record("summarization", " ".join(tokens[:-48]), CONTINUE[half], " ".join(tokens[-48:]), f"prose/{name}")
+
+
+def code(rng: random.Random, split: str, half: int, words: int, name: str) -> Record:
+    """The next lines of a source file."""
+    lines = rng.choice(sources.code(split)).split("\n")
+    start = rng.randrange(max(1, len(lines) - 60))
+    taken: list[str] = []
+    for line in lines[start:]:
+        taken.append(line)
+        if sum(len(text) for text in taken) > 5 * words and line.strip():
+            break
+    body = "\n".join(taken[:-6])
+    answer = "\n".join(taken[-6:])
+    if not body.strip() or not answer.strip():
+        return code(rng, split, half, words, name)
+    return Record("code", body, COMPLETE[half], answer, f"code/{name}")
+
+
+def in_context(rng: random.Random, split: str, half: int, words: int, name: str) -> Record:
+    """Many-shot classification."""
+    labels = list(CLASSES)
+    shots = []
+    while sum(len(shot.split()) for shot in shots) < words:
+        label = rng.choice(labels)
+        shots.append(SHOTS[half].format(word=rng.choice(CLASSES[label][half]), label=label))
+    label = rng.choice(labels)
+    question = SHOT_QUESTIONS[half].format(word=rng.choice(CLASSES[label][half]))
+    return Record("in_context", "\n".join(shots), question, label, f"{split}-shots/{name}")
+
+
+Generator = Callable[[random.Random, str, int, int, str], Record]
+GENERATORS: dict[str, Generator] = {
+    "single_qa": single_qa,
+    "multihop_qa": multihop_qa,
+    "summarization": summarization,
+    "code": code,
+    "in_context": in_context,
+}
+
+
+def _sentences(rng: random.Random, split: str, words: int) -> list[str]:
+    """Whole sentences of prose from a random place on, `words` words or a little more."""
+    taken: list[str] = []
+    count = 0
+    while count < words:
+        sentences = re.split(r"(?<=[.:])\s+", rng.choice(sources.prose(split)))
+        for sentence in sentences[rng.randrange(max(1, len(sentences) // 2)) :]:
+            taken.append(" ".join(sentence.split()))
+            count += len(taken[-1].split())
+            if count >= words:
+                break
+    return taken
+
+
+def _hide(rng: random.Random, sentences: list[str], facts: list[str]) -> str:
+    """Put each fact between two sentences, in random order and places."""
+    for fact in rng.sample(facts, len(facts)):
+        sentences.insert(rng.randrange(len(sentences) + 1), fact)
+    return " ".join(sentences)

@@ -1,0 +1,83 @@
+"""Step 2: tokenise records with a backbone's chat template and pack them into memory-mapped shards with a manifest."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from elastic.packed import Sample, pack, tokenise
+from elastic.records import ReadReport, read_records
+from elastic.shards import SPLITS, DataWriter, tokenizer_hash
+
+
+def prepare(records: str | Path, tokenizer: Any, out: str | Path, seq_length: int) -> tuple[dict[str, Any], ReadReport]:
+    """Pack every `<records>/<split>/<name>.jsonl` (or `.parquet`) into the corpus `<name>` of that split.
+
+    Records longer than a row are skipped and named in the report, like unreadable ones.
+
+    Returns:
+        The manifest, and the report on skipped records.
+
+    Raises:
+        FileNotFoundError: no records.
+        ValueError: a file without usable records, or a tokenizer that cannot chat.
+    """
+    records, report = Path(records), ReadReport()
+    files = [(split, file) for split in SPLITS for file in sorted((records / split).glob("*.*"))]
+    files = [(split, file) for split, file in files if file.suffix in (".jsonl", ".parquet")]
+    if not files:
+        raise FileNotFoundError(
+            f"no records in {records}/{{{','.join(SPLITS)}}}; write them with data_prep.build_mixture"
+        )
+    facts = {
+        "seq_length": seq_length,
+        "tokenizer": {"name": Path(tokenizer.name_or_path).name, "sha256": tokenizer_hash(tokenizer)},
+    }
+    with DataWriter(out, facts) as writer:
+        for split, file in tqdm(files, desc="packing", unit="file"):
+            writer.add(split, file.stem, pack(_samples(file, tokenizer, seq_length, report), seq_length))
+    return writer.manifest, report
+
+
+def _samples(file: Path, tokenizer: Any, seq_length: int, report: ReadReport) -> Iterator[Sample]:
+    for number, record in enumerate(read_records(file, report), 1):
+        sample = tokenise(record, tokenizer)
+        if len(sample.input_ids) <= seq_length:
+            yield sample
+        else:
+            report.good -= 1
+            report.bad.append(
+                f"{file}: good record {number} has {len(sample.input_ids)} tokens, more than {seq_length}"
+            )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep.tokenize_and_pack", description=__doc__)
+    parser.add_argument("--records", type=Path, required=True, help="folder written by data_prep.build_mixture")
+    parser.add_argument(
+        "--backbone", required=True, help="tiny, smollm2-135m, a folder or a hub id: whose tokenizer to use"
+    )
+    parser.add_argument("--seq-length", type=int, required=True, help="tokens of a packed row")
+    parser.add_argument("--out", type=Path, required=True, help="data folder to write")
+    args = parser.parse_args(argv)
+    from elastic.backbones import load_tokenizer
+
+    try:
+        manifest, report = prepare(args.records, load_tokenizer(args.backbone), args.out, args.seq_length)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    for split, corpora in manifest["splits"].items():
+        for corpus, entry in corpora.items():
+            sys.stdout.write(
+                f"{split}/{corpus}: {entry['rows']} rows, {entry['samples']} samples, {entry['tokens']} tokens\n"
+            )
+    sys.stdout.write(f"{report}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,197 @@
+"""DataModules over packed shards: corpora mixed by weight, deterministic for a seed, resumable in the middle of an epoch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import ConcatDataset, DataLoader, Sampler
+
+from elastic.packed import Batch, PackedRow, collate
+from elastic.shards import open_corpus, verify
+
+EVALUATION = {"validate": "validation", "fit": "validation", "test": "test", "predict": "test"}
+
+
+class MixtureSampler(Sampler[list[int]]):
+    """Row indices of one optimiser step after the other: every row's corpus is drawn by weight, its rows without repetition.
+
+    An epoch has as many rows as the corpora together. Every process draws the same order and takes its own share of it.
+
+    Args:
+        sizes: rows per corpus, in the order of the concatenated dataset.
+        weights: relative weight per corpus, positive.
+        rows: rows per step and process.
+        seed: seed of the order; epochs differ.
+        rank, world: this process and their number.
+    """
+
+    def __init__(
+        self, sizes: list[int], weights: list[float], rows: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.sizes, self.weights, self.rows = sizes, torch.tensor(weights, dtype=torch.float64), rows
+        self.seed, self.rank, self.world = seed, rank, world
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return max(1, sum(self.sizes) // (self.rows * self.world))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.order()
+        step = self.rows * self.world
+        for first in range(self.start * step, len(self) * step, step):
+            yield order[first + self.rank : first + step : self.world]
+
+    def order(self) -> list[int]:
+        """All processes' row indices of the current epoch."""
+        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) % 2**63)
+        total = len(self) * self.rows * self.world
+        picks = torch.multinomial(self.weights, total, replacement=True, generator=generator).tolist()
+        offsets = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+        streams = [_endless(size, generator) for size in self.sizes]
+        return [offsets[corpus] + next(streams[corpus]) for corpus in picks]
+
+
+def _endless(size: int, generator: torch.Generator) -> Iterator[int]:
+    """Permutations of range(size), one after the other."""
+    while True:
+        yield from torch.randperm(size, generator=generator).tolist()
+
+
+class ResumableLoader(DataLoader):
+    """Yields one list of micro-batches per optimiser step; Lightning saves and restores its place through its state dict."""
+
+    sampler_state: MixtureSampler
+
+    def __init__(self, dataset: Any, sampler: MixtureSampler, micro_batch_rows: int, num_workers: int) -> None:
+        super().__init__(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=_Micro(micro_batch_rows),
+            num_workers=num_workers,
+        )
+        self.place, self.done = sampler, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.done = self.place.start
+        for batch in super().__iter__():
+            self.done += 1
+            yield batch
+        self.place.epoch += 1
+        self.place.start = self.done = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and steps handed out in it."""
+        return {"epoch": self.place.epoch, "done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue after the last step handed out; a finished epoch continues with the next."""
+        finished = state["done"] >= len(self.place)
+        self.place.epoch = state["epoch"] + int(finished)
+        self.place.start = self.done = 0 if finished else state["done"]
+
+
+class _Micro:
+    """Collate rows into micro-batches of a fixed number of rows; picklable for worker processes."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __call__(self, rows: list[PackedRow]) -> list[Batch]:
+        return [collate(rows[i : i + self.rows]) for i in range(0, len(rows), self.rows)]
+
+
+class MixtureDataModule(LightningDataModule):
+    """Packed corpora of one data folder, sensitive and robust ones mixed by weight.
+
+    Args:
+        data_dir: folder written by `python -m data_prep.tokenize_and_pack`.
+        weights: weight per corpus; corpora without an entry get 1, a weight of 0 leaves a corpus out.
+        rows_per_step: packed rows per optimiser step and process.
+        micro_batch_rows: packed rows per forward pass; divides `rows_per_step` (the rest is gradient accumulation).
+        seed: seed of the order.
+        num_workers: processes that read ahead; 0 reads in the training process.
+    """
+
+    def __init__(
+        self,
+        data_dir: str,
+        weights: dict[str, float] | None = None,
+        rows_per_step: int = 8,
+        micro_batch_rows: int = 1,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if rows_per_step < 1 or micro_batch_rows < 1 or rows_per_step % micro_batch_rows:
+            raise ValueError(
+                f"rows_per_step={rows_per_step} is not a positive multiple of micro_batch_rows={micro_batch_rows}; "
+                "one optimiser step accumulates whole micro-batches"
+            )
+        if num_workers < 0:
+            raise ValueError(f"num_workers={num_workers} is below 0; 0 reads in the training process")
+        self.data_dir, self.weights, self.seed, self.num_workers = data_dir, weights or {}, seed, num_workers
+        self.rows_per_step, self.micro_batch_rows = rows_per_step, micro_batch_rows
+        self.manifest: dict[str, Any] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Verify the data before anything runs."""
+        if self.manifest is None:
+            self.manifest = verify(self.data_dir)
+        needed = {EVALUATION[stage]} | ({"train"} if stage == "fit" else set())
+        for split in needed:
+            self._corpora(split)
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of the longest possible row."""
+        if self.manifest is None:
+            self.manifest = verify(self.data_dir)
+        return int(self.manifest["seq_length"])
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Lists of micro-batches, one list per optimiser step."""
+        corpora = self._corpora("train")
+        data = [open_corpus(self.data_dir, "train", name) for name in corpora]
+        sizes, weights = [len(d) for d in data], [self.weights.get(name, 1.0) for name in corpora]
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = MixtureSampler(sizes, weights, self.rows_per_step, self.seed, rank, world)
+        return ResumableLoader(ConcatDataset(data), sampler, self.micro_batch_rows, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader:
+        """Batches of one row, in order."""
+        return self._sequential("validation")
+
+    def test_dataloader(self) -> DataLoader:
+        """Batches of one row, in order."""
+        return self._sequential("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Batches of one row, in order."""
+        return self._sequential("test")
+
+    def _sequential(self, split: str) -> DataLoader:
+        data = [open_corpus(self.data_dir, split, name) for name in self._corpora(split)]
+        return DataLoader(ConcatDataset(data), batch_size=1, collate_fn=collate, num_workers=self.num_workers)
+
+    def _corpora(self, split: str) -> list[str]:
+        """Corpora of a split that the weights leave in."""
+        if self.manifest is None:
+            self.manifest = verify(self.data_dir)
+        splits = self.manifest["splits"]
+        if split not in splits:
+            raise ValueError(
+                f"{self.data_dir} has no split {split!r}, only {', '.join(splits)}; build the data with it"
+            )
+        known = splits[split]
+        for name, weight in self.weights.items():
+            if name not in known:
+                raise ValueError(f"weights name corpus {name!r}, but {split} of {self.data_dir} has {', '.join(known)}")
+            if not (isinstance(weight, int | float) and 0 <= weight < float("inf")):
+                raise ValueError(f"weight of corpus {name!r} is {weight!r}; expected a number of 0 or more")
+        chosen = [name for name in known if self.weights.get(name, 1.0) > 0]
+        if not chosen:
+            raise ValueError(
+                f"all corpora of {split} have weight 0; give at least one of {', '.join(known)} a positive weight"
+            )
+        return chosen

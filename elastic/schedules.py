@@ -1,0 +1,16 @@
+"""Schedules as functions of training progress p in [0, 1] (spec sections 4 and 5)."""
+
+import math
+
+
+def temperature(progress: float, initial: float, final: float, reached: float) -> float:
+    """tau(p) = max(final, initial * exp(-r p)), with r such that `final` is reached at progress `reached`."""
+    rate = math.log(initial / final) / reached
+    return max(final, initial * math.exp(-rate * progress))
+
+
+def learning_rate(progress: float, peak: float, warmup: float) -> float:
+    """Linear from 0 over the first `warmup` share of the steps, then a cosine to 0."""
+    if progress < warmup:
+        return peak * progress / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))

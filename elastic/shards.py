@@ -1,0 +1,157 @@
+"""Packed corpora on disk: memory-mapped arrow files and one manifest with checksums and counts.
+
+Layout: `<data_dir>/manifest.json` and `<data_dir>/<split>/<corpus>.arrow`, one row per packed row. A data folder is
+written beside its final place and renamed, so a half-written one is never picked up.
+"""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from elastic.packed import PackedRow
+from elastic.tasks import TASKS
+
+FORMAT = 1
+SPLITS = ("train", "validation", "test")
+MANIFEST = "manifest.json"
+
+
+class DataWriter:
+    """Context manager that writes a data folder: `add` each corpus, leave the context to put the folder into place.
+
+    Args:
+        out: final folder.
+        facts: what the manifest should say about the origin (seed, tokenizer, sequence length, versions).
+
+    Raises:
+        ValueError: `out` exists and is no data folder (it is never replaced); an existing data folder is.
+    """
+
+    def __init__(self, out: str | Path, facts: dict[str, Any]) -> None:
+        self.out = Path(out)
+        self.scratch = self.out.with_name(f".{self.out.name}.writing")
+        self.manifest: dict[str, Any] = {"format": FORMAT, **facts, "splits": {}}
+
+    def __enter__(self) -> "DataWriter":
+        if (
+            self.out.exists()
+            and not (self.out / MANIFEST).is_file()
+            and (not self.out.is_dir() or any(self.out.iterdir()))
+        ):
+            raise ValueError(f"{self.out} exists and is no data folder of this project; choose another --out")
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir(parents=True)
+        return self
+
+    def add(self, split: str, corpus: str, rows: Iterable[PackedRow]) -> dict[str, Any]:
+        """Write one corpus; returns its entry in the manifest.
+
+        Raises:
+            ValueError: an unknown split, or no rows.
+        """
+        from datasets.arrow_writer import ArrowWriter
+
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
+        file = self.scratch / split / f"{corpus}.arrow"
+        file.parent.mkdir(exist_ok=True)
+        tasks: Counter[str] = Counter()
+        tokens = samples = count = 0
+        writer = ArrowWriter(path=str(file), features=_features())
+        for row in rows:
+            writer.write(dict(row))
+            tasks.update(TASKS[i] for i in row["task_id"])
+            count, tokens, samples = count + 1, tokens + len(row["input_ids"]), samples + len(row["task_id"])
+        writer.finalize()
+        if not count:
+            raise ValueError(f"corpus {corpus!r} of split {split!r} has no rows; build more records for it")
+        entry = {"rows": count, "samples": samples, "tokens": tokens, "tasks": dict(tasks), "sha256": _sha256(file)}
+        self.manifest["splits"].setdefault(split, {})[corpus] = entry
+        return entry
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            return
+        (self.scratch / MANIFEST).write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
+        if self.out.exists():
+            shutil.rmtree(self.out)
+        self.scratch.rename(self.out)
+
+
+def read_manifest(data_dir: str | Path) -> dict[str, Any]:
+    """The manifest of a data folder.
+
+    Raises:
+        FileNotFoundError: no folder or no manifest.
+        ValueError: a manifest that is damaged or of another format.
+    """
+    path = Path(data_dir) / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no data at {data_dir} ({MANIFEST} is missing); build it with data_prep.tokenize_and_pack"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found = manifest["format"]
+        manifest["splits"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); build the data again") from error
+    if found != FORMAT:
+        raise ValueError(f"{path} has format {found}, this version reads format {FORMAT}; build the data again")
+    return manifest
+
+
+def verify(data_dir: str | Path) -> dict[str, Any]:
+    """Check every shard's checksum; returns the manifest.
+
+    Raises:
+        ValueError: a missing or damaged shard, with both checksums.
+    """
+    manifest = read_manifest(data_dir)
+    for split, corpora in manifest["splits"].items():
+        for corpus, entry in corpora.items():
+            file = Path(data_dir) / split / f"{corpus}.arrow"
+            found = _sha256(file) if file.is_file() else "no file"
+            if found != entry["sha256"]:
+                raise ValueError(
+                    f"shard {file} is damaged: sha256 {found}, expected {entry['sha256']}; build the data again"
+                )
+    return manifest
+
+
+def open_corpus(data_dir: str | Path, split: str, corpus: str) -> Any:
+    """Memory-mapped `datasets.Dataset` of packed rows."""
+    from datasets import Dataset
+
+    return Dataset.from_file(str(Path(data_dir) / split / f"{corpus}.arrow"))
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of vocabulary and chat template: what decides how records become tokens."""
+    text = json.dumps([sorted(tokenizer.get_vocab().items()), str(tokenizer.chat_template)])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _features() -> Any:
+    from datasets import Features, List, Value
+
+    ids = List(Value("int32"))
+    return Features(
+        {
+            "input_ids": ids,
+            "labels": ids,
+            "cu_seq_lens": ids,
+            "prompt_spans": List(ids),
+            "task_id": List(Value("int32")),
+        }
+    )
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
