@@ -1,0 +1,168 @@
+// Fused causal GQA attention for compute capability 8.0 and newer: every KV head full, streaming or block-sparse in one
+// launch. mma.sync, cp.async, one K/V stage, eight warps of 16 query rows. The plain twin of attention_forward_sm90.cu:
+// the same parameters, tile order, block order and mask.
+// Compile-time: ELASTIC_HEAD_DIM (64, 128), ELASTIC_BF16 (1, else fp16).
+#include "elastic/params.cuh"
+#include "elastic/ptx_sm80.cuh"
+#include "elastic/schedule.cuh"
+#include "elastic/softmax.cuh"
+
+namespace elastic {
+
+constexpr int kD = ELASTIC_HEAD_DIM;
+constexpr int kThreads = 256;
+constexpr int kRowBytes = kD * 2;
+constexpr int kChunks = kD / 8;  // 16-byte chunks of a row
+
+// Chunks are permuted inside each group of eight rows, so that ldmatrix meets no bank twice.
+ELASTIC_FN u32 swizzled(u32 base, int row, int chunk) { return base + row * kRowBytes + ((chunk ^ (row & 7)) << 4); }
+
+template <int kRows>
+ELASTIC_FN void load_rows(u32 shared, const char* source, i64 token_bytes, int valid_rows) {
+#pragma unroll
+  for (int i = 0; i < kRows * kChunks / kThreads; ++i) {
+    const int index = i * kThreads + threadIdx.x, row = index / kChunks, chunk = index % kChunks;
+    const bool valid = row < valid_rows;
+    copy_async(swizzled(shared, row, chunk), valid ? source + row * token_bytes + chunk * 16 : source, valid);
+  }
+}
+
+struct Head {  // where one tile's operands lie, in bytes
+  const char *q, *k, *v;
+  char* out;
+  float* lse;
+};
+
+ELASTIC_FN Head locate(const Params& p, const Tile& t, const Sample& s) {
+  const int m0 = t.m_block * kTileM, kv_head = t.head / (p.heads / p.kv_heads);
+  Head h;
+  h.q = (const char*)p.q + 2 * (s.row * p.stride_q.row + (s.begin_q + m0) * p.stride_q.token + t.head * p.stride_q.head);
+  h.k = (const char*)p.k + 2 * (s.row * p.stride_k.row + s.begin_k * p.stride_k.token + kv_head * p.stride_k.head);
+  h.v = (const char*)p.v + 2 * (s.row * p.stride_v.row + s.begin_k * p.stride_v.token + kv_head * p.stride_v.head);
+  h.out = (char*)p.out + 2 * (s.row * p.stride_o.row + (s.begin_q + m0) * p.stride_o.token + t.head * p.stride_o.head);
+  h.lse = p.lse + (i64(s.row) * p.heads + t.head) * p.seq_q + s.begin_q + m0;
+  return h;
+}
+
+ELASTIC_FN void score(float (&s)[32], u32 shared_q, u32 shared_k, int warp, int lane) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) s[i] = 0.0f;
+#pragma unroll
+  for (int kk = 0; kk < kD / 16; ++kk) {
+    u32 a[4];
+    load_matrix(a, swizzled(shared_q, warp * 16 + (lane & 15), 2 * kk + (lane >> 4)));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      u32 b[4];
+      load_matrix(b, swizzled(shared_k, j * 16 + (lane & 7) + ((lane >> 4) << 3), 2 * kk + ((lane >> 3) & 1)));
+      mma(s + 8 * j, a, b[0], b[1]);
+      mma(s + 8 * j + 4, a, b[2], b[3]);
+    }
+  }
+}
+
+ELASTIC_FN void accumulate(float (&o)[kD / 2], const float (&s)[32], u32 shared_v, int lane) {
+#pragma unroll
+  for (int kk = 0; kk < 4; ++kk) {
+    u32 a[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) a[j] = pack(s[8 * kk + 2 * j], s[8 * kk + 2 * j + 1]);
+#pragma unroll
+    for (int j = 0; j < kD / 16; ++j) {
+      u32 b[4];
+      load_matrix_transposed(b, swizzled(shared_v, kk * 16 + (lane & 15), 2 * j + (lane >> 4)));
+      mma(o + 8 * j, a, b[0], b[1]);
+      mma(o + 8 * j + 4, a, b[2], b[3]);
+    }
+  }
+}
+
+ELASTIC_FN void run_tile(const Params& p, const Tile& tile, u32 shared_q, u32 shared_k, u32 shared_v) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Sample sample = read_sample(p, tile.sample);
+  const int kv_head = tile.head / (p.heads / p.kv_heads), mode = p.mode[tile.sample * p.kv_heads + kv_head];
+  const bool poisoned = is_poisoned(p, mode);
+  const Rule rule = rule_of(mode, p.sink, p.window, p.by_block, p.block);
+  const Head head = locate(p, tile, sample);
+  const int delta = sample.len_k - sample.len_q, m0 = tile.m_block * kTileM, rows = min_i(kTileM, sample.len_q - m0);
+  const int a0 = m0 + delta + warp * 16, a = a0 + lane / 4;
+  BlockIterator blocks;
+  const u32* bits = mode != kBlockSparse || poisoned ? nullptr
+      : p.bits + ((i64(tile.sample) * p.heads + tile.head) * p.bits_rows + tile.m_block) * p.bits_words;
+  blocks.init(rule, m0, m0 + rows, delta, bits);
+
+  Softmax softmax;
+  softmax.init();
+  float o[kD / 2];
+#pragma unroll
+  for (int i = 0; i < kD / 2; ++i) o[i] = 0.0f;
+
+  int id = poisoned ? -1 : blocks.next();
+  if (id >= 0) {
+    load_rows<kTileM>(shared_q, head.q, 2 * p.stride_q.token, rows);
+    load_rows<kHalf>(shared_k, head.k + id * i64(kHalf) * 2 * p.stride_k.token, 2 * p.stride_k.token,
+                     sample.len_k - id * kHalf);
+    copy_commit();
+  }
+#pragma unroll 1
+  while (id >= 0) {
+    copy_wait();
+    __syncthreads();  // K is here, and everyone is done with the former V
+    load_rows<kHalf>(shared_v, head.v + id * i64(kHalf) * 2 * p.stride_v.token, 2 * p.stride_v.token,
+                     sample.len_k - id * kHalf);
+    copy_commit();
+    float s[32];
+    score(s, shared_q, shared_k, warp, lane);
+    if (needs_mask(id, a0, a0 + 15, rule)) mask_half(s, id, a, rule, lane);
+    copy_wait();
+    __syncthreads();  // V is here, and everyone is done with K
+    const int next = blocks.next();
+    if (next >= 0) {
+      load_rows<kHalf>(shared_k, head.k + next * i64(kHalf) * 2 * p.stride_k.token, 2 * p.stride_k.token,
+                       sample.len_k - next * kHalf);
+      copy_commit();
+    }
+    float alpha[2];
+    softmax.update(s, alpha, p.scale_log2);
+#pragma unroll
+    for (int i = 0; i < kD / 2; ++i) o[i] *= alpha[(i >> 1) & 1];
+    accumulate(o, s, shared_v, lane);
+    id = next;
+  }
+
+#pragma unroll
+  for (int y = 0; y < 2; ++y) {
+    float factor, lse;
+    softmax.finish(y, p.scale, &factor, &lse);
+    if (poisoned) factor = lse = __int_as_float(0x7fc00000);
+    const int row = warp * 16 + lane / 4 + 8 * y;
+    if (row >= rows) continue;
+    if (lane % 4 == 0) head.lse[row] = lse;
+    u32* out = (u32*)(head.out + row * 2 * p.stride_o.token) + lane % 4;
+#pragma unroll
+    for (int j = 0; j < kD / 8; ++j) out[4 * j] = pack(o[4 * j + 2 * y] * factor, o[4 * j + 2 * y + 1] * factor);
+  }
+}
+
+}  // namespace elastic
+
+extern "C" __global__ void __launch_bounds__(elastic::kThreads, 2)
+    attention_forward_sm80(const __grid_constant__ elastic::Params p) {
+  using namespace elastic;
+  extern __shared__ __align__(128) char shared[];
+  const u32 shared_q = shared_address(shared);
+  const u32 shared_k = shared_q + kTileM * kRowBytes, shared_v = shared_k + kHalf * kRowBytes;
+  Segment* segments = (Segment*)(shared + (kTileM + 2 * kHalf) * kRowBytes + 16);
+  ScheduleSize* size = (ScheduleSize*)(shared + (kTileM + 2 * kHalf) * kRowBytes);
+  int* next_tile = (int*)(size + 1);
+  if (threadIdx.x < 32) build_schedule(p, segments, size, threadIdx.x);
+  __syncthreads();
+  const ScheduleSize total = *size;
+  for (int t = blockIdx.x; t < total.tiles; t = *next_tile) {
+    run_tile(p, decode_tile<kD>(p, segments, total.segments, t), shared_q, shared_k, shared_v);
+    __syncthreads();  // everyone is done with the tile's memory and has read the former *next_tile
+    if (threadIdx.x == 0) *next_tile = atomicAdd(p.counter, 1) + gridDim.x;
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) release_counter(p.counter);
+}

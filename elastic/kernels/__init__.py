@@ -1,0 +1,8 @@
+"""CUDA attention kernels and their Python edge: tensors in, tensors out, no routers. CuPy is loaded by `jit` alone, on
+first use.
+"""
+
+from elastic.kernels.block_bits import bits_from_indices, bits_from_mask
+from elastic.kernels.block_sparse import attention_forward
+
+__all__ = ["attention_forward", "bits_from_indices", "bits_from_mask"]

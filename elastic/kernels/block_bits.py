@@ -1,0 +1,48 @@
+"""Which key blocks each query block of a block-sparse head visits, as the bit set that the kernel reads.
+
+bits int32 [N, H, ceil(Sq / 128), W]: bit b % 32 of word b // 32 of query block m says whether its 128 queries visit key
+block b (`block` = 64 or 128 keys). Both count from the sample's first query and first key. Keys after a query stay
+hidden whatever the bits say; a query whose bits show it nothing gives output 0 and LSE -inf.
+"""
+
+import torch
+from torch import Tensor
+
+_WEIGHTS = [1 << b for b in range(31)] + [-(1 << 31)]
+
+
+def bits_from_mask(mask: Tensor) -> Tensor:
+    """Pack a boolean [..., key blocks] tensor into int32 [..., ceil(key blocks / 32)]."""
+    padded = torch.nn.functional.pad(mask.bool(), (0, -mask.shape[-1] % 32))
+    weights = torch.tensor(_WEIGHTS, dtype=torch.int32, device=mask.device)
+    # The weights are distinct powers of two, so the sum is an or and cannot overflow.
+    return (padded.unflatten(-1, (-1, 32)) * weights).sum(-1, dtype=torch.int32)
+
+
+def mask_from_bits(bits: Tensor) -> Tensor:
+    """Unpack int32 [..., W] into a boolean [..., 32 W] tensor."""
+    shifts = torch.arange(32, dtype=torch.int32, device=bits.device)
+    return ((bits.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)
+
+
+def bits_from_indices(indices: Tensor, counts: Tensor, key_blocks: int) -> Tensor:
+    """Bit set of explicit lists: row [...] visits key blocks indices[..., :counts[...]].
+
+    Args:
+        indices: integer [..., I]; entries from counts on are ignored.
+        counts: integer [...].
+        key_blocks: number of key blocks of the sequence.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    if indices.shape[:-1] != counts.shape:
+        raise ValueError(
+            f"indices {list(indices.shape)} and counts {list(counts.shape)} do not belong together; expected "
+            "[..., I] and [...]"
+        )
+    used = torch.arange(indices.shape[-1], device=indices.device) < counts.unsqueeze(-1)
+    # Unused entries go to an extra last block that is dropped again.
+    target = torch.where(used, indices.long(), key_blocks)
+    mask = torch.zeros(*counts.shape, key_blocks + 1, dtype=torch.bool, device=indices.device)
+    return bits_from_mask(mask.scatter_(-1, target, True)[..., :key_blocks])

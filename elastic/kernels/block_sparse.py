@@ -1,0 +1,245 @@
+"""`attention_forward`: one launch in which every (sample, KV head) runs full, streaming or block-sparse attention.
+
+The operator is `torch.ops.elastic.attention_forward`: CUDA kernels on a GPU, the oracle on the CPU. Modes and sample
+ranges are read on the device; the host never waits. Legend: B batch rows, N samples, S tokens, H query heads, K KV
+heads, D head dim.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from elastic.kernels import jit
+from elastic.kernels.checks import check_cuda, check_metadata, check_pattern, check_tensors
+from elastic.kernels.oracle import attention_oracle
+from elastic.kernels.params import MAP_BYTES, QUERY_BLOCK, Pattern, Ranges, pack_params
+from elastic.kernels.tensor_map import tensor_map
+
+_Optional = Tensor | None
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one launch runs: kernel name, compile target, threads and shared bytes of a CTA, CTAs."""
+
+    name: str
+    arch: str
+    threads: int
+    shared_bytes: int
+    grid: int
+
+
+def launch_config(
+    capability: tuple[int, int], processors: int, head_dim: int, samples: int, tiles: int
+) -> LaunchConfig:
+    """Launch choices of a GPU; `tiles` is an upper bound of the query tiles.
+
+    Raises:
+        ValueError: a GPU older than compute capability 8.0.
+    """
+    schedule = 48 * samples
+    if capability == (9, 0):
+        stages = 4 if head_dim == 64 else 2
+        shared = 1024 + 2 * head_dim * QUERY_BLOCK * (2 + 2 * stages) + 1024 + schedule
+        return LaunchConfig("attention_forward_sm90", "sm_90a", 384, shared, max(1, min(processors, tiles)))
+    if capability < (8, 0):
+        raise ValueError(
+            f"compute capability {capability[0]}.{capability[1]}; the kernels need 8.0 (Ampere) or newer, use "
+            "PyTorch's attention on this GPU"
+        )
+    shared = 4 * head_dim * QUERY_BLOCK + 16 + schedule
+    arch = f"sm_{capability[0]}{capability[1]}"
+    return LaunchConfig("attention_forward_sm80", arch, 256, shared, max(1, min(2 * processors, tiles)))
+
+
+@cache
+def _device_facts(index: int) -> tuple[tuple[int, int], int]:
+    facts = torch.cuda.get_device_properties(index)
+    return (facts.major, facts.minor), facts.multi_processor_count
+
+
+def kernel_path(device: torch.device) -> str:
+    """Name of the kernel that runs on this device, for reports: chosen by compute capability alone."""
+    if device.type != "cuda":
+        return "oracle (PyTorch)"
+    capability, processors = _device_facts(device.index or 0)
+    config = launch_config(capability, processors, 128, 1, processors)
+    return f"{config.name} ({config.arch})"
+
+
+@cache
+def _counter(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(2, dtype=torch.int32, device=device)
+
+
+def tile_counter(device: torch.device) -> Tensor:
+    """int32 [2] of zeros that no other launch in flight uses; every launch leaves zeros behind.
+
+    One per stream; a captured graph gets its own, because graphs captured on one stream may replay on several.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    return _counter(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mode: Tensor,
+    *,
+    sink: int,
+    window: int,
+    granule: str = "token",
+    block: int = 128,
+    scale: float | None = None,
+    begin_q: Tensor | None = None,
+    end_q: Tensor | None = None,
+    begin_k: Tensor | None = None,
+    end_k: Tensor | None = None,
+    row: Tensor | None = None,
+    bits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of all heads, each in its mode. Not differentiable by itself.
+
+    Sample n is queries [begin_q, end_q) and keys [begin_k, end_k) of batch row row[n]; its queries are its last
+    positions (bottom-right causal), so Lq <= Lk. Packing and padding are both expressed this way. Samples must not
+    share query rows. The visibility rule is `elastic.visibility`.
+
+    Args:
+        q: [B, Sq, H, D], bf16 or fp16, D 64 or 128, any strides that are multiples of 16 bytes, D contiguous.
+        k, v: [B, Sk, K, D] likewise; query head h reads KV head h // (H / K).
+        mode: int32 [N, K]: 0 full, 1 streaming(sink, window), 2 block-sparse by `bits`. A head with another value, or
+            with 2 and no bits, answers NaN.
+        sink, window, block: tokens; with granule `block` the window is counted in whole blocks.
+        scale: softmax scale, default D ** -0.5.
+        begin_q, end_q, begin_k, end_k, row: int32 [N] on the device; None means 0, Sq, 0, Sk, n.
+        bits: int32 [N, H, ceil(Sq / 128), ceil(Sk / (32 * block))], see `block_bits`; block 64 or 128.
+
+    Returns:
+        out [B, Sq, H, D] contiguous, in q's dtype, 0 in rows of no sample; lse [B, H, Sq] fp32, the natural logarithm
+        of the softmax denominator, -inf where a query sees nothing.
+
+    Raises:
+        ValueError: arguments that do not fit, with the way out.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    spans = (begin_q, end_q, begin_k, end_k, row)
+    return torch.ops.elastic.attention_forward(q, k, v, mode, sink, window, granule, block, scale, *spans, bits)
+
+
+def _outputs(q: Tensor, ranges: Ranges) -> tuple[Tensor, Tensor]:
+    shape, lse_shape = q.shape, (q.shape[0], q.shape[2], q.shape[1])
+    if ranges.partial:
+        lse = torch.full(lse_shape, float("-inf"), dtype=torch.float32, device=q.device)
+        return torch.zeros(shape, dtype=q.dtype, device=q.device), lse
+    out = torch.empty(shape, dtype=q.dtype, device=q.device)
+    return out, torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+
+
+def launch_into(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mode: Tensor,
+    pattern: Pattern,
+    ranges: Ranges,
+    bits: Tensor | None,
+    config: LaunchConfig | None = None,
+    debug: tuple[str, ...] = (),
+) -> None:
+    """Run the kernel on checked CUDA tensors, into tensors the caller owns. `config` and `debug` serve the tests."""
+    samples, device = mode.shape[0], q.device
+    if config is None:
+        capability, processors = _device_facts(device.index)
+        tiles = samples * -(-q.shape[1] // QUERY_BLOCK) * q.shape[2]
+        config = launch_config(capability, processors, q.shape[3], samples, tiles)
+    maps = bytes(4 * MAP_BYTES)
+    if config.arch == "sm_90a":
+        maps = tensor_map(q, QUERY_BLOCK) + tensor_map(k, 64) + tensor_map(v, 64) + tensor_map(out, 16)
+    params = pack_params(maps, q, k, v, out, lse, mode, bits, ranges, tile_counter(device), pattern)
+    variant = jit.Variant(config.name, config.arch, q.shape[3], q.dtype == torch.bfloat16, debug)
+    kernel = jit.load_kernel(variant, device.index, config.shared_bytes)
+    jit.launch(kernel, config.grid, config.threads, params, config.shared_bytes, device)
+
+
+def _forward_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mode: Tensor,
+    sink: int,
+    window: int,
+    granule: str,
+    block: int,
+    scale: float,
+    begin_q: _Optional,
+    end_q: _Optional,
+    begin_k: _Optional,
+    end_k: _Optional,
+    row: _Optional,
+    bits: _Optional,
+) -> tuple[Tensor, Tensor]:
+    pattern, ranges = Pattern(sink, window, granule, block, scale), Ranges(begin_q, end_q, begin_k, end_k, row)
+    _check(q, k, v, mode, pattern, ranges, bits)
+    check_cuda(q, k, v)
+    out, lse = _outputs(q, ranges)
+    if k.shape[1] == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    if out.numel():
+        launch_into(out, lse, q, k, v, mode, pattern, ranges, bits)
+    return out, lse
+
+
+def _forward_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mode: Tensor,
+    sink: int,
+    window: int,
+    granule: str,
+    block: int,
+    scale: float,
+    begin_q: _Optional,
+    end_q: _Optional,
+    begin_k: _Optional,
+    end_k: _Optional,
+    row: _Optional,
+    bits: _Optional,
+) -> tuple[Tensor, Tensor]:
+    pattern, ranges = Pattern(sink, window, granule, block, scale), Ranges(begin_q, end_q, begin_k, end_k, row)
+    _check(q, k, v, mode, pattern, ranges, bits)
+    out, lse = attention_oracle(q, k, v, mode, pattern, ranges, bits)
+    return out, lse.float()
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, mode: Tensor, pattern: Pattern, ranges: Ranges, bits: Tensor | None
+) -> None:
+    check_tensors(q, k, v)
+    check_pattern(pattern, bits)
+    check_metadata(q, k, mode, ranges, bits, pattern.block)
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, mode: Tensor, sink: int, window: int, granule: str, block: int, scale: float,
+    *spans: _Optional,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+
+
+_library = torch.library.Library("elastic", "FRAGMENT")
+_library.define(
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor mode, int sink, int window, str granule, int block, "
+    "float scale, Tensor? begin_q, Tensor? end_q, Tensor? begin_k, Tensor? end_k, Tensor? row, Tensor? bits) "
+    "-> (Tensor, Tensor)"
+)
+_library.impl("attention_forward", _forward_cuda, "CUDA")
+_library.impl("attention_forward", _forward_cpu, "CPU")
+torch.library.register_fake("elastic::attention_forward", _forward_fake, lib=_library)

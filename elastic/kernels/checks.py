@@ -1,0 +1,102 @@
+"""Argument checks of the attention operator. Everything here reads shapes and types only, never device memory."""
+
+import torch
+from torch import Tensor
+
+from elastic.kernels.params import QUERY_BLOCK, Pattern, Ranges, is_half, strides_of
+
+MAX_SAMPLES, MAX_KV_HEADS, MAX_KEYS = 512, 64, 1 << 22
+
+
+def check_pattern(pattern: Pattern, bits: Tensor | None) -> None:
+    """Sizes of the sparse pattern."""
+    if pattern.granule not in ("token", "block"):
+        raise ValueError(f"granule={pattern.granule!r} is not a granule; expected 'token' or 'block'")
+    if pattern.sink < 0 or pattern.window < 1 or pattern.block < 1:
+        raise ValueError(
+            f"sink={pattern.sink}, window={pattern.window}, block={pattern.block}: expected sink >= 0, window >= 1 "
+            "and block >= 1 tokens"
+        )
+    if pattern.granule == "block" and (pattern.window % pattern.block or pattern.sink % pattern.block):
+        raise ValueError(
+            f"sink={pattern.sink} and window={pattern.window} are not multiples of block={pattern.block}, as the "
+            f"block granule needs; use sink={pattern.sink // pattern.block * pattern.block} and "
+            f"window={max(1, pattern.window // pattern.block) * pattern.block}, or granule='token'"
+        )
+    if not pattern.scale > 0:
+        raise ValueError(f"scale={pattern.scale} is not positive; the usual value is head_dim ** -0.5")
+    if bits is not None and pattern.block not in (64, 128):
+        raise ValueError(f"block={pattern.block} with block-sparse bits; their key blocks hold 64 or 128 keys")
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Shapes, types and devices of the operands."""
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} do not belong together; expected [B, Sq, H, D] "
+            "and twice [B, Sk, K, D] (transpose [B, H, S, D] views with .transpose(1, 2), no copy is made)"
+        )
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} KV heads")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; expected one dtype for all three")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v lie on {q.device}, {k.device}, {v.device}; expected one device for all three")
+
+
+def check_metadata(q: Tensor, k: Tensor, mode: Tensor, ranges: Ranges, bits: Tensor | None, block: int) -> None:
+    """Modes, sample ranges and block bits."""
+    kv_heads = k.shape[2]
+    samples = mode.shape[0] if mode.dim() == 2 else -1
+    if mode.dim() != 2 or mode.shape[1] != kv_heads or mode.dtype != torch.int32 or not mode.is_contiguous():
+        raise ValueError(
+            f"mode is {mode.dtype} {list(mode.shape)}, expected contiguous torch.int32 [N, {kv_heads}]; convert it "
+            "with .int().contiguous()"
+        )
+    if samples > MAX_SAMPLES or kv_heads > MAX_KV_HEADS:
+        raise ValueError(
+            f"{samples} samples of {kv_heads} KV heads; one launch takes at most {MAX_SAMPLES} samples and "
+            f"{MAX_KV_HEADS} KV heads, split the batch"
+        )
+    if ranges.row is None and samples != q.shape[0]:
+        raise ValueError(
+            f"mode describes {samples} samples but the batch has {q.shape[0]} rows; give row [N] (the batch row of "
+            "every sample) when several samples share a row"
+        )
+    for name, values in ranges.named().items():
+        if values is None:
+            continue
+        if values.dtype != torch.int32 or tuple(values.shape) != (samples,) or not values.is_contiguous():
+            raise ValueError(
+                f"{name} is {values.dtype} {list(values.shape)}, expected contiguous torch.int32 [{samples}]"
+            )
+    if bits is not None:
+        rows, words = -(-q.shape[1] // QUERY_BLOCK), -(-k.shape[1] // (32 * block))
+        wanted = (samples, q.shape[2], rows, words)
+        if bits.dtype != torch.int32 or tuple(bits.shape) != wanted or not bits.is_contiguous():
+            raise ValueError(
+                f"bits is {bits.dtype} {list(bits.shape)}, expected contiguous torch.int32 {list(wanted)}: samples, "
+                f"query heads, query blocks of {QUERY_BLOCK}, words of 32 key blocks of {block}; build it with "
+                "bits_from_mask or bits_from_indices"
+            )
+    for name, tensor in {"mode": mode, "bits": bits, **ranges.named()}.items():
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"{name} lies on {tensor.device} and q on {q.device}; expected one device")
+
+
+def check_cuda(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """What the kernels need beyond the operator's contract."""
+    if not is_half(q.dtype) or q.shape[3] not in (64, 128):
+        raise ValueError(
+            f"q is {q.dtype} with head dim {q.shape[3]}; the CUDA kernels take torch.bfloat16 or torch.float16 and "
+            "head dim 64 or 128; run other shapes through PyTorch's attention"
+        )
+    if k.shape[1] > MAX_KEYS:
+        raise ValueError(f"{k.shape[1]} keys; the CUDA kernels take at most {MAX_KEYS}")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.stride(3) != 1 or any(s % 8 for s in strides_of(tensor)) or tensor.data_ptr() % 16:
+            raise ValueError(
+                f"{name} has strides {list(tensor.stride())} and starts at {tensor.data_ptr() % 16} bytes past a "
+                "16-byte boundary; expected a contiguous head dim, other strides that are multiples of 8 elements "
+                f"and an aligned start; use {name}.contiguous()"
+            )

@@ -1,0 +1,142 @@
+"""Compiles `cuda_src` with NVRTC on first use, keeps the binaries on disk, launches them on torch's current stream.
+
+The only importer of CuPy. The cache key covers the sources, every header, the options and the compiler's version, so an
+edited header never runs an old kernel; files appear by an atomic rename, so processes never see half of one.
+"""
+
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CUDA_SRC = Path(__file__).resolve().parents[2] / "cuda_src"
+_log = logging.getLogger("elastic.kernels")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled kernel: file and entry point `name`, target `arch` (sm_90a, sm_80, ...), macros."""
+
+    name: str
+    arch: str
+    head_dim: int
+    bf16: bool
+    debug: tuple[str, ...] = ()  # extra macros of the tests: ELASTIC_WATCHDOG=1, ELASTIC_STRESS=1
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Compiler options, in the order in which they are hashed."""
+        macros = (f"ELASTIC_HEAD_DIM={self.head_dim}", f"ELASTIC_BF16={int(self.bf16)}", *self.debug)
+        return (f"-arch={self.arch}", "-std=c++17", "--ptxas-options=-v", *(f"-D{macro}" for macro in macros))
+
+
+@cache
+def _source_hash() -> str:
+    digest = hashlib.sha256()
+    for file in sorted(CUDA_SRC.rglob("*.cu*")):
+        digest.update(f"{file.relative_to(CUDA_SRC)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _import_nvrtc() -> Any:
+    try:
+        import cupy  # noqa: F401  (loads the libraries)
+        from cupy_backends.cuda.libs import nvrtc
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "the CUDA kernels need CuPy, which is not installed; run `pip install elastic-attention[cuda12]` or "
+            "`[cuda13]`, by the CUDA version of torch, or run on the CPU"
+        ) from error
+    return nvrtc
+
+
+def cache_directory() -> Path:
+    """`$ELASTIC_CACHE_DIR`, or elastic-attention/kernels in the user's cache directory."""
+    chosen = os.environ.get("ELASTIC_CACHE_DIR")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(chosen) if chosen else home / "elastic-attention" / "kernels"
+
+
+def compile_cubin(variant: Variant) -> tuple[bytes, str]:
+    """Compile; needs no GPU.
+
+    Returns:
+        the binary and the compiler's log with its resource report.
+
+    Raises:
+        RuntimeError: the compiler is too old for the target, or refused the source; the message carries its log.
+    """
+    nvrtc = _import_nvrtc()
+    version = nvrtc.getVersion()
+    if variant.arch.endswith("a") and version < (12, 9):
+        raise RuntimeError(
+            f"NVRTC {version[0]}.{version[1]} is too old for {variant.arch}, 12.9 or newer is needed; run "
+            "`pip install -U nvidia-cuda-nvrtc-cu12`"
+        )
+    source = (CUDA_SRC / f"{variant.name}.cu").read_text()
+    program = nvrtc.createProgram(source, f"{variant.name}.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (*variant.options, f"-I{CUDA_SRC / 'include'}"))
+        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+    except nvrtc.NVRTCError as error:
+        log = nvrtc.getProgramLog(program)
+        raise RuntimeError(f"NVRTC {version} could not compile {variant}: {error}\n{log}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def cubin_path(variant: Variant) -> Path:
+    """The cached binary of a variant, compiled now if it is missing."""
+    version = _import_nvrtc().getVersion()
+    key = hashlib.sha256(repr((_source_hash(), variant.name, variant.options, version)).encode()).hexdigest()[:24]
+    path = cache_directory() / f"{variant.name}-{variant.arch}-d{variant.head_dim}-{key}.cubin"
+    if path.exists():
+        return path
+    start = time.perf_counter()
+    _log.warning("compiling %s for %s, D %d (first use)", variant.name, variant.arch, variant.head_dim)
+    cubin, _ = compile_cubin(variant)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(cubin)
+    os.replace(file.name, path)
+    _log.warning("compiled in %.1f s, kept in %s", time.perf_counter() - start, path.parent)
+    return path
+
+
+@lru_cache(maxsize=256)
+def load_kernel(variant: Variant, device: int, shared_bytes: int) -> Any:
+    """The CuPy kernel object of a variant on a device, allowed to use `shared_bytes` of dynamic shared memory."""
+    path = cubin_path(variant)
+    import cupy
+
+    with cupy.cuda.Device(device):
+        kernel = cupy.RawModule(path=str(path)).get_function(variant.name)
+        kernel.max_dynamic_shared_size_bytes = shared_bytes
+    return kernel
+
+
+@lru_cache(maxsize=256)
+def _external_stream(address: int, device: int) -> Any:
+    import cupy
+
+    return cupy.cuda.ExternalStream(address, device)
+
+
+def launch(kernel: Any, grid: int, threads: int, params: bytes, shared_bytes: int, device: torch.device) -> None:
+    """Launch on torch's current stream of `device`; `params` is the one by-value argument."""
+    import numpy as np
+
+    argument = np.frombuffer(params, dtype=f"V{len(params)}")
+    stream = _external_stream(torch.cuda.current_stream(device).cuda_stream, device.index)
+    if torch.cuda.current_device() == device.index:
+        kernel((grid,), (threads,), (argument,), shared_mem=shared_bytes, stream=stream)
+    else:
+        with torch.cuda.device(device):
+            kernel((grid,), (threads,), (argument,), shared_mem=shared_bytes, stream=stream)

@@ -1,0 +1,106 @@
+"""The structure that one launch reads, packed as `cuda_src/include/elastic/params.cuh` declares it."""
+
+import math
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FULL, STREAMING, BLOCK_SPARSE = 0, 1, 2
+QUERY_BLOCK = 128
+PARAMS_BYTES = 768
+_FIELDS = struct.Struct("<13Q12q12i2f")
+MAP_BYTES = 128
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What the sparse heads of one launch see: sizes in tokens, granule `token` or `block`, softmax scale."""
+
+    sink: int
+    window: int
+    granule: str
+    block: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Samples of one launch, int32 [N] on the device or None: sample n is batch row `row[n]` (None: row n), queries
+    [begin_q, end_q) and keys [begin_k, end_k) of it (None: all).
+    """
+
+    begin_q: Tensor | None = None
+    end_q: Tensor | None = None
+    begin_k: Tensor | None = None
+    end_k: Tensor | None = None
+    row: Tensor | None = None
+
+    def named(self) -> dict[str, Tensor | None]:
+        """The five arrays by name, in the order of the kernel's parameters."""
+        return {name: getattr(self, name) for name in ("begin_q", "end_q", "begin_k", "end_k", "row")}
+
+    @property
+    def partial(self) -> bool:
+        """Whether some query row may belong to no sample."""
+        return not (self.begin_q is None and self.end_q is None and self.row is None)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def strides_of(tensor: Tensor) -> tuple[int, int, int]:
+    """Element strides (row, token, head) of [B, S, heads, D]; a dimension of size 1 has no stride of its own and gets
+    one that every alignment rule accepts.
+    """
+    dim = tensor.shape[3]
+    row, token, head = (s if n > 1 else dim for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True))
+    return row, token, head
+
+
+def pack_params(
+    maps: bytes,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mode: Tensor,
+    bits: Tensor | None,
+    ranges: Ranges,
+    counter: Tensor,
+    pattern: Pattern,
+) -> bytes:
+    """Bytes of `elastic::Params`. `maps` are the four tensor maps of sm_90a, or 512 zero bytes."""
+    fields = _FIELDS.pack(
+        *(tensor.data_ptr() for tensor in (q, k, v, out, lse, mode)),
+        _address(bits),
+        *(_address(tensor) for tensor in ranges.named().values()),
+        counter.data_ptr(),
+        *strides_of(q),
+        *strides_of(k),
+        *strides_of(v),
+        *strides_of(out),
+        mode.shape[0],
+        q.shape[2],
+        k.shape[2],
+        q.shape[1],
+        k.shape[1],
+        pattern.sink,
+        min(pattern.window, 1 << 30),
+        int(pattern.granule == "block"),
+        pattern.block,
+        0 if bits is None else bits.shape[2],
+        0 if bits is None else bits.shape[3],
+        q.shape[0],
+        pattern.scale * math.log2(math.e),
+        pattern.scale,
+    )
+    return maps + fields
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether the kernels take this element type."""
+    return dtype in (torch.bfloat16, torch.float16)

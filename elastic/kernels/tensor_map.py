@@ -1,0 +1,55 @@
+"""TMA tensor maps of strided [B, S, heads, D] tensors, through the driver API."""
+
+import ctypes
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from elastic.kernels.params import MAP_BYTES, strides_of
+
+_DTYPE = {torch.float16: 6, torch.bfloat16: 9}  # CU_TENSOR_MAP_DATA_TYPE_*
+_SWIZZLE_128B, _L2_PROMOTION_256B = 3, 3
+_BOX_COLUMNS = 64  # 128 bytes: the widest box under the 128-byte swizzle
+
+
+@cache
+def _encoder() -> ctypes._CFuncPtr:
+    encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    pointer, u32, u64 = ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_uint64)
+    encode.argtypes = [pointer, ctypes.c_int, ctypes.c_uint32, pointer, u64, u64, u32, u32, *[ctypes.c_int] * 4]
+    encode.restype = ctypes.c_int
+    return encode
+
+
+@lru_cache(maxsize=4096)
+def _encode(address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], rows: int) -> bytes:
+    batch, tokens, heads, dim = shape
+    row, token, head = strides
+    storage = ctypes.create_string_buffer(MAP_BYTES + 64)
+    aligned = (ctypes.addressof(storage) + 63) // 64 * 64  # the driver wants the map on a 64-byte boundary
+    code = _encoder()(
+        aligned,
+        _DTYPE[dtype],
+        4,
+        address,
+        (ctypes.c_uint64 * 4)(dim, tokens, heads, batch),
+        (ctypes.c_uint64 * 3)(2 * token, 2 * head, 2 * row),
+        (ctypes.c_uint32 * 4)(_BOX_COLUMNS, rows, 1, 1),
+        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+        0,  # not interleaved
+        _SWIZZLE_128B,
+        _L2_PROMOTION_256B,
+        0,  # zeros beyond the bounds
+    )
+    if code:
+        raise RuntimeError(
+            f"cuTensorMapEncodeTiled refused shape {list(shape)}, element strides {list(strides)} at {address:#x} "
+            f"(CUresult {code}); make the tensor contiguous"
+        )
+    return ctypes.string_at(aligned, MAP_BYTES)
+
+
+def tensor_map(tensor: Tensor, rows: int) -> bytes:
+    """The 128 bytes of a map with boxes of `rows` tokens by 64 columns; cached by address, shape and strides."""
+    return _encode(tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), strides_of(tensor), rows)
