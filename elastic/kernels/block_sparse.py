@@ -163,7 +163,7 @@ def launch_into(
         maps = tensor_map(q, QUERY_BLOCK) + tensor_map(k, 64) + tensor_map(v, 64) + tensor_map(out, 16)
     params = pack_params(maps, q, k, v, out, lse, mode, bits, ranges, tile_counter(device), pattern)
     variant = jit.Variant(config.name, config.arch, q.shape[3], q.dtype == torch.bfloat16, debug)
-    kernel = jit.load_kernel(variant, device.index, config.shared_bytes)
+    kernel = jit.load_kernel(variant, device.index)
     jit.launch(kernel, config.grid, config.threads, params, config.shared_bytes, device)
 
 

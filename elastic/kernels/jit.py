@@ -110,15 +110,16 @@ def cubin_path(variant: Variant) -> Path:
     return path
 
 
-@lru_cache(maxsize=256)
-def load_kernel(variant: Variant, device: int, shared_bytes: int) -> Any:
-    """The CuPy kernel object of a variant on a device, allowed to use `shared_bytes` of dynamic shared memory."""
+@cache
+def load_kernel(variant: Variant, device: int) -> Any:
+    """The CuPy kernel object of a variant on a device, allowed to use all the shared memory that a CTA can have."""
     path = cubin_path(variant)
     import cupy
 
     with cupy.cuda.Device(device):
         kernel = cupy.RawModule(path=str(path)).get_function(variant.name)
-        kernel.max_dynamic_shared_size_bytes = shared_bytes
+        # CuPy hands out one function object per binary, so this is set once and to the limit, not per launch.
+        kernel.max_dynamic_shared_size_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     return kernel
 
 
