@@ -1,0 +1,245 @@
+"""Checkpoints for use (spec section 8): a folder with `router.safetensors` and `elastic.json`.
+
+A few MB; never backbone weights, never a pickle. A folder is complete or absent: it is written beside its final place
+and renamed, and `elastic.json` holds the checksum of the tensors.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic.backbone import attach, elastic_config, routers
+from elastic.backbones import architecture, architecture_hash
+from elastic.config import ElasticConfig
+from elastic.router import AttentionRouter
+
+FORMAT = 1
+WEIGHTS, METADATA = "router.safetensors", "elastic.json"
+MULTIPLIERS = ("multipliers.l1", "multipliers.l2")
+_SHAPE = ("num_layers", "num_kv_heads", "head_dim")
+_WAY_OUT = "restore the checkpoint from a copy or train again"
+
+
+def is_trainable(name: str) -> bool:
+    """Whether a state-dict key belongs to the routers (statistics included) or the multipliers.
+
+    The one predicate of what is trained, saved and loaded; everything else is frozen backbone.
+    """
+    return ".self_attn.router." in name or name.split(".")[-2:-1] == ["multipliers"]
+
+
+def router_state(model: nn.Module) -> dict[str, Tensor]:
+    """Router tensors of an attached model by layer, such as `layers.0.task.0.weight`, on the CPU."""
+    return {
+        f"layers.{layer}.{name}": value.detach().cpu().contiguous()
+        for layer, router in enumerate(routers(model))
+        for name, value in router.state_dict().items()
+    }
+
+
+def save_elastic(
+    path: str | Path,
+    model: nn.Module,
+    backbone: str,
+    multipliers: nn.Module | None = None,
+    recipe: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint folder; a checkpoint that exists there stays until the new one is complete.
+
+    Args:
+        path: folder to write.
+        model: an attached model.
+        backbone: name to load the backbone by.
+        multipliers: `LagrangeMultipliers`, kept for the record.
+        recipe: how the routers were trained (data, steps, seed); must fit into JSON.
+        metrics: what was measured; must fit into JSON.
+
+    Raises:
+        ValueError: a path that holds something else than a checkpoint, or routers that are not finite fp32.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    _check_target(path)
+    config, state = elastic_config(model), router_state(model)
+    shape = architecture(model)
+    _check_state(state, _expected(shape, config), f"routers to be saved to {path}", "train again with lower rates")
+    if multipliers is not None:
+        state |= {f"multipliers.{name}": value.detach().cpu() for name, value in multipliers.state_dict().items()}
+    scratch = _beside(path, "writing")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    save_file(state, scratch / WEIGHTS)
+    metadata = {
+        "format": FORMAT,
+        "config": config.to_dict(),
+        "backbone": backbone,
+        "architecture": shape,
+        "architecture_sha256": architecture_hash(model),
+        "weights_sha256": _sha256(scratch / WEIGHTS),
+        "versions": {name: importlib.metadata.version(name) for name in ("elastic-attention", "torch", "transformers")},
+        "recipe": recipe or {},
+        "metrics": metrics or {},
+    }
+    (scratch / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+    for name in (WEIGHTS, METADATA):
+        _flush(scratch / name)
+    _replace(scratch, path)
+    return path
+
+
+def read_elastic(path: str | Path) -> dict[str, Any]:
+    """Contents of `elastic.json`.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: damaged, or written by a newer version.
+    """
+    path = Path(path)
+    for name in (METADATA, WEIGHTS):
+        if not (path / name).is_file():
+            old = _beside(path, "old")
+            hint = (
+                f"a save was interrupted, rename {old} to get the previous checkpoint back"
+                if not path.exists() and old.is_dir()
+                else "`elastic fit` and `elastic demo` write one"
+            )
+            raise FileNotFoundError(f"no checkpoint at {path}: {name} is missing; {hint}")
+    try:
+        metadata = json.loads((path / METADATA).read_text(encoding="utf-8"))
+        found = metadata["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / METADATA} is damaged ({_reason(error)}); {_WAY_OUT}") from error
+    if found != FORMAT:
+        raise ValueError(f"{path} has format {found!r}, this version reads format {FORMAT}; update elastic-attention")
+    try:
+        ElasticConfig.from_dict(metadata["config"])
+        _ = [metadata["architecture"][key] for key in _SHAPE], metadata["backbone"], metadata["weights_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / METADATA} is damaged ({_reason(error)}); {_WAY_OUT}") from error
+    return metadata
+
+
+def load_into(model: nn.Module, path: str | Path) -> nn.Module:
+    """Attach routers from a checkpoint to a stock backbone, in place. A refused model stays as it was.
+
+    Raises:
+        FileNotFoundError: no checkpoint.
+        ValueError: a damaged checkpoint, or one for another backbone (both values are named).
+    """
+    metadata = read_elastic(path)
+    _check_backbone(architecture(model), metadata, path)
+    config = ElasticConfig.from_dict(metadata["config"])
+    state = _read_weights(Path(path), metadata["weights_sha256"])
+    for name in MULTIPLIERS:
+        state.pop(name, None)
+    _check_state(state, _expected(metadata["architecture"], config), f"checkpoint {path}", _WAY_OUT)
+    attach(model, config)
+    for layer, router in enumerate(routers(model)):
+        prefix = f"layers.{layer}."
+        router.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    return model
+
+
+def _check_target(path: Path) -> None:
+    old = _beside(path, "old")
+    if not path.exists() and old.is_dir():
+        old.rename(path)  # an earlier save was killed between its two renames
+    if path.exists() and not (path / METADATA).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is no checkpoint of this project; choose another folder")
+
+
+def _replace(scratch: Path, path: Path) -> None:
+    old = _beside(path, "old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    scratch.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_backbone(mine: dict[str, Any], metadata: dict[str, Any], path: str | Path) -> None:
+    theirs, name = metadata["architecture"], metadata["backbone"]
+    for key in _SHAPE:
+        if mine[key] != theirs[key]:
+            raise ValueError(
+                f"checkpoint {path} was trained on {name!r} with {key}={theirs[key]}, but this backbone has "
+                f"{key}={mine[key]}; load the backbone it was trained on"
+            )
+    other = [key for key, value in mine.items() if value != theirs.get(key)]
+    if other:
+        told = ", ".join(f"{key} {theirs.get(key)} there, {mine[key]} here" for key in other)
+        warnings.warn(f"checkpoint {path} fits, but was trained on another backbone, {name!r}: {told}", stacklevel=3)
+
+
+def _expected(shape: dict[str, Any], config: ElasticConfig) -> dict[str, Tensor]:
+    """The router tensors that a backbone of this shape needs, without data."""
+    with torch.device("meta"):
+        router = AttentionRouter(shape["num_kv_heads"], shape["head_dim"], config.router)
+    return {
+        f"layers.{layer}.{name}": value
+        for layer in range(shape["num_layers"])
+        for name, value in router.state_dict().items()
+    }
+
+
+def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file, found = path / WEIGHTS, _sha256(path / WEIGHTS)
+    if found != sha256:
+        raise ValueError(f"{file} is damaged: sha256 {found}, expected {sha256}; {_WAY_OUT}")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); {_WAY_OUT}") from error
+
+
+def _check_state(found: dict[str, Tensor], expected: dict[str, Tensor], what: str, way_out: str) -> None:
+    """Exactly the expected tensors, of their shapes and dtypes, all finite."""
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(f"{what}: missing tensors {_few(missing)}, unexpected tensors {_few(unexpected)}; {way_out}")
+    for name, value in found.items():
+        wanted = expected[name]
+        if value.shape != wanted.shape or value.dtype != wanted.dtype:
+            raise ValueError(
+                f"{what}: tensor {name} is {value.dtype} {list(value.shape)}, expected {wanted.dtype} "
+                f"{list(wanted.shape)}; {way_out}"
+            )
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{what}: tensor {name} holds NaN or infinity, expected finite numbers; {way_out}")
+
+
+def _few(names: list[str]) -> str:
+    return (", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")) or "none"
+
+
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    path = path.absolute()
+    return path.with_name(f".{path.name}.{kind}")
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(file: Path) -> None:
+    """Onto the disk, so that the rename never precedes the contents."""
+    with open(file, "rb") as stream:
+        os.fsync(stream.fileno())

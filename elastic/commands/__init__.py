@@ -1,0 +1,1 @@
+"""Subcommands of `elastic` besides training. Each module offers `SUMMARY` and `main(argv) -> exit code`."""

@@ -1,0 +1,188 @@
+"""The training part of `elastic demo`: settings, offline data, the real ElasticModule under a Lightning Trainer."""
+
+import logging
+import warnings
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer, seed_everything
+from tqdm import tqdm
+
+from data_prep.build_mixture import build_mixture
+from data_prep.tokenize_and_pack import prepare
+from elastic.backbones import SMOLLM2, TINY, load_tokenizer
+from elastic.config import ElasticConfig, RouterConfig, SparseConfig
+from elastic.data import MixtureDataModule
+from elastic.lit_module import ElasticModule
+from elastic.packed import Batch
+from elastic.plots import curves_figure, smooth
+from elastic.tasks import TASKS
+from elastic.training_config import OptimiserConfig
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """One demo.
+
+    Attributes:
+        backbone, language: model, and the language of the generated records.
+        words: longest context in words.
+        seq_length: tokens of a packed row.
+        steps: optimiser steps.
+        rows: packed rows of a step, in one forward pass.
+        held_out: records per task that are tested on.
+        sparse, pool_tokens: what the routers choose between, and how much of the prompt's ends they see.
+        optimiser: rates. Short runs need far higher ones than the paper's.
+        prompts: the two tasks that a prompt is answered of: one that needs detail, one that does not.
+        new_tokens: length of those answers.
+    """
+
+    backbone: str
+    language: str
+    words: int
+    seq_length: int
+    steps: int
+    rows: int
+    held_out: int
+    sparse: SparseConfig
+    pool_tokens: int
+    optimiser: OptimiserConfig
+    prompts: tuple[str, str]
+    new_tokens: int
+
+    @property
+    def elastic(self) -> ElasticConfig:
+        """What the routers are attached with."""
+        return ElasticConfig(RouterConfig(pool_tokens=self.pool_tokens), self.sparse)
+
+
+SMALL = DemoSettings(
+    backbone=SMOLLM2,
+    language="text",
+    words=192,
+    seq_length=448,
+    steps=60,
+    rows=2,
+    held_out=8,
+    sparse=SparseConfig(sink=16, window=64, block=16),
+    pool_tokens=32,
+    optimiser=OptimiserConfig(lr=3e-3, multiplier_lr=1e-1),
+    prompts=("single_qa", "summarization"),
+    new_tokens=24,
+)
+SMALLEST = DemoSettings(
+    backbone=TINY,
+    language="tiny",
+    words=240,
+    seq_length=512,
+    steps=160,
+    rows=4,
+    held_out=48,
+    sparse=SparseConfig(sink=4, window=32, block=4),
+    pool_tokens=16,
+    optimiser=OptimiserConfig(lr=3e-3, multiplier_lr=5e-2),
+    prompts=("single_qa", "in_context"),
+    new_tokens=12,
+)
+
+
+class Follow(Callback):
+    """Progress bars, and the curves of the run: name -> [(step, value), ...]."""
+
+    def __init__(self) -> None:
+        self.curves: dict[str, Points] = defaultdict(list)
+        self.bar: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Open the training bar."""
+        self.bar = tqdm(total=trainer.max_steps, desc="training", unit="step")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: list[Batch], batch_idx: int
+    ) -> None:
+        """Record what this step logged; values of tasks that it did not hold are old."""
+        present = {TASKS[i] for part in batch for i in part["task_id"].tolist()}
+        for name, value in trainer.callback_metrics.items():
+            task = name.split("/")[2] if name.count("/") == 2 else None
+            if task is None or task in present:
+                self.curves[name.removeprefix("train/")].append((trainer.global_step, float(value)))
+        loss, msr = smooth(self.curves["loss"])[-1][1], trainer.callback_metrics
+        shown = {name.split("/")[2]: f"{float(v):.2f}" for name, v in msr.items() if name.startswith("train/msr/")}
+        self.bar.set_postfix_str(f"loss {loss:.2f}, MSR " + " ".join(f"{k} {v}" for k, v in shown.items()))
+        self.bar.update()
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Close the bar."""
+        self.bar.close()
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Open the test bar."""
+        self.bar = tqdm(total=sum(trainer.num_test_batches), desc="testing dense and elastic", unit="row")
+
+    def on_test_batch_end(self, *_: Any) -> None:
+        """One row more."""
+        self.bar.update()
+
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Close the bar."""
+        self.bar.close()
+
+    def figure(self) -> Any:
+        """Loss, MSR by task and multipliers by task over the steps."""
+        by_task = {
+            kind: {task: self.curves[f"{kind}/{task}"] for task in TASKS if f"{kind}/{task}" in self.curves}
+            for kind in ("msr", "l1")
+        }
+        return curves_figure(
+            {
+                "language loss (smoothed)": {"loss": smooth(self.curves["loss"])},
+                "MSR by task (smoothed)": {task: smooth(points) for task, points in by_task["msr"].items()},
+                "multiplier l1 by task": by_task["l1"],
+            }
+        )
+
+
+def build_data(settings: DemoSettings, folder: Path, seed: int) -> Path:
+    """Records and packed rows of all splits; as many training records as the steps will read."""
+    records, data = folder / "records", folder / "data"
+    tasks = 5 if settings.language == "text" else 3
+    per_task = -(-settings.steps * settings.rows * 2 // tasks)
+    build_mixture(records, per_task, settings.words, seed, settings.language, settings.held_out)
+    prepare(records, load_tokenizer(settings.backbone), data, settings.seq_length)
+    return data
+
+
+def train(settings: DemoSettings, data_dir: Path, seed: int) -> tuple[ElasticModule, Follow]:
+    """Train routers, then test: the module holds `results` by task and `route_maps`."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    seed_everything(seed, verbose=False)
+    module = ElasticModule(settings.backbone, settings.elastic, optimiser=settings.optimiser)
+    data = MixtureDataModule(str(data_dir), rows_per_step=settings.rows, micro_batch_rows=settings.rows, seed=seed)
+    follow = Follow()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice about workers and validation, which the demo leaves out
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=-1,
+            max_steps=settings.steps,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[follow],
+        )
+        trainer.fit(module, datamodule=data)
+        trainer.test(module, datamodule=data, verbose=False)
+    return module, follow
+
+
+def recipe(settings: DemoSettings, seed: int) -> dict[str, Any]:
+    """How the routers were trained, for the checkpoint."""
+    return {"command": "elastic demo", "seed": seed, "threads": torch.get_num_threads(), **asdict(settings)}

@@ -1,0 +1,100 @@
+"""`elastic generate`: answer one prompt with the routed model. Text goes to stdout, the route report to stderr."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from elastic.console import Parser, complain, say, supports_unicode
+
+SUMMARY = "answer a prompt with a trained checkpoint and show what its routers decided"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = Parser(prog="elastic generate", description=SUMMARY)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder with elastic.json")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="the user's message; - reads standard input")
+    source.add_argument("--prompt-file", type=Path, metavar="FILE", help="UTF-8 file with the user's message")
+    source.add_argument("stdin", nargs="?", choices=["-"], metavar="-", help="read the message from standard input")
+    parser.add_argument("--raw", action="store_true", help="take the prompt as it is, without the chat template")
+    parser.add_argument("--backbone", metavar="NAME", help="default: the backbone the checkpoint was trained on")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
+    parser.add_argument(
+        "--sparsity-bias", type=float, metavar="X", help="above 0 more heads run sparse, below 0 fewer (default: 0)"
+    )
+    parser.add_argument("--dense", action="store_true", help="answer with all heads full as well, to compare")
+    parser.add_argument("--report-json", type=Path, metavar="FILE", help="write the route report as JSON")
+    parser.add_argument("--heatmap", type=Path, metavar="FILE", help="write the decisions as a PNG picture")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default float32)")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run the command."""
+    args = build_parser().parse_args(argv)
+    try:
+        _check_outputs(args)
+        prompt = _read_prompt(args)
+        _answer(args, prompt)
+    except (ValueError, OSError) as error:
+        return complain("generate", error)
+    return 0
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Refuse what could not be written before a model is loaded."""
+    for option, path in (("--report-json", args.report_json), ("--heatmap", args.heatmap)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{option} {path}: the folder {path.absolute().parent} does not exist; make it first")
+    if args.heatmap is not None and args.heatmap.suffix.lower() != ".png":
+        raise ValueError(f"--heatmap {args.heatmap} does not end in .png; pictures are written as PNG")
+
+
+def _read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt_file is None:
+        return sys.stdin.read() if "-" in (args.stdin, args.prompt) else args.prompt
+    if not args.prompt_file.is_file():
+        raise FileNotFoundError(f"--prompt-file {args.prompt_file}: no such file")
+    try:
+        return args.prompt_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file {args.prompt_file} is not UTF-8 (byte {error.start}); convert it") from error
+
+
+def _answer(args: argparse.Namespace, prompt: str) -> None:
+    from elastic.backbone import override_routes
+    from elastic.inference import generate, load
+
+    model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype)
+    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "chat_template": not args.raw}
+
+    def stream() -> Any:
+        return _streamer(tokenizer)
+
+    result = generate(model, tokenizer, prompt, sparsity_bias=args.sparsity_bias, streamer=stream(), **options)[0]
+    say(result.report.render(supports_unicode(sys.stderr)), stream=sys.stderr)
+    if args.dense:
+        say("\nall heads full:", stream=sys.stderr)
+        with override_routes(model, 0):
+            dense = generate(model, tokenizer, prompt, streamer=stream(), **options)[0]
+        same = sum(a == b for a, b in zip(result.token_ids, dense.token_ids, strict=False))
+        longest = max(len(result.token_ids), len(dense.token_ids))
+        say(f"{same} of {longest} tokens are the same with all heads full", stream=sys.stderr)
+    if args.report_json is not None:
+        result.report.to_json(args.report_json)
+    if args.heatmap is not None:
+        result.report.save_heatmap(args.heatmap)
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """Text to stdout as it is made, escaped where the terminal cannot show it."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            say(text, end="\n" if stream_end else "")
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,59 @@
+"""Plain text for the terminal: one place that writes to it, shared by all commands."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn, TextIO
+
+USER_ERROR = 2  # exit code of a command that was asked for something it cannot do
+
+
+def say(text: str = "", *, end: str = "\n", stream: TextIO | None = None) -> None:
+    """Write a line to `stream` (default: standard output); characters that it cannot encode are escaped."""
+    stream = sys.stdout if stream is None else stream
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    stream.write((text + end).encode(encoding, "backslashreplace").decode(encoding))
+    stream.flush()
+
+
+def complain(command: str, error: BaseException | str) -> int:
+    """One line on standard error about what the user can put right; returns the exit code."""
+    say(f"elastic {command}: error: {' '.join(str(error).split())}", stream=sys.stderr)
+    return USER_ERROR
+
+
+def supports_unicode(stream: TextIO | None = None) -> bool:
+    """Whether block glyphs can be written to `stream` (default: standard output)."""
+    encoding = getattr(sys.stdout if stream is None else stream, "encoding", None) or "ascii"
+    return encoding.lower().replace("-", "").startswith("utf")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell: the first to the left, the others to the right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    shown = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:]])
+
+
+def side_by_side(left: str, right: str, gap: int = 4) -> str:
+    """Two blocks of lines beside each other."""
+    one, two = left.splitlines(), right.splitlines()
+    width = max(map(len, one), default=0)
+    height = max(len(one), len(two))
+    one, two = one + [""] * (height - len(one)), two + [""] * (height - len(two))
+    return "\n".join(f"{a.ljust(width)}{' ' * gap}{b}".rstrip() for a, b in zip(one, two, strict=True))
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Report and exit."""
+        say(f"{self.prog}: error: {message}; see `{self.prog} --help`", stream=sys.stderr)
+        raise SystemExit(USER_ERROR)

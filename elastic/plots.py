@@ -1,0 +1,117 @@
+"""Pictures shared by the demo, the reports and the TensorBoard callback. matplotlib is imported on first use, without
+pyplot, so no global state and no display is touched.
+
+Legend: L layers, K KV heads.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Curve = Sequence[tuple[float, float]]
+
+
+def share_figure(shares: Mapping[str, Tensor], title: str = "") -> Any:
+    """Heatmaps of how often each KV head runs SA, one panel per task; a matplotlib `Figure`.
+
+    Args:
+        shares: {task: [L, K]} with values in [0, 1].
+        title: above all panels.
+
+    Raises:
+        ValueError: nothing to draw, or a tensor that is not [L, K] in [0, 1].
+    """
+    if not shares:
+        raise ValueError("no routes to draw; expected at least one task with a tensor [layers, KV heads]")
+    for name, share in shares.items():
+        if share.dim() != 2 or not bool(((share >= 0) & (share <= 1)).all()):
+            raise ValueError(
+                f"SA share of {name!r} has shape {list(share.shape)}; expected [layers, KV heads] with values in [0, 1]"
+            )
+    layers, heads = next(iter(shares.values())).shape
+    height = 0.9 + len(shares) * max(0.55, 0.11 * heads + 0.35)
+    figure = _figure(max(5.0, min(12.0, 2.0 + 0.22 * layers)), height)
+    axes = figure.subplots(len(shares), 1, sharex=True, squeeze=False)[:, 0]
+    image = None
+    for axis, (name, share) in zip(axes, shares.items(), strict=True):
+        image = axis.imshow(share.float().cpu().T.numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+        axis.set_yticks(range(heads) if heads <= 4 else [0, heads - 1])
+        axis.tick_params(labelsize=7)
+        axis.set_title(f"MSR {float(share.float().mean()):.2f}", fontsize=8, loc="right", pad=2)
+    axes[-1].set_xlabel("layer (rows of a panel: KV heads)", fontsize=9)
+    figure.colorbar(image, ax=list(axes), label="share of inputs on SA", fraction=0.03, pad=0.02)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def route_figure(route_LK: Tensor, title: str = "") -> Any:
+    """Heatmap of one sample's decisions [L, K] in {0, 1}; a matplotlib `Figure`."""
+    return share_figure({"KV head": route_LK.float()}, title)
+
+
+def curves_figure(panels: Mapping[str, Mapping[str, Curve]], xlabel: str = "step") -> Any:
+    """Line plots side by side: {panel title: {line label: [(x, y), ...]}}; a matplotlib `Figure`.
+
+    Raises:
+        ValueError: no panel.
+    """
+    if not panels:
+        raise ValueError("no curves to draw; expected {title: {label: [(x, y), ...]}}")
+    figure = _figure(3.6 * len(panels), 2.9)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for label, points in lines.items():
+            x, y = zip(*points, strict=True) if points else ((), ())
+            axis.plot(x, y, label=label, linewidth=1.4)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(xlabel, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        if len(lines) > 1:
+            axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def save_png(figure: Any, path: str | Path, dpi: int = 110) -> Path:
+    """Write a figure as PNG; the folder is made if needed.
+
+    Raises:
+        ValueError: another file ending.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path} does not end in .png; pictures are written as PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi)
+    return path
+
+
+def smooth(points: Curve, weight: float = 0.8) -> list[tuple[float, float]]:
+    """Exponential moving average of a noisy curve, corrected for its start."""
+    total, norm, result = 0.0, 0.0, []
+    for x, y in points:
+        total, norm = weight * total + (1 - weight) * y, weight * norm + (1 - weight)
+        result.append((x, total / norm))
+    return result
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def image_of(figure: Any) -> Tensor:
+    """Pixels of a figure, uint8 [3, height, width], as TensorBoard's `add_image` takes them."""
+    import numpy as np
+
+    figure.canvas.draw()
+    return torch.from_numpy(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1)

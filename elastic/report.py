@@ -1,0 +1,147 @@
+"""`RouteReport`: what the routers decided for one prompt, as a terminal picture, JSON or PNG (spec section 7).
+
+Legend: L layers, N samples, K KV heads.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic.config import SparseConfig
+from elastic.console import supports_unicode
+from elastic.plots import route_figure, save_png
+from elastic.sparsity import esr, kv_bytes_kept, msr
+
+GLYPHS, ASCII_GLYPHS = ("█", "░"), ("#", ".")  # FA, SA
+
+
+@dataclass(frozen=True)
+class RouteReport:
+    """Decisions for one prompt.
+
+    Attributes:
+        route: [L][K] in {0, 1}, 1 = SA.
+        prompt_tokens: length of the prompt.
+        configuration: such as `FA-SSA`.
+        sink, window: of the streaming pattern, in tokens.
+        msr: share of heads on SA.
+        esr_last, esr_all: share of query-key pairs of the prompt not computed: last layer (the paper's), all layers.
+        kv_bytes_kept: what the cache of the prompt needs under these routes.
+        kv_bytes_full: what the ordinary cache of the prompt holds.
+        backend: the attention implementation that ran.
+    """
+
+    route: tuple[tuple[int, ...], ...]
+    prompt_tokens: int
+    configuration: str
+    sink: int
+    window: int
+    msr: float
+    esr_last: float
+    esr_all: float
+    kv_bytes_kept: int
+    kv_bytes_full: int
+    backend: str
+
+    def __str__(self) -> str:
+        return self.render(supports_unicode())
+
+    def render(self, unicode: bool = True) -> str:
+        """Terminal picture: layers from left to right, KV heads from top to bottom, one glyph per decision."""
+        full, sparse = GLYPHS if unicode else ASCII_GLYPHS
+        layers, heads = len(self.route), len(self.route[0])
+        label = len(f"head {heads - 1}")
+        ruler = "".join(str(i).ljust(10) for i in range(0, layers, 10))[
+            : max(layers, len(str((layers - 1) // 10 * 10)))
+        ]
+        lines = [f"{'layer'.ljust(label)}  {ruler}".rstrip()]
+        for head in range(heads):
+            glyphs = "".join(sparse if layer[head] else full for layer in self.route)
+            lines.append(f"{f'head {head}'.ljust(label)}  {glyphs}")
+        modes = {"FA": "full", "SSA": "streaming", "XA": "xattention"}
+        one, two = self.configuration.split("-")
+        lines += [
+            f"{full} {modes[one]}   {sparse} {modes[two]} (sink {self.sink}, window {self.window})",
+            f"{self.prompt_tokens} prompt tokens, backend {self.backend}",
+            f"MSR {self.msr:.3f}   ESR {self.esr_last:.3f} last layer, {self.esr_all:.3f} all layers",
+            f"KV cache: routes need {_size(self.kv_bytes_kept)} of {_size(self.kv_bytes_full)}",
+        ]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON."""
+        return {**asdict(self), "route": [list(layer) for layer in self.route]}
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The report as JSON text, also written to `path` if given."""
+        text = json.dumps(self.to_dict(), indent=1)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    def save_heatmap(self, path: str | Path) -> Path:
+        """Write the decisions as a PNG picture."""
+        title = f"{self.configuration}, {self.prompt_tokens} prompt tokens"
+        return save_png(route_figure(torch.tensor(self.route), title), path)
+
+
+def route_reports(
+    route_LNK: Tensor, lengths_N: Tensor, sparse: SparseConfig, *, head_dim: int, element_size: int, backend: str
+) -> list[RouteReport]:
+    """One report per sample.
+
+    Args:
+        route_LNK: decisions in {0, 1}.
+        lengths_N: prompt tokens of each sample.
+        sparse: modes and pattern sizes.
+        head_dim: D.
+        element_size: bytes of one number in the KV cache.
+        backend: name of the attention implementation.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    if route_LNK.dim() != 3 or lengths_N.shape != route_LNK.shape[1:2]:
+        raise ValueError(
+            f"route has shape {list(route_LNK.shape)} and prompt lengths {list(lengths_N.shape)}; expected "
+            "[layers, samples, KV heads] and [samples]"
+        )
+    route = route_LNK.detach().cpu().double()
+    last, mean = esr(route, lengths_N, sparse)
+    kept = kv_bytes_kept(route, lengths_N, sparse, head_dim, element_size)
+    heads = route.shape[0] * route.shape[2]
+    return [
+        RouteReport(
+            route=tuple(tuple(int(r) for r in layer[n].tolist()) for layer in route),
+            prompt_tokens=int(lengths_N[n]),
+            configuration=sparse.name,
+            sink=sparse.sink,
+            window=sparse.window,
+            msr=float(msr(route)[n]),
+            esr_last=float(last[n]),
+            esr_all=float(mean[n]),
+            kv_bytes_kept=int(kept[n]),
+            kv_bytes_full=heads * int(lengths_N[n]) * 2 * head_dim * element_size,
+            backend=backend,
+        )
+        for n in range(route.shape[1])
+    ]
+
+
+def heads_that_differ(one: RouteReport, two: RouteReport) -> int:
+    """Number of (layer, KV head) pairs that two reports route differently."""
+    pairs = zip(one.route, two.route, strict=True)
+    return sum(a != b for x, y in pairs for a, b in zip(x, y, strict=True))
+
+
+def _size(count: int) -> str:
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
