@@ -43,10 +43,15 @@ class LagrangeMultipliers(nn.Module):
     def __init__(self, limit: float = 10.0) -> None:
         super().__init__()
         if not limit > 0:
-            raise ValueError(f"multiplier limit={limit} is not positive")
+            raise ValueError(f"multiplier limit={limit} is not positive; 10 is usual")
         self.limit = limit
         self.l1 = nn.Parameter(torch.zeros(len(TASKS)))
         self.l2 = nn.Parameter(torch.zeros(len(TASKS)))
+
+    def by_task(self) -> dict[str, float]:
+        """`l1/<task>` and `l2/<task>` of every task class."""
+        rows = (("l1", self.l1.tolist()), ("l2", self.l2.tolist()))
+        return {f"{name}/{task}": value for name, row in rows for task, value in zip(TASKS, row, strict=True)}
 
     @torch.no_grad()
     def project(self) -> None:
@@ -77,12 +82,14 @@ def sparsity_loss(
 def chunked_cross_entropy(hidden_1SE: Tensor, lm_head: nn.Module, labels_1S: Tensor, chunk: int) -> Tensor:
     """Mean next-token cross-entropy over labelled tokens, `chunk` positions of logits [chunk, V] at a time.
 
-    Only positions that predict a labelled token reach the head; logits are recomputed in the backward pass, so no [S, V]
-    tensor ever exists. Labels are aligned with the inputs and shifted here.
+    Only positions that predict a labelled token reach the head, and their logits are recomputed in the backward pass:
+    no [S, V] tensor ever exists. Labels are aligned with the inputs and shifted here.
 
     Raises:
-        ValueError: no labelled token.
+        ValueError: no labelled token, or a chunk below 1.
     """
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} is below 1; it counts positions, 1024 is usual")
     hidden_PE, target_P = labelled_positions(hidden_1SE, labels_1S)
     if not target_P.numel():
         raise ValueError("the batch has no labelled token; every sample needs an answer")

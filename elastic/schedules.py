@@ -13,4 +13,4 @@ def learning_rate(progress: float, peak: float, warmup: float) -> float:
     """Linear from 0 over the first `warmup` share of the steps, then a cosine to 0."""
     if progress < warmup:
         return peak * progress / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))

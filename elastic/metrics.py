@@ -1,0 +1,140 @@
+"""What training and evaluation measure per task: scores of the answers, and how often each head ran sparse.
+
+Legend: N samples, T task classes, L layers, K KV heads, S tokens, P labelled positions, E hidden size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from elastic.objective import labelled_positions
+from elastic.packed import IGNORE
+from elastic.tasks import TASKS
+
+METHODS = ("dense", "elastic")
+SCORES = ("loss", "accuracy", "exact")
+RATIOS = ("msr", "esr_last", "esr_all")
+COLUMNS = (*(f"{method}_{score}" for method in METHODS for score in SCORES), *RATIOS)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Teacher-forced answers of N samples.
+
+    Attributes:
+        scores: `loss` (mean cross-entropy in nats a token), `accuracy` (share of answer tokens predicted) and `exact`
+            (1 if all are), each [N].
+        predicted_P, sample_P: most likely token at every labelled position, and the sample it belongs to.
+    """
+
+    scores: dict[str, Tensor]
+    predicted_P: Tensor
+    sample_P: Tensor
+
+
+@torch.no_grad()
+def score_answers(
+    hidden_1SE: Tensor, lm_head: nn.Module, labels_1S: Tensor, cu_seq_lens: Tensor, chunk: int
+) -> Answers:
+    """Score the answers of a packed row, `chunk` positions of logits at a time.
+
+    Raises:
+        ValueError: a sample without a labelled token.
+    """
+    hidden_PE, target_P = labelled_positions(hidden_1SE, labels_1S)
+    position_P = (labels_1S[0, 1:] != IGNORE).nonzero()[:, 0] + 1
+    sample_P = torch.searchsorted(cu_seq_lens[1:].to(position_P.dtype), position_P, right=True)
+    losses, picks = [], []
+    for start in range(0, target_P.shape[0], chunk):
+        logits, target = lm_head(hidden_PE[start : start + chunk]).float(), target_P[start : start + chunk]
+        losses.append(F.cross_entropy(logits, target, reduction="none"))
+        picks.append(logits.argmax(-1))
+    samples = cu_seq_lens.shape[0] - 1
+    count = torch.bincount(sample_P, minlength=samples).float()
+    if not bool((count > 0).all()):
+        raise ValueError("a sample has no labelled token; every sample needs an answer")
+    predicted_P = torch.cat(picks)
+    zeros = torch.zeros_like(count)
+    loss = zeros.index_add(0, sample_P, torch.cat(losses))
+    hits = zeros.index_add(0, sample_P, (predicted_P == target_P).float())
+    scores = {"loss": loss / count, "accuracy": hits / count, "exact": (hits == count).float()}
+    return Answers(scores, predicted_P, sample_P)
+
+
+class StepFacts:
+    """Scalars of one optimiser step, gathered over its micro-batches: plain means, and means per task."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, name: str, value: float) -> None:
+        """One observation."""
+        self.sums[name] = self.sums.get(name, 0.0) + value
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    def add_per_task(self, name: str, task_N: Tensor, values_N: Tensor) -> None:
+        """One observation per sample, under `name/task`."""
+        for index, value in zip(task_N.tolist(), values_N.tolist(), strict=True):
+            self.add(f"{name}/{TASKS[index]}", value)
+
+    def means(self) -> dict[str, float]:
+        """Mean of everything observed."""
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+
+class TaskMeans(Metric):
+    """Means per task class of any number of named columns, over all processes."""
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, columns: tuple[str, ...]) -> None:
+        super().__init__()
+        self.columns = columns
+        zeros = torch.zeros(len(TASKS), len(columns), dtype=torch.float64)
+        self.add_state("total", zeros, dist_reduce_fx="sum")
+        self.add_state("count", zeros[:, 0].clone(), dist_reduce_fx="sum")
+
+    def update(self, task_N: Tensor, values: dict[str, Tensor]) -> None:
+        """Add samples: one value [N] per column."""
+        stacked = torch.stack([values[name].to(self.total.device).double() for name in self.columns], dim=1)
+        task_N = task_N.to(self.total.device)
+        self.total.index_add_(0, task_N, stacked)
+        self.count.index_add_(0, task_N, torch.ones_like(stacked[:, 0]))
+
+    def compute(self) -> dict[str, dict[str, float]]:
+        """{task: {column: mean, "n": samples}} of the tasks that occurred."""
+        present = [i for i in range(len(TASKS)) if self.count[i] > 0]
+        return {
+            TASKS[i]: {
+                **dict(zip(self.columns, (self.total[i] / self.count[i]).tolist(), strict=True)),
+                "n": int(self.count[i]),
+            }
+            for i in present
+        }
+
+
+class RouteShare(Metric):
+    """Share of samples whose head ran route 1, per task, layer and KV head, over all processes."""
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, layers: int, kv_heads: int) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(len(TASKS), layers, kv_heads), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(len(TASKS)), dist_reduce_fx="sum")
+
+    def update(self, task_N: Tensor, route_LNK: Tensor) -> None:
+        """Add the routes of N samples."""
+        self.total.index_add_(0, task_N, route_LNK.float().transpose(0, 1))
+        self.count.index_add_(0, task_N, torch.ones_like(task_N, dtype=torch.float32))
+
+    def compute(self) -> dict[str, Any]:
+        """{task: [L, K]} of the tasks that occurred."""
+        return {name: (self.total[i] / self.count[i]).cpu() for i, name in enumerate(TASKS) if self.count[i] > 0}

@@ -1,0 +1,94 @@
+"""What makes a killed run end as if it had never been killed: noise that depends on the step alone, checkpoint files
+that are complete or absent, and checks of what must agree before training starts or goes on.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from elastic.shards import tokenizer_hash
+
+ALWAYS = ("architecture", "router")  # the rest must agree only where training goes on
+
+
+def noise_seed(*parts: int) -> int:
+    """One 63-bit seed out of several numbers (FNV-1a), stable across processes and versions."""
+    value = 0xCBF29CE484222325
+    for part in parts:
+        for byte in part.to_bytes(16, "little", signed=True):
+            value = (value ^ byte) * 0x100000001B3 % 2**64
+    return value >> 1
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its final place, flushes it to the disk and renames it over the old one.
+
+    Lightning's own writer goes through the system's temporary folder, whose rename is no longer atomic where that
+    folder lies on another file system.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write `checkpoint` to `path`."""
+        if storage_options is not None:
+            raise ValueError(f"storage_options={storage_options!r} is not supported; checkpoints are local files")
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.with_name(f".{target.name}.writing")
+        with open(scratch, "wb") as stream:
+            torch.save(checkpoint, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(scratch, target)
+
+
+def check_checkpoint(checkpoint: dict[str, Any], mine: dict[str, Any], wanted: set[str], fitting: bool) -> None:
+    """Compare a resume checkpoint with this run.
+
+    Args:
+        checkpoint: as `ElasticModule.on_save_checkpoint` left it.
+        mine: this run's facts, compared with the checkpoint's.
+        wanted: names of the trained tensors.
+        fitting: training goes on, so that everything must agree; otherwise only what the tensors depend on.
+
+    Raises:
+        ValueError: written by something else, of another backbone or configuration, or with missing or added tensors.
+    """
+    theirs = checkpoint.get("elastic")
+    if theirs is None:
+        raise ValueError("this checkpoint was not written by `elastic fit`; pass the last.ckpt of a run")
+    for key in mine if fitting else ALWAYS:
+        if theirs[key] != mine[key]:
+            raise ValueError(
+                f"the checkpoint was trained with {key} {theirs[key]}, this run has {mine[key]}; use the settings it "
+                "was trained with, or start a new run in another trainer.default_root_dir"
+            )
+    found = set(checkpoint["state_dict"])
+    if wanted != found:
+        missing, unexpected = ", ".join(sorted(wanted - found)[:3]), ", ".join(sorted(found - wanted)[:3])
+        raise ValueError(
+            f"the checkpoint does not fit: missing tensors {missing or 'none'}, unexpected tensors "
+            f"{unexpected or 'none'}; use an undamaged checkpoint of this configuration"
+        )
+
+
+def check_data(manifest: dict[str, Any], model: Any, tokenizer: Any, backbone: str) -> None:
+    """Refuse packed data that was made for another tokenizer or is too long for the backbone.
+
+    Raises:
+        ValueError: with both values.
+    """
+    length, limit = manifest["seq_length"], model.config.max_position_embeddings
+    if length > limit:
+        raise ValueError(
+            f"packed rows hold {length} tokens but backbone {backbone!r} reads at most {limit}; pack the data with "
+            f"--seq-length {limit} or less"
+        )
+    theirs = manifest["tokenizer"]
+    if theirs["sha256"] != tokenizer_hash(tokenizer):
+        raise ValueError(
+            f"the data was packed with the tokenizer of {theirs['name']!r}, which is not that of backbone "
+            f"{backbone!r}; pack it again with --backbone {backbone}"
+        )

@@ -1,0 +1,78 @@
+"""Settings of a training run (spec sections 4 and 5), checked at construction; no torch import. Defaults are the
+paper's.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """Router descent (AdamW) and multiplier ascent (SGD).
+
+    Attributes:
+        lr: peak learning rate of the routers.
+        betas: AdamW's decay rates.
+        weight_decay: on router weights; biases and multipliers have none.
+        clip_norm: bound on the norm of the routers' gradient.
+        multiplier_lr: peak rate of the multipliers' ascent. The paper's 1e-3 hardly moves them within a few hundred
+            steps; short runs need 2e-2 or more.
+        multiplier_limit: bound on |l1| and l2.
+        warmup: share of the steps with linearly rising rates, in which the feature statistics are gathered.
+    """
+
+    lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    multiplier_lr: float = 1e-3
+    multiplier_limit: float = 10.0
+    warmup: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "clip_norm", "multiplier_lr", "multiplier_limit"):
+            value = _number(f"optimiser.{name}", getattr(self, name))
+            if not value > 0:
+                raise ValueError(
+                    f"optimiser.{name}={value} is not positive; the default is {getattr(type(self), name)}"
+                )
+        if len(self.betas) != 2 or not all(0 <= _number("optimiser.betas", beta) < 1 for beta in self.betas):
+            raise ValueError(
+                f"optimiser.betas={self.betas} is not a pair of numbers in [0, 1); the default is 0.9, 0.95"
+            )
+        if _number("optimiser.weight_decay", self.weight_decay) < 0:
+            raise ValueError(f"optimiser.weight_decay={self.weight_decay} is below 0; 0 switches it off")
+        if not 0 < _number("optimiser.warmup", self.warmup) < 1:
+            raise ValueError(f"optimiser.warmup={self.warmup} is not in (0, 1); it is a share of the steps")
+
+
+@dataclass(frozen=True)
+class TemperatureConfig:
+    """Annealing of the Gumbel-softmax: tau falls exponentially from `initial` to `final`, then stays.
+
+    Attributes:
+        initial: tau at the first step.
+        final: tau from progress `reached` on.
+        reached: share of the steps after which `final` is reached.
+    """
+
+    initial: float = 2.0
+    final: float = 0.3
+    reached: float = 0.6
+
+    def __post_init__(self) -> None:
+        for name in ("initial", "final", "reached"):
+            _number(f"temperature.{name}", getattr(self, name))
+        if not 0 < self.final <= self.initial:
+            raise ValueError(
+                f"temperature goes from initial={self.initial} to final={self.final}; expected 0 < final <= initial"
+            )
+        if not 0 < self.reached <= 1:
+            raise ValueError(f"temperature.reached={self.reached} is not in (0, 1]; it is a share of the steps")
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} is not a finite number")
+    return value
