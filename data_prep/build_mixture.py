@@ -1,9 +1,13 @@
 """Step 1: write the records of an offline mixture, `<out>/<split>/<task>.jsonl`. Needs no network."""
 
 import argparse
+import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -11,6 +15,7 @@ from data_prep import generators, tiny_language
 from elastic.records import Record, write_records
 from elastic.shards import SPLITS
 
+RECIPE = "mixture.json"
 LANGUAGES: dict[str, tuple[Sequence[str], Callable[[str, str, int, int, int], list[Record]]]] = {
     "text": (tuple(generators.GENERATORS), generators.generate),
     "tiny": (tiny_language.TASKS, tiny_language.build_records),
@@ -25,18 +30,25 @@ def build_mixture(
     language: str = "text",
     held_out: int | None = None,
     tasks: Sequence[str] | None = None,
+    tokenizer: Any = None,
 ) -> dict[str, dict[str, int]]:
-    """Write the records; returns counts by split and task.
+    """Write the records and their recipe, `mixture.json`; returns counts by split and task.
+
+    The folder is written beside its final place and renamed; an earlier mixture there is replaced, nothing else is.
 
     Args:
+        out: folder for the records.
         per_task: training records per task.
-        words: longest context in words.
+        words: longest context, in words; in tokens where a tokenizer is given. English prose has about 1.5 tokens a
+            word, at worst 3.
+        seed: seed of everything drawn.
         language: `text` (English prose, code and generated facts) or `tiny` (for the shipped tiny backbone).
         held_out: validation and test records per task; default a quarter of `per_task`, at least 8.
         tasks: task classes; default all that the language has.
+        tokenizer: counts context lengths in its tokens (the tiny language has one token a word anyway).
 
     Raises:
-        ValueError: an unknown language, a task that it lacks, or counts below 1.
+        ValueError: an unknown language, a task that it lacks, counts below 1, or a folder that holds something else.
     """
     if language not in LANGUAGES:
         raise ValueError(f"unknown language {language!r}; expected one of {', '.join(LANGUAGES)}")
@@ -52,16 +64,28 @@ def build_mixture(
         raise ValueError(
             f"per_task={per_task} and held_out={held_out}: a mixture needs at least one record of each task"
         )
+    if tokenizer is not None and language == "text":
+        make = partial(generators.generate, measure=generators.token_count(tokenizer))
+    out = Path(out)
+    if out.exists() and not (out / RECIPE).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and holds no {RECIPE}, so it is no mixture to replace; choose another --out")
+    scratch = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(scratch, ignore_errors=True)
     counts: dict[str, dict[str, int]] = {}
     with tqdm(total=len(SPLITS) * len(tasks), desc="records", unit="file") as bar:
         for split in SPLITS:
-            folder = Path(out) / split
-            folder.mkdir(parents=True, exist_ok=True)
+            (scratch / split).mkdir(parents=True)
             for task in tasks:
                 records = make(task, split, per_task if split == "train" else held_out, words, seed)
-                write_records(folder / f"{task}.jsonl", records)
+                write_records(scratch / split / f"{task}.jsonl", records)
                 counts.setdefault(split, {})[task] = len(records)
                 bar.update()
+    unit = "words" if tokenizer is None else "tokens"
+    recipe = {"language": language, "seed": seed, "longest_context": words, "unit": unit, "records": counts}
+    (scratch / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+    if out.exists():
+        shutil.rmtree(out)
+    scratch.rename(out)
     return counts
 
 
@@ -71,14 +95,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the records")
     parser.add_argument("--per-task", type=int, default=200, help="training records per task (default 200)")
     parser.add_argument("--words", type=int, default=600, help="longest context in words (default 600)")
+    parser.add_argument("--backbone", help="count --words in the tokens of this backbone instead")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything drawn (default 0)")
     parser.add_argument("--language", choices=sorted(LANGUAGES), default="text", help="default: text")
     parser.add_argument("--held-out", type=int, help="validation and test records per task (default a quarter)")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="task classes (default: all of the language)")
     args = parser.parse_args(argv)
+    from elastic.backbones import load_tokenizer
+
     try:
-        counts = build_mixture(args.out, args.per_task, args.words, args.seed, args.language, args.held_out, args.tasks)
-    except ValueError as error:
+        tokenizer = load_tokenizer(args.backbone) if args.backbone else None
+        counts = build_mixture(
+            args.out, args.per_task, args.words, args.seed, args.language, args.held_out, args.tasks, tokenizer
+        )
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     for split, tasks in counts.items():
         sys.stdout.write(f"{split}: " + ", ".join(f"{task} {n}" for task, n in tasks.items()) + "\n")

@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Callable
+from typing import Any
 
 from data_prep import sources
 from elastic.records import Record
@@ -49,7 +50,7 @@ CLASSES = {
     ),
     "colour": (
         ("red", "green", "purple", "white", "brown", "pink"),
-        ("blue", "yellow", "black", "orange", "grey", "violet"),
+        ("blue", "yellow", "black", "beige", "grey", "violet"),
     ),
     "metal": (
         ("iron", "copper", "zinc", "silver", "lead", "nickel"),
@@ -63,75 +64,97 @@ SHOT_QUESTIONS = (
 )
 
 
-def generate(task: str, split: str, count: int, words: int, seed: int) -> list[Record]:
-    """`count` records of one task class with contexts of about `words` / 2 to `words` words; deterministic.
+Measure = Callable[[str], int]
+Size = tuple[int, Measure]
+
+
+def word_count(text: str) -> int:
+    """Length in words."""
+    return len(text.split())
+
+
+def token_count(tokenizer: Any) -> Measure:
+    """Length in tokens of this tokenizer."""
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def generate(task: str, split: str, count: int, length: int, seed: int, measure: Measure = word_count) -> list[Record]:
+    """`count` records of one task class with contexts of about `length` / 2 to `length`; deterministic.
+
+    Args:
+        measure: unit of `length`: words, or tokens by `token_count`.
 
     Raises:
         ValueError: an unknown task, or contexts too short.
     """
     if task not in GENERATORS:
         raise ValueError(f"no generator for task {task!r}; known tasks are {', '.join(GENERATORS)}")
-    if words < 64:
-        raise ValueError(f"contexts of {words} words are too short for the text generators; use 64 or more")
+    if length < 64:
+        raise ValueError(f"contexts of {length} words are too short for the text generators; use 64 or more")
     rng = random.Random(f"{task}/{split}/{seed}")
     half = 0 if split == "train" else 1
-    return [GENERATORS[task](rng, split, half, rng.randint(words // 2, words), f"{split}/{i}") for i in range(count)]
+    make = GENERATORS[task]
+    return [make(rng, split, half, (rng.randint(length // 2, length), measure), f"{split}/{i}") for i in range(count)]
 
 
-def single_qa(rng: random.Random, split: str, half: int, words: int, name: str) -> Record:
+def single_qa(rng: random.Random, split: str, half: int, size: Size, name: str) -> Record:
     """One number hidden in prose."""
     city, value = rng.choice(CITIES[half]), str(rng.randint(1_000_000, 9_999_999))
     needle = rng.choice(NEEDLES[half]).format(city=city, value=value)
-    context = _hide(rng, _sentences(rng, split, words), [needle])
+    context = _hide(rng, _sentences(rng, split, size), [needle])
     return Record("single_qa", context, rng.choice(NEEDLE_QUESTIONS[half]).format(city=city), value, f"needle/{name}")
 
 
-def multihop_qa(rng: random.Random, split: str, half: int, words: int, name: str) -> Record:
+def multihop_qa(rng: random.Random, split: str, half: int, size: Size, name: str) -> Record:
     """Two facts that only together answer the question, among facts about others."""
     people = rng.sample(NAMES[half], 6)
     places = rng.sample(PLACES[half], 3)
     facts = []
     for first, second, place in zip(people[::2], people[1::2], places, strict=True):
         facts += [fact.format(first=first, second=second, place=place) for fact in HOPS[half]]
-    context = _hide(rng, _sentences(rng, split, words), facts)
+    context = _hide(rng, _sentences(rng, split, size), facts)
     return Record("multihop_qa", context, HOP_QUESTIONS[half].format(first=people[0]), places[0], f"hops/{name}")
 
 
-def summarization(rng: random.Random, split: str, half: int, words: int, name: str) -> Record:
+def summarization(rng: random.Random, split: str, half: int, size: Size, name: str) -> Record:
     """Continuation of a passage: lives on its subject and style, not on single details."""
-    tokens = " ".join(_sentences(rng, split, words + 48)).split(" ")
-    return Record("summarization", " ".join(tokens[:-48]), CONTINUE[half], " ".join(tokens[-48:]), f"prose/{name}")
+    words = " ".join(_sentences(rng, split, (size[0] + 96, size[1]))).split(" ")
+    return Record("summarization", " ".join(words[:-48]), CONTINUE[half], " ".join(words[-48:]), f"prose/{name}")
 
 
-def code(rng: random.Random, split: str, half: int, words: int, name: str) -> Record:
-    """The next lines of a source file."""
-    lines = rng.choice(sources.code(split)).split("\n")
-    start = rng.randrange(max(1, len(lines) - 60))
-    taken: list[str] = []
-    for line in lines[start:]:
-        taken.append(line)
-        if sum(len(text) for text in taken) > 5 * words and line.strip():
-            break
-    body = "\n".join(taken[:-6])
-    answer = "\n".join(taken[-6:])
-    if not body.strip() or not answer.strip():
-        return code(rng, split, half, words, name)
-    return Record("code", body, COMPLETE[half], answer, f"code/{name}")
+def code(rng: random.Random, split: str, half: int, size: Size, name: str) -> Record:
+    """The next six lines of a source file; where the file is shorter than the context, other files stand before it."""
+    files = sources.code(split)
+    lines = rng.choice(files).rstrip().split("\n")
+    cut = rng.randrange(40, len(lines) - 6)
+    answer, before = "\n".join(lines[cut : cut + 6]), "\n".join(lines[:cut])
+    if not answer.strip():
+        return code(rng, split, half, size, name)
+    length, measure = size
+    room = 5 * length  # characters of code, about as many tokens as prose of that many words has
+    while len(before) < room:
+        before = f"{rng.choice(files).rstrip()}\n\n\n{before}"
+    context = _tail(before, room)
+    while measure is not word_count and (found := measure(context)) > length:
+        context = _tail(context, int(len(context) * 0.99 * length / found))
+    return Record("code", context, COMPLETE[half], answer, f"code/{name}")
 
 
-def in_context(rng: random.Random, split: str, half: int, words: int, name: str) -> Record:
+def in_context(rng: random.Random, split: str, half: int, size: Size, name: str) -> Record:
     """Many-shot classification."""
-    labels = list(CLASSES)
-    shots = []
-    while sum(len(shot.split()) for shot in shots) < words:
+    labels, (length, measure) = list(CLASSES), size
+    shots: list[str] = []
+    room = length
+    while room > 0:
         label = rng.choice(labels)
         shots.append(SHOTS[half].format(word=rng.choice(CLASSES[label][half]), label=label))
+        room -= measure(shots[-1] + "\n")
     label = rng.choice(labels)
     question = SHOT_QUESTIONS[half].format(word=rng.choice(CLASSES[label][half]))
     return Record("in_context", "\n".join(shots), question, label, f"{split}-shots/{name}")
 
 
-Generator = Callable[[random.Random, str, int, int, str], Record]
+Generator = Callable[[random.Random, str, int, Size, str], Record]
 GENERATORS: dict[str, Generator] = {
     "single_qa": single_qa,
     "multihop_qa": multihop_qa,
@@ -141,18 +164,27 @@ GENERATORS: dict[str, Generator] = {
 }
 
 
-def _sentences(rng: random.Random, split: str, words: int) -> list[str]:
-    """Whole sentences of prose from a random place on, `words` words or a little more."""
+def _sentences(rng: random.Random, split: str, size: Size) -> list[str]:
+    """Whole sentences of prose from random places on, together at most `size` and at least four fifths of it."""
+    length, measure = size
     taken: list[str] = []
-    count = 0
-    while count < words:
+    room = length
+    while room > length // 5:
         sentences = re.split(r"(?<=[.:])\s+", rng.choice(sources.prose(split)))
         for sentence in sentences[rng.randrange(max(1, len(sentences) // 2)) :]:
-            taken.append(" ".join(sentence.split()))
-            count += len(taken[-1].split())
-            if count >= words:
+            text = " ".join(sentence.split())
+            needed = measure(f" {text}")
+            if text and needed <= room:
+                taken.append(text)
+                room -= needed
+            elif room <= length // 5:
                 break
     return taken
+
+
+def _tail(text: str, characters: int) -> str:
+    """The last lines of a text that fit into so many characters."""
+    return text[text.find("\n", max(0, len(text) - characters)) + 1 :]
 
 
 def _hide(rng: random.Random, sentences: list[str], facts: list[str]) -> str:

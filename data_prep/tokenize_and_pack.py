@@ -1,13 +1,16 @@
 """Step 2: tokenise records with a backbone's chat template and pack them into memory-mapped shards with a manifest."""
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from data_prep.build_mixture import RECIPE
 from elastic.packed import Sample, pack, tokenise
 from elastic.records import ReadReport, read_records
 from elastic.shards import SPLITS, DataWriter, tokenizer_hash
@@ -23,8 +26,11 @@ def prepare(records: str | Path, tokenizer: Any, out: str | Path, seq_length: in
 
     Raises:
         FileNotFoundError: no records.
-        ValueError: a file without usable records, or a tokenizer that cannot chat.
+        ValueError: a file without usable records, a corpus that a split lacks, a tokenizer that cannot chat, or a
+            sequence length below 1.
     """
+    if seq_length < 1:
+        raise ValueError(f"seq_length={seq_length} is below 1; a row needs room for tokens")
     records, report = Path(records), ReadReport()
     files = [(split, file) for split in SPLITS for file in sorted((records / split).glob("*.*"))]
     files = [(split, file) for split, file in files if file.suffix in (".jsonl", ".parquet")]
@@ -32,14 +38,29 @@ def prepare(records: str | Path, tokenizer: Any, out: str | Path, seq_length: in
         raise FileNotFoundError(
             f"no records in {records}/{{{','.join(SPLITS)}}}; write them with data_prep.build_mixture"
         )
+    names = {split: [file.stem for s, file in files if s == split] for split in SPLITS}
+    every = sorted({name for found in names.values() for name in found})
+    for split, found in names.items():
+        if found and (lacking := [name for name in every if name not in found]):
+            raise ValueError(f"{records}/{split} lacks {', '.join(lacking)}, which other splits have; add the files")
+        if len(set(found)) < len(found):
+            raise ValueError(f"{records}/{split} has a corpus both as .jsonl and .parquet; keep one of them")
     facts = {
         "seq_length": seq_length,
+        "mixture": _recipe(records),
+        "versions": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},
         "tokenizer": {"name": Path(tokenizer.name_or_path).name, "sha256": tokenizer_hash(tokenizer)},
     }
     with DataWriter(out, facts) as writer:
         for split, file in tqdm(files, desc="packing", unit="file"):
             writer.add(split, file.stem, pack(_samples(file, tokenizer, seq_length, report), seq_length))
     return writer.manifest, report
+
+
+def _recipe(records: Path) -> dict[str, Any] | None:
+    """How the records were generated; none for a user's own records."""
+    file = records / RECIPE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def _samples(file: Path, tokenizer: Any, seq_length: int, report: ReadReport) -> Iterator[Sample]:
@@ -50,7 +71,8 @@ def _samples(file: Path, tokenizer: Any, seq_length: int, report: ReadReport) ->
         else:
             report.good -= 1
             report.bad.append(
-                f"{file}: good record {number} has {len(sample.input_ids)} tokens, more than {seq_length}"
+                f"{file}: good record {number} ({record.source or 'no source'}) has {len(sample.input_ids)} tokens, "
+                f"more than the {seq_length} of a row"
             )
 
 
@@ -68,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         manifest, report = prepare(args.records, load_tokenizer(args.backbone), args.out, args.seq_length)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     for split, corpora in manifest["splits"].items():
         for corpus, entry in corpora.items():

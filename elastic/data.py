@@ -1,6 +1,7 @@
-"""DataModules over packed shards: corpora mixed by weight, deterministic for a seed, resumable in the middle of an epoch."""
+"""DataModules over packed shards: corpora mixed by weight, deterministic for a seed, resumable within an epoch."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,13 +9,13 @@ from lightning import LightningDataModule
 from torch.utils.data import ConcatDataset, DataLoader, Sampler
 
 from elastic.packed import Batch, PackedRow, collate
-from elastic.shards import open_corpus, verify
+from elastic.shards import open_corpus, tokenizer_hash, verify
 
 EVALUATION = {"validate": "validation", "fit": "validation", "test": "test", "predict": "test"}
 
 
 class MixtureSampler(Sampler[list[int]]):
-    """Row indices of one optimiser step after the other: every row's corpus is drawn by weight, its rows without repetition.
+    """Row indices, one optimiser step after the other: each row's corpus is drawn by weight, its rows in turn.
 
     An epoch has as many rows as the corpora together. Every process draws the same order and takes its own share of it.
 
@@ -31,7 +32,7 @@ class MixtureSampler(Sampler[list[int]]):
     ) -> None:
         self.sizes, self.weights, self.rows = sizes, torch.tensor(weights, dtype=torch.float64), rows
         self.seed, self.rank, self.world = seed, rank, world
-        self.epoch = self.start = 0
+        self.epoch = self.start = 0  # of the next iteration
 
     def __len__(self) -> int:
         return max(1, sum(self.sizes) // (self.rows * self.world))
@@ -42,9 +43,20 @@ class MixtureSampler(Sampler[list[int]]):
         for first in range(self.start * step, len(self) * step, step):
             yield order[first + self.rank : first + step : self.world]
 
+    def recipe(self) -> dict[str, Any]:
+        """Everything that the order of the rows depends on, epochs apart; equal on all processes."""
+        weights = (self.weights / self.weights.sum()).tolist()
+        return {
+            "rows": self.sizes,
+            "weights": weights,
+            "rows_per_step": self.rows,
+            "seed": self.seed,
+            "world": self.world,
+        }
+
     def order(self) -> list[int]:
         """All processes' row indices of the current epoch."""
-        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) % 2**63)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         total = len(self) * self.rows * self.world
         picks = torch.multinomial(self.weights, total, replacement=True, generator=generator).tolist()
         offsets = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
@@ -58,37 +70,62 @@ def _endless(size: int, generator: torch.Generator) -> Iterator[int]:
         yield from torch.randperm(size, generator=generator).tolist()
 
 
-class ResumableLoader(DataLoader):
-    """Yields one list of micro-batches per optimiser step; Lightning saves and restores its place through its state dict."""
+class ResumableLoader:
+    """One list of micro-batches per optimiser step, an endless stream of epochs that goes on where it was left.
 
-    sampler_state: MixtureSampler
+    Iterating yields the rest of the current epoch, or the next epoch where that one is finished. Lightning saves and
+    restores the place by `state_dict` and `load_state_dict`. Not a `DataLoader`: Lightning would swap the sampler of
+    one when training on several processes, and this one shares out the rows itself.
+
+    Args:
+        dataset: rows of all corpora.
+        sampler: order of the rows.
+        micro_batch_rows: rows per micro-batch.
+        num_workers: processes that read ahead.
+    """
 
     def __init__(self, dataset: Any, sampler: MixtureSampler, micro_batch_rows: int, num_workers: int) -> None:
-        super().__init__(
+        self.sampler, self.done = sampler, 0
+        self.loader = DataLoader(
             dataset,
             batch_sampler=sampler,
             collate_fn=_Micro(micro_batch_rows),
             num_workers=num_workers,
+            generator=torch.Generator(),  # else every epoch's start would draw from the global one
         )
-        self.place, self.done = sampler, 0
 
-    def __iter__(self) -> Iterator[Any]:
-        self.done = self.place.start
-        for batch in super().__iter__():
-            self.done += 1
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        # Lightning stops at the length, so nothing after the last batch would run: roll over at the start.
+        if self.done >= len(self):
+            self.sampler.epoch, self.done = self.sampler.epoch + 1, 0
+        self.sampler.start = self.done
+        for batch in self.loader:
+            self.done += 1  # counts what is handed out, not what workers have read ahead
             yield batch
-        self.place.epoch += 1
-        self.place.start = self.done = 0
 
-    def state_dict(self) -> dict[str, int]:
-        """Epoch and steps handed out in it."""
-        return {"epoch": self.place.epoch, "done": self.done}
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch, steps handed out in it, and what the order depends on."""
+        return {"epoch": self.sampler.epoch, "done": self.done, "order": self.sampler.recipe()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue after the last step handed out; a finished epoch continues with the next."""
-        finished = state["done"] >= len(self.place)
-        self.place.epoch = state["epoch"] + int(finished)
-        self.place.start = self.done = 0 if finished else state["done"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the last step handed out.
+
+        Raises:
+            ValueError: a state of other data, weights, seed or number of processes, whose rows come in another order.
+        """
+        mine, theirs = self.sampler.recipe(), state["order"]
+        differing = [
+            f"{name} {theirs.get(name)!r} (now {mine[name]!r})" for name in mine if theirs.get(name) != mine[name]
+        ]
+        if differing:
+            raise ValueError(
+                f"the checkpoint was trained on rows in another order: {', '.join(differing)}; resume with the same "
+                "data, weights, seed, rows_per_step and number of processes, or start a new run"
+            )
+        self.sampler.epoch, self.done = state["epoch"], state["done"]
 
 
 class _Micro:
@@ -130,12 +167,19 @@ class MixtureDataModule(LightningDataModule):
             )
         if num_workers < 0:
             raise ValueError(f"num_workers={num_workers} is below 0; 0 reads in the training process")
+        if not 0 <= seed < 2**40:
+            raise ValueError(f"seed={seed} is not in [0, 2**40)")
         self.data_dir, self.weights, self.seed, self.num_workers = data_dir, weights or {}, seed, num_workers
         self.rows_per_step, self.micro_batch_rows = rows_per_step, micro_batch_rows
         self.manifest: dict[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
-        """Verify the data before anything runs."""
+        """Verify the data before anything runs.
+
+        Raises:
+            FileNotFoundError: no data.
+            ValueError: a damaged shard, a missing split, a weight that names no corpus or is no number of 0 or more.
+        """
         if self.manifest is None:
             self.manifest = verify(self.data_dir)
         needed = {EVALUATION[stage]} | ({"train"} if stage == "fit" else set())
@@ -148,6 +192,22 @@ class MixtureDataModule(LightningDataModule):
         if self.manifest is None:
             self.manifest = verify(self.data_dir)
         return int(self.manifest["seq_length"])
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse a backbone whose tokenizer is not the one that made the data.
+
+        Raises:
+            ValueError: with both names and hashes.
+        """
+        if self.manifest is None:
+            self.manifest = verify(self.data_dir)
+        made, found = self.manifest["tokenizer"], tokenizer_hash(tokenizer)
+        if made["sha256"] != found:
+            raise ValueError(
+                f"{self.data_dir} was tokenised by {made['name']!r} (sha256 {made['sha256'][:12]}), but the backbone's "
+                f"tokenizer is {Path(tokenizer.name_or_path).name!r} (sha256 {found[:12]}); pack the records again "
+                "with --backbone of this run"
+            )
 
     def train_dataloader(self) -> ResumableLoader:
         """Lists of micro-batches, one list per optimiser step."""
@@ -187,7 +247,7 @@ class MixtureDataModule(LightningDataModule):
         for name, weight in self.weights.items():
             if name not in known:
                 raise ValueError(f"weights name corpus {name!r}, but {split} of {self.data_dir} has {', '.join(known)}")
-            if not (isinstance(weight, int | float) and 0 <= weight < float("inf")):
+            if not (isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < float("inf")):
                 raise ValueError(f"weight of corpus {name!r} is {weight!r}; expected a number of 0 or more")
         chosen = [name for name in known if self.weights.get(name, 1.0) > 0]
         if not chosen:

@@ -32,6 +32,12 @@ class Record:
             value = getattr(self, f.name)
             if not isinstance(value, str):
                 raise ValueError(f"field {f.name!r} is a {type(value).__name__}, expected text")
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"field {f.name!r} has half a surrogate pair at character {error.start}; write valid Unicode"
+                ) from error
         task_index(self.task)
         for name in ("context", "answer"):
             if not getattr(self, name).strip():
@@ -109,11 +115,13 @@ def _rows_jsonl(path: Path, report: ReadReport) -> Iterator[tuple[str, Any]]:
             if not line.strip():
                 continue
             try:
-                yield where, json.loads(line.decode("utf-8"))
+                yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 report.bad.append(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8")
             except json.JSONDecodeError as error:
                 report.bad.append(f"{where}: not JSON ({error.msg} at column {error.colno})")
+            except RecursionError:
+                report.bad.append(f"{where}: nested too deeply for a record")
 
 
 def _rows_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -126,5 +134,5 @@ def _rows_parquet(path: Path) -> Iterator[tuple[str, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}: row {number}", row
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read as parquet ({error}); write or fetch it again") from error

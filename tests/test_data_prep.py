@@ -1,0 +1,180 @@
+"""The offline mixture: five task classes, splits that share nothing, records to shards on a word-level tokenizer."""
+
+import json
+import re
+
+import pytest
+
+from data_prep import build_mixture, generators, inspect_shards, sources, tokenize_and_pack
+from data_prep.tiny_language import build_tokenizer
+from elastic.records import Record, read_records, write_records
+from elastic.shards import SPLITS, open_corpus, verify
+from elastic.tasks import TASKS
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    out = tmp_path_factory.mktemp("mixture") / "records"
+    build_mixture.build_mixture(out, per_task=6, words=120, seed=0, held_out=3)
+    return out
+
+
+def paragraphs(texts):
+    return {" ".join(part.split()) for text in texts for part in re.split(r"\n\s*\n", text) if len(part.split()) > 12}
+
+
+def test_splits_share_no_prose_and_no_file():
+    texts = {split: sources.prose(split) for split in SPLITS}
+    topics = {split: paragraphs(sources._topics()[split]) for split in SPLITS}
+    files = {split: set(sources.code(split)) for split in SPLITS}
+    for split in SPLITS:
+        assert sum(len(text.split()) for text in texts[split]) > 4000 and len(texts[split]) > 5
+        for other in SPLITS:
+            if other != split:
+                assert not topics[split] & topics[other]
+                assert not files[split] & files[other]
+
+
+def test_wording_of_training_is_not_that_of_evaluation():
+    for name in ("CITIES", "NAMES", "PLACES", "NEEDLES", "NEEDLE_QUESTIONS", "HOPS"):
+        train, held_out = getattr(generators, name)
+        assert not set(train) & set(held_out), name
+    for name in ("HOP_QUESTIONS", "CONTINUE", "COMPLETE", "SHOTS", "SHOT_QUESTIONS"):
+        train, held_out = getattr(generators, name)
+        assert train != held_out, name
+    for train, held_out in generators.CLASSES.values():
+        assert not set(train) & set(held_out)
+    for half in (0, 1):
+        words = [word for halves in generators.CLASSES.values() for word in halves[half]]
+        assert len(words) == len(set(words))  # a word belongs to one class
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_generated_records_are_deterministic_and_of_the_asked_size(task, split):
+    made = generators.generate(task, split, 4, 160, seed=1)
+    assert made == generators.generate(task, split, 4, 160, seed=1)
+    assert made != generators.generate(task, split, 4, 160, seed=2)
+    for record in made:
+        assert record.task == task
+        assert len(record.context) <= 5 * 160 if task == "code" else 60 <= len(record.context.split()) <= 160 + 60
+
+
+def test_answers_of_questions_stand_in_the_context():
+    for split in SPLITS:
+        for record in generators.generate("single_qa", split, 8, 100, 0):
+            assert record.context.count(record.answer) == 1 and re.fullmatch(r"\d{7}", record.answer)
+        for record in generators.generate("multihop_qa", split, 8, 100, 0):
+            hop = re.search(r"with (\w+)[?.]|with (\w+) ", record.question)
+            assert hop is not None
+            first = hop.group(1) or hop.group(2)
+            second = re.search(rf"{first} (?:shares a desk|always travels) with (\w+)\.", record.context).group(1)
+            place = rf"(?:{second} keeps the spare key in|The notebook of {second} lies in) the {record.answer}\."
+            assert re.search(place, record.context)
+
+
+def test_lengths_can_be_counted_in_tokens(tokenizer):
+    measure = generators.token_count(tokenizer)
+    for task in TASKS:
+        for record in generators.generate(task, "train", 4, 100, 0, measure):
+            assert measure(record.context) <= 100 + 60, task  # facts and the last shot come on top
+
+
+def test_mixture_has_every_task_in_every_split(records):
+    recipe = json.loads((records / "mixture.json").read_text())
+    assert recipe["records"] == {s: dict.fromkeys(TASKS, 6 if s == "train" else 3) for s in SPLITS}
+    for split in SPLITS:
+        for task in TASKS:
+            assert len(list(read_records(records / split / f"{task}.jsonl"))) == recipe["records"][split][task]
+
+
+def test_rebuilding_replaces_a_mixture_and_is_bit_equal(records, tmp_path):
+    build_mixture.build_mixture(tmp_path / "again", 6, 120, held_out=3)
+    for file in records.rglob("*.json*"):
+        assert file.read_bytes() == (tmp_path / "again" / file.relative_to(records)).read_bytes()
+    build_mixture.build_mixture(tmp_path / "again", 2, 120, tasks=["code"])
+    assert [path.name for path in (tmp_path / "again" / "train").iterdir()] == ["code.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+
+def test_from_records_to_shards_and_back_to_text(records, tokenizer, tmp_path):
+    manifest, report = tokenize_and_pack.prepare(records, tokenizer, tmp_path / "packed", 512)
+    again, _ = tokenize_and_pack.prepare(records, tokenizer, tmp_path / "again", 512)
+    assert manifest == again == verify(tmp_path / "packed")
+    assert report.good == 5 * (6 + 3 + 3) and not report.bad
+    assert manifest["mixture"]["seed"] == 0 and set(manifest["versions"]) == {"transformers", "tokenizers", "datasets"}
+    for split in SPLITS:
+        assert list(manifest["splits"][split]) == sorted(TASKS)
+        for task, entry in manifest["splits"][split].items():
+            assert entry["tasks"] == {task: entry["samples"]}
+            assert len(open_corpus(tmp_path / "packed", split, task)) == entry["rows"]
+    shown = "\n".join(inspect_shards.describe(tmp_path / "packed", "test", tokenizer, 1))
+    assert all(f"--- {task}: {task}, " in shown for task in TASKS) and "% full" in shown
+    with pytest.raises(ValueError, match="has no split 'dev'; it has train, validation, test"):
+        list(inspect_shards.describe(tmp_path / "packed", "dev", tokenizer, 1))
+
+
+def test_records_that_do_not_fit_are_counted_and_named(tokenizer, tmp_path):
+    (tmp_path / "records" / "train").mkdir(parents=True)
+    file = tmp_path / "records" / "train" / "own.jsonl"
+    write_records(file, [Record("code", "f0 " * n, "count", "1", f"r{n}") for n in (3, 300, 5)])
+    manifest, report = tokenize_and_pack.prepare(tmp_path / "records", tokenizer, tmp_path / "packed", 64)
+    assert manifest["splits"]["train"]["own"]["samples"] == report.good == 2 and manifest["mixture"] is None
+    assert report.bad == [f"{file}: good record 2 (r300) has 305 tokens, more than the 64 of a row"]
+    with pytest.raises(ValueError, match=r"own.jsonl holds no usable record; 0 records read, 3 skipped"):
+        tokenize_and_pack.prepare(tmp_path / "records", tokenizer, tmp_path / "short", 4)
+    assert not (tmp_path / "short").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"language": "klingon"}, "unknown language 'klingon'; expected one of text, tiny"),
+        ({"tasks": ["code", "poetry"]}, "language 'text' has no task poetry; it has single_qa, multihop_qa"),
+        (
+            {"language": "tiny", "tasks": ["summarization"]},
+            "language 'tiny' has no task summarization; it has single_qa",
+        ),
+        ({"tasks": []}, r"has no task \(none asked for\)"),
+        ({"per_task": 0}, "per_task=0 and held_out=8: a mixture needs at least one record of each task"),
+        ({"held_out": 0}, "held_out=0: a mixture needs at least one record"),
+        ({"words": 20}, "contexts of 20 words are too short for the text generators; use 64 or more"),
+        ({"words": 20, "language": "tiny"}, "contexts of 20 words are too short for the tiny language; use 32 or more"),
+    ],
+)
+def test_a_mixture_that_cannot_be_built_is_refused(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_mixture.build_mixture(**{"out": tmp_path / "records", "per_task": 2, "words": 100, **arguments})
+    assert not (tmp_path / "records").exists()
+
+
+def test_foreign_folders_and_missing_records_are_refused(records, tokenizer, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match=r"exists and holds no mixture.json, so it is no mixture to replace; choose"):
+        build_mixture.build_mixture(tmp_path, 2, 100)
+    with pytest.raises(FileNotFoundError, match=r"no records in .*train,validation,test.*; write them with data_prep"):
+        tokenize_and_pack.prepare(tmp_path / "absent", tokenizer, tmp_path / "packed", 64)
+    with pytest.raises(ValueError, match="seq_length=0 is below 1"):
+        tokenize_and_pack.prepare(records, tokenizer, tmp_path / "packed", 0)
+    build_mixture.build_mixture(tmp_path / "lacking", 2, 100)
+    (tmp_path / "lacking" / "test" / "code.jsonl").unlink()
+    with pytest.raises(ValueError, match="lacking/test lacks code, which other splits have; add the files"):
+        tokenize_and_pack.prepare(tmp_path / "lacking", tokenizer, tmp_path / "packed", 512)
+
+
+def test_commands_speak_plainly(tmp_path, capsys):
+    out = str(tmp_path / "records")
+    assert build_mixture.main(["--out", out, "--per-task", "2", "--language", "tiny", "--words", "40"]) == 0
+    assert "train: single_qa 2, in_context 2, code 2" in capsys.readouterr().out
+    for module in (build_mixture, tokenize_and_pack, inspect_shards):
+        with pytest.raises(SystemExit) as stopped:
+            module.main(["--help"])
+        assert stopped.value.code == 0 and f"python -m {module.__name__}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        build_mixture.main(["--out", out, "--tasks", "poetry"])
+    assert stopped.value.code == 2 and "has no task poetry" in capsys.readouterr().err
