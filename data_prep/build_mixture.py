@@ -66,7 +66,19 @@ def build_mixture(
         )
     if tokenizer is not None and language == "text":
         make = partial(generators.generate, measure=generators.token_count(tokenizer))
-    out = Path(out)
+    unit = "words" if tokenizer is None else "tokens"
+    recipe = {"language": language, "seed": seed, "longest_context": words, "unit": unit}
+
+    def records(task: str, split: str) -> list[Record]:
+        return make(task, split, per_task if split == "train" else held_out, words, seed)
+
+    return _write(Path(out), tasks, records, recipe)
+
+
+def _write(
+    out: Path, tasks: Sequence[str], make: Callable[[str, str], list[Record]], recipe: dict[str, Any]
+) -> dict[str, dict[str, int]]:
+    """Write all files into a scratch folder and rename it; returns counts by split and task."""
     if out.exists() and not (out / RECIPE).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and holds no {RECIPE}, so it is no mixture to replace; choose another --out")
     scratch = out.with_name(f".{out.name}.writing")
@@ -76,13 +88,11 @@ def build_mixture(
         for split in SPLITS:
             (scratch / split).mkdir(parents=True)
             for task in tasks:
-                records = make(task, split, per_task if split == "train" else held_out, words, seed)
+                records = make(task, split)
                 write_records(scratch / split / f"{task}.jsonl", records)
                 counts.setdefault(split, {})[task] = len(records)
                 bar.update()
-    unit = "words" if tokenizer is None else "tokens"
-    recipe = {"language": language, "seed": seed, "longest_context": words, "unit": unit, "records": counts}
-    (scratch / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+    (scratch / RECIPE).write_text(json.dumps({**recipe, "records": counts}, indent=1) + "\n", encoding="utf-8")
     if out.exists():
         shutil.rmtree(out)
     scratch.rename(out)

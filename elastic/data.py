@@ -141,6 +141,9 @@ class _Micro:
 class MixtureDataModule(LightningDataModule):
     """Packed corpora of one data folder, sensitive and robust ones mixed by weight.
 
+    In training every process gets its own share of each step's rows. In evaluation every process reads every row, so
+    that all take equally many steps and results do not depend on their number.
+
     Args:
         data_dir: folder written by `python -m data_prep.tokenize_and_pack`.
         weights: weight per corpus; corpora without an entry get 1, a weight of 0 leaves a corpus out.
