@@ -1,0 +1,90 @@
+"""The `elastic` command: finds the subcommand and loads only what that needs."""
+
+import difflib
+import importlib
+import os
+import sys
+
+from elastic.console import complain, say
+
+TRAINING = {
+    "fit": "train routers on packed data",
+    "validate": "score routers on the validation split",
+    "test": "score routers on the test split, with a table and a results file",
+    "predict": "write routes and answers per sample",
+}
+COMMANDS = {
+    "generate": "answer prompts with a routed model and show its routes",
+    "demo": "the whole path on this machine: train, compare with dense, save, load, answer",
+    "doctor": "what this machine can run, with a self-check",
+}
+NOT_FINITE = 1  # exit code of a training run that diverged
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `elastic <command> ...`; returns the exit code.
+
+    0 success, 1 a failure of the run, 2 a request that cannot be met (one line on standard error; the traceback with
+    ELASTIC_TRACEBACK=1).
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    name, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if name in ("-h", "--help", "help"):
+        say(usage())
+        return 0
+    if name == "--version":
+        from elastic import __version__
+
+        say(f"elastic {__version__}")
+        return 0
+    if name not in {**TRAINING, **COMMANDS}:
+        return complain(name, _unknown(name))
+    try:
+        if name in TRAINING:
+            return importlib.import_module("elastic.training_cli").run(name, rest)
+        return importlib.import_module(f"elastic.commands.{name}").main(rest)
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        if os.environ.get("ELASTIC_TRACEBACK"):
+            raise
+        return complain(name, error)
+    except FloatingPointError as error:
+        if os.environ.get("ELASTIC_TRACEBACK"):
+            raise
+        complain(name, error)
+        return NOT_FINITE
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(map(len, (*TRAINING, *COMMANDS)))
+
+    def listed(commands: dict[str, str]) -> list[str]:
+        return [f"  {name.ljust(width)}  {summary}" for name, summary in commands.items()]
+
+    return "\n".join(
+        [
+            "usage: elastic <command> [options]",
+            "",
+            "Attention routers for frozen causal language models: full or sparse attention per input and KV head.",
+            "",
+            "Training (settings from YAML files, later ones win: -c configs/tiny.yaml -c mine.yaml):",
+            *listed(TRAINING),
+            "",
+            "Using:",
+            *listed(COMMANDS),
+            "",
+            "`elastic <command> --help` lists the options of a command. Errors come with their traceback where",
+            "ELASTIC_TRACEBACK=1 is set.",
+        ]
+    )
+
+
+def _unknown(name: str) -> str:
+    known = [*TRAINING, *COMMANDS]
+    close = difflib.get_close_matches(name, known, n=2)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"commands are {', '.join(known)}"
+    return f"there is no command {name!r}; {hint} (elastic --help)"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

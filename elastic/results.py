@@ -1,0 +1,83 @@
+"""Files and tables that evaluation leaves behind."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+
+from elastic.callbacks import run_folder
+from elastic.console import say, table
+
+
+class ResultsFile(Callback):
+    """After `validate` or `test`: a table on the terminal and `results_<stage>.json` in the run's folder."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """A validation of its own, not one within training."""
+        if trainer.state.fn == "validate":
+            _report(trainer, pl_module, "validation")
+
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """The test split."""
+        _report(trainer, pl_module, "test")
+
+
+class PredictionFile(Callback):
+    """Writes `predictions.jsonl` in the run's folder, one line per sample (other processes: `.rankN`)."""
+
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Start with an empty file."""
+        self.path = run_folder(trainer) / f"predictions{f'.rank{rank}' if (rank := trainer.global_rank) else ''}.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("", encoding="utf-8")
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+        """Append the samples of a batch."""
+        with open(self.path, "a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(sample) + "\n" for sample in outputs)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Say where they are."""
+        say(f"predictions: {self.path}")
+
+
+def results_table(results: dict[str, dict[str, float]]) -> str:
+    """Per task: exact answers and loss of the dense and the routed model, MSR, ESR, samples."""
+    columns = {
+        "dense exact": "dense_exact",
+        "elastic exact": "elastic_exact",
+        "dense loss": "dense_loss",
+        "elastic loss": "elastic_loss",
+        "MSR": "msr",
+        "ESR last": "esr_last",
+        "ESR all": "esr_all",
+    }
+    rows = [[task, *(f"{row[key]:.3f}" for key in columns.values()), str(row["n"])] for task, row in results.items()]
+    return table(["task", *columns, "samples"], rows)
+
+
+def _report(trainer: Trainer, module: Any, split: str) -> None:
+    if not trainer.is_global_zero:
+        return
+    path = run_folder(trainer) / f"results_{split}.json"
+    results = {
+        "protocol": "answers teacher-forced on packed rows; dense is the same backbone with every head on route 0",
+        "split": split,
+        "backbone": module.backbone,
+        "elastic": module.elastic.to_dict(),
+        "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
+        "tasks": module.results,
+    }
+    _write_json(path, results)
+    say(results_table(module.results))
+    say(f"results: {path}")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.writing")
+    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, path)

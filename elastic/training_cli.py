@@ -1,0 +1,126 @@
+"""`elastic fit | validate | test | predict`: LightningCLI with this project's module, data and callbacks."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from elastic.callbacks import LAST, ElasticCheckpoint, ResumeCheckpoint, RoutingPictures, RunProgress
+from elastic.cli import TRAINING
+from elastic.console import say
+from elastic.data import MixtureDataModule
+from elastic.lit_module import ElasticModule
+from elastic.results import PredictionFile, ResultsFile
+from elastic.resumable import AtomicCheckpointIO
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": -1,
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,
+    "default_root_dir": "runs/elastic",
+    "use_distributed_sampler": False,  # the data module shares out the rows itself
+    "num_sanity_val_steps": 0,
+}
+
+
+class ElasticCLI(LightningCLI):
+    """One run keeps everything in `trainer.default_root_dir`; a checkpoint never changes the settings of a run."""
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Model and data stand before the trainer's many settings in `--help` and in the saved configuration."""
+        parser.add_lightning_class_args(ElasticModule, "model")
+        parser.add_lightning_class_args(MixtureDataModule, "data")
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Settings of the two checkpoint callbacks, `resume_checkpoint` and `elastic_checkpoint`."""
+        parser.add_lightning_class_args(ResumeCheckpoint, "resume_checkpoint")
+        parser.add_lightning_class_args(ElasticCheckpoint, "elastic_checkpoint")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the given arguments; unlike the parent's, does not compare them with `sys.argv`."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """The parent lets hyper-parameters in a checkpoint override files and flags. Here those always win."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """A trainer that logs to TensorBoard and saves atomically, unless its settings say otherwise."""
+        config = self._get(self.config_init, "trainer")
+        if config.get("logger") in (None, True):
+            kwargs["logger"] = TensorBoardLogger(config["default_root_dir"], name="", version="")
+        given = config.get("plugins") or []
+        kwargs["plugins"] = [*(given if isinstance(given, list) else [given]), AtomicCheckpointIO()]
+        bar = [] if config.get("enable_progress_bar") is False else [RunProgress()]
+        callbacks = [*bar, RoutingPictures(), ResultsFile(), PredictionFile()]  # the bar closes before a table appears
+        kwargs["callbacks"] = [*(config.get("callbacks") or []), *callbacks]
+        return super().instantiate_trainer(**kwargs)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """`--ckpt_path last` means this run's own `last.ckpt`; training starts afresh where there is none yet."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if kwargs.get("ckpt_path") == "last":
+            path = Path(self.trainer.default_root_dir) / LAST
+            if not path.is_file() and subcommand != "fit":
+                raise FileNotFoundError(
+                    f"no checkpoint at {path}; train first with `elastic fit` and the same settings"
+                )
+            kwargs["ckpt_path"] = str(path) if path.is_file() else None
+            say(f"checkpoint: {path if path.is_file() else f'{path} does not exist yet, starting from the beginning'}")
+        if subcommand in ("validate", "test"):
+            kwargs["verbose"] = False  # ResultsFile prints the table
+        if subcommand == "predict":
+            kwargs["return_predictions"] = False  # PredictionFile writes them
+        return kwargs
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """Run one of Lightning's entry points.
+
+    Raises:
+        ValueError, FileNotFoundError: what the user can put right.
+        SystemExit: `--help`, `--print_config`, or arguments that do not parse.
+    """
+    _quieten()
+    try:
+        ElasticCLI(
+            ElasticModule,
+            MixtureDataModule,
+            seed_everything_default=0,
+            trainer_defaults=dict(TRAINER_DEFAULTS),
+            save_config_kwargs={
+                "overwrite": True,
+                "config_filename": "config.yaml" if command == "fit" else f"config_{command}.yaml",
+            },
+            parser_kwargs={"prog": "elastic", **{name: _help(name) for name in TRAINING}},
+            auto_configure_optimizers=False,
+            args=[command, *arguments],
+        )
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+    return 0
+
+
+def _help(command: str) -> dict[str, str]:
+    """What `--help` shows above the settings."""
+    return {
+        "usage": f"elastic {command} -c FILE [-c FILE ...] [--section.key VALUE ...] [--ckpt_path last]",
+        "description": f"{TRAINING[command].capitalize()}. Later files win over earlier ones, flags over files. "
+        "`--print_config` shows the settings that result.",
+    }
+
+
+def _quieten() -> None:
+    """Leave out notes that no user can act on."""
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.seed",
+        "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    ):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec|treespec).*")

@@ -1,0 +1,149 @@
+"""The objective: targets, multipliers, regulariser, chunked language loss, schedules."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from elastic import schedules
+from elastic.objective import (
+    LagrangeMultipliers,
+    chunked_cross_entropy,
+    labelled_positions,
+    signed_distance,
+    sparsity_loss,
+    target_intervals,
+)
+from elastic.tasks import ROBUST, SENSITIVE, TASKS, task_index
+
+
+def test_default_targets_are_the_papers():
+    assert target_intervals({}) == [(0.7, 0.7) if task in SENSITIVE else (1.0, 1.0) for task in TASKS]
+    assert {"code": (0.5, 0.9)}.items() <= dict(zip(TASKS, target_intervals({"code": [0.5, 0.9]}), strict=True)).items()
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ({"retrieval": 0.5}, "unknown task 'retrieval'; known tasks are single_qa"),
+        ({"code": 1.5}, "target of task 'code' is 1.5; expected t or \\[lo, hi\\]"),
+        ({"code": [0.9, 0.5]}, "0 <= lo <= hi <= 1"),
+        ({"code": [0.1, 0.5, 0.9]}, "expected t or"),
+        ({"code": math.nan}, "is nan; expected"),
+    ],
+)
+def test_bad_targets_are_refused(targets, message):
+    with pytest.raises(ValueError, match=message):
+        target_intervals(targets)
+
+
+def test_distance_is_zero_inside_the_interval_and_signed_outside():
+    intervals = target_intervals({"code": [0.4, 0.6]})
+    task = torch.full((4,), task_index("code"))
+    distance = signed_distance(torch.tensor([0.3, 0.4, 0.6, 0.8]), task, intervals)
+    torch.testing.assert_close(distance, torch.tensor([-0.1, 0.0, 0.0, 0.2]))
+
+
+def filled(l1: float = 0.0, l2: float = 0.0) -> LagrangeMultipliers:
+    multipliers = LagrangeMultipliers()
+    with torch.no_grad():
+        multipliers.l1.fill_(l1)
+        multipliers.l2.fill_(l2)
+    return multipliers
+
+
+def test_regulariser_averages_within_tasks_then_over_tasks_present():
+    ratio = torch.tensor([0.5, 0.7, 0.7, 0.8])
+    task = torch.tensor([task_index(t) for t in ("single_qa", "single_qa", "single_qa", "code")])
+    loss = sparsity_loss(ratio, task, target_intervals({}), filled(l1=2.0, l2=3.0))
+    qa = (2 * -0.2 + 3 * 0.04) / 3
+    code = 2 * -0.2 + 3 * 0.04
+    assert loss.item() == pytest.approx((qa + code) / 2, abs=1e-6)
+
+
+def test_ascent_moves_multipliers_against_the_violation_and_descent_moves_msr_to_its_target():
+    multipliers = filled()
+    ratio = torch.tensor([0.9, 0.5], requires_grad=True)  # single_qa too sparse, code too full
+    task = torch.tensor([task_index("single_qa"), task_index("code")])
+    ascent = torch.optim.SGD(multipliers.parameters(), lr=1.0, maximize=True)
+    sparsity_loss(ratio, task, target_intervals({}), multipliers).backward()
+    ascent.step()
+    assert multipliers.l1[0] > 0 > multipliers.l1[task_index("code")]
+    assert multipliers.l2[0] > 0 < multipliers.l2[task_index("code")]
+    assert multipliers.l1[1] == multipliers.l2[1] == 0  # absent tasks stay
+    ratio.grad = None
+    sparsity_loss(ratio, task, target_intervals({}), multipliers).backward()
+    assert ratio.grad is not None and ratio.grad[0] > 0 > ratio.grad[1]
+
+
+def test_projection_bounds_the_multipliers():
+    multipliers = filled(l1=-50.0, l2=-1.0)
+    multipliers.project()
+    assert multipliers.l1.tolist() == [-10.0] * len(TASKS)
+    assert multipliers.l2.tolist() == [0.0] * len(TASKS)
+    assert set(multipliers.by_task()) == {f"{name}/{task}" for name in ("l1", "l2") for task in (*SENSITIVE, *ROBUST)}
+    with pytest.raises(ValueError, match="multiplier limit=0 is not positive"):
+        LagrangeMultipliers(0)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 1000])
+def test_chunked_cross_entropy_equals_the_plain_one_with_its_gradients(chunk):
+    torch.manual_seed(0)
+    head = nn.Linear(8, 31, bias=False)
+    hidden = torch.randn(1, 20, 8, requires_grad=True)
+    labels = torch.randint(0, 31, (1, 20))
+    labels[0, :9] = -100
+    labels[0, 12:14] = -100
+    loss = chunked_cross_entropy(hidden, head, labels, chunk)
+    mine = torch.autograd.grad(loss, [hidden, head.weight])
+    plain = F.cross_entropy(head(hidden)[0, :-1], labels[0, 1:], ignore_index=-100)
+    theirs = torch.autograd.grad(plain, [hidden, head.weight])
+    torch.testing.assert_close(loss, plain, rtol=0, atol=1e-6)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_only_labelled_positions_reach_the_head_a_chunk_at_a_time():
+    seen = []
+
+    class Head(nn.Module):
+        def forward(self, hidden):
+            seen.append(hidden.shape[0])
+            return hidden @ torch.ones(4, 5)
+
+    labels = torch.full((1, 50), -100)
+    labels[0, 40:] = 1
+    hidden = torch.randn(1, 50, 4, requires_grad=True)
+    chunked_cross_entropy(hidden, Head(), labels, 4).backward()
+    assert max(seen) == 4 and sum(seen) == 20  # ten positions, once forward and once recomputed
+    assert labelled_positions(hidden, labels)[1].tolist() == [1] * 10
+
+
+def test_a_batch_without_labels_is_refused():
+    with pytest.raises(ValueError, match="no labelled token; every sample needs an answer"):
+        chunked_cross_entropy(torch.randn(1, 4, 2), nn.Linear(2, 3), torch.full((1, 4), -100), 8)
+    with pytest.raises(ValueError, match="chunk=0 is below 1"):
+        chunked_cross_entropy(torch.randn(1, 4, 2), nn.Linear(2, 3), torch.ones(1, 4, dtype=torch.int64), 0)
+
+
+def test_temperature_reaches_its_floor_when_told():
+    assert schedules.temperature(0.0, 2.0, 0.3, 0.6) == 2.0
+    assert schedules.temperature(0.6, 2.0, 0.3, 0.6) == pytest.approx(0.3)
+    assert schedules.temperature(0.59, 2.0, 0.3, 0.6) > 0.3
+    assert schedules.temperature(1.0, 2.0, 0.3, 0.6) == 0.3
+
+
+def test_learning_rate_warms_up_linearly_and_decays_by_a_cosine():
+    assert schedules.learning_rate(0.1, 1.0, 0.2) == pytest.approx(0.5)
+    assert schedules.learning_rate(0.2, 1.0, 0.2) == pytest.approx(1.0)
+    assert schedules.learning_rate(0.6, 1.0, 0.2) == pytest.approx(0.5)
+    assert schedules.learning_rate(1.0, 1.0, 0.2) == pytest.approx(0.0)
+
+
+@given(st.floats(0, 1), st.floats(0.01, 0.99))
+def test_learning_rate_stays_in_range(progress, warmup):
+    assert -1e-12 <= schedules.learning_rate(progress, 3.0, warmup) <= 3.0 + 1e-12
