@@ -91,6 +91,7 @@ def save_elastic(
         "metrics": metrics or {},
     }
     (scratch / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+    shutil.copymode(scratch / METADATA, scratch / WEIGHTS)  # safetensors makes files that only their owner reads
     for name in (WEIGHTS, METADATA):
         _flush(scratch / name)
     _replace(scratch, path)

@@ -43,6 +43,7 @@ def share_figure(shares: Mapping[str, Tensor], title: str = "") -> Any:
         axis.tick_params(labelsize=7)
         axis.set_title(f"MSR {float(share.float().mean()):.2f}", fontsize=8, loc="right", pad=2)
     axes[-1].set_xlabel("layer (rows of a panel: KV heads)", fontsize=9)
+    axes[-1].locator_params(axis="x", integer=True)
     figure.colorbar(image, ax=list(axes), label="share of inputs on SA", fraction=0.03, pad=0.02)
     if title:
         figure.suptitle(title, fontsize=10)
