@@ -26,8 +26,10 @@ def load_backbone(
         device: a torch device.
         gguf_file: the file inside the folder or hub repository, where weights are in GGUF format.
 
+    A hub id already in the hub's local cache is taken from there without asking the hub for a newer revision.
+
     Raises:
-        ValueError: an unknown dtype or device, or weights that cannot be read.
+        ValueError: an unknown dtype or device, or weights that cannot be read or do not fill the model.
         FileNotFoundError: no such backbone here, with the ways to get it.
     """
     import torch
@@ -36,14 +38,21 @@ def load_backbone(
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}")
     check_device(device)
-    source = _resolve(name)
-    with _quiet():
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=getattr(torch, dtype), attn_implementation="sdpa", gguf_file=gguf_file
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise _unreadable(name, source, error) from error
+    model, info = _pretrained(
+        AutoModelForCausalLM,
+        name,
+        dtype=getattr(torch, dtype),
+        attn_implementation="sdpa",
+        gguf_file=gguf_file,
+        ignore_mismatched_sizes=True,  # collected in `info`, refused below
+        output_loading_info=True,
+    )
+    wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
+    if wrong:  # transformers would leave them random
+        raise ValueError(
+            f"backbone {name!r} lacks {len(wrong)} weights of its config.json, or has them in another shape "
+            f"({', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}); fetch or save it again"
+        )
     return model.to(device).eval(), load_tokenizer(name, gguf_file=gguf_file)
 
 
@@ -51,12 +60,11 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Any:
     """The backbone's tokenizer, padding on the left as generation needs it."""
     from transformers import AutoTokenizer
 
-    source = _resolve(name)
-    with _quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
-        except (OSError, ValueError, KeyError) as error:
-            raise _unreadable(name, source, error) from error
+    tokenizer = _pretrained(AutoTokenizer, name, gguf_file=gguf_file)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
+        raise ValueError(
+            f"backbone {name!r} has no tokenizer files (tokenizer.json and the like); save its tokenizer beside it"
+        )
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -73,6 +81,16 @@ def check_device(device: str) -> None:
         raise ValueError(f"device={device!r} is not a torch device; use cpu, cuda or cuda:N") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r} was asked for, but torch sees no CUDA GPU; use cpu (see `elastic doctor`)")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={device!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA GPUs")
+
+
+def backbone_id(name: str) -> str:
+    """What a checkpoint records as its backbone: a shipped name or hub id as it is, a folder by its absolute path."""
+    if name in (TINY, SMOLLM2):
+        return name
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else name
 
 
 def architecture(model: Any) -> dict[str, Any]:
@@ -115,28 +133,63 @@ def _resolve(name: str) -> str:
     return name
 
 
+def _pretrained(kind: Any, name: str, **settings: Any) -> Any:
+    """`kind.from_pretrained`: quiet, a hub id from the local cache first, errors that name the backbone."""
+    source = _resolve(name)
+    if settings["gguf_file"] is None and Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        files = ", ".join(sorted(path.name for path in Path(source).glob("*.gguf")))
+        raise ValueError(f"backbone {name!r} is a folder of GGUF files ({files}); name one of them as gguf_file")
+    with _quiet():
+        try:
+            if not Path(source).is_dir():
+                try:  # without a network, asking the hub first costs half a minute a file
+                    return kind.from_pretrained(source, local_files_only=True, **settings)
+                except OSError:
+                    pass  # not in the cache, or not whole: ask the hub
+            return kind.from_pretrained(source, **settings)
+        except ImportError as error:
+            raise ValueError(f"loading backbone {name!r} needs another package: {_first_line(error)}") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # safetensors and tokenizers raise types of their own
+            raise _unreadable(name, source, error) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def _unreadable(name: str, source: str, error: Exception) -> Exception:
-    detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(source).is_dir():
-        return ValueError(f"backbone {name!r} in {source} cannot be loaded: {detail}")
+    detail = _first_line(error)
+    if Path(source).is_dir() or not isinstance(error, OSError):
+        return ValueError(
+            f"backbone {name!r} from {source} cannot be loaded ({type(error).__name__}: {detail}); it is damaged, "
+            "incomplete or of a kind that the installed transformers does not know: fetch or save it again"
+        )
     return FileNotFoundError(
-        f"backbone {name!r} is not on this machine and the hub did not give it: {detail} Download it where there is a "
-        f"network (huggingface-cli download {name}) and pass the folder"
+        f"backbone {name!r} is no folder here, not in the hub's local cache, and the hub did not give it ({detail}). "
+        f"Check the name; without a network, download it elsewhere (hf download {name}) and pass the folder"
     )
 
 
 def _smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as safetensors in the cache, converted from the package's GGUF file on first use."""
+    from filelock import FileLock
+
     folder = _cache() / "smollm2-135m-instruct"
-    if not (folder / "config.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if (folder / "config.json").is_file():  # another process converted it meanwhile
+            return folder
+        if folder.exists():
+            raise ValueError(f"{folder} holds no config.json, so it is damaged; delete it and it will be made again")
         scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
         try:
             _convert_gguf(_smollm2_file(), scratch)
+            scratch.chmod(0o755)
             scratch.rename(folder)
-        except OSError:
-            if not (folder / "config.json").is_file():  # another process may have finished first
-                raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder
@@ -169,8 +222,8 @@ def _convert_gguf(file: Path, out: Path) -> None:
         raise ValueError(f"reading {file.name} needs gguf and accelerate; run `pip install gguf accelerate`") from error
     settings = quantised.config.to_dict()
     settings.pop("quantization_config", None)
-    model = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)
-    model.load_state_dict(quantised.state_dict())
+    model: Any = LlamaForCausalLM(LlamaConfig(**settings))
+    model.to(torch.bfloat16).load_state_dict(quantised.state_dict())
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
