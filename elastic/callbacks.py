@@ -85,7 +85,7 @@ class RoutingPictures(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """One image per task; a validation before training shows nothing yet."""
-        writer = getattr(trainer.logger, "experiment", None)
+        writer: Any = getattr(trainer.logger, "experiment", None)
         if trainer.sanity_checking or not trainer.is_global_zero or not hasattr(writer, "add_image"):
             return
         for task, share in pl_module.route_maps.items():

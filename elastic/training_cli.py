@@ -88,22 +88,27 @@ def run(command: str, arguments: list[str]) -> int:
     """
     _quieten()
     try:
-        ElasticCLI(
-            ElasticModule,
-            MixtureDataModule,
-            seed_everything_default=0,
-            trainer_defaults=dict(TRAINER_DEFAULTS),
-            save_config_kwargs={
-                "overwrite": True,
-                "config_filename": "config.yaml" if command == "fit" else f"config_{command}.yaml",
-            },
-            parser_kwargs={"prog": "elastic", **{name: _help(name) for name in TRAINING}},
-            auto_configure_optimizers=False,
-            args=[command, *arguments],
-        )
+        command_line(ElasticCLI, command, arguments)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     return 0
+
+
+def command_line(cls: type[ElasticCLI], command: str, arguments: list[str]) -> ElasticCLI:
+    """Parse, build and run."""
+    return cls(
+        ElasticModule,
+        MixtureDataModule,
+        seed_everything_default=0,
+        trainer_defaults=dict(TRAINER_DEFAULTS),
+        save_config_kwargs={
+            "overwrite": True,
+            "config_filename": "config.yaml" if command == "fit" else f"config_{command}.yaml",
+        },
+        parser_kwargs={"prog": "elastic", **{name: _help(name) for name in TRAINING}},
+        auto_configure_optimizers=False,
+        args=[command, *arguments],
+    )
 
 
 def _help(command: str) -> dict[str, str]:
