@@ -51,7 +51,9 @@ def test_a_loaded_model_routes_and_answers_the_same(saved):
         assert torch.equal(model(ids).logits, again(ids).logits)
     assert torch.equal(routing(model).route, routing(again).route)
     assert set(routing(again).route.unique().tolist()) == {0.0, 1.0}
-    assert all(torch.equal(a, b) for a, b in zip(router_state(model).values(), router_state(again).values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(router_state(model).values(), router_state(again).values(), strict=True)
+    )
 
 
 def test_the_files_hold_exactly_routers_and_multipliers(saved):
@@ -137,7 +139,7 @@ def test_saving_refuses_broken_routers(tmp_path):
         routers(model)[1].task[0].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"layers\.1\.task\.0\.weight holds NaN or infinity.*train again with lower"):
         save_elastic(tmp_path / "ck", model, "tiny")
-    with pytest.raises(ValueError, match="is torch.float16.*expected torch.float32"):
+    with pytest.raises(ValueError, match=r"is torch\.float16.*expected torch\.float32"):
         save_elastic(tmp_path / "ck", attach(tiny_model(), small_config()).half(), "tiny")
     assert not (tmp_path / "ck").exists()
 
@@ -172,7 +174,9 @@ def test_a_missing_file_is_named(saved, name):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    refused(tmp_path / "none", "no checkpoint at .*none: elastic.json is missing; `elastic fit`", kind=FileNotFoundError)
+    refused(
+        tmp_path / "none", "no checkpoint at .*none: elastic.json is missing; `elastic fit`", kind=FileNotFoundError
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}'])

@@ -1,6 +1,7 @@
 """`elastic demo`: train routers on a small real model on the CPU, compare with dense, save, load, generate."""
 
 import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -22,6 +23,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, metavar="N", help="optimiser steps (default: what fits into the time)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data, noise and initial weights (default 0)")
     args = parser.parse_args(argv)
+    # Threads that spin while they wait make a shared machine many times slower; torch must not be loaded before this.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if args.steps is not None and args.steps < 5:
             raise ValueError(f"--steps {args.steps} is below 5; the feature statistics need a few steps")

@@ -11,7 +11,7 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 from tqdm import tqdm
 
-from data_prep.build_mixture import build_mixture
+from data_prep.build_mixture import LANGUAGES, build_mixture
 from data_prep.tokenize_and_pack import prepare
 from elastic.backbones import SMOLLM2, TINY, load_tokenizer
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
@@ -66,9 +66,9 @@ SMALL = DemoSettings(
     language="text",
     words=192,
     seq_length=448,
-    steps=60,
+    steps=48,
     rows=2,
-    held_out=8,
+    held_out=6,
     sparse=SparseConfig(sink=16, window=64, block=16),
     pool_tokens=32,
     optimiser=OptimiserConfig(lr=3e-3, multiplier_lr=1e-1),
@@ -80,12 +80,12 @@ SMALLEST = DemoSettings(
     language="tiny",
     words=240,
     seq_length=512,
-    steps=160,
-    rows=4,
-    held_out=48,
+    steps=120,
+    rows=2,
+    held_out=24,
     sparse=SparseConfig(sink=4, window=32, block=4),
     pool_tokens=16,
-    optimiser=OptimiserConfig(lr=3e-3, multiplier_lr=5e-2),
+    optimiser=OptimiserConfig(lr=3e-3, multiplier_lr=1e-1),
     prompts=("single_qa", "in_context"),
     new_tokens=12,
 )
@@ -150,8 +150,8 @@ class Follow(Callback):
 def build_data(settings: DemoSettings, folder: Path, seed: int) -> Path:
     """Records and packed rows of all splits; as many training records as the steps will read."""
     records, data = folder / "records", folder / "data"
-    tasks = 5 if settings.language == "text" else 3
-    per_task = -(-settings.steps * settings.rows * 2 // tasks)
+    tasks, _ = LANGUAGES[settings.language]
+    per_task = -(-settings.steps * settings.rows * 2 // len(tasks))
     build_mixture(records, per_task, settings.words, seed, settings.language, settings.held_out)
     prepare(records, load_tokenizer(settings.backbone), data, settings.seq_length)
     return data
