@@ -1,7 +1,6 @@
 """DataModules over packed shards: corpora mixed by weight, deterministic for a seed, resumable within an epoch."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from lightning import LightningDataModule
 from torch.utils.data import ConcatDataset, DataLoader, Sampler
 
 from elastic.packed import Batch, PackedRow, collate
-from elastic.shards import open_corpus, tokenizer_hash, verify
+from elastic.shards import open_corpus, verify
 
 EVALUATION = {"validate": "validation", "fit": "validation", "test": "test", "predict": "test"}
 
@@ -188,29 +187,6 @@ class MixtureDataModule(LightningDataModule):
         needed = {EVALUATION[stage]} | ({"train"} if stage == "fit" else set())
         for split in needed:
             self._corpora(split)
-
-    @property
-    def seq_length(self) -> int:
-        """Tokens of the longest possible row."""
-        if self.manifest is None:
-            self.manifest = verify(self.data_dir)
-        return int(self.manifest["seq_length"])
-
-    def check_tokenizer(self, tokenizer: Any) -> None:
-        """Refuse a backbone whose tokenizer is not the one that made the data.
-
-        Raises:
-            ValueError: with both names and hashes.
-        """
-        if self.manifest is None:
-            self.manifest = verify(self.data_dir)
-        made, found = self.manifest["tokenizer"], tokenizer_hash(tokenizer)
-        if made["sha256"] != found:
-            raise ValueError(
-                f"{self.data_dir} was tokenised by {made['name']!r} (sha256 {made['sha256'][:12]}), but the backbone's "
-                f"tokenizer is {Path(tokenizer.name_or_path).name!r} (sha256 {found[:12]}); pack the records again "
-                "with --backbone of this run"
-            )
 
     def train_dataloader(self) -> ResumableLoader:
         """Lists of micro-batches, one list per optimiser step."""

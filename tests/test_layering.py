@@ -15,13 +15,13 @@ SOURCES = sorted((*ROOT.glob("elastic/**/*.py"), *ROOT.glob("data_prep/**/*.py")
 IDS = [str(path.relative_to(ROOT)) for path in SOURCES]
 # Lower layers never import higher ones; modules of one layer may import each other where there is no cycle.
 LAYERS = {
-    0: ("config", "tasks", "visibility", "packed", "reference", "console", "kernels", "shards", "schedules"),
-    1: ("router", "relaxation", "patterns"),
-    2: ("head_plan", "sparsity"),
+    0: ("config", "training_config", "tasks", "visibility", "reference", "console", "kernels", "schedules"),
+    1: ("records", "router", "relaxation", "patterns"),
+    2: ("packed", "shards", "head_plan", "sparsity"),
     3: ("torch_attention", "attention", "routing"),
     4: ("backbone", "backbones", "plots"),
     5: ("objective", "checkpoint", "report"),
-    6: ("inference", "data", "resumable"),
+    6: ("inference", "data", "metrics", "resumable"),
     7: ("lit_module", "callbacks", "results"),
     8: ("cli", "commands", "training_cli"),
 }
@@ -105,7 +105,7 @@ def test_every_setting_and_argument_is_read():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 read.add(node.attr)
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.FunctionDef) and not node.name.endswith("_fake"):  # operator schemas
                 unused += [f"{path.relative_to(ROOT)}: {node.name}({name})" for name in unread_arguments(node)]
     fields = {
         f.name

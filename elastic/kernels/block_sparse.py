@@ -70,7 +70,7 @@ def kernel_path(device: torch.device) -> str:
 
 
 @cache
-def _counter(device: torch.device, stream: int) -> Tensor:
+def _counter(device: torch.device, _stream: int) -> Tensor:
     return torch.zeros(2, dtype=torch.int32, device=device)
 
 
