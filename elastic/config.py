@@ -77,7 +77,9 @@ class SparseConfig:
         _check_multiple("sparse.window", self.window, self.block, minimum=self.block)
         _check_int("sparse.stride", self.stride, minimum=1)
         if "xattention" in (self.route0, self.route1) and self.block % self.stride:
-            raise ValueError(f"sparse.stride={self.stride} does not divide sparse.block={self.block}; use 8 or 16")
+            raise ValueError(
+                f"sparse.stride={self.stride} does not divide sparse.block={self.block}; use {min(16, self.block)}"
+            )
         if not _is_number(self.threshold) or not 0.0 < self.threshold <= 1.0:
             raise ValueError(f"sparse.threshold={self.threshold!r} is not in (0, 1]; the paper uses 0.9")
 
