@@ -40,8 +40,10 @@ def arguments(data: Path, steps: int = STEPS) -> list[str]:
 def finish(process) -> int:
     """Run a process to its end; its exit code (negative: the signal that killed it)."""
     process.start()
-    process.join(timeout=240)
-    assert process.exitcode is not None, "the run hangs"
+    process.join(timeout=900)
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail("the run hangs")
     return process.exitcode
 
 
@@ -123,7 +125,7 @@ def test_noise_seeds_differ_by_every_part_and_stay_the_same():
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_ends_bit_equal(data, tmp_path):
-    steps, rng = 400, random.Random(int(os.environ.get("KILL_SEED", "0")))
+    steps, rng = 250, random.Random(int(os.environ.get("KILL_SEED", "0")))
     reference, broken = tmp_path / "reference", tmp_path / "broken"
     reference.mkdir()
     broken.mkdir()
