@@ -7,14 +7,23 @@ heads, D head dim.
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from elastic.kernels import jit
-from elastic.kernels.checks import check_cuda, check_metadata, check_pattern, check_tensors
+from elastic.kernels.checks import check_alignment, check_cuda, check_metadata, check_pattern, check_tensors
 from elastic.kernels.oracle import attention_oracle
-from elastic.kernels.params import MAP_BYTES, QUERY_BLOCK, Pattern, Ranges, pack_params
+from elastic.kernels.params import (
+    MAP_BYTES,
+    QUERY_BLOCK,
+    Pattern,
+    Ranges,
+    pack_pointers,
+    pack_sizes,
+    strides_of,
+)
 from elastic.kernels.tensor_map import tensor_map
 
 _Optional = Tensor | None
@@ -81,7 +90,7 @@ def tile_counter(device: torch.device) -> Tensor:
     """
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(2, dtype=torch.int32, device=device)
-    return _counter(device, torch.cuda.current_stream(device).cuda_stream)
+    return _counter(device, jit.current_stream(device.index))
 
 
 def attention_forward(
@@ -139,32 +148,51 @@ def _outputs(q: Tensor, ranges: Ranges) -> tuple[Tensor, Tensor]:
     return out, torch.empty(lse_shape, dtype=torch.float32, device=q.device)
 
 
-def launch_into(
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mode: Tensor,
-    pattern: Pattern,
-    ranges: Ranges,
-    bits: Tensor | None,
-    config: LaunchConfig | None = None,
-    debug: tuple[str, ...] = (),
-) -> None:
-    """Run the kernel on checked CUDA tensors, into tensors the caller owns. `config` and `debug` serve the tests."""
-    samples, device = mode.shape[0], q.device
+@dataclass(frozen=True)
+class Plan:
+    """What all calls with the same shapes, strides and pattern share: checked once, then looked up."""
+
+    config: LaunchConfig
+    kernel: Any
+    sizes: bytes
+    strides: tuple[tuple[int, int, int], ...]  # of q, k, v, out
+
+
+def make_plan(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, mode: Tensor, pattern: Pattern, bits: Tensor | None,
+    config: LaunchConfig | None = None, debug: tuple[str, ...] = (),
+) -> Plan:  # fmt: skip
+    """Choose and load the kernel, and pack everything but the addresses. `config` and `debug` serve the tests."""
+    samples, index = mode.shape[0], q.device.index
     if config is None:
-        capability, processors = _device_facts(device.index)
+        capability, processors = _device_facts(index)
         tiles = samples * -(-q.shape[1] // QUERY_BLOCK) * q.shape[2]
         config = launch_config(capability, processors, q.shape[3], samples, tiles)
+    variant = jit.Variant(config.name, config.arch, q.shape[3], q.dtype == torch.bfloat16, debug)
+    sizes = pack_sizes(q, k, v, out, mode, bits, pattern)
+    return Plan(config, jit.load_kernel(variant, index), sizes, tuple(strides_of(x) for x in (q, k, v, out)))
+
+
+def launch_into(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mode: Tensor, ranges: Ranges, bits: Tensor | None,
+    plan: Plan,
+) -> None:  # fmt: skip
+    """Run the kernel on checked CUDA tensors, into tensors the caller owns."""
+    device, config = q.device, plan.config
     maps = bytes(4 * MAP_BYTES)
     if config.arch == "sm_90a":
-        maps = tensor_map(q, QUERY_BLOCK) + tensor_map(k, 64) + tensor_map(v, 64) + tensor_map(out, 16)
-    params = pack_params(maps, q, k, v, out, lse, mode, bits, ranges, tile_counter(device), pattern)
-    variant = jit.Variant(config.name, config.arch, q.shape[3], q.dtype == torch.bfloat16, debug)
-    kernel = jit.load_kernel(variant, device.index)
-    jit.launch(kernel, config.grid, config.threads, params, config.shared_bytes, device)
+        boxes = ((q, QUERY_BLOCK), (k, 64), (v, 64), (out, 16))
+        maps = b"".join(tensor_map(x, s, rows) for (x, rows), s in zip(boxes, plan.strides, strict=True))
+    params = maps + pack_pointers(q, k, v, out, lse, mode, bits, ranges, tile_counter(device)) + plan.sizes
+    jit.launch(plan.kernel, config.grid, config.threads, params, config.shared_bytes, device.index)
+
+
+_PLANS: dict[tuple, Plan] = {}
+_MAX_PLANS = 4096
+
+
+def _facts(x: Tensor | None) -> tuple | None:
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
 
 
 def _forward_cuda(
@@ -185,13 +213,21 @@ def _forward_cuda(
     bits: _Optional,
 ) -> tuple[Tensor, Tensor]:
     pattern, ranges = Pattern(sink, window, granule, block, scale), Ranges(begin_q, end_q, begin_k, end_k, row)
-    _check(q, k, v, mode, pattern, ranges, bits)
-    check_cuda(q, k, v)
+    spans = tuple(map(_facts, (begin_q, end_q, begin_k, end_k, row, bits)))
+    key = (_facts(q), _facts(k), _facts(v), _facts(mode), spans, sink, window, granule, block, scale)
+    plan = _PLANS.get(key)
+    if plan is None:
+        _check(q, k, v, mode, pattern, ranges, bits)
+        check_cuda(q, k, v)
     out, lse = _outputs(q, ranges)
-    if k.shape[1] == 0:
+    if k.shape[1] == 0 or out.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    if out.numel():
-        launch_into(out, lse, q, k, v, mode, pattern, ranges, bits)
+    if plan is None:
+        if len(_PLANS) >= _MAX_PLANS:
+            _PLANS.clear()
+        plan = _PLANS[key] = make_plan(q, k, v, out, mode, pattern, bits)
+    check_alignment(q, k, v)
+    launch_into(out, lse, q, k, v, mode, ranges, bits, plan)
     return out, lse
 
 

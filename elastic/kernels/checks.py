@@ -94,9 +94,18 @@ def check_cuda(q: Tensor, k: Tensor, v: Tensor) -> None:
     if k.shape[1] > MAX_KEYS:
         raise ValueError(f"{k.shape[1]} keys; the CUDA kernels take at most {MAX_KEYS}")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.stride(3) != 1 or any(s % 8 for s in strides_of(tensor)) or tensor.data_ptr() % 16:
+        if tensor.stride(3) != 1 or any(s % 8 for s in strides_of(tensor)):
             raise ValueError(
-                f"{name} has strides {list(tensor.stride())} and starts at {tensor.data_ptr() % 16} bytes past a "
-                "16-byte boundary; expected a contiguous head dim, other strides that are multiples of 8 elements "
-                f"and an aligned start; use {name}.contiguous()"
+                f"{name} has strides {list(tensor.stride())}; expected a contiguous head dim and other strides that "
+                f"are multiples of 8 elements; use {name}.contiguous()"
             )
+
+
+def check_alignment(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """The only check that a new tensor of known shape and strides needs."""
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        starts = [x.data_ptr() % 16 for x in (q, k, v)]
+        raise ValueError(
+            f"q, k, v start {starts} bytes past a 16-byte boundary; expected 0: slice the tensor at a multiple of 8 "
+            "elements, or use .clone()"
+        )

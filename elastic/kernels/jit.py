@@ -14,6 +14,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 CUDA_SRC = Path(__file__).resolve().parents[2] / "cuda_src"
@@ -130,14 +131,17 @@ def _external_stream(address: int, device: int) -> Any:
     return cupy.cuda.ExternalStream(address, device)
 
 
-def launch(kernel: Any, grid: int, threads: int, params: bytes, shared_bytes: int, device: torch.device) -> None:
-    """Launch on torch's current stream of `device`; `params` is the one by-value argument."""
-    import numpy as np
+def current_stream(index: int) -> int:
+    """Address of torch's current stream on a device (the raw accessor: the public one builds an object per call)."""
+    return torch._C._cuda_getCurrentRawStream(index)
 
+
+def launch(kernel: Any, grid: int, threads: int, params: bytes, shared_bytes: int, index: int) -> None:
+    """Launch on torch's current stream of device `index`; `params` is the one by-value argument."""
     argument = np.frombuffer(params, dtype=f"V{len(params)}")
-    stream = _external_stream(torch.cuda.current_stream(device).cuda_stream, device.index)
-    if torch.cuda.current_device() == device.index:
+    stream = _external_stream(current_stream(index), index)
+    if torch.cuda.current_device() == index:
         kernel((grid,), (threads,), (argument,), shared_mem=shared_bytes, stream=stream)
     else:
-        with torch.cuda.device(device):
+        with torch.cuda.device(index):
             kernel((grid,), (threads,), (argument,), shared_mem=shared_bytes, stream=stream)

@@ -10,7 +10,7 @@ from torch import Tensor
 FULL, STREAMING, BLOCK_SPARSE = 0, 1, 2
 QUERY_BLOCK = 128
 PARAMS_BYTES = 768
-_FIELDS = struct.Struct("<13Q12q12i2f")
+_POINTERS, _SIZES = struct.Struct("<13Q"), struct.Struct("<12q12i2f")
 MAP_BYTES = 128
 
 
@@ -60,8 +60,7 @@ def strides_of(tensor: Tensor) -> tuple[int, int, int]:
     return row, token, head
 
 
-def pack_params(
-    maps: bytes,
+def pack_pointers(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -71,14 +70,30 @@ def pack_params(
     bits: Tensor | None,
     ranges: Ranges,
     counter: Tensor,
-    pattern: Pattern,
 ) -> bytes:
-    """Bytes of `elastic::Params`. `maps` are the four tensor maps of sm_90a, or 512 zero bytes."""
-    fields = _FIELDS.pack(
-        *(tensor.data_ptr() for tensor in (q, k, v, out, lse, mode)),
+    """The addresses of `elastic::Params`, in its order."""
+    return _POINTERS.pack(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        mode.data_ptr(),
         _address(bits),
-        *(_address(tensor) for tensor in ranges.named().values()),
+        _address(ranges.begin_q),
+        _address(ranges.end_q),
+        _address(ranges.begin_k),
+        _address(ranges.end_k),
+        _address(ranges.row),
         counter.data_ptr(),
+    )
+
+
+def pack_sizes(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, mode: Tensor, bits: Tensor | None, pattern: Pattern
+) -> bytes:
+    """The rest of `elastic::Params`: strides, sizes and the pattern, the same for every call with these shapes."""
+    return _SIZES.pack(
         *strides_of(q),
         *strides_of(k),
         *strides_of(v),
@@ -98,7 +113,6 @@ def pack_params(
         pattern.scale * math.log2(math.e),
         pattern.scale,
     )
-    return maps + fields
 
 
 def is_half(dtype: torch.dtype) -> bool:

@@ -6,7 +6,7 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from elastic.kernels.params import MAP_BYTES, strides_of
+from elastic.kernels.params import MAP_BYTES
 
 _DTYPE = {torch.float16: 6, torch.bfloat16: 9}  # CU_TENSOR_MAP_DATA_TYPE_*
 _SWIZZLE_128B, _L2_PROMOTION_256B = 3, 3
@@ -50,6 +50,6 @@ def _encode(address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: t
     return ctypes.string_at(aligned, MAP_BYTES)
 
 
-def tensor_map(tensor: Tensor, rows: int) -> bytes:
+def tensor_map(tensor: Tensor, strides: tuple[int, int, int], rows: int) -> bytes:
     """The 128 bytes of a map with boxes of `rows` tokens by 64 columns; cached by address, shape and strides."""
-    return _encode(tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), strides_of(tensor), rows)
+    return _encode(tensor.data_ptr(), tensor.dtype, tensor.shape, strides, rows)

@@ -40,7 +40,9 @@ def run(problem: Problem, path: str, debug: tuple[str, ...] = ()) -> tuple[Tenso
     used = rows_written(problem)
     out[used] = float("nan")
     lse.transpose(1, 2)[used] = float("nan")
-    block_sparse.launch_into(out, lse, *problem.args(), config=config_for(path, problem), debug=debug)
+    config, (q, k, v, mode, pattern, ranges, bits) = config_for(path, problem), problem.args()
+    plan = block_sparse.make_plan(q, k, v, out, mode, pattern, bits, config, debug)
+    block_sparse.launch_into(out, lse, q, k, v, mode, ranges, bits, plan)
     for store in (out_store, lse_store):
         assert (store[:guard] == SENTINEL).all() and (store[-guard:] == SENTINEL).all(), "a guard band was overwritten"
     assert (out[~used] == SENTINEL).all() and (lse.transpose(1, 2)[~used] == SENTINEL).all(), (
