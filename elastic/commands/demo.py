@@ -45,7 +45,9 @@ def run(out: Path, tiny: bool, steps: int | None, seed: int) -> None:
     settings = settings if steps is None else replace(settings, steps=steps)
     out.mkdir(parents=True, exist_ok=True)
     say(f"1/4 Offline data for {settings.backbone}: {settings.language} records, rows of {settings.seq_length} tokens")
-    data = training.build_data(settings, out, seed)
+    data, left_out = training.build_data(settings, out, seed)
+    if left_out:
+        say(f"    {left_out} records did not fit into a row and were left out")
     sparse = settings.sparse
     say(f"2/4 Training routers: {settings.steps} steps, {sparse.name}, sink {sparse.sink}, window {sparse.window}")
     module, follow = training.train(settings, data, seed)

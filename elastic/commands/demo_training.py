@@ -20,7 +20,7 @@ from elastic.lit_module import ElasticModule
 from elastic.packed import Batch
 from elastic.plots import curves_figure, smooth
 from elastic.tasks import TASKS
-from elastic.training_config import OptimiserConfig
+from elastic.training_config import OptimiserConfig, TemperatureConfig
 
 Points = list[tuple[float, float]]
 
@@ -64,14 +64,14 @@ class DemoSettings:
 SMALL = DemoSettings(
     backbone=SMOLLM2,
     language="text",
-    words=192,
-    seq_length=448,
-    steps=48,
+    words=128,
+    seq_length=320,
+    steps=80,
     rows=2,
     held_out=6,
-    sparse=SparseConfig(sink=16, window=64, block=16),
+    sparse=SparseConfig(sink=16, window=32, block=16),
     pool_tokens=32,
-    optimiser=OptimiserConfig(lr=3e-3, multiplier_lr=1e-1),
+    optimiser=OptimiserConfig(lr=4e-3, multiplier_lr=1.0),
     prompts=("single_qa", "summarization"),
     new_tokens=24,
 )
@@ -79,7 +79,7 @@ SMALLEST = DemoSettings(
     backbone=TINY,
     language="tiny",
     words=240,
-    seq_length=512,
+    seq_length=320,
     steps=120,
     rows=2,
     held_out=24,
@@ -89,6 +89,7 @@ SMALLEST = DemoSettings(
     prompts=("single_qa", "in_context"),
     new_tokens=12,
 )
+TEMPERATURE = TemperatureConfig(initial=1.0, final=0.3)  # the default's 2.0 leaves little gradient for so few steps
 
 
 class Follow(Callback):
@@ -147,21 +148,25 @@ class Follow(Callback):
         )
 
 
-def build_data(settings: DemoSettings, folder: Path, seed: int) -> Path:
-    """Records and packed rows of all splits; as many training records as the steps will read."""
+def build_data(settings: DemoSettings, folder: Path, seed: int) -> tuple[Path, int]:
+    """Records and packed rows of all splits; as many training records as the steps will read.
+
+    Returns:
+        The data folder, and how many records did not fit into a row.
+    """
     records, data = folder / "records", folder / "data"
     tasks, _ = LANGUAGES[settings.language]
     per_task = -(-settings.steps * settings.rows * 2 // len(tasks))
     build_mixture(records, per_task, settings.words, seed, settings.language, settings.held_out)
-    prepare(records, load_tokenizer(settings.backbone), data, settings.seq_length)
-    return data
+    _, report = prepare(records, load_tokenizer(settings.backbone), data, settings.seq_length)
+    return data, len(report.bad)
 
 
 def train(settings: DemoSettings, data_dir: Path, seed: int) -> tuple[ElasticModule, Follow]:
     """Train routers, then test: the module holds `results` by task and `route_maps`."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     seed_everything(seed, verbose=False)
-    module = ElasticModule(settings.backbone, settings.elastic, optimiser=settings.optimiser)
+    module = ElasticModule(settings.backbone, settings.elastic, optimiser=settings.optimiser, temperature=TEMPERATURE)
     data = MixtureDataModule(str(data_dir), rows_per_step=settings.rows, micro_batch_rows=settings.rows, seed=seed)
     follow = Follow()
     with warnings.catch_warnings():
