@@ -120,7 +120,8 @@ def load_kernel(variant: Variant, device: int) -> Any:
     with cupy.cuda.Device(device):
         kernel = cupy.RawModule(path=str(path)).get_function(variant.name)
         # CuPy hands out one function object per binary, so this is set once and to the limit, not per launch.
-        kernel.max_dynamic_shared_size_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        facts = torch.cuda.get_device_properties(device)
+        kernel.max_dynamic_shared_size_bytes = facts.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return kernel
 
 

@@ -22,8 +22,8 @@ def head_mask(
     if mode == FULL:
         return causal
     if mode == STREAMING:
-        size = {"sink": pattern.sink, "window": pattern.window, "granule": pattern.granule, "block": pattern.block}
-        return visible(position, key, **size)
+        sink, window = pattern.sink, pattern.window
+        return visible(position, key, sink=sink, window=window, granule=pattern.granule, block=pattern.block)
     if mode == BLOCK_SPARSE and bits is not None:
         blocks = mask_from_bits(bits).repeat_interleave(pattern.block, dim=-1)[..., :keys]
         blocks = torch.nn.functional.pad(blocks, (0, keys - blocks.shape[-1]))

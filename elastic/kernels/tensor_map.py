@@ -2,6 +2,7 @@
 
 import ctypes
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ _BOX_COLUMNS = 64  # 128 bytes: the widest box under the 128-byte swizzle
 
 
 @cache
-def _encoder() -> ctypes._CFuncPtr:
+def _encoder() -> Any:
     encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
     pointer, u32, u64 = ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_uint64)
     encode.argtypes = [pointer, ctypes.c_int, ctypes.c_uint32, pointer, u64, u64, u32, u32, *[ctypes.c_int] * 4]

@@ -15,7 +15,7 @@ BLOCK, SINK_BLOCKS, WINDOW_BLOCKS = 128, 1, 16
 
 
 def sparse(problem: Problem, streaming: int, bits: torch.Tensor | None) -> dict[str, Callable[[], torch.Tensor]]:
-    """Contestants of a hybrid case; [1, H, S, D] outputs. A random block mask has no simple Flex form and gives none."""
+    """Contestants of a hybrid case, with outputs [1, H, S, D]; a random block mask gets none."""
     if bits is not None:
         return {}
     q, k, v = (x.transpose(1, 2) for x in (problem.q, problem.k, problem.v))
