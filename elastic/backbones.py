@@ -3,11 +3,12 @@
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from elastic.cache import cache_folder
 
 TINY = "tiny"
 SMOLLM2 = "smollm2-135m"
@@ -176,7 +177,7 @@ def _smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as safetensors in the cache, converted from the package's GGUF file on first use."""
     from filelock import FileLock
 
-    folder = _cache() / "smollm2-135m-instruct"
+    folder = cache_folder() / "smollm2-135m-instruct"
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -226,10 +227,6 @@ def _convert_gguf(file: Path, out: Path) -> None:
     model.to(torch.bfloat16).load_state_dict(quantised.state_dict())
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("ELASTIC_CACHE") or Path.home() / ".cache" / "elastic")
 
 
 class _quiet:  # noqa: N801 - reads as a statement

@@ -6,6 +6,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 
+from elastic.backbones import backbone_id
 from elastic.checkpoint import save_elastic
 from elastic.plots import image_of, save_png, share_figure
 
@@ -73,7 +74,7 @@ class ElasticCheckpoint(Callback):
             save_elastic(
                 run_folder(trainer) / CHECKPOINT,
                 module.model,
-                module.backbone,
+                backbone_id(module.backbone),
                 module.multipliers,
                 recipe={**module.recipe(), "data": data_facts(trainer)},
                 metrics=module.results,

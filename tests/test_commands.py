@@ -179,7 +179,7 @@ def test_demo_end_to_end(capsys, monkeypatch, tmp_path):
     """The tiny demo, shortened: every part runs and every file is there."""
     from elastic.commands import demo_training
 
-    small = replace(demo_training.SMALLEST, words=64, seq_length=160, held_out=4, new_tokens=4)
+    small = replace(demo_training.SMALLEST, longest=64, seq_length=160, held_out=4, new_tokens=4)
     monkeypatch.setattr(demo_training, "SMALLEST", small)
     assert demo.main(["--tiny", "--out", str(tmp_path), "--steps", "6", "--seed", "1"]) == 0
     out = capsys.readouterr().out

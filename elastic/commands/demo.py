@@ -107,6 +107,7 @@ def verdict(results: dict[str, dict[str, float]]) -> str:
 
 def answer_two(checkpoint: Path, records: Path, tasks: tuple[str, str], new_tokens: int) -> None:
     """Answer one held-out prompt of each task, and show how their routes differ."""
+    from elastic.backbone import override_routes
     from elastic.inference import generate, load
     from elastic.report import heads_that_differ
 
@@ -115,9 +116,12 @@ def answer_two(checkpoint: Path, records: Path, tasks: tuple[str, str], new_toke
     for task in tasks:
         record = first_record(records / f"{task}.jsonl")
         result = generate(model, tokenizer, record.prompt, max_new_tokens=new_tokens)[0]
+        with override_routes(model, 0):
+            dense = generate(model, tokenizer, record.prompt, max_new_tokens=new_tokens)[0]
         reports.append(result.report)
         say(f"{task}: … {record.question}")
         say(f"  expected: {shorten(record.answer)}")
+        say(f"  dense:    {shorten(dense.text)}")
         say(f"  elastic:  {shorten(result.text)}\n")
     unicode = supports_unicode(sys.stdout)
     one, two = (f"{task}\n{report.render(unicode)}" for task, report in zip(tasks, reports, strict=True))

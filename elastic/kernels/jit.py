@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from elastic.cache import cache_folder
+
 CUDA_SRC = Path(__file__).resolve().parents[2] / "cuda_src"
 _log = logging.getLogger("elastic.kernels")
 
@@ -59,10 +61,8 @@ def _import_nvrtc() -> Any:
 
 
 def cache_directory() -> Path:
-    """`$ELASTIC_CACHE_DIR`, or elastic-attention/kernels in the user's cache directory."""
-    chosen = os.environ.get("ELASTIC_CACHE_DIR")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(chosen) if chosen else home / "elastic-attention" / "kernels"
+    """Where compiled kernels are kept."""
+    return cache_folder() / "kernels"
 
 
 def compile_cubin(variant: Variant) -> tuple[bytes, str]:

@@ -24,7 +24,7 @@ def test_variant_compiles_clean(name: str, arch: str, head_dim: int, bf16: bool)
 
 
 def test_cache_key_covers_headers_and_options(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("ELASTIC_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
     variant = jit.Variant("attention_forward_sm80", "sm_80", 64, True)
     first = jit.cubin_path(variant)
     assert first == jit.cubin_path(variant) and first.read_bytes()[:4] == b"\x7fELF"
