@@ -22,12 +22,12 @@ PLACES = (
     ("office", "museum", "barn", "tower", "chapel", "workshop", "station", "orchard"),
 )
 NEEDLES = (
-    ("The special magic number for {city} is {value}.", "Remember that the secret code of {city} is {value}."),
-    ("Note for later: the access code of {city} reads {value}.", "In {city}, the registered number is {value}."),
+    ("The special magic number for {city} is {value}.", "Remember that the secret number of {city} is {value}."),
+    ("Note for later: the locker number for {city} reads {value}.", "In the register, {city} has the number {value}."),
 )
 NEEDLE_QUESTIONS = (
-    ("What is the number for {city}? Reply with the number only.", "Which code belongs to {city}? Give only the code."),
-    ("State the code of {city}, digits only.", "Which number was given for {city}? Only the digits."),
+    ("What is the number for {city}? Reply with the number only.", "Which number belongs to {city}? Digits only."),
+    ("What number does {city} have? Answer with digits only.", "Tell me the number of {city}, just the digits."),
 )
 HOPS = (
     ("{first} shares a desk with {second}.", "{second} keeps the spare key in the {place}."),

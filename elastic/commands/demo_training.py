@@ -71,7 +71,7 @@ SMALL = DemoSettings(
     seq_length=448,
     steps=64,
     rows=2,
-    held_out=8,
+    held_out=6,
     sparse=SparseConfig(sink=16, window=64, block=16),
     pool_tokens=64,
     optimiser=OptimiserConfig(lr=3e-3, multiplier_lr=1.0),
