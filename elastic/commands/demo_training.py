@@ -119,7 +119,9 @@ class Follow(Callback):
                 self.curves[name.removeprefix("train/")].append((trainer.global_step, float(value)))
         loss, msr = smooth(self.curves["loss"])[-1][1], trainer.callback_metrics
         shown = {name.split("/")[2]: f"{float(v):.2f}" for name, v in msr.items() if name.startswith("train/msr/")}
-        self.bar.set_postfix_str(f"loss {loss:.2f}, MSR " + " ".join(f"{k} {v}" for k, v in shown.items()))
+        self.bar.set_postfix_str(
+            f"loss {loss:.2f}, MSR " + " ".join(f"{k} {v}" for k, v in shown.items()), refresh=False
+        )
         self.bar.update()
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
