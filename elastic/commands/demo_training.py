@@ -69,7 +69,7 @@ SMALL = DemoSettings(
     language="text",
     longest=288,
     seq_length=448,
-    steps=64,
+    steps=44,
     rows=2,
     held_out=6,
     sparse=SparseConfig(sink=16, window=64, block=16),
