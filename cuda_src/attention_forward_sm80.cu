@@ -113,7 +113,7 @@ ELASTIC_FN void run_tile(const Params& p, const Tile& tile, u32 shared_q, u32 sh
     copy_commit();
     float s[32];
     score(s, shared_q, shared_k, warp, lane);
-    if (needs_mask(id, a0, a0 + 15, rule)) mask_half(s, id, a, rule, lane);
+    if (needs_mask(id, a0, lower_bound(a0 + 15, rule), rule.sink)) mask_half(s, id, a, rule, lane);
     copy_wait();
     __syncthreads();  // V is here, and everyone is done with K
     const int next = blocks.next();
@@ -124,8 +124,7 @@ ELASTIC_FN void run_tile(const Params& p, const Tile& tile, u32 shared_q, u32 sh
     }
     float alpha[2];
     softmax.update(s, alpha, p.scale_log2);
-#pragma unroll
-    for (int i = 0; i < kD / 2; ++i) o[i] *= alpha[(i >> 1) & 1];
+    rescale(o, alpha);
     accumulate(o, s, shared_v, lane);
     id = next;
   }

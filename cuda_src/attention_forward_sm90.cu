@@ -67,6 +67,16 @@ struct Consumer {
     for (int j = 0; j < 32; ++j) prob[j] = pack(s[2 * j], s[2 * j + 1]);
   }
 
+  // ptxas would hoist the wait for the output GEMM above the softmax and so undo their overlap. A store that depends on
+  // the finished sums (and never happens: they are not negative) keeps its place, and the wait keeps its own behind it.
+  ELASTIC_FN void keep_order(const Softmax& softmax) const {
+    asm volatile(
+        "{\n .reg .pred p;\n setp.lt.f32 p, %0, 0f00000000;\n @p st.shared.f32 [%1], %0;\n}" ::"f"(
+            softmax.row_sum[0] + softmax.row_sum[1]),
+        "r"(base)
+        : "memory");
+  }
+
   // Stages 16 rows per warp where their Q was, then one TMA store, or plain stores at the sample's end.
   ELASTIC_FN void store(float (&o)[kD / 2], const Header& h, int q_slot) const {
     const u32 tile = base + SharedLayout::q + q_slot * kTileBytesQ;
@@ -152,6 +162,7 @@ struct Consumer {
           scores(s, desc_q, kv.slot);
           wait(&c.full_v[v.slot], v.phase);
           if (e.flags & kTail) clear_tail(e, h.len_k, v.slot);
+          wgmma_fence();  // the branch above ends the reach of the first fence
           output(o, prob, v.slot);
           named_arrive(kPingPong + 1 - group, 256);
           wgmma_wait<1>();
@@ -159,13 +170,13 @@ struct Consumer {
           release(&c.empty_k[kv.slot]);
           mask(s, next, h);
           softmax.update(s, alpha, p.scale_log2);
-          wgmma_wait<0>();
           pin(s);
+          keep_order(softmax);
+          wgmma_wait<0>();
           pin(o);
           release(&c.empty_v[v.slot]);
           pack_all(prob, s);
-#pragma unroll
-          for (int i = 0; i < kD / 2; ++i) o[i] *= alpha[(i >> 1) & 1];
+          rescale(o, alpha);
           pin(o);
           e = next;
           v = kv;

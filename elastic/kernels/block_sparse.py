@@ -5,7 +5,7 @@ ranges are read on the device; the host never waits. Legend: B batch rows, N sam
 heads, D head dim.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -156,6 +156,7 @@ class Plan:
     kernel: Any
     sizes: bytes
     strides: tuple[tuple[int, int, int], ...]  # of q, k, v, out
+    maps: dict[tuple[int, ...], bytes] = field(default_factory=dict)  # tensor maps of q, k, v, out by their addresses
 
 
 def make_plan(
@@ -173,22 +174,31 @@ def make_plan(
     return Plan(config, jit.load_kernel(variant, index), sizes, tuple(strides_of(x) for x in (q, k, v, out)))
 
 
+def _encode_maps(tensors: tuple[Tensor, ...], plan: Plan) -> bytes:
+    if plan.config.arch != "sm_90a":
+        return bytes(4 * MAP_BYTES)  # that kernel reads by address
+    boxes = (QUERY_BLOCK, 64, 64, 16)
+    return b"".join(tensor_map(x, s, rows) for x, s, rows in zip(tensors, plan.strides, boxes, strict=True))
+
+
 def launch_into(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mode: Tensor, ranges: Ranges, bits: Tensor | None,
     plan: Plan,
 ) -> None:  # fmt: skip
     """Run the kernel on checked CUDA tensors, into tensors the caller owns."""
     device, config = q.device, plan.config
-    maps = bytes(4 * MAP_BYTES)
-    if config.arch == "sm_90a":
-        boxes = ((q, QUERY_BLOCK), (k, 64), (v, 64), (out, 16))
-        maps = b"".join(tensor_map(x, s, rows) for (x, rows), s in zip(boxes, plan.strides, strict=True))
+    addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+    maps = plan.maps.get(addresses)
+    if maps is None:
+        if len(plan.maps) >= _MAX_MAPS:
+            plan.maps.clear()
+        maps = plan.maps[addresses] = _encode_maps((q, k, v, out), plan)
     params = maps + pack_pointers(q, k, v, out, lse, mode, bits, ranges, tile_counter(device)) + plan.sizes
     jit.launch(plan.kernel, config.grid, config.threads, params, config.shared_bytes, device.index)
 
 
 _PLANS: dict[tuple, Plan] = {}
-_MAX_PLANS = 4096
+_MAX_PLANS, _MAX_MAPS = 4096, 256
 
 
 def _facts(x: Tensor | None) -> tuple | None:
@@ -213,8 +223,7 @@ def _forward_cuda(
     bits: _Optional,
 ) -> tuple[Tensor, Tensor]:
     pattern, ranges = Pattern(sink, window, granule, block, scale), Ranges(begin_q, end_q, begin_k, end_k, row)
-    spans = tuple(map(_facts, (begin_q, end_q, begin_k, end_k, row, bits)))
-    key = (_facts(q), _facts(k), _facts(v), _facts(mode), spans, sink, window, granule, block, scale)
+    key = (pattern, *map(_facts, (q, k, v, mode, *ranges, bits)))
     plan = _PLANS.get(key)
     if plan is None:
         _check(q, k, v, mode, pattern, ranges, bits)

@@ -25,6 +25,11 @@ def check_pattern(pattern: Pattern, bits: Tensor | None) -> None:
         )
     if not pattern.scale > 0:
         raise ValueError(f"scale={pattern.scale} is not positive; the usual value is head_dim ** -0.5")
+    if pattern.granule == "block" and pattern.block & (pattern.block - 1):
+        raise ValueError(
+            f"block={pattern.block} is not a power of two, as the block granule needs; use 64 or 128, or "
+            "granule='token'"
+        )
     if bits is not None and pattern.block not in (64, 128):
         raise ValueError(f"block={pattern.block} with block-sparse bits; their key blocks hold 64 or 128 keys")
 

@@ -132,6 +132,11 @@ def _external_stream(address: int, device: int) -> Any:
     return cupy.cuda.ExternalStream(address, device)
 
 
+@cache
+def _by_value(size: int) -> np.dtype:
+    return np.dtype(f"V{size}")
+
+
 def current_stream(index: int) -> int:
     """Address of torch's current stream on a device (the raw accessor: the public one builds an object per call)."""
     return torch._C._cuda_getCurrentRawStream(index)
@@ -139,7 +144,7 @@ def current_stream(index: int) -> int:
 
 def launch(kernel: Any, grid: int, threads: int, params: bytes, shared_bytes: int, index: int) -> None:
     """Launch on torch's current stream of device `index`; `params` is the one by-value argument."""
-    argument = np.frombuffer(params, dtype=f"V{len(params)}")
+    argument = np.frombuffer(params, _by_value(len(params)))
     stream = _external_stream(current_stream(index), index)
     if torch.cuda.current_device() == index:
         kernel((grid,), (threads,), (argument,), shared_mem=shared_bytes, stream=stream)

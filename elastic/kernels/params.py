@@ -2,7 +2,7 @@
 
 import math
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ _POINTERS, _SIZES = struct.Struct("<13Q"), struct.Struct("<12q12i2f")
 MAP_BYTES = 128
 
 
-@dataclass(frozen=True)
-class Pattern:
+class Pattern(NamedTuple):
     """What the sparse heads of one launch see: sizes in tokens, granule `token` or `block`, softmax scale."""
 
     sink: int
@@ -25,8 +24,7 @@ class Pattern:
     scale: float
 
 
-@dataclass(frozen=True)
-class Ranges:
+class Ranges(NamedTuple):
     """Samples of one launch, int32 [N] on the device or None: sample n is batch row `row[n]` (None: row n), queries
     [begin_q, end_q) and keys [begin_k, end_k) of it (None: all).
     """
@@ -39,7 +37,7 @@ class Ranges:
 
     def named(self) -> dict[str, Tensor | None]:
         """The five arrays by name, in the order of the kernel's parameters."""
-        return {name: getattr(self, name) for name in ("begin_q", "end_q", "begin_k", "end_k", "row")}
+        return self._asdict()
 
     @property
     def partial(self) -> bool:

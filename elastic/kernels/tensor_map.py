@@ -1,7 +1,7 @@
 """TMA tensor maps of strided [B, S, heads, D] tensors, through the driver API."""
 
 import ctypes
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,17 +23,21 @@ def _encoder() -> Any:
     return encode
 
 
-@lru_cache(maxsize=4096)
-def _encode(address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], rows: int) -> bytes:
-    batch, tokens, heads, dim = shape
+def tensor_map(tensor: Tensor, strides: tuple[int, int, int], rows: int) -> bytes:
+    """The 128 bytes of a map of [B, S, heads, D] with boxes of `rows` tokens by 64 columns.
+
+    Raises:
+        RuntimeError: the driver refused the layout.
+    """
+    batch, tokens, heads, dim = tensor.shape
     row, token, head = strides
     storage = ctypes.create_string_buffer(MAP_BYTES + 64)
     aligned = (ctypes.addressof(storage) + 63) // 64 * 64  # the driver wants the map on a 64-byte boundary
     code = _encoder()(
         aligned,
-        _DTYPE[dtype],
+        _DTYPE[tensor.dtype],
         4,
-        address,
+        tensor.data_ptr(),
         (ctypes.c_uint64 * 4)(dim, tokens, heads, batch),
         (ctypes.c_uint64 * 3)(2 * token, 2 * head, 2 * row),
         (ctypes.c_uint32 * 4)(_BOX_COLUMNS, rows, 1, 1),
@@ -45,12 +49,7 @@ def _encode(address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: t
     )
     if code:
         raise RuntimeError(
-            f"cuTensorMapEncodeTiled refused shape {list(shape)}, element strides {list(strides)} at {address:#x} "
-            f"(CUresult {code}); make the tensor contiguous"
+            f"cuTensorMapEncodeTiled refused shape {list(tensor.shape)}, element strides {list(strides)} at "
+            f"{tensor.data_ptr():#x} (CUresult {code}); make the tensor contiguous"
         )
     return ctypes.string_at(aligned, MAP_BYTES)
-
-
-def tensor_map(tensor: Tensor, strides: tuple[int, int, int], rows: int) -> bytes:
-    """The 128 bytes of a map with boxes of `rows` tokens by 64 columns; cached by address, shape and strides."""
-    return _encode(tensor.data_ptr(), tensor.dtype, tensor.shape, strides, rows)

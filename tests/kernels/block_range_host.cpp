@@ -12,7 +12,7 @@ extern "C" int visited(int mode, int sink, int window, int by_block, int block, 
   int n = 0;
   for (int id = blocks.next(); id >= 0; id = blocks.next(), ++n) {
     ids[n] = id;
-    flags[n] = needs_mask(id, m0 + delta, m1 - 1 + delta, rule);
+    flags[n] = needs_mask(id, m0 + delta, lower_bound(m1 - 1 + delta, rule), rule.sink);
   }
   return n;
 }

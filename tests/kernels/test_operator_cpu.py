@@ -80,6 +80,7 @@ def test_launch_choices() -> None:
         ({"granule": "page"}, "granule='page'"),
         ({"window": 0}, "window=0"),
         ({"granule": "block", "sink": 3}, "not multiples of block=64"),
+        ({"granule": "block", "block": 48, "sink": 48, "window": 96}, "block=48 is not a power of two"),
         ({"scale": -1.0}, "scale=-1.0"),
         ({"begin_q": torch.zeros(3, dtype=torch.int32)}, r"begin_q is torch.int32 \[3\]"),
         ({"bits": torch.zeros(1, dtype=torch.int32)}, "bits is torch.int32"),

@@ -7,22 +7,21 @@
 namespace elastic {
 
 struct Rule {
-  int sink, window, by_block, block;
+  int sink, reach, align, block;  // the window starts `reach` keys before the position rounded down by `align`
 };
 
 ELASTIC_FN int max_i(int a, int b) { return a > b ? a : b; }
 ELASTIC_FN int min_i(int a, int b) { return a < b ? a : b; }
 ELASTIC_FN int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// First key of the local window, before clipping at 0. Negative positions see nothing, so rounding there is free.
-ELASTIC_FN int lower_bound(int a, const Rule& r) {
-  return r.by_block ? (a / r.block - (r.window / r.block - 1)) * r.block : a - (r.window - 1);
-}
+// First key of the local window, before clipping at 0.
+ELASTIC_FN int lower_bound(int a, const Rule& r) { return (a & r.align) - r.reach; }
 
-// Full and block-sparse heads hide nothing below the diagonal: their window is longer than any sequence.
+// Full and block-sparse heads hide nothing below the diagonal: their window is longer than any sequence. By block, the
+// window is a multiple of the block and the block a power of two (checked on the host).
 ELASTIC_FN Rule rule_of(int mode, int sink, int window, int by_block, int block) {
-  if (mode == kStreaming) return Rule{sink, window, by_block, block};
-  return Rule{0, 1 << 30, 0, block};
+  if (mode != kStreaming) return Rule{0, 1 << 30, -1, block};
+  return by_block ? Rule{sink, window - block, -block, block} : Rule{sink, window - 1, -1, block};
 }
 
 ELASTIC_FN int highest_bit(u32 x) {
@@ -92,10 +91,11 @@ struct BlockIterator {
   }
 };
 
-// Whether some of the rows at positions [a0, a1] must not see some key of half block `id`.
-ELASTIC_FN bool needs_mask(int id, int a0, int a1, const Rule& rule) {
+// Whether some row must not see some key of half block `id`: a0 is the position of the first row, low1 the last row's
+// lower bound.
+ELASTIC_FN bool needs_mask(int id, int a0, int low1, int sink) {
   const int first = id * kHalf, last = first + kHalf - 1;
-  return last > a0 || (first < lower_bound(a1, rule) && last >= rule.sink);
+  return last > a0 || (first < low1 && last >= sink);
 }
 
 }  // namespace elastic

@@ -135,8 +135,8 @@ struct Producer {
         u32 flags = after < 0 ? kLast : 0;
 #pragma unroll
         for (int w = 0; w < 2; ++w) {
-          const int a0 = m0 + delta + w * 64;
-          if (second < 0 || needs_mask(id, a0, a0 + 63, rule) || needs_mask(second, a0, a0 + 63, rule)) {
+          const int a0 = m0 + delta + w * 64, low = lower_bound(a0 + 63, rule);
+          if (second < 0 || needs_mask(id, a0, low, rule.sink) || needs_mask(second, a0, low, rule.sink)) {
             flags |= kMask0 << w;
           }
         }

@@ -5,7 +5,6 @@
 
 namespace elastic {
 
-constexpr float kLn2 = 0.69314718055994530942f;
 ELASTIC_FN float minus_infinity() { return __int_as_float(0xff800000); }
 
 ELASTIC_FN float exp2_approx(float x) {
@@ -42,6 +41,7 @@ ELASTIC_FN void mask_half(float* s, int id, int a, const Rule& rule, int lane) {
 }
 
 struct Softmax {
+  static constexpr float kSlack = 8.0f;
   float row_max[2], row_sum[2];  // the sums are per lane until finish()
 
   ELASTIC_FN void init() {
@@ -49,7 +49,8 @@ struct Softmax {
     row_sum[0] = row_sum[1] = 0.0f;
   }
 
-  // s <- exp2((s - max) * scale_log2); alpha rescales what was accumulated under the old maximum.
+  // s <- exp2((s - max) * scale_log2); alpha rescales what was accumulated under the old maximum. A maximum that grew
+  // by less than 2^kSlack stays: the result is the same, because sum and output share it, and alpha is exactly 1.
   template <int kCount>
   ELASTIC_FN void update(float (&s)[kCount], float (&alpha)[2], float scale_log2) {
 #pragma unroll
@@ -58,9 +59,10 @@ struct Softmax {
 #pragma unroll
       for (int i = 0; i < kCount / 4; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * y], s[4 * i + 2 * y + 1]));
       top = quad_max(top);
+      if (!((top - row_max[y]) * scale_log2 > kSlack)) top = row_max[y];
       // A row that has seen nothing keeps -inf; 0 in its place makes both exponentials exact zeros.
       const float shift = top == minus_infinity() ? 0.0f : top * scale_log2;
-      alpha[y] = exp2_approx(row_max[y] * scale_log2 - shift);
+      alpha[y] = top == row_max[y] ? 1.0f : exp2_approx(row_max[y] * scale_log2 - shift);
       row_max[y] = top;
       float sum = 0.0f;
 #pragma unroll
@@ -83,6 +85,14 @@ struct Softmax {
     *lse = sum == 0.0f ? minus_infinity() : row_max[y] * scale + __logf(sum);
   }
 };
+
+// Most blocks change no maximum of a warp's rows, so most calls multiply nothing.
+template <int kCount>
+ELASTIC_FN void rescale(float (&o)[kCount], const float (&alpha)[2]) {
+  if (!__any_sync(~0u, alpha[0] != 1.0f || alpha[1] != 1.0f)) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) o[i] *= alpha[(i >> 1) & 1];
+}
 
 ELASTIC_FN u32 pack(float low, float high) {
   u32 word;
