@@ -144,8 +144,8 @@ def _outputs(q: Tensor, ranges: Ranges) -> tuple[Tensor, Tensor]:
     if ranges.partial:
         lse = torch.full(lse_shape, float("-inf"), dtype=torch.float32, device=q.device)
         return torch.zeros(shape, dtype=q.dtype, device=q.device), lse
-    out = torch.empty(shape, dtype=q.dtype, device=q.device)
-    return out, torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(lse_shape, dtype=torch.float32)
 
 
 @dataclass(frozen=True)

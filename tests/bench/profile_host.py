@@ -21,4 +21,4 @@ if __name__ == "__main__":
         call()
     profile.disable()
     pstats.Stats(profile).sort_stats("tottime").print_stats(22)
-    print("host us", host_microseconds(Case("host", 1024)))
+    print("host us", host_microseconds())
