@@ -1,8 +1,9 @@
 """`routed_attention`: every head in its routed mode, with the straight-through gradient of the route (spec section 4).
 
-This is the seam between routing and kernels: `attend` is the one operator below it. With a hard route the output is the
-routed branch, so only that branch needs a backward for q, k and v; the other branch is needed forward only, for the
-route's own gradient
+This is the seam between routing and kernels. Where no gradient is wanted and the tensors suit them, the fused CUDA
+kernels run; everything else is `elastic.torch_attention`, their slow twin. With a hard route the output is the routed
+branch, so only that branch needs a backward for q, k and v; the other branch is needed forward only, for the route's
+own gradient
     d route = <dO, O_SA - O_FA> summed over the group's heads, the sample's tokens and D.
 """
 
@@ -12,12 +13,16 @@ import torch
 from torch import Tensor
 
 from elastic.head_plan import HeadPlan, Layout
+from elastic.kernels import attention_forward, kernel_path, why_not
 from elastic.torch_attention import attend
 
 
-def backend_for(device: torch.device) -> str:
-    """Name of the attention implementation that runs on this kind of device, as stated in reports."""
-    return f"torch ({device.type})"
+def backend_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What runs inference on such tensors, as stated in reports: a kernel, or PyTorch and on a GPU the reason."""
+    reason = why_not(device, dtype, head_dim)
+    if reason is None:
+        return kernel_path(device)
+    return f"torch ({device.type})" if device.type != "cuda" else f"torch (cuda; {reason})"
 
 
 def routed_attention(
@@ -35,12 +40,36 @@ def routed_attention(
         ValueError: shapes that do not belong together.
     """
     _check(q_BHSD, k_BKSD, v_BKSD, plan)
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHSD, k_BKSD, v_BKSD, route_NK))
+    if not differentiable and why_not(q_BHSD.device, q_BHSD.dtype, q_BHSD.shape[-1]) is None:
+        return fused(q_BHSD, k_BKSD, v_BKSD, plan, scale)
     out = attend(q_BHSD, k_BKSD, v_BKSD, plan, scale)
     if not (route_NK.requires_grad and torch.is_grad_enabled()):
         return out
     with torch.no_grad():
         other = attend(q_BHSD, k_BKSD, v_BKSD, plan.flipped(), scale)
     return _StraightThrough.apply(out, other, route_NK, plan.layout)
+
+
+def fused(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, plan: HeadPlan, scale: float) -> Tensor:
+    """The plan in one launch of the operator, without gradient; [B, Lq, H, D], zero at padding.
+
+    On the CPU the operator is its oracle, which is how the plan's translation is tested without a GPU.
+    """
+    sparse = plan.sparse
+    out, _ = attention_forward(
+        q_BHSD.transpose(1, 2),
+        k_BKSD.transpose(1, 2),
+        v_BKSD.transpose(1, 2),
+        plan.mode_NK,
+        sink=sparse.sink,
+        window=sparse.window,
+        granule=sparse.granule,
+        block=sparse.block,
+        scale=scale,
+        **plan.layout.kernel_ranges,
+    )
+    return out
 
 
 class _StraightThrough(torch.autograd.Function):

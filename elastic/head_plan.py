@@ -50,6 +50,20 @@ class Layout:
         return list(zip(rows, begins, ends, strict=True))
 
     @cached_property
+    def kernel_ranges(self) -> dict[str, Tensor]:
+        """int32 sample ranges as `elastic.kernels.attention_forward` takes them; empty if every row is one sample."""
+        if not (self.packed or self.padded):
+            return {}
+        ranges = {
+            "begin_q": (self.begin_N - self.past).clamp(min=0),
+            "end_q": (self.end_N - self.past).clamp(min=0),
+            "begin_k": self.begin_N,
+            "end_k": self.end_N,
+            "row": self.row_N,
+        }
+        return {name: values.to(torch.int32) for name, values in ranges.items()}
+
+    @cached_property
     def dense_mask(self) -> Tensor | None:
         """Causal and padding mask as the stock SDPA path builds it: None, or bool [B, 1, Lq, Lk]."""
         if not self.padded and (self.past == 0 or self.queries == 1):

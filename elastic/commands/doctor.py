@@ -8,7 +8,6 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from elastic.console import Parser, say
 
@@ -112,7 +111,9 @@ def _self_check() -> list[Check]:
         results.append((out.detach(), *gradients))
     errors = [float((a - b).abs().max() / b.abs().max().clamp_min(1)) for a, b in zip(*results, strict=True)]
     good = max(errors) < TOLERANCE
-    detail = f"{backend_for(q.device)}: output and gradients within {max(errors):.1e} of the oracle"
+    detail = (
+        f"{backend_for(q.device, q.dtype, q.shape[-1])}: output and gradients within {max(errors):.1e} of the oracle"
+    )
     return [Check("self-check", OK if good else FAIL, detail, "" if good else f"allowed is {TOLERANCE:.0e}; report it")]
 
 
@@ -176,12 +177,11 @@ def _toolchain() -> list[Check]:
 
 
 def _kernels() -> list[Check]:
-    """The CUDA kernels, where they can be imported; run against the oracle where there is a GPU."""
+    """The CUDA kernels, run against the oracle where there is a GPU."""
     import torch
 
-    if importlib.util.find_spec("elastic.kernels") is None:
-        return [Check("kernels", ABSENT, "not part of this installation")]
-    block_sparse: Any = importlib.import_module("elastic.kernels.block_sparse")
+    from elastic import kernels
+
     if not torch.cuda.is_available():
         return [Check("kernels", ABSENT, "importable; no GPU to run them on")]
     device = torch.device("cuda")
@@ -190,12 +190,12 @@ def _kernels() -> list[Check]:
     k, v = (torch.randn(1, 384, 2, 64, generator=generator).bfloat16() for _ in range(2))
     mode = torch.tensor([[0, 1]], dtype=torch.int32)
     outputs = [
-        block_sparse.attention_forward(*(t.to(where) for t in (q, k, v, mode)), sink=128, window=128)[0].cpu().float()
+        kernels.attention_forward(*(t.to(where) for t in (q, k, v, mode)), sink=128, window=128)[0].cpu().float()
         for where in (torch.device("cpu"), device)
     ]
     error = float((outputs[0] - outputs[1]).abs().max())
     good = error < HALF_TOLERANCE
-    detail = f"{block_sparse.kernel_path(device)}: within {error:.1e} of the oracle (bf16)"
+    detail = f"{kernels.kernel_path(device)}: within {error:.1e} of the oracle (bf16)"
     return [Check("kernels", OK if good else FAIL, detail, "" if good else "run pytest tests/kernels and report it")]
 
 

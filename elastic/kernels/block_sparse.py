@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elastic.kernels import jit
 from elastic.kernels.checks import check_alignment, check_cuda, check_metadata, check_pattern, check_tensors
+from elastic.kernels.devices import LaunchConfig, device_facts, launch_config
 from elastic.kernels.oracle import attention_oracle
 from elastic.kernels.params import (
     MAP_BYTES,
@@ -27,55 +28,6 @@ from elastic.kernels.params import (
 from elastic.kernels.tensor_map import tensor_map
 
 _Optional = Tensor | None
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """How one launch runs: kernel name, compile target, threads and shared bytes of a CTA, CTAs."""
-
-    name: str
-    arch: str
-    threads: int
-    shared_bytes: int
-    grid: int
-
-
-def launch_config(
-    capability: tuple[int, int], processors: int, head_dim: int, samples: int, tiles: int
-) -> LaunchConfig:
-    """Launch choices of a GPU; `tiles` is an upper bound of the query tiles.
-
-    Raises:
-        ValueError: a GPU older than compute capability 8.0.
-    """
-    schedule = 48 * samples
-    if capability == (9, 0):
-        stages = 4 if head_dim == 64 else 2
-        shared = 1024 + 2 * head_dim * QUERY_BLOCK * (2 + 2 * stages) + 1024 + schedule
-        return LaunchConfig("attention_forward_sm90", "sm_90a", 384, shared, max(1, min(processors, tiles)))
-    if capability < (8, 0):
-        raise ValueError(
-            f"compute capability {capability[0]}.{capability[1]}; the kernels need 8.0 (Ampere) or newer, use "
-            "PyTorch's attention on this GPU"
-        )
-    shared = 4 * head_dim * QUERY_BLOCK + 16 + schedule
-    arch = f"sm_{capability[0]}{capability[1]}"
-    return LaunchConfig("attention_forward_sm80", arch, 256, shared, max(1, min(2 * processors, tiles)))
-
-
-@cache
-def _device_facts(index: int) -> tuple[tuple[int, int], int]:
-    facts = torch.cuda.get_device_properties(index)
-    return (facts.major, facts.minor), facts.multi_processor_count
-
-
-def kernel_path(device: torch.device) -> str:
-    """Name of the kernel that runs on this device, for reports: chosen by compute capability alone."""
-    if device.type != "cuda":
-        return "oracle (PyTorch)"
-    capability, processors = _device_facts(device.index or 0)
-    config = launch_config(capability, processors, 128, 1, processors)
-    return f"{config.name} ({config.arch})"
 
 
 @cache
@@ -166,7 +118,7 @@ def make_plan(
     """Choose and load the kernel, and pack everything but the addresses. `config` and `debug` serve the tests."""
     samples, index = mode.shape[0], q.device.index
     if config is None:
-        capability, processors = _device_facts(index)
+        capability, processors = device_facts(index)
         tiles = samples * -(-q.shape[1] // QUERY_BLOCK) * q.shape[2]
         config = launch_config(capability, processors, q.shape[3], samples, tiles)
     variant = jit.Variant(config.name, config.arch, q.shape[3], q.dtype == torch.bfloat16, debug)

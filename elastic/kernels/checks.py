@@ -5,6 +5,7 @@ from torch import Tensor
 
 from elastic.kernels.params import QUERY_BLOCK, Pattern, Ranges, is_half, strides_of
 
+HEAD_DIMS = (64, 128)
 MAX_SAMPLES, MAX_KV_HEADS, MAX_KEYS = 512, 64, 1 << 22
 
 
@@ -91,7 +92,7 @@ def check_metadata(q: Tensor, k: Tensor, mode: Tensor, ranges: Ranges, bits: Ten
 
 def check_cuda(q: Tensor, k: Tensor, v: Tensor) -> None:
     """What the kernels need beyond the operator's contract."""
-    if not is_half(q.dtype) or q.shape[3] not in (64, 128):
+    if not is_half(q.dtype) or q.shape[3] not in HEAD_DIMS:
         raise ValueError(
             f"q is {q.dtype} with head dim {q.shape[3]}; the CUDA kernels take torch.bfloat16 or torch.float16 and "
             "head dim 64 or 128; run other shapes through PyTorch's attention"

@@ -5,6 +5,7 @@ edited header never runs an old kernel; files appear by an atomic rename, so pro
 """
 
 import hashlib
+import importlib.util
 import logging
 import os
 import tempfile
@@ -46,6 +47,11 @@ def _source_hash() -> str:
     for file in sorted(CUDA_SRC.rglob("*.cu*")):
         digest.update(f"{file.relative_to(CUDA_SRC)}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def is_installed() -> bool:
+    """Whether CuPy can be imported; does not import it."""
+    return importlib.util.find_spec("cupy") is not None
 
 
 def _import_nvrtc() -> Any:

@@ -24,8 +24,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from elastic.kernels import attention_forward, bits_from_mask
-from elastic.kernels.block_sparse import kernel_path
+from elastic.kernels import attention_forward, bits_from_mask, kernel_path
 from tests.bench import records
 from tests.kernels.generators import Problem, dense_problem
 

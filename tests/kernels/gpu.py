@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from elastic.kernels import block_sparse
+from elastic.kernels.devices import LaunchConfig, launch_config
 from elastic.kernels.oracle import attention_oracle
 from tests.kernels.generators import SENTINEL, Problem, rows_written
 
@@ -17,16 +18,16 @@ def paths() -> tuple[str, ...]:
     return ("sm90", "sm80") if HAS_GPU and torch.cuda.get_device_capability() == (9, 0) else ("sm80",)
 
 
-def config_for(path: str, problem: Problem) -> block_sparse.LaunchConfig:
+def config_for(path: str, problem: Problem) -> LaunchConfig:
     """Launch choices that force one of the two kernels on this GPU."""
     facts = torch.cuda.get_device_properties(0)
     samples, heads = problem.mode.shape[0], problem.q.shape[2]
     tiles = samples * -(-problem.q.shape[1] // 128) * heads
     capability = (facts.major, facts.minor)
     if path == "sm80" and capability == (9, 0):
-        own = block_sparse.launch_config((8, 0), facts.multi_processor_count, problem.q.shape[3], samples, tiles)
-        return block_sparse.LaunchConfig(own.name, "sm_90", own.threads, own.shared_bytes, own.grid)
-    return block_sparse.launch_config(capability, facts.multi_processor_count, problem.q.shape[3], samples, tiles)
+        own = launch_config((8, 0), facts.multi_processor_count, problem.q.shape[3], samples, tiles)
+        return LaunchConfig(own.name, "sm_90", own.threads, own.shared_bytes, own.grid)
+    return launch_config(capability, facts.multi_processor_count, problem.q.shape[3], samples, tiles)
 
 
 def run(problem: Problem, path: str, debug: tuple[str, ...] = ()) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from elastic.kernels import attention_forward, bits_from_indices, bits_from_mask
 from elastic.kernels.block_bits import mask_from_bits
-from elastic.kernels.block_sparse import kernel_path, launch_config
+from elastic.kernels.devices import kernel_path, launch_config
 from elastic.kernels.params import MAP_BYTES, PARAMS_BYTES, Pattern, Ranges, pack_pointers, pack_sizes
 from elastic.visibility import visible
 

@@ -1,0 +1,72 @@
+"""Which kernel a device runs, and how it is launched there: chosen by compute capability alone."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from elastic.kernels import jit
+from elastic.kernels.checks import HEAD_DIMS
+from elastic.kernels.params import QUERY_BLOCK, is_half
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one launch runs: kernel name, compile target, threads and shared bytes of a CTA, CTAs."""
+
+    name: str
+    arch: str
+    threads: int
+    shared_bytes: int
+    grid: int
+
+
+def launch_config(
+    capability: tuple[int, int], processors: int, head_dim: int, samples: int, tiles: int
+) -> LaunchConfig:
+    """Launch choices of a GPU; `tiles` is an upper bound of the query tiles.
+
+    Raises:
+        ValueError: a GPU older than compute capability 8.0.
+    """
+    schedule = 48 * samples
+    if capability == (9, 0):
+        stages = 4 if head_dim == 64 else 2
+        shared = 1024 + 2 * head_dim * QUERY_BLOCK * (2 + 2 * stages) + 1024 + schedule
+        return LaunchConfig("attention_forward_sm90", "sm_90a", 384, shared, max(1, min(processors, tiles)))
+    if capability < (8, 0):
+        raise ValueError(
+            f"compute capability {capability[0]}.{capability[1]}; the kernels need 8.0 (Ampere) or newer, use "
+            "PyTorch's attention on this GPU"
+        )
+    shared = 4 * head_dim * QUERY_BLOCK + 16 + schedule
+    arch = f"sm_{capability[0]}{capability[1]}"
+    return LaunchConfig("attention_forward_sm80", arch, 256, shared, max(1, min(2 * processors, tiles)))
+
+
+@cache
+def device_facts(index: int) -> tuple[tuple[int, int], int]:
+    """Compute capability and number of multiprocessors of a GPU."""
+    facts = torch.cuda.get_device_properties(index)
+    return (facts.major, facts.minor), facts.multi_processor_count
+
+
+def kernel_path(device: torch.device) -> str:
+    """Name of the kernel that runs on this device, for reports: chosen by compute capability alone."""
+    if device.type != "cuda":
+        return "oracle (PyTorch)"
+    capability, processors = device_facts(device.index or 0)
+    config = launch_config(capability, processors, 128, 1, processors)
+    return f"{config.name} ({config.arch})"
+
+
+@cache
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernels cannot run on such tensors here, in a few words; None if they can."""
+    if device.type != "cuda":
+        return "no CUDA device"
+    if not is_half(dtype) or head_dim not in HEAD_DIMS:
+        return f"{str(dtype).removeprefix('torch.')}, head dim {head_dim}: the kernels take bf16 and fp16, 64 and 128"
+    if device_facts(device.index or 0)[0] < (8, 0):
+        return "the kernels need compute capability 8.0"
+    return None if jit.is_installed() else "CuPy is not installed"

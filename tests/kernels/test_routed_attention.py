@@ -1,0 +1,103 @@
+"""`routed_attention` through the fused operator: the plan's translation on the CPU, the kernels on a GPU."""
+
+import pytest
+import torch
+
+import elastic
+from elastic.attention import backend_for, fused, routed_attention
+from elastic.backbone import override_routes
+from elastic.config import ElasticConfig, RouterConfig, SparseConfig
+from elastic.head_plan import HeadPlan, Layout, batch_layout, packed_layout
+from elastic.torch_attention import attend
+from tests.kernels.gpu import needs_gpu
+from tests.models import left_padded, random_ids, tiny_model, varied_routers
+
+SPARSE = SparseConfig(sink=64, window=64, block=64)
+TOKENS = SparseConfig(sink=64, window=128, block=64, granule="token")
+BOUNDS = [0, 1, 130, 300]
+
+
+def layouts(device: torch.device) -> dict[str, Layout]:
+    """Whole rows, left padding, right padding, one new token after a padded prompt, packed samples."""
+    mask = torch.ones(2, 300, dtype=torch.int64)
+    mask[1, :77] = 0
+    return {
+        "rows": batch_layout(2, 300, 0, device),
+        "left": batch_layout(2, 300, 0, device, mask),
+        "right": batch_layout(2, 300, 0, device, mask.flip(1)),
+        "decode": batch_layout(2, 1, 299, device, mask),
+        "chunk": batch_layout(2, 40, 260, device, mask),
+        "packed": packed_layout(torch.tensor(BOUNDS), None, 300, device),
+    }
+
+
+def valid(layout: Layout, out: torch.Tensor) -> torch.Tensor:
+    """The output rows that belong to a sample."""
+    return torch.cat([out[row, max(0, b - layout.past) : e - layout.past] for row, b, e in layout.spans])
+
+
+def problem(layout: Layout, dtype: torch.dtype, device: torch.device, head_dim: int = 64):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((layout.rows, 4, layout.queries, head_dim), *[(layout.rows, 2, layout.keys, head_dim)] * 2)
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    route = (torch.arange(2 * len(layout.row_N)).view(-1, 2) % 3 == 1).float().to(device)
+    return q, k, v, route
+
+
+@pytest.mark.parametrize("name", ["rows", "left", "right", "decode", "chunk", "packed"])
+@pytest.mark.parametrize("sparse", [SPARSE, TOKENS], ids=["block", "token"])
+def test_the_operator_computes_what_the_plan_says(name, sparse):
+    layout = layouts(torch.device("cpu"))[name]
+    q, k, v, route = problem(layout, torch.float64, torch.device("cpu"))
+    plan = HeadPlan.build(route, sparse, layout)
+    got, expected = (valid(layout, f(q, k, v, plan, 0.125)) for f in (fused, attend))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_the_backend_is_named():
+    assert backend_for(torch.device("cpu"), torch.bfloat16, 128) == "torch (cpu)"
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["rows", "left", "right", "decode", "chunk", "packed"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_kernel_runs_where_no_gradient_is_wanted(name, head_dim):
+    device = torch.device("cuda", 0)
+    layout = layouts(device)[name]
+    q, k, v, route = problem(layout, torch.bfloat16, device, head_dim)
+    plan = HeadPlan.build(route, SPARSE, layout)
+    assert "attention_forward" in backend_for(device, torch.bfloat16, head_dim)
+    got = routed_attention(q, k, v, route, plan, 0.125)
+    assert torch.equal(got, fused(q, k, v, plan, 0.125))
+    exact = attend(*(x.double() for x in (q, k, v)), plan, 0.125)
+    same = attend(q, k, v, plan, 0.125)
+    error, allowed = (valid(layout, out - exact).abs().max() for out in (got, same))
+    assert error <= 2 * allowed + torch.finfo(torch.bfloat16).eps
+    assert routed_attention(q.requires_grad_(), k, v, route, plan, 0.125).requires_grad
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_routed_model_generates_through_the_kernel(monkeypatch):
+    """Left-padded batch with mixed routes: logits as close to fp32 as those of the PyTorch path in the same dtype."""
+    model = tiny_model(hidden_size=256, head_dim=64)
+    elastic.attach(model, ElasticConfig(RouterConfig(pool_tokens=8), SPARSE))
+    varied_routers(model)
+    model.to("cuda")
+    ids, mask = left_padded(random_ids(3, 300), [0, 50, 120])
+    ids, mask = ids.cuda(), mask.cuda()
+    pattern = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]] * 3, device="cuda")
+    with torch.no_grad(), override_routes(model, pattern):
+        exact = model(ids, attention_mask=mask).logits
+        half = model.to(torch.bfloat16)
+        kernel = half(ids, attention_mask=mask).logits.float()
+    with torch.no_grad():
+        tokens = half.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert tokens.shape == (3, 308)
+    monkeypatch.setattr("elastic.attention.why_not", lambda *_: "switched off by the test")
+    with torch.no_grad(), override_routes(half, pattern):
+        twin = half(ids, attention_mask=mask).logits.float()
+    assert not torch.equal(kernel, twin)
+    error, allowed = ((out - exact)[mask.bool()].abs().max() for out in (kernel, twin))
+    assert error <= 2 * allowed
