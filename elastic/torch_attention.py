@@ -100,7 +100,7 @@ def streaming(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, sparse: SparseConf
         out = F.scaled_dot_product_attention(
             q_KCD[None], k[None], v[None], attn_mask=mask_Ck.repeat(group, 1), scale=scale
         )
-        outputs.append(out.view(heads, stop - start, dim))
+        outputs.append(out.reshape(heads, stop - start, dim))  # some GPU backends stride it differently
     return torch.cat(outputs, dim=1).transpose(0, 1)[None]
 
 

@@ -81,23 +81,24 @@ def test_the_kernel_runs_where_no_gradient_is_wanted(name, head_dim):
 @needs_gpu
 def test_a_routed_model_generates_through_the_kernel(monkeypatch):
     """Left-padded batch with mixed routes: logits as close to fp32 as those of the PyTorch path in the same dtype."""
-    model = tiny_model(hidden_size=256, head_dim=64)
-    elastic.attach(model, ElasticConfig(RouterConfig(pool_tokens=8), SPARSE))
-    varied_routers(model)
-    model.to("cuda")
     ids, mask = left_padded(random_ids(3, 300), [0, 50, 120])
     ids, mask = ids.cuda(), mask.cuda()
     pattern = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]] * 3, device="cuda")
-    with torch.no_grad(), override_routes(model, pattern):
-        exact = model(ids, attention_mask=mask).logits
-        half = model.to(torch.bfloat16)
-        kernel = half(ids, attention_mask=mask).logits.float()
+    outputs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model(hidden_size=256, head_dim=64).to(dtype)
+        elastic.attach(model, ElasticConfig(RouterConfig(pool_tokens=8), SPARSE))
+        varied_routers(model)
+        model.to("cuda")
+        with torch.no_grad(), override_routes(model, pattern):
+            outputs.append(model(ids, attention_mask=mask).logits.float())
+    exact, kernel = outputs
     with torch.no_grad():
-        tokens = half.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        tokens = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert tokens.shape == (3, 308)
     monkeypatch.setattr("elastic.attention.why_not", lambda *_: "switched off by the test")
-    with torch.no_grad(), override_routes(half, pattern):
-        twin = half(ids, attention_mask=mask).logits.float()
+    with torch.no_grad(), override_routes(model, pattern):
+        twin = model(ids, attention_mask=mask).logits.float()
     assert not torch.equal(kernel, twin)
     error, allowed = ((out - exact)[mask.bool()].abs().max() for out in (kernel, twin))
     assert error <= 2 * allowed
