@@ -160,6 +160,14 @@ def peak_tflops() -> float:
     return 2 * 8192**3 / measure(lambda: a @ b) / 1e9
 
 
+def command() -> str:
+    """How to repeat this run; where its records went does not matter."""
+    words = list(sys.argv)
+    if "--out" in words:
+        del words[words.index("--out") : words.index("--out") + 2]
+    return "python " + " ".join(words)
+
+
 def git_commit() -> str:
     """The checkout's commit, where git knows it."""
     answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -228,7 +236,7 @@ def main() -> None:
         "kernel": kernel_path(torch.device("cuda", 0)),
         "versions": records.versions(),
         "commit": args.commit or git_commit(),
-        "command": "python " + " ".join(sys.argv),
+        "command": command(),
     }
     path = records.save(Path(args.out), args.tag, [{**record, **shared} for record in found])
     print(f"wrote {path}")

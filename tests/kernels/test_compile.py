@@ -19,8 +19,8 @@ def test_variant_compiles_clean(name: str, arch: str, head_dim: int, bf16: bool)
     assert cubin[:4] == b"\x7fELF"
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
     assert spilled and max(spilled) <= LIMITS[name], log
-    # C7519 only says that ptxas put in a fence; these say that it serialised or ignored something
-    assert not re.search(r"C75(08|1[0-4]|20)", log), log
+    # ptxas put in a fence, serialised a wgmma, or ignored setmaxnreg
+    assert not re.search(r"C75\d\d", log), log
 
 
 def test_cache_key_covers_headers_and_options(tmp_path, monkeypatch) -> None:
