@@ -34,7 +34,7 @@ struct Head {  // where one tile's operands lie, in bytes
 };
 
 ELASTIC_FN Head locate(const Params& p, const Tile& t, const Sample& s) {
-  const int m0 = t.m_block * kTileM, kv_head = t.head / (p.heads / p.kv_heads);
+  const int m0 = t.block * kTileM, kv_head = t.head / (p.heads / p.kv_heads);
   Head h;
   h.q = (const char*)p.q + 2 * (s.row * p.stride_q.row + (s.begin_q + m0) * p.stride_q.token + t.head * p.stride_q.head);
   h.k = (const char*)p.k + 2 * (s.row * p.stride_k.row + s.begin_k * p.stride_k.token + kv_head * p.stride_k.head);
@@ -84,11 +84,11 @@ ELASTIC_FN void run_tile(const Params& p, const Tile& tile, u32 shared_q, u32 sh
   const bool poisoned = is_poisoned(p, mode);
   const Rule rule = rule_of(mode, p.sink, p.window, p.by_block, p.block);
   const Head head = locate(p, tile, sample);
-  const int delta = sample.len_k - sample.len_q, m0 = tile.m_block * kTileM, rows = min_i(kTileM, sample.len_q - m0);
+  const int delta = sample.len_k - sample.len_q, m0 = tile.block * kTileM, rows = min_i(kTileM, sample.len_q - m0);
   const int a0 = m0 + delta + warp * 16, a = a0 + lane / 4;
   BlockIterator blocks;
   const u32* bits = mode != kBlockSparse || poisoned ? nullptr
-      : p.bits + ((i64(tile.sample) * p.heads + tile.head) * p.bits_rows + tile.m_block) * p.bits_words;
+      : p.bits + ((i64(tile.sample) * p.heads + tile.head) * p.bits_rows + tile.block) * p.bits_words;
   blocks.init(rule, m0, m0 + rows, delta, bits);
 
   Softmax softmax;
@@ -154,11 +154,11 @@ extern "C" __global__ void __launch_bounds__(elastic::kThreads, 2)
   Segment* segments = (Segment*)(shared + (kTileM + 2 * kHalf) * kRowBytes + 16);
   ScheduleSize* size = (ScheduleSize*)(shared + (kTileM + 2 * kHalf) * kRowBytes);
   int* next_tile = (int*)(size + 1);
-  if (threadIdx.x < 32) build_schedule(p, segments, size, threadIdx.x);
+  if (threadIdx.x < 32) build_schedule<QueryBlocks>(p, segments, size, threadIdx.x);
   __syncthreads();
   const ScheduleSize total = *size;
   for (int t = blockIdx.x; t < total.tiles; t = *next_tile) {
-    run_tile(p, decode_tile<kD>(p, segments, total.segments, t), shared_q, shared_k, shared_v);
+    run_tile(p, decode_tile<QueryBlocks, kD>(p, segments, total.segments, t), shared_q, shared_k, shared_v);
     __syncthreads();  // everyone is done with the tile's memory and has read the former *next_tile
     if (threadIdx.x == 0) *next_tile = atomicAdd(p.counter, 1) + gridDim.x;
     __syncthreads();

@@ -24,11 +24,12 @@ struct Consumer {
 
   ELASTIC_FN void scores(float (&s)[64], u64 desc_q, int k_slot) const {
     const u64 desc_k = descriptor(kDescK, base + SharedLayout::k + k_slot * kTileBytesKV);
-    wgmma_ss<0>(s, desc_q, desc_k);
+    wgmma_ss<0, 0, 0>(s, desc_q, desc_k);
 #pragma unroll
     for (int kk = 1; kk < kD / 16; ++kk) {
       // 16 columns are 32 bytes of a 128-byte row; the next 64 columns lie 128 rows further.
-      wgmma_ss<1>(s, desc_q + (kk / 4) * (kTileM * 8) + (kk % 4) * 2, desc_k + (kk / 4) * (kBlockN * 8) + (kk % 4) * 2);
+      wgmma_ss<1, 0, 0>(s, desc_q + (kk / 4) * (kTileM * 8) + (kk % 4) * 2,
+                        desc_k + (kk / 4) * (kBlockN * 8) + (kk % 4) * 2);
     }
     wgmma_commit();
   }
@@ -221,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   Control& control = *(Control*)(shared + SharedLayout::control);
   Segment* segments = (Segment*)(shared + SharedLayout::segments);
   const int warpgroup = threadIdx.x / 128;
-  if (threadIdx.x < 32) build_schedule(p, segments, &control.size, threadIdx.x);
+  if (threadIdx.x < 32) build_schedule<QueryBlocks>(p, segments, &control.size, threadIdx.x);
   if (threadIdx.x == 32) {
     for (int i = 0; i < 2; ++i) {
       barrier_init(&control.full_q[i], 1);

@@ -2,8 +2,17 @@
 first use.
 """
 
+from elastic.kernels.backward import attention_backward
 from elastic.kernels.block_bits import bits_from_indices, bits_from_mask
 from elastic.kernels.block_sparse import attention_forward
-from elastic.kernels.devices import kernel_path, why_not
+from elastic.kernels.devices import kernel_path, why_no_backward, why_not
 
-__all__ = ["attention_forward", "bits_from_indices", "bits_from_mask", "kernel_path", "why_not"]
+__all__ = [
+    "attention_backward",
+    "attention_forward",
+    "bits_from_indices",
+    "bits_from_mask",
+    "kernel_path",
+    "why_no_backward",
+    "why_not",
+]

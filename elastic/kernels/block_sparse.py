@@ -146,7 +146,7 @@ def launch_into(
             plan.maps.clear()
         maps = plan.maps[addresses] = _encode_maps((q, k, v, out), plan)
     params = maps + pack_pointers(q, k, v, out, lse, mode, bits, ranges, tile_counter(device)) + plan.sizes
-    jit.launch(plan.kernel, config.grid, config.threads, params, config.shared_bytes, device.index)
+    jit.launch(plan.kernel, (config.grid,), config.threads, params, config.shared_bytes, device.index)
 
 
 _PLANS: dict[tuple, Plan] = {}

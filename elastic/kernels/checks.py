@@ -50,6 +50,25 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, k, v lie on {q.device}, {k.device}, {v.device}; expected one device for all three")
 
 
+def check_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Shapes, types and devices of the operands and of what the forward pass left."""
+    check_tensors(q, k, v)
+    for name, tensor in (("grad_out", grad_out), ("out", out)):
+        if tensor.shape != q.shape or tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; expected {q.dtype} "
+                f"{list(q.shape)} on {q.device}, as q"
+            )
+    wanted = (q.shape[0], q.shape[2], q.shape[1])
+    if tuple(lse.shape) != wanted or lse.dtype != torch.float32 or not lse.is_contiguous() or lse.device != q.device:
+        raise ValueError(
+            f"lse is {lse.dtype} {list(lse.shape)} on {lse.device}; expected contiguous torch.float32 {list(wanted)} "
+            f"on {q.device}: pass what attention_forward returned"
+        )
+    if not out.is_contiguous():
+        raise ValueError(f"out has strides {list(out.stride())}; expected contiguous, as attention_forward returns it")
+
+
 def check_metadata(q: Tensor, k: Tensor, mode: Tensor, ranges: Ranges, bits: Tensor | None, block: int) -> None:
     """Modes, sample ranges and block bits."""
     kv_heads = k.shape[2]

@@ -7,12 +7,12 @@ import torch
 
 from elastic.kernels import jit
 from elastic.kernels.checks import HEAD_DIMS
-from elastic.kernels.params import QUERY_BLOCK, is_half
+from elastic.kernels.params import BACKWARD_TILE, QUERY_BLOCK, is_half
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one launch runs: kernel name, compile target, threads and shared bytes of a CTA, CTAs."""
+    """How one launch runs: kernel file, compile target, threads and shared bytes of a CTA, CTAs."""
 
     name: str
     arch: str
@@ -44,6 +44,15 @@ def launch_config(
     return LaunchConfig("attention_forward_sm80", arch, 256, shared, max(1, min(2 * processors, tiles)))
 
 
+def backward_config(processors: int, head_dim: int, samples: int, tiles: int) -> LaunchConfig:
+    """Launch choices of the backward pass on compute capability 9.0; `tiles` is an upper bound of the key tiles."""
+    rows = BACKWARD_TILE // head_dim
+    tables = -(-samples // 4) * 16 + 48 * samples
+    operands = 2 * 128 * head_dim * 2 + 4 * BACKWARD_TILE * 2 + 2 * rows * 128 * 2 + BACKWARD_TILE * 4
+    shared = 1024 + operands + 4 * rows * 4 + 1024 + tables
+    return LaunchConfig("attention_backward_sm90", "sm_90a", 384, shared, max(1, min(processors, tiles)))
+
+
 @cache
 def device_facts(index: int) -> tuple[tuple[int, int], int]:
     """Compute capability and number of multiprocessors of a GPU."""
@@ -58,6 +67,15 @@ def kernel_path(device: torch.device) -> str:
     capability, processors = device_facts(device.index or 0)
     config = launch_config(capability, processors, 128, 1, processors)
     return f"{config.name} ({config.arch})"
+
+
+@cache
+def why_no_backward(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the backward kernels cannot run on such tensors here, in a few words; None if they can."""
+    reason = why_not(device, dtype, head_dim)
+    if reason is None and device_facts(device.index or 0)[0] != (9, 0):
+        return "the backward kernels need compute capability 9.0"
+    return reason
 
 
 @cache

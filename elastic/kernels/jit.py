@@ -26,13 +26,21 @@ _log = logging.getLogger("elastic.kernels")
 
 @dataclass(frozen=True)
 class Variant:
-    """One compiled kernel: file and entry point `name`, target `arch` (sm_90a, sm_80, ...), macros."""
+    """One compiled file of `cuda_src` and its entry point `name` (default: called like the file); target `arch` (sm_90a,
+    sm_80, ...) and macros.
+    """
 
-    name: str
+    file: str
     arch: str
     head_dim: int
     bf16: bool
     debug: tuple[str, ...] = ()  # extra macros of the tests: ELASTIC_WATCHDOG=1, ELASTIC_STRESS=1
+    entry: str = ""
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return self.entry or self.file
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -87,8 +95,8 @@ def compile_cubin(variant: Variant) -> tuple[bytes, str]:
             f"NVRTC {version[0]}.{version[1]} is too old for {variant.arch}, 12.9 or newer is needed; run "
             "`pip install -U nvidia-cuda-nvrtc-cu12`"
         )
-    source = (CUDA_SRC / f"{variant.name}.cu").read_text()
-    program = nvrtc.createProgram(source, f"{variant.name}.cu", (), ())
+    source = (CUDA_SRC / f"{variant.file}.cu").read_text()
+    program = nvrtc.createProgram(source, f"{variant.file}.cu", (), ())
     try:
         nvrtc.compileProgram(program, (*variant.options, f"-I{CUDA_SRC / 'include'}"))
         return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
@@ -102,12 +110,12 @@ def compile_cubin(variant: Variant) -> tuple[bytes, str]:
 def cubin_path(variant: Variant) -> Path:
     """The cached binary of a variant, compiled now if it is missing."""
     version = _import_nvrtc().getVersion()
-    key = hashlib.sha256(repr((_source_hash(), variant.name, variant.options, version)).encode()).hexdigest()[:24]
-    path = cache_directory() / f"{variant.name}-{variant.arch}-d{variant.head_dim}-{key}.cubin"
+    key = hashlib.sha256(repr((_source_hash(), variant.file, variant.options, version)).encode()).hexdigest()[:24]
+    path = cache_directory() / f"{variant.file}-{variant.arch}-d{variant.head_dim}-{key}.cubin"
     if path.exists():
         return path
     start = time.perf_counter()
-    _log.warning("compiling %s for %s, D %d (first use)", variant.name, variant.arch, variant.head_dim)
+    _log.warning("compiling %s for %s, D %d (first use)", variant.file, variant.arch, variant.head_dim)
     cubin, _ = compile_cubin(variant)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
@@ -127,7 +135,8 @@ def load_kernel(variant: Variant, device: int) -> Any:
         kernel = cupy.RawModule(path=str(path)).get_function(variant.name)
         # CuPy hands out one function object per binary, so this is set once and to the limit, not per launch.
         facts = torch.cuda.get_device_properties(device)
-        kernel.max_dynamic_shared_size_bytes = facts.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        limit = facts.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        kernel.max_dynamic_shared_size_bytes = limit - kernel.shared_size_bytes
     return kernel
 
 
@@ -148,12 +157,12 @@ def current_stream(index: int) -> int:
     return torch._C._cuda_getCurrentRawStream(index)
 
 
-def launch(kernel: Any, grid: int, threads: int, params: bytes, shared_bytes: int, index: int) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], threads: int, params: bytes, shared_bytes: int, index: int) -> None:
     """Launch on torch's current stream of device `index`; `params` is the one by-value argument."""
     argument = np.frombuffer(params, _by_value(len(params)))
     stream = _external_stream(current_stream(index), index)
     if torch.cuda.current_device() == index:
-        kernel((grid,), (threads,), (argument,), shared_mem=shared_bytes, stream=stream)
+        kernel(grid, (threads,), (argument,), shared_mem=shared_bytes, stream=stream)
     else:
         with torch.cuda.device(index):
-            kernel((grid,), (threads,), (argument,), shared_mem=shared_bytes, stream=stream)
+            kernel(grid, (threads,), (argument,), shared_mem=shared_bytes, stream=stream)

@@ -9,8 +9,10 @@ from torch import Tensor
 
 FULL, STREAMING, BLOCK_SPARSE = 0, 1, 2
 QUERY_BLOCK = 128
-PARAMS_BYTES = 768
+PARAMS_BYTES, BACKWARD_BYTES = 768, 960
+BACKWARD_TILE = 8192  # query rows of a backward tile times head dim
 _POINTERS, _SIZES = struct.Struct("<13Q"), struct.Struct("<12q12i2f")
+_BACKWARD = struct.Struct("<7Q12qi36x")
 MAP_BYTES = 128
 
 
@@ -111,6 +113,17 @@ def pack_sizes(
         pattern.scale * math.log2(math.e),
         pattern.scale,
     )
+
+
+def pack_backward(addresses: tuple[int, ...], strided: tuple[Tensor, ...], row_tiles: int) -> bytes:
+    """What `elastic::BackwardParams` adds to `Params`.
+
+    Args:
+        addresses: of grad_out, rows, dq_sum, turns, dq, dk, dv.
+        strided: out, dq, dk, dv.
+    """
+    strides = (stride for tensor in strided for stride in strides_of(tensor))
+    return _BACKWARD.pack(*addresses, *strides, row_tiles)
 
 
 def is_half(dtype: torch.dtype) -> bool:

@@ -104,24 +104,29 @@ def random_problem(seed: int, device: str = "cuda") -> Problem:
 
 def poison_outside(x: Tensor, begin: Tensor, end: Tensor, row: Tensor) -> None:
     """Fill the tokens of no sample with NaN and infinity, in place."""
-    token = torch.arange(x.shape[1], device=x.device)
-    used = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-    for b, e, r in zip(begin.tolist(), end.tolist(), row.tolist(), strict=True):
-        used[r] |= (token >= b) & (token < e)
+    token, used = torch.arange(x.shape[1], device=x.device), _inside(x, begin, end, row)
     x[~used] = float("nan")
     x[~used & (token % 2 == 0)] = float("inf")
 
 
-def rows_written(problem: Problem) -> Tensor:
-    """Boolean [B, Sq]: query rows that belong to a sample."""
-    q, ranges = problem.q, problem.ranges
-    if ranges.row is None:
-        return torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
-    token = torch.arange(q.shape[1], device=q.device)
-    used = torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device)
-    for b, e, r in zip(ranges.begin_q.tolist(), ranges.end_q.tolist(), ranges.row.tolist(), strict=True):
+def _inside(x: Tensor, begin: Tensor | None, end: Tensor | None, row: Tensor | None) -> Tensor:
+    if row is None:
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    token = torch.arange(x.shape[1], device=x.device)
+    used = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    for b, e, r in zip(begin.tolist(), end.tolist(), row.tolist(), strict=True):
         used[r] |= (token >= b) & (token < e)
     return used
+
+
+def rows_written(problem: Problem) -> Tensor:
+    """Boolean [B, Sq]: query rows that belong to a sample."""
+    return _inside(problem.q, problem.ranges.begin_q, problem.ranges.end_q, problem.ranges.row)
+
+
+def keys_used(problem: Problem) -> Tensor:
+    """Boolean [B, Sk]: keys that belong to a sample."""
+    return _inside(problem.k, problem.ranges.begin_k, problem.ranges.end_k, problem.ranges.row)
 
 
 def dense_problem(

@@ -1,9 +1,23 @@
-"""First look at a kernel on a GPU, with the watchdog on: python -m tests.kernels.smoke sm90 [seeds]."""
+"""First look at a kernel on a GPU, with the watchdog on: python -m tests.kernels.smoke sm90|sm80|backward [seeds]."""
 
 import sys
 
 from tests.kernels.generators import random_problem
 from tests.kernels.gpu import judge, reference, run
+from tests.kernels.gpu_backward import forward_exact, judge_gradients, reference_gradients, run_backward, upstream
+
+WATCHDOG = ("ELASTIC_WATCHDOG=1",)
+
+
+def check(path: str, seed: int) -> None:
+    """Raise unless the problem of this seed comes out right on this path."""
+    problem = random_problem(seed)
+    if path == "backward":
+        grad = upstream(problem, seed)
+        found = run_backward(problem, grad, *forward_exact(problem), deterministic=seed % 2 == 1, debug=WATCHDOG)
+        judge_gradients(found, problem, reference_gradients(problem, grad))
+    else:
+        judge(*run(problem, path, WATCHDOG if path == "sm90" else ()), problem, reference(problem))
 
 
 def main() -> None:
@@ -13,7 +27,7 @@ def main() -> None:
     for seed in range(seeds):
         problem = random_problem(seed)
         try:
-            judge(*run(problem, path, ("ELASTIC_WATCHDOG=1",) if path == "sm90" else ()), problem, reference(problem))
+            check(path, seed)
         except AssertionError as error:
             failed += 1
             shape = list(problem.q.shape), list(problem.k.shape), problem.q.dtype, problem.mode.tolist()

@@ -17,6 +17,9 @@ ELASTIC_FN int ceil_div(int a, int b) { return (a + b - 1) / b; }
 // First key of the local window, before clipping at 0.
 ELASTIC_FN int lower_bound(int a, const Rule& r) { return (a & r.align) - r.reach; }
 
+// Last position whose local window holds the key: the inverse of lower_bound.
+ELASTIC_FN int last_position(int key, const Rule& r) { return ((key + r.reach) & r.align) + ~r.align; }
+
 // Full and block-sparse heads hide nothing below the diagonal: their window is longer than any sequence. By block, the
 // window is a multiple of the block and the block a power of two (checked on the host).
 ELASTIC_FN Rule rule_of(int mode, int sink, int window, int by_block, int block) {
@@ -90,6 +93,26 @@ struct BlockIterator {
     return 2 * id + 1;
   }
 };
+
+// Query tiles [first, end) of `tile` rows that see a key of [k0, k1): the backward pass walks them. Bitmasks are apart.
+struct QueryRange {
+  int first, end;
+};
+ELASTIC_FN QueryRange query_range(int k0, int k1, int len_q, int delta, int tile, const Rule& r) {
+  const int last = k0 < r.sink ? len_q - 1 : min_i(last_position(k1 - 1, r) - delta, len_q - 1);
+  return QueryRange{max_i(0, k0 - delta) / tile, last < 0 ? 0 : last / tile + 1};
+}
+
+// The same question from the keys' side: positions [a0, a1] against keys [k0, k1].
+ELASTIC_FN bool needs_mask_keys(int k0, int k1, int a0, int a1, const Rule& r) {
+  return k1 > a0 || (k1 >= r.sink && last_position(max_i(k0, r.sink), r) < a1);
+}
+
+// Number of 128-key blocks before block n that a query tile from position a0 on visits.
+ELASTIC_FN int blocks_before(int n, int a0, const Rule& r) {
+  const int low = max_i(0, lower_bound(max_i(0, a0), r)) / (2 * kHalf), sinks = min_i(ceil_div(r.sink, 2 * kHalf), low);
+  return n < sinks ? n : sinks + max_i(0, n - low);
+}
 
 // Whether some row must not see some key of half block `id`: a0 is the position of the first row, low1 the last row's
 // lower bound.

@@ -49,18 +49,6 @@ struct SharedLayout {  // offsets from a base that is a multiple of 1024
 };
 static_assert(sizeof(Control) <= 1024, "the schedule starts 1024 bytes behind the barriers");
 
-template <int kCount>
-struct Ring {  // position in a ring of kCount slots, with its mbarrier phase
-  int slot;
-  u32 phase;
-  ELASTIC_FN void advance() {
-    if (++slot == kCount) {
-      slot = 0;
-      phase ^= 1;
-    }
-  }
-};
-
 // One elected lane: walks the tiles, their visited blocks, and feeds the rings.
 struct Producer {
   const Params& p;
@@ -94,10 +82,10 @@ struct Producer {
         arrive(&c.full_q[q.slot]);
         break;
       }
-      const Tile tile = decode_tile<kD>(p, segments, size.segments, t);
+      const Tile tile = decode_tile<QueryBlocks, kD>(p, segments, size.segments, t);
       const Sample sample = read_sample(p, tile.sample);
       const int kv_head = tile.head / (p.heads / p.kv_heads), mode = p.mode[tile.sample * p.kv_heads + kv_head];
-      const int delta = sample.len_k - sample.len_q, m0 = tile.m_block * kTileM;
+      const int delta = sample.len_k - sample.len_q, m0 = tile.block * kTileM;
       const Rule rule = rule_of(mode, p.sink, p.window, p.by_block, p.block);
       h.row = sample.row;
       h.head = tile.head;
@@ -110,7 +98,7 @@ struct Producer {
       BlockIterator blocks;
       blocks.init(rule, m0, min_i(m0 + kTileM, sample.len_q), delta,
                   mode != kBlockSparse || poisoned ? nullptr
-                      : p.bits + ((i64(tile.sample) * p.heads + tile.head) * p.bits_rows + tile.m_block) * p.bits_words);
+                      : p.bits + ((i64(tile.sample) * p.heads + tile.head) * p.bits_rows + tile.block) * p.bits_words);
       int id = poisoned ? -1 : blocks.next();
       if (id < 0) {
         h.state = poisoned ? kPoison : kEmpty;

@@ -19,6 +19,18 @@ ELASTIC_FN void stress(u32 salt) {
 #endif
 }
 
+template <int kCount>
+struct Ring {  // position in a ring of kCount slots, with its mbarrier phase
+  int slot;
+  u32 phase;
+  ELASTIC_FN void advance() {
+    if (++slot == kCount) {
+      slot = 0;
+      phase ^= 1;
+    }
+  }
+};
+
 ELASTIC_FN void barrier_init(u64* bar, u32 count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
 }
@@ -86,6 +98,29 @@ ELASTIC_FN void tma_store(const TensorMap& map, u32 shared, int d, int token, in
 ELASTIC_FN void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 ELASTIC_FN void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 ELASTIC_FN void store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Contiguous bytes (a multiple of 16) to shared memory, and fp32 sums from there into global memory.
+ELASTIC_FN void bulk_load(u64* bar, u32 shared, const void* global, u32 bytes) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+               "l"(global), "r"(bytes), "r"(shared_address(bar))
+               : "memory");
+}
+ELASTIC_FN void bulk_add(float* global, u32 shared, u32 bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global), "r"(shared),
+               "r"(bytes)
+               : "memory");
+}
+
+// A counter in global memory that CTAs pass on in a fixed order.
+ELASTIC_FN void await_turn(const int* at, int turn) {
+  int now;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(at) : "memory");
+  } while (now != turn);
+}
+ELASTIC_FN void pass_turn(int* at, int next) {
+  asm volatile("fence.proxy.async;\n st.release.gpu.global.s32 [%0], %1;" ::"l"(at), "r"(next) : "memory");
+}
 
 ELASTIC_FN void store_matrix(u32 shared, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(a), "r"(b),

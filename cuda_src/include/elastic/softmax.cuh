@@ -40,6 +40,25 @@ ELASTIC_FN void mask_half(float* s, int id, int a, const Rule& rule, int lane) {
   }
 }
 
+// The same for transposed scores: rows are keys from `key` (the lane's first) on, columns are positions from a0 on.
+template <int kCount>
+ELASTIC_FN void mask_transposed(float (&s)[kCount], int key, int a0, const Rule& rule, int lane) {
+  const int base = a0 + 2 * (lane & 3);
+#pragma unroll
+  for (int y = 0; y < 2; ++y) {
+    const int j = key + 8 * y, first = j - base;
+    const int last = j < rule.sink ? 1 << 30 : last_position(j, rule) - base;
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) {
+#pragma unroll
+      for (int x = 0; x < 2; ++x) {
+        const int column = 8 * i + x;
+        if (column < first || column > last) s[4 * i + 2 * y + x] = minus_infinity();
+      }
+    }
+  }
+}
+
 struct Softmax {
   static constexpr float kSlack = 8.0f;
   float row_max[2], row_sum[2];  // the sums are per lane until finish()
