@@ -1,10 +1,11 @@
 """`routed_attention`: every head in its routed mode, with the straight-through gradient of the route (spec section 4).
 
-This is the seam between routing and kernels. Where no gradient is wanted and the tensors suit them, the fused CUDA
-kernels run; everything else is `elastic.torch_attention`, their slow twin. With a hard route the output is the routed
+This is the seam between routing and kernels: where the tensors suit them, the fused CUDA kernels run, in inference and
+in training; everything else is `elastic.torch_attention`, their slow twin. With a hard route the output is the routed
 branch, so only that branch needs a backward for q, k and v; the other branch is needed forward only, for the route's
 own gradient
     d route = <dO, O_SA - O_FA> summed over the group's heads, the sample's tokens and D.
+The kernels may estimate it from a share of the queries (`HeadPlan.gradient_share`); PyTorch takes all of them.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from elastic.head_plan import HeadPlan, Layout
-from elastic.kernels import attention_forward, kernel_path, why_not
+from elastic.kernels import attention_backward, attention_forward, kernel_path, route_gap, why_no_backward, why_not
 from elastic.torch_attention import attend
 
 
@@ -41,8 +42,9 @@ def routed_attention(
     """
     _check(q_BHSD, k_BKSD, v_BKSD, plan)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHSD, k_BKSD, v_BKSD, route_NK))
-    if not differentiable and why_not(q_BHSD.device, q_BHSD.dtype, q_BHSD.shape[-1]) is None:
-        return fused(q_BHSD, k_BKSD, v_BKSD, plan, scale)
+    reason = why_no_backward if differentiable else why_not
+    if reason(q_BHSD.device, q_BHSD.dtype, q_BHSD.shape[-1]) is None:
+        return fused(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale)
     out = attend(q_BHSD, k_BKSD, v_BKSD, plan, scale)
     if not (route_NK.requires_grad and torch.is_grad_enabled()):
         return out
@@ -51,25 +53,44 @@ def routed_attention(
     return _StraightThrough.apply(out, other, route_NK, plan.layout)
 
 
-def fused(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, plan: HeadPlan, scale: float) -> Tensor:
-    """The plan in one launch of the operator, without gradient; [B, Lq, H, D], zero at padding.
+def fused(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float) -> Tensor:
+    """The plan in one launch of the operator, differentiable; [B, Lq, H, D], zero at padding.
 
-    On the CPU the operator is its oracle, which is how the plan's translation is tested without a GPU.
+    On the CPU the operators are their oracles, which is how the plan's translation is tested without a GPU.
     """
-    sparse = plan.sparse
-    out, _ = attention_forward(
-        q_BHSD.transpose(1, 2),
-        k_BKSD.transpose(1, 2),
-        v_BKSD.transpose(1, 2),
-        plan.mode_NK,
-        sink=sparse.sink,
-        window=sparse.window,
-        granule=sparse.granule,
-        block=sparse.block,
-        scale=scale,
-        **plan.layout.kernel_ranges,
-    )
-    return out
+    q, k, v = (x.transpose(1, 2) for x in (q_BHSD, k_BKSD, v_BKSD))
+    return _Fused.apply(q, k, v, route_NK, plan, scale)
+
+
+class _Fused(torch.autograd.Function):
+    """The fused operators under autograd; q, k, v are [B, S, heads, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float) -> Tensor:
+        sparse = plan.sparse
+        arguments: dict[str, Any] = {"sink": sparse.sink, "window": sparse.window, "granule": sparse.granule}
+        arguments |= {"block": sparse.block, "scale": scale, **plan.layout.kernel_ranges}
+        out, lse = attention_forward(q, k, v, plan.mode_NK, **arguments)
+        ctx.save_for_backward(q, k, v, out, lse, route_NK)
+        ctx.plan, ctx.arguments = plan, arguments
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        q, k, v, out, lse, route_NK = ctx.saved_tensors
+        grads: tuple[Tensor | None, ...] = (None, None, None)
+        if any(ctx.needs_input_grad[:3]):
+            deterministic = torch.are_deterministic_algorithms_enabled()
+            grads = attention_backward(
+                grad, q, k, v, out, lse, ctx.plan.mode_NK, deterministic=deterministic, **ctx.arguments
+            )
+        droute = None
+        if ctx.needs_input_grad[3]:
+            other, share = ctx.plan.flipped().mode_NK, ctx.plan.gradient_share
+            gap = route_gap(grad, out, q, k, v, other, share=share, **ctx.arguments)
+            droute = (gap * torch.where(route_NK > 0.5, 1.0, -1.0)).to(route_NK.dtype)
+        return *grads, droute, None, None
 
 
 class _StraightThrough(torch.autograd.Function):

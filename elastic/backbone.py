@@ -192,7 +192,8 @@ class _Handle:
         if layout is None:
             raise ValueError("this layer was called outside the attached model's decoder; call the whole model")
         route = route_layer(attn, hidden, layout, kwargs.get("past_key_values"), self.routing)
-        plan = HeadPlan.build(route, self.routing.config.sparse, layout)
+        config = self.routing.config
+        plan = HeadPlan.build(route, config.sparse, layout, config.gradient_share)
         return args, {**kwargs, "elastic_route": route, "elastic_plan": plan}
 
 

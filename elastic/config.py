@@ -100,12 +100,15 @@ class ElasticConfig:
         sparsity_bias: added to the SA logit at inference; above 0 more heads run sparse, below 0 fewer. Not used in
             training.
         dense_decode: after the prefill, every head attends to the whole cache; by default heads keep their route.
+        gradient_share: training on a GPU: share of the queries from which the gradient of the routes is estimated
+            (unbiased); 1, 1/2, 1/3, ..., and 1 is exact.
     """
 
     router: RouterConfig = field(default_factory=RouterConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
     sparsity_bias: float = 0.0
     dense_decode: bool = False
+    gradient_share: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value, kind in (("router", self.router, RouterConfig), ("sparse", self.sparse, SparseConfig)):
@@ -117,6 +120,12 @@ class ElasticConfig:
         if not isinstance(self.dense_decode, bool):
             raise ValueError(
                 f"dense_decode={self.dense_decode!r} is a {type(self.dense_decode).__name__}, expected true or false"
+            )
+        share = self.gradient_share
+        if not _is_number(share) or not 0.0 < share <= 1.0 or abs(share * round(1 / share) - 1) > 1e-3:
+            raise ValueError(
+                f"gradient_share={share!r} is not 1, 1/2, 1/3, ...; 1.0 gives the exact gradient of the routes, 0.125 "
+                "an estimate from every eighth query block"
             )
         if not _is_number(self.sparsity_bias) or not math.isfinite(self.sparsity_bias):
             raise ValueError(

@@ -145,14 +145,16 @@ class HeadPlan:
         mode_NK: int32, ids of `elastic.patterns`.
         sparse: pattern sizes and the two modes.
         layout: where the samples lie.
+        gradient_share: share of the queries from which the kernels estimate the route's gradient; 1 is exact.
     """
 
     mode_NK: Tensor
     sparse: SparseConfig
     layout: Layout
+    gradient_share: float = 1.0
 
     @classmethod
-    def build(cls, route_NK: Tensor, sparse: SparseConfig, layout: Layout) -> "HeadPlan":
+    def build(cls, route_NK: Tensor, sparse: SparseConfig, layout: Layout, gradient_share: float = 1.0) -> "HeadPlan":
         """Plan of a route [N, K] in {0, 1}, on the route's device without synchronising.
 
         Raises:
@@ -166,7 +168,7 @@ class HeadPlan:
                 "was the cache filled by another batch?"
             )
         mode = torch.where(route_NK.detach() > 0.5, mode_id(sparse.route1), mode_id(sparse.route0))
-        return cls(mode.to(torch.int32), sparse, layout)
+        return cls(mode.to(torch.int32), sparse, layout, gradient_share)
 
     def flipped(self) -> "HeadPlan":
         """The plan in which every head runs its other mode."""

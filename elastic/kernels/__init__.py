@@ -6,6 +6,7 @@ from elastic.kernels.backward import attention_backward
 from elastic.kernels.block_bits import bits_from_indices, bits_from_mask
 from elastic.kernels.block_sparse import attention_forward
 from elastic.kernels.devices import kernel_path, why_no_backward, why_not
+from elastic.kernels.route_gap import period_of, route_gap
 
 __all__ = [
     "attention_backward",
@@ -13,6 +14,8 @@ __all__ = [
     "bits_from_indices",
     "bits_from_mask",
     "kernel_path",
+    "period_of",
+    "route_gap",
     "why_no_backward",
     "why_not",
 ]

@@ -1,7 +1,7 @@
 """`attention_backward`: dq, dk, dv of `attention_forward` under the same modes, samples and bits.
 
-The operator is `torch.ops.elastic.attention_backward`: CUDA kernels on compute capability 9.0, the oracle's autograd on
-the CPU. dQ is summed in fp32 in global memory, in the order in which key blocks finish, or in a fixed order when
+The operator is `torch.ops.elastic.attention_backward`: CUDA kernels on compute capability 9.0, the oracle on the
+CPU. dQ is summed in fp32 in global memory, in the order in which key blocks finish, or in a fixed order when
 `deterministic`; dK and dV are always summed in a fixed order. Legend as in `block_sparse`.
 """
 
@@ -14,7 +14,7 @@ from elastic.kernels import jit
 from elastic.kernels.block_sparse import tile_counter
 from elastic.kernels.checks import check_alignment, check_backward, check_cuda, check_metadata, check_pattern
 from elastic.kernels.devices import backward_config, device_facts
-from elastic.kernels.oracle import attention_oracle
+from elastic.kernels.oracle import gradient_oracle
 from elastic.kernels.params import (
     BACKWARD_TILE,
     Pattern,
@@ -99,7 +99,7 @@ def backward_into(
     """Run the three kernels on checked CUDA tensors, into tensors the caller owns. `debug` serves the tests."""
     device, (dq, dk, dv) = q.device, grads
     index, head_dim, heads, samples = device.index, q.shape[3], q.shape[2], mode.shape[0]
-    capability, processors = device_facts(index)
+    _, processors = device_facts(index)
     rows = BACKWARD_TILE // head_dim
     row_tiles = row_tile_bound(q, samples, ranges)
     sums = torch.empty(heads * row_tiles * BACKWARD_TILE, dtype=torch.float32, device=device)
@@ -161,23 +161,11 @@ def _backward_cuda(
 def _backward_cpu(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mode: Tensor, sink: int, window: int,
     granule: str, block: int, scale: float, begin_q: _Optional, end_q: _Optional, begin_k: _Optional,
-    end_k: _Optional, row: _Optional, bits: _Optional, deterministic: bool,
+    end_k: _Optional, row: _Optional, bits: _Optional, _deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     pattern, ranges = Pattern(sink, window, granule, block, scale), Ranges(begin_q, end_q, begin_k, end_k, row)
     _check(grad_out, q, k, v, out, lse, mode, pattern, ranges, bits)
-    return oracle_gradients(grad_out, q, k, v, mode, pattern, ranges, bits)
-
-
-def oracle_gradients(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mode: Tensor, pattern: Pattern, ranges: Ranges,
-    bits: Tensor | None, compute: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The operator's twin: autograd of `attention_oracle`, in the inputs' dtype; `compute` as there."""
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out, _ = attention_oracle(*leaves, mode, pattern, ranges, bits, compute)
-    dq, dk, dv = torch.autograd.grad(out, leaves, grad_out)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    return gradient_oracle(grad_out, q, k, v, mode, pattern, ranges, bits)
 
 
 def _backward_fake(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

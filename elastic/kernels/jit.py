@@ -26,8 +26,8 @@ _log = logging.getLogger("elastic.kernels")
 
 @dataclass(frozen=True)
 class Variant:
-    """One compiled file of `cuda_src` and its entry point `name` (default: called like the file); target `arch` (sm_90a,
-    sm_80, ...) and macros.
+    """One compiled file of `cuda_src` and its entry point (default: called like the file), target `arch` (sm_90a, sm_80,
+    ...), macros.
     """
 
     file: str

@@ -4,6 +4,9 @@ Runs on any device, in fp32 or wider; it copies the sample ranges to the host. L
 tokens, H query heads, K KV heads, G = H / K, D head dim.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -31,6 +34,48 @@ def head_mask(
     return None
 
 
+@dataclass(frozen=True)
+class _Group:
+    """One KV head of one sample with its query heads: where they lie, wide operands, mask (None: no such mode)."""
+
+    row: int
+    queries: slice
+    keys: slice
+    heads: slice
+    kv_head: int
+    q_GLD: Tensor
+    k_LD: Tensor
+    v_LD: Tensor
+    mask: Tensor | None
+
+    def weights(self, scale: float) -> tuple[Tensor, Tensor]:
+        """Softmax [G, Lq, Lk] and its log-sum-exp [G, Lq]; a query that sees nothing has weights 0 and -inf."""
+        assert self.mask is not None
+        scores = (self.q_GLD @ self.k_LD.T * scale).masked_fill(~self.mask, float("-inf"))
+        sums = torch.logsumexp(scores, dim=-1)
+        return torch.exp(scores - sums.masked_fill(sums == float("-inf"), 0.0)[..., None]), sums
+
+
+def _groups(
+    q: Tensor, k: Tensor, v: Tensor, mode: Tensor, pattern: Pattern, ranges: Ranges, bits: Tensor | None,
+    wide: torch.dtype,
+) -> Iterator[_Group]:  # fmt: skip
+    samples, kv_heads = mode.shape
+    full: dict[str, int] = {"begin_q": 0, "end_q": q.shape[1], "begin_k": 0, "end_k": k.shape[1]}
+    spans = {n: [full.get(n, 0)] * samples if t is None else t.tolist() for n, t in ranges.named().items()}
+    rows = list(range(samples)) if ranges.row is None else spans["row"]
+    group = q.shape[2] // kv_heads
+    for n, modes in enumerate(mode.tolist()):
+        queries, keys = slice(spans["begin_q"][n], spans["end_q"][n]), slice(spans["begin_k"][n], spans["end_k"][n])
+        for kv_head, of_head in enumerate(modes):
+            heads = slice(kv_head * group, (kv_head + 1) * group)
+            q_GLD = q[rows[n], queries, heads].transpose(0, 1).to(wide)
+            k_LD, v_LD = k[rows[n], keys, kv_head].to(wide), v[rows[n], keys, kv_head].to(wide)
+            chosen = None if bits is None else bits[n, heads]
+            mask = head_mask(of_head, q_GLD.shape[1], k_LD.shape[0], pattern, chosen, q.device)
+            yield _Group(rows[n], queries, keys, heads, kv_head, q_GLD, k_LD, v_LD, mask)
+
+
 def attention_oracle(
     q: Tensor,
     k: Tensor,
@@ -50,25 +95,34 @@ def attention_oracle(
     batch, seq_q, heads, dim = q.shape
     out = torch.zeros(batch, seq_q, heads, dim, dtype=wide, device=q.device)
     lse = torch.full((batch, heads, seq_q), float("-inf"), dtype=wide, device=q.device)
-    samples, kv_heads = mode.shape
-    full = {"begin_q": 0, "end_q": seq_q, "begin_k": 0, "end_k": k.shape[1]}
-    spans = {n: t.tolist() if t is not None else [full.get(n)] * samples for n, t in ranges.named().items()}
-    rows = list(range(samples)) if ranges.row is None else spans["row"]
-    group = heads // kv_heads
-    for n, modes in enumerate(mode.tolist()):
-        queries, keys = slice(spans["begin_q"][n], spans["end_q"][n]), slice(spans["begin_k"][n], spans["end_k"][n])
-        for kv_head, of_head in enumerate(modes):
-            of_group = slice(kv_head * group, (kv_head + 1) * group)
-            q_GLD = q[rows[n], queries, of_group].transpose(0, 1).to(wide)
-            k_LD, v_LD = k[rows[n], keys, kv_head].to(wide), v[rows[n], keys, kv_head].to(wide)
-            chosen = None if bits is None else bits[n, of_group]
-            mask = head_mask(of_head, q_GLD.shape[1], k_LD.shape[0], pattern, chosen, q.device)
-            if mask is None:
-                out[rows[n], queries, of_group] = lse[rows[n], of_group, queries] = float("nan")
-                continue
-            scores = (q_GLD @ k_LD.T * pattern.scale).masked_fill(~mask, float("-inf"))
-            sums = torch.logsumexp(scores, dim=-1)
-            weights = torch.exp(scores - sums.masked_fill(sums == float("-inf"), 0.0)[..., None])
-            out[rows[n], queries, of_group] = (weights @ v_LD).transpose(0, 1)
-            lse[rows[n], of_group, queries] = sums
+    for g in _groups(q, k, v, mode, pattern, ranges, bits, wide):
+        if g.mask is None:
+            out[g.row, g.queries, g.heads] = lse[g.row, g.heads, g.queries] = float("nan")
+            continue
+        weights, lse[g.row, g.heads, g.queries] = g.weights(pattern.scale)
+        out[g.row, g.queries, g.heads] = (weights @ g.v_LD).transpose(0, 1)
     return out.to(q.dtype), lse
+
+
+def gradient_oracle(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mode: Tensor, pattern: Pattern, ranges: Ranges,
+    bits: Tensor | None, compute: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv of `attention_oracle` in q's dtype, in the steps in which PyTorch differentiates a softmax:
+    dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(P dP)), dQ = scale dS K, dK = scale dS^T Q.
+    """
+    wide = compute or torch.promote_types(q.dtype, torch.float32)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    for g in _groups(q, k, v, mode, pattern, ranges, bits, wide):
+        at_keys, at_queries = (g.row, g.keys, g.kv_head), (g.row, g.queries, g.heads)
+        if g.mask is None:
+            dq[at_queries] = dk[at_keys] = dv[at_keys] = float("nan")
+            continue
+        weights, _ = g.weights(pattern.scale)
+        grad_GLD = grad_out[at_queries].transpose(0, 1).to(wide)
+        dp = grad_GLD @ g.v_LD.T
+        ds = weights * (dp - (weights * dp).sum(-1, keepdim=True))
+        dv[at_keys] = (weights.transpose(1, 2) @ grad_GLD).sum(0)
+        dq[at_queries] = (ds @ g.k_LD * pattern.scale).transpose(0, 1)
+        dk[at_keys] = (ds.transpose(1, 2) @ g.q_GLD * pattern.scale).sum(0)
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)

@@ -16,3 +16,18 @@ extern "C" int visited(int mode, int sink, int window, int by_block, int block, 
   }
   return n;
 }
+
+// Query tiles of `tile` rows that the backward pass walks for keys [k0, k1) of a full or streaming head: first and end,
+// then per tile whether the element mask runs for these keys, and how many 128-key blocks before this one visit it.
+extern "C" void met(int mode, int sink, int window, int by_block, int block, int k0, int k1, int len_q, int delta,
+                    int tile, int* range, int* flags, int* before) {
+  const Rule rule = rule_of(mode, sink, window, by_block, block);
+  const QueryRange found = query_range(k0, k1, len_q, delta, tile, rule);
+  range[0] = found.first;
+  range[1] = found.end;
+  for (int m = found.first; m < found.end; ++m) {
+    const int a0 = m * tile + delta;
+    flags[m] = needs_mask_keys(k0, k1 - 1, a0, a0 + tile - 1, rule);
+    before[m] = blocks_before(k0 / (2 * kHalf), a0, rule);
+  }
+}

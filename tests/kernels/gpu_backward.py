@@ -1,10 +1,12 @@
-"""Launching and judging the backward kernels in the GPU tests: poisoned gradients inside guard bands, the oracle in fp64."""
+"""Launching and judging the backward kernels in the GPU tests: poisoned gradients inside guard bands, the oracle in
+fp64.
+"""
 
 import torch
 from torch import Tensor
 
 from elastic.kernels import backward
-from elastic.kernels.oracle import attention_oracle
+from elastic.kernels.oracle import attention_oracle, gradient_oracle
 from tests.kernels.generators import SENTINEL, Problem, keys_used, rows_written
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -45,8 +47,8 @@ def reference_gradients(problem: Problem, grad: Tensor) -> tuple[Gradients, list
     """fp64 gradients, and the root-mean-square error of plain PyTorch's autograd in the problem's own dtype."""
     q, k, v, *rest = problem.args()
     clean = grad.masked_fill(~rows_written(problem)[..., None, None], 0.0)
-    exact = backward.oracle_gradients(clean.double(), q.double(), k.double(), v.double(), *rest)
-    same = backward.oracle_gradients(clean, q, k, v, *rest, compute=q.dtype)
+    exact = gradient_oracle(*(x.double() for x in (clean, q, k, v)), *rest)
+    same = gradient_oracle(clean, q, k, v, *rest, compute=q.dtype)
     used = (rows_written(problem), keys_used(problem), keys_used(problem))
     return exact, [_rms((a.double() - b)[u]) for a, b, u in zip(same, exact, used, strict=True)]
 
@@ -62,7 +64,8 @@ def judge_gradients(found: Gradients, problem: Problem, expected: tuple[Gradient
         got, want = got[mine].double(), want[mine]
         assert not got.isnan().any(), f"NaN in d{name}"
         error = _rms(got - want)
-        rounding = torch.finfo(problem.q.dtype).eps * _rms(want)
+        # A single visible key has dS = 0 exactly in PyTorch, and the difference of two fp32 sums here.
+        rounding = torch.finfo(problem.q.dtype).eps * _rms(want) + 1e-6 * problem.pattern.scale * problem.q.shape[3]
         assert error <= 2 * torch_error + rounding, f"d{name} error {error:.3e}, PyTorch's own {torch_error:.3e}"
         errors.append(error)
     return errors

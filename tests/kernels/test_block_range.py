@@ -16,7 +16,7 @@ HALF = 64
 
 
 @pytest.fixture(scope="module")
-def visited(tmp_path_factory):
+def host(tmp_path_factory):
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("needs a C++ compiler to build the block arithmetic for the host")
@@ -24,7 +24,12 @@ def visited(tmp_path_factory):
     source = Path(__file__).with_name("block_range_host.cpp")
     options = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{CUDA_SRC / 'include'}"]
     subprocess.run([compiler, *options, str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library)).visited
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="module")
+def visited(host):
+    return host.visited
 
 
 def walk(visited, mode, pattern, m0, m1, delta, words=None):
@@ -79,3 +84,34 @@ def test_bitmask(visited) -> None:
         ids, flags = walk(visited, 2, (0, 1, 0, block), m0, m1, delta, words)
         check(ids, flags, (j <= a) & chosen[j // block], exact=True)
         assert all(chosen[i * HALF // block] for i in ids)
+
+
+def test_backward_walks_the_transpose(host) -> None:
+    """Every (query tile, key block) with a visible pair is met, from the keys' side, and no other; the mask runs where
+    a pair is hidden; and the number of earlier key blocks of the same query tile is right.
+    """
+    rng = random.Random(1)
+    pointer = ctypes.c_void_p
+    for _ in range(1000):
+        len_q, delta = rng.choice((1, 2, 64, 65, 128, 129, 200, 500)), rng.choice((0, 1, 17, 64, 333))
+        tile = rng.choice((64, 128))
+        by_block, block = rng.random() < 0.5, rng.choice((16, 64, 128))
+        sink = block * rng.randrange(3) if by_block else rng.choice((0, 1, 64, 100, 128))
+        window = block * rng.randrange(1, 5) if by_block else rng.choice((1, 63, 64, 65, 200, 2048))
+        mode, keys = rng.randrange(2), len_q + delta
+        a, j = np.arange(delta, keys)[:, None], np.arange(keys)[None]
+        granule = "block" if by_block else "token"
+        mask = visible(a, j, sink=sink, window=window, granule=granule, block=block) if mode else j <= a
+        tiles, earlier = -(-len_q // tile), np.zeros(-(-len_q // tile), int)
+        for n in range(-(-keys // 128)):
+            k0, k1 = 128 * n, min(128 * n + 128, keys)
+            found, flags, before = (np.full(size, -7, np.int32) for size in (2, tiles, tiles))
+            host.met(mode, sink, window, int(by_block), block, k0, k1, len_q, delta, tile,
+                     *(x.ctypes.data_as(pointer) for x in (found, flags, before)))  # fmt: skip
+            for m in range(tiles):
+                part = mask[m * tile : (m + 1) * tile, k0:k1]
+                assert part.any() == (found[0] <= m < found[1])
+                if part.any():
+                    assert before[m] == earlier[m]
+                    assert flags[m] >= (not part.all())
+                    earlier[m] += 1

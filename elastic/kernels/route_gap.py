@@ -1,0 +1,141 @@
+"""`route_gap`: <dO, O - O'> per sample and KV head, where O' is what the heads would have answered in another mode.
+
+This is all that the route's own gradient needs of the mode that was not chosen: one more forward pass, without a
+backward. Query rows are cut into slots, and of every `period` neighbouring slots one is drawn and counts `period`
+times, so that the estimate is unbiased; share 1 takes every slot and is exact. Slots are drawn on the device from
+torch's generator; the host never waits. Legend: B batch rows, N samples, T slots, S tokens, H query heads, K KV heads,
+D head dim.
+"""
+
+import torch
+from torch import Tensor
+
+from elastic.kernels import jit
+from elastic.kernels.backward import rows_kernel
+from elastic.kernels.block_sparse import attention_forward
+from elastic.kernels.params import (
+    MAP_BYTES,
+    QUERY_BLOCK,
+    Pattern,
+    Ranges,
+    pack_backward,
+    pack_pointers,
+    pack_sizes,
+)
+
+_TARGET_SLOTS = 256  # of one launch; more slots spread the sample finer, fewer cost less bookkeeping
+
+
+def period_of(share: float) -> int:
+    """Slots of which one is drawn.
+
+    Raises:
+        ValueError: a share that is not one over a whole number.
+    """
+    period = round(1 / share) if 0 < share <= 1 else 0
+    if period < 1 or abs(share * period - 1) > 1e-3:
+        raise ValueError(
+            f"gradient_share={share} is not 1, 1/2, 1/3, ...; 1.0 gives the exact gradient of the routes, 0.125 a "
+            "good estimate"
+        )
+    return period
+
+
+def draw_slots(
+    ranges: Ranges, batch: int, seq_q: int, seq_k: int, samples: int, period: int, device: torch.device
+) -> tuple[Ranges, Tensor]:
+    """Slots as samples of their own, and the sample [T] int64 that each belongs to. Slots beyond the last are empty.
+
+    The queries of a slot keep their positions: its keys are the sample's first ones, up to its last query.
+    """
+
+    def given(values: Tensor | None, default: int) -> Tensor:
+        return torch.full((samples,), default, device=device) if values is None else values.long()
+
+    begin_q, begin_k = given(ranges.begin_q, 0), given(ranges.begin_k, 0)
+    end_q, end_k = given(ranges.end_q, seq_q), given(ranges.end_k, seq_k)
+    row = torch.arange(samples, device=device) if ranges.row is None else ranges.row.long()
+    size = QUERY_BLOCK * max(1, -(-batch * seq_q // (QUERY_BLOCK * _TARGET_SLOTS * period)))
+    bound = batch * -(-seq_q // size) + (samples if ranges.partial else 0)
+    strata = -(-bound // period)
+    slots_N = (end_q - begin_q).clamp(min=0).add(size - 1) // size
+    last_N = slots_N.cumsum(0)
+    slot = torch.arange(strata, device=device) * period + torch.randint(period, (strata,), device=device)
+    owner = torch.searchsorted(last_N, slot, right=True)
+    used, owner = owner < samples, owner.clamp(max=samples - 1)
+    first = begin_q[owner] + (slot - (last_N - slots_N)[owner]) * size
+    last = torch.minimum(first + size, end_q[owner])
+
+    def only(values: Tensor) -> Tensor:
+        return torch.where(used, values, 0).int()
+
+    of_slot = Ranges(only(first), only(last), only(begin_k[owner]), only(end_k[owner] - end_q[owner] + last),
+                     only(row[owner]))  # fmt: skip
+    return of_slot, owner
+
+
+def route_gap(
+    grad_out: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, other_mode: Tensor, *, sink: int, window: int,
+    granule: str, block: int, scale: float, share: float = 1.0, begin_q: Tensor | None = None,
+    end_q: Tensor | None = None, begin_k: Tensor | None = None, end_k: Tensor | None = None, row: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Sum over the sample's queries, the group's heads and D of grad_out (out - other), fp32 [N, K].
+
+    Args:
+        grad_out, out: [B, Sq, H, D], gradient of the output and the output.
+        other_mode: int32 [N, K], 0 or 1: what to compare with; the other arguments as for `attention_forward`.
+        share: share of the queries that are looked at, one over a whole number.
+
+    Raises:
+        ValueError: a share that is not one over a whole number.
+    """
+    period, samples = period_of(share), other_mode.shape[0]
+    ranges = Ranges(begin_q, end_q, begin_k, end_k, row)
+    slots, owner = draw_slots(ranges, q.shape[0], q.shape[1], k.shape[1], samples, period, q.device)
+    modes = other_mode[owner].contiguous()
+    other, _ = attention_forward(
+        q, k, v, modes, sink=sink, window=window, granule=granule, block=block, scale=scale, **slots.named()
+    )
+    gap_TK = torch.ops.elastic.slot_gap(grad_out, out, other, modes, slots.begin_q, slots.end_q, slots.row)
+    owns_NT = (owner == torch.arange(samples, device=q.device)[:, None]).to(gap_TK.dtype)
+    return period * (owns_NT @ gap_TK)
+
+
+def _slot_gap_cuda(
+    grad_out: Tensor, out: Tensor, other: Tensor, mode: Tensor, begin: Tensor, end: Tensor, row: Tensor
+) -> Tensor:
+    gap = torch.empty(mode.shape, dtype=torch.float32, device=out.device)
+    if grad_out.stride(3) != 1 or any(s % 8 for s in grad_out.stride()[:3]) or grad_out.data_ptr() % 16:
+        grad_out = grad_out.clone(memory_format=torch.contiguous_format)
+    keys = grad_out[:, :, : mode.shape[1]]  # the kernel takes the number of KV heads from here and reads no keys
+    ranges, pattern = Ranges(begin, end, None, None, row), Pattern(0, 1, "token", 128, 1.0)
+    params = (
+        bytes(4 * MAP_BYTES)
+        + pack_pointers(grad_out, keys, keys, out, gap, mode, None, ranges, mode)
+        + pack_sizes(grad_out, keys, keys, grad_out, mode, None, pattern)
+        + pack_backward((grad_out.data_ptr(), 0, gap.data_ptr(), 0, other.data_ptr(), 0, 0), (out, other, out, out), 0)
+    )
+    kernel = rows_kernel("attention_route_gap", out)
+    jit.launch(kernel, (mode.shape[0], mode.shape[1]), 256, params, 0, out.device.index)
+    return gap
+
+
+def _slot_gap_cpu(
+    grad_out: Tensor, out: Tensor, other: Tensor, mode: Tensor, begin: Tensor, end: Tensor, row: Tensor
+) -> Tensor:
+    dots_BSK = (grad_out.float() * (out.float() - other.float())).sum(-1).unflatten(2, (mode.shape[1], -1)).sum(-1)
+    spans = zip(row.tolist(), begin.tolist(), end.tolist(), strict=True)
+    return torch.stack([dots_BSK[r, b:e].sum(0) for r, b, e in spans])
+
+
+def _slot_gap_fake(grad_out: Tensor, out: Tensor, other: Tensor, mode: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty(mode.shape, dtype=torch.float32, device=mode.device)
+
+
+_library = torch.library.Library("elastic", "FRAGMENT")
+_library.define(
+    "slot_gap(Tensor grad_out, Tensor out, Tensor other, Tensor mode, Tensor begin, Tensor end, Tensor row) -> Tensor"
+)
+_library.impl("slot_gap", _slot_gap_cuda, "CUDA")
+_library.impl("slot_gap", _slot_gap_cpu, "CPU")
+torch.library.register_fake("elastic::slot_gap", _slot_gap_fake, lib=_library)
