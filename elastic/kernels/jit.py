@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -26,9 +27,7 @@ _log = logging.getLogger("elastic.kernels")
 
 @dataclass(frozen=True)
 class Variant:
-    """One compiled file of `cuda_src` and its entry point (default: called like the file), target `arch` (sm_90a, sm_80,
-    ...), macros.
-    """
+    """One compiled file of `cuda_src`, its entry point (default: called like the file), target (sm_90a, ...), macros."""
 
     file: str
     arch: str
@@ -157,8 +156,24 @@ def current_stream(index: int) -> int:
     return torch._C._cuda_getCurrentRawStream(index)
 
 
+_thread = threading.local()
+
+
+def bind_thread(index: int) -> None:
+    """Make the device's context current on this thread, once: autograd's threads start without one, and torch's own
+    allocator and streams do not create it.
+    """
+    if getattr(_thread, "bound", False):
+        return
+    import cupy
+
+    cupy.cuda.runtime.setDevice(index)
+    _thread.bound = True
+
+
 def launch(kernel: Any, grid: tuple[int, ...], threads: int, params: bytes, shared_bytes: int, index: int) -> None:
     """Launch on torch's current stream of device `index`; `params` is the one by-value argument."""
+    bind_thread(index)
     argument = np.frombuffer(params, _by_value(len(params)))
     stream = _external_stream(current_stream(index), index)
     if torch.cuda.current_device() == index:

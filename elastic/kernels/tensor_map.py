@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic.kernels import jit
 from elastic.kernels.params import MAP_BYTES
 
 _DTYPE = {torch.float16: 6, torch.bfloat16: 9}  # CU_TENSOR_MAP_DATA_TYPE_*
@@ -29,6 +30,7 @@ def tensor_map(tensor: Tensor, strides: tuple[int, int, int], rows: int) -> byte
     Raises:
         RuntimeError: the driver refused the layout.
     """
+    jit.bind_thread(tensor.device.index)
     batch, tokens, heads, dim = tensor.shape
     row, token, head = strides
     storage = ctypes.create_string_buffer(MAP_BYTES + 64)
