@@ -35,7 +35,8 @@ def test_variant_compiles_clean(name: str, arch: str, head_dim: int, bf16: bool)
 def test_the_other_gpus_compile(arch: str) -> None:
     """Compute capability 8.x, and newer than 9.0: the sm_80 kernel, built for the GPU's own target."""
     cubin, log = jit.compile_cubin(jit.Variant("attention_forward_sm80", arch, 128, True))
-    assert cubin[:4] == b"\x7fELF" and not re.search(r"C75\d\d", log), log
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
+    assert cubin[:4] == b"\x7fELF" and spilled and max(spilled) <= LIMITS["attention_forward_sm80"], log
 
 
 def test_the_builds_of_the_race_tests_compile() -> None:
