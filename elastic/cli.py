@@ -16,6 +16,7 @@ TRAINING = {
 COMMANDS = {
     "generate": "answer prompts with a routed model and show its routes",
     "demo": "the whole path on this machine: train, compare with dense, save, load, answer",
+    "bench": "time the kernels on this GPU beside their competitors",
     "doctor": "what this machine can run, with a self-check",
 }
 NOT_FINITE = 1  # exit code of a training run that diverged

@@ -5,6 +5,7 @@ Legend: L layers, K KV heads.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,27 +56,66 @@ def route_figure(route_LK: Tensor, title: str = "") -> Any:
     return share_figure({"KV head": route_LK.float()}, title)
 
 
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes with a line per label; scales are matplotlib's names, `xticks` {position: text}."""
+
+    title: str
+    lines: Mapping[str, Curve]
+    xlabel: str = "step"
+    ylabel: str = ""
+    xscale: str = "linear"
+    yscale: str = "linear"
+    xticks: Mapping[float, str] | None = None
+
+
+def panels_figure(rows: Sequence[Sequence[Panel]]) -> Any:
+    """Line plots in rows; a label has one colour in all panels. A matplotlib `Figure`.
+
+    Raises:
+        ValueError: no panel.
+    """
+    panels = [panel for row in rows for panel in row]
+    if not panels:
+        raise ValueError("no curves to draw; expected at least one panel")
+    columns = max(map(len, rows))
+    figure = _figure(3.6 * columns, 2.9 * len(rows))
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    labels = list(dict.fromkeys(label for panel in panels for label in panel.lines))
+    for axes, row in zip(grid, rows, strict=True):
+        for axis, panel in zip(axes, row, strict=False):
+            _draw(axis, panel, labels)
+        for axis in axes[len(row) :]:
+            axis.set_visible(False)
+    return figure
+
+
+def _draw(axis: Any, panel: Panel, labels: Sequence[str]) -> None:
+    for label, points in panel.lines.items():
+        x, y = zip(*points, strict=True) if points else ((), ())
+        marker = "o" if panel.xticks else None  # few points at named places
+        axis.plot(x, y, label=label, color=f"C{labels.index(label) % 10}", linewidth=1.4, marker=marker, markersize=3)
+    axis.set_title(panel.title, fontsize=10)
+    axis.set_xlabel(panel.xlabel, fontsize=9)
+    axis.set_ylabel(panel.ylabel, fontsize=9)
+    axis.set_xscale(panel.xscale)
+    axis.set_yscale(panel.yscale)
+    if panel.xticks:
+        axis.set_xticks(list(panel.xticks), labels=list(panel.xticks.values()), minor=False)
+        axis.set_xticks([], minor=True)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25)
+    if len(panel.lines) > 1:
+        axis.legend(fontsize=7, frameon=False)
+
+
 def curves_figure(panels: Mapping[str, Mapping[str, Curve]], xlabel: str = "step") -> Any:
     """Line plots side by side: {panel title: {line label: [(x, y), ...]}}; a matplotlib `Figure`.
 
     Raises:
         ValueError: no panel.
     """
-    if not panels:
-        raise ValueError("no curves to draw; expected {title: {label: [(x, y), ...]}}")
-    figure = _figure(3.6 * len(panels), 2.9)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
-        for label, points in lines.items():
-            x, y = zip(*points, strict=True) if points else ((), ())
-            axis.plot(x, y, label=label, linewidth=1.4)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel(xlabel, fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        if len(lines) > 1:
-            axis.legend(fontsize=7, frameon=False)
-    return figure
+    return panels_figure([[Panel(title, lines, xlabel) for title, lines in panels.items()]])
 
 
 def save_png(figure: Any, path: str | Path, dpi: int = 110) -> Path:

@@ -22,7 +22,7 @@ def data(tmp_path_factory):
 def test_help_lists_every_command(argv, capsys):
     assert cli.main(argv) == 0
     text = capsys.readouterr().out
-    for name in ("fit", "validate", "test", "predict", "generate", "doctor", "demo"):
+    for name in ("fit", "validate", "test", "predict", "generate", "bench", "doctor", "demo"):
         assert f"\n  {name} " in text
 
 

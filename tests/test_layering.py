@@ -20,10 +20,10 @@ LAYERS = {
     2: ("packed", "shards", "head_plan", "sparsity"),
     3: ("torch_attention", "attention", "routing"),
     4: ("backbone", "backbones", "plots"),
-    5: ("objective", "checkpoint", "report"),
+    5: ("objective", "checkpoint", "report", "bench"),
     6: ("inference", "data", "metrics", "resumable"),
     7: ("lit_module", "callbacks", "results"),
-    8: ("cli", "commands", "training_cli"),
+    8: ("cli", "commands", "training_cli", "__main__"),
 }
 LEVEL = {name: level for level, names in LAYERS.items() for name in names}
 MAX_LINES, MAX_FUNCTION = 300, 60

@@ -29,12 +29,14 @@ def bits_from_indices(indices: Tensor, counts: Tensor, key_blocks: int) -> Tenso
     """Bit set of explicit lists: row [...] visits key blocks indices[..., :counts[...]].
 
     Args:
-        indices: integer [..., I]; entries from counts on are ignored.
-        counts: integer [...].
+        indices: integer [..., I], each below key_blocks, in any order; entries from counts on are ignored.
+        counts: integer [...], at most I.
         key_blocks: number of key blocks of the sequence.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not belong together; for lists on the CPU also a block or count out of range. Lists
+            on a GPU are not read by the host: there a block beyond the sequence ends in a device assertion or is
+            dropped.
     """
     if indices.shape[:-1] != counts.shape:
         raise ValueError(
@@ -42,7 +44,20 @@ def bits_from_indices(indices: Tensor, counts: Tensor, key_blocks: int) -> Tenso
             "[..., I] and [...]"
         )
     used = torch.arange(indices.shape[-1], device=indices.device) < counts.unsqueeze(-1)
+    if indices.device.type == "cpu":
+        _check_lists(indices, counts, used, key_blocks)
     # Unused entries go to an extra last block that is dropped again.
     target = torch.where(used, indices.long(), key_blocks)
     mask = torch.zeros(*counts.shape, key_blocks + 1, dtype=torch.bool, device=indices.device)
     return bits_from_mask(mask.scatter_(-1, target, True)[..., :key_blocks])
+
+
+def _check_lists(indices: Tensor, counts: Tensor, used: Tensor, key_blocks: int) -> None:
+    wrong = indices[used & ((indices < 0) | (indices >= key_blocks))]
+    if wrong.numel():
+        raise ValueError(
+            f"indices name key block {int(wrong[0])}; expected 0 to {key_blocks - 1} ({key_blocks} blocks)"
+        )
+    wrong = counts[(counts < 0) | (counts > indices.shape[-1])]
+    if wrong.numel():
+        raise ValueError(f"counts hold {int(wrong[0])}; expected 0 to {indices.shape[-1]}, the width of indices")

@@ -1,5 +1,7 @@
 """Argument checks of the attention operator. Everything here reads shapes and types only, never device memory."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,8 +26,8 @@ def check_pattern(pattern: Pattern, bits: Tensor | None) -> None:
             f"block granule needs; use sink={pattern.sink // pattern.block * pattern.block} and "
             f"window={max(1, pattern.window // pattern.block) * pattern.block}, or granule='token'"
         )
-    if not pattern.scale > 0:
-        raise ValueError(f"scale={pattern.scale} is not positive; the usual value is head_dim ** -0.5")
+    if not 0 < pattern.scale < math.inf:
+        raise ValueError(f"scale={pattern.scale} is not positive and finite; the usual value is head_dim ** -0.5")
     if pattern.granule == "block" and pattern.block & (pattern.block - 1):
         raise ValueError(
             f"block={pattern.block} is not a power of two, as the block granule needs; use 64 or 128, or "
@@ -87,6 +89,11 @@ def check_metadata(q: Tensor, k: Tensor, mode: Tensor, ranges: Ranges, bits: Ten
         raise ValueError(
             f"mode describes {samples} samples but the batch has {q.shape[0]} rows; give row [N] (the batch row of "
             "every sample) when several samples share a row"
+        )
+    if 0 < k.shape[1] < q.shape[1] and not any(values is not None for values in ranges):
+        raise ValueError(
+            f"{q.shape[1]} queries and {k.shape[1]} keys; expected at least as many keys, because the queries are the "
+            "last positions of their sample: pass the cached keys too, or the samples' ranges"
         )
     for name, values in ranges.named().items():
         if values is None:

@@ -1,24 +1,23 @@
-"""Where the host time of one call goes: python tests/bench/profile_host.py."""
+"""Where the host time of one call goes: python -m tests.bench.profile_host."""
 
 import cProfile
 import pstats
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from tests.bench.bench_attention import Case, host_microseconds, ours
+from elastic.bench.cases import Case
+from elastic.bench.contestants import forward
+from elastic.bench.timing import host_microseconds
 
 if __name__ == "__main__":
-    call = ours(Case("host", 1024).problem(), None)
-    call()
+    inputs = Case(1024).inputs("cuda")
+    forward(inputs)
     torch.cuda.synchronize()
     profile = cProfile.Profile()
     profile.enable()
     for _ in range(500):
-        call()
+        forward(inputs)
     profile.disable()
     pstats.Stats(profile).sort_stats("tottime").print_stats(22)
-    print("host us", host_microseconds())
+    sys.stdout.write(f"host us {host_microseconds(lambda: forward(inputs))}\n")

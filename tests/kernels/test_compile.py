@@ -1,12 +1,20 @@
 """Every kernel variant compiles without a GPU, without spills where it must not spill and without wgmma warnings."""
 
+import dataclasses
+import hashlib
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from elastic.kernels import jit
 
 pytest.importorskip("cupy", reason="the CUDA kernels need CuPy: pip install elastic-attention[cuda12]")
+CHECKOUT = Path(__file__).parents[2]
 # sm_80 is a fallback: a few words of its tile setup may spill, never more.
 LIMITS = {"attention_forward_sm90": 0, "attention_forward_sm80": 128}
 
@@ -23,14 +31,122 @@ def test_variant_compiles_clean(name: str, arch: str, head_dim: int, bf16: bool)
     assert not re.search(r"C75\d\d", log), log
 
 
-def test_cache_key_covers_headers_and_options(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
+def test_the_other_gpus_compile(arch: str) -> None:
+    """Compute capability 8.x, and newer than 9.0: the sm_80 kernel, built for the GPU's own target."""
+    cubin, log = jit.compile_cubin(jit.Variant("attention_forward_sm80", arch, 128, True))
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
+    assert cubin[:4] == b"\x7fELF" and spilled and max(spilled) <= LIMITS["attention_forward_sm80"], log
+
+
+def test_the_builds_of_the_race_tests_compile() -> None:
+    debug = ("ELASTIC_STRESS=1", "ELASTIC_WATCHDOG=1")
+    cubin, _ = jit.compile_cubin(jit.Variant("attention_forward_sm90", "sm_90a", 128, True, debug))
+    assert cubin[:4] == b"\x7fELF"
+
+
+@pytest.fixture
+def counted(monkeypatch, tmp_path):
+    """An empty cache, and a compiler that only notes what it was asked for."""
     monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
-    variant = jit.Variant("attention_forward_sm80", "sm_80", 64, True)
-    first = jit.cubin_path(variant)
-    assert first == jit.cubin_path(variant) and first.read_bytes()[:4] == b"\x7fELF"
-    monkeypatch.setattr(jit, "_source_hash", lambda: "an edited header")
-    second = jit.cubin_path(variant)
-    assert second != first and sorted(first.parent.iterdir()) == sorted([first, second])
+    asked: list[jit.Variant] = []
+
+    def compile_cubin(variant: jit.Variant) -> tuple[bytes, str]:
+        asked.append(variant)
+        return b"\x7fELF", ""
+
+    monkeypatch.setattr(jit, "compile_cubin", compile_cubin)
+    yield asked
+    jit._source_hash.cache_clear()
+
+
+VARIANT = jit.Variant("attention_forward_sm80", "sm_80", 64, True)
+
+
+def test_each_variant_is_compiled_once_and_said_so(counted, caplog) -> None:
+    first = jit.cubin_path(VARIANT)
+    assert jit.cubin_path(VARIANT) == first and counted == [VARIANT] and first.read_bytes() == b"\x7fELF"
+    said = [record.getMessage() for record in caplog.records if record.name == "elastic.kernels"]
+    assert said[0] == "compiling attention_forward_sm80 for sm_80, D 64 (first use)"
+    assert said[1].startswith("compiled in ") and str(first.parent) in said[1] and len(said) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"head_dim": 128}, {"bf16": False}, {"arch": "sm_86"}, {"debug": ("X=1",)}, {"name": "attention_forward_sm90"}],
+    ids=str,
+)
+def test_cache_key_covers_options(counted, change) -> None:
+    other = dataclasses.replace(VARIANT, **change)
+    assert jit.cubin_path(VARIANT) != jit.cubin_path(other) and counted == [VARIANT, other]
+
+
+def test_cache_key_covers_the_compiler(counted, monkeypatch) -> None:
+    first = jit.cubin_path(VARIANT)
+    newer = type("NVRTC", (), {"getVersion": staticmethod(lambda: (13, 5))})
+    monkeypatch.setattr(jit, "_import_nvrtc", lambda: newer)
+    assert jit.cubin_path(VARIANT) != first and len(counted) == 2
+
+
+@pytest.mark.parametrize("file", ["include/elastic/softmax.cuh", "attention_forward_sm80.cu"])
+def test_cache_key_covers_sources_and_headers(counted, monkeypatch, tmp_path, file: str) -> None:
+    source = tmp_path / "cuda_src"
+    shutil.copytree(jit.CUDA_SRC, source)
+    monkeypatch.setattr(jit, "CUDA_SRC", source)
+    paths = []
+    for text in ("", "// edited\n", ""):
+        edited = source / file
+        edited.write_text((jit.CUDA_SRC / file).read_text().removesuffix("// edited\n") + text)
+        jit._source_hash.cache_clear()
+        paths.append(jit.cubin_path(VARIANT))
+    assert paths[0] == paths[2] != paths[1] and len(counted) == 2
+
+
+def test_processes_that_compile_at_once_leave_one_whole_file(tmp_path) -> None:
+    """They start compiling together; each ends with the binary that is in the cache."""
+    code = """if True:
+        import hashlib, pathlib, sys, time
+        from elastic.kernels import jit
+        folder = pathlib.Path(sys.argv[1])
+        real = jit.compile_cubin
+
+        def together(variant):
+            (folder / f"ready-{sys.argv[2]}").touch()
+            deadline = time.monotonic() + 60
+            while len(list(folder.glob("ready-*"))) < 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            return real(variant)
+
+        jit.compile_cubin = together
+        path = jit.cubin_path(jit.Variant("attention_forward_sm80", "sm_80", 64, True))
+        print(path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+    """
+    environment = {**os.environ, "ELASTIC_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    running = [
+        subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, text=True, env=environment, cwd=CHECKOUT)
+        for n in range(3)
+    ]
+    said = {process.communicate(timeout=300)[0] for process in running}
+    assert [process.returncode for process in running] == [0, 0, 0] and len(said) == 1
+    assert len(list(tmp_path.glob("ready-*"))) == 3
+    (kept,) = (tmp_path / "cache" / "kernels").iterdir()
+    name, digest = said.pop().split()
+    assert kept.name == name and hashlib.sha256(kept.read_bytes()).hexdigest() == digest
+    assert kept.read_bytes()[:4] == b"\x7fELF"
+
+
+def test_a_refused_source_shows_the_compilers_log(monkeypatch, tmp_path) -> None:
+    (tmp_path / "broken.cu").write_text("__global__ void broken() { this is no C++; }")
+    monkeypatch.setattr(jit, "CUDA_SRC", tmp_path)
+    with pytest.raises(RuntimeError, match=r"could not compile Variant\(name='broken'[\s\S]*broken.cu\(1\): error"):
+        jit.compile_cubin(jit.Variant("broken", "sm_80", 64, True))
+
+
+def test_missing_cupy_is_named(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ModuleNotFoundError, match=r"need CuPy.*elastic-attention\[cuda12\].*run on the CPU"):
+        jit._import_nvrtc()
 
 
 def test_old_compiler_is_named(monkeypatch) -> None:

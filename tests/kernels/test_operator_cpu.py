@@ -44,9 +44,78 @@ def test_packed_equals_separate() -> None:
     assert lse.isfinite().all()
 
 
-def test_operator_contract() -> None:
-    operator = torch.ops.elastic.attention_forward
-    torch.library.opcheck(operator, (*operands(), 4, 8, "token", 64, 0.1, None, None, None, None, None, None))
+def contract_cases():
+    """Arguments of the operator by name: whole rows, views of [B, H, S, D], packed samples, block bits."""
+    q, k, v, mode = operands()
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    cuts = torch.tensor([0, 15, 40], dtype=torch.int32)
+    begin, end = cuts[:-1].clone(), cuts[1:].clone()
+    packed = (begin, end, begin, end, torch.zeros(2, dtype=torch.int32), None)
+    bits = bits_from_mask(torch.ones(2, 4, 1, 1))
+    whole = (4, 8, "token", 64, 0.1)
+    return {
+        "whole": (q, k, v, mode, *whole, *[None] * 6),
+        "views": (*views, mode, *whole, *[None] * 6),
+        "packed": (q[:1], k[:1], v[:1], mode, *whole, *packed),
+        "bits": (q, k, v, 2 * torch.ones_like(mode), *whole, *[None] * 5, bits),
+    }
+
+
+@pytest.mark.parametrize("name", ["whole", "views", "packed", "bits"])
+def test_operator_contract(name: str) -> None:
+    torch.library.opcheck(torch.ops.elastic.attention_forward, contract_cases()[name])
+
+
+def test_torch_compile_sees_one_operator() -> None:
+    q, k, v, mode = operands()
+    seen = []
+
+    def backend(graph, _inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    def layer(q, k, v, mode):
+        return attention_forward(q, k, v, mode, **SIZE)[0] * 2
+
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(q, k, v, mode), layer(q, k, v, mode))
+    assert [name for name in seen if "elastic" in name] == ["elastic.attention_forward"]
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_block_sparse_oracle_equals_sdpa(block: int) -> None:
+    """Fewer queries than keys, another mask per query head; a query that sees nothing answers 0 and -inf."""
+    gen = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 300, 4, 64, generator=gen)
+    k, v = (torch.randn(1, 430, 2, 64, generator=gen) for _ in range(2))
+    mask = torch.rand(1, 4, 3, -(-430 // block), generator=gen) < 0.5
+    mode = torch.full((1, 2), 2, dtype=torch.int32)
+    out, lse = attention_forward(q, k, v, mode, **{**SIZE, "block": block}, bits=bits_from_mask(mask))
+    seen = torch.zeros(4, 300, 430, dtype=torch.bool)
+    for head in range(4):
+        for i in range(300):
+            for n in mask[0, head, i // 128].nonzero().flatten().tolist():
+                seen[head, i, n * block : min((n + 1) * block, i + 131)] = True
+    want = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=seen[None], enable_gqa=True)
+    some = seen.any(-1)[None]
+    torch.testing.assert_close(out.transpose(1, 2)[some], want[some])
+    assert (
+        (lse[~some] == float("-inf")).all() and (out.transpose(1, 2)[~some] == 0).all() and lse[some].isfinite().all()
+    )
+
+
+def test_parts_merge_to_the_whole() -> None:
+    """Attention over a set of blocks and over the others, weighted by their LSEs, is attention over all."""
+    q, k, v, mode = operands(500)
+    chosen = torch.rand(2, 4, 4, 8, generator=torch.Generator().manual_seed(1)) < 0.5
+    whole, whole_lse = attention_forward(q, k, v, torch.zeros_like(mode), **SIZE)
+    parts = [
+        attention_forward(q, k, v, torch.full_like(mode, 2), **SIZE, bits=bits_from_mask(m)) for m in (chosen, ~chosen)
+    ]
+    lse = torch.stack([part[1] for part in parts])
+    torch.testing.assert_close(lse.logsumexp(0), whole_lse)
+    weight = (lse - whole_lse).exp().transpose(2, 3).unsqueeze(-1)
+    torch.testing.assert_close(sum(w * part[0] for w, part in zip(weight, parts, strict=True)), whole)
 
 
 def test_bits() -> None:
@@ -56,6 +125,24 @@ def test_bits() -> None:
     counts = mask.sum(-1)
     indices = mask.int().argsort(dim=-1, descending=True, stable=True)
     assert torch.equal(bits_from_indices(indices, counts, 70), bits)
+    assert torch.equal(
+        bits_from_indices(indices.flip(-1), torch.full_like(counts, 70), 70), bits_from_mask(mask | True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("indices", "counts", "message"),
+    [
+        ([[0, 1]], [2, 2], r"indices \[1, 2\] and counts \[2\] do not belong together"),
+        ([[0, 7]], [2], "name key block 7; expected 0 to 6"),
+        ([[-1, 7]], [1], "name key block -1"),
+        ([[0, 1]], [3], "counts hold 3; expected 0 to 2"),
+        ([[0, 1]], [-1], "counts hold -1"),
+    ],
+)
+def test_wrong_lists_are_named(indices: list, counts: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bits_from_indices(torch.tensor(indices), torch.tensor(counts), 7)
 
 
 def test_parameter_block_has_the_declared_size() -> None:
@@ -69,33 +156,9 @@ def test_launch_choices() -> None:
     assert launch_config((9, 0), 132, 128, 1, 10**6).arch == "sm_90a"
     assert launch_config((9, 0), 132, 128, 512, 10**6).shared_bytes <= 232448
     assert launch_config((8, 6), 80, 128, 1, 3).grid == 3
+    for capability, arch in (((8, 0), "sm_80"), ((8, 9), "sm_89"), ((10, 0), "sm_100"), ((12, 0), "sm_120")):
+        chosen = launch_config(capability, 100, 128, 1, 10**6)
+        assert (chosen.name, chosen.arch) == ("attention_forward_sm80", arch)
     assert kernel_path(torch.device("cpu")) == "oracle (PyTorch)"
     with pytest.raises(ValueError, match=r"7\.5.*8\.0"):
         launch_config((7, 5), 40, 128, 1, 1)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"granule": "page"}, "granule='page'"),
-        ({"window": 0}, "window=0"),
-        ({"granule": "block", "sink": 3}, "not multiples of block=64"),
-        ({"granule": "block", "block": 48, "sink": 48, "window": 96}, "block=48 is not a power of two"),
-        ({"scale": -1.0}, "scale=-1.0"),
-        ({"begin_q": torch.zeros(3, dtype=torch.int32)}, r"begin_q is torch.int32 \[3\]"),
-        ({"bits": torch.zeros(1, dtype=torch.int32)}, "bits is torch.int32"),
-    ],
-)
-def test_messages(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        attention_forward(*operands(), **{**SIZE, **change})
-
-
-def test_messages_about_operands() -> None:
-    q, k, v, mode = operands()
-    with pytest.raises(ValueError, match="do not belong together"):
-        attention_forward(q, k, v[:, 1:], mode, **SIZE)
-    with pytest.raises(ValueError, match="expected contiguous"):
-        attention_forward(q, k, v, mode.long(), **SIZE)
-    with pytest.raises(ValueError, match="give row"):
-        attention_forward(q, k, v, mode[:1], **SIZE)

@@ -1,0 +1,5 @@
+"""Timings of the kernels beside what one would run instead, behind `elastic bench`.
+
+A benchmark is a module with `SUMMARY`, `add_arguments(parser)` and `run(args, command) -> exit code`; it stands on the
+shared cases, timing, contestants, records, tables and pictures of this package.
+"""

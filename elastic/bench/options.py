@@ -1,0 +1,77 @@
+"""Options that the benchmarks share: which cases are timed, against whom, for how long, and where the records go."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from elastic.bench.cases import DTYPES, Case
+from elastic.bench.contestants import Contestant
+
+LENGTHS = (8192, 16384, 32768, 65536, 131072, 262144)
+RATIOS = (0.0, 0.5, 0.75, 1.0)
+
+
+def add_options(parser: argparse.ArgumentParser, competitors: Mapping[str, Contestant], tag: str) -> None:
+    """Give a benchmark's parser the shared options; `tag` is the default name of its files."""
+    listed = "; ".join(f"{name}: {one.about}" for name, one in competitors.items())
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N", help="tokens (default 8K-256K)")
+    parser.add_argument("--msr", type=float, nargs="*", default=RATIOS, metavar="R",
+                        help="shares of streaming KV heads (default 0 0.5 0.75 1)")  # fmt: skip
+    parser.add_argument("--density", type=float, nargs="*", default=(0.25,), metavar="R",
+                        help="random block masks that keep this share of the causal blocks (default 0.25)")  # fmt: skip
+    parser.add_argument("--heads", type=int, default=32, metavar="H", help="query heads (default 32)")
+    parser.add_argument("--kv-heads", type=int, default=8, metavar="K", help="KV heads (default 8)")
+    parser.add_argument("--head-dim", type=int, default=128, metavar="D", help="64 or 128 (default 128)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="element type (default bf16)")
+    parser.add_argument("--contestants", nargs="*", metavar="NAME",
+                        help=f"who runs beside our kernel (default: all that are installed). {listed}")  # fmt: skip
+    parser.add_argument("--budget-ms", type=float, default=400.0, metavar="MS",
+                        help="time for 3 to 50 repeats of one contestant on one case (default 400)")  # fmt: skip
+    parser.add_argument("--flex-max-length", type=int, default=LENGTHS[-1], metavar="N",
+                        help="leave FlexAttention and the serial dispatch out of longer cases")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default runs/bench")
+    parser.add_argument("--tag", default=tag, metavar="NAME", help=f"name of the files (default {tag})")
+    parser.add_argument("--commit", metavar="HASH", help="commit to state where git is not at hand")
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """The cases that the options ask for, by length.
+
+    Raises:
+        ValueError: a length, ratio or head shape that does not fit.
+    """
+    shape = {name: getattr(args, name) for name in ("heads", "kv_heads", "head_dim", "dtype")}
+    found = []
+    for length in args.lengths:
+        for ratio in args.msr:
+            streaming = round(ratio * args.kv_heads)
+            if not 0 <= ratio <= 1 or abs(streaming - ratio * args.kv_heads) > 1e-6:
+                raise ValueError(
+                    f"--msr {ratio:g} is {ratio * args.kv_heads:g} of {args.kv_heads} KV heads; expected a whole "
+                    f"number, so a multiple of 1/{args.kv_heads} from 0 to 1"
+                )
+            found.append(Case(length, streaming, **shape))
+        found += [Case(length, density=density, **shape) for density in args.density]
+    if not found:
+        raise ValueError("no case to time; give --msr or --density at least one value")
+    return found
+
+
+def chosen(args: argparse.Namespace, competitors: Mapping[str, Contestant]) -> tuple[dict[str, Contestant], list[str]]:
+    """The contestants to run, and by name those that are absent because their package is.
+
+    Raises:
+        ValueError: an unknown name, one asked for by name that is not installed, or a budget that is no time.
+    """
+    if not args.budget_ms > 0:
+        raise ValueError(f"--budget-ms {args.budget_ms:g} is not positive; the default is 400")
+    if args.contestants is None:
+        absent = [name for name, one in competitors.items() if not one.installed]
+        return {name: one for name, one in competitors.items() if one.installed}, absent
+    for name in args.contestants:
+        if name not in competitors:
+            raise ValueError(f"there is no contestant {name!r}; expected some of {', '.join(competitors)}")
+        if not competitors[name].installed:
+            package = competitors[name].package
+            raise ValueError(f"{name} needs {package}, which is not installed; run `pip install --pre {package}`")
+    return {name: competitors[name] for name in competitors if name in args.contestants}, []

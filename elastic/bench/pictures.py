@@ -1,0 +1,77 @@
+"""The picture of a run: time and TFLOP/s against length, one column per MSR, and the speed-up against MSR."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from elastic.bench.records import Record
+from elastic.plots import Panel, panels_figure
+
+BASELINE = ("cudnn", "ours")  # dense contestants that a speed-up may refer to, the first that was timed
+
+
+def curves(found: Sequence[Record], metric: str, x: str, **where: Any) -> dict[str, list[tuple[float, float]]]:
+    """{contestant: [(x, value), ...]} of the records with this metric and these facts, by rising x."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for record in found:
+        if record["metric"] == metric and all(record.get(name) == value for name, value in where.items()):
+            lines.setdefault(record["who"], []).append((record[x], record["value"]))
+    return {who: sorted(points) for who, points in lines.items()}
+
+
+def speedups(found: Sequence[Record], length: int) -> tuple[str, dict[str, list[tuple[float, float]]]]:
+    """Whose dense time is the baseline, and {contestant: [(MSR, baseline time / its time), ...]} at a length.
+
+    Contestants that run dense attention only are left out. Without a dense timing the curves are empty.
+    """
+    of_length = [r for r in found if r.get("length") == length and r.get("msr") is not None]
+    dense = {r["who"]: r["value"] for r in of_length if r["metric"] == "time" and r["msr"] == 0}
+    baseline = next((who for who in BASELINE if who in dense), None)
+    if baseline is None:
+        return "", {}
+    times = curves(of_length, "time", "msr")
+    sparse = {who: points for who, points in times.items() if any(msr > 0 for msr, _ in points)}
+    return baseline, {who: [(msr, dense[baseline] / ms) for msr, ms in points] for who, points in sparse.items()}
+
+
+def attention_figure(found: Sequence[Record]) -> Any:
+    """Three rows of panels; a matplotlib `Figure`.
+
+    Raises:
+        ValueError: no timings with a length and an MSR.
+    """
+    timed = [r for r in found if r["metric"] in ("time", "eff") and r.get("msr") is not None]
+    if not timed:
+        raise ValueError("no timings with a length and an MSR to draw; expected records of `elastic bench attention`")
+    ratios = sorted({r["msr"] for r in timed})
+    lengths = sorted({r["length"] for r in timed})
+    ticks = {length: f"{length // 1024}K" if length % 1024 == 0 else str(length) for length in lengths}
+    rows = []
+    for metric, kind, label, scale in (("time", "time", "ms", "log"), ("eff", "speed", "TFLOP/s", "linear")):
+        rows.append(
+            [
+                Panel(
+                    f"{kind} at MSR {msr:g}",
+                    curves(timed, metric, "length", msr=msr),
+                    "tokens",
+                    label,
+                    "log",
+                    scale,
+                    ticks,
+                )
+                for msr in ratios
+            ]
+        )
+    rows.append(_speedup_panels(timed, lengths[-len(ratios) :], ticks))
+    return panels_figure([row for row in rows if row])
+
+
+def _speedup_panels(timed: Sequence[Record], lengths: Sequence[int], names: dict[int, str]) -> list[Panel]:
+    panels = []
+    for length in lengths:
+        baseline, lines = speedups(timed, length)
+        if lines:
+            label = f"speed-up over dense {baseline}"
+            ticks = {msr: f"{msr:g}" for points in lines.values() for msr, _ in points}
+            title = f"speed-up at {names[length]} tokens"
+            panels.append(Panel(title, lines, "MSR", label, yscale="log", xticks=ticks))
+    return panels

@@ -1,0 +1,71 @@
+"""Timers: CUDA events for device time, the host's clock for the launch path, the allocator for memory."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+FEWEST, MOST = 3, 50  # repeats
+
+
+class Timing(NamedTuple):
+    """Median milliseconds of a call, and over how many repeats."""
+
+    ms: float
+    repeats: int
+
+
+def repeats_within(once_ms: float, budget_ms: float) -> int:
+    """How often a call of `once_ms` is repeated: what fits the budget, 3 to 50 times."""
+    return int(min(MOST, max(FEWEST, budget_ms / max(once_ms, 1e-3))))
+
+
+def measure(call: Callable[[], Any], budget_ms: float = 400.0) -> Timing:
+    """Time a call on the current GPU after a warm-up; one extra call estimates how many repeats fit `budget_ms`."""
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    repeats = repeats_within((time.perf_counter() - start) * 1e3, budget_ms)
+    for _ in range(repeats // 5):
+        call()
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for first, last in pairs:
+        first.record()
+        call()
+        last.record()
+    torch.cuda.synchronize()
+    return Timing(statistics.median(first.elapsed_time(last) for first, last in pairs), repeats)
+
+
+def host_microseconds(call: Callable[[], Any]) -> float:
+    """Host time of one call while the GPU is busy with earlier ones: the launch path alone, everything cached."""
+    calls, times = 20, []
+    for _ in range(75):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(times[25:])
+
+
+def extra_bytes(call: Callable[[], tuple[torch.Tensor, ...]]) -> int:
+    """Device memory that a call takes beyond its inputs and the tensors that it returns."""
+    call()  # compiled, tile counter allocated
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = call()
+    peak = torch.cuda.max_memory_allocated()
+    return peak - before - sum(x.untyped_storage().nbytes() for x in results)
+
+
+def matmul_tflops(size: int = 8192) -> float:
+    """TFLOP/s of a square bf16 matrix product, the ceiling that a table is read against."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / measure(lambda: a @ b).ms / 1e9

@@ -1,0 +1,313 @@
+"""`elastic bench` without a GPU: cases and their arithmetic, block lists, records, tables, pictures, messages."""
+
+import json
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+from torch.nn.functional import scaled_dot_product_attention
+
+from elastic import cli
+from elastic.bench import attention, contestants, records, tables
+from elastic.bench.cases import BLOCK, SINK, WINDOW, Case
+from elastic.bench.contestants import COMPETITORS, Contestant, block_lists, forward, split_lists
+from elastic.bench.pictures import attention_figure, speedups
+from elastic.bench.timing import Timing, repeats_within
+from elastic.kernels.block_bits import mask_from_bits
+from elastic.plots import save_png
+from elastic.visibility import visible
+
+SHAPE = {"heads": 4, "kv_heads": 2, "head_dim": 64}
+RESULTS = Path(__file__).parent / "bench" / "results"
+STAMP = {"gpu": "a GPU", "kernel": "a kernel", "versions": {"torch": "2"}, "commit": "abc", "command": "elastic bench"}
+
+
+def visible_pairs(case: Case) -> torch.Tensor:
+    """Token by token: which keys each query head's queries see, bool [H, S, S]."""
+    i, j = torch.arange(case.length)[:, None], torch.arange(case.length)[None]
+    local = visible(i, j, sink=SINK, window=WINDOW, granule="block", block=BLOCK)
+    few = case.streaming * case.heads // case.kv_heads
+    if case.density is not None:
+        chosen = mask_from_bits(case.inputs("cpu").bits)[0, ..., : case.length // BLOCK]
+        return chosen.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2) & (j <= i)
+    return torch.stack([local] * few + [j <= i] * (case.heads - few))
+
+
+@pytest.mark.parametrize("length", [128, 2048, 2944])
+@pytest.mark.parametrize("kind", [{}, {"streaming": 1}, {"streaming": 2}, {"density": 0.25}])
+def test_flops_count_the_visible_blocks(length, kind):
+    case = Case(length, **kind, **SHAPE)
+    pairs = visible_pairs(case)
+    blocks = pairs.unflatten(1, (-1, BLOCK)).unflatten(3, (-1, BLOCK)).any(4).any(2)
+    assert torch.equal(case.block_mask().expand(1, 4, -1, -1)[0], blocks)
+    # A diagonal block holds 128 * 129 / 2 visible pairs and is counted as half a block.
+    diagonal = case.heads * length // BLOCK
+    assert case.visited_blocks() == (pairs.sum().item() - diagonal * BLOCK / 2) / BLOCK**2
+    assert case.flops() == 4 * 64 * BLOCK**2 * case.visited_blocks()
+
+
+def test_names_and_facts():
+    assert [c.name for c in (Case(65536), Case(8192, 6), Case(65536, density=0.25))] == [
+        "dense-64k",
+        "streaming-6of8-8k",
+        "random-25pct-64k",
+    ]
+    assert Case(640, 1, heads=9, kv_heads=3, head_dim=64, dtype="fp16").name == "streaming-1of3-d64-640-fp16"
+    assert Case(8192, 6).facts()["msr"] == 0.75 and Case(8192, density=0.5).facts()["msr"] is None
+
+
+def test_block_lists_hold_every_block_once_in_ascending_order():
+    mask = torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(0)) < 0.5
+    counts, indices = block_lists(mask)
+    for row, count, listed in zip(mask.flatten(0, 2), counts.flatten(), indices.flatten(0, 2), strict=True):
+        assert listed[:count].tolist() == row.nonzero().flatten().tolist()
+    assert counts.dtype == indices.dtype == torch.int32
+    few, first, many, rest = split_lists(torch.ones(5, 5).tril().bool())
+    assert few.tolist() == [1] * 5 and first[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert many.tolist() == [0, 1, 2, 3, 4] and rest[4, :4].tolist() == [0, 1, 2, 3]
+
+
+def listed_tokens(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The tokens of listed blocks, bool [1, H, S, S], read as the packages' documentation describes the lists."""
+    blocks = torch.zeros(*counts.shape, indices.shape[-1] + 1, dtype=torch.bool)
+    used = torch.arange(indices.shape[-1]) < counts[..., None]
+    blocks.scatter_(-1, torch.where(used, indices.long(), indices.shape[-1]), True)
+    return blocks[..., :-1].repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
+
+
+def by_lists(q, k, v, *, block_mask, enable_gqa):
+    """What compiled FlexAttention computes: full blocks throughout, the others under the element mask."""
+    i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None]
+    partial = listed_tokens(block_mask.kv_num_blocks, block_mask.kv_indices) & block_mask.mask_mod(0, 0, i, j)
+    mask = partial | listed_tokens(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    assert block_mask.BLOCK_SIZE == (BLOCK, BLOCK)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
+
+
+def flash_attn_func(q, k, v, causal, block_sparse_tensors):
+    """What flash-attn-4 computes: a causal mask over all listed blocks."""
+    assert causal
+    mask = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()[None, None]
+    if block_sparse_tensors is not None:
+        few, first, many, rest, block_size = block_sparse_tensors
+        assert block_size == (BLOCK, BLOCK)
+        mask = mask & (listed_tokens(few, first) | listed_tokens(many, rest))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2), None
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Stand-ins for what needs a GPU: they read the block lists and masks that the contestants build."""
+    monkeypatch.setattr(contestants, "compiled_flex", lambda: by_lists)
+    dense = contestants._dense
+    monkeypatch.setattr(contestants, "_dense", lambda q, k, v, _: dense(q, k, v, SDPBackend.MATH))
+    package, lists = types.ModuleType("flash_attn.cute"), types.ModuleType("flash_attn.cute.block_sparsity")
+    package.flash_attn_func = flash_attn_func
+    lists.BlockSparseTensorsTorch = lambda *tensors, block_size: (*tensors, block_size)
+    for module in (types.ModuleType("flash_attn"), package, lists):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(attention, "measure", lambda call, _budget: Timing(2.0, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "who"),
+    [
+        ({}, ["ours", "cudnn", "flash2", "flex", "fa4"]),
+        ({"streaming": 1}, ["ours", "flex", "serial", "fa4"]),
+        ({"streaming": 2}, ["ours", "flex", "fa4"]),
+        ({"density": 0.25}, ["ours", "flex", "fa4"]),
+    ],
+    ids=["dense", "mixed", "streaming", "random"],
+)
+def test_every_contestant_computes_the_same(on_cpu, monkeypatch, kind, who):
+    """2944 tokens: beyond sink and window, and a limit at which a wrong block list shows."""
+    case = Case(2944, **kind, **SHAPE, dtype="fp16")
+    monkeypatch.setattr(attention, "TOLERANCE", 5e-3)
+    found = attention.run_case(case, COMPETITORS, 400.0, 4096, "cpu")
+    assert not [r["why"] for r in found if r["metric"] == records.LEFT_OUT]
+    assert [r["who"] for r in found if r["metric"] == "time"] == who
+    assert {r["value"] for r in found if r["metric"] == "eff"} == {case.flops() / 2e9}
+    assert all(r["length"] == 2944 and r["repeats"] == 3 for r in found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_flex_attention_reads_our_lists():
+    case = Case(640, density=0.25, **SHAPE)
+    inputs = case.inputs("cpu")
+    wide = inputs._replace(q=inputs.q.float(), k=inputs.k.float(), v=inputs.v.float())
+    out = COMPETITORS["flex"].build(case, wide)()
+    torch.testing.assert_close(out, forward(wide)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_who_is_left_out_and_why(on_cpu):
+    def breaks(_case, _inputs):
+        raise RuntimeError("out of\nmemory")
+
+    everyone = {
+        "wrong": Contestant("", lambda _: True, lambda _, inputs: lambda: torch.zeros_like(forward(inputs)[0])),
+        "nan": Contestant("", lambda _: True, lambda _, inputs: lambda: forward(inputs)[0] * float("nan")),
+        "broken": Contestant("", lambda _: True, breaks),
+        "never": Contestant("", lambda _: False, breaks),
+        "flex": COMPETITORS["flex"],
+    }
+    found = attention.run_case(Case(256, **SHAPE), everyone, 400.0, 128, "cpu")
+    why = {r["who"]: r["why"] for r in found if r["metric"] == records.LEFT_OUT}
+    assert why.pop("wrong").startswith("its output differs from ours by")
+    assert why == {
+        "nan": "its output differs from ours by inf, allowed is 0.05",
+        "broken": "RuntimeError: out of memory",
+        "flex": "longer than --flex-max-length 128",
+    }
+    assert [r["who"] for r in found if r["metric"] == "time"] == ["ours"]
+    text = tables.terminal(found)
+    assert text.count("left out") == 8 and "broken left out of dense-d64-256: RuntimeError: out of memory" in text
+
+
+def test_repeats_fit_the_budget():
+    assert [repeats_within(once, 400.0) for once in (1e-6, 20.0, 80.0, 1700.0)] == [50, 20, 5, 3]
+
+
+def given_records() -> list[records.Record]:
+    """Records as a run with two lengths would write them."""
+    found = []
+    for length in (8192, 65536):
+        for streaming in (0, 4, 8):
+            case = Case(length, streaming)
+            for speed, who in ((600, "ours"), (500, "cudnn"), (400, "flex")):
+                if who == "cudnn" and streaming:
+                    continue
+                ms = case.flops() / speed / 1e9
+                shared = {"case": case.name, "who": who, "repeats": 5, **case.facts(), **STAMP}
+                found += [
+                    {**shared, "metric": "time", "value": ms, "unit": "ms"},
+                    {**shared, "metric": "eff", "value": case.flops() / ms / 1e9, "unit": "TFLOP/s"},
+                ]
+    return [*found, {"case": "host", "who": "ours", "metric": "host time", "value": 30.0, "unit": "us", **STAMP}]
+
+
+def test_picture(tmp_path):
+    found = given_records()
+    figure = attention_figure(found)
+    titles = [axis.get_title() for axis in figure.axes if axis.get_visible()]
+    assert titles[:3] == ["time at MSR 0", "time at MSR 0.5", "time at MSR 1"] and len(titles) == 8
+    assert titles[6:] == ["speed-up at 8K tokens", "speed-up at 64K tokens"]
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[3].lines}
+    assert lines["ours"] == pytest.approx([600, 600]) and lines["cudnn"] == pytest.approx([500, 500])
+    baseline, ratios = speedups(found, 65536)
+    assert baseline == "cudnn" and set(ratios) == {"ours", "flex"} and ratios["ours"][0] == (0.0, pytest.approx(1.2))
+    assert ratios["flex"][1][1] == pytest.approx(Case(65536).flops() / Case(65536, 4).flops() * 400 / 500)
+    assert save_png(figure, tmp_path / "p.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="no timings with a length and an MSR"):
+        attention_figure([found[-1]])
+
+
+def test_records_survive_the_disk_and_bad_ones_are_named(tmp_path):
+    found = given_records()
+    path = records.save(tmp_path / "new" / "run.json", found)
+    assert records.load(path) == found and records.load_folder(path.parent) == {"run": found}
+    for broken, message in (
+        ("{", "is not JSON"),
+        ("[]", "holds no records"),
+        ("[1]", "record 0 of .*'case' is nothing, expected str"),
+        (
+            json.dumps([*found[:2], {**found[0], "value": "fast"}]),
+            "record 2 .*'value' is 'fast', expected int or float",
+        ),
+    ):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match=message):
+            records.load(path)
+    with pytest.raises(ValueError, match=r"no \*.json in"):
+        records.load_folder(tmp_path)
+
+
+def test_stamp_states_the_run():
+    stamp = records.stamp("elastic bench attention", "abc1234", torch.device("cpu"))
+    assert stamp["commit"] == "abc1234" and stamp["versions"]["torch"] == torch.__version__
+    record = {"case": "a", "who": "b", "metric": "c", "value": 1.0, "unit": "ms", **stamp}
+    assert all(isinstance(record[name], kinds) for name, kinds in records.REQUIRED.items())
+
+
+def test_commit_of_another_checkout_is_not_ours(tmp_path):
+    assert records.git_commit(tmp_path) == "unknown"
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    assert records.git_commit(tmp_path) == "unknown"
+
+
+def test_command_line_leaves_the_folder_out():
+    argv = ["attention", "--out", "/tmp/a b", "--msr", "0", "--out=x", "--tag", "a b"]
+    assert records.command_line(argv) == "elastic bench attention --msr 0 --tag 'a b'"
+
+
+def test_recorded_results_are_the_page():
+    """RESULTS.md is what the generator makes of the records, so no figure in it was typed."""
+    page = RESULTS.parent / "RESULTS.md"
+    pictures = [f"results/{file.name}" for file in sorted(RESULTS.glob("*.png"))]
+    text = tables.markdown(records.load_folder(RESULTS), pictures)
+    assert text == page.read_text(), "run `elastic bench table tests/bench/results --out tests/bench/RESULTS.md`"
+
+
+def test_page_of_given_records(tmp_path):
+    records.save(tmp_path / "run.json", given_records())
+    save_png(attention_figure(given_records()), tmp_path / "run.png")
+    assert cli.main(["bench", "table", str(tmp_path), "--out", str(tmp_path / "sub" / "page.md")]) == 0
+    text = (tmp_path / "sub" / "page.md").read_text()
+    assert "| case | ours ms (TFLOP/s) | cudnn ms (TFLOP/s) | flex ms (TFLOP/s) |\n|---|---|---|---|\n" in text
+    assert "(600) |" in text and "- host, ours, host time: 30 us" in text and "../run.png" in text
+    assert "H 32, 8 KV heads, D 128, bf16." in text
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "attention"]) == 2
+    error = capsys.readouterr().err
+    assert "needs an NVIDIA GPU" in error and "no CUDA device" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+BAD = [
+    (["--lengths", "1000"], "length 1000 is not a positive multiple of 128; use 1024"),
+    (["--lengths", "many"], "invalid int value: 'many'"),
+    (["--msr", "0.3"], "--msr 0.3 is 2.4 of 8 KV heads; expected a whole number"),
+    (["--msr", "1.5"], "--msr 1.5 is 12 of 8 KV heads"),
+    (["--density", "0"], "density 0 is not in (0, 1]"),
+    (["--msr", "--density"], "no case to time"),
+    (["--heads", "30"], "30 query heads are not a multiple of 8 KV heads"),
+    (["--dtype", "fp32"], "invalid choice: 'fp32'"),
+    (["--contestants", "cudn"], "there is no contestant 'cudn'; expected some of cudnn, flash2, flex, serial, fa4"),
+    (["--contestants", "fa4"], "fa4 needs flash-attn-4, which is not installed"),
+    (["--budget-ms", "0"], "--budget-ms 0 is not positive"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[m[:30] for _, m in BAD])
+def test_bad_options(options, message, capsys, monkeypatch):
+    monkeypatch.setattr(Contestant, "installed", property(lambda self: self.package is None))
+    try:
+        code = cli.main(["bench", "attention", *options])
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [["bench"], ["bench", "speed"]])
+def test_bench_without_a_known_benchmark(argv, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(argv)
+    assert "elastic bench: error:" in capsys.readouterr().err
+
+
+def test_python_m_elastic_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "elastic", "bench", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "attention" in done.stdout and "table" in done.stdout
