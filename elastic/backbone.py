@@ -29,6 +29,7 @@ __all__ = [
     "elastic_config",
     "is_attached",
     "override_routes",
+    "pooled_keys",
     "route_of",
     "routers",
     "routing",
@@ -159,13 +160,22 @@ def set_temperature(model: Any, temperature: float) -> None:
     _handle(model).routing.temperature = temperature
 
 
-def update_statistics(model: Any) -> None:
-    """Fold the features of the last forward pass into the routers' running statistics; call once per micro-batch."""
-    for router in routers(model):
-        if router.last is None:
-            raise RuntimeError("no routes yet: run a forward pass of the attached model first")
-        if router.last.pooled_NKD is not None:
-            router.update_statistics(router.last.pooled_NKD)
+def pooled_keys(model: Any) -> Tensor:
+    """Pooled keys [L, N, K, D] that the last forward pass was routed on.
+
+    Raises:
+        RuntimeError: no forward pass yet, or one whose routes were given by `override_routes`.
+    """
+    pooled = [None if router.last is None else router.last.pooled_NKD for router in routers(model)]
+    if any(keys is None for keys in pooled):
+        raise RuntimeError("no routes yet: run a forward pass of the attached model, outside override_routes")
+    return torch.stack([keys for keys in pooled if keys is not None])
+
+
+def update_statistics(model: Any, pooled_LNKD: Tensor) -> None:
+    """Fold pooled keys, as `pooled_keys` returns them, into the routers' running statistics; call once per step."""
+    for router, pooled_NKD in zip(routers(model), pooled_LNKD, strict=True):
+        router.update_statistics(pooled_NKD)
 
 
 class _Handle:

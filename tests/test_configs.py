@@ -33,6 +33,7 @@ def test_the_promised_files_exist():
     models = ("smollm2-135m", "qwen3-4b", "qwen3-8b", "llama-3.1-8b-instruct")
     expected = {"train.yaml", "tiny.yaml", "debug.yaml", *(f"model/{name}.yaml" for name in models)}
     expected |= {f"sparse/{name}.yaml" for name in ("fa_ssa", "fa_xa", "xa_ssa")}
+    expected |= {"objective/quality.yaml"}
     assert expected <= set(IDS)
 
 
@@ -75,7 +76,7 @@ def test_train_yaml_holds_the_papers_numbers():
     assert (optimiser.multiplier_lr, optimiser.warmup) == (1e-3, 0.2)
     assert (sparse.sink, sparse.window, sparse.block, cli.model.elastic.router.pool_tokens) == (128, 2048, 128, 100)
     assert cli.trainer.max_steps == 300 and cli.model.dtype_name == "bfloat16"
-    assert cli.model.intervals == [(0.7, 0.7)] * 2 + [(1.0, 1.0)] * 3
+    assert cli.model.objective.intervals == [(0.7, 0.7)] * 2 + [(1.0, 1.0)] * 3
     assert cli.datamodule.rows_per_step * 8 == 48
 
 
