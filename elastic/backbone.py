@@ -16,7 +16,7 @@ from elastic.attention import routed_attention
 from elastic.config import ElasticConfig
 from elastic.head_plan import HeadPlan
 from elastic.patterns import check_supported
-from elastic.router import AttentionRouter
+from elastic.router import Router, build_router
 from elastic.routing import RouteRecord, Routing, RoutingState, route_layer, route_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -65,7 +65,7 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
     handle = _Handle(model, config)
     for attn in layers:
         weight = attn.k_proj.weight
-        router = AttentionRouter(weight.shape[0] // attn.head_dim, attn.head_dim, config.router)
+        router = build_router(weight.shape[0] // attn.head_dim, attn.head_dim, config.router)
         attn.router = router.to(weight.device).train(model.training)
         handle.hooks.append(attn.register_forward_pre_hook(handle.before_attention, with_kwargs=True))
     handle.hooks.append(model.get_decoder().register_forward_pre_hook(handle.before_decoder, with_kwargs=True))
@@ -108,7 +108,7 @@ def set_config(model: Any, config: ElasticConfig) -> None:
     _handle(model).routing.config = config
 
 
-def routers(model: Any) -> list[AttentionRouter]:
+def routers(model: Any) -> list[Router]:
     """The routers in layer order."""
     return [attn.router for attn in _handle(model).attention_layers(model)]
 
@@ -145,7 +145,7 @@ def override_routes(model: Any, route: int | Tensor | None) -> Iterator[None]:
         ValueError: a tensor of another shape, or values other than 0 and 1.
     """
     state = _handle(model).routing
-    state.check_override(route, len(routers(model)), routers(model)[0].mean.shape[0])
+    state.check_override(route, len(routers(model)), routers(model)[0].kv_heads)
     previous, state.override = state.override, route
     try:
         yield

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from elastic.backbone import attach, elastic_config, routers
 from elastic.backbones import architecture, architecture_hash
 from elastic.config import ElasticConfig
-from elastic.router import AttentionRouter
+from elastic.router import build_router
 
 FORMAT = 1
 WEIGHTS, METADATA = "router.safetensors", "elastic.json"
@@ -184,7 +184,7 @@ def _check_backbone(mine: dict[str, Any], metadata: dict[str, Any], path: str | 
 def _expected(shape: dict[str, Any], config: ElasticConfig) -> dict[str, Tensor]:
     """The router tensors that a backbone of this shape needs, without data."""
     with torch.device("meta"):
-        router = AttentionRouter(shape["num_kv_heads"], shape["head_dim"], config.router)
+        router = build_router(shape["num_kv_heads"], shape["head_dim"], config.router)
     return {
         f"layers.{layer}.{name}": value
         for layer in range(shape["num_layers"])

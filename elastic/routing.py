@@ -142,7 +142,7 @@ def route_layer(attn: Any, hidden_BSE: Tensor, layout: Layout, cache: Any, routi
     decided = None if record is None else record.layers.get(attn.layer_idx)
     decoding = decided is not None and layout.past > 0 and layout.queries == 1
     if routing.override is not None:
-        route = _given(routing.override, attn.layer_idx, samples, router.mean)
+        route = _given(routing.override, attn.layer_idx, samples, router.kv_heads, hidden_BSE.device)
         if not decoding:
             router.last = LayerState(route, None, None)
     elif decided is not None and decoding:
@@ -207,13 +207,12 @@ def _record(cache: Any, layout: Layout, layer: int) -> RouteRecord | None:
     return record
 
 
-def _given(route: int | Tensor, layer: int, samples: int, like_KD: Tensor) -> Tensor:
-    """The override's route of one layer, [N, K]."""
-    kv_heads = like_KD.shape[0]
+def _given(route: int | Tensor, layer: int, samples: int, kv_heads: int, device: torch.device) -> Tensor:
+    """The override's route of one layer, fp32 [N, K]."""
     if isinstance(route, Tensor):
-        of_layer = route[layer].to(like_KD)
+        of_layer = route[layer].to(device, torch.float32)
         return of_layer.expand(samples, kv_heads) if of_layer.dim() == 1 else of_layer
-    return torch.full((samples, kv_heads), float(route), device=like_KD.device)
+    return torch.full((samples, kv_heads), float(route), device=device)
 
 
 def _prompt_end(spans: Tensor) -> Tensor:
