@@ -16,6 +16,7 @@ from elastic.backbone import override_routes, pooled_keys, routers, routing, set
 from elastic.backbones import architecture_hash
 from elastic.checkpoint import is_trainable
 from elastic.config import ElasticConfig
+from elastic.distributed import ShardedBackbone, average_gradients
 from elastic.losses import labelled_positions
 from elastic.methods import DEFAULT_METHODS
 from elastic.metrics import StepFacts
@@ -108,13 +109,16 @@ class ElasticModule(RoutedModule):
         pooled = []
         for index, micro in enumerate(batch):
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                # The noise depends on seed, step, micro-batch and process only, so a resumed run draws the same.
-                torch.manual_seed(noise_seed(self.noise_seed, step, index, self.global_rank))
+                # The noise depends on seed, step and place of the micro-batch in the step only: a resumed run draws the
+                # same, and so do other numbers of processes.
+                torch.manual_seed(noise_seed(self.noise_seed, step, self.global_rank * len(batch) + index))
                 self._accumulate(micro, len(batch), facts)
             pooled.append(pooled_keys(self.model))
         if progress < self.optimiser.warmup:
             update_statistics(self.model, torch.cat(pooled, dim=1))  # once: all micro-batches see the same features
         weights = [p for group in descent.param_groups for p in group["params"]]
+        if isinstance(self.trainer.strategy, ShardedBackbone):  # DDP has averaged already
+            average_gradients([*weights, *self.multipliers.parameters()])
         norm = float(torch.nn.utils.clip_grad_norm_(weights, self.optimiser.clip_norm))
         if not math.isfinite(norm):
             raise FloatingPointError(

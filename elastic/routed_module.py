@@ -9,6 +9,7 @@ from torch import Tensor
 from elastic.backbone import attach, override_routes, routing
 from elastic.backbones import DTYPES, architecture, load_backbone
 from elastic.config import ElasticConfig
+from elastic.distributed import ShardedBackbone, shard_backbone
 from elastic.methods import columns, parse_methods
 from elastic.metrics import Answers, RouteShare, TaskMeans, score_answers
 from elastic.packed import Batch
@@ -68,6 +69,13 @@ class RoutedModule(LightningModule):
             check_data(data.manifest, model, self.tokenizer, self.backbone)
         self.model = attach(model, self.elastic).train()  # routers sample in training mode only
         self.shape = architecture(model)
+        if self.device_mesh is not None:
+            if not isinstance(self.trainer.strategy, ShardedBackbone):
+                raise ValueError(
+                    f"{type(self.trainer.strategy).__name__} does not know what is frozen; use "
+                    "elastic.distributed.ShardedBackbone (configs/strategy/fsdp.yaml)"
+                )
+            shard_backbone(self.model, self.device_mesh["data_parallel"])
         self.columns = columns(self.methods)
         self.means = TaskMeans(self.columns)
         self.route_share = RouteShare(self.shape["num_layers"], self.shape["num_kv_heads"])
