@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic.attention import routed_attention
 from elastic.config import ElasticConfig
 from elastic.head_plan import HeadPlan
 from elastic.patterns import check_supported
 from elastic.router import Router, build_router
-from elastic.routing import RouteRecord, Routing, RoutingState, route_layer, route_of
+from elastic.routing import Context, RouteRecord, Routing, RoutingState, route_layer, route_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 __all__ = [
@@ -34,6 +33,7 @@ __all__ = [
     "routers",
     "routing",
     "set_config",
+    "set_context",
     "set_temperature",
     "update_statistics",
 ]
@@ -106,6 +106,13 @@ def set_config(model: Any, config: ElasticConfig) -> None:
             f"router settings are fixed at attach ({elastic_config(model).router}); detach and attach again"
         )
     _handle(model).routing.config = config
+
+
+def set_context(model: Any, context: Context) -> Context:
+    """Say which part of each row this process holds; returns what was set before."""
+    state = _handle(model).routing
+    previous, state.context = state.context, context
+    return previous
 
 
 def routers(model: Any) -> list[Router]:
@@ -203,7 +210,7 @@ class _Handle:
             raise ValueError("this layer was called outside the attached model's decoder; call the whole model")
         route = route_layer(attn, hidden, layout, kwargs.get("past_key_values"), self.routing)
         plan = HeadPlan.build(route, self.routing.config.sparse, layout)
-        return args, {**kwargs, "elastic_route": route, "elastic_plan": plan}
+        return args, {**kwargs, "elastic_route": route, "elastic_plan": plan, "elastic_context": self.routing.context}
 
 
 def _attention_function(
@@ -217,14 +224,14 @@ def _attention_function(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: q [B, H, Lq, D], k and v [B, K, Lk, D] after RoPE -> [B, Lq, H, D]."""
-    plan, route = kwargs.get("elastic_plan"), kwargs.get("elastic_route")
-    if plan is None or route is None:
+    plan, route, context = (kwargs.get(f"elastic_{name}") for name in ("plan", "route", "context"))
+    if plan is None or route is None or context is None:
         raise ValueError(
             "attention implementation 'elastic' was chosen without routers; call elastic.attach(model, config)"
         )
     keys = plan.layout.keys  # a static cache hands out its whole allocation
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return routed_attention(query, key[:, :, :keys], value[:, :, :keys], route, plan, scale), None
+    return context.attend(query, key[:, :, :keys], value[:, :, :keys], route, plan, scale), None
 
 
 def _no_mask(**kwargs: Any) -> None:

@@ -24,10 +24,15 @@ def chunked_cross_entropy(hidden_1SE: Tensor, lm_head: nn.Module, labels_1S: Ten
     hidden_PE, target_P = labelled_positions(hidden_1SE, labels_1S)
     if not target_P.numel():
         raise ValueError("the batch has no labelled token; every sample needs an answer")
-    total = hidden_PE.new_zeros((), dtype=torch.float32)
+    return summed_cross_entropy(hidden_PE, target_P, lm_head, chunk) / target_P.shape[0]
+
+
+def summed_cross_entropy(hidden_PE: Tensor, target_P: Tensor, lm_head: nn.Module, chunk: int) -> Tensor:
+    """Sum of the cross-entropy over positions, fp32; 0, with a gradient of 0, where there are none."""
+    total = hidden_PE.float().sum() * 0.0 if not target_P.numel() else hidden_PE.new_zeros((), dtype=torch.float32)
     for part in _chunks(target_P.shape[0], chunk):
         total = total + _recomputed(_summed_loss, hidden_PE[part], target_P[part], lm_head)
-    return total / target_P.shape[0]
+    return total
 
 
 def chunked_divergence(routed_PE: Tensor, dense_PE: Tensor, lm_head: nn.Module, chunk: int) -> Tensor:

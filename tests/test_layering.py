@@ -21,7 +21,7 @@ LAYERS = {
     3: ("torch_attention", "attention", "routing"),
     4: ("backbone", "backbones", "plots"),
     5: ("losses", "objective", "checkpoint", "report"),
-    6: ("distributed", "inference", "data", "methods", "metrics", "resumable"),
+    6: ("context_parallel", "distributed", "inference", "data", "methods", "metrics", "resumable"),
     7: ("routed_module", "lit_module", "callbacks", "results"),
     8: ("cli", "commands", "training_cli"),
 }
