@@ -230,6 +230,9 @@ def _attention_function(
             "attention implementation 'elastic' was chosen without routers; call elastic.attach(model, config)"
         )
     keys = plan.layout.keys  # a static cache hands out its whole allocation
+    if torch.is_autocast_enabled(query.device.type):  # RoPE and norms leave queries and keys in fp32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return context.attend(query, key[:, :, :keys], value[:, :, :keys], route, plan, scale), None
 

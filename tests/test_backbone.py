@@ -390,3 +390,15 @@ def test_smollm2_with_full_heads_is_the_stock_model_and_only_routers_train():
         }
         detach(model)
         assert torch.equal(model(**inputs).logits, padded)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_autocast_all_heads_full_equal_the_stock_model(family):
+    model, ids = tiny_model(family), random_ids(2, 40)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        stock = model(ids).logits
+        attach(model, small_config())
+        with override_routes(model, 0):
+            assert torch.equal(model(ids).logits, stock)
+        with override_routes(model, 1):
+            assert not torch.equal(model(ids).logits, stock)

@@ -117,3 +117,10 @@ def test_what_fit_wrote_loads_and_generates_with_the_same_routes(run, data):
         assert routing(model).route[:, n].int().tolist() == lines[n]["route"]
     generation = elastic.generate(model, tokenizer, "f1 f2 key k3 1 2 3 4 f5 f6 find k3", max_new_tokens=4)[0]
     assert generation.text and 0 <= generation.report.msr <= 1
+
+
+def test_bf16_mixed_precision_trains(data, tmp_path):
+    assert command("fit", data, tmp_path, "--trainer.precision=bf16-mixed", "--trainer.max_steps=2") == 0
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(value.dtype in (torch.float32, torch.float64) for value in state.values())
+    assert state["model.model.layers.0.self_attn.router.head.4.weight"].abs().max() > 0
