@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic.attention import routed_attention
 from elastic.config import ElasticConfig
 from elastic.head_plan import HeadPlan
 from elastic.patterns import check_supported
-from elastic.router import AttentionRouter
-from elastic.routing import RouteRecord, Routing, RoutingState, route_layer, route_of
+from elastic.router import Router, build_router
+from elastic.routing import Context, RouteRecord, Routing, RoutingState, route_layer, route_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 __all__ = [
@@ -29,10 +28,12 @@ __all__ = [
     "elastic_config",
     "is_attached",
     "override_routes",
+    "pooled_keys",
     "route_of",
     "routers",
     "routing",
     "set_config",
+    "set_context",
     "set_temperature",
     "update_statistics",
 ]
@@ -64,7 +65,7 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
     handle = _Handle(model, config)
     for attn in layers:
         weight = attn.k_proj.weight
-        router = AttentionRouter(weight.shape[0] // attn.head_dim, attn.head_dim, config.router)
+        router = build_router(weight.shape[0] // attn.head_dim, attn.head_dim, config.router)
         attn.router = router.to(weight.device).train(model.training)
         handle.hooks.append(attn.register_forward_pre_hook(handle.before_attention, with_kwargs=True))
     handle.hooks.append(model.get_decoder().register_forward_pre_hook(handle.before_decoder, with_kwargs=True))
@@ -107,7 +108,14 @@ def set_config(model: Any, config: ElasticConfig) -> None:
     _handle(model).routing.config = config
 
 
-def routers(model: Any) -> list[AttentionRouter]:
+def set_context(model: Any, context: Context) -> Context:
+    """Say which part of each row this process holds; returns what was set before."""
+    state = _handle(model).routing
+    previous, state.context = state.context, context
+    return previous
+
+
+def routers(model: Any) -> list[Router]:
     """The routers in layer order."""
     return [attn.router for attn in _handle(model).attention_layers(model)]
 
@@ -144,7 +152,7 @@ def override_routes(model: Any, route: int | Tensor | None) -> Iterator[None]:
         ValueError: a tensor of another shape, or values other than 0 and 1.
     """
     state = _handle(model).routing
-    state.check_override(route, len(routers(model)), routers(model)[0].mean.shape[0])
+    state.check_override(route, len(routers(model)), routers(model)[0].kv_heads)
     previous, state.override = state.override, route
     try:
         yield
@@ -159,13 +167,22 @@ def set_temperature(model: Any, temperature: float) -> None:
     _handle(model).routing.temperature = temperature
 
 
-def update_statistics(model: Any) -> None:
-    """Fold the features of the last forward pass into the routers' running statistics; call once per micro-batch."""
-    for router in routers(model):
-        if router.last is None:
-            raise RuntimeError("no routes yet: run a forward pass of the attached model first")
-        if router.last.pooled_NKD is not None:
-            router.update_statistics(router.last.pooled_NKD)
+def pooled_keys(model: Any) -> Tensor:
+    """Pooled keys [L, N, K, D] that the last forward pass was routed on.
+
+    Raises:
+        RuntimeError: no forward pass yet, or one whose routes were given by `override_routes`.
+    """
+    pooled = [None if router.last is None else router.last.pooled_NKD for router in routers(model)]
+    if any(keys is None for keys in pooled):
+        raise RuntimeError("no routes yet: run a forward pass of the attached model, outside override_routes")
+    return torch.stack([keys for keys in pooled if keys is not None])
+
+
+def update_statistics(model: Any, pooled_LNKD: Tensor) -> None:
+    """Fold pooled keys, as `pooled_keys` returns them, into the routers' running statistics; call once per step."""
+    for router, pooled_NKD in zip(routers(model), pooled_LNKD, strict=True):
+        router.update_statistics(pooled_NKD)
 
 
 class _Handle:
@@ -192,9 +209,9 @@ class _Handle:
         if layout is None:
             raise ValueError("this layer was called outside the attached model's decoder; call the whole model")
         route = route_layer(attn, hidden, layout, kwargs.get("past_key_values"), self.routing)
-        config = self.routing.config
+        config, context = self.routing.config, self.routing.context
         plan = HeadPlan.build(route, config.sparse, layout, config.gradient_share)
-        return args, {**kwargs, "elastic_route": route, "elastic_plan": plan}
+        return args, {**kwargs, "elastic_route": route, "elastic_plan": plan, "elastic_context": context}
 
 
 def _attention_function(
@@ -208,14 +225,17 @@ def _attention_function(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: q [B, H, Lq, D], k and v [B, K, Lk, D] after RoPE -> [B, Lq, H, D]."""
-    plan, route = kwargs.get("elastic_plan"), kwargs.get("elastic_route")
-    if plan is None or route is None:
+    plan, route, context = (kwargs.get(f"elastic_{name}") for name in ("plan", "route", "context"))
+    if plan is None or route is None or context is None:
         raise ValueError(
             "attention implementation 'elastic' was chosen without routers; call elastic.attach(model, config)"
         )
     keys = plan.layout.keys  # a static cache hands out its whole allocation
+    if torch.is_autocast_enabled(query.device.type):  # RoPE and norms leave queries and keys in fp32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return routed_attention(query, key[:, :, :keys], value[:, :, :keys], route, plan, scale), None
+    return context.attend(query, key[:, :, :keys], value[:, :, :keys], route, plan, scale), None
 
 
 def _no_mask(**kwargs: Any) -> None:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from elastic.backbone import attach, elastic_config, routers
 from elastic.backbones import architecture, architecture_hash
 from elastic.config import ElasticConfig
-from elastic.router import AttentionRouter
+from elastic.router import build_router
 
 FORMAT = 1
 WEIGHTS, METADATA = "router.safetensors", "elastic.json"
-MULTIPLIERS = ("multipliers.l1", "multipliers.l2")
+MULTIPLIERS = "multipliers."  # prefix; which ones there are depends on the objective
 _SHAPE = ("num_layers", "num_kv_heads", "head_dim")
 _WAY_OUT = "restore the checkpoint from a copy or train again"
 
@@ -59,7 +59,7 @@ def save_elastic(
         path: folder to write.
         model: an attached model.
         backbone: name to load the backbone by.
-        multipliers: `LagrangeMultipliers`, kept for the record.
+        multipliers: those of the objective, kept for the record.
         recipe: how the routers were trained (data, steps, seed); must fit into JSON.
         metrics: what was measured; must fit into JSON.
 
@@ -74,7 +74,7 @@ def save_elastic(
     shape = architecture(model)
     _check_state(state, _expected(shape, config), f"routers to be saved to {path}", "train again with lower rates")
     if multipliers is not None:
-        state |= {f"multipliers.{name}": value.detach().cpu() for name, value in multipliers.state_dict().items()}
+        state |= {f"{MULTIPLIERS}{name}": value.detach().cpu() for name, value in multipliers.state_dict().items()}
     scratch = _beside(path, "writing")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -141,8 +141,7 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
     _check_backbone(architecture(model), metadata, path)
     config = ElasticConfig.from_dict(metadata["config"])
     state = _read_weights(Path(path), metadata["weights_sha256"])
-    for name in MULTIPLIERS:
-        state.pop(name, None)
+    state = {name: value for name, value in state.items() if not name.startswith(MULTIPLIERS)}
     _check_state(state, _expected(metadata["architecture"], config), f"checkpoint {path}", _WAY_OUT)
     attach(model, config)
     for layer, router in enumerate(routers(model)):
@@ -185,7 +184,7 @@ def _check_backbone(mine: dict[str, Any], metadata: dict[str, Any], path: str | 
 def _expected(shape: dict[str, Any], config: ElasticConfig) -> dict[str, Tensor]:
     """The router tensors that a backbone of this shape needs, without data."""
     with torch.device("meta"):
-        router = AttentionRouter(shape["num_kv_heads"], shape["head_dim"], config.router)
+        router = build_router(shape["num_kv_heads"], shape["head_dim"], config.router)
     return {
         f"layers.{layer}.{name}": value
         for layer in range(shape["num_layers"])

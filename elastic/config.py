@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 Mode = Literal["full", "streaming", "xattention"]
 Granule = Literal["token", "block"]
 FeatureNorm = Literal["running", "none"]
+RouterKind = Literal["input", "static"]
 
 BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
 
@@ -24,14 +25,18 @@ class RouterConfig:
         pool_tokens: P of the boundary pooling: the first P and last P prompt tokens are averaged (P >= 1).
         feature_norm: `running` standardises the pooled keys with statistics gathered in training; `none` is the
             paper's router.
+        kind: `input` decides from the keys; `static` learns one pattern for every input, the rival that elastic
+            routing is measured against. A static router reads none of the other settings.
     """
 
     pool_tokens: int = 100
     feature_norm: FeatureNorm = "running"
+    kind: RouterKind = "input"
 
     def __post_init__(self) -> None:
         _check_int("router.pool_tokens", self.pool_tokens, minimum=1)
         _check_choice("router.feature_norm", self.feature_norm, get_args(FeatureNorm))
+        _check_choice("router.kind", self.kind, get_args(RouterKind))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ EVALUATION = {"validate": "validation", "fit": "validation", "test": "test", "pr
 class MixtureSampler(Sampler[list[int]]):
     """Row indices, one optimiser step after the other: each row's corpus is drawn by weight, its rows in turn.
 
-    An epoch has as many rows as the corpora together. Every process draws the same order and takes its own share of it.
+    An epoch has as many rows as the corpora together. Every process draws the same order and takes its own
+    share of each step, one run of rows, so that the micro-batches of a step are the same for any number of processes.
 
     Args:
         sizes: rows per corpus, in the order of the concatenated dataset.
@@ -40,7 +41,8 @@ class MixtureSampler(Sampler[list[int]]):
         order = self.order()
         step = self.rows * self.world
         for first in range(self.start * step, len(self) * step, step):
-            yield order[first + self.rank : first + step : self.world]
+            mine = first + self.rank * self.rows
+            yield order[mine : mine + self.rows]
 
     def recipe(self) -> dict[str, Any]:
         """Everything that the order of the rows depends on, epochs apart; equal on all processes."""

@@ -1,4 +1,4 @@
-"""The LightningModule: a frozen backbone with routers, trained by manual optimisation (spec section 5).
+"""Training of the routers by manual optimisation (spec section 5).
 
 One batch of the training loader is one optimiser step: its micro-batches are accumulated, the routers descend, then
 the multipliers ascend on the same loss.
@@ -9,39 +9,43 @@ import time
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 
 from elastic import schedules
-from elastic.backbone import attach, override_routes, routers, routing, set_temperature, update_statistics
-from elastic.backbones import DTYPES, architecture, architecture_hash, load_backbone
+from elastic.backbone import override_routes, pooled_keys, routers, routing, set_temperature, update_statistics
+from elastic.backbones import architecture_hash
 from elastic.checkpoint import is_trainable
 from elastic.config import ElasticConfig
-from elastic.metrics import COLUMNS, METHODS, Answers, RouteShare, StepFacts, TaskMeans, score_answers
-from elastic.objective import Interval, LagrangeMultipliers, chunked_cross_entropy, sparsity_loss, target_intervals
+from elastic.distributed import ShardedBackbone, average_gradients
+from elastic.losses import labelled_positions
+from elastic.methods import DEFAULT_METHODS
+from elastic.metrics import StepFacts
+from elastic.objective import Interval, RoutedPass, build_objective
 from elastic.packed import Batch
-from elastic.resumable import check_checkpoint, check_data, noise_seed
+from elastic.resumable import check_checkpoint, noise_seed
+from elastic.routed_module import RoutedModule
 from elastic.router import entropy
 from elastic.sparsity import esr, msr
 from elastic.tasks import TASKS
-from elastic.training_config import OptimiserConfig, TemperatureConfig
-
-PRECISIONS = ("32-true", "bf16-mixed")
+from elastic.training_config import ObjectiveConfig, OptimiserConfig, TemperatureConfig
 
 
-class ElasticModule(LightningModule):
+class ElasticModule(RoutedModule):
     """Routers on a frozen backbone.
 
     Args:
         backbone: `tiny`, `smollm2-135m`, a local folder or a hub id.
         elastic: routers and sparse patterns.
         targets: MSR target per task class, a number or [lo, hi]; default 0.7 for sensitive tasks, 1.0 for robust ones.
+            Read by objective `target` only.
         optimiser: rates, clipping, warm-up.
         temperature: annealing of the Gumbel-softmax.
+        objective: `target` (the paper's) or `quality`, with its cost and budgets.
         dtype: of the backbone's weights; routers and multipliers are always float32.
         gguf_file: file name where the backbone's weights are in GGUF format.
         gradient_checkpointing: recompute each layer in the backward pass instead of storing its activations.
         loss_chunk: positions whose logits exist at a time.
+        methods: what evaluation compares: dense, elastic (default: these two), streaming, random:<msr>[:<seed>].
     """
 
     def __init__(
@@ -51,49 +55,27 @@ class ElasticModule(LightningModule):
         targets: dict[str, Interval] | None = None,
         optimiser: OptimiserConfig = OptimiserConfig(),  # noqa: B008 - frozen
         temperature: TemperatureConfig = TemperatureConfig(),  # noqa: B008 - frozen
+        objective: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008 - frozen
         dtype: str = "float32",
         gguf_file: str | None = None,
         gradient_checkpointing: bool = False,
         loss_chunk: int = 1024,
+        methods: list[str] | None = None,
     ) -> None:
-        super().__init__()
-        if loss_chunk < 1:
-            raise ValueError(f"loss_chunk={loss_chunk} is below 1; it counts positions, 1024 is usual")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+        super().__init__(backbone, elastic, dtype, gguf_file, loss_chunk, methods or list(DEFAULT_METHODS))
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights are not in the checkpoint; on_load_checkpoint checks the rest
-        self.backbone, self.elastic, self.dtype_name, self.gguf_file = backbone, elastic, dtype, gguf_file
-        self.optimiser, self.annealing = optimiser, temperature
-        self.gradient_checkpointing, self.loss_chunk = gradient_checkpointing, loss_chunk
-        self.intervals = target_intervals(targets or {})
-        self.multipliers = LagrangeMultipliers(optimiser.multiplier_limit)
-        self.model: Any = None
-        self.tokenizer: Any = None
+        self.optimiser, self.annealing, self.gradient_checkpointing = optimiser, temperature, gradient_checkpointing
+        self.objective = build_objective(objective, targets or {}, optimiser.multiplier_limit)
+        self.multipliers = self.objective.multipliers
         self.total_steps = self.noise_seed = 0
-        self.results: dict[str, dict[str, float]] = {}
-        self.route_maps: dict[str, Tensor] = {}
 
     def configure_model(self) -> None:
-        """Load the backbone and attach routers, once; refuse what cannot be trained before anything runs."""
-        if self.model is not None:
-            return
-        precision = "32-true" if self._trainer is None else str(self._trainer.precision)
-        if precision not in PRECISIONS:
-            raise ValueError(
-                f"trainer.precision={precision!r} would cast routers and multipliers; use {' or '.join(PRECISIONS)} "
-                "and set model.dtype for the backbone's weights"
-            )
-        model, self.tokenizer = load_backbone(self.backbone, dtype=self.dtype_name, gguf_file=self.gguf_file)
-        data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
-        if getattr(data, "manifest", None) is not None:
-            check_data(data.manifest, model, self.tokenizer, self.backbone)
-        self.model = attach(model, self.elastic).train()  # routers sample in training mode only
-        if self.gradient_checkpointing:
+        """Load the backbone and attach routers, once."""
+        fresh = self.model is None
+        super().configure_model()
+        if fresh and self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        shape = architecture(model)
-        self.means = TaskMeans(COLUMNS)
-        self.route_share = RouteShare(shape["num_layers"], shape["num_kv_heads"])
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW on the routers (no decay on biases), plain ascent on the multipliers."""
@@ -105,16 +87,6 @@ class ElasticModule(LightningModule):
         descent = torch.optim.AdamW(groups, lr=self.optimiser.lr, betas=self.optimiser.betas)
         ascent = torch.optim.SGD(self.multipliers.parameters(), lr=self.optimiser.multiplier_lr, maximize=True)
         return [descent, ascent]
-
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """Final hidden states [1, S, E] of a packed batch; the routes are then in `routing(self.model)`."""
-        return self.model.get_decoder()(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            cu_seq_lens=batch["cu_seq_lens"],
-            prompt_spans=batch["prompt_spans"],
-            use_cache=False,
-        ).last_hidden_state
 
     def on_fit_start(self) -> None:
         """Fix the number of steps and the seed of the routes' noise."""
@@ -134,14 +106,19 @@ class ElasticModule(LightningModule):
         set_temperature(self.model, temperature)
         descent, ascent = (optimiser.optimizer for optimiser in self.optimizers())  # type: ignore[union-attr]
         self._set_rates(descent, ascent)
+        pooled = []
         for index, micro in enumerate(batch):
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                # The noise depends on seed, step, micro-batch and process only, so a resumed run draws the same.
-                torch.manual_seed(noise_seed(self.noise_seed, step, index, self.global_rank))
+                # The noise depends on seed, step and place of the micro-batch in the step only: a resumed run draws the
+                # same, and so do other numbers of processes.
+                torch.manual_seed(noise_seed(self.noise_seed, step, self.global_rank * len(batch) + index))
                 self._accumulate(micro, len(batch), facts)
-            if progress < self.optimiser.warmup:
-                update_statistics(self.model)
+            pooled.append(pooled_keys(self.model))
+        if progress < self.optimiser.warmup:
+            update_statistics(self.model, torch.cat(pooled, dim=1))  # once: all micro-batches see the same features
         weights = [p for group in descent.param_groups for p in group["params"]]
+        if isinstance(self.trainer.strategy, ShardedBackbone):  # DDP has averaged already
+            average_gradients([*weights, *self.multipliers.parameters()])
         norm = float(torch.nn.utils.clip_grad_norm_(weights, self.optimiser.clip_norm))
         if not math.isfinite(norm):
             raise FloatingPointError(
@@ -169,30 +146,39 @@ class ElasticModule(LightningModule):
 
     def _accumulate(self, batch: Batch, parts: int, facts: StepFacts) -> None:
         """Forward and backward of one micro-batch out of `parts`."""
+        dense = self._dense_answers(batch) if self.objective.needs_dense else None
         hidden = self.hidden_states(batch)
-        state, task = routing(self.model), batch["task_id"]
-        language = chunked_cross_entropy(hidden, self.model.get_output_embeddings(), batch["labels"], self.loss_chunk)
+        state, task, head = routing(self.model), batch["task_id"], self.model.get_output_embeddings()
         ratio = msr(state.route)
-        regulariser = sparsity_loss(ratio, task, self.intervals, self.multipliers)
-        loss = language + regulariser
-        if not bool(torch.isfinite(loss)):
+        verdict = self.objective.judge(RoutedPass(batch, hidden, ratio, dense, head, self.loss_chunk))
+        if not bool(torch.isfinite(verdict.loss)):
             raise FloatingPointError(
-                f"the loss is {loss.item()} (language {language.item()}, regulariser {regulariser.item()}) at step "
-                f"{self.global_step} on {_tasks([batch])}; lower optimiser.lr or look at that data"
+                f"the objective is {verdict.loss.item()} {verdict.facts} at step {self.global_step} on "
+                f"{_tasks([batch])}; lower optimiser.lr or look at that data"
             )
-        self.manual_backward(loss / parts)
-        facts.add("loss", language.item())
-        facts.add("regulariser", regulariser.item())
+        self.manual_backward(verdict.loss / parts)
+        for name, value in verdict.facts.items():
+            facts.add(name, value)
+        for name, values in verdict.per_task.items():
+            facts.add_per_task(name, task, values)
         if state.logits is not None:
             facts.add("router_entropy", entropy(state.logits).item())
         facts.add_per_task("msr", task, ratio)
         facts.add_per_task("esr", task, esr(state.route, state.lengths, self.elastic.sparse)[1])
 
+    @torch.no_grad()
+    def _dense_answers(self, batch: Batch) -> Tensor:
+        """Hidden states [P, E] of the dense pass at the labelled positions. Runs before the routed pass, whose routes
+        stay the last ones.
+        """
+        with override_routes(self.model, 0):
+            return labelled_positions(self.hidden_states(batch), batch["labels"])[0]
+
     def _log_step(self, facts: dict[str, float]) -> None:
         """Scalars over optimiser steps; `loss` and MSR also stand in the progress bar."""
         self.log("step", float(self.global_step))  # the logger's own count may run ahead in manual optimisation
         for name, value in facts.items():
-            self.log(f"train/{name}", value, prog_bar=name == "loss" or name.startswith("msr/"), batch_size=1)
+            self.log(f"train/{name}", value, prog_bar=name == "loss" or name.startswith(("msr/", "kl/")), batch_size=1)
 
     def _set_rates(self, *optimisers: torch.optim.Optimizer) -> None:
         """Learning rates of the step about to be taken; neither the first nor the last is 0."""
@@ -200,61 +186,6 @@ class ElasticModule(LightningModule):
         for optimiser, peak in zip(optimisers, (self.optimiser.lr, self.optimiser.multiplier_lr), strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = schedules.learning_rate(progress, peak, self.optimiser.warmup)
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Dense and elastic scores of one batch."""
-        self._evaluate(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Dense and elastic scores of one batch."""
-        self._evaluate(batch)
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """Per sample: task, tokens, MSR, teacher-forced scores and answer of the routed model, route [L][K]."""
-        answers, state = self._answers(batch), routing(self.model)
-        return [
-            {
-                "task": TASKS[int(batch["task_id"][n])],
-                "tokens": int(state.lengths[n]),
-                "msr": float(state.route[:, n].mean()),
-                **{name: float(value[n]) for name, value in answers.scores.items()},
-                "answer": self.tokenizer.decode(answers.predicted_P[answers.sample_P == n], skip_special_tokens=True),
-                "route": state.route[:, n].int().tolist(),
-            }
-            for n in range(len(batch["task_id"]))
-        ]
-
-    def _answers(self, batch: Batch) -> Answers:
-        hidden, head = self.hidden_states(batch), self.model.get_output_embeddings()
-        return score_answers(hidden, head, batch["labels"], batch["cu_seq_lens"], self.loss_chunk)
-
-    def _evaluate(self, batch: Batch) -> None:
-        values: dict[str, Tensor] = {}
-        for method, override in zip(METHODS, (0, None), strict=True):
-            with override_routes(self.model, override):
-                values |= {f"{method}_{name}": score for name, score in self._answers(batch).scores.items()}
-        state = routing(self.model)  # of the routed pass, which ran last
-        last, overall = esr(state.route, state.lengths, self.elastic.sparse)
-        values |= {"msr": msr(state.route), "esr_last": last, "esr_all": overall}
-        self.means.update(batch["task_id"], values)
-        self.route_share.update(batch["task_id"], state.route)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the means per task."""
-        self.log("step", float(self.global_step))
-        self._finish("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the means per task."""
-        self._finish("test")
-
-    def _finish(self, stage: str) -> None:
-        self.results, self.route_maps = self.means.compute(), self.route_share.compute()
-        self.means.reset()
-        self.route_share.reset()
-        for task, row in self.results.items():
-            for name in COLUMNS:
-                self.log(f"{stage}/{name}/{task}", row[name], rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep routers and multipliers only, and what a resumed run must agree on."""
@@ -273,6 +204,7 @@ class ElasticModule(LightningModule):
             "router": self.elastic.to_dict()["router"],
             "backbone": self.backbone,
             "sparse": self.elastic.to_dict()["sparse"],
+            "objective": self.objective.facts(),
             "seed": self.noise_seed or torch.initial_seed(),
         }
 
@@ -283,7 +215,7 @@ class ElasticModule(LightningModule):
             "steps": self.total_steps,
             "seed": self.noise_seed,
             "dtype": self.dtype_name,
-            "targets": dict(zip(TASKS, self.intervals, strict=True)),
+            "objective": self.objective.facts(),
             "optimiser": vars(self.optimiser),
             "temperature": vars(self.annealing),
         }

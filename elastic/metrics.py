@@ -11,14 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from elastic.objective import labelled_positions
-from elastic.packed import IGNORE
+from elastic.losses import labelled_positions, labelled_samples
 from elastic.tasks import TASKS
-
-METHODS = ("dense", "elastic")
-SCORES = ("loss", "accuracy", "exact")
-RATIOS = ("msr", "esr_last", "esr_all")
-COLUMNS = (*(f"{method}_{score}" for method in METHODS for score in SCORES), *RATIOS)
 
 
 @dataclass(frozen=True)
@@ -46,17 +40,12 @@ def score_answers(
         ValueError: a sample without a labelled token.
     """
     hidden_PE, target_P = labelled_positions(hidden_1SE, labels_1S)
-    position_P = (labels_1S[0, 1:] != IGNORE).nonzero()[:, 0] + 1
-    sample_P = torch.searchsorted(cu_seq_lens[1:].to(position_P.dtype), position_P, right=True)
+    sample_P, count = labelled_samples(labels_1S, cu_seq_lens)
     losses, picks = [], []
     for start in range(0, target_P.shape[0], chunk):
         logits, target = lm_head(hidden_PE[start : start + chunk]).float(), target_P[start : start + chunk]
         losses.append(F.cross_entropy(logits, target, reduction="none"))
         picks.append(logits.argmax(-1))
-    samples = cu_seq_lens.shape[0] - 1
-    count = torch.bincount(sample_P, minlength=samples).float()
-    if not bool((count > 0).all()):
-        raise ValueError("a sample has no labelled token; every sample needs an answer")
     predicted_P = torch.cat(picks)
     zeros = torch.zeros_like(count)
     loss = zeros.index_add(0, sample_P, torch.cat(losses))

@@ -1,17 +1,22 @@
-"""The training objective (spec section 5; paper eq. 8): language loss, task targets on MSR, and Lagrange multipliers.
+"""The two training objectives (spec section 5) and their Lagrange multipliers, which ascend while the routers descend.
 
-Legend: N samples, T task classes, S tokens, E hidden size, V vocabulary.
+`target` is the paper's (eq. 8): language loss, and a price on MSR outside the task's target. `quality` asks for the
+sparsest routes whose answers stay within a budget of divergence from the dense backbone.
+Legend: N samples, T task classes, S tokens, P labelled positions, E hidden size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from elastic.packed import IGNORE
+from elastic.losses import chunked_cross_entropy, chunked_divergence, labelled_positions, labelled_samples
+from elastic.packed import Batch
 from elastic.tasks import SENSITIVE, TASKS, task_index
+from elastic.training_config import ObjectiveConfig
 
 Interval = float | list[float] | tuple[float, float]
 
@@ -33,31 +38,51 @@ def target_intervals(targets: Mapping[str, Interval]) -> list[tuple[float, float
     return intervals
 
 
-class LagrangeMultipliers(nn.Module):
-    """l1 and l2 per task class: the price of an MSR outside its target. They ascend while the routers descend.
+class Multipliers(nn.Module):
+    """One price per task class under each name in `lowest`, all starting at 0.
 
     Args:
-        limit: bound on |l1| and l2, so that a target that cannot be met does not wind a multiplier up for ever.
+        limit: bound on every price, so that a constraint that cannot be met does not wind a multiplier up for ever.
+        lowest: name -> lowest allowed price in units of the limit, 0 or -1.
     """
 
-    def __init__(self, limit: float = 10.0) -> None:
+    def __init__(self, limit: float, lowest: dict[str, float]) -> None:
         super().__init__()
         if not limit > 0:
             raise ValueError(f"multiplier limit={limit} is not positive; 10 is usual")
-        self.limit = limit
-        self.l1 = nn.Parameter(torch.zeros(len(TASKS)))
-        self.l2 = nn.Parameter(torch.zeros(len(TASKS)))
+        self.limit, self.lowest = limit, lowest
+        for name in lowest:
+            self.register_parameter(name, nn.Parameter(torch.zeros(len(TASKS))))
 
     def by_task(self) -> dict[str, float]:
-        """`l1/<task>` and `l2/<task>` of every task class."""
-        rows = (("l1", self.l1.tolist()), ("l2", self.l2.tolist()))
+        """`<name>/<task>` of every multiplier and task class."""
+        rows = [(name, getattr(self, name).tolist()) for name in self.lowest]
         return {f"{name}/{task}": value for name, row in rows for task, value in zip(TASKS, row, strict=True)}
 
     @torch.no_grad()
     def project(self) -> None:
-        """Back into the allowed range: |l1| <= limit, 0 <= l2 <= limit. Call after every ascent step."""
-        self.l1.clamp_(-self.limit, self.limit)
-        self.l2.clamp_(0.0, self.limit)
+        """Back into the allowed range. Call after every ascent step."""
+        for name, lowest in self.lowest.items():
+            getattr(self, name).clamp_(lowest * self.limit, self.limit)
+
+
+class LagrangeMultipliers(Multipliers):
+    """l1 and l2 per task class, the price of an MSR outside its target: |l1| <= limit, 0 <= l2 <= limit."""
+
+    l1: Tensor
+    l2: Tensor
+
+    def __init__(self, limit: float = 10.0) -> None:
+        super().__init__(limit, {"l1": -1.0, "l2": 0.0})
+
+
+class BudgetMultipliers(Multipliers):
+    """l per task class, the price of a divergence over its budget: 0 <= l <= limit."""
+
+    l: Tensor  # noqa: E741 - the symbol of the equation
+
+    def __init__(self, limit: float = 10.0) -> None:
+        super().__init__(limit, {"l": 0.0})
 
 
 def signed_distance(msr_N: Tensor, task_N: Tensor, intervals: list[tuple[float, float]]) -> Tensor:
@@ -74,38 +99,143 @@ def sparsity_loss(
     Its gradient raises l1 where MSR is above its target and lowers it where below.
     """
     distance = signed_distance(msr_N, task_N, intervals)
-    price = multipliers.l1[task_N] * distance + multipliers.l2[task_N] * distance.square()
-    share = torch.bincount(task_N, minlength=len(TASKS)).to(price.dtype)
-    return (price / share[task_N]).sum() / (share > 0).sum()
+    price_T, present_T = mean_per_task(multipliers.l1[task_N] * distance + multipliers.l2[task_N] * distance**2, task_N)
+    return price_T.sum() / present_T.sum()
 
 
-def chunked_cross_entropy(hidden_1SE: Tensor, lm_head: nn.Module, labels_1S: Tensor, chunk: int) -> Tensor:
-    """Mean next-token cross-entropy over labelled tokens, `chunk` positions of logits [chunk, V] at a time.
+def quality_loss(
+    msr_N: Tensor,
+    divergence_N: Tensor,
+    task_N: Tensor,
+    budget_T: Tensor,
+    cost: float,
+    multipliers: BudgetMultipliers,
+) -> Tensor:
+    """cost (1 - MSR) + sum over the tasks present of l (KL - budget); MSR and KL averaged within tasks. Scalar.
 
-    Only positions that predict a labelled token reach the head, and their logits are recomputed in the backward pass:
-    no [S, V] tensor ever exists. Labels are aligned with the inputs and shifted here.
-
-    Raises:
-        ValueError: no labelled token, or a chunk below 1.
+    MSR is the mean over the tasks present, so that every task weighs the same however many samples it has. The
+    gradient raises l where the divergence exceeds its budget and lowers it where it does not.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk} is below 1; it counts positions, 1024 is usual")
-    hidden_PE, target_P = labelled_positions(hidden_1SE, labels_1S)
-    if not target_P.numel():
-        raise ValueError("the batch has no labelled token; every sample needs an answer")
-    total = hidden_PE.new_zeros((), dtype=torch.float32)
-    for start in range(0, target_P.shape[0], chunk):
-        part = slice(start, start + chunk)
-        total = total + checkpoint(_summed_loss, hidden_PE[part], target_P[part], lm_head, use_reentrant=False)
-    return total / target_P.shape[0]
+    msr_T, present_T = mean_per_task(msr_N, task_N)
+    divergence_T, _ = mean_per_task(divergence_N, task_N)
+    full = 1.0 - msr_T.sum() / present_T.sum()
+    return cost * full + (multipliers.l * (divergence_T - budget_T.to(divergence_T)) * present_T).sum()
 
 
-def labelled_positions(hidden_1SE: Tensor, labels_1S: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states [P, E] that predict a labelled token, and those tokens [P]."""
-    target = labels_1S[:, 1:]
-    chosen = target != IGNORE
-    return hidden_1SE[:, :-1][chosen], target[chosen]
+def mean_per_task(values_N: Tensor, task_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over each task's samples, [T] (0 where a task has none), and whether it has any, bool [T]."""
+    count_T = torch.bincount(task_N, minlength=len(TASKS))
+    total_T = values_N.new_zeros(len(TASKS)).index_add(0, task_N, values_N)
+    return total_T / count_T.clamp_min(1), count_T > 0
 
 
-def _summed_loss(hidden_PE: Tensor, target_P: Tensor, lm_head: nn.Module) -> Tensor:
-    return F.cross_entropy(lm_head(hidden_PE).float(), target_P, reduction="sum")
+@dataclass(frozen=True)
+class RoutedPass:
+    """What an objective judges: one forward pass of a packed batch in training.
+
+    Attributes:
+        batch: the packed row, labels included.
+        hidden_1SE: final hidden states of the routed model.
+        msr_N: MSR per sample, with the routes' gradient.
+        dense_PE: final hidden states of the dense model at the labelled positions; None unless the objective asked for
+            them (`needs_dense`).
+        lm_head: the output head.
+        chunk: positions whose logits exist at a time.
+    """
+
+    batch: Batch
+    hidden_1SE: Tensor
+    msr_N: Tensor
+    dense_PE: Tensor | None
+    lm_head: nn.Module
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """An objective's verdict on one pass.
+
+    Attributes:
+        loss: what the routers descend and the multipliers ascend.
+        facts: its parts by name, scalars without gradient.
+        per_task: values per sample to be reported by task, [N] each, without gradient.
+    """
+
+    loss: Tensor
+    facts: dict[str, float]
+    per_task: dict[str, Tensor]
+
+
+class TargetObjective:
+    """The paper's objective: language loss plus `sparsity_loss`.
+
+    Args:
+        targets: wanted MSR per task class, see `target_intervals`.
+        limit: bound on the multipliers.
+    """
+
+    needs_dense = False
+
+    def __init__(self, targets: Mapping[str, Interval], limit: float) -> None:
+        self.intervals = target_intervals(targets)
+        self.multipliers = LagrangeMultipliers(limit)
+
+    def judge(self, routed: RoutedPass) -> Judgement:
+        """Cross-entropy of the answers, and the price of MSR outside its targets."""
+        batch = routed.batch
+        language = chunked_cross_entropy(routed.hidden_1SE, routed.lm_head, batch["labels"], routed.chunk)
+        regulariser = sparsity_loss(routed.msr_N, batch["task_id"], self.intervals, self.multipliers)
+        facts = {"loss": language.item(), "regulariser": regulariser.item()}
+        return Judgement(language + regulariser, facts, {})
+
+    def facts(self) -> dict[str, Any]:
+        """Kind and targets."""
+        return {"kind": "target", "targets": dict(zip(TASKS, self.intervals, strict=True))}
+
+
+class QualityObjective:
+    """The sparsest routes within a budget of divergence from the dense backbone: `quality_loss`.
+
+    No labels are fitted: the dense pass of the same frozen backbone is the teacher, so nothing is fine-tuned through
+    the choice of heads. Full heads are kept only where they pay.
+
+    Args:
+        config: cost and budgets.
+        limit: bound on the multipliers.
+    """
+
+    needs_dense = True
+
+    def __init__(self, config: ObjectiveConfig, limit: float) -> None:
+        self.cost = config.cost
+        self.budgets = {task: float(config.budgets.get(task, config.budget)) for task in TASKS}
+        self.multipliers = BudgetMultipliers(limit)
+
+    def judge(self, routed: RoutedPass) -> Judgement:
+        """Share of full heads, and the price of divergence over budget; no cross-entropy is computed."""
+        if routed.dense_PE is None:
+            raise ValueError("objective quality needs the dense pass of the batch; needs_dense says so")
+        batch, task = routed.batch, routed.batch["task_id"]
+        hidden_PE, _ = labelled_positions(routed.hidden_1SE, batch["labels"])
+        sample_P, count_N = labelled_samples(batch["labels"], batch["cu_seq_lens"])
+        divergence_P = chunked_divergence(hidden_PE, routed.dense_PE, routed.lm_head, routed.chunk)
+        divergence_N = divergence_P.new_zeros(count_N.shape).index_add(0, sample_P, divergence_P) / count_N
+        budget_T = torch.tensor(list(self.budgets.values()))
+        loss = quality_loss(routed.msr_N, divergence_N, task, budget_T, self.cost, self.multipliers)
+        return Judgement(loss, {"loss": loss.item()}, {"kl": divergence_N.detach()})
+
+    def facts(self) -> dict[str, Any]:
+        """Kind, cost and budgets."""
+        return {"kind": "quality", "cost": self.cost, "budgets": self.budgets}
+
+
+Objective = TargetObjective | QualityObjective
+
+
+def build_objective(config: ObjectiveConfig, targets: Mapping[str, Interval], limit: float) -> Objective:
+    """The objective that a configuration names; targets are read by `target` only."""
+    kinds: dict[str, Callable[[], Objective]] = {
+        "target": lambda: TargetObjective(targets, limit),
+        "quality": lambda: QualityObjective(config, limit),
+    }
+    return kinds[config.kind]()

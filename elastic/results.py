@@ -44,17 +44,10 @@ class PredictionFile(Callback):
         say(f"predictions: {self.path}")
 
 
-def results_table(results: dict[str, dict[str, float]]) -> str:
-    """Per task: exact answers and loss of the dense and the routed model, MSR, ESR, samples."""
-    columns = {
-        "dense exact": "dense_exact",
-        "elastic exact": "elastic_exact",
-        "dense loss": "dense_loss",
-        "elastic loss": "elastic_loss",
-        "MSR": "msr",
-        "ESR last": "esr_last",
-        "ESR all": "esr_all",
-    }
+def results_table(results: dict[str, dict[str, float]], methods: list[str]) -> str:
+    """Per task: exact answers and loss of every method, MSR and ESR of the routers, samples."""
+    columns = {f"{method} {score}": f"{method}_{score}" for score in ("exact", "loss") for method in methods}
+    columns |= {"MSR": "msr", "ESR last": "esr_last", "ESR all": "esr_all"}
     rows = [[task, *(f"{row[key]:.3f}" for key in columns.values()), str(row["n"])] for task, row in results.items()]
     return table(["task", *columns, "samples"], rows)
 
@@ -64,15 +57,17 @@ def _report(trainer: Trainer, module: Any, split: str) -> None:
         return
     path = run_folder(trainer) / f"results_{split}.json"
     results = {
-        "protocol": "answers teacher-forced on packed rows; dense is the same backbone with every head on route 0",
+        "protocol": "answers teacher-forced on packed rows; every method runs the same backbone: dense with all heads "
+        "on route 0, streaming with all on route 1, random with heads drawn once, elastic as the routers decide",
         "split": split,
         "backbone": module.backbone,
         "elastic": module.elastic.to_dict(),
+        "methods": [method.name for method in module.methods],
         "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
         "tasks": module.results,
     }
     _write_json(path, results)
-    say(results_table(module.results))
+    say(results_table(module.results, [method.name for method in module.methods]))
     say(f"results: {path}")
 
 

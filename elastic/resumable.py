@@ -60,10 +60,10 @@ def check_checkpoint(checkpoint: dict[str, Any], mine: dict[str, Any], wanted: s
     if theirs is None:
         raise ValueError("this checkpoint was not written by `elastic fit`; pass the last.ckpt of a run")
     for key in mine if fitting else ALWAYS:
-        if theirs[key] != mine[key]:
+        if theirs.get(key) != mine[key]:
             raise ValueError(
-                f"the checkpoint was trained with {key} {theirs[key]}, this run has {mine[key]}; use the settings it "
-                "was trained with, or start a new run in another trainer.default_root_dir"
+                f"the checkpoint was trained with {key} {theirs.get(key)}, this run has {mine[key]}; use the "
+                "settings it was trained with, or start a new run in another trainer.default_root_dir"
             )
     found = set(checkpoint["state_dict"])
     if wanted != found:

@@ -62,13 +62,52 @@ class LayerState:
     pooled_NKD: Tensor | None
 
 
-class AttentionRouter(nn.Module):
+class Router(nn.Module):
+    """What the routers of all kinds share: pooled keys [N, K, D] in, logits [N, K, 2] out, and the last decision.
+
+    Attributes:
+        kv_heads: K.
+        last: the layer's last decision.
+    """
+
+    last: LayerState | None
+
+    def __init__(self, num_kv_heads: int) -> None:
+        super().__init__()
+        self.kv_heads, self.last = num_kv_heads, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out the last decision, which may hang on an autograd graph."""
+        return {**self.__dict__, "last": None}
+
+    def update_statistics(self, _pooled_NKD: Tensor) -> None:
+        """Gather statistics of the features, where this kind keeps any."""
+
+
+class StaticRouter(Router):
+    """One learned pattern for every input: two logits per KV head, no features.
+
+    Trained like `AttentionRouter` (same data, relaxation, objective), so that the two can be compared.
+
+    Args:
+        num_kv_heads: K.
+    """
+
+    def __init__(self, num_kv_heads: int) -> None:
+        super().__init__(num_kv_heads)
+        self.logits = nn.Parameter(torch.zeros(num_kv_heads, 2))
+
+    def forward(self, pooled_NKD: Tensor) -> Tensor:
+        """Logits [N, K, 2], the same for all samples."""
+        return self.logits.expand(pooled_NKD.shape[0], -1, -1)
+
+
+class AttentionRouter(Router):
     """Decides full or sparse attention per sample and KV head from the layer's own keys.
 
     Parameters are shared by the heads of the layer: 263,682 at D = 128. The last layer's weight starts at zero, so
-        every head starts
-    undecided. The running statistics (per KV head and channel) are gathered in training by `update_statistics`, saved
-    with the router and frozen afterwards; with `feature_norm="none"` they stay unused.
+    every head starts undecided. The running statistics (per KV head and channel) are gathered in training by
+    `update_statistics`, saved with the router and frozen afterwards; with `feature_norm="none"` they stay unused.
 
     Args:
         num_kv_heads: K.
@@ -79,12 +118,10 @@ class AttentionRouter(nn.Module):
     mean: Tensor
     var: Tensor
     count: Tensor
-    last: LayerState | None
 
     def __init__(self, num_kv_heads: int, head_dim: int, config: RouterConfig) -> None:
-        super().__init__()
+        super().__init__(num_kv_heads)
         self.config = config
-        self.last = None
         self.task = nn.Sequential(nn.Linear(head_dim, 4 * head_dim), nn.SiLU(), nn.Linear(4 * head_dim, head_dim))
         undecided = nn.Linear(head_dim, 2)
         nn.init.zeros_(undecided.weight)
@@ -99,10 +136,6 @@ class AttentionRouter(nn.Module):
         self.register_buffer("mean", torch.zeros(num_kv_heads, head_dim))
         self.register_buffer("var", torch.ones(num_kv_heads, head_dim))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave out the last decision, which may hang on an autograd graph."""
-        return {**self.__dict__, "last": None}
 
     def forward(self, pooled_NKD: Tensor) -> Tensor:
         """Logits [N, K, 2] (route 0 first) of pooled keys [N, K, D]; fp32 whatever the backbone's dtype."""
@@ -142,6 +175,13 @@ class AttentionRouter(nn.Module):
         self.mean.copy_(self.mean.double() + delta * added / total)
         self.var.copy_(var)
         self.count.copy_(total)
+
+
+def build_router(num_kv_heads: int, head_dim: int, config: RouterConfig) -> Router:
+    """A router of the configured kind."""
+    if config.kind == "static":
+        return StaticRouter(num_kv_heads)
+    return AttentionRouter(num_kv_heads, head_dim, config)
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic.attention import routed_attention
 from elastic.config import ElasticConfig
-from elastic.head_plan import Layout, batch_layout, packed_layout
+from elastic.head_plan import HeadPlan, Layout, batch_layout, packed_layout
 from elastic.relaxation import decide, sample_route
 from elastic.router import BoundarySlots, LayerState, weighted_sum
 
@@ -75,6 +76,27 @@ def route_of(cache: Any) -> RouteRecord:
     return record
 
 
+class Context:
+    """Which part of each row this process holds: all of it. `elastic.context_parallel` has the other kind.
+
+    Attributes:
+        size, rank: number of equal slices of a row, and which of them is here.
+    """
+
+    size = 1
+    rank = 0
+
+    def sum(self, part: Tensor) -> Tensor:
+        """Sum over the slices, with gradient."""
+        return part
+
+    def attend(
+        self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
+    ) -> Tensor:
+        """`routed_attention` of the whole row; takes and returns this slice's tokens."""
+        return routed_attention(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale)
+
+
 class Routing:
     """State shared by the hooks of one attached model.
 
@@ -82,6 +104,7 @@ class Routing:
         config: the model's configuration.
         override: routes given by `override_routes`, or None.
         temperature: of the Gumbel-softmax in training.
+        context: which part of the rows is here.
         lengths_N: tokens of the samples of the last forward pass.
     """
 
@@ -89,6 +112,7 @@ class Routing:
         self.config = config
         self.override: int | Tensor | None = None
         self.temperature = 1.0
+        self.context = Context()
         self.lengths_N: Tensor | None = None
 
     def lay_out(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +123,7 @@ class Routing:
         )
         if tokens is None:
             raise ValueError("the model was called without input_ids and inputs_embeds; pass one of them")
-        rows, queries = tokens.shape[:2]
+        rows, queries = tokens.shape[0], tokens.shape[1] * self.context.size
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -112,6 +136,11 @@ class Routing:
                     f"{'an' if mask is not None else 'no'} attention_mask; expected one row, no cache, no mask"
                 )
             layout = packed_layout(bounds, prompt_end, queries, tokens.device)
+        elif self.context.size > 1:
+            raise ValueError(
+                "a slice of a sequence came without cu_seq_lens; under context_parallel, pass packed rows by "
+                "elastic.context_parallel.shard"
+            )
         else:
             layout = batch_layout(rows, queries, past, tokens.device, mask, prompt_end)
         if prompt_end is not None:
@@ -142,13 +171,13 @@ def route_layer(attn: Any, hidden_BSE: Tensor, layout: Layout, cache: Any, routi
     decided = None if record is None else record.layers.get(attn.layer_idx)
     decoding = decided is not None and layout.past > 0 and layout.queries == 1
     if routing.override is not None:
-        route = _given(routing.override, attn.layer_idx, samples, router.mean)
+        route = _given(routing.override, attn.layer_idx, samples, router.kv_heads, hidden_BSE.device)
         if not decoding:
             router.last = LayerState(route, None, None)
     elif decided is not None and decoding:
         route = torch.zeros_like(decided) if routing.config.dense_decode else decided
     else:
-        pooled = _pooled_keys(attn, hidden_BSE, layout, routing.config.router.pool_tokens, record)
+        pooled = _pooled_keys(attn, hidden_BSE, layout, routing, record)
         logits = router(pooled)
         if router.training:
             route = sample_route(logits, routing.temperature)
@@ -169,18 +198,19 @@ def prerope_keys(attn: Any, hidden_E: Tensor) -> Tensor:
     return keys if norm is None else norm(keys)
 
 
-def _pooled_keys(attn: Any, hidden_BSE: Tensor, layout: Layout, pool_tokens: int, record: RouteRecord | None) -> Tensor:
+def _pooled_keys(attn: Any, hidden_BSE: Tensor, layout: Layout, routing: Routing, record: RouteRecord | None) -> Tensor:
     """Boundary pooling [N, K, D]. On a later turn the first P keys come from the record, the last P from the new
     tokens.
     """
+    pool_tokens, context, here = routing.config.router.pool_tokens, routing.context, hidden_BSE.shape[1]
     slots = BoundarySlots.of(layout.begin_N, layout.prompt_end_N, pool_tokens)
     new = slots.index_N2P >= layout.past
-    weight = slots.weight_N2P * new
-    hidden_N2PE = hidden_BSE[layout.row_N[:, None], (slots.index_N2P - layout.past).clamp_min(0)]
-    keys = prerope_keys(attn, hidden_N2PE)
-    first = weighted_sum(keys[:, :pool_tokens], weight[:, :pool_tokens])
-    last = weighted_sum(keys[:, pool_tokens:], weight[:, pool_tokens:])
-    count = weight.sum(1)
+    position = slots.index_N2P - layout.past - context.rank * here
+    weight = slots.weight_N2P * ((position >= 0) & (position < here))
+    keys = prerope_keys(attn, hidden_BSE[layout.row_N[:, None], position.clamp(0, here - 1)])
+    first = context.sum(weighted_sum(keys[:, :pool_tokens], weight[:, :pool_tokens]))
+    last = context.sum(weighted_sum(keys[:, pool_tokens:], weight[:, pool_tokens:]))
+    count = (slots.weight_N2P * new).sum(1)
     if record is not None:
         if layout.past:
             first = first + record.heads[attn.layer_idx]
@@ -207,13 +237,12 @@ def _record(cache: Any, layout: Layout, layer: int) -> RouteRecord | None:
     return record
 
 
-def _given(route: int | Tensor, layer: int, samples: int, like_KD: Tensor) -> Tensor:
-    """The override's route of one layer, [N, K]."""
-    kv_heads = like_KD.shape[0]
+def _given(route: int | Tensor, layer: int, samples: int, kv_heads: int, device: torch.device) -> Tensor:
+    """The override's route of one layer, fp32 [N, K]."""
     if isinstance(route, Tensor):
-        of_layer = route[layer].to(like_KD)
+        of_layer = route[layer].to(device, torch.float32)
         return of_layer.expand(samples, kv_heads) if of_layer.dim() == 1 else of_layer
-    return torch.full((samples, kv_heads), float(route), device=like_KD.device)
+    return torch.full((samples, kv_heads), float(route), device=device)
 
 
 def _prompt_end(spans: Tensor) -> Tensor:

@@ -3,8 +3,12 @@ paper's.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from elastic.tasks import task_index
+
+ObjectiveKind = Literal["target", "quality"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,38 @@ class TemperatureConfig:
             )
         if not 0 < self.reached <= 1:
             raise ValueError(f"temperature.reached={self.reached} is not in (0, 1]; it is a share of the steps")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the routers are trained for.
+
+    Attributes:
+        kind: `target` (the paper: a wanted MSR per task) or `quality` (the sparsest routes within a budget of
+            divergence from the dense backbone).
+        cost: quality: price of a pass with every head full.
+        budget: quality: KL(dense || routed) that answers may have, in nats per answer token.
+        budgets: quality: budget per task class, where it differs from `budget`.
+    """
+
+    kind: ObjectiveKind = "target"
+    cost: float = 1.0
+    budget: float = 0.02
+    budgets: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(ObjectiveKind):
+            raise ValueError(
+                f"objective.kind={self.kind!r} is not known; use one of {', '.join(get_args(ObjectiveKind))}"
+            )
+        if not _number("objective.cost", self.cost) > 0:
+            raise ValueError(f"objective.cost={self.cost} is not positive; 1.0 is usual")
+        for task, value in {"": self.budget, **self.budgets}.items():
+            name = f"objective.budgets[{task!r}]" if task else "objective.budget"
+            if task:
+                task_index(task)
+            if _number(name, value) < 0:
+                raise ValueError(f"{name}={value} is below 0; it counts nats per answer token, 0.02 is usual")
 
 
 def _number(name: str, value: Any) -> float:

@@ -13,6 +13,7 @@ from elastic.backbone import (
     elastic_config,
     is_attached,
     override_routes,
+    pooled_keys,
     route_of,
     routers,
     routing,
@@ -219,7 +220,7 @@ def test_only_routers_are_trainable_and_statistics_are_gathered():
     assert names and all(".self_attn.router." in name for name in names)
     before = routers(model)[1].count.clone()
     model(random_ids(3, 40))
-    update_statistics(model)
+    update_statistics(model, pooled_keys(model))
     assert before == 0 and routers(model)[1].count == 3
     pooled = routers(model)[1].last.pooled_NKD
     torch.testing.assert_close(routers(model)[1].mean, pooled.mean(0))
@@ -277,7 +278,7 @@ BAD_CALLS = {
         "router settings are fixed at attach",
     ),
     "no forward yet": (routing, RuntimeError, "no routes yet: run a forward pass"),
-    "statistics before forward": (update_statistics, RuntimeError, "no routes yet"),
+    "statistics before forward": (pooled_keys, RuntimeError, "no routes yet"),
     "temperature": (lambda m: set_temperature(m, 0.0), ValueError, "temperature=0.0 is not positive"),
     "override value": (override(2), ValueError, "route=2; expected 0, 1, a tensor"),
     "override shape": (override(torch.zeros(2, 2)), ValueError, r"shape \[2, 2\] do not fit; expected \[3, 2\]"),
@@ -389,3 +390,15 @@ def test_smollm2_with_full_heads_is_the_stock_model_and_only_routers_train():
         }
         detach(model)
         assert torch.equal(model(**inputs).logits, padded)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_autocast_all_heads_full_equal_the_stock_model(family):
+    model, ids = tiny_model(family), random_ids(2, 40)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        stock = model(ids).logits
+        attach(model, small_config())
+        with override_routes(model, 0):
+            assert torch.equal(model(ids).logits, stock)
+        with override_routes(model, 1):
+            assert not torch.equal(model(ids).logits, stock)

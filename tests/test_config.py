@@ -27,11 +27,12 @@ def sparse_configs(draw) -> SparseConfig:
     sparse_configs(),
     st.integers(1, 10_000),
     st.sampled_from(["running", "none"]),
+    st.sampled_from(["input", "static"]),
     st.floats(-50, 50),
     st.booleans(),
 )
-def test_any_valid_config_survives_the_round_trip(sparse, pool, norm, bias, dense_decode):
-    config = ElasticConfig(RouterConfig(pool, norm), sparse, bias, dense_decode)
+def test_any_valid_config_survives_the_round_trip(sparse, pool, norm, kind, bias, dense_decode):
+    config = ElasticConfig(RouterConfig(pool, norm, kind), sparse, bias, dense_decode)
     assert ElasticConfig.from_dict(config.to_dict()) == config
     assert hash(config) == hash(ElasticConfig.from_dict(config.to_dict()))
 

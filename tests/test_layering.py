@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic import config
+from elastic import config, training_config
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((*ROOT.glob("elastic/**/*.py"), *ROOT.glob("data_prep/**/*.py")))
@@ -20,9 +20,9 @@ LAYERS = {
     2: ("packed", "shards", "head_plan", "sparsity"),
     3: ("torch_attention", "attention", "routing"),
     4: ("backbone", "backbones", "plots"),
-    5: ("objective", "checkpoint", "report", "bench"),
-    6: ("inference", "data", "metrics", "resumable"),
-    7: ("lit_module", "callbacks", "results"),
+    5: ("losses", "objective", "checkpoint", "report", "bench"),
+    6: ("context_parallel", "distributed", "inference", "data", "methods", "metrics", "resumable"),
+    7: ("routed_module", "lit_module", "callbacks", "results"),
     8: ("cli", "commands", "training_cli", "__main__"),
 }
 LEVEL = {name: level for level, names in LAYERS.items() for name in names}
@@ -109,7 +109,10 @@ def test_every_setting_and_argument_is_read():
                 unused += [f"{path.relative_to(ROOT)}: {node.name}({name})" for name in unread_arguments(node)]
     fields = {
         f.name
-        for cls in (config.RouterConfig, config.SparseConfig, config.ElasticConfig)
+        for cls in (
+            *(config.RouterConfig, config.SparseConfig, config.ElasticConfig),
+            *(training_config.OptimiserConfig, training_config.TemperatureConfig, training_config.ObjectiveConfig),
+        )
         for f in dataclasses.fields(cls)
     }
     assert fields <= read

@@ -10,10 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from elastic import schedules
+from elastic.losses import chunked_cross_entropy, labelled_positions
 from elastic.objective import (
     LagrangeMultipliers,
-    chunked_cross_entropy,
-    labelled_positions,
     signed_distance,
     sparsity_loss,
     target_intervals,

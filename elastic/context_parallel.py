@@ -1,0 +1,160 @@
+"""Rows too long for one GPU: every process of a group holds a slice of the row, attention exchanges heads.
+
+Everything but attention works on a slice of the tokens. In attention, queries, keys and values are exchanged so that
+each process has its share of the KV heads over the whole row, runs `routed_attention` on them, and exchanges back: two
+all-to-all messages a layer. Routing adds two sums of pooled keys. All processes draw the same routes (seed them alike)
+and compute the same loss; the mean of their gradients is the gradient of one process.
+Legend: C processes, s = S / C tokens here, H query heads, K KV heads, D head dim, N samples, E hidden size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from elastic.attention import routed_attention
+from elastic.backbone import routers, set_context
+from elastic.head_plan import HeadPlan
+from elastic.losses import labelled_positions, summed_cross_entropy
+from elastic.packed import IGNORE, Batch
+from elastic.routing import Context
+
+
+class ContextGroup(Context):
+    """One slice of a row on each process of a group.
+
+    Args:
+        group: process group; default all processes.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError("context parallelism needs a process group; call torch.distributed.init_process_group")
+        self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
+
+    def sum(self, part: Tensor) -> Tensor:
+        """Sum over the processes, with gradient."""
+        return _Sum.apply(part, self.group)
+
+    def attend(
+        self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
+    ) -> Tensor:
+        """`routed_attention` on this process's KV heads over the whole row.
+
+        Args:
+            q_BHSD: [1, H, s, D]; k_BKSD, v_BKSD: [1, K, s, D]: this slice's tokens after RoPE.
+            route_NK: of all KV heads, equal on all processes.
+            plan: of all KV heads and the whole row.
+            scale: softmax scale.
+
+        Returns:
+            [1, s, H, D].
+        """
+        heads, kv_heads = q_BHSD.shape[1] // self.size, k_BKSD.shape[1] // self.size
+        mine = slice(self.rank * kv_heads, (self.rank + 1) * kv_heads)
+        parts = [x[0].unflatten(0, (self.size, -1)) for x in (q_BHSD, k_BKSD, v_BKSD)]  # [C, heads / C, s, D] each
+        exchanged = _Exchange.apply(torch.cat(parts, dim=1), self.group)  # first axis: whose tokens
+        whole = exchanged.transpose(0, 1).flatten(1, 2)[None]  # [1, (H + 2 K) / C, S, D]
+        q, k, v = whole.split([heads, kv_heads, kv_heads], dim=1)
+        plan = replace(plan, mode_NK=plan.mode_NK[:, mine].contiguous())
+        out = routed_attention(q, k, v, route_NK[:, mine], plan, scale)  # [1, S, H / C, D]
+        back = _Exchange.apply(out[0].unflatten(0, (self.size, -1)), self.group)  # first axis: whose heads
+        return back.transpose(0, 1).flatten(1, 2)[None]
+
+
+@contextmanager
+def context_parallel(model: Any, group: Any = None) -> Iterator[ContextGroup]:
+    """Inside, the decoder of an attached model takes slices of packed rows, as `shard` cuts them.
+
+    Raises:
+        RuntimeError: no process group.
+        ValueError: KV heads that the group's size does not divide.
+    """
+    context, kv_heads = ContextGroup(group), routers(model)[0].kv_heads
+    if kv_heads % context.size:
+        fitting = [size for size in range(1, kv_heads + 1) if kv_heads % size == 0]
+        raise ValueError(
+            f"{kv_heads} KV heads cannot be shared out over {context.size} processes; use a group of "
+            f"{' or '.join(map(str, fitting))}"
+        )
+    previous = set_context(model, context)
+    try:
+        yield context
+    finally:
+        set_context(model, previous)
+
+
+def shard(batch: Batch, context: Context) -> dict[str, Tensor]:
+    """What the decoder takes on this process: its slice of ids and positions, and the whole row's boundaries.
+
+    Raises:
+        ValueError: a row whose length the group's size does not divide.
+    """
+    length = batch["input_ids"].shape[1]
+    if length % context.size:
+        raise ValueError(
+            f"a row of {length} tokens cannot be cut into {context.size} equal slices; pack rows of a multiple of "
+            f"{context.size} tokens, without a shorter last one"
+        )
+    here = slice(context.rank * (length // context.size), (context.rank + 1) * (length // context.size))
+    return {
+        "input_ids": batch["input_ids"][:, here],
+        "position_ids": batch["position_ids"][:, here],
+        "cu_seq_lens": batch["cu_seq_lens"],
+        "prompt_spans": batch["prompt_spans"],
+    }
+
+
+def language_loss(hidden_1sE: Tensor, lm_head: nn.Module, labels_1S: Tensor, chunk: int, context: Context) -> Tensor:
+    """Mean next-token cross-entropy of the whole row, equal on all processes; `chunked_cross_entropy` of one process.
+
+    Args:
+        hidden_1sE: final hidden states of this slice.
+        labels_1S: of the whole row; a slice's last token predicts the first label of the next slice.
+
+    Raises:
+        ValueError: no labelled token in the whole row.
+    """
+    total = int((labels_1S[:, 1:] != IGNORE).sum())
+    if not total:
+        raise ValueError("the batch has no labelled token; every sample needs an answer")
+    here = hidden_1sE.shape[1]
+    labels = F.pad(labels_1S, (0, 1), value=IGNORE)[:, context.rank * here : (context.rank + 1) * here + 1]
+    hidden_PE, target_P = labelled_positions(F.pad(hidden_1sE, (0, 0, 0, 1)), labels)
+    return context.sum(summed_cross_entropy(hidden_PE, target_P, lm_head, chunk)) / total
+
+
+class _Exchange(torch.autograd.Function):
+    """Entry j of the first axis goes to process j; entry i of the result came from process i. Its own inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, sent: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        sent = sent.contiguous()
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return _Exchange.apply(grad_outputs[0], ctx.group), None
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over the processes, all of which use it: the gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = part.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(grad_outputs[0], ctx.group), None

@@ -1,0 +1,85 @@
+"""Training on several processes: what is replicated, what is sharded, which gradients are averaged (spec section 5).
+
+DDP replicates everything and averages gradients by itself. `ShardedBackbone` (FSDP2) shards the frozen decoder layers;
+routers and multipliers are a few MB and stay replicated, so that checkpoints are the same files under every strategy.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+
+from elastic.backbone import routers
+from elastic.checkpoint import is_trainable
+
+
+class ShardedBackbone(ModelParallelStrategy):
+    """FSDP2 over all processes: every process holds its share of each frozen decoder layer.
+
+    Embedding, final norm and output head stay whole on every process: they are used outside the decoder layers, and
+    their weights may be tied.
+
+    Args:
+        process_group_backend: `nccl` or `gloo`; default by device.
+    """
+
+    def __init__(self, process_group_backend: str | None = None) -> None:
+        super().__init__(tensor_parallel_size=1, process_group_backend=process_group_backend)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Optimiser states come from the ordinary checkpoint."""
+        return True
+
+    def setup_environment(self) -> None:
+        """One data-parallel group of all processes."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def setup(self, trainer: Any) -> None:
+        """As in DDP, all processes start from the first one's routers."""
+        super().setup(trainer)
+        for name, value in self.lightning_module_state_dict().items():
+            if is_trainable(name):
+                dist.broadcast(value, src=0)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Everything that training changes; the frozen shards are nobody's to save."""
+        state = Strategy.lightning_module_state_dict(self)
+        return {name: value for name, value in state.items() if is_trainable(name)}
+
+    # What is saved is replicated, so saving and loading are those of any other strategy.
+    optimizer_state = Strategy.optimizer_state
+    save_checkpoint = Strategy.save_checkpoint
+    load_checkpoint = Strategy.load_checkpoint
+    load_model_state_dict = Strategy.load_model_state_dict
+    load_optimizer_state_dict = Strategy.load_optimizer_state_dict
+
+
+def shard_backbone(model: Any, mesh: Any) -> None:
+    """Shard the decoder layers of an attached model over a one-dimensional device mesh, in place."""
+    from torch.distributed.fsdp import fully_shard
+
+    decoder = model.get_decoder()
+    whole = {parameter for router in routers(model) for parameter in router.parameters()}
+    for layer in decoder.layers:
+        fully_shard(layer, mesh=mesh, ignored_params=whole)
+    outside = {p for name, p in decoder.named_parameters() if not name.startswith("layers.")}
+    fully_shard(decoder, mesh=mesh, ignored_params=whole | outside)  # orders the layers' gathering
+
+
+@torch.no_grad()
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over the processes, in one message. A missing gradient counts as zero."""
+    gradients: list[Tensor] = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))

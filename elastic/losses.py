@@ -1,0 +1,100 @@
+"""Losses on answer tokens, a chunk of logits at a time, so that no [S, V] tensor ever exists (spec section 5).
+
+Only positions that predict a labelled token reach the output head, and the logits of a chunk are computed again in the
+backward pass. Labels are aligned with the inputs and shifted here.
+Legend: N samples, S tokens, P labelled positions, E hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from elastic.packed import IGNORE
+
+
+def chunked_cross_entropy(hidden_1SE: Tensor, lm_head: nn.Module, labels_1S: Tensor, chunk: int) -> Tensor:
+    """Mean next-token cross-entropy over labelled tokens, `chunk` positions of logits [chunk, V] at a time.
+
+    Raises:
+        ValueError: no labelled token, or a chunk below 1.
+    """
+    hidden_PE, target_P = labelled_positions(hidden_1SE, labels_1S)
+    if not target_P.numel():
+        raise ValueError("the batch has no labelled token; every sample needs an answer")
+    return summed_cross_entropy(hidden_PE, target_P, lm_head, chunk) / target_P.shape[0]
+
+
+def summed_cross_entropy(hidden_PE: Tensor, target_P: Tensor, lm_head: nn.Module, chunk: int) -> Tensor:
+    """Sum of the cross-entropy over positions, fp32; 0, with a gradient of 0, where there are none."""
+    total = hidden_PE.float().sum() * 0.0 if not target_P.numel() else hidden_PE.new_zeros((), dtype=torch.float32)
+    for part in _chunks(target_P.shape[0], chunk):
+        total = total + _recomputed(_summed_loss, hidden_PE[part], target_P[part], lm_head)
+    return total
+
+
+def chunked_divergence(routed_PE: Tensor, dense_PE: Tensor, lm_head: nn.Module, chunk: int) -> Tensor:
+    """KL(dense || routed) of the next-token distributions in nats, fp32 [P], `chunk` positions at a time.
+
+    Args:
+        routed_PE: final hidden states of the routed pass at the labelled positions.
+        dense_PE: those of the dense pass, the teacher; it gets no gradient.
+
+    Raises:
+        ValueError: hidden states of different shapes, or a chunk below 1.
+    """
+    if routed_PE.shape != dense_PE.shape:
+        raise ValueError(
+            f"routed hidden states {list(routed_PE.shape)} and dense ones {list(dense_PE.shape)} differ in shape; "
+            "both must hold the labelled positions of the same batch"
+        )
+    parts = [
+        _recomputed(_divergence, routed_PE[part], dense_PE[part].detach(), lm_head)
+        for part in _chunks(routed_PE.shape[0], chunk)
+    ]
+    return torch.cat(parts) if parts else routed_PE.new_zeros(0, dtype=torch.float32)
+
+
+def labelled_positions(hidden_1SE: Tensor, labels_1S: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states [P, E] that predict a labelled token, and those tokens [P]."""
+    target = labels_1S[:, 1:]
+    chosen = target != IGNORE
+    return hidden_1SE[:, :-1][chosen], target[chosen]
+
+
+def labelled_samples(labels_1S: Tensor, cu_seq_lens: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample of every labelled position of a packed row, int64 [P], and their number per sample, fp32 [N].
+
+    Raises:
+        ValueError: a sample without a labelled token.
+    """
+    position_P = (labels_1S[0, 1:] != IGNORE).nonzero()[:, 0] + 1
+    sample_P = torch.searchsorted(cu_seq_lens[1:].to(position_P.dtype), position_P, right=True)
+    count_N = torch.bincount(sample_P, minlength=cu_seq_lens.shape[0] - 1).float()
+    if not bool((count_N > 0).all()):
+        raise ValueError("a sample has no labelled token; every sample needs an answer")
+    return sample_P, count_N
+
+
+def _chunks(positions: int, chunk: int) -> Iterator[slice]:
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} is below 1; it counts positions, 1024 is usual")
+    return (slice(start, start + chunk) for start in range(0, positions, chunk))
+
+
+def _recomputed(function: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """The function's value; what it computes on the way is not kept but computed again in the backward pass."""
+    return checkpoint(function, *arguments, use_reentrant=False)
+
+
+def _summed_loss(hidden_PE: Tensor, target_P: Tensor, lm_head: nn.Module) -> Tensor:
+    return F.cross_entropy(lm_head(hidden_PE).float(), target_P, reduction="sum")
+
+
+def _divergence(routed_PE: Tensor, dense_PE: Tensor, lm_head: nn.Module) -> Tensor:
+    with torch.no_grad():
+        dense = F.log_softmax(lm_head(dense_PE).float(), dim=-1)
+    routed = F.log_softmax(lm_head(routed_PE).float(), dim=-1)
+    return F.kl_div(routed, dense, reduction="none", log_target=True).sum(-1)

@@ -1,0 +1,83 @@
+"""What an evaluation compares: the trained routers, the dense model, and baselines that need no training.
+
+Every method is a choice of routes on the same model, so all of them run through one code path.
+Legend: L layers, K KV heads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SCORES = ("loss", "accuracy", "exact")
+RATIOS = ("msr", "esr_last", "esr_all")
+DEFAULT_METHODS = ("dense", "elastic")
+_KNOWN = "dense, elastic, streaming, random:<msr> or random:<msr>:<seed>"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to choose routes.
+
+    Attributes:
+        name: `dense` (every head on route 0), `streaming` (every head on route 1), `elastic` (the routers decide), or
+            `random:<msr>[:<seed>]`: the same heads, drawn once, on route 1 for every input.
+        share: of heads on route 1; None where the routers decide.
+        seed: of the random heads.
+    """
+
+    name: str
+    share: float | None
+    seed: int = 0
+
+    def routes(self, layers: int, kv_heads: int) -> Tensor | None:
+        """Routes [L, K] for `override_routes`; None lets the routers decide."""
+        if self.share is None:
+            return None
+        heads = layers * kv_heads
+        order = torch.randperm(heads, generator=torch.Generator().manual_seed(self.seed))
+        route = torch.zeros(heads)
+        route[order[: round(self.share * heads)]] = 1.0
+        return route.view(layers, kv_heads)
+
+    @property
+    def ratios(self) -> dict[str, str]:
+        """Column names of MSR and ESR: plain for `elastic`, with the method's name for baselines, none for `dense`."""
+        if self.name == "dense":
+            return {}
+        return {ratio: ratio if self.name == "elastic" else f"{self.name}_{ratio}" for ratio in RATIOS}
+
+
+def parse_methods(names: list[str]) -> list[Method]:
+    """Methods by name.
+
+    Raises:
+        ValueError: an unknown name, a name given twice, or a list without `elastic`.
+    """
+    if len(set(names)) != len(names):
+        raise ValueError(f"methods={names} names a method twice; name each once")
+    if "elastic" not in names:
+        raise ValueError(f"methods={names} lacks elastic; the routers are what is evaluated, add it")
+    return [_parse(name) for name in names]
+
+
+def columns(methods: list[Method]) -> tuple[str, ...]:
+    """Names of everything measured per sample: `<method>_<score>`, then MSR and ESR."""
+    scores = [f"{method.name}_{score}" for method in methods for score in SCORES]
+    return (*scores, *(column for method in methods for column in method.ratios.values()))
+
+
+def _parse(name: str) -> Method:
+    fixed = {"dense": Method("dense", 0.0), "streaming": Method("streaming", 1.0), "elastic": Method("elastic", None)}
+    if name in fixed:
+        return fixed[name]
+    kind, *numbers = name.split(":")
+    try:
+        share, seed = float(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 0
+        if kind != "random" or len(numbers) > 2 or not 0 <= share <= 1 or seed < 0:
+            raise ValueError(name)
+    except (ValueError, IndexError):
+        raise ValueError(
+            f"method {name!r} is not known; use {_KNOWN}, with <msr> in [0, 1] and a whole <seed> of 0 or more"
+        ) from None
+    return Method(name, share, seed)

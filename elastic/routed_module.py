@@ -1,0 +1,150 @@
+"""A frozen backbone with routers as a LightningModule: how it is built, and how it is evaluated."""
+
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from elastic.backbone import attach, override_routes, routing
+from elastic.backbones import DTYPES, architecture, load_backbone
+from elastic.config import ElasticConfig
+from elastic.distributed import ShardedBackbone, shard_backbone
+from elastic.methods import columns, parse_methods
+from elastic.metrics import Answers, RouteShare, TaskMeans, score_answers
+from elastic.packed import Batch
+from elastic.resumable import check_data
+from elastic.sparsity import esr, msr
+from elastic.tasks import TASKS
+
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+class RoutedModule(LightningModule):
+    """Evaluates routers on packed data; `ElasticModule` adds their training.
+
+    Args:
+        backbone: `tiny`, `smollm2-135m`, a local folder or a hub id.
+        elastic: routers and sparse patterns.
+        dtype: of the backbone's weights; routers are always float32.
+        gguf_file: file name where the backbone's weights are in GGUF format.
+        loss_chunk: positions whose logits exist at a time.
+        methods: what evaluation compares, see `elastic.methods`.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        elastic: ElasticConfig,
+        dtype: str,
+        gguf_file: str | None,
+        loss_chunk: int,
+        methods: list[str],
+    ) -> None:
+        super().__init__()
+        if loss_chunk < 1:
+            raise ValueError(f"loss_chunk={loss_chunk} is below 1; it counts positions, 1024 is usual")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+        self.backbone, self.elastic, self.dtype_name, self.gguf_file = backbone, elastic, dtype, gguf_file
+        self.loss_chunk, self.methods = loss_chunk, parse_methods(methods)
+        self.model: Any = None
+        self.tokenizer: Any = None
+        self.results: dict[str, dict[str, float]] = {}
+        self.route_maps: dict[str, Tensor] = {}
+
+    def configure_model(self) -> None:
+        """Load the backbone and attach routers, once; refuse what cannot be trained before anything runs."""
+        if self.model is not None:
+            return
+        precision = "32-true" if self._trainer is None else str(self._trainer.precision)
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"trainer.precision={precision!r} would cast routers and multipliers; use {' or '.join(PRECISIONS)} "
+                "and set model.dtype for the backbone's weights"
+            )
+        model, self.tokenizer = load_backbone(self.backbone, dtype=self.dtype_name, gguf_file=self.gguf_file)
+        data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+        if getattr(data, "manifest", None) is not None:
+            check_data(data.manifest, model, self.tokenizer, self.backbone)
+        self.model = attach(model, self.elastic).train()  # routers sample in training mode only
+        self.shape = architecture(model)
+        if self.device_mesh is not None:
+            if not isinstance(self.trainer.strategy, ShardedBackbone):
+                raise ValueError(
+                    f"{type(self.trainer.strategy).__name__} does not know what is frozen; use "
+                    "elastic.distributed.ShardedBackbone (configs/strategy/fsdp.yaml)"
+                )
+            shard_backbone(self.model, self.device_mesh["data_parallel"])
+        self.columns = columns(self.methods)
+        self.means = TaskMeans(self.columns)
+        self.route_share = RouteShare(self.shape["num_layers"], self.shape["num_kv_heads"])
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Final hidden states [1, S, E] of a packed batch; the routes are then in `routing(self.model)`."""
+        return self.model.get_decoder()(
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            cu_seq_lens=batch["cu_seq_lens"],
+            prompt_spans=batch["prompt_spans"],
+            use_cache=False,
+        ).last_hidden_state
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Scores of every method on one batch."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Scores of every method on one batch."""
+        self._evaluate(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """Per sample: task, tokens, MSR, teacher-forced scores and answer of the routed model, route [L][K]."""
+        answers, state = self._answers(batch), routing(self.model)
+        return [
+            {
+                "task": TASKS[int(batch["task_id"][n])],
+                "tokens": int(state.lengths[n]),
+                "msr": float(state.route[:, n].mean()),
+                **{name: float(value[n]) for name, value in answers.scores.items()},
+                "answer": self.tokenizer.decode(answers.predicted_P[answers.sample_P == n], skip_special_tokens=True),
+                "route": state.route[:, n].int().tolist(),
+            }
+            for n in range(len(batch["task_id"]))
+        ]
+
+    def _answers(self, batch: Batch) -> Answers:
+        hidden, head = self.hidden_states(batch), self.model.get_output_embeddings()
+        return score_answers(hidden, head, batch["labels"], batch["cu_seq_lens"], self.loss_chunk)
+
+    @torch.no_grad()
+    def _evaluate(self, batch: Batch) -> None:
+        values: dict[str, Tensor] = {}
+        for method in self.methods:
+            with override_routes(self.model, method.routes(self.shape["num_layers"], self.shape["num_kv_heads"])):
+                scores = self._answers(batch).scores
+            state = routing(self.model)
+            last, overall = esr(state.route, state.lengths, self.elastic.sparse)
+            measured = {"msr": msr(state.route), "esr_last": last, "esr_all": overall}
+            values |= {f"{method.name}_{name}": score for name, score in scores.items()}
+            values |= {column: measured[ratio] for ratio, column in method.ratios.items()}
+            if method.name == "elastic":
+                self.route_share.update(batch["task_id"], state.route)
+        self.means.update(batch["task_id"], values)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means per task."""
+        self.log("step", float(self.global_step))
+        self._finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means per task."""
+        self._finish("test")
+
+    def _finish(self, stage: str) -> None:
+        self.results, self.route_maps = self.means.compute(), self.route_share.compute()
+        self.means.reset()
+        self.route_share.reset()
+        for task, row in self.results.items():
+            for name in self.columns:
+                self.log(f"{stage}/{name}/{task}", row[name], rank_zero_only=True)
