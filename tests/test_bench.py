@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
 from elastic import cli
-from elastic.bench import attention, contestants, records, tables
+from elastic.bench import attention, backward, contestants, race, records, tables
 from elastic.bench.cases import BLOCK, SINK, WINDOW, Case
 from elastic.bench.contestants import COMPETITORS, Contestant, block_lists, forward, split_lists
 from elastic.bench.pictures import attention_figure, speedups
@@ -112,7 +113,7 @@ def on_cpu(monkeypatch):
     lists.BlockSparseTensorsTorch = lambda *tensors, block_size: (*tensors, block_size)
     for module in (types.ModuleType("flash_attn"), package, lists):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(attention, "measure", lambda call, _budget: Timing(2.0, 3))
+    monkeypatch.setattr(race, "measure", lambda call, _budget: Timing(2.0, 3))
 
 
 @pytest.mark.parametrize(
@@ -128,12 +129,24 @@ def on_cpu(monkeypatch):
 def test_every_contestant_computes_the_same(on_cpu, monkeypatch, kind, who):
     """2944 tokens: beyond sink and window, and a limit at which a wrong block list shows."""
     case = Case(2944, **kind, **SHAPE, dtype="fp16")
-    monkeypatch.setattr(attention, "TOLERANCE", 5e-3)
-    found = attention.run_case(case, COMPETITORS, 400.0, 4096, "cpu")
+    monkeypatch.setattr(race, "TOLERANCE", 5e-3)
+    found = race.run_case(case, {"ours": attention.ours}, COMPETITORS, case.flops(), 400.0, 4096, "cpu")
     assert not [r["why"] for r in found if r["metric"] == records.LEFT_OUT]
     assert [r["who"] for r in found if r["metric"] == "time"] == who
     assert {r["value"] for r in found if r["metric"] == "eff"} == {case.flops() / 2e9}
     assert all(r["length"] == 2944 and r["repeats"] == 3 for r in found)
+
+
+def test_every_backward_contestant_computes_the_same(on_cpu, monkeypatch):
+    monkeypatch.setattr(backward, "compiled_flex", lambda: by_lists)
+    monkeypatch.setattr(race, "TOLERANCE", 5e-3)
+    ours = {"ours": partial(backward.ours, deterministic=True)}
+    flex = {"flex": backward.COMPETITORS["flex"]}
+    for kind in ({}, {"streaming": 1}, {"density": 0.5}):
+        case = Case(1280, **kind, **SHAPE, dtype="fp16")
+        found = race.run_case(case, ours, flex, 2.5 * case.flops(), 400.0, 4096, "cpu")
+        assert not [r["why"] for r in found if r["metric"] == records.LEFT_OUT]
+        assert {r["value"] for r in found if r["metric"] == "eff"} == {2.5 * case.flops() / 2e9}
 
 
 @pytest.mark.slow
@@ -142,7 +155,7 @@ def test_compiled_flex_attention_reads_our_lists():
     case = Case(640, density=0.25, **SHAPE)
     inputs = case.inputs("cpu")
     wide = inputs._replace(q=inputs.q.float(), k=inputs.k.float(), v=inputs.v.float())
-    out = COMPETITORS["flex"].build(case, wide)()
+    (out,) = COMPETITORS["flex"].build(case, wide)()
     torch.testing.assert_close(out, forward(wide)[0], rtol=1e-3, atol=1e-4)
 
 
@@ -151,13 +164,13 @@ def test_who_is_left_out_and_why(on_cpu):
         raise RuntimeError("out of\nmemory")
 
     everyone = {
-        "wrong": Contestant("", lambda _: True, lambda _, inputs: lambda: torch.zeros_like(forward(inputs)[0])),
-        "nan": Contestant("", lambda _: True, lambda _, inputs: lambda: forward(inputs)[0] * float("nan")),
+        "wrong": Contestant("", lambda _: True, lambda _, inputs: lambda: (torch.zeros_like(forward(inputs)[0]),)),
+        "nan": Contestant("", lambda _: True, lambda _, inputs: lambda: (forward(inputs)[0] * float("nan"),)),
         "broken": Contestant("", lambda _: True, breaks),
         "never": Contestant("", lambda _: False, breaks),
         "flex": COMPETITORS["flex"],
     }
-    found = attention.run_case(Case(256, **SHAPE), everyone, 400.0, 128, "cpu")
+    found = race.run_case(Case(256, **SHAPE), {"ours": attention.ours}, everyone, 1.0, 400.0, 128, "cpu")
     why = {r["who"]: r["why"] for r in found if r["metric"] == records.LEFT_OUT}
     assert why.pop("wrong").startswith("its output differs from ours by")
     assert why == {

@@ -1,7 +1,8 @@
 """Who runs a case: our kernel, and what one would run instead of it.
 
-A contestant turns a case and its inputs into a call that computes the output [1, S, H, D]; building it (block lists,
-compilation) is not timed. Legend: S tokens, H query heads, K KV heads, D head dim, M query and N key blocks of 128.
+A contestant turns a case and its inputs into a call that computes the output [1, S, H, D] (in the backward benchmark
+dq, dk, dv); building it (block lists, compilation, a forward pass) is not timed. Legend: S tokens, H query heads, K KV
+heads, D head dim, M query and N key blocks of 128.
 """
 
 import importlib.metadata
@@ -17,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from elastic.bench.cases import BLOCK, SINK, WINDOW, Case, Inputs
 from elastic.kernels import attention_forward
 
-Call = Callable[[], Tensor]
+Call = Callable[[], tuple[Tensor, ...]]
 FA4_PACKAGE = "flash-attn-4"
 
 
@@ -72,7 +73,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
 def _sdpa(backend: SDPBackend) -> Callable[[Case, Inputs], Call]:
     def build(_case: Case, inputs: Inputs) -> Call:
         q, k, v = _heads_first(inputs)
-        return lambda: _dense(q, k, v, backend).transpose(1, 2)
+        return lambda: (_dense(q, k, v, backend).transpose(1, 2),)
 
     return build
 
@@ -96,7 +97,7 @@ def compiled_flex() -> Callable[..., Tensor]:
 def _flex(case: Case, inputs: Inputs) -> Call:
     q, k, v = _heads_first(inputs)
     mask, flex = flex_mask(case.block_mask().to(q.device)), compiled_flex()
-    return lambda: flex(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+    return lambda: (flex(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2),)
 
 
 def _serial(case: Case, inputs: Inputs) -> Call:
@@ -108,11 +109,11 @@ def _serial(case: Case, inputs: Inputs) -> Call:
     cut = case.streaming * case.heads // case.kv_heads
     few, rest, few_kv, rest_kv = heads[:cut], heads[cut:], kv_heads[: case.streaming], kv_heads[case.streaming :]
 
-    def call() -> Tensor:
+    def call() -> tuple[Tensor, ...]:
         out = torch.empty_like(q)
         out[:, few] = flex(q[:, few], k[:, few_kv], v[:, few_kv], block_mask=mask, enable_gqa=True)
         out[:, rest] = _dense(q[:, rest], k[:, rest_kv], v[:, rest_kv], SDPBackend.CUDNN_ATTENTION)
-        return out.transpose(1, 2)
+        return (out.transpose(1, 2),)
 
     return call
 
@@ -128,9 +129,9 @@ def _fa4(case: Case, inputs: Inputs) -> Call:
         lists = split_lists(case.block_mask().to(inputs.q.device))
         sparse = BlockSparseTensorsTorch(*lists, block_size=(BLOCK, BLOCK))
 
-    def call() -> Tensor:
+    def call() -> tuple[Tensor, ...]:
         result = flash_attn_func(inputs.q, inputs.k, inputs.v, causal=True, block_sparse_tensors=sparse)
-        return result[0] if isinstance(result, tuple) else result
+        return result[:1] if isinstance(result, tuple) else (result,)
 
     return call
 

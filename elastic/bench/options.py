@@ -1,8 +1,10 @@
 """Options that the benchmarks share: which cases are timed, against whom, for how long, and where the records go."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import torch
 
 from elastic.bench.cases import DTYPES, Case
 from elastic.bench.contestants import Contestant
@@ -75,3 +77,21 @@ def chosen(args: argparse.Namespace, competitors: Mapping[str, Contestant]) -> t
             package = competitors[name].package
             raise ValueError(f"{name} needs {package}, which is not installed; run `pip install --pre {package}`")
     return {name: competitors[name] for name in competitors if name in args.contestants}, []
+
+
+def kernel_device(
+    args: argparse.Namespace, why_not: Callable[[torch.device, torch.dtype, int], str | None]
+) -> torch.device:
+    """The GPU that the kernels are timed on.
+
+    Raises:
+        ValueError: there is none that runs them, by `why_not`.
+    """
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    why = why_not(device, DTYPES[args.dtype], args.head_dim)
+    if why is not None:
+        raise ValueError(
+            f"timing the kernels needs an NVIDIA GPU that runs them: {why}; `elastic doctor` shows what this machine "
+            "can run, `elastic bench table DIR` shows the records of another one"
+        )
+    return device

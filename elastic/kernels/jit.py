@@ -27,7 +27,7 @@ _log = logging.getLogger("elastic.kernels")
 
 @dataclass(frozen=True)
 class Variant:
-    """One compiled file of `cuda_src`, its entry point (default: called like the file), target (sm_90a, ...), macros."""
+    """One compiled file of `cuda_src`, its entry point (default: like the file), target (sm_90a, ...) and macros."""
 
     file: str
     arch: str

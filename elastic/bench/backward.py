@@ -1,0 +1,113 @@
+"""`elastic bench backward`: dq, dk, dv of the fused kernels beside autograd of PyTorch's attention, in one run.
+
+TFLOP/s count 2.5 times the forward's operations: five matrix products where the forward has two.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from elastic.bench import records, tables
+from elastic.bench.cases import BLOCK, SINK, WINDOW, Case, Inputs
+from elastic.bench.contestants import Call, Contestant, compiled_flex, flex_mask, forward
+from elastic.bench.options import add_options, cases_of, chosen, kernel_device
+from elastic.bench.pictures import attention_figure
+from elastic.bench.race import disagreed, run_case
+from elastic.bench.records import Record
+from elastic.bench.timing import matmul_tflops
+from elastic.console import say
+from elastic.kernels import attention_backward, why_no_backward
+from elastic.plots import save_png
+
+SUMMARY = "the backward kernels beside autograd of SDPA and FlexAttention"
+FORWARDS = 2.5
+
+
+def upstream(inputs: Inputs) -> Tensor:
+    """Gradient of the output, N(0, 1), [1, S, H, D]."""
+    generator = torch.Generator(inputs.q.device).manual_seed(1)
+    return torch.randn(inputs.q.shape, generator=generator, device=inputs.q.device).to(inputs.q.dtype)
+
+
+def ours(inputs: Inputs, deterministic: bool) -> Call:
+    """Our operator."""
+    q, k, v, mode, bits = inputs
+    out, lse = forward(inputs)
+    grad = upstream(inputs)
+    return lambda: attention_backward(
+        grad, q, k, v, out, lse, mode, sink=SINK, window=WINDOW, granule="block", block=BLOCK, bits=bits,
+        deterministic=deterministic,
+    )  # fmt: skip
+
+
+def _autograd(inputs: Inputs, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Call:
+    """Autograd of a function of [1, heads, S, D] operands; the forward pass runs once, here."""
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    out, grad = attend(*(x.transpose(1, 2) for x in leaves)), upstream(inputs).transpose(1, 2)
+    return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+
+def _sdpa(backend: SDPBackend, _case: Case, inputs: Inputs) -> Call:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    return _autograd(inputs, attend)
+
+
+def _flex(case: Case, inputs: Inputs) -> Call:
+    mask, flex = flex_mask(case.block_mask().to(inputs.q.device)), compiled_flex()
+    return _autograd(inputs, lambda q, k, v: flex(q, k, v, block_mask=mask, enable_gqa=True))
+
+
+def _is_dense(case: Case) -> bool:
+    return case.msr == 0
+
+
+COMPETITORS = {
+    "cudnn": Contestant("PyTorch SDPA, cuDNN (dense)", _is_dense, partial(_sdpa, SDPBackend.CUDNN_ATTENTION)),
+    "flash2": Contestant(
+        "PyTorch SDPA, FlashAttention-2 (dense)", _is_dense, partial(_sdpa, SDPBackend.FLASH_ATTENTION)
+    ),
+    "flex": Contestant("compiled FlexAttention under the same block mask", lambda case: True, _flex, flex=True),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the benchmark."""
+    add_options(parser, COMPETITORS, "backward")
+
+
+def run(args: argparse.Namespace, command: str) -> int:
+    """Time every case, show the table, write `<out>/<tag>.json` and `.png`.
+
+    Returns:
+        0, or 1 where a contestant's gradients differ from ours.
+
+    Raises:
+        ValueError: options that do not fit, or no GPU that runs the kernels.
+    """
+    cases, (contestants, _) = cases_of(args), chosen(args, COMPETITORS)
+    device = kernel_device(args, why_no_backward)
+    stamp, path = records.stamp(command, args.commit, device), args.out / f"{args.tag}.json"
+    stamp["kernel"] = "attention_backward_sm90 (sm_90a)"
+    ceiling: Record = {"case": "matmul-8192", "who": "cublas", "metric": "eff", "value": matmul_tflops()}
+    found = [{**ceiling, "unit": "TFLOP/s", **stamp}]
+    kernels = {"ours": partial(ours, deterministic=False), "ours-deterministic": partial(ours, deterministic=True)}
+    for case in cases:
+        work = FORWARDS * case.flops()
+        timed = run_case(case, kernels, contestants, work, args.budget_ms, args.flex_max_length, str(device))
+        found += [{**record, **stamp} for record in timed]
+        records.save(path, found)
+        torch.cuda.empty_cache()
+    say(f"\n{tables.terminal(found)}\n")
+    written = [path]
+    if any(case.msr is not None for case in cases):
+        written.append(save_png(attention_figure(found), path.with_suffix(".png")))
+    say(f"Written: {', '.join(map(str, written))}")
+    return int(disagreed(found))

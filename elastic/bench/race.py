@@ -1,0 +1,100 @@
+"""One case, one contestant after the other: outputs are compared with ours first, then timed. A competitor that cannot
+run or disagrees is a record too, with the reason.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from elastic.bench.cases import Case, Inputs
+from elastic.bench.contestants import Call, Contestant
+from elastic.bench.records import LEFT_OUT, Record
+from elastic.bench.timing import measure
+from elastic.console import say
+
+TOLERANCE = 0.05  # of the largest value, at least of 1: N(0, 1) operands in bf16, a few roundings
+CHUNK = 16384  # tokens compared at a time
+DISAGREED = "its output differs from ours"
+
+
+def disagreed(found: list[Record]) -> bool:
+    """Whether a contestant's output differed from ours."""
+    return any(r["metric"] == LEFT_OUT and r["why"].startswith(DISAGREED) for r in found)
+
+
+def run_case(
+    case: Case,
+    ours: Mapping[str, Callable[[Inputs], Call]],
+    contestants: Mapping[str, Contestant],
+    work: float,
+    budget_ms: float,
+    flex_max_length: int,
+    device: str,
+) -> list[Record]:
+    """Records of our kernels (the first one is the reference) and of every contestant that takes the case: `time` in ms
+    and `eff` in TFLOP/s.
+
+    Args:
+        work: floating-point operations that the rate counts.
+    """
+    inputs = case.inputs(device)
+    calls = {name: build(inputs) for name, build in ours.items()}
+    reference = next(iter(calls.values()))()
+    found = [record for name, call in calls.items() for record in _timed(case, name, call, work, budget_ms)]
+    for name, contestant in contestants.items():
+        if not contestant.takes(case):
+            continue
+        if contestant.flex and case.length > flex_max_length:
+            found.append(_left_out(case, name, f"longer than --flex-max-length {flex_max_length}"))
+            continue
+        try:
+            found += _checked(case, name, contestant, inputs, reference, work, budget_ms)
+        except Exception as error:  # noqa: BLE001 - a competitor that cannot run is a result, stated in the table
+            reason = " ".join(str(error).split())[:200]
+            found.append(_left_out(case, name, f"{type(error).__name__}: {reason}"))
+    return found
+
+
+def _checked(
+    case: Case, name: str, contestant: Contestant, inputs: Inputs, reference: tuple[Tensor, ...], work: float,
+    budget_ms: float,
+) -> list[Record]:  # fmt: skip
+    call = contestant.build(case, inputs)
+    difference = largest_difference(call(), reference)
+    if not difference <= TOLERANCE:
+        return [_left_out(case, name, f"{DISAGREED} by {difference:.3g}, allowed is {TOLERANCE}")]
+    return _timed(case, name, call, work, budget_ms)
+
+
+def largest_difference(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> float:
+    """Largest difference of two results, tensors [1, S, heads, D], over the second one's largest value (at least 1);
+    infinite where either holds a NaN.
+    """
+    worst = 0.0
+    for one, other in zip(some, others, strict=True):
+        if one.shape != other.shape:
+            raise ValueError(f"outputs of shape {list(one.shape)} and {list(other.shape)} cannot be compared")
+        pieces = zip(one.split(CHUNK, dim=1), other.split(CHUNK, dim=1), strict=True)
+        largest = torch.stack([(a.float() - b.float()).abs().amax() for a, b in pieces]).amax()
+        found = (largest / other.abs().amax().float().clamp(min=1.0)).item()
+        worst = math.inf if math.isnan(found) else max(worst, found)
+    return worst
+
+
+def _timed(case: Case, who: str, call: Call, work: float, budget_ms: float) -> list[Record]:
+    timing = measure(call, budget_ms)
+    rate = work / timing.ms / 1e9
+    say(f"{case.name:24s} {who:7s} {timing.ms:10.4f} ms  {rate:6.1f} TFLOP/s  {timing.repeats} repeats")
+    shared = {"case": case.name, "who": who, "repeats": timing.repeats, **case.facts()}
+    return [
+        {**shared, "metric": "time", "value": timing.ms, "unit": "ms"},
+        {**shared, "metric": "eff", "value": rate, "unit": "TFLOP/s"},
+    ]
+
+
+def _left_out(case: Case, who: str, why: str) -> Record:
+    say(f"{case.name:24s} {who:7s} left out: {why}")
+    facts = {"case": case.name, "who": who, **case.facts()}
+    return {**facts, "metric": LEFT_OUT, "value": None, "unit": "", "why": why}
