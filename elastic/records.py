@@ -1,7 +1,7 @@
 """Raw records of a mixture (spec section 9) and how they are read: bad ones are counted, named and skipped."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ class Record:
         context: the long input; the prompt is the context, a blank line and the question.
         question: what is asked; may be empty where the context asks it already.
         answer: what the model should say.
-        source: where the record came from.
+        source: where the record came from: the name of a generator or data set, then a slash and an id if wanted.
     """
 
     task: str
@@ -47,6 +47,11 @@ class Record:
     def prompt(self) -> str:
         """What the user says."""
         return f"{self.context}\n\n{self.question}" if self.question else self.context
+
+    @property
+    def source_name(self) -> str:
+        """Generator or data set, without the id; `unknown` where the record does not say."""
+        return self.source.partition("/")[0] or "unknown"
 
     @classmethod
     def from_dict(cls, values: Any) -> "Record":
@@ -101,11 +106,14 @@ def read_records(path: str | Path, report: ReadReport | None = None) -> Iterator
         raise ValueError(f"{path} holds no usable record; {report}")
 
 
-def write_records(path: str | Path, records: list[Record]) -> None:
-    """Write JSON Lines in UTF-8, one record a line."""
+def write_records(path: str | Path, records: Iterable[Record]) -> int:
+    """Write JSON Lines in UTF-8, one record a line, as they come; returns their number."""
+    count = 0
     with open(path, "w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+            count += 1
+    return count
 
 
 def _rows_jsonl(path: Path, report: ReadReport) -> Iterator[tuple[str, Any]]:

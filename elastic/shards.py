@@ -15,7 +15,7 @@ from typing import Any
 from elastic.packed import PackedRow
 from elastic.tasks import TASKS
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation", "test")
 MANIFEST = "manifest.json"
 
@@ -60,16 +60,25 @@ class DataWriter:
         file = self.scratch / split / f"{corpus}.arrow"
         file.parent.mkdir(exist_ok=True)
         tasks: Counter[str] = Counter()
+        sources: Counter[str] = Counter()
         tokens = samples = count = 0
         writer = ArrowWriter(path=str(file), features=_features())
         for row in rows:
             writer.write(dict(row))
             tasks.update(TASKS[i] for i in row["task_id"])
+            sources.update(row["source"])
             count, tokens, samples = count + 1, tokens + len(row["input_ids"]), samples + len(row["task_id"])
         writer.finalize()
         if not count:
             raise ValueError(f"corpus {corpus!r} of split {split!r} has no rows; build more records for it")
-        entry = {"rows": count, "samples": samples, "tokens": tokens, "tasks": dict(tasks), "sha256": _sha256(file)}
+        entry = {
+            "rows": count,
+            "samples": samples,
+            "tokens": tokens,
+            "tasks": dict(tasks),
+            "sources": dict(sources),
+            "sha256": _sha256(file),
+        }
         self.manifest["splits"].setdefault(split, {})[corpus] = entry
         return entry
 
@@ -131,6 +140,11 @@ def open_corpus(data_dir: str | Path, split: str, corpus: str) -> Any:
     return Dataset.from_file(str(Path(data_dir) / split / f"{corpus}.arrow"))
 
 
+def sources_of(manifest: dict[str, Any], split: str) -> tuple[str, ...]:
+    """Names of the generators and data sets whose records a split holds, in alphabetical order."""
+    return tuple(sorted({name for entry in manifest["splits"][split].values() for name in entry["sources"]}))
+
+
 def tokenizer_hash(tokenizer: Any) -> str:
     """sha256 of vocabulary and chat template: what decides how records become tokens."""
     text = json.dumps([sorted(tokenizer.get_vocab().items()), str(tokenizer.chat_template)])
@@ -147,7 +161,8 @@ def _features() -> Any:
             "labels": ids,
             "cu_seq_lens": ids,
             "prompt_spans": List(ids),
-            "task_id": List(Value("int32")),
+            "task_id": ids,
+            "source": List(Value("string")),
         }
     )
 
