@@ -51,10 +51,13 @@ def generate(
     measure: Measure = word_count,
     text: Path | None = None,
     code: Path | None = None,
+    shortest: int | None = None,
 ) -> Iterator[Record]:
-    """`count` records of one generator with contexts of about `length` / 2 to `length`; deterministic.
+    """`count` records of one generator with contexts of about `shortest` to `length`; deterministic.
 
     Args:
+        seed: records of other seeds, splits and generators are other draws.
+        shortest: shortest context; default half of the longest.
         length: longest context, in words, or in tokens where `measure` is `draw.token_count(tokenizer)`.
         text, code: folders of documents and of source files to use instead of what Python itself carries.
 
@@ -63,12 +66,15 @@ def generate(
         FileNotFoundError: folders without text for this split.
     """
     generators_of("", [name])
-    if length < SHORTEST:
-        raise ValueError(f"contexts of {length} words are too short for the text generators; use {SHORTEST} or more")
+    shortest = length // 2 if shortest is None else shortest
+    if length < SHORTEST or not 32 <= shortest <= length:
+        raise ValueError(
+            f"contexts of {shortest} to {length} words are too short for the text generators; use {SHORTEST} or more"
+        )
     task, make = GENERATORS[name]
     rng = random.Random(f"{name}/{split}/{seed}")
     for i in range(count):
-        parts = make(Draw(rng, split, rng.randint(length // 2, length), measure, text, code))
+        parts = make(Draw(rng, split, rng.randint(shortest, length), measure, text, code))
         yield Record(task, *parts, source=f"{name}/{split}/{i}")
 
 

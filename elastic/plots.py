@@ -78,6 +78,30 @@ def curves_figure(panels: Mapping[str, Mapping[str, Curve]], xlabel: str = "step
     return figure
 
 
+def bars_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Any:
+    """Grouped bars, one panel above the other: {panel title: {bar label: {group: height}}}; a matplotlib `Figure`.
+
+    Raises:
+        ValueError: no panel, or one without bars.
+    """
+    if not panels or not all(panels.values()):
+        raise ValueError("no bars to draw; expected {title: {label: {group: height}}}")
+    groups = {title: list(dict.fromkeys(g for bars in lines.values() for g in bars)) for title, lines in panels.items()}
+    figure = _figure(max(6.0, 1.2 + 0.75 * max(map(len, groups.values()))), 2.7 * len(panels))
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        width = 0.8 / len(lines)
+        for place, (label, bars) in enumerate(lines.items()):
+            x = [groups[title].index(group) + (place + 0.5) * width - 0.4 for group in bars]
+            axis.bar(x, list(bars.values()), width=width, label=label)
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks(range(len(groups[title])), groups[title], fontsize=7, rotation=25, ha="right")
+        axis.tick_params(axis="y", labelsize=8)
+        if len(lines) > 1:
+            axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
 def save_png(figure: Any, path: str | Path, dpi: int = 110) -> Path:
     """Write a figure as PNG; the folder is made if needed.
 

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,32 +54,13 @@ class DataWriter:
         Raises:
             ValueError: an unknown split, or no rows.
         """
-        from datasets.arrow_writer import ArrowWriter
-
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
         file = self.scratch / split / f"{corpus}.arrow"
         file.parent.mkdir(exist_ok=True)
-        tasks: Counter[str] = Counter()
-        sources: Counter[str] = Counter()
-        tokens = samples = count = 0
-        writer = ArrowWriter(path=str(file), features=_features())
-        for row in rows:
-            writer.write(dict(row))
-            tasks.update(TASKS[i] for i in row["task_id"])
-            sources.update(row["source"])
-            count, tokens, samples = count + 1, tokens + len(row["input_ids"]), samples + len(row["task_id"])
-        writer.finalize()
-        if not count:
+        entry = write_shard(file, rows)
+        if not entry["rows"]:
             raise ValueError(f"corpus {corpus!r} of split {split!r} has no rows; build more records for it")
-        entry = {
-            "rows": count,
-            "samples": samples,
-            "tokens": tokens,
-            "tasks": dict(tasks),
-            "sources": dict(sources),
-            "sha256": _sha256(file),
-        }
         self.manifest["splits"].setdefault(split, {})[corpus] = entry
         return entry
 
@@ -90,6 +72,37 @@ class DataWriter:
         if self.out.exists():
             shutil.rmtree(self.out)
         self.scratch.rename(self.out)
+
+
+def write_shard(file: Path, rows: Iterable[PackedRow]) -> dict[str, Any]:
+    """Write one shard; returns its entry in a manifest: counts, samples per task and source, the token histogram per
+    task (`lengths`: samples of at most 2^k tokens and more than half of that) and the checksum.
+    """
+    from datasets.arrow_writer import ArrowWriter
+
+    tasks: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
+    lengths: dict[str, Counter[int]] = {}
+    tokens = samples = count = 0
+    writer = ArrowWriter(path=str(file), features=_features())
+    for row in rows:
+        writer.write(dict(row))
+        names = [TASKS[i] for i in row["task_id"]]
+        tasks.update(names)
+        sources.update(row["source"])
+        for name, (start, stop) in zip(names, pairwise(row["cu_seq_lens"]), strict=True):
+            lengths.setdefault(name, Counter())[1 << (stop - start - 1).bit_length()] += 1
+        count, tokens, samples = count + 1, tokens + len(row["input_ids"]), samples + len(names)
+    writer.finalize()
+    return {
+        "rows": count,
+        "samples": samples,
+        "tokens": tokens,
+        "tasks": dict(tasks),
+        "sources": dict(sources),
+        "lengths": {name: {str(k): found[k] for k in sorted(found)} for name, found in lengths.items()},
+        "sha256": _sha256(file),
+    }
 
 
 def read_manifest(data_dir: str | Path) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def test_records_that_do_not_fit_are_counted_and_named(tokenizer, tmp_path):
         ({"tasks": []}, r"has no task \(none asked for\)"),
         ({"per_task": 0}, "per_task=0 and held_out=8: a mixture needs at least one record of each task"),
         ({"held_out": 0}, "held_out=0: a mixture needs at least one record"),
-        ({"words": 20}, "contexts of 20 words are too short for the text generators; use 64 or more"),
+        ({"words": 20}, "contexts of 10 to 20 words are too short for the text generators; use 64 or more"),
         ({"words": 20, "language": "tiny"}, "contexts of 20 words are too short for the tiny language; use "),
     ],
 )

@@ -212,7 +212,7 @@ def test_a_task_takes_its_generators_in_turn():
         list(generate_task("poetry", "train", 1, 100, 0))
     with pytest.raises(ValueError, match="no generator sudoku; known are needle_single"):
         made("sudoku")
-    with pytest.raises(ValueError, match="contexts of 20 words are too short"):
+    with pytest.raises(ValueError, match="contexts of 10 to 20 words are too short"):
         made("summary", length=20)
 
 
