@@ -55,8 +55,9 @@ def route_figure(route_LK: Tensor, title: str = "") -> Any:
     return share_figure({"KV head": route_LK.float()}, title)
 
 
-def curves_figure(panels: Mapping[str, Mapping[str, Curve]], xlabel: str = "step") -> Any:
-    """Line plots side by side: {panel title: {line label: [(x, y), ...]}}; a matplotlib `Figure`.
+def curves_figure(panels: Mapping[str, Mapping[str, Curve]], xlabel: str = "step", marker: str = "") -> Any:
+    """Line plots side by side: {panel title: {line label: [(x, y), ...]}}; a matplotlib `Figure`. `marker` is
+    matplotlib's, for curves of few points.
 
     Raises:
         ValueError: no panel.
@@ -68,7 +69,7 @@ def curves_figure(panels: Mapping[str, Mapping[str, Curve]], xlabel: str = "step
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for label, points in lines.items():
             x, y = zip(*points, strict=True) if points else ((), ())
-            axis.plot(x, y, label=label, linewidth=1.4)
+            axis.plot(x, y, label=label, linewidth=1.4, marker=marker)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(xlabel, fontsize=9)
         axis.tick_params(labelsize=8)

@@ -23,7 +23,7 @@ LAYERS = {
     5: ("objective", "checkpoint", "report"),
     6: ("inference", "data", "metrics", "resumable"),
     7: ("lit_module", "callbacks", "results"),
-    8: ("cli", "commands", "training_cli"),
+    8: ("cli", "commands", "training_cli", "evaluation"),
 }
 LEVEL = {name: level for level, names in LAYERS.items() for name in names}
 MAX_LINES, MAX_FUNCTION = 300, 60
