@@ -141,5 +141,6 @@ PROTOCOL = {
     "module",
     "attention_mask",
     "dropout",
+    "disable_tqdm",
     "checkpoint",
 }
