@@ -4,7 +4,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep import generators, tiny_language
+from data_prep.draw import token_count, word_count
 from elastic.records import Record, write_records
 from elastic.shards import SPLITS
+from elastic.tasks import TASKS
 
 RECIPE = "mixture.json"
-LANGUAGES: dict[str, tuple[Sequence[str], Callable[[str, str, int, int, int], list[Record]]]] = {
-    "text": (tuple(generators.GENERATORS), generators.generate),
+LANGUAGES: dict[str, tuple[Sequence[str], Callable[[str, str, int, int, int], Iterable[Record]]]] = {
+    "text": (TASKS, generators.generate_task),
     "tiny": (tiny_language.TASKS, tiny_language.build_records),
 }
 
@@ -31,6 +33,9 @@ def build_mixture(
     held_out: int | None = None,
     tasks: Sequence[str] | None = None,
     tokenizer: Any = None,
+    chosen: Sequence[str] | None = None,
+    text: Path | None = None,
+    code: Path | None = None,
 ) -> dict[str, dict[str, int]]:
     """Write the records and their recipe, `mixture.json`; returns counts by split and task.
 
@@ -46,37 +51,53 @@ def build_mixture(
         held_out: validation and test records per task; default a quarter of `per_task`, at least 8.
         tasks: task classes; default all that the language has.
         tokenizer: counts context lengths in its tokens (the tiny language has one token a word anyway).
+        chosen: generators of the language `text`; default all. The tasks are then those that they make.
+        text, code: folders of the user's documents and source files, instead of what Python itself carries.
 
     Raises:
-        ValueError: an unknown language, a task that it lacks, counts below 1, or a folder that holds something else.
+        ValueError: an unknown language or generator, a task that is lacking, counts below 1, or a folder that holds
+            something else.
+        FileNotFoundError: `text` or `code` without files for every split.
     """
-    if language not in LANGUAGES:
-        raise ValueError(f"unknown language {language!r}; expected one of {', '.join(LANGUAGES)}")
-    known, make = LANGUAGES[language]
-    tasks = tuple(known if tasks is None else tasks)
-    lacking = [task for task in tasks if task not in known]
-    if lacking or not tasks:
-        raise ValueError(
-            f"language {language!r} has no task {', '.join(lacking) or '(none asked for)'}; it has {', '.join(known)}"
-        )
+    tasks = _tasks(language, tasks, chosen)
     held_out = max(8, per_task // 4) if held_out is None else held_out
     if per_task < 1 or held_out < 1:
         raise ValueError(
             f"per_task={per_task} and held_out={held_out}: a mixture needs at least one record of each task"
         )
-    if tokenizer is not None and language == "text":
-        make = partial(generators.generate, measure=generators.token_count(tokenizer))
     unit = "words" if tokenizer is None else "tokens"
-    recipe = {"language": language, "seed": seed, "longest_context": words, "unit": unit}
+    recipe: dict[str, Any] = {"language": language, "seed": seed, "longest_context": words, "unit": unit}
+    _, make = LANGUAGES[language]
+    if language == "text":
+        measure = word_count if tokenizer is None else token_count(tokenizer)
+        make = partial(generators.generate_task, chosen=chosen, measure=measure, text=text, code=code)
+        recipe["generators"] = [name for task in tasks for name in generators.generators_of(task, chosen)]
+    elif (chosen, text, code) != (None, None, None):
+        raise ValueError(f"generators and folders of text or code belong to language 'text', not {language!r}")
 
-    def records(task: str, split: str) -> list[Record]:
+    def records(task: str, split: str) -> Iterable[Record]:
         return make(task, split, per_task if split == "train" else held_out, words, seed)
 
     return _write(Path(out), tasks, records, recipe)
 
 
+def _tasks(language: str, tasks: Sequence[str] | None, chosen: Sequence[str] | None) -> Sequence[str]:
+    """The task classes asked for, or those that the chosen generators make, checked."""
+    if language not in LANGUAGES:
+        raise ValueError(f"unknown language {language!r}; expected one of {', '.join(LANGUAGES)}")
+    known, _ = LANGUAGES[language]
+    if tasks is None:
+        tasks = known if chosen is None else [task for task in known if generators.generators_of(task, chosen)]
+    lacking = [task for task in tasks if task not in known]
+    if lacking or not tasks:
+        raise ValueError(
+            f"language {language!r} has no task {', '.join(lacking) or '(none asked for)'}; it has {', '.join(known)}"
+        )
+    return tasks
+
+
 def _write(
-    out: Path, tasks: Sequence[str], make: Callable[[str, str], list[Record]], recipe: dict[str, Any]
+    out: Path, tasks: Sequence[str], make: Callable[[str, str], Iterable[Record]], recipe: dict[str, Any]
 ) -> dict[str, dict[str, int]]:
     """Write all files into a scratch folder and rename it; returns counts by split and task."""
     if out.exists() and not (out / RECIPE).is_file() and (not out.is_dir() or any(out.iterdir())):
@@ -88,9 +109,8 @@ def _write(
         for split in SPLITS:
             (scratch / split).mkdir(parents=True)
             for task in tasks:
-                records = make(task, split)
-                write_records(scratch / split / f"{task}.jsonl", records)
-                counts.setdefault(split, {})[task] = len(records)
+                count = write_records(scratch / split / f"{task}.jsonl", make(task, split))
+                counts.setdefault(split, {})[task] = count
                 bar.update()
     (scratch / RECIPE).write_text(json.dumps({**recipe, "records": counts}, indent=1) + "\n", encoding="utf-8")
     if out.exists():
@@ -110,13 +130,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--language", choices=sorted(LANGUAGES), default="text", help="default: text")
     parser.add_argument("--held-out", type=int, help="validation and test records per task (default a quarter)")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="task classes (default: all of the language)")
+    parser.add_argument(
+        "--generators",
+        nargs="+",
+        metavar="NAME",
+        help=f"default: all that make the tasks, of {', '.join(generators.GENERATORS)}",
+    )
+    parser.add_argument("--text", type=Path, metavar="DIR", help="folder of .txt, .md or .rst files to draw prose from")
+    parser.add_argument("--code", type=Path, metavar="DIR", help="source tree to draw code from")
     args = parser.parse_args(argv)
     from elastic.backbones import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(args.backbone) if args.backbone else None
         counts = build_mixture(
-            args.out, args.per_task, args.words, args.seed, args.language, args.held_out, args.tasks, tokenizer
+            args.out,
+            args.per_task,
+            args.words,
+            args.seed,
+            args.language,
+            args.held_out,
+            args.tasks,
+            tokenizer,
+            args.generators,
+            args.text,
+            args.code,
         )
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -15,6 +15,7 @@ TRAINING = {
 }
 COMMANDS = {
     "generate": "answer prompts with a routed model and show its routes",
+    "eval": "compare dense, streaming, static, random and trained routing on RULER",
     "demo": "the whole path on this machine: train, compare with dense, save, load, answer",
     "bench": "time the kernels on this GPU beside their competitors",
     "doctor": "what this machine can run, with a self-check",

@@ -77,35 +77,44 @@ class StepFacts:
 
 
 class TaskMeans(Metric):
-    """Means per task class of any number of named columns, over all processes."""
+    """Means per group of any number of named columns, over all processes. Groups are the task classes, or those given
+    in `names`: for results by source, the sources of the data's manifest (`shards.sources_of`).
+    """
 
     total: Tensor
+    square: Tensor
     count: Tensor
 
-    def __init__(self, columns: tuple[str, ...]) -> None:
+    def __init__(self, columns: tuple[str, ...], names: tuple[str, ...] = TASKS) -> None:
         super().__init__()
-        self.columns = columns
-        zeros = torch.zeros(len(TASKS), len(columns), dtype=torch.float64)
+        self.columns, self.names = columns, names
+        zeros = torch.zeros(len(names), len(columns), dtype=torch.float64)
         self.add_state("total", zeros, dist_reduce_fx="sum")
+        self.add_state("square", zeros.clone(), dist_reduce_fx="sum")
         self.add_state("count", zeros[:, 0].clone(), dist_reduce_fx="sum")
 
-    def update(self, task_N: Tensor, values: dict[str, Tensor]) -> None:
-        """Add samples: one value [N] per column."""
+    def update(self, group_N: Tensor, values: dict[str, Tensor]) -> None:
+        """Add samples: the place of each one's group among the names, and one value [N] per column."""
         stacked = torch.stack([values[name].to(self.total.device).double() for name in self.columns], dim=1)
-        task_N = task_N.to(self.total.device)
-        self.total.index_add_(0, task_N, stacked)
-        self.count.index_add_(0, task_N, torch.ones_like(stacked[:, 0]))
+        group_N = group_N.to(self.total.device)
+        self.total.index_add_(0, group_N, stacked)
+        self.square.index_add_(0, group_N, stacked.square())
+        self.count.index_add_(0, group_N, torch.ones_like(stacked[:, 0]))
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """{task: {column: mean, "n": samples}} of the tasks that occurred."""
-        present = [i for i in range(len(TASKS)) if self.count[i] > 0]
-        return {
-            TASKS[i]: {
-                **dict(zip(self.columns, (self.total[i] / self.count[i]).tolist(), strict=True)),
-                "n": int(self.count[i]),
-            }
-            for i in present
-        }
+        """{group: {column: mean, f"{column}_95": half width of its 95 % interval, "n": samples}} of the groups that
+        occurred; the intervals are 1.96 standard errors.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for i, name in enumerate(self.names):
+            n = int(self.count[i])
+            if n:
+                mean = self.total[i] / n
+                half = 1.96 * ((self.square[i] / n - mean.square()).clamp(min=0.0) / max(1, n - 1)).sqrt()
+                widths = [f"{column}_95" for column in self.columns]
+                found[name] = dict(zip((*self.columns, *widths), [*mean.tolist(), *half.tolist()], strict=True))
+                found[name]["n"] = n
+        return found
 
 
 class RouteShare(Metric):

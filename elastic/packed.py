@@ -19,11 +19,14 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Sample:
-    """One tokenised record: the first `prompt_length` tokens are the prompt, the rest is the answer."""
+    """One tokenised record: the first `prompt_length` tokens are the prompt, the rest is the answer. `source` names the
+    generator or data set, so that results can be told apart by it.
+    """
 
     input_ids: list[int]
     prompt_length: int
     task_id: int
+    source: str = "unknown"
 
     def __post_init__(self) -> None:
         if not 0 < self.prompt_length < len(self.input_ids):
@@ -41,10 +44,13 @@ class PackedRow(TypedDict):
     cu_seq_lens: list[int]
     prompt_spans: list[list[int]]
     task_id: list[int]
+    source: list[str]
 
 
 class Batch(TypedDict):
-    """Ids, labels and positions: int64 [1, S]; cu_seq_lens: int32 [N + 1]; prompt_spans: int64 [N, 2]; task_id: [N]."""
+    """Ids, labels and positions: int64 [1, S]; cu_seq_lens: int32 [N + 1]; prompt_spans: int64 [N, 2]; task_id: [N];
+    source: N names.
+    """
 
     input_ids: Tensor
     labels: Tensor
@@ -52,6 +58,7 @@ class Batch(TypedDict):
     cu_seq_lens: Tensor
     prompt_spans: Tensor
     task_id: Tensor
+    source: list[str]
 
 
 def tokenise(record: Record, tokenizer: Any) -> Sample:
@@ -67,7 +74,7 @@ def tokenise(record: Record, tokenizer: Any) -> Sample:
         )
     prompt = encode_prompt([{"role": "user", "content": record.prompt}], tokenizer)
     answer = tokenizer(record.answer, add_special_tokens=False)["input_ids"]
-    return Sample([*prompt, *answer, tokenizer.eos_token_id], len(prompt), task_index(record.task))
+    return Sample([*prompt, *answer, tokenizer.eos_token_id], len(prompt), task_index(record.task), record.source_name)
 
 
 def encode_prompt(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
@@ -114,7 +121,7 @@ def _pack_buffer(samples: list[Sample], seq_length: int) -> Iterator[PackedRow]:
 
 
 def _row(samples: list[Sample]) -> PackedRow:
-    row = PackedRow(input_ids=[], labels=[], cu_seq_lens=[0], prompt_spans=[], task_id=[])
+    row = PackedRow(input_ids=[], labels=[], cu_seq_lens=[0], prompt_spans=[], task_id=[], source=[])
     for sample in samples:
         start = len(row["input_ids"])
         row["input_ids"] += sample.input_ids
@@ -122,6 +129,7 @@ def _row(samples: list[Sample]) -> PackedRow:
         row["cu_seq_lens"].append(len(row["input_ids"]))
         row["prompt_spans"].append([start, start + sample.prompt_length])
         row["task_id"].append(sample.task_id)
+        row["source"].append(sample.source)
     return row
 
 
@@ -150,4 +158,5 @@ def collate(rows: list[PackedRow]) -> Batch:
         cu_seq_lens=torch.tensor(bounds, dtype=torch.int32),
         prompt_spans=torch.tensor(spans, dtype=torch.int64),
         task_id=joined("task_id"),
+        source=[name for row in rows for name in row["source"]],
     )

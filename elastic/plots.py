@@ -67,6 +67,7 @@ class Panel:
     xscale: str = "linear"
     yscale: str = "linear"
     xticks: Mapping[float, str] | None = None
+    marker: str = ""
 
 
 def panels_figure(rows: Sequence[Sequence[Panel]]) -> Any:
@@ -93,7 +94,7 @@ def panels_figure(rows: Sequence[Sequence[Panel]]) -> Any:
 def _draw(axis: Any, panel: Panel, labels: Sequence[str]) -> None:
     for label, points in panel.lines.items():
         x, y = zip(*points, strict=True) if points else ((), ())
-        marker = "o" if panel.xticks else None  # few points at named places
+        marker = panel.marker or ("o" if panel.xticks else None)  # few points at named places
         axis.plot(x, y, label=label, color=f"C{labels.index(label) % 10}", linewidth=1.4, marker=marker, markersize=3)
     axis.set_title(panel.title, fontsize=10)
     axis.set_xlabel(panel.xlabel, fontsize=9)
@@ -109,13 +110,38 @@ def _draw(axis: Any, panel: Panel, labels: Sequence[str]) -> None:
         axis.legend(fontsize=7, frameon=False)
 
 
-def curves_figure(panels: Mapping[str, Mapping[str, Curve]], xlabel: str = "step") -> Any:
-    """Line plots side by side: {panel title: {line label: [(x, y), ...]}}; a matplotlib `Figure`.
+def curves_figure(panels: Mapping[str, Mapping[str, Curve]], xlabel: str = "step", marker: str = "") -> Any:
+    """Line plots side by side: {panel title: {line label: [(x, y), ...]}}; a matplotlib `Figure`. `marker` is
+    matplotlib's, for curves of few points.
 
     Raises:
         ValueError: no panel.
     """
-    return panels_figure([[Panel(title, lines, xlabel) for title, lines in panels.items()]])
+    return panels_figure([[Panel(title, lines, xlabel, marker=marker) for title, lines in panels.items()]])
+
+
+def bars_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Any:
+    """Grouped bars, one panel above the other: {panel title: {bar label: {group: height}}}; a matplotlib `Figure`.
+
+    Raises:
+        ValueError: no panel, or one without bars.
+    """
+    if not panels or not all(panels.values()):
+        raise ValueError("no bars to draw; expected {title: {label: {group: height}}}")
+    groups = {title: list(dict.fromkeys(g for bars in lines.values() for g in bars)) for title, lines in panels.items()}
+    figure = _figure(max(6.0, 1.2 + 0.75 * max(map(len, groups.values()))), 2.7 * len(panels))
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        width = 0.8 / len(lines)
+        for place, (label, bars) in enumerate(lines.items()):
+            x = [groups[title].index(group) + (place + 0.5) * width - 0.4 for group in bars]
+            axis.bar(x, list(bars.values()), width=width, label=label)
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks(range(len(groups[title])), groups[title], fontsize=7, rotation=25, ha="right")
+        axis.tick_params(axis="y", labelsize=8)
+        if len(lines) > 1:
+            axis.legend(fontsize=7, frameon=False)
+    return figure
 
 
 def save_png(figure: Any, path: str | Path, dpi: int = 110) -> Path:

@@ -1,7 +1,7 @@
 """Raw records of a mixture (spec section 9) and how they are read: bad ones are counted, named and skipped."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ class Record:
         context: the long input; the prompt is the context, a blank line and the question.
         question: what is asked; may be empty where the context asks it already.
         answer: what the model should say.
-        source: where the record came from.
+        source: where the record came from: the name of a generator or data set, then a slash and an id if wanted.
     """
 
     task: str
@@ -48,6 +48,11 @@ class Record:
         """What the user says."""
         return f"{self.context}\n\n{self.question}" if self.question else self.context
 
+    @property
+    def source_name(self) -> str:
+        """Generator or data set, without the id; `unknown` where the record does not say."""
+        return self.source.partition("/")[0] or "unknown"
+
     @classmethod
     def from_dict(cls, values: Any) -> "Record":
         """Check and build; keys that no field has are refused, so that nothing a user wrote is lost."""
@@ -76,8 +81,15 @@ class ReadReport:
         return f"{self.good} records read, {len(self.bad)} skipped{shown}{more}"
 
 
-def read_records(path: str | Path, report: ReadReport | None = None) -> Iterator[Record]:
+def read_records(
+    path: str | Path, report: ReadReport | None = None, every: int = 1, first: int = 0
+) -> Iterator[Record]:
     """Records of a `.jsonl` or `.parquet` file, in order; bad ones go to `report` and are skipped.
+
+    Args:
+        path: the file.
+        report: what was met.
+        every, first: take only each `every`-th line or row, from the place `first` (from 0) on.
 
     Raises:
         FileNotFoundError: no such file.
@@ -89,7 +101,8 @@ def read_records(path: str | Path, report: ReadReport | None = None) -> Iterator
     if path.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"{path} has the ending {path.suffix!r}; expected .jsonl or .parquet")
     before = report.good
-    for where, values in _rows_jsonl(path, report) if path.suffix == ".jsonl" else _rows_parquet(path):
+    reader = _rows_jsonl(path, report, every, first) if path.suffix == ".jsonl" else _rows_parquet(path, every, first)
+    for where, values in reader:
         try:
             record = Record.from_dict(values)
         except ValueError as error:
@@ -101,18 +114,21 @@ def read_records(path: str | Path, report: ReadReport | None = None) -> Iterator
         raise ValueError(f"{path} holds no usable record; {report}")
 
 
-def write_records(path: str | Path, records: list[Record]) -> None:
-    """Write JSON Lines in UTF-8, one record a line."""
+def write_records(path: str | Path, records: Iterable[Record]) -> int:
+    """Write JSON Lines in UTF-8, one record a line, as they come; returns their number."""
+    count = 0
     with open(path, "w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+            count += 1
+    return count
 
 
-def _rows_jsonl(path: Path, report: ReadReport) -> Iterator[tuple[str, Any]]:
+def _rows_jsonl(path: Path, report: ReadReport, every: int, first: int) -> Iterator[tuple[str, Any]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
-            if not line.strip():
+            if (number - 1) % every != first or not line.strip():
                 continue
             try:
                 yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
@@ -124,7 +140,7 @@ def _rows_jsonl(path: Path, report: ReadReport) -> Iterator[tuple[str, Any]]:
                 report.bad.append(f"{where}: nested too deeply for a record")
 
 
-def _rows_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _rows_parquet(path: Path, every: int, first: int) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -133,6 +149,7 @@ def _rows_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path}: row {number}", row
+                if (number - 1) % every == first:
+                    yield f"{path}: row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read as parquet ({error}); write or fetch it again") from error

@@ -44,12 +44,12 @@ class PredictionFile(Callback):
         say(f"predictions: {self.path}")
 
 
-def results_table(results: dict[str, dict[str, float]], methods: list[str]) -> str:
-    """Per task: exact answers and loss of every method, MSR and ESR of the routers, samples."""
+def results_table(results: dict[str, dict[str, float]], methods: list[str], group: str = "task") -> str:
+    """Per task or source: exact answers and loss of every method, MSR and ESR of the routers, samples."""
     columns = {f"{method} {score}": f"{method}_{score}" for score in ("exact", "loss") for method in methods}
     columns |= {"MSR": "msr", "ESR last": "esr_last", "ESR all": "esr_all"}
     rows = [[task, *(f"{row[key]:.3f}" for key in columns.values()), str(row["n"])] for task, row in results.items()]
-    return table(["task", *columns, "samples"], rows)
+    return table([group, *columns, "samples"], rows)
 
 
 def _report(trainer: Trainer, module: Any, split: str) -> None:
@@ -65,9 +65,13 @@ def _report(trainer: Trainer, module: Any, split: str) -> None:
         "methods": [method.name for method in module.methods],
         "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
         "tasks": module.results,
+        "sources": module.source_results,
     }
     _write_json(path, results)
-    say(results_table(module.results, [method.name for method in module.methods]))
+    methods = [method.name for method in module.methods]
+    say(results_table(module.results, methods))
+    if module.source_results:
+        say("\n" + results_table(module.source_results, methods, "source"))
     say(f"results: {path}")
 
 

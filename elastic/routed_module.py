@@ -14,6 +14,7 @@ from elastic.methods import columns, parse_methods
 from elastic.metrics import Answers, RouteShare, TaskMeans, score_answers
 from elastic.packed import Batch
 from elastic.resumable import check_data
+from elastic.shards import sources_of
 from elastic.sparsity import esr, msr
 from elastic.tasks import TASKS
 
@@ -51,6 +52,7 @@ class RoutedModule(LightningModule):
         self.model: Any = None
         self.tokenizer: Any = None
         self.results: dict[str, dict[str, float]] = {}
+        self.source_results: dict[str, dict[str, float]] = {}
         self.route_maps: dict[str, Tensor] = {}
 
     def configure_model(self) -> None:
@@ -78,6 +80,9 @@ class RoutedModule(LightningModule):
             shard_backbone(self.model, self.device_mesh["data_parallel"])
         self.columns = columns(self.methods)
         self.means = TaskMeans(self.columns)
+        manifest = getattr(data, "manifest", None) or {"splits": {}}
+        sources = {name for split in manifest["splits"] for name in sources_of(manifest, split)}
+        self.source_means = TaskMeans(self.columns, tuple(sorted(sources)))
         self.route_share = RouteShare(self.shape["num_layers"], self.shape["num_kv_heads"])
 
     def hidden_states(self, batch: Batch) -> Tensor:
@@ -131,6 +136,9 @@ class RoutedModule(LightningModule):
             if method.name == "elastic":
                 self.route_share.update(batch["task_id"], state.route)
         self.means.update(batch["task_id"], values)
+        if self.source_means.names:
+            places = [self.source_means.names.index(name) for name in batch["source"]]
+            self.source_means.update(torch.tensor(places), values)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means per task."""
@@ -143,7 +151,9 @@ class RoutedModule(LightningModule):
 
     def _finish(self, stage: str) -> None:
         self.results, self.route_maps = self.means.compute(), self.route_share.compute()
+        self.source_results = self.source_means.compute()
         self.means.reset()
+        self.source_means.reset()
         self.route_share.reset()
         for task, row in self.results.items():
             for name in self.columns:

@@ -9,13 +9,14 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from elastic.packed import PackedRow
 from elastic.tasks import TASKS
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation", "test")
 MANIFEST = "manifest.json"
 
@@ -53,23 +54,13 @@ class DataWriter:
         Raises:
             ValueError: an unknown split, or no rows.
         """
-        from datasets.arrow_writer import ArrowWriter
-
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
         file = self.scratch / split / f"{corpus}.arrow"
         file.parent.mkdir(exist_ok=True)
-        tasks: Counter[str] = Counter()
-        tokens = samples = count = 0
-        writer = ArrowWriter(path=str(file), features=_features())
-        for row in rows:
-            writer.write(dict(row))
-            tasks.update(TASKS[i] for i in row["task_id"])
-            count, tokens, samples = count + 1, tokens + len(row["input_ids"]), samples + len(row["task_id"])
-        writer.finalize()
-        if not count:
+        entry = write_shard(file, rows)
+        if not entry["rows"]:
             raise ValueError(f"corpus {corpus!r} of split {split!r} has no rows; build more records for it")
-        entry = {"rows": count, "samples": samples, "tokens": tokens, "tasks": dict(tasks), "sha256": _sha256(file)}
         self.manifest["splits"].setdefault(split, {})[corpus] = entry
         return entry
 
@@ -81,6 +72,37 @@ class DataWriter:
         if self.out.exists():
             shutil.rmtree(self.out)
         self.scratch.rename(self.out)
+
+
+def write_shard(file: Path, rows: Iterable[PackedRow]) -> dict[str, Any]:
+    """Write one shard; returns its entry in a manifest: counts, samples per task and source, the token histogram per
+    task (`lengths`: samples of at most 2^k tokens and more than half of that) and the checksum.
+    """
+    from datasets.arrow_writer import ArrowWriter
+
+    tasks: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
+    lengths: dict[str, Counter[int]] = {}
+    tokens = samples = count = 0
+    writer = ArrowWriter(path=str(file), features=_features())
+    for row in rows:
+        writer.write(dict(row))
+        names = [TASKS[i] for i in row["task_id"]]
+        tasks.update(names)
+        sources.update(row["source"])
+        for name, (start, stop) in zip(names, pairwise(row["cu_seq_lens"]), strict=True):
+            lengths.setdefault(name, Counter())[1 << (stop - start - 1).bit_length()] += 1
+        count, tokens, samples = count + 1, tokens + len(row["input_ids"]), samples + len(names)
+    writer.finalize()
+    return {
+        "rows": count,
+        "samples": samples,
+        "tokens": tokens,
+        "tasks": dict(tasks),
+        "sources": dict(sources),
+        "lengths": {name: {str(k): found[k] for k in sorted(found)} for name, found in lengths.items()},
+        "sha256": _sha256(file),
+    }
 
 
 def read_manifest(data_dir: str | Path) -> dict[str, Any]:
@@ -131,6 +153,11 @@ def open_corpus(data_dir: str | Path, split: str, corpus: str) -> Any:
     return Dataset.from_file(str(Path(data_dir) / split / f"{corpus}.arrow"))
 
 
+def sources_of(manifest: dict[str, Any], split: str) -> tuple[str, ...]:
+    """Names of the generators and data sets whose records a split holds, in alphabetical order."""
+    return tuple(sorted({name for entry in manifest["splits"][split].values() for name in entry["sources"]}))
+
+
 def tokenizer_hash(tokenizer: Any) -> str:
     """sha256 of vocabulary and chat template: what decides how records become tokens."""
     text = json.dumps([sorted(tokenizer.get_vocab().items()), str(tokenizer.chat_template)])
@@ -147,7 +174,8 @@ def _features() -> Any:
             "labels": ids,
             "cu_seq_lens": ids,
             "prompt_spans": List(ids),
-            "task_id": List(Value("int32")),
+            "task_id": ids,
+            "source": List(Value("string")),
         }
     )
 

@@ -9,7 +9,7 @@ from elastic.cli import TRAINING
 from tests.training import ROOT, build_data
 
 CONFIGS = ROOT / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("mixture", "eval"))  # tested elsewhere
 IDS = [str(path.relative_to(CONFIGS)) for path in FILES]
 
 

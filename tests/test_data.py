@@ -12,7 +12,7 @@ from lightning import LightningModule, Trainer
 from data_prep.tiny_language import build_tokenizer
 from elastic.data import MixtureDataModule, MixtureSampler, ResumableLoader
 from elastic.packed import Sample, pack
-from elastic.shards import SPLITS, DataWriter, open_corpus, read_manifest, tokenizer_hash, verify
+from elastic.shards import SPLITS, DataWriter, open_corpus, read_manifest, sources_of, tokenizer_hash, verify
 
 CORPORA = {"single_qa": 12, "code": 20}  # rows of each in training
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "data").glob("*.yaml"))
@@ -25,7 +25,7 @@ def write_data(out, corpora=CORPORA, splits=SPLITS):
         for split in splits:
             first = 0
             for task_id, (name, count) in enumerate(corpora.items()):
-                rows = [Sample([first + i, *range(7)], 5, task_id) for i in range(count)]
+                rows = [Sample([first + i, *range(7)], 5, task_id, "made") for i in range(count)]
                 writer.add(split, name, pack(rows, 8))
                 first += count
     return out
@@ -58,7 +58,9 @@ def test_corpora_come_back_as_written(data):
         "cu_seq_lens": [0, 8],
         "prompt_spans": [[0, 5]],
         "task_id": [1],
+        "source": ["made"],
     }
+    assert entry["sources"] == {"made": 20} and sources_of(manifest, "train") == ("made",)
 
 
 def test_a_step_is_a_list_of_micro_batches(data):
@@ -251,7 +253,7 @@ def damage(data, how):
         ("short", r"shard .*train/code.arrow is damaged: sha256 [0-9a-f]{64}, expected [0-9a-f]{64}"),
         ("flipped", r"shard .*train/code.arrow is damaged: sha256 [0-9a-f]{64}, expected [0-9a-f]{64}"),
         ("manifest", r"manifest.json is damaged \(JSONDecodeError.*\); build the data again"),
-        ("format", r"manifest.json has format 99, this version reads format 1; build the data again"),
+        ("format", r"manifest.json has format 99, this version reads format 2; build the data again"),
     ],
 )
 def test_damage_is_named_before_training(tmp_path, how, message):

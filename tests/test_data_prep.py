@@ -1,11 +1,12 @@
-"""The offline mixture: five task classes, splits that share nothing, records to shards on a word-level tokenizer."""
+"""The offline mixture: five task classes, records to shards on a word-level tokenizer."""
 
 import json
 import re
+from collections import Counter
 
 import pytest
 
-from data_prep import build_mixture, generators, inspect_shards, sources, tiny_language, tokenize_and_pack
+from data_prep import build_mixture, generators, inspect_shards, tiny_language, tokenize_and_pack
 from data_prep.tiny_language import build_tokenizer
 from elastic.records import Record, read_records, write_records
 from elastic.shards import SPLITS, open_corpus, verify
@@ -24,70 +25,10 @@ def records(tmp_path_factory):
     return out
 
 
-def paragraphs(texts):
-    return {" ".join(part.split()) for text in texts for part in re.split(r"\n\s*\n", text) if len(part.split()) > 12}
-
-
-def test_splits_share_no_prose_and_no_file():
-    texts = {split: sources.prose(split) for split in SPLITS}
-    topics = {split: paragraphs(sources._topics()[split]) for split in SPLITS}
-    files = {split: set(sources.code(split)) for split in SPLITS}
-    for split in SPLITS:
-        assert sum(len(text.split()) for text in texts[split]) > 4000 and len(texts[split]) > 5
-        for other in SPLITS:
-            if other != split:
-                assert not topics[split] & topics[other]
-                assert not files[split] & files[other]
-
-
-def test_wording_of_training_is_not_that_of_evaluation():
-    for name in ("CITIES", "NAMES", "PLACES", "NEEDLES", "NEEDLE_QUESTIONS", "HOPS"):
-        train, held_out = getattr(generators, name)
-        assert not set(train) & set(held_out), name
-    for name in ("HOP_QUESTIONS", "CONTINUE", "COMPLETE", "SHOTS", "SHOT_QUESTIONS"):
-        train, held_out = getattr(generators, name)
-        assert train != held_out, name
-    for train, held_out in generators.CLASSES.values():
-        assert not set(train) & set(held_out)
-    for half in (0, 1):
-        words = [word for halves in generators.CLASSES.values() for word in halves[half]]
-        assert len(words) == len(set(words))  # a word belongs to one class
-
-
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("split", SPLITS)
-def test_generated_records_are_deterministic_and_of_the_asked_size(task, split):
-    made = generators.generate(task, split, 4, 160, seed=1)
-    assert made == generators.generate(task, split, 4, 160, seed=1)
-    assert made != generators.generate(task, split, 4, 160, seed=2)
-    for record in made:
-        assert record.task == task
-        assert len(record.context) <= 5 * 160 if task == "code" else 60 <= len(record.context.split()) <= 160 + 60
-
-
-def test_answers_of_questions_stand_in_the_context():
-    for split in SPLITS:
-        for record in generators.generate("single_qa", split, 8, 100, 0):
-            assert record.context.count(record.answer) == 1 and re.fullmatch(r"\d{7}", record.answer)
-        for record in generators.generate("multihop_qa", split, 8, 100, 0):
-            hop = re.search(r"with (\w+)[?.]|with (\w+) ", record.question)
-            assert hop is not None
-            first = hop.group(1) or hop.group(2)
-            second = re.search(rf"{first} (?:shares a desk|always travels) with (\w+)\.", record.context).group(1)
-            place = rf"(?:{second} keeps the spare key in|The notebook of {second} lies in) the {record.answer}\."
-            assert re.search(place, record.context)
-
-
-def test_lengths_can_be_counted_in_tokens(tokenizer):
-    measure = generators.token_count(tokenizer)
-    for task in TASKS:
-        for record in generators.generate(task, "train", 4, 100, 0, measure):
-            assert measure(record.context) <= 100 + 60, task  # facts and the last shot come on top
-
-
 def test_mixture_has_every_task_in_every_split(records):
     recipe = json.loads((records / "mixture.json").read_text())
     assert recipe["records"] == {s: dict.fromkeys(TASKS, 6 if s == "train" else 3) for s in SPLITS}
+    assert recipe["generators"] == list(generators.GENERATORS)
     for split in SPLITS:
         for task in TASKS:
             assert len(list(read_records(records / split / f"{task}.jsonl"))) == recipe["records"][split][task]
@@ -102,6 +43,27 @@ def test_rebuilding_replaces_a_mixture_and_is_bit_equal(records, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
 
+def test_generators_can_be_chosen_and_folders_given(tmp_path):
+    (tmp_path / "text").mkdir()
+    for i in range(40):
+        (tmp_path / "text" / f"{i}.txt").write_text(" ".join(f"Sentence {j} of essay {i} is here." for j in range(60)))
+    chosen = ["needle_single", "needle_multi_key"]
+    counts = build_mixture.build_mixture(tmp_path / "out", 8, 100, held_out=4, chosen=chosen, text=tmp_path / "text")
+    assert counts == {split: {"single_qa": 8 if split == "train" else 4} for split in SPLITS}
+    found = [record for split in SPLITS for record in read_records(tmp_path / "out" / split / "single_qa.jsonl")]
+    assert {record.source_name for record in found} == set(chosen)
+    essays = {split: set() for split in SPLITS}
+    for record in found:
+        essays[record.source.split("/")[1]] |= set(re.findall(r"essay (\d+)", record.context))
+    assert all(essays.values()) and not (essays["train"] & (essays["validation"] | essays["test"]))
+    (tmp_path / "text" / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8 \(byte 3\); convert it or take it out"):
+        build_mixture.build_mixture(tmp_path / "more", 2, 101, chosen=chosen, text=tmp_path / "text" / "..")
+    with pytest.raises(FileNotFoundError, match=r"found no prose for the train split in .*empty"):
+        (tmp_path / "empty").mkdir()
+        build_mixture.build_mixture(tmp_path / "more", 2, 100, chosen=chosen, text=tmp_path / "empty")
+
+
 def test_from_records_to_shards_and_back_to_text(records, tokenizer, tmp_path):
     manifest, report = tokenize_and_pack.prepare(records, tokenizer, tmp_path / "packed", 512)
     again, _ = tokenize_and_pack.prepare(records, tokenizer, tmp_path / "again", 512)
@@ -112,6 +74,8 @@ def test_from_records_to_shards_and_back_to_text(records, tokenizer, tmp_path):
         assert list(manifest["splits"][split]) == sorted(TASKS)
         for task, entry in manifest["splits"][split].items():
             assert entry["tasks"] == {task: entry["samples"]}
+            names = Counter(record.source_name for record in read_records(records / split / f"{task}.jsonl"))
+            assert entry["sources"] == names and set(names) <= set(generators.generators_of(task))
             assert len(open_corpus(tmp_path / "packed", split, task)) == entry["rows"]
     shown = "\n".join(inspect_shards.describe(tmp_path / "packed", "test", tokenizer, 1))
     assert all(f"--- {task}: {task}, " in shown for task in TASKS) and "% full" in shown
@@ -140,10 +104,13 @@ def test_records_that_do_not_fit_are_counted_and_named(tokenizer, tmp_path):
             {"language": "tiny", "tasks": ["summarization"]},
             "language 'tiny' has no task summarization; it has single_qa",
         ),
+        ({"chosen": ["sudoku"]}, "no generator sudoku; known are needle_single, "),
+        ({"chosen": ["many_shot"], "tasks": ["code"]}, "none of the chosen generators makes code; it has code_compl"),
+        ({"language": "tiny", "chosen": ["many_shot"]}, "belong to language 'text', not 'tiny'"),
         ({"tasks": []}, r"has no task \(none asked for\)"),
         ({"per_task": 0}, "per_task=0 and held_out=8: a mixture needs at least one record of each task"),
         ({"held_out": 0}, "held_out=0: a mixture needs at least one record"),
-        ({"words": 20}, "contexts of 20 words are too short for the text generators; use 64 or more"),
+        ({"words": 20}, "contexts of 10 to 20 words are too short for the text generators; use 64 or more"),
         ({"words": 20, "language": "tiny"}, "contexts of 20 words are too short for the tiny language; use "),
     ],
 )

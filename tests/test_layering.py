@@ -23,7 +23,7 @@ LAYERS = {
     5: ("losses", "objective", "checkpoint", "report", "bench"),
     6: ("context_parallel", "distributed", "inference", "data", "methods", "metrics", "resumable"),
     7: ("routed_module", "lit_module", "callbacks", "results"),
-    8: ("cli", "commands", "training_cli", "__main__"),
+    8: ("cli", "commands", "training_cli", "__main__", "evaluation"),
 }
 LEVEL = {name: level for level, names in LAYERS.items() for name in names}
 MAX_LINES, MAX_FUNCTION = 300, 60
@@ -144,5 +144,6 @@ PROTOCOL = {
     "module",
     "attention_mask",
     "dropout",
+    "disable_tqdm",
     "checkpoint",
 }

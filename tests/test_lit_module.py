@@ -105,7 +105,7 @@ def test_evaluation_scores_dense_and_routed_in_one_pass(trained):
     trainer.test(module, loader, verbose=False)
     assert set(module.results) == {"single_qa", "in_context"}
     for task, row in module.results.items():
-        assert set(row) == {*module.columns, "n"} and row["n"] == 8
+        assert set(row) == {*module.columns, *(f"{name}_95" for name in module.columns), "n"} and row["n"] == 8
         assert module.route_maps[task].shape == (3, 2)
         assert row["msr"] == pytest.approx(float(module.route_maps[task].mean()), abs=1e-6)
         assert f"test/elastic_exact/{task}" in trainer.callback_metrics

@@ -111,7 +111,10 @@ def test_what_fit_wrote_loads_and_generates_with_the_same_routes(run, data):
     assert command("predict", data, run, "--ckpt_path=last") == 0
     batch = collate([open_corpus(data, "test", "in_context")[0]])  # corpora come in the order of their names
     with torch.no_grad():
-        model(**{key: value for key, value in batch.items() if key not in ("labels", "task_id")}, use_cache=False)
+        model(
+            **{key: value for key, value in batch.items() if key not in ("labels", "task_id", "source")},
+            use_cache=False,
+        )
     lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     for n in range(len(batch["task_id"])):
         assert routing(model).route[:, n].int().tolist() == lines[n]["route"]

@@ -12,6 +12,7 @@ from lightning import Callback, Trainer, seed_everything
 from tqdm import tqdm
 
 from data_prep.build_mixture import LANGUAGES, build_mixture
+from data_prep.generators import BASIC
 from data_prep.tokenize_and_pack import prepare
 from elastic.backbones import SMOLLM2, TINY, load_tokenizer
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
@@ -165,7 +166,17 @@ def build_data(settings: DemoSettings, folder: Path, seed: int) -> tuple[Path, i
     tasks, _ = LANGUAGES[settings.language]
     per_task = -(-settings.steps * settings.rows * 2 // len(tasks))
     tokenizer = load_tokenizer(settings.backbone)
-    build_mixture(records, per_task, settings.longest, seed, settings.language, settings.held_out, tokenizer=tokenizer)
+    chosen = BASIC if settings.language == "text" else None  # answers short enough for contexts of this size
+    build_mixture(
+        records,
+        per_task,
+        settings.longest,
+        seed,
+        settings.language,
+        settings.held_out,
+        tokenizer=tokenizer,
+        chosen=chosen,
+    )
     _, report = prepare(records, tokenizer, data, settings.seq_length)
     return data, len(report.bad)
 

@@ -1,0 +1,151 @@
+"""Generators that stand on local documents and source files: verbatim copies, questions about passages, summaries,
+continuations, code, and many-shot classification.
+"""
+
+import re
+
+from data_prep import sources, wording
+from data_prep.draw import Draw, Parts, cut_words, tail, word_count
+
+
+def verbatim_copy(draw: Draw) -> Parts:
+    """One of several marked passages, word for word; up to a quarter of the length."""
+    style = draw.pick(wording.SECTION_MARKS)
+    size = max(12, min(512, draw.length // 4))
+    wanted = _passage(draw, draw.rng.randint(size // 2, size))
+    marks = iter(draw.rng.sample(range(100, 10_000), 2000))
+
+    def headed(text: str) -> tuple[str, str]:
+        mark = f"{draw.rng.choice('KLMNPQRST')}{next(marks)}"
+        return mark, f"{style.format(mark=mark)}\n{text}"
+
+    mark, section = headed(wanted)
+    question = draw.pick(wording.COPY_QUESTIONS).format(mark=mark)
+    room = draw.room_beside(section, question)
+    sections: list[str] = []
+    while room > size // 2:
+        _, other = headed(_passage(draw, min(room - 6, draw.rng.randint(size // 2, size))))
+        room -= draw.measure(f"\n\n{other}")
+        sections.append(other)
+    return Parts("\n\n".join(draw.hide(sections, [section])), question, wanted)
+
+
+def passage_qa(draw: Draw) -> Parts:
+    """Numbered passages; the answer is a word that a quotation lacks, or the rest of a sentence."""
+    while True:
+        wanted = draw.rng.choice(sources.sentences(draw.rng.choice(sources.prose(draw.split, draw.text))))
+        words = wanted.split()
+        if 9 <= len(words) <= 40 and draw.measure(wanted) <= max(30, draw.length // 3):
+            break
+    longest = max(range(len(words)), key=lambda i: len(re.sub(r"\W", "", words[i])))
+    gap = re.search(r"\w+(?:[-'.]\w+)*", words[longest])
+    if draw.rng.random() < 0.5 and gap is not None and len(gap[0]) > 4:
+        blank = words[longest][: gap.start()] + "____" + words[longest][gap.end() :]
+        quotation = " ".join([*words[:longest], blank, *words[longest + 1 :]])
+        question, answer = draw.pick(wording.GAPS).format(sentence=quotation), gap[0]
+    else:
+        start = " ".join(words[:5])
+        question, answer = draw.pick(wording.REST).format(start=start), " ".join(words[5:])
+    others = draw.sentences(draw.room_beside(wanted, question))
+    lines = draw.hide([line for line in others if line.split()[:5] != words[:5]], [wanted])
+    per_passage = max(3, draw.rng.randint(4, 9))
+    passages = [" ".join(lines[i : i + per_passage]) for i in range(0, len(lines), per_passage)]
+    return Parts("\n\n".join(f"({i}) {text}" for i, text in enumerate(passages, 1)), question, answer)
+
+
+def continuation(draw: Draw) -> Parts:
+    """What follows in a document: lives on its subject and style, not on single details."""
+    size = min(192, max(48, draw.length // 8))  # words, as far as the length allows
+    text = " ".join(draw.sentences(draw.length + 2 * size))
+    answer = cut_words(text, -size)
+    context = cut_words(text, 0, -size)
+    return Parts(_shortened(draw, context, draw.length), draw.pick(wording.CONTINUE), answer)
+
+
+def summary(draw: Draw) -> Parts:
+    """The opening paragraph of a document, which is taken out of it; shorter documents stand behind others."""
+    pairs = sources.summaries(draw.split, draw.text)
+    answer, document = draw.rng.choice(pairs)
+    question = draw.pick(wording.SUMMARISE)
+    document = _first(draw, document, draw.room_beside(question))
+    room = draw.room_beside(document, question)
+    before: list[str] = []
+    while room > draw.length // 5:
+        first, text = draw.rng.choice(pairs)
+        other = _first(draw, f"{first}\n\n{text}", room)
+        room -= draw.measure(f"\n\n{other}")
+        before.append(other)
+    parts = [*before, document]
+    if len(parts) > 1:
+        parts = [f"Document {i}\n{text}" for i, text in enumerate(parts, 1)]
+    return Parts("\n\n".join(parts), question, answer)
+
+
+def code_completion(draw: Draw) -> Parts:
+    """The next lines of a source file, with other files of the tree before it; its own package first."""
+    files = sources.code(draw.split, draw.code)
+    head = draw.pick(wording.FILE_HEADS)
+    while True:
+        name, text = draw.rng.choice(files)
+        lines = text.split("\n")
+        count = draw.rng.randint(4, 12)
+        cut = draw.rng.randrange(40, len(lines) - count)
+        answer = "\n".join(lines[cut : cut + count])
+        if len(answer.split()) >= 8:
+            break
+    before = f"{head.format(name=name)}\n" + "\n".join(lines[:cut])
+    room = 5 * draw.length  # characters of code, about as many tokens as prose of that many words has
+    neighbours = [file for file in files if file[0] != name and file[0].split("/")[0] == name.split("/")[0]]
+    others = [*draw.rng.sample(neighbours, len(neighbours)), *draw.rng.sample(files, min(len(files), 16))]
+    while len(before) < room:
+        other, code = others.pop(0) if others else draw.rng.choice(files)
+        before = f"{head.format(name=other)}\n{code}\n\n\n{before}"
+    question = draw.pick(wording.COMPLETE)
+    context = tail(before, room)
+    while draw.measure is not word_count and (found := draw.measure(context)) > draw.length:
+        context = tail(context, int(len(context) * 0.99 * draw.length / found))
+    return Parts(context, question, answer)
+
+
+def many_shot(draw: Draw) -> Parts:
+    """Classification of words by many examples; now and then the classes have arbitrary names."""
+    classes = draw.rng.sample(list(wording.CLASSES), draw.rng.randint(3, len(wording.CLASSES)))
+    labels = dict(zip(classes, classes, strict=True))
+    if draw.rng.random() < 0.4:
+        labels = dict(zip(classes, draw.rng.sample(draw.half(wording.LABELS), len(classes)), strict=True))
+    style = draw.rng.randrange(len(draw.half(wording.SHOTS)))
+
+    def drawn() -> tuple[str, str]:
+        chosen = draw.rng.choice(classes)
+        return draw.pick(wording.CLASSES[chosen]), labels[chosen]
+
+    def shot() -> str:
+        word, label = drawn()
+        return draw.half(wording.SHOTS)[style].format(word=word, label=label)
+
+    word, label = drawn()
+    question = draw.half(wording.SHOT_QUESTIONS)[style].format(word=word)
+    return Parts("\n".join(draw.repeated(shot, draw.room_beside(question))), question, label)
+
+
+def _passage(draw: Draw, room: int) -> str:
+    """One run of sentences of prose that fits."""
+    return _first(draw, " ".join(draw.sentences(max(12, room))), max(12, room))
+
+
+def _first(draw: Draw, text: str, room: int) -> str:
+    """The longest beginning, in words, that fits into the room."""
+    words = word_count(text)
+    while (found := draw.measure(text)) > room and words > 1:
+        words = max(1, min(words - 1, int(words * room / found)))
+        text = cut_words(text, 0, words)
+    return text
+
+
+def _shortened(draw: Draw, text: str, room: int) -> str:
+    """The longest end, in words, that fits into the room."""
+    words = word_count(text)
+    while (found := draw.measure(text)) > room and words > 1:
+        words = max(1, min(words - 1, int(words * room / found)))
+        text = cut_words(text, -words)
+    return text

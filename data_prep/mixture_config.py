@@ -1,0 +1,115 @@
+"""What a mixture file says: sources with their weights, token budgets, context lengths, targets per task."""
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_prep.generators import GENERATORS, SHORTEST
+from elastic.shards import SPLITS
+from elastic.tasks import TASKS
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of records.
+
+    Attributes:
+        weight: its share of the tokens, relative to the others'.
+        path: record files, with `{split}` in the place of the split's name; None: the generator of the source's name.
+    """
+
+    weight: float = 1.0
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of sources, as YAML writes it down.
+
+    Attributes:
+        backbone: whose tokenizer and chat template to use.
+        seq_length: tokens of a packed row.
+        tokens: budget per split.
+        sources: by name; a name without `path` is a generator's.
+        context: shortest and longest generated context, in tokens. Short ones fill the rows up.
+        seed: seed of everything drawn.
+        targets: wanted MSR per task, a number or [low, high]; written into `train.yaml` beside the data.
+        text, code: folders that generators draw from, instead of what Python itself carries.
+        part_tokens: tokens of one shard: the unit of work, of memory and of resuming.
+    """
+
+    backbone: str
+    seq_length: int
+    tokens: dict[str, int]
+    sources: dict[str, Source]
+    context: tuple[int, int]
+    seed: int = 0
+    targets: dict[str, Any] = field(default_factory=dict)
+    text: str | None = None
+    code: str | None = None
+    part_tokens: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        if set(self.tokens) - set(SPLITS) or not self.tokens or min(self.tokens.values()) < self.seq_length:
+            raise ValueError(
+                f"tokens={self.tokens}; expected a budget of at least one row ({self.seq_length} tokens) for splits "
+                f"out of {', '.join(SPLITS)}"
+            )
+        shortest, longest = self.context
+        if not SHORTEST <= shortest <= longest < self.seq_length:
+            raise ValueError(
+                f"context={list(self.context)}; expected two lengths from {SHORTEST} to below the {self.seq_length} "
+                "tokens of a row"
+            )
+        if not self.sources:
+            raise ValueError(f"no sources; name generators ({', '.join(GENERATORS)}) or record files")
+        for name, source in self.sources.items():
+            if source.path is None and name not in GENERATORS:
+                raise ValueError(
+                    f"source {name!r} has no path and is no generator; generators are {', '.join(GENERATORS)}"
+                )
+            if not 0 < source.weight < float("inf"):
+                raise ValueError(f"source {name!r} has the weight {source.weight}; expected a number above 0")
+        unknown = [task for task in self.targets if task not in TASKS]
+        if unknown:
+            raise ValueError(f"targets name {', '.join(unknown)}; known tasks are {', '.join(TASKS)}")
+        if self.part_tokens < self.seq_length:
+            raise ValueError(f"part_tokens={self.part_tokens} is below seq_length={self.seq_length}")
+
+    def parts(self, split: str) -> int:
+        """Number of shards of a split, all of about the same size."""
+        return max(1, round(self.tokens[split] / self.part_tokens))
+
+    def share(self, name: str) -> float:
+        """A source's share of the tokens."""
+        return self.sources[name].weight / sum(source.weight for source in self.sources.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the manifest."""
+        return {**asdict(self), "context": list(self.context)}
+
+
+def read_mixture(path: str | Path) -> Mixture:
+    """Read a mixture file; paths in it are relative to the working directory.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, or keys or values that a mixture does not have.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no mixture file at {path}; configs/mixture/ has examples")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    try:
+        names = {f.name for f in fields(Mixture)}
+        if not isinstance(values, dict) or set(values) - names:
+            raise ValueError(f"unknown keys {sorted(set(values) - names)}; expected some of {', '.join(sorted(names))}")
+        sources = {name: Source(**(settings or {})) for name, settings in values.get("sources", {}).items()}
+        return Mixture(**{**values, "sources": sources, "context": tuple(values.get("context", ()))})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error

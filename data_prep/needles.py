@@ -1,0 +1,146 @@
+"""Generators whose answer hides in a long text: needles, tracked variables, chains of facts. After the task families of
+RULER (arXiv 2404.06654), with wording of our own.
+"""
+
+from itertools import pairwise
+
+from data_prep import wording
+from data_prep.draw import Draw, Parts
+
+
+def single(draw: Draw) -> Parts:
+    """One value of one key."""
+    kind, key = _kind(draw), _keys(draw, 1)[0]
+    value = _value(draw, kind)
+    fact = _fact(draw, kind, key, value)
+    question = draw.pick(wording.NEEDLE_QUESTIONS).format(kind=kind, key=key)
+    return Parts(_hidden(draw, [fact], question), question, value)
+
+
+def multi_key(draw: Draw) -> Parts:
+    """One value is asked for among those of many keys; now and then the whole text consists of such facts."""
+    kind = _kind(draw)
+    everything = draw.length >= 100 and draw.rng.random() < 0.3
+    keys = _keys(draw, 2 + min(14, draw.length // 60))
+    facts = {key: (value := _value(draw, kind), _fact(draw, kind, key, value)) for key in keys}
+    key = keys[0]
+    question = draw.pick(wording.NEEDLE_QUESTIONS).format(kind=kind, key=key)
+    if not everything:
+        return Parts(_hidden(draw, [fact for _, fact in facts.values()], question), question, facts[key][0])
+    others = iter(range(1, 10**9))  # numbered keys, so that a text of any length has no key twice
+
+    def another() -> str:
+        name = f"{_keys(draw, 1)[0]} {next(others)}"
+        return _fact(draw, kind, name, _value(draw, kind))
+
+    lines = draw.repeated(another, draw.room_beside(facts[key][1], question))
+    return Parts("\n".join(draw.hide(lines, [facts[key][1]])), question, facts[key][0])
+
+
+def multi_value(draw: Draw) -> Parts:
+    """Several values of one key, all asked for in the order of the text."""
+    kind, (key, other) = _kind(draw), _keys(draw, 2)
+    values = [_value(draw, kind) for _ in range(draw.rng.randint(2, 2 + min(2, draw.length // 100)))]
+    facts = [_fact(draw, kind, key, value) for value in values]
+    question = draw.pick(wording.MANY_VALUES).format(kind=kind, key=key)
+    decoy = _fact(draw, kind, other, _value(draw, kind))
+    place = draw.rng.randrange(len(facts) + 1)
+    facts = [*facts[:place], decoy, *facts[place:]]
+    return Parts(_hidden(draw, facts, question, ordered=True), question, ", ".join(values))
+
+
+def multi_query(draw: Draw) -> Parts:
+    """The values of several keys out of more."""
+    kind = _kind(draw)
+    keys = _keys(draw, 4 + min(4, draw.length // 100))
+    values = {key: _value(draw, kind) for key in keys}
+    asked = keys[: draw.rng.randint(2, 3 + min(1, draw.length // 200))]
+    question = draw.pick(wording.MANY_KEYS).format(kind=kind, keys=", ".join(asked))
+    facts = [_fact(draw, kind, key, value) for key, value in values.items()]
+    return Parts(_hidden(draw, facts, question), question, ", ".join(values[key] for key in asked))
+
+
+def variable_tracking(draw: Draw) -> Parts:
+    """All variables that a value was passed on to, along a chain of assignments; other chains stand between."""
+    hops = draw.rng.randint(2, 3 + min(2, draw.length // 200))
+    chains = draw.rng.randint(2, 2 + min(3, draw.length // 250))
+    names = _variables(draw, chains * (hops + 1))
+    lines: list[tuple[int, int, str]] = []
+    values = [str(number) for number in draw.rng.sample(range(10_000, 99_999), chains)]
+    style = draw.rng.randrange(len(draw.half(wording.ASSIGN)))
+    for chain in range(chains):
+        own = names[chain * (hops + 1) : (chain + 1) * (hops + 1)]
+        steps = [draw.half(wording.ASSIGN)[style].format(a=own[0], value=values[chain])]
+        steps += [draw.half(wording.COPY)[style].format(a=a, b=b) for a, b in pairwise(own)]
+        places = sorted(draw.rng.sample(range(10**6), len(steps)))
+        lines += [(place, chain, step) for place, step in zip(places, steps, strict=True)]
+    facts = [step for _, _, step in sorted(lines)]
+    question = draw.pick(wording.TRACK).format(value=values[0])
+    return Parts(_hidden(draw, facts, question, ordered=True), question, ", ".join(names[: hops + 1]))
+
+
+def fact_chain(draw: Draw) -> Parts:
+    """Two to four facts that only together answer the question, among as many about others."""
+    hops = draw.rng.randint(1, 1 + min(2, draw.length // 150))
+    chains = 2 + min(2, draw.length // 200)
+    relations = draw.rng.sample(draw.half(wording.RELATIONS), hops)
+    statement, asked = draw.rng.choice(draw.half(wording.ENDS))
+    people = draw.rng.sample(draw.half(wording.NAMES), chains * (hops + 1))
+    places = draw.rng.sample(draw.half(wording.PLACES), chains)
+    facts = []
+    for chain in range(chains):
+        own = people[chain * (hops + 1) : (chain + 1) * (hops + 1)]
+        for (relation, _), first, second in zip(relations, own, own[1:], strict=False):
+            facts.append(relation.format(first=first, second=second))
+        facts.append(statement.format(name=own[-1], place=places[chain]))
+    who = people[0]
+    for _, phrase in relations:
+        who = phrase.format(name=who)
+    question = asked.format(who=who)
+    return Parts(_hidden(draw, facts, question), question, places[0])
+
+
+def _hidden(draw: Draw, facts: list[str], question: str, ordered: bool = False) -> str:
+    """The facts between sentences of prose, or now and then in a text that repeats itself."""
+    room = draw.room_beside(*facts, question)
+    if draw.rng.random() < 0.25:
+        noise = draw.pick(wording.NOISE)
+        lines = draw.repeated(lambda: noise, room)
+    else:
+        lines = draw.sentences(room)
+    return " ".join(draw.hide(lines, facts, ordered))
+
+
+def _fact(draw: Draw, kind: str, key: str, value: str) -> str:
+    return draw.pick(wording.NEEDLES).format(kind=kind, key=key, value=value)
+
+
+def _kind(draw: Draw) -> str:
+    return draw.rng.choices(("number", "code", "word"), (3, 1, 1))[0]
+
+
+def _value(draw: Draw, kind: str) -> str:
+    """A number of seven digits, a code of eight hexadecimal ones, or two joined words."""
+    if kind == "number":
+        return str(draw.rng.randint(1_000_000, 9_999_999))
+    if kind == "code":
+        return f"{draw.rng.getrandbits(32):08x}"
+    return f"{draw.pick(wording.THINGS)}-{draw.pick(wording.THINGS)}"
+
+
+def _keys(draw: Draw, count: int) -> list[str]:
+    """Different keys: cities, or things with an adjective."""
+    cities = draw.half(wording.CITIES)
+    if count <= len(cities) // 2 and draw.rng.random() < 0.4:
+        return draw.rng.sample(cities, count)
+    pairs = [f"the {a} {t}" for a in draw.half(wording.ADJECTIVES) for t in draw.half(wording.THINGS)]
+    return draw.rng.sample(pairs, count)
+
+
+def _variables(draw: Draw, count: int) -> list[str]:
+    """Different names of five capital letters; the split's half decides the first one."""
+    first = draw.half(("ABCDEFGHIJKLM", "NOPQRSTUVWXYZ"))
+    names: dict[str, None] = {}
+    while len(names) < count:
+        names["".join([draw.rng.choice(first), *draw.rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=4)])] = None
+    return list(names)

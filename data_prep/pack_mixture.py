@@ -1,0 +1,207 @@
+"""From a mixture file to packed shards in one go: `python -m data_prep.pack_mixture configs/mixture/offline.yaml --out
+data/mixture`. The same command goes on after a kill; memory is bounded by one shard, whatever the size of the corpus.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from data_prep.draw import token_count
+from data_prep.generators import generate
+from data_prep.mixture_config import Mixture, read_mixture
+from elastic.backbones import load_tokenizer
+from elastic.packed import Sample, pack, tokenise
+from elastic.records import ReadReport, Record, read_records
+from elastic.shards import FORMAT, MANIFEST, SPLITS, tokenizer_hash, write_shard
+
+RECIPE, TRAIN_CONFIG = "recipe.json", "train.yaml"
+ENDLESS = 1 << 40
+
+
+def pack_mixture(mixture: Mixture, out: str | Path, workers: int = 2) -> dict[str, Any]:
+    """Write the data folder of a mixture; returns its manifest.
+
+    Shards are made beside the final place, by `workers` processes, and stay there if the run is killed: the same
+    mixture then goes on with what is missing, and ends with the same bytes.
+
+    Raises:
+        ValueError: `out` holds something else, or a source that gives no sample.
+        FileNotFoundError: record files, or text, that are missing.
+        OSError: the disk is full; what was finished stays.
+    """
+    out = Path(out)
+    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is no data folder of this project; choose another --out")
+    scratch = out.with_name(f".{out.name}.parts")
+    _begin(scratch, mixture)
+    jobs = [(split, part) for split in SPLITS if split in mixture.tokens for part in range(mixture.parts(split))]
+    entries: dict[tuple[str, int], dict[str, Any]] = {}
+    with tqdm(total=sum(mixture.tokens.values()), desc="mixture", unit="tokens", unit_scale=True) as bar:
+        for job in jobs:
+            if (entry := _finished(scratch, *job)) is not None:
+                entries[job] = entry
+                bar.update(entry["tokens"])
+        missing = [job for job in jobs if job not in entries]
+        for job, entry in zip(missing, _run(mixture, scratch, missing, workers), strict=True):
+            entries[job] = entry
+            bar.update(entry["tokens"])
+    splits: dict[str, dict[str, Any]] = {}
+    for split, part in jobs:
+        splits.setdefault(split, {})[_name(part)] = entries[split, part]
+    manifest = {"format": FORMAT, **_facts(mixture), "splits": splits}
+    (scratch / RECIPE).unlink()
+    for file in scratch.glob("*/*.json"):
+        file.unlink()
+    _write(scratch / TRAIN_CONFIG, yaml.safe_dump(_training(mixture, out), sort_keys=False))
+    _write(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    if out.exists():
+        shutil.rmtree(out)
+    scratch.rename(out)
+    return manifest
+
+
+def _run(mixture: Mixture, scratch: Path, jobs: list[tuple[str, int]], workers: int) -> Iterator[dict[str, Any]]:
+    if workers <= 1 or len(jobs) <= 1:
+        yield from (pack_part(mixture, scratch, split, part) for split, part in jobs)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        futures = [pool.submit(pack_part, mixture, scratch, split, part) for split, part in jobs]
+        try:
+            yield from (future.result() for future in futures)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def pack_part(mixture: Mixture, scratch: Path, split: str, part: int) -> dict[str, Any]:
+    """Draw, tokenise and pack one shard; a function of its arguments alone."""
+    report = ReadReport()
+    budget = mixture.tokens[split] / mixture.parts(split)
+    samples: list[Sample] = []
+    for name in mixture.sources:
+        samples += _drawn(mixture, name, split, part, budget * mixture.share(name), report)
+    file = scratch / split / f"{_name(part)}.arrow"
+    file.parent.mkdir(exist_ok=True)
+    writing = file.with_suffix(".writing")
+    entry = write_shard(writing, pack(samples, mixture.seq_length, buffer=len(samples) + 1))
+    entry["skipped"] = report.bad
+    os.replace(writing, file)
+    _write(file.with_suffix(".json"), json.dumps(entry))
+    return entry
+
+
+def _drawn(mixture: Mixture, name: str, split: str, part: int, budget: float, report: ReadReport) -> list[Sample]:
+    """Samples of one source up to its share of the budget; the last one goes in if at least half of it fits."""
+    tokenizer, measure = _tokenizer(mixture.backbone)
+    taken: list[Sample] = []
+    left = budget
+    for record in _records(mixture, name, split, part, measure, report):
+        sample = replace(tokenise(record, tokenizer), source=name)
+        size = len(sample.input_ids)
+        if size > mixture.seq_length:
+            report.bad.append(f"{name}: {record.source} has {size} tokens, more than the {mixture.seq_length} of a row")
+            continue
+        if left < size / 2 and taken:
+            return taken
+        taken.append(sample)
+        left -= size
+        if left <= 0:
+            return taken
+    if not taken:
+        raise ValueError(f"source {name!r} gives no sample for part {part} of {split}; {report}")
+    report.bad.append(
+        f"{name}: used up {left:.0f} tokens before its share of part {part}; give more records, or less weight"
+    )
+    return taken
+
+
+def _records(mixture: Mixture, name: str, split: str, part: int, measure: Any, report: ReadReport) -> Iterator[Record]:
+    path = mixture.sources[name].path
+    if path is not None:
+        yield from read_records(path.format(split=split), report, every=mixture.parts(split), first=part)
+        return
+    text, code = (Path(folder) if folder else None for folder in (mixture.text, mixture.code))
+    shortest, longest = mixture.context
+    seed = mixture.seed * 1_000_003 + part
+    yield from generate(name, split, ENDLESS, longest, seed, measure, text, code, shortest)
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(backbone: str) -> Any:
+    tokenizer = load_tokenizer(backbone)
+    return tokenizer, token_count(tokenizer)
+
+
+def _facts(mixture: Mixture) -> dict[str, Any]:
+    tokenizer, _ = _tokenizer(mixture.backbone)
+    return {
+        "seq_length": mixture.seq_length,
+        "mixture": mixture.to_dict(),
+        "versions": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},
+        "tokenizer": {"name": Path(tokenizer.name_or_path).name, "sha256": tokenizer_hash(tokenizer)},
+    }
+
+
+def _begin(scratch: Path, mixture: Mixture) -> None:
+    """Keep the parts of a killed run of the same mixture, tokenizer and versions; clear those of another."""
+    recipe = json.dumps(_facts(mixture), sort_keys=True)
+    if not (scratch / RECIPE).is_file() or (scratch / RECIPE).read_text(encoding="utf-8") != recipe:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        _write(scratch / RECIPE, recipe)
+
+
+def _finished(scratch: Path, split: str, part: int) -> dict[str, Any] | None:
+    file = scratch / split / f"{_name(part)}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _training(mixture: Mixture, out: Path) -> dict[str, Any]:
+    """Layer for `elastic fit -c`: the data and the targets."""
+    layer: dict[str, Any] = {"data": {"data_dir": str(out)}}
+    return {**layer, "model": {"targets": mixture.targets}} if mixture.targets else layer
+
+
+def _name(part: int) -> str:
+    return f"part-{part:05d}"
+
+
+def _write(file: Path, text: str) -> None:
+    writing = file.with_name(f".{file.name}.writing")
+    writing.write_text(text, encoding="utf-8")
+    os.replace(writing, file)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep.pack_mixture", description=__doc__)
+    parser.add_argument("mixture", type=Path, help="YAML file, see configs/mixture/")
+    parser.add_argument("--out", type=Path, required=True, help="data folder to write")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    args = parser.parse_args(argv)
+    try:
+        manifest = pack_mixture(read_mixture(args.mixture), args.out, args.workers)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    for split, parts in manifest["splits"].items():
+        rows, tokens = (sum(entry[key] for entry in parts.values()) for key in ("rows", "tokens"))
+        skipped = sum(len(entry["skipped"]) for entry in parts.values())
+        fill = tokens / (rows * manifest["seq_length"])
+        sys.stdout.write(f"{split}: {rows} rows, {tokens} tokens, {fill:.1%} full, {skipped} records left out\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

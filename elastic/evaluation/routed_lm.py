@@ -1,0 +1,167 @@
+"""lm-evaluation-harness' Hugging Face model with routed attention: routes follow from the context alone, over-long
+prompts are cut in the middle, and every sample leaves its MSR, ESR, prefill time and tokens.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from elastic.backbone import elastic_config, override_routes, route_of, routing
+from elastic.sparsity import esr, msr
+
+
+@dataclass(frozen=True)
+class SampleFacts:
+    """What a sample's context came to.
+
+    Attributes:
+        msr, esr_last, esr_all: of its routes.
+        prefill_seconds: of its batch, up to the first token's logits.
+        tokens: of its context, after cutting.
+        cut: tokens cut out of the middle.
+    """
+
+    msr: float
+    esr_last: float
+    esr_all: float
+    prefill_seconds: float
+    tokens: int
+    cut: int
+
+
+class RoutedLM(HFLM):
+    """An attached model under lm-evaluation-harness.
+
+    Args:
+        model: attached, frozen, in eval mode.
+        tokenizer: pads on the left.
+        route: what `override_routes` takes; None leaves the decision to the routers.
+        batch_size: samples in one forward pass.
+        max_length: tokens of prompt and answer; default the model's limit.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, route: int | Tensor | None, batch_size: int = 1, max_length: int | None = None
+    ) -> None:
+        limit = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=limit, backend="causal"
+        )
+        self.route = route
+        self.facts: dict[str, SampleFacts] = {}
+        self._waiting: list[tuple[str, int, int]] = []
+
+    def tok_batch_encode(
+        self, strings: Any, padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B, S], padded on the left; a prompt over the limit loses its middle."""
+        if padding_side != "left" or truncation:
+            raise ValueError(f"padding_side={padding_side!r}, truncation={truncation}; expected 'left' and False")
+        encoded = [list(self.tok_encode(text)) for text in strings]
+        kept = [cut_middle(ids, left_truncate_len) for ids in encoded]
+        self._waiting = [(s, len(k), len(e) - len(k)) for s, k, e in zip(strings, kept, encoded, strict=True)]
+        longest, pad = max(map(len, kept)), self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in kept])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in kept])
+        return ids, mask
+
+    @torch.no_grad()
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation: Any) -> Tensor:
+        from transformers import DynamicCache
+
+        cache, clock = DynamicCache(config=self.model.config), _Clock(self.device)
+        with override_routes(self.model, self.route):
+            output = super()._model_generate(
+                context,
+                max_length,
+                stop,
+                past_key_values=cache,
+                logits_processor=LogitsProcessorList([clock]),
+                **generation,
+            )
+        record = route_of(cache)
+        assert record.prompt_lengths is not None and clock.seconds is not None  # the prefill has just run
+        self._keep(record.route, record.prompt_lengths, clock.seconds)
+        return output
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood of continuations, samples packed into one row; the router sees the context only."""
+        results: list[tuple[float, bool]] = []
+        size = override_bs or int(self.batch_size)
+        for start in range(0, len(requests), size):
+            chunk = [
+                (pair, cut_middle(c, self.max_length + 1 - len(a)), c, a)
+                for pair, c, a in requests[start : start + size]
+            ]
+            rows = [kept + answer[:-1] for _, kept, _, answer in chunk]
+            self._waiting = [(pair[0], len(kept), len(c) - len(kept)) for pair, kept, c, _ in chunk]
+            logits, seconds = self._packed(rows, [len(kept) for _, kept, _, _ in chunk])
+            state = routing(self.model)
+            self._keep(state.route, torch.tensor([len(kept) for _, kept, _, _ in chunk]), seconds)
+            for piece, (_, _, _, answer) in zip(logits.split([len(row) for row in rows]), chunk, strict=True):
+                scores = F.log_softmax(piece[-len(answer) :].float(), dim=-1)
+                target = torch.tensor(answer, device=scores.device)
+                total = scores.gather(1, target[:, None]).sum()
+                results.append((float(total), bool((scores.argmax(-1) == target).all())))
+        return results
+
+    def _packed(self, rows: list[list[int]], prompts: list[int]) -> tuple[Tensor, float]:
+        """Logits [S, vocabulary] of rows one after the other, and the seconds they took."""
+        ends = torch.tensor([0, *map(len, rows)]).cumsum(0)
+        spans = torch.stack([ends[:-1], ends[:-1] + torch.tensor(prompts)], dim=1)
+        started = time.perf_counter()
+        with override_routes(self.model, self.route):
+            logits = self.model(
+                input_ids=torch.tensor([[token for row in rows for token in row]], device=self.device),
+                position_ids=torch.cat([torch.arange(len(row)) for row in rows])[None].to(self.device),
+                cu_seq_lens=ends.to(torch.int32).to(self.device),
+                prompt_spans=spans.to(self.device),
+                use_cache=False,
+            ).logits[0]
+        return logits, time.perf_counter() - started
+
+    def _keep(self, route_LNK: Tensor, lengths_N: Tensor, seconds: float) -> None:
+        route = route_LNK.detach().cpu().double()
+        last, mean = esr(route, lengths_N.cpu(), elastic_config(self.model).sparse)
+        for n, (text, tokens, cut) in enumerate(self._waiting):
+            self.facts[text] = SampleFacts(float(msr(route)[n]), float(last[n]), float(mean[n]), seconds, tokens, cut)
+
+
+def cut_middle(ids: list[int], limit: int | None) -> list[int]:
+    """At most `limit` tokens: the first and the last half of it, the odd one at the end.
+
+    Raises:
+        ValueError: a limit below 1.
+    """
+    if limit is None or len(ids) <= limit:
+        return ids
+    if limit < 1:
+        raise ValueError(
+            f"the answer leaves {limit} tokens for the prompt; raise the length or ask for shorter answers"
+        )
+    first = limit // 2
+    return ids[:first] + ids[len(ids) - (limit - first) :]
+
+
+class _Clock(LogitsProcessor):
+    """Seconds from its making to the first token's logits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.started = device, time.perf_counter()
+        self.seconds: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.seconds is None:
+            if input_ids.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds = time.perf_counter() - self.started
+        return scores
