@@ -120,10 +120,11 @@ struct Consumer {
     }
   }
 
-  ELASTIC_FN void hand_over(const float (&dq)[32], const Step& step) const {
+  ELASTIC_FN void hand_over(const float (&dq)[32], const Step& step, u32& sum_phase) const {
     const int thread = warp * 32 + lane;
     const u32 target = base + BackwardLayout::sum + group * kBytesSum + thread * 16;
-    named_sync(kSumEmpty + group, 160);
+    wait(&c.sum_empty[group], sum_phase);
+    sum_phase ^= 1;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(target + j * 2048), "f"(dq[4 * j]),
@@ -135,7 +136,8 @@ struct Consumer {
       c.job[group] = SumJob{p.dq_sum + at * kTileElements + group * (kTileElements / 2), p.turns + 2 * at + group, step.turn};
     }
     fence_async();
-    named_arrive(kSumFull + group, 160);
+    __syncwarp();
+    release(&c.sum_full[group]);
   }
 
   ELASTIC_FN void store(const float (&acc)[kAcc], void* out, const Strides& stride, float factor) const {
@@ -154,6 +156,7 @@ struct Consumer {
   ELASTIC_FN void run() const {
     Ring<kStages> st{0, 0};
     int buffer = 0;
+    u32 sum_phase = 1;
     for (u32 kv_phase = 0;; kv_phase ^= 1) {
       wait(&c.full_kv, kv_phase);
       const int state = c.header.state;
@@ -212,7 +215,7 @@ struct Consumer {
           wgmma_wait<1>();
           pin(dq);
           pin(dv);
-          hand_over(dq, step);
+          hand_over(dq, step, sum_phase);
           wgmma_wait<0>();
           pin(dk);
           release(&c.empty[st.slot]);
@@ -224,9 +227,9 @@ struct Consumer {
       store(dk, p.dk, p.stride_dk, p.f.scale);
       release(&c.empty_kv);
     }
-    named_sync(kSumEmpty + group, 160);
+    wait(&c.sum_empty[group], sum_phase);
     if (warp == 0 && lane == 0) c.job[group].target = nullptr;
-    named_arrive(kSumFull + group, 160);
+    release(&c.sum_full[group]);
   }
 };
 
@@ -252,6 +255,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&control.full[i], 1);
       barrier_init(&control.empty[i], kConsumerWarps);
+    }
+    for (int w = 0; w < 2; ++w) {
+      barrier_init(&control.sum_full[w], 4);
+      barrier_init(&control.sum_empty[w], 1);
     }
     fence_barrier_init();
   }

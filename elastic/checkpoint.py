@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic import __version__
 from elastic.backbone import attach, elastic_config, routers
 from elastic.backbones import architecture, architecture_hash
 from elastic.config import ElasticConfig
@@ -86,7 +87,10 @@ def save_elastic(
         "architecture": shape,
         "architecture_sha256": architecture_hash(model),
         "weights_sha256": _sha256(scratch / WEIGHTS),
-        "versions": {name: importlib.metadata.version(name) for name in ("elastic-attention", "torch", "transformers")},
+        "versions": {
+            "elastic-attention": __version__,  # also where the package runs uninstalled
+            **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        },
         "recipe": recipe or {},
         "metrics": metrics or {},
     }

@@ -3,7 +3,8 @@
 //
 // full_kv / empty_kv  header, K and V of a tile; 1 arrival + bytes / 8 consumer warps
 // full[i] / empty[i]  stage i: entry, Q, dO, their lse2 and delta; 1 arrival + bytes / 8 consumer warps
-// named barriers      kScores: both warpgroups have written their dS; kSumFull/kSumEmpty + w: dQ tile of warpgroup w
+// sum_full / _empty   dQ tile of a warpgroup and where it belongs; 4 warps / 1 arrival of the adding warp
+// kScores             named barrier: both warpgroups have written their dS
 #pragma once
 #include "elastic/backward.cuh"
 #include "elastic/ptx_sm90.cuh"
@@ -16,7 +17,7 @@ constexpr int kKeys = 2 * kHalf;          // keys of a tile
 constexpr int kConsumerWarps = 8, kStages = 2;
 constexpr int kBytesKV = kKeys * kD * 2, kBytesQ = kRows * kD * 2, kBytesDS = kRows * kKeys * 2;
 constexpr int kBytesSum = kTileElements / 2 * 4;  // dQ of one warpgroup, fp32
-constexpr int kScores = 1, kClear = 2, kSumFull = 4, kSumEmpty = 6;
+constexpr int kScores = 1, kClear = 2;  // named barriers: kClear + warpgroup
 
 constexpr int kWork = 0, kEmpty = 1, kDone = 2;
 struct BackwardHeader {
@@ -41,7 +42,7 @@ struct SumJob {
 };
 
 struct BackwardControl {
-  u64 full_kv, empty_kv, full[kStages], empty[kStages];
+  u64 full_kv, empty_kv, full[kStages], empty[kStages], sum_full[2], sum_empty[2];
   Step step[kStages];
   BackwardHeader header;
   SumJob job[2];
@@ -224,9 +225,8 @@ struct Adder {
 
   ELASTIC_FN void run() const {
     const u32 source = base + BackwardLayout::sum + group * kBytesSum;
-    named_arrive(kSumEmpty + group, 160);
-    while (true) {
-      named_sync(kSumFull + group, 160);
+    for (u32 phase = 0;; phase ^= 1) {
+      wait(&c.sum_full[group], phase);
       const SumJob job = c.job[group];
       if (!job.target) break;
       if (lane == 0) {
@@ -241,7 +241,7 @@ struct Adder {
         }
       }
       __syncwarp();
-      named_arrive(kSumEmpty + group, 160);
+      if (lane == 0) arrive(&c.sum_empty[group]);
     }
     if (lane == 0) store_wait();
   }
