@@ -225,6 +225,7 @@ struct Consumer {
       }
       store(dv, p.dv, p.stride_dv, 1.0f);
       store(dk, p.dk, p.stride_dk, p.f.scale);
+      __syncwarp();  // every lane has read the header
       release(&c.empty_kv);
     }
     wait(&c.sum_empty[group], sum_phase);

@@ -87,7 +87,7 @@ def test_each_variant_is_compiled_once_and_said_so(counted, caplog) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"head_dim": 128}, {"bf16": False}, {"arch": "sm_86"}, {"debug": ("X=1",)}, {"name": "attention_forward_sm90"}],
+    [{"head_dim": 128}, {"bf16": False}, {"arch": "sm_86"}, {"debug": ("X=1",)}, {"file": "attention_forward_sm90"}],
     ids=str,
 )
 def test_cache_key_covers_options(counted, change) -> None:
@@ -153,7 +153,7 @@ def test_processes_that_compile_at_once_leave_one_whole_file(tmp_path) -> None:
 def test_a_refused_source_shows_the_compilers_log(monkeypatch, tmp_path) -> None:
     (tmp_path / "broken.cu").write_text("__global__ void broken() { this is no C++; }")
     monkeypatch.setattr(jit, "CUDA_SRC", tmp_path)
-    with pytest.raises(RuntimeError, match=r"could not compile Variant\(name='broken'[\s\S]*broken.cu\(1\): error"):
+    with pytest.raises(RuntimeError, match=r"could not compile Variant\(file='broken'[\s\S]*broken.cu\(1\): error"):
         jit.compile_cubin(jit.Variant("broken", "sm_80", 64, True))
 
 
