@@ -204,6 +204,7 @@ class ElasticModule(RoutedModule):
             "router": self.elastic.to_dict()["router"],
             "backbone": self.backbone,
             "sparse": self.elastic.to_dict()["sparse"],
+            "gradient_share": self.elastic.gradient_share,
             "objective": self.objective.facts(),
             "seed": self.noise_seed or torch.initial_seed(),
         }

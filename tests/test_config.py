@@ -72,6 +72,11 @@ BAD = {
         r"sparse\.window=2048\.0 is a float, expected a whole number",
     ),
     "bool sink": (lambda: SparseConfig(sink=True), r"sparse\.sink=True is a bool"),
+    "share": (
+        lambda: ElasticConfig(gradient_share=0.3),
+        r"gradient_share=0\.3 is not 1, 1/2, 1/3, .*0\.125 an estimate",
+    ),
+    "no share": (lambda: ElasticConfig(gradient_share=0.0), r"gradient_share=0\.0 is not 1, 1/2"),
     "mode": (lambda: SparseConfig(route1="local"), r"sparse\.route1='local' is not known; use one of full, streaming"),
     "one mode": (lambda: SparseConfig(route0="streaming"), "both 'streaming'; routing needs two different modes"),
     "granule": (lambda: SparseConfig(granule="row"), r"sparse\.granule='row' is not known; use one of token, block"),
