@@ -18,9 +18,11 @@ from elastic.kernels import attention_backward, attention_forward, kernel_path, 
 from elastic.torch_attention import attend
 
 
-def backend_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """What runs inference on such tensors, as stated in reports: a kernel, or PyTorch and on a GPU the reason."""
-    reason = why_not(device, dtype, head_dim)
+def backend_for(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool = False) -> str:
+    """What runs inference (or `training`) on such tensors, as reports and logs state it: a kernel, or PyTorch and on a
+    GPU the reason.
+    """
+    reason = (why_no_backward if training else why_not)(device, dtype, head_dim)
     if reason is None:
         return kernel_path(device)
     return f"torch ({device.type})" if device.type != "cuda" else f"torch (cuda; {reason})"

@@ -9,9 +9,11 @@ import time
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from elastic import schedules
+from elastic.attention import backend_for
 from elastic.backbone import override_routes, pooled_keys, routers, routing, set_temperature, update_statistics
 from elastic.backbones import architecture_hash
 from elastic.checkpoint import is_trainable
@@ -89,11 +91,14 @@ class ElasticModule(RoutedModule):
         return [descent, ascent]
 
     def on_fit_start(self) -> None:
-        """Fix the number of steps and the seed of the routes' noise."""
+        """Fix the number of steps and the seed of the routes' noise; say what runs attention."""
         steps = self.trainer.estimated_stepping_batches
         if not 0 < steps < math.inf:
             raise ValueError("the schedules need a number of steps; set trainer.max_steps or trainer.max_epochs")
         self.total_steps, self.noise_seed = int(steps), torch.initial_seed()
+        dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else self.model.dtype
+        backend = backend_for(self.device, dtype, self.shape["head_dim"], training=True)
+        rank_zero_info(f"attention in training runs in {backend}")
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
         """Router descent on the accumulated micro-batches, then multiplier ascent."""

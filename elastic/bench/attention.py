@@ -8,17 +8,15 @@ from dataclasses import replace
 
 import torch
 
-from elastic.bench import records, tables
+from elastic.bench import records
 from elastic.bench.cases import Case, Inputs
 from elastic.bench.contestants import COMPETITORS, Call, forward
 from elastic.bench.options import add_options, cases_of, chosen, kernel_device
-from elastic.bench.pictures import attention_figure
-from elastic.bench.race import disagreed, run_case
+from elastic.bench.race import conclude, run_case
 from elastic.bench.records import Record
 from elastic.bench.timing import extra_bytes, host_microseconds, matmul_tflops
 from elastic.console import say
 from elastic.kernels import why_not
-from elastic.plots import save_png
 
 SUMMARY = "the fused forward kernel beside SDPA, FlexAttention, serial dispatch and flash-attn-4"
 
@@ -50,12 +48,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         found += [{**record, **stamp} for record in timed]
         records.save(path, found)  # after every case: a long run that is stopped leaves what it has
         torch.cuda.empty_cache()
-    say(f"\n{tables.terminal(found)}\n")
-    written = [path]
-    if any(case.msr is not None for case in cases):
-        written.append(save_png(attention_figure(found), path.with_suffix(".png")))
-    say(f"Written: {', '.join(map(str, written))}")
-    return int(disagreed(found))
+    return conclude(found, path)
 
 
 def ours(inputs: Inputs) -> Call:

@@ -12,17 +12,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from elastic.bench import records, tables
+from elastic.bench import records
 from elastic.bench.cases import BLOCK, SINK, WINDOW, Case, Inputs
 from elastic.bench.contestants import Call, Contestant, compiled_flex, flex_mask, forward
 from elastic.bench.options import add_options, cases_of, chosen, kernel_device
-from elastic.bench.pictures import attention_figure
-from elastic.bench.race import disagreed, run_case
+from elastic.bench.race import conclude, run_case
 from elastic.bench.records import Record
 from elastic.bench.timing import matmul_tflops
-from elastic.console import say
 from elastic.kernels import attention_backward, why_no_backward
-from elastic.plots import save_png
 
 SUMMARY = "the backward kernels beside autograd of SDPA and FlexAttention"
 FORWARDS = 2.5
@@ -105,9 +102,4 @@ def run(args: argparse.Namespace, command: str) -> int:
         found += [{**record, **stamp} for record in timed]
         records.save(path, found)
         torch.cuda.empty_cache()
-    say(f"\n{tables.terminal(found)}\n")
-    written = [path]
-    if any(case.msr is not None for case in cases):
-        written.append(save_png(attention_figure(found), path.with_suffix(".png")))
-    say(f"Written: {', '.join(map(str, written))}")
-    return int(disagreed(found))
+    return conclude(found, path)

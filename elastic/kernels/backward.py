@@ -125,6 +125,13 @@ def backward_into(
     jit.launch(rows_kernel("attention_backward_finish", q), (row_tiles, heads), 256, params, 0, index)
 
 
+def readable(grad_out: Tensor) -> Tensor:
+    """The gradient itself where the kernels can read it, else a contiguous copy: autograd may hand over any strides."""
+    if grad_out.stride(3) == 1 and not any(s % 8 for s in strides_of(grad_out)) and grad_out.data_ptr() % 16 == 0:
+        return grad_out
+    return grad_out.clone(memory_format=torch.contiguous_format)
+
+
 def rows_kernel(entry: str, q: Tensor) -> Any:
     """One of the kernels around the main one, for q's device, head dim and dtype."""
     capability, _ = device_facts(q.device.index)
@@ -147,8 +154,7 @@ def _backward_cuda(
             f"compute capability {capability[0]}.{capability[1]}; the backward kernels need 9.0 (Hopper), train with "
             "PyTorch's attention on this GPU"
         )
-    if grad_out.stride(3) != 1 or any(s % 8 for s in strides_of(grad_out)) or grad_out.data_ptr() % 16:
-        grad_out = grad_out.clone(memory_format=torch.contiguous_format)  # autograd may hand over any strides
+    grad_out = readable(grad_out)
     check_alignment(q, k, v)
     make = torch.zeros if ranges.partial or ranges.begin_k is not None or ranges.end_k is not None else torch.empty
     dq, dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from elastic.kernels import jit
-from elastic.kernels.backward import rows_kernel
+from elastic.kernels.backward import readable, rows_kernel
 from elastic.kernels.block_sparse import attention_forward
 from elastic.kernels.params import (
     MAP_BYTES,
@@ -105,8 +105,7 @@ def _slot_gap_cuda(
     grad_out: Tensor, out: Tensor, other: Tensor, mode: Tensor, begin: Tensor, end: Tensor, row: Tensor
 ) -> Tensor:
     gap = torch.empty(mode.shape, dtype=torch.float32, device=out.device)
-    if grad_out.stride(3) != 1 or any(s % 8 for s in grad_out.stride()[:3]) or grad_out.data_ptr() % 16:
-        grad_out = grad_out.clone(memory_format=torch.contiguous_format)
+    grad_out = readable(grad_out)
     keys = grad_out[:, :, : mode.shape[1]]  # the kernel takes the number of KV heads from here and reads no keys
     ranges, pattern = Ranges(begin, end, None, None, row), Pattern(0, 1, "token", 128, 1.0)
     params = (

@@ -8,6 +8,7 @@ from elastic.attention import backend_for, fused, routed_attention
 from elastic.backbone import override_routes
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.head_plan import HeadPlan, Layout, batch_layout, packed_layout
+from elastic.kernels import devices, jit
 from elastic.torch_attention import attend
 from tests.kernels.gpu import needs_gpu
 from tests.models import left_padded, random_ids, tiny_model, varied_routers
@@ -56,6 +57,15 @@ def test_the_operator_computes_what_the_plan_says(name, sparse):
 
 def test_the_backend_is_named():
     assert backend_for(torch.device("cpu"), torch.bfloat16, 128) == "torch (cpu)"
+
+
+def test_a_gpu_without_backward_kernels_says_so(monkeypatch):
+    monkeypatch.setattr(devices, "device_facts", lambda _index: ((8, 0), 108))
+    monkeypatch.setattr(jit, "is_installed", lambda: True)
+    ampere = torch.device("cuda", 63)  # the answers are cached by device
+    assert backend_for(ampere, torch.bfloat16, 128) == "attention_forward_sm80 (sm_80)"
+    named = backend_for(ampere, torch.bfloat16, 128, training=True)
+    assert named == "torch (cuda; the backward kernels need compute capability 9.0)"
 
 
 @pytest.mark.gpu
