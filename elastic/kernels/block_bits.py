@@ -8,7 +8,16 @@ hidden whatever the bits say; a query whose bits show it nothing gives output 0 
 import torch
 from torch import Tensor
 
+from elastic.kernels.params import QUERY_BLOCK
+
 _WEIGHTS = [1 << b for b in range(31)] + [-(1 << 31)]
+
+
+def query_block(block: int) -> int:
+    """Queries that share a row of bits: 128 for key blocks of 64 and 128, which the kernels take. Smaller key blocks,
+    which only PyTorch runs, have query blocks of their own size, so that short test sequences have several.
+    """
+    return QUERY_BLOCK if 2 * block >= QUERY_BLOCK else block
 
 
 def bits_from_mask(mask: Tensor) -> Tensor:

@@ -46,6 +46,16 @@ class Ranges(NamedTuple):
         """Whether some query row may belong to no sample."""
         return not (self.begin_q is None and self.end_q is None and self.row is None)
 
+    def on_host(self, samples: int, seq_q: int, seq_k: int) -> list[tuple[int, int, int, int, int]]:
+        """(row, begin_q, end_q, begin_k, end_k) of every sample; waits for a GPU."""
+
+        def given(values: Tensor | None, default: int) -> list[int]:
+            return [default] * samples if values is None else values.tolist()
+
+        rows = list(range(samples)) if self.row is None else self.row.tolist()
+        spans = (given(self.begin_q, 0), given(self.end_q, seq_q), given(self.begin_k, 0), given(self.end_k, seq_k))
+        return list(zip(rows, *spans, strict=True))
+
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
