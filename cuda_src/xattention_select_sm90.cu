@@ -3,8 +3,8 @@
 // product of 64 x 256 over the phases and the head dim, then, per row and key block, the running log2 of the sum of
 // exponentials into scratch. After a tile's last key tile the softmax's denominators are known; each warp then turns
 // its own 16 rows of scratch into block masses and chooses. No warp reads another warp's scratch.
-// Compile-time: ELASTIC_HEAD_DIM (64, 128), ELASTIC_BF16 (1, else fp16), ELASTIC_STRIDE (8, 16), ELASTIC_BLOCK (64, 128),
-// ELASTIC_PAIR (1, 2: CTAs that share what they load of K).
+// Compile-time: ELASTIC_HEAD_DIM (64, 128), ELASTIC_BF16 (1, else fp16), ELASTIC_STRIDE (8, 16), ELASTIC_BLOCK (64,
+// 128), ELASTIC_PAIR (1, 2: CTAs that share what they load of K).
 #include "elastic/block_choice.cuh"
 #include "elastic/block_sums.cuh"
 #include "elastic/select_pipeline_sm90.cuh"
@@ -50,7 +50,8 @@ struct SelectConsumer {
       const u32 at = base + stage.slot * kStageBytes;
       wait(&c.full[stage.slot], stage.phase);
       clear_tails(step / (kD / 64), rows, cells, at);
-      const u64 desc_rows = descriptor(kDescK, at + group * (64 * 128)), desc_cells = descriptor(kDescK, at + kRowBytes);
+      const u64 desc_rows = descriptor(kDescK, at + group * (64 * 128));
+      const u64 desc_cells = descriptor(kDescK, at + kRowBytes);
       wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < 4; ++kk) wgmma_wide(s, desc_rows + 2 * kk, desc_cells + 2 * kk, step + kk);
@@ -66,8 +67,8 @@ struct SelectConsumer {
   }
 
   // Mass of the key blocks of one query block, as units; the forced ones count apart and leave a zero.
-  ELASTIC_FN void choose(const float* u, const float (&norm)[kQueryRows], int first, int end, u32* own_units, int blocks,
-                         Forced forced, u32* bits, float* mass_out) const {
+  ELASTIC_FN void choose(const float* u, const float (&norm)[kQueryRows], int first, int end, u32* own_units,
+                         int blocks, Forced forced, u32* bits, float* mass_out) const {
     u32 total = 0, certain = 0, heaviest = 0;
     for (int j = lane; j < blocks; j += 32) {
       float mass = 0.0f;
@@ -137,7 +138,7 @@ struct SelectConsumer {
 #pragma unroll 1
       for (int kt = 0; kt < key_tiles; ++kt) {
         scores(s, Tail(sample.len_q, extent.first_row), Tail(sample.len_k, kt * kCells), stage);
-        const int last = extent.first_row + row + extent.shift - kt * kCells;  // cell that the warp's first row sees last
+        const int last = extent.first_row + row + extent.shift - kt * kCells;  // what the warp's first row sees
         mask_cells(s, last, extent.cells - kt * kCells, lane);
         sums.add(s, p.f.scale_log2 / kStride, scratch + i64(row) * p.columns + kt * kTileBlocks, p.columns, lane);
       }

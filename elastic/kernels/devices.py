@@ -70,7 +70,7 @@ def selection_config(processors: int, samples: int, tiles: int, key_blocks: int,
     """Launch choices of the block selection on compute capability 9.0; `tiles` is an upper bound of the row tiles,
     `group` the query heads of a KV head.
     """
-    pair = 1 if group % 2 else 2
+    pair = 1
     grid = max(pair, min(processors, tiles) // pair * pair)
     fixed = 1024 + 4 * (128 + 256) * 128 + 1024 + 16 * samples
     per_unit = 8 * 4  # warps, bytes
