@@ -7,6 +7,7 @@ import json
 import random
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def packed_row(rng: random.Random) -> PackedRow:
     cuts = sorted(rng.sample(range(300, ROW - 300), rng.randrange(0, 6)))
     bounds = [0, *cuts, ROW - rng.randrange(60)]
     row = PackedRow(input_ids=[], labels=[], cu_seq_lens=bounds, prompt_spans=[], task_id=[], source=[])
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         answer = min(rng.randrange(10, 250), (end - begin) // 2)
         ids = [rng.randrange(5, 49000) for _ in range(end - begin)]
         row["input_ids"] += ids
