@@ -8,10 +8,8 @@ Legend: S tokens, N samples, H query heads, K KV heads, D head dim.
 """
 
 import argparse
-import math
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +17,21 @@ import torch
 from torch import Tensor
 
 from elastic.attention import fused, routed_attention
-from elastic.backbone import attach, compile_layers, routers, routing, set_context
+from elastic.backbone import routing, set_context
 from elastic.bench import records, tables
 from elastic.bench.options import kernel_device
 from elastic.bench.race import TOLERANCE, largest_difference
 from elastic.bench.records import Record
+from elastic.bench.step import HEAD_DIM, HEADS, KV_HEADS, SHAPES, Step, bounds_of, random_backbone, random_row
 from elastic.bench.timing import measure
-from elastic.config import ElasticConfig, SparseConfig
+from elastic.config import SparseConfig
 from elastic.console import say
 from elastic.head_plan import HeadPlan, packed_layout
 from elastic.kernels import why_no_backward
-from elastic.objective import RoutedPass, TargetObjective
-from elastic.packed import IGNORE, Batch
 from elastic.routing import Context
-from elastic.sparsity import msr
-from elastic.tasks import TASKS
 
 SUMMARY = "a routed training step beside the recipe that runs both modes; memory of a step of a whole backbone"
-HEADS, KV_HEADS, HEAD_DIM, LAYERS = 32, 8, 128, 5  # of the attention case; 5 * 8 heads hold every tenth of an MSR
-ANSWER = 512  # labelled tokens of a sample
-SHARED: dict[str, Any] = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM,
-                          "max_position_embeddings": 1 << 20}  # fmt: skip
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {"model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
-                     "vocab_size": 128256, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-    "qwen3-4b": {"model_type": "qwen3", "num_hidden_layers": 36, "hidden_size": 2560, "intermediate_size": 9728,
-                 "vocab_size": 151936, "tie_word_embeddings": True},
-}  # fmt: skip
+LAYERS = 5  # of the attention case; 5 * 8 KV heads hold every tenth of an MSR
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=(1.0, 0.125), metavar="F",
                         help="gradient shares of routed training (default 1 0.125)")  # fmt: skip
     parser.add_argument("--layers", type=int, default=4, metavar="L",
-                        help="layers of the Llama-3.1-8B-shaped backbone whose step is timed in both recipes; 0: none")  # fmt: skip
+                        help="layers of the Llama-3.1-8B shape timed in both recipes; 0: none (default 4)")  # fmt: skip
     parser.add_argument("--whole", nargs="*", choices=list(SHAPES), default=list(SHAPES), metavar="NAME",
-                        help=f"backbones of full depth that train one step, of {', '.join(SHAPES)} (default all)")  # fmt: skip
+                        help=f"whole backbones that train a step, of {', '.join(SHAPES)} (default all)")  # fmt: skip
     parser.add_argument("--memory-gb", type=float, default=80.0, metavar="GB", help="limit on memory (default 80)")
     parser.add_argument("--compile", action="store_true", help="torch.compile what surrounds attention")
     parser.add_argument("--budget-ms", type=float, default=400.0, metavar="MS", help="time for repeats (default 400)")
@@ -79,8 +65,8 @@ def run(args: argparse.Namespace, command: str) -> int:
     """
     if not 0 < args.msr < 1 or args.samples < 1 or args.length % (128 * args.samples):
         raise ValueError(
-            f"--msr {args.msr:g} --samples {args.samples} --length {args.length}: expected an MSR in (0, 1) and a length "
-            "that is a multiple of 128 per sample"
+            f"--msr {args.msr:g} --samples {args.samples} --length {args.length}: expected an MSR in (0, 1) and a "
+            "length that is a multiple of 128 per sample"
         )
     device = kernel_device(args, why_no_backward)
     total = torch.cuda.get_device_properties(device).total_memory
@@ -112,7 +98,7 @@ def both_modes(
     lengths = plan.layout.end_N - plan.layout.begin_N
     group = q_BHSD.shape[1] // k_BKSD.shape[1]
     weight_SH = route_NK.repeat_interleave(lengths, dim=0, output_size=q_BHSD.shape[2]).repeat_interleave(group, dim=1)
-    return torch.lerp(*outs, weight_SH[None, :, :, None].to(outs[0].dtype))
+    return torch.lerp(outs[0], outs[1], weight_SH[None, :, :, None].to(outs[0].dtype))
 
 
 class BothModes(Context):
@@ -121,11 +107,6 @@ class BothModes(Context):
     def attend(self, *arguments: Any) -> Tensor:
         """`both_modes` in place of `routed_attention`."""
         return both_modes(*arguments)
-
-
-def bounds_of(length: int, samples: int) -> Tensor:
-    """Boundaries of equal samples."""
-    return torch.arange(0, length + 1, length // samples, dtype=torch.int32)
 
 
 def spread_routes(layers: int, samples: int, kv_heads: int, ratio: float) -> Tensor:
@@ -188,77 +169,10 @@ def compare(case: str, calls: dict[str, Callable[[], Any]], budget_ms: float) ->
     return found
 
 
-def random_backbone(name: str, layers: int | None, device: torch.device, args: argparse.Namespace) -> Any:
-    """A random causal LM of a shape with routers that stream at `args.msr`, ready to train under checkpointing."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = {**SHARED, **SHAPES[name]}
-    settings["num_hidden_layers"] = layers or settings["num_hidden_layers"]
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    attach(model, ElasticConfig()).train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for router in routers(model):
-        with torch.no_grad():
-            router.head[-1].bias[1] = math.log(args.msr / (1 - args.msr))  # type: ignore[index, union-attr]
-    return compile_layers(model) if args.compile else model
-
-
-def random_row(length: int, samples: int, vocabulary: int, device: torch.device) -> Batch:
-    """A packed row of equal samples, the last `ANSWER` tokens of each labelled."""
-    bounds = bounds_of(length, samples)
-    ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
-    labels = torch.full_like(ids, IGNORE)
-    for _, end in pairwise(bounds.tolist()):
-        labels[0, end - ANSWER : end] = ids[0, end - ANSWER : end]
-    moved = {
-        "input_ids": ids,
-        "labels": labels,
-        "position_ids": torch.arange(length // samples).repeat(samples)[None],
-        "cu_seq_lens": bounds,
-        "prompt_spans": torch.stack([bounds[:-1], bounds[1:] - ANSWER], dim=1).long(),
-        "task_id": torch.arange(samples) % len(TASKS),
-    }
-    return Batch(**{name: x.to(device) for name, x in moved.items()}, source=["random"] * samples)  # type: ignore[typeddict-item]
-
-
-class Step:
-    """One optimiser step of a routed backbone on one packed row: objective `target`, AdamW on the routers."""
-
-    def __init__(self, model: Any, batch: Batch, share: float) -> None:
-        from elastic.backbone import elastic_config, set_config
-
-        self.model, self.batch = model, batch
-        config = elastic_config(model)
-        self.config = type(config)(config.router, config.sparse, gradient_share=share)
-        self.set_config = partial(set_config, model, self.config)
-        self.objective = TargetObjective({}, 10.0)
-        self.objective.multipliers.to(batch["input_ids"].device)
-        self.weights = [p for router in routers(model) for p in router.parameters()]
-        self.descent = torch.optim.AdamW(self.weights, lr=0.0)  # the routes must not drift between repeats
-
-    def __call__(self) -> None:
-        """Forward, backward, clip, descend."""
-        self.set_config()
-        torch.manual_seed(0)  # the same routes in every repeat and recipe
-        batch = self.batch
-        names = ("input_ids", "position_ids", "cu_seq_lens", "prompt_spans")
-        inputs: dict[str, Any] = {name: batch[name] for name in names}  # type: ignore[literal-required]
-        hidden = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
-        ratio = msr(routing(self.model).route)
-        head = self.model.get_output_embeddings()
-        self.objective.judge(RoutedPass(batch, hidden, ratio, None, head, 1024)).loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
-        self.descent.step()
-        self.descent.zero_grad()
-
-
 def step_records(args: argparse.Namespace, device: torch.device) -> list[Record]:
     """A training step of a Llama-3.1-8B-shaped backbone of a few layers, by both recipes."""
     name = "llama-3.1-8b"
-    model = random_backbone(name, args.layers, device, args)
+    model = random_backbone(name, args.layers, args.msr, args.compile, device)
     batch = random_row(args.length, args.samples, SHAPES[name]["vocab_size"], device)
     recipe = Step(model, batch, 1.0)
 
@@ -278,17 +192,17 @@ def step_records(args: argparse.Namespace, device: torch.device) -> list[Record]
 def whole_records(args: argparse.Namespace, device: torch.device, name: str) -> list[Record]:
     """Memory and time of a step of a whole backbone, within `--memory-gb`."""
     torch.cuda.reset_peak_memory_stats(device)
-    model = random_backbone(name, None, device, args)
+    model = random_backbone(name, None, args.msr, args.compile, device)
     batch = random_row(args.length, args.samples, SHAPES[name]["vocab_size"], device)
     call, case = Step(model, batch, min(args.shares)), f"{name}-{args.length // 1024}k"
     call()
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()  # type: ignore[no-untyped-call]
+    first.record()
     call()
-    last.record()  # type: ignore[no-untyped-call]
+    last.record()
     torch.cuda.synchronize(device)
     figures = {
-        "step time": (first.elapsed_time(last), "ms"),  # type: ignore[no-untyped-call]
+        "step time": (first.elapsed_time(last), "ms"),
         "peak allocated": (torch.cuda.max_memory_allocated(device) / 1e9, "GB"),
         "peak reserved": (torch.cuda.max_memory_reserved(device) / 1e9, "GB"),
         "MSR": (routing(model).route.mean().item(), ""),
