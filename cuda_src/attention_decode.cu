@@ -23,6 +23,7 @@ ELASTIC_FN Share build_list(const DecodeParams& p, int* offset, int* totals) {
   int sum = 0;
   for (int h = from; h < to; ++h) {
     offset[h] = sum;
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(p.base + h));
     sum += units_of(span_of(p, h).count);
   }
   int scan = sum;
@@ -62,16 +63,30 @@ struct Loader {
   }
 
   ELASTIC_FN void load(const DecodeParams& p, const Share& share, const int* offset, u32 stage, int warp, int lane) {
+    constexpr int kCopies = kTokens * kChunks / 32, kRowsApart = 32 / kChunks;  // of a lane: rows of one chunk
     while (pos >= item.end && share.last > offset[item.head + 1]) open(p, share, offset, item.head + 1, warp);
     if (pos < item.end) {
+      const int row = lane / kChunks, chunk = lane % kChunks, at = pos + row;
+      const bool in_sink = at < span.sink;
+      const i64 apart = kRowsApart * p.token_stride * kRowBytes;
+      const char* key = p.keys + (base + (at + (in_sink ? 0 : span.skip)) * p.token_stride) * kRowBytes + chunk * 16;
+      const i64 to_value = p.values - p.keys;
+      if (pos + kTokens <= item.end && (pos >= span.sink || pos + kTokens <= span.sink)) {
 #pragma unroll
-      for (int i = 0; i < kTokens * kChunks / 32; ++i) {
-        const int row = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks, at = pos + row;
-        const bool valid = at < item.end;
-        const i64 token = valid ? at + (at >= span.sink ? span.skip : 0) : 0;
-        const i64 byte = (base + token * p.token_stride) * kRowBytes + chunk * 16;
-        copy_async(swizzled(stage, row, chunk), p.keys + byte, valid);
-        copy_async(swizzled(stage + kTileBytes, row, chunk), p.values + byte, valid);
+        for (int i = 0; i < kCopies; ++i, key += apart) {
+          const u32 place = swizzled(stage, row + i * kRowsApart, chunk);
+          copy_async(place, key, true);
+          copy_async(place + kTileBytes, key + to_value, true);
+        }
+      } else {  // the end of the sink or of the item lies in this tile
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i, key += apart) {
+          const int token = at + i * kRowsApart;
+          const i64 jump = in_sink && token >= span.sink ? span.skip * p.token_stride * kRowBytes : 0;
+          const u32 place = swizzled(stage, row + i * kRowsApart, chunk);
+          copy_async(place, key + jump, token < item.end);
+          copy_async(place + kTileBytes, key + jump + to_value, token < item.end);
+        }
       }
       pos += kStep;
     }
@@ -95,16 +110,18 @@ ELASTIC_FN void load_queries(u32 (&q)[kD / 16][4], const DecodeParams& p, int he
 // One tile of 16 tokens: scores of all query heads, online softmax, output.
 ELASTIC_FN void attend(float (&o)[kD / 2], Softmax& softmax, const u32 (&q)[kD / 16][4], u32 stage, int valid,
                        float scale_log2, int lane) {
-  float s[8];
+  float s[8], odd[8];  // two sums, because every step of one waits for the step before
 #pragma unroll
-  for (int i = 0; i < 8; ++i) s[i] = 0.0f;
+  for (int i = 0; i < 8; ++i) s[i] = odd[i] = 0.0f;
 #pragma unroll
   for (int kk = 0; kk < kD / 16; ++kk) {
     u32 b[4];
     load_matrix(b, swizzled(stage, (lane & 7) + ((lane >> 4) << 3), 2 * kk + ((lane >> 3) & 1)));
-    mma(s, q[kk], b[0], b[1]);
-    mma(s + 4, q[kk], b[2], b[3]);
+    mma(kk % 2 ? odd : s, q[kk], b[0], b[1]);
+    mma((kk % 2 ? odd : s) + 4, q[kk], b[2], b[3]);
   }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) s[i] += odd[i];
   if (valid < kTokens) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -199,30 +216,44 @@ ELASTIC_FN void store_item(const DecodeParams& p, const float* rows, const Share
   }
 }
 
-// The last CTA of a head adds up its parts, always in the order of the list. `weights` [parts, G] is shared memory.
-ELASTIC_FN void merge(const DecodeParams& p, const Parts& parts, int head, float* weights) {
-  const int group = p.heads / p.kv_heads;
+// The last CTA of a head adds up its parts, always in the order of the list. Every thread adds some of the parts of one
+// output column; `rows` holds first the parts' weights [parts, G], then the threads' sums.
+ELASTIC_FN void merge(const DecodeParams& p, const Parts& parts, int head, float* rows) {
+  const int group = p.heads / p.kv_heads, columns = group * kD / 4;
   const float2* peaks = (const float2*)peaks_of(p, group);
+  float2* weights = (float2*)rows;
   for (int i = threadIdx.x; i < parts.count * group; i += kThreads) {
-    const float2 one = __ldcg(peaks + parts.slot(i / group) * group + i % group);
-    weights[2 * i] = one.x, weights[2 * i + 1] = one.y;
+    weights[i] = __ldcg(peaks + parts.slot(i / group) * group + i % group);
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < group * kD / 4; i += kThreads) {
-    const int row = i / (kD / 4), column = 4 * (i % (kD / 4));
+  int each = min_i(16, max_i(1, kThreads / columns));  // threads to a column, in one warp: a power of two
+  while (each & (each - 1)) each &= each - 1;
+  const int turn = threadIdx.x / 2 % each, mine = threadIdx.x / (2 * each) * 2 + threadIdx.x % 2;  // pairs: 32 bytes
+  for (int first = 0; first < columns; first += kThreads / each) {
+    const int index = first + mine, row = index / (kD / 4);
     float top = minus_infinity(), sum = 0.0f;
-    for (int part = 0; part < parts.count; ++part) top = fmaxf(top, weights[2 * (part * group + row)]);
     float4 all = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
-    for (int part = 0; part < parts.count; ++part) {
-      const float weight = weight_of(weights[2 * (part * group + row)], top, p.scale_log2);
-      const float4 one = __ldcg((const float4*)(p.partial + (i64(parts.slot(part)) * group + row) * kD + column));
-      sum += weight * weights[2 * (part * group + row) + 1];
-      all.x += weight * one.x, all.y += weight * one.y, all.z += weight * one.z, all.w += weight * one.w;
+    if (index < columns) {
+      for (int part = 0; part < parts.count; ++part) top = fmaxf(top, weights[part * group + row].x);
+#pragma unroll 16
+      for (int part = turn; part < parts.count; part += each) {
+        const float2 one = weights[part * group + row];
+        const float4 o = __ldcg((const float4*)(p.partial + (i64(parts.slot(part)) * group) * kD) + index);
+        const float weight = weight_of(one.x, top, p.scale_log2);
+        sum = fmaf(weight, one.y, sum);
+        all.x = fmaf(weight, o.x, all.x), all.y = fmaf(weight, o.y, all.y);
+        all.z = fmaf(weight, o.z, all.z), all.w = fmaf(weight, o.w, all.w);
+      }
     }
+    for (int step = 2; step < 2 * each; step *= 2) {
+      sum += __shfl_xor_sync(~0u, sum, step);
+      all.x += __shfl_xor_sync(~0u, all.x, step), all.y += __shfl_xor_sync(~0u, all.y, step);
+      all.z += __shfl_xor_sync(~0u, all.z, step), all.w += __shfl_xor_sync(~0u, all.w, step);
+    }
+    if (index >= columns || turn != 0) continue;
     const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
-    store_pair(p, head, row, column, all.x * factor, all.y * factor);
-    store_pair(p, head, row, column + 2, all.z * factor, all.w * factor);
+    store_pair(p, head, row, 4 * index % kD, all.x * factor, all.y * factor);
+    store_pair(p, head, row, 4 * index % kD + 2, all.z * factor, all.w * factor);
   }
 }
 
