@@ -12,7 +12,7 @@
 
 namespace elastic {
 
-constexpr int kGroupBarrier = 1;  // named barriers: + warpgroup
+constexpr int kConsumers = 1;  // named barrier of both warpgroups
 
 struct SelectConsumer {
   const SelectParams& p;
@@ -29,18 +29,16 @@ struct SelectConsumer {
     if (lane < kPair) arrive_in(&c.empty[slot], lane);
   }
 
-  // A row or cell that the sample's end cuts is filled with zeros; what lies behind belongs to others. Both warpgroups
-  // write the same zeros into a cell.
+  // A row or cell that the sample's end cuts is filled with zeros; what lies behind belongs to others.
   ELASTIC_FN void clear_tails(int phase, const Tail& rows, const Tail& cells, u32 stage) const {
-    const bool of_row = rows.misses(kStride - 1 - phase, kRows) && rows.row / 64 == group;
-    const bool of_cell = cells.misses(phase, kCells);
+    const bool of_row = rows.misses(kStride - 1 - phase, kRows), of_cell = cells.misses(phase, kCells);
     if (!of_row && !of_cell) return;
-    const u32 at = stage + (warp == 0 ? rows.row * 128 : kRowBytes + cells.row * 128) + lane * 16;
-    if (lane < 8 && ((warp == 0 && of_row) || (warp == 1 && of_cell))) {
+    if (group == 0 && lane < 8 && ((warp == 0 && of_row) || (warp == 1 && of_cell))) {
+      const u32 at = stage + (warp == 0 ? rows.row * 128 : kRowBytes + cells.row * 128) + lane * 16;
       asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
     }
     fence_async();
-    named_sync(kGroupBarrier + group, 128);
+    named_sync(kConsumers, 256);
   }
 
   ELASTIC_FN void scores(float (&s)[128], const Tail& rows, const Tail& cells, Ring<kStages>& stage) const {
