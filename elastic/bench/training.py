@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=(1.0, 0.125), metavar="F",
                         help="gradient shares of routed training (default 1 0.125)")  # fmt: skip
     parser.add_argument("--layers", type=int, default=4, metavar="L",
-                        help="layers of the backbones whose step is timed in both recipes; 0: none (default 4)")  # fmt: skip
+                        help="layers of backbones whose step is timed by both; 0: none (default 4)")  # fmt: skip
     parser.add_argument("--backbones", nargs="*", choices=list(SHAPES), default=list(SHAPES), metavar="NAME",
                         help=f"shapes of the backbones, of {', '.join(SHAPES)} (default all)")  # fmt: skip
     parser.add_argument("--no-whole", action="store_true", help="leave out the steps of whole backbones")
