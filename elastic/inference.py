@@ -114,6 +114,7 @@ def generate(
         head_dim=architecture(model)["head_dim"],
         element_size=model.dtype.itemsize,
         backend=backend_for(model.device, model.dtype, architecture(model)["head_dim"]),
+        density_LNK=None if record.density is None else record.density[:, ::stride],
     )
     answers = [_answer(row[ids.shape[1] :].tolist(), _ends(model), pad) for row in output]
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]

@@ -166,7 +166,7 @@ class ElasticModule(RoutedModule):
         if state.logits is not None:
             facts.add("router_entropy", entropy(state.logits))
         facts.add_per_task("msr", task, ratio)
-        facts.add_per_task("esr", task, esr(state.route, state.lengths, self.elastic.sparse)[1])
+        facts.add_per_task("esr", task, esr(state.route, state.lengths, self.elastic.sparse, state.density)[1])
 
     @torch.no_grad()
     def _dense_answers(self, batch: Batch) -> Tensor:

@@ -129,7 +129,7 @@ class RoutedModule(LightningModule):
             with override_routes(self.model, method.routes(self.shape["num_layers"], self.shape["num_kv_heads"])):
                 scores = self._answers(batch).scores
             state = routing(self.model)
-            last, overall = esr(state.route, state.lengths, self.elastic.sparse)
+            last, overall = esr(state.route, state.lengths, self.elastic.sparse, state.density)
             measured = {"msr": msr(state.route), "esr_last": last, "esr_all": overall}
             values |= {f"{method.name}_{name}": score for name, score in scores.items()}
             values |= {column: measured[ratio] for ratio, column in method.ratios.items()}

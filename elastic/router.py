@@ -55,11 +55,13 @@ class LayerState:
     Attributes:
         route_NK: in {0, 1}, with the straight-through gradient in training.
         logits_NK2, pooled_NKD: what it was decided from; None when the route was given from outside.
+        density_NK: what XAttention heads then visited, see `elastic.selection.density`; None without such heads.
     """
 
     route_NK: Tensor
     logits_NK2: Tensor | None
     pooled_NKD: Tensor | None
+    density_NK: Tensor | None = None
 
 
 class Router(nn.Module):

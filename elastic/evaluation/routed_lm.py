@@ -87,7 +87,7 @@ class RoutedLM(HFLM):
             )
         record = route_of(cache)
         assert record.prompt_lengths is not None and clock.seconds is not None  # the prefill has just run
-        self._keep(record.route, record.prompt_lengths, clock.seconds)
+        self._keep(record.route, record.density, record.prompt_lengths, clock.seconds)
         return output
 
     @torch.no_grad()
@@ -106,7 +106,7 @@ class RoutedLM(HFLM):
             self._waiting = [(pair[0], len(kept), len(c) - len(kept)) for pair, kept, c, _ in chunk]
             logits, seconds = self._packed(rows, [len(kept) for _, kept, _, _ in chunk])
             state = routing(self.model)
-            self._keep(state.route, torch.tensor([len(kept) for _, kept, _, _ in chunk]), seconds)
+            self._keep(state.route, state.density, torch.tensor([len(kept) for _, kept, _, _ in chunk]), seconds)
             for piece, (_, _, _, answer) in zip(logits.split([len(row) for row in rows]), chunk, strict=True):
                 scores = F.log_softmax(piece[-len(answer) :].float(), dim=-1)
                 target = torch.tensor(answer, device=scores.device)
@@ -129,9 +129,9 @@ class RoutedLM(HFLM):
             ).logits[0]
         return logits, time.perf_counter() - started
 
-    def _keep(self, route_LNK: Tensor, lengths_N: Tensor, seconds: float) -> None:
+    def _keep(self, route_LNK: Tensor, density_LNK: Tensor | None, lengths_N: Tensor, seconds: float) -> None:
         route = route_LNK.detach().cpu().double()
-        last, mean = esr(route, lengths_N.cpu(), elastic_config(self.model).sparse)
+        last, mean = esr(route, lengths_N.cpu(), elastic_config(self.model).sparse, density_LNK)
         for n, (text, tokens, cut) in enumerate(self._waiting):
             self.facts[text] = SampleFacts(float(msr(route)[n]), float(last[n]), float(mean[n]), seconds, tokens, cut)
 
