@@ -25,6 +25,7 @@ __all__ = [
     "RouteRecord",
     "RoutingState",
     "attach",
+    "compile_layers",
     "detach",
     "elastic_config",
     "is_attached",
@@ -67,7 +68,7 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
         weight = attn.k_proj.weight
         router = build_router(weight.shape[0] // attn.head_dim, attn.head_dim, config.router)
         attn.router = router.to(weight.device).train(model.training)
-        handle.hooks.append(attn.register_forward_pre_hook(handle.before_attention, with_kwargs=True))
+    handle.hook_attention(layers, handle.before_attention)
     handle.hooks.append(model.get_decoder().register_forward_pre_hook(handle.before_decoder, with_kwargs=True))
     model.set_attn_implementation(_IMPLEMENTATION)
     setattr(model, _HANDLE, handle)
@@ -77,7 +78,7 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
 def detach(model: Any) -> Any:
     """Remove the routers and restore the stock model exactly, `requires_grad` flags included."""
     handle = _handle(model)
-    for hook in handle.hooks:
+    for hook in (*handle.hooks, *handle.attention_hooks):
         hook.remove()
     for attn in handle.attention_layers(model):
         del attn.router
@@ -186,6 +187,24 @@ def update_statistics(model: Any, pooled_LNKD: Tensor) -> None:
         router.update_statistics(pooled_NKD)
 
 
+def compile_layers(model: Any, **settings: Any) -> Any:
+    """`torch.compile` what surrounds attention in every decoder layer (norms, projections, RoPE, MLP), in place.
+
+    Routing and attention stay outside, where the kernels are launched as before. Works under training, gradient
+    checkpointing and for any sequence length; `detach` leaves the layers compiled.
+
+    Args:
+        settings: of `torch.compile`, such as `backend` or `mode`; `dynamic=True` unless given.
+    """
+    handle, settings = _handle(model), {"dynamic": True, **settings}
+    handle.hook_attention(handle.attention_layers(model), torch.compiler.disable(handle.before_attention))
+    _register(torch.compiler.disable(_attention_function))
+    for layer in model.get_decoder().layers:  # parts, because checkpointing a compiled layer would not compile it
+        for part in (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp):
+            part.compile(**settings)
+    return model
+
+
 class _Handle:
     """What `attach` must remember: how to undo itself, and the routing state its hooks share."""
 
@@ -193,11 +212,18 @@ class _Handle:
         self.implementation = model.config._attn_implementation
         self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.hooks: list[Any] = []
+        self.attention_hooks: list[Any] = []
         self.routing = Routing(config)
         model.requires_grad_(False)
 
     def attention_layers(self, model: Any) -> list[Any]:
         return [layer.self_attn for layer in model.get_decoder().layers]
+
+    def hook_attention(self, layers: list[Any], hook: Any) -> None:
+        """Let `hook` route the layers, in place of what did."""
+        for old in self.attention_hooks:
+            old.remove()
+        self.attention_hooks = [attn.register_forward_pre_hook(hook, with_kwargs=True) for attn in layers]
 
     def before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Lay out the batch's samples once per forward pass and hand the layout to the layers as a keyword."""
@@ -247,10 +273,10 @@ def _no_mask(**kwargs: Any) -> None:
     """The layout carries padding and packing; no [S, S] mask is ever built for the whole batch."""
 
 
-def _register() -> None:
+def _register(attention: Any = _attention_function) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(_IMPLEMENTATION, _attention_function)
+    AttentionInterface.register(_IMPLEMENTATION, attention)
     AttentionMaskInterface.register(_IMPLEMENTATION, _no_mask)
 
 

@@ -129,8 +129,8 @@ class ElasticModule(RoutedModule):
         for name, what in (("objective", "objective"), ("gradient_norm", "routers' gradient norm")):
             if not math.isfinite(means[name]):
                 raise FloatingPointError(
-                    f"the {what} is {means[name]} at step {step} on {_tasks(batch)}; lower optimiser.lr or look at that "
-                    "data"
+                    f"the {what} is {means[name]} at step {step} on {_tasks(batch)}; lower optimiser.lr or look at "
+                    "that data"
                 )
         self.optimizers()[0].step()  # type: ignore[index]  # Lightning counts this one
         ascent.step()  # the raw optimiser: through Lightning the step would count twice
