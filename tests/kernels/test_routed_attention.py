@@ -4,15 +4,17 @@ import pytest
 import torch
 
 import elastic
-from elastic.attention import backend_for, fused, routed_attention
+from elastic.attention import _StraightThrough, backend_for, fused, routed_attention
 from elastic.backbone import override_routes
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.head_plan import HeadPlan, Layout, batch_layout, packed_layout
 from elastic.kernels import devices, jit
+from elastic.selection import with_blocks
 from elastic.torch_attention import attend
-from tests.kernels.gpu import needs_gpu
+from tests.kernels.gpu import HAS_GPU, needs_gpu
 from tests.models import left_padded, random_ids, tiny_model, varied_routers
 
+HAS_BACKWARD = HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
 SPARSE = SparseConfig(sink=64, window=64, block=64)
 TOKENS = SparseConfig(sink=64, window=128, block=64, granule="token")
 BOUNDS = [0, 1, 130, 300]
@@ -85,6 +87,50 @@ def test_the_kernel_runs_where_no_gradient_is_wanted(name, head_dim):
     error, allowed = (valid(layout, out - exact).abs().max() for out in (got, same))
     assert error <= 2 * allowed + torch.finfo(torch.bfloat16).eps
     assert routed_attention(q.requires_grad_(), k, v, route, plan, 0.125).requires_grad
+
+
+XA_MODES = {"FA-XA": ("full", "xattention"), "XA-SSA": ("xattention", "streaming")}
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.skipif(not HAS_BACKWARD, reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("name", ["rows", "left", "chunk", "packed"])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("configuration", XA_MODES)
+def test_chosen_blocks_go_through_the_kernels(name, block, configuration):
+    """Output and all gradients, the routes' too, against the PyTorch path in fp64 under the same block choice."""
+    device = torch.device("cuda", 0)
+    layout = layouts(device)[name]
+    sizes = {"sink": block, "window": block, "block": block, "stride": 8, "threshold": 0.5}
+    sparse = SparseConfig(*XA_MODES[configuration], **sizes)
+    q, k, v, route = problem(layout, torch.bfloat16, device)
+    q, k = 2 * q, 2 * k
+    plan = HeadPlan.build(route, sparse, layout)
+    plan = with_blocks(q, k, plan, 0.125, fused=False, both=True)
+    weight = torch.randn(
+        layout.rows, layout.queries, 4, 64, generator=torch.Generator(device).manual_seed(1), device=device
+    )
+    results = []
+    for run, dtype in ((fused, torch.bfloat16), (twin, torch.bfloat16), (twin, torch.float64)):
+        operands = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        routes = route.clone().requires_grad_()
+        out = valid(layout, run(*operands, routes, plan, 0.125))
+        gradients = torch.autograd.grad((out * valid(layout, weight)).sum(), (*operands, routes))
+        results.append([x.double() for x in (out, *gradients)])
+    for kernel, same, exact in zip(*results, strict=True):
+        error, allowed = (kernel - exact).norm(), (same - exact).norm()
+        assert error <= 2 * allowed + 1e-2 * exact.norm(), (float(error), float(allowed), float(exact.norm()))
+    if (name, block) != ("packed", 128):  # samples of two blocks: every mode sees all of them
+        assert float(results[-1][-1].norm()) > 0
+
+
+def twin(q, k, v, route, plan, scale):
+    """`routed_attention` of the PyTorch path, on any device."""
+    out = attend(q, k, v, plan, scale)
+    with torch.no_grad():
+        other = attend(q, k, v, plan.flipped(), scale)
+    return _StraightThrough.apply(out, other, route, plan.layout)
 
 
 @pytest.mark.gpu
