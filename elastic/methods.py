@@ -4,6 +4,7 @@ Every method is a choice of routes on the same model, so all of them run through
 Legend: L layers, K KV heads.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 SCORES = ("loss", "accuracy", "exact")
 RATIOS = ("msr", "esr_last", "esr_all")
 DEFAULT_METHODS = ("dense", "elastic")
-_KNOWN = "dense, elastic, streaming, random:<msr> or random:<msr>:<seed>"
+_KNOWN = "dense, elastic, elastic:<bias>, streaming, random:<msr> or random:<msr>:<seed>"
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,18 @@ class Method:
     """One way to choose routes.
 
     Attributes:
-        name: `dense` (every head on route 0), `streaming` (every head on route 1), `elastic` (the routers decide), or
+        name: `dense` (every head on route 0), `streaming` (every head on route 1), `elastic` (the routers decide),
+            `elastic:<bias>` (they decide at another `sparsity_bias`: another operating point), or
             `random:<msr>[:<seed>]`: the same heads, drawn once, on route 1 for every input.
         share: of heads on route 1; None where the routers decide.
         seed: of the random heads.
+        bias: `sparsity_bias` instead of the configuration's; None leaves it.
     """
 
     name: str
     share: float | None
     seed: int = 0
+    bias: float | None = None
 
     def routes(self, layers: int, kv_heads: int) -> Tensor | None:
         """Routes [L, K] for `override_routes`; None lets the routers decide."""
@@ -73,11 +77,14 @@ def _parse(name: str) -> Method:
         return fixed[name]
     kind, *numbers = name.split(":")
     try:
+        if kind == "elastic" and len(numbers) == 1 and math.isfinite(float(numbers[0])):
+            return Method(name, None, bias=float(numbers[0]))
         share, seed = float(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 0
         if kind != "random" or len(numbers) > 2 or not 0 <= share <= 1 or seed < 0:
             raise ValueError(name)
     except (ValueError, IndexError):
         raise ValueError(
-            f"method {name!r} is not known; use {_KNOWN}, with <msr> in [0, 1] and a whole <seed> of 0 or more"
+            f"method {name!r} is not known; use {_KNOWN}, with a number <bias>, <msr> in [0, 1] and a whole <seed> of "
+            "0 or more"
         ) from None
     return Method(name, share, seed)

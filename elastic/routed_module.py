@@ -10,6 +10,7 @@ from elastic.backbone import attach, override_routes, routing
 from elastic.backbones import DTYPES, architecture, load_backbone
 from elastic.config import ElasticConfig
 from elastic.distributed import ShardedBackbone, shard_backbone
+from elastic.inference import biased
 from elastic.methods import columns, parse_methods
 from elastic.metrics import Answers, RouteShare, TaskMeans, score_answers
 from elastic.packed import Batch
@@ -126,7 +127,8 @@ class RoutedModule(LightningModule):
     def _evaluate(self, batch: Batch) -> None:
         values: dict[str, Tensor] = {}
         for method in self.methods:
-            with override_routes(self.model, method.routes(self.shape["num_layers"], self.shape["num_kv_heads"])):
+            routes = method.routes(self.shape["num_layers"], self.shape["num_kv_heads"])
+            with override_routes(self.model, routes), biased(self.model, method.bias):
                 scores = self._answers(batch).scores
             state = routing(self.model)
             last, overall = esr(state.route, state.lengths, self.elastic.sparse, state.density)

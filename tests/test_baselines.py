@@ -108,7 +108,9 @@ def test_methods_choose_their_routes():
     [
         (["dense"], r"methods=\['dense'\] lacks elastic; the routers are what is evaluated"),
         (["elastic", "elastic"], "names a method twice"),
-        (["elastic", "sparse"], "method 'sparse' is not known; use dense, elastic, streaming, random:<msr>"),
+        (["elastic", "sparse"], "method 'sparse' is not known; use dense, elastic, elastic:<bias>, streaming,"),
+        (["elastic", "elastic:inf"], "method 'elastic:inf' is not known; .* with a number <bias>"),
+        (["elastic", "elastic:1:2"], "method 'elastic:1:2' is not known"),
         (["elastic", "random"], "method 'random' is not known"),
         (["elastic", "random:1.5"], r"method 'random:1.5' is not known; .* in \[0, 1\]"),
         (["elastic", "random:nan"], "method 'random:nan' is not known"),
@@ -122,7 +124,7 @@ def test_unknown_methods_are_refused(names, message):
 
 
 def test_one_test_command_reports_every_method(data, tmp_path, capsys):
-    root, names = tmp_path / "run", ["dense", "elastic", "streaming", "random:0.5"]
+    root, names = tmp_path / "run", ["dense", "elastic", "elastic:-50", "elastic:50", "streaming", "random:0.5"]
     files = [word for name in ("debug.yaml", "router/static.yaml") for word in ("-c", str(ROOT / "configs" / name))]
     flags = [f"--data.data_dir={data}", f"--trainer.default_root_dir={root}", "--trainer.enable_progress_bar=false"]
     assert cli.main(["fit", *files, *flags, "--trainer.max_steps=2"]) == 0
@@ -135,6 +137,8 @@ def test_one_test_command_reports_every_method(data, tmp_path, capsys):
     assert results["methods"] == names and results["elastic"]["router"]["kind"] == "static"
     for row in results["tasks"].values():
         assert row["streaming_msr"] == 1 and row["random:0.5_msr"] == 0.5  # of six KV heads
+        assert (row["elastic:-50_msr"], row["elastic:50_msr"]) == (0, 1)  # the ends of its operating points
+        assert row["elastic:-50_loss"] == row["dense_loss"] and row["elastic:50_loss"] == row["streaming_loss"]
         assert row["streaming_esr_all"] > row["random:0.5_esr_all"] > 0
     needles = results["tasks"]["single_qa"]
     assert needles["dense_exact"] > needles["streaming_exact"]
