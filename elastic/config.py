@@ -89,6 +89,11 @@ class SparseConfig:
             raise ValueError(f"sparse.threshold={self.threshold!r} is not in (0, 1]; the paper uses 0.9")
 
     @property
+    def dense(self) -> "SparseConfig":
+        """The same sizes with full attention behind route 0, so that routes of 0 are the dense model."""
+        return dataclasses.replace(self, route0="full", route1="streaming")
+
+    @property
     def name(self) -> str:
         """Name of the configuration as the paper writes it, such as `FA-SSA`."""
         short = {"full": "FA", "streaming": "SSA", "xattention": "XA"}

@@ -173,7 +173,7 @@ class ElasticModule(RoutedModule):
         """Hidden states [P, E] of the dense pass at the labelled positions. Runs before the routed pass, whose routes
         stay the last ones.
         """
-        with override_routes(self.model, 0):
+        with override_routes(self.model, 0, self.elastic.sparse.dense):
             return labelled_positions(self.hidden_states(batch), batch["labels"])[0]
 
     def _log_step(self, facts: dict[str, float]) -> None:

@@ -57,8 +57,9 @@ def _report(trainer: Trainer, module: Any, split: str) -> None:
         return
     path = run_folder(trainer) / f"results_{split}.json"
     results = {
-        "protocol": "answers teacher-forced on packed rows; every method runs the same backbone: dense with all heads "
-        "on route 0, streaming with all on route 1, random with heads drawn once, elastic as the routers decide",
+        "protocol": "answers teacher-forced on packed rows; every method runs the same backbone: dense, "
+        "streaming and xattention with all heads in that mode, random with heads drawn once, elastic as the routers "
+        "decide, elastic:<configuration> with their decisions between its modes",
         "split": split,
         "backbone": module.backbone,
         "elastic": module.elastic.to_dict(),
@@ -66,6 +67,7 @@ def _report(trainer: Trainer, module: Any, split: str) -> None:
         "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
         "tasks": module.results,
         "sources": module.source_results,
+        "xattention_density_by_layer": module.densities,
     }
     _write_json(path, results)
     methods = [method.name for method in module.methods]

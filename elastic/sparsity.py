@@ -40,13 +40,18 @@ def esr(
     return per_layer[-1], per_layer.mean(0)
 
 
+def xattention_heads(route_LNK: Tensor, sparse: SparseConfig) -> Tensor:
+    """Which heads run XAttention under a configuration that has it, boolean [L, N, K]."""
+    return (route_LNK.detach() > 0.5) == (sparse.route1 == "xattention")
+
+
 def density_by_layer(route_LNK: Tensor, sparse: SparseConfig, density_LNK: Tensor | None) -> list[list[float | None]]:
     """What the XAttention heads of each sample and layer visited, the mean over these heads, [N][L]; None for a layer
     without such heads, empty lists for a configuration without them.
     """
     if density_LNK is None:
         return [[] for _ in range(route_LNK.shape[1])]
-    runs_LNK = (route_LNK.detach().cpu() > 0.5) == (sparse.route1 == "xattention")
+    runs_LNK = xattention_heads(route_LNK, sparse).cpu()
     count_LN = runs_LNK.sum(-1)
     mean_LN = (density_LNK.detach().cpu() * runs_LNK).sum(-1) / count_LN
     pairs = zip(mean_LN.T.tolist(), count_LN.T.tolist(), strict=True)
