@@ -122,7 +122,7 @@ def profile(micro: int, share: float, compiled: str, out: Path) -> dict[str, Any
     )  # fmt: skip
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    trainer.fit(module, DataLoader(steps(micro), batch_size=None, collate_fn=lambda step: step))
+    trainer.fit(module, DataLoader(steps(micro), batch_size=None, collate_fn=lambda step: step))  # type: ignore[arg-type]
     table = clock.profiler.key_averages()
     name = f"m{micro}-s{share:g}-{compiled}"
     for key in ("self_cpu_time_total", "self_device_time_total"):
