@@ -330,3 +330,27 @@ def test_the_shipped_configuration_trains(file, tmp_path, monkeypatch):
     assert cli.main(["fit", *files, *words]) == 0
     stored = json.loads((tmp_path / "runs" / "debug" / "checkpoint" / "elastic.json").read_text())["config"]["sparse"]
     assert (stored["route0"], stored["route1"]) == MODES[file.upper().replace("_", "-")]
+
+
+def test_the_quality_script_writes_records_and_tables(tmp_path, capsys):
+    from elastic import backbones
+    from elastic.bench.methods import DENSITY
+    from elastic.bench.records import load as load_records
+    from tests.bench.methods import main
+
+    model, _ = backbones.load_backbone("tiny")
+    attach(model, ElasticConfig(small_config().router, sparse_of("FA-XA")))
+    varied_routers(model)
+    checkpoint = save_elastic(tmp_path / "ck", model, "tiny")
+    names = ["elastic", "dense", "xattention:0.3", "streaming", "elastic:xa-ssa"]
+    words = ["--checkpoint", str(checkpoint), "--data", str(build_data(tmp_path)), "--out", str(tmp_path)]
+    assert main([*words, "--dtype", "float32", "--batch-rows", "1", "--batches", "6", "--methods", *names]) == 0
+    found = load_records(tmp_path / "methods.json")
+    ratio = {(r["who"], r["metric"]): r["esr_all"] for r in found if r["case"] != DENSITY}
+    assert {who for who, _ in ratio} == set(names) and ratio["dense", "exact"] == 0.0
+    assert 0 < ratio["elastic", "loss"] < ratio["xattention:0.3", "loss"] < 1
+    layers = {r["who"]: r["by_layer"] for r in found if r["case"] == DENSITY}
+    assert set(layers) == {"elastic", "xattention:0.3", "elastic:xa-ssa"}
+    assert all(0 < share < 1 for share in layers["xattention:0.3"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*names, "pairs visited"))
