@@ -9,10 +9,15 @@ from torch import Tensor
 
 FULL, STREAMING, BLOCK_SPARSE = 0, 1, 2
 QUERY_BLOCK = 128
-PARAMS_BYTES, BACKWARD_BYTES = 768, 960
+PARAMS_BYTES, BACKWARD_BYTES, SELECTION_BYTES = 768, 960, 832
 BACKWARD_TILE = 8192  # query rows of a backward tile times head dim
+ROW_TILE, KEY_CELLS = (
+    128,
+    256,
+)  # rows of a tile and cells of a key tile, of `stride` tokens each, when blocks are chosen
 _POINTERS, _SIZES = struct.Struct("<13Q"), struct.Struct("<12q12i2f")
 _BACKWARD = struct.Struct("<7Q12qi36x")
+_SELECTION = struct.Struct("<dQ4i32x")
 MAP_BYTES = 128
 
 
@@ -134,6 +139,13 @@ def pack_backward(addresses: tuple[int, ...], strided: tuple[Tensor, ...], row_t
     """
     strides = (stride for tensor in strided for stride in strides_of(tensor))
     return _BACKWARD.pack(*addresses, *strides, row_tiles)
+
+
+def pack_selection(
+    threshold: float, mass: Tensor | None, tail_q: int, tail_k: int, columns: int, shared_units: int
+) -> bytes:
+    """What `elastic::SelectParams` adds to `Params`."""
+    return _SELECTION.pack(threshold, _address(mass), tail_q, tail_k, columns, shared_units)
 
 
 def is_half(dtype: torch.dtype) -> bool:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from elastic.kernels.block_bits import query_block
-from elastic.kernels.checks import check_metadata, check_tensors
+from elastic.kernels.checks import check_alignment, check_cuda, check_metadata, check_tensors
+from elastic.kernels.devices import device_facts
 from elastic.kernels.params import Ranges
+from elastic.kernels.selection import BLOCKS, STRIDES, launch_selection
 from elastic.kernels.xattention_oracle import select_oracle
 
 _Optional = Tensor | None
@@ -81,6 +83,20 @@ def _select_cpu(
     return select_oracle(q, k, mode, stride, threshold, block, scale, ranges)
 
 
+def _select_cuda(
+    q: Tensor, k: Tensor, mode: Tensor, stride: int, threshold: float, block: int, scale: float, *spans: _Optional
+) -> Tensor:
+    ranges = Ranges(*spans)
+    check_selection(q, k, mode, stride, threshold, block, scale, ranges)
+    if device_facts(q.device.index)[0] != (9, 0):
+        return select_oracle(q, k, mode, stride, threshold, block, scale, ranges)
+    if stride not in STRIDES or block not in BLOCKS:
+        raise ValueError(f"stride={stride}, block={block}; the CUDA kernel takes strides {STRIDES} and blocks {BLOCKS}")
+    check_cuda(q, k, k)
+    check_alignment(q, k, k)
+    return launch_selection(q, k, mode, stride, threshold, block, scale, ranges)
+
+
 def _select_fake(
     q: Tensor, k: Tensor, mode: Tensor, stride: int, threshold: float, block: int, scale: float, *spans: _Optional
 ) -> Tensor:
@@ -93,5 +109,6 @@ _library.define(
     "xattention_select(Tensor q, Tensor k, Tensor mode, int stride, float threshold, int block, float scale, "
     "Tensor? begin_q, Tensor? end_q, Tensor? begin_k, Tensor? end_k, Tensor? row) -> Tensor"
 )
+_library.impl("xattention_select", _select_cuda, "CUDA")
 _library.impl("xattention_select", _select_cpu, "CPU")
 torch.library.register_fake("elastic::xattention_select", _select_fake, lib=_library)

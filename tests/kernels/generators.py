@@ -51,7 +51,7 @@ def _pattern(rng: random.Random, dim: int) -> tuple[Pattern, bool]:
     return Pattern(block * rng.randrange(3), block * rng.randrange(1, 9), "block", block, scale), block >= 64
 
 
-def _spans(rng: random.Random, kind: str, batch: int, seq_q: int, seq_k: int) -> dict[str, list[int]] | None:
+def random_spans(rng: random.Random, kind: str, batch: int, seq_q: int, seq_k: int) -> dict[str, list[int]] | None:
     """Sample ranges by name; None for whole rows."""
     if kind == "whole":
         return None
@@ -84,7 +84,7 @@ def random_problem(seed: int, device: str = "cuda") -> Problem:
     k = tensor(gen, (batch, seq_k, kv_heads, dim), rng.choice(layouts), dtype)
     v = tensor(gen, (batch, seq_k, kv_heads, dim), rng.choice(layouts), dtype)
     pattern, blocks_allowed = _pattern(rng, dim)
-    spans = _spans(rng, kind, batch, seq_q, seq_k)
+    spans = random_spans(rng, kind, batch, seq_q, seq_k)
     samples = batch if spans is None else len(spans["row"])
     modes = rng.choice(((0,), (1,), (0, 1), (2,), (0, 1, 2))) if blocks_allowed else rng.choice(((0,), (1,), (0, 1)))
     mode = torch.tensor([[rng.choice(modes) for _ in range(kv_heads)] for _ in range(samples)], dtype=torch.int32)
