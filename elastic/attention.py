@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic.config import SparseConfig
 from elastic.head_plan import HeadPlan, Layout
 from elastic.kernels import (
     attention_backward,
@@ -22,6 +23,7 @@ from elastic.kernels import (
     route_gap,
     slot_table,
     why_no_backward,
+    why_no_selection,
     why_not,
 )
 from elastic.kernels.params import Ranges
@@ -29,13 +31,16 @@ from elastic.selection import with_blocks
 from elastic.torch_attention import attend
 
 
-def backend_for(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool = False) -> str:
+def backend_for(
+    device: torch.device, dtype: torch.dtype, head_dim: int, training: bool = False, sparse: SparseConfig | None = None
+) -> str:
     """What runs inference (or `training`) on such tensors, as reports and logs state it: a kernel, or PyTorch and on a
-    GPU the reason.
+    GPU the reason. With the modes of `sparse`, also where PyTorch chooses key blocks for a kernel.
     """
     reason = (why_no_backward if training else why_not)(device, dtype, head_dim)
     if reason is None:
-        return kernel_path(device)
+        chooser = why_no_selection(device, dtype, head_dim) if sparse is not None and sparse.has("xattention") else None
+        return kernel_path(device) + (f"; key blocks are chosen in torch: {chooser}" if chooser else "")
     return f"torch ({device.type})" if device.type != "cuda" else f"torch (cuda; {reason})"
 
 

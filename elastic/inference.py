@@ -107,13 +107,14 @@ def generate(
     with biased(model, sparsity_bias):
         output, record = _run(model, ids, mask, pad, max_new_tokens=max_new_tokens, streamer=streamer, **options)
     stride = record.route.shape[1] // len(encoded)  # beams of a prompt share its route
+    sparse, head_dim = elastic_config(model).sparse, architecture(model)["head_dim"]
     reports = route_reports(
         record.route[:, ::stride],
         record.prompt_lengths[::stride],
-        elastic_config(model).sparse,
-        head_dim=architecture(model)["head_dim"],
+        sparse,
+        head_dim=head_dim,
         element_size=model.dtype.itemsize,
-        backend=backend_for(model.device, model.dtype, architecture(model)["head_dim"]),
+        backend=backend_for(model.device, model.dtype, head_dim, sparse=sparse),
         density_LNK=None if record.density is None else record.density[:, ::stride],
     )
     answers = [_answer(row[ids.shape[1] :].tolist(), _ends(model), pad) for row in output]

@@ -97,7 +97,7 @@ class ElasticModule(RoutedModule):
             raise ValueError("the schedules need a number of steps; set trainer.max_steps or trainer.max_epochs")
         self.total_steps, self.noise_seed = int(steps), torch.initial_seed()
         dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else self.model.dtype
-        backend = backend_for(self.device, dtype, self.shape["head_dim"], training=True)
+        backend = backend_for(self.device, dtype, self.shape["head_dim"], training=True, sparse=self.elastic.sparse)
         rank_zero_info(f"attention in training runs in {backend}")
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:

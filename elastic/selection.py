@@ -47,7 +47,7 @@ def density(plan: HeadPlan) -> Tensor | None:
     the configuration has no XAttention heads; 1 where they attend in full to a single token.
     """
     layout = plan.layout
-    if "xattention" not in (plan.sparse.route0, plan.sparse.route1) or (layout.queries == 1 and layout.past):
+    if not plan.sparse.has("xattention") or (layout.queries == 1 and layout.past):
         return None
     if plan.bits is None:
         return torch.ones(plan.mode_NK.shape, dtype=torch.float64, device=plan.mode_NK.device)

@@ -18,6 +18,8 @@ from elastic.kernels.block_bits import mask_from_bits, query_block
 from elastic.patterns import FULL, STREAMING
 from elastic.visibility import lower_bound, visible
 
+_MASK_ENTRIES = 1 << 27  # of the block mask that exists at a time, where one query block allows it
+
 
 def attend(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, plan: HeadPlan, scale: float) -> Tensor:
     """Run every head in its planned mode. Differentiable in q, k and v.
@@ -133,7 +135,7 @@ def block_sparse(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, bits_HMW: Tenso
     kv_heads, keys = k_BKSD.shape[1:3]
     size, key = query_block(block), torch.arange(keys, device=q_BHSD.device)
     blocks_HMN = mask_from_bits(bits_HMW)[..., : -(-keys // block)]
-    chunk = size * max(1, 512 // size)
+    chunk = size * max(1, min(512, _MASK_ENTRIES // (heads * keys)) // size)
     outputs = []
     for start in range(0, queries, chunk):
         stop = min(start + chunk, queries)

@@ -66,6 +66,9 @@ def test_a_gpu_without_backward_kernels_says_so(monkeypatch):
     monkeypatch.setattr(jit, "is_installed", lambda: True)
     ampere = torch.device("cuda", 63)  # the answers are cached by device
     assert backend_for(ampere, torch.bfloat16, 128) == "attention_forward_sm80 (sm_80)"
+    chosen = backend_for(ampere, torch.bfloat16, 128, sparse=SparseConfig(route1="xattention"))
+    assert chosen.endswith("(sm_80); key blocks are chosen in torch: the selection kernel needs compute capability 9.0")
+    assert backend_for(ampere, torch.bfloat16, 128, sparse=SPARSE) == "attention_forward_sm80 (sm_80)"
     named = backend_for(ampere, torch.bfloat16, 128, training=True)
     assert named == "torch (cuda; the backward kernels need compute capability 9.0)"
 
