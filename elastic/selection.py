@@ -4,7 +4,7 @@ The choice is a constant for the gradient. Legend: B rows, N samples, H query he
 blocks, W words of 32 key blocks.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,27 +51,47 @@ def density(plan: HeadPlan) -> Tensor | None:
         return None
     if plan.bits is None:
         return torch.ones(plan.mode_NK.shape, dtype=torch.float64, device=plan.mode_NK.device)
-    keys_N = layout.end_N - layout.begin_N
-    queries_N = (layout.end_N - layout.past).clamp(min=0) - (layout.begin_N - layout.past).clamp(min=0)
-    share_NH = visited_share(plan.bits, queries_N, keys_N, plan.sparse.block)
-    return share_NH.unflatten(1, (plan.mode_NK.shape[1], -1)).mean(-1)
+    blocks = plan.bits.shape[2]
+    pairs = layout.once(("pairs", plan.sparse.block), lambda: _pairs_of(plan, blocks))
+    return pairs.visited_share(plan.bits).unflatten(1, (plan.mode_NK.shape[1], -1)).mean(-1)
 
 
-def visited_share(bits_NHMW: Tensor, queries_N: Tensor, keys_N: Tensor, block: int) -> Tensor:
-    """Share of the causally visible pairs that lie in chosen blocks, float64 [N, H].
+@dataclass(frozen=True)
+class BlockPairs:
+    """(query, key) pairs of samples cut into blocks. All chosen blocks but those that hold the query block's own
+    positions lie wholly before it, and its own are always chosen: so their number is all there is to know.
 
-    All chosen blocks but those that hold the query block's own positions lie wholly before it, and its own are always
-    chosen: so their number is all there is to know.
+    Attributes:
+        weight_NM: pairs that one more key block brings to a query block.
+        constant_N: pairs in the query blocks' own key blocks, less what their number would count.
+        visible_N: causally visible pairs.
     """
-    size = query_block(block)
-    past_N1 = (keys_N - queries_N)[:, None]
-    begin_M = torch.arange(bits_NHMW.shape[2], device=bits_NHMW.device) * size
-    rows_NM = (queries_N[:, None] - begin_M).clamp(min=0, max=size)
-    first_NM = past_N1 + begin_M
-    own_begin_NM = first_NM // block
-    own_NM = (first_NM + rows_NM - 1) // block - own_begin_NM + 1
-    own_pairs_NM = rows_NM * (first_NM - own_begin_NM * block + 1) + rows_NM * (rows_NM - 1) // 2
-    others_NHM = count_bits(bits_NHMW) - own_NM[:, None]
-    visited_NH = (others_NHM * (block * rows_NM)[:, None] + own_pairs_NM[:, None]).sum(-1)
-    visible_N = queries_N * past_N1[:, 0] + queries_N * (queries_N + 1) // 2
-    return visited_NH.double() / visible_N.clamp(min=1)[:, None]
+
+    weight_NM: Tensor
+    constant_N: Tensor
+    visible_N: Tensor
+
+    @classmethod
+    def of(cls, queries_N: Tensor, keys_N: Tensor, block: int, query_blocks: int) -> "BlockPairs":
+        """Samples whose queries are their last positions; int64 tensors, on the device."""
+        size, past_N1 = query_block(block), (keys_N - queries_N)[:, None]
+        begin_M = torch.arange(query_blocks, device=keys_N.device) * size
+        rows_NM = (queries_N[:, None] - begin_M).clamp(min=0, max=size)
+        first_NM = past_N1 + begin_M
+        own_begin_NM = first_NM // block
+        own_NM = (first_NM + rows_NM - 1) // block - own_begin_NM + 1
+        own_pairs_NM = rows_NM * (first_NM - own_begin_NM * block + 1) + rows_NM * (rows_NM - 1) // 2
+        weight_NM = block * rows_NM
+        visible_N = queries_N * past_N1[:, 0] + queries_N * (queries_N + 1) // 2
+        return cls(weight_NM, (own_pairs_NM - own_NM * weight_NM).sum(-1), visible_N.clamp(min=1))
+
+    def visited_share(self, bits_NHMW: Tensor) -> Tensor:
+        """Share of the visible pairs that lie in chosen blocks, float64 [N, H]."""
+        visited_NH = (count_bits(bits_NHMW) * self.weight_NM[:, None]).sum(-1) + self.constant_N[:, None]
+        return visited_NH.double() / self.visible_N[:, None]
+
+
+def _pairs_of(plan: HeadPlan, query_blocks: int) -> BlockPairs:
+    layout = plan.layout
+    queries_N = (layout.end_N - layout.past).clamp(min=0) - (layout.begin_N - layout.past).clamp(min=0)
+    return BlockPairs.of(queries_N, layout.end_N - layout.begin_N, plan.sparse.block, query_blocks)

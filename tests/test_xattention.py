@@ -18,7 +18,7 @@ from elastic.kernels.block_bits import count_bits, mask_from_bits, query_block
 from elastic.kernels.params import Ranges
 from elastic.kernels.xattention_oracle import select_oracle
 from elastic.patterns import BLOCK_SPARSE, FULL, STREAMING
-from elastic.selection import density, visited_share
+from elastic.selection import BlockPairs, density
 from elastic.sparsity import density_by_layer, esr, visited_pairs
 from tests.models import KV_HEADS, LAYERS, left_padded, random_ids, small_config, tiny_model, varied_routers
 from tests.training import ROOT, build_data, small_run
@@ -175,7 +175,7 @@ def test_density_counts_the_pairs_in_visited_blocks(block, queries, keys):
     bits = select_oracle(
         q.transpose(1, 2), k.transpose(1, 2), torch.full((1, 2), 2), 4, 0.5, block, SCALE, Ranges()
     )  # fmt: skip
-    share = visited_share(bits, torch.tensor([queries]), torch.tensor([keys]), block)
+    share = BlockPairs.of(torch.tensor([queries]), torch.tensor([keys]), block, bits.shape[2]).visited_share(bits)
     visible = torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None]
     expected = oracle_mask(q, k, sparse).sum((-1, -2)) / visible.sum()
     torch.testing.assert_close(share, expected.double())
