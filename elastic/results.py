@@ -58,12 +58,14 @@ def _report(trainer: Trainer, module: Any, split: str) -> None:
     path = run_folder(trainer) / f"results_{split}.json"
     results = {
         "protocol": "answers teacher-forced on packed rows; every method runs the same backbone: dense with all heads "
-        "on route 0, streaming with all on route 1, random with heads drawn once, elastic as the routers decide",
+        "on route 0, streaming with all on route 1, random with heads drawn once, elastic as the routers decide "
+        "(number: their sparsity_bias); routes: share of samples on route 1 by task, layer and KV head",
         "split": split,
         "backbone": module.backbone,
         "elastic": module.elastic.to_dict(),
         "methods": [method.name for method in module.methods],
         "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
+        "routes": {task: share.tolist() for task, share in module.route_maps.items()},
         "tasks": module.results,
         "sources": module.source_results,
     }
