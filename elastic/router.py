@@ -43,9 +43,9 @@ class BoundarySlots:
         return cls(torch.where(weight, index, begin_N[:, None]), weight.float())
 
 
-def weighted_sum(keys_NPKD: Tensor, weight_NP: Tensor) -> Tensor:
-    """Sum of the slots in fp32, [N, K, D]."""
-    return (keys_NPKD.float() * weight_NP[:, :, None, None]).sum(1)
+def half_sums(keys_N2PKD: Tensor, weight_N2P: Tensor) -> Tensor:
+    """Sums of the P slots at the start and of the P at the end, in fp32, [N, 2, K, D]."""
+    return (keys_N2PKD.float() * weight_N2P[:, :, None, None]).unflatten(1, (2, -1)).sum(2)
 
 
 @dataclass(frozen=True)

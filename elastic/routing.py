@@ -17,7 +17,7 @@ from elastic.attention import routed_attention
 from elastic.config import ElasticConfig
 from elastic.head_plan import HeadPlan, Layout, batch_layout, packed_layout
 from elastic.relaxation import decide, sample_route
-from elastic.router import BoundarySlots, LayerState, weighted_sum
+from elastic.router import BoundarySlots, LayerState, half_sums
 
 _RECORD = "_elastic_record"
 
@@ -145,7 +145,7 @@ class Routing:
             layout = batch_layout(rows, queries, past, tokens.device, mask, prompt_end)
         if prompt_end is not None:
             _check_prompts(layout, spans)
-        self.lengths_N = layout.end_N - layout.begin_N
+        self.lengths_N = torch.tensor(layout.bounds).diff() if layout.bounds else layout.end_N - layout.begin_N
         kwargs["elastic_layout"] = layout
         return kwargs
 
@@ -203,20 +203,41 @@ def _pooled_keys(attn: Any, hidden_BSE: Tensor, layout: Layout, routing: Routing
     tokens.
     """
     pool_tokens, context, here = routing.config.router.pool_tokens, routing.context, hidden_BSE.shape[1]
-    slots = BoundarySlots.of(layout.begin_N, layout.prompt_end_N, pool_tokens)
-    new = slots.index_N2P >= layout.past
-    position = slots.index_N2P - layout.past - context.rank * here
-    weight = slots.weight_N2P * ((position >= 0) & (position < here))
-    keys = prerope_keys(attn, hidden_BSE[layout.row_N[:, None], position.clamp(0, here - 1)])
-    first = context.sum(weighted_sum(keys[:, :pool_tokens], weight[:, :pool_tokens]))
-    last = context.sum(weighted_sum(keys[:, pool_tokens:], weight[:, pool_tokens:]))
-    count = (slots.weight_N2P * new).sum(1)
+    pooling = layout.once(("pooling", pool_tokens, here), lambda: _Pooling.of(layout, pool_tokens, here, context))
+    keys = prerope_keys(attn, hidden_BSE.flatten(0, 1).index_select(0, pooling.token_M))
+    first, last = context.sum(half_sums(keys.unflatten(0, pooling.weight_N2P.shape), pooling.weight_N2P)).unbind(1)
     if record is not None:
         if layout.past:
             first = first + record.heads[attn.layer_idx]
-            count = count + (slots.weight_N2P * ~new)[:, :pool_tokens].sum(1)
         record.heads[attn.layer_idx] = first.detach()
-    return (first + last) / count.clamp_min(1.0)[:, None, None]
+    return (first + last) / pooling.count_N11
+
+
+@dataclass(frozen=True)
+class _Pooling:
+    """Which of the tokens here are pooled; the same in all layers.
+
+    Attributes:
+        token_M: place of the N * 2P pooled tokens among all tokens here.
+        weight_N2P: 1.0 for those that count, else 0.0.
+        count_N11: number of pooled tokens per sample, those of earlier turns and other slices included; at least 1.
+    """
+
+    token_M: Tensor
+    weight_N2P: Tensor
+    count_N11: Tensor
+
+    @classmethod
+    def of(cls, layout: Layout, pool_tokens: int, here: int, context: Context) -> "_Pooling":
+        """For a slice of `here` tokens of every row."""
+        slots = BoundarySlots.of(layout.begin_N, layout.prompt_end_N, pool_tokens)
+        position = slots.index_N2P - layout.past - context.rank * here
+        weight = slots.weight_N2P * ((position >= 0) & (position < here))
+        token = layout.row_N[:, None] * here + position.clamp(0, here - 1)
+        counted = slots.weight_N2P * (slots.index_N2P >= layout.past)
+        if layout.past:  # the first ones of earlier turns stand in the record
+            counted[:, :pool_tokens] = slots.weight_N2P[:, :pool_tokens]
+        return cls(token.flatten(), weight, counted.sum(1).clamp_min(1.0)[:, None, None])
 
 
 def _record(cache: Any, layout: Layout, layer: int) -> RouteRecord | None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from elastic.console import Parser, say
 
 SUMMARY = "time the kernels on this GPU beside their competitors; show recorded timings"
-BENCHMARKS = ("attention", "backward", "routing")  # modules of `elastic.bench` with SUMMARY, add_arguments and run
+# Modules of `elastic.bench` with SUMMARY, add_arguments and run.
+BENCHMARKS = ("attention", "backward", "training", "routing")
 
 
 def main(argv: list[str]) -> int:
