@@ -76,6 +76,8 @@ class ElasticModule(RoutedModule):
         """Load the backbone and attach routers, once."""
         fresh = self.model is None
         super().configure_model()
+        for router in routers(self.model) if fresh else ():
+            router.begin_at(self.optimiser.start)
         if fresh and self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 

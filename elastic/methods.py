@@ -22,7 +22,7 @@ _CONFIGURATIONS: dict[str, tuple[Mode, Mode]] = {
     "xa-ssa": ("xattention", "streaming"),
 }
 _KNOWN = (
-    f"dense, elastic, elastic:<bias>, elastic:<{', '.join(_CONFIGURATIONS)}>, streaming, xattention, "
+    f"dense, elastic, elastic:<bias>, elastic:<{', '.join(_CONFIGURATIONS)}>[:<bias>], streaming, xattention, "
     "xattention:<threshold>, random:<msr> or random:<msr>:<seed>"
 )
 
@@ -34,7 +34,8 @@ class Method:
     Attributes:
         name: `dense`, `streaming`, `xattention[:<threshold>]` (every head in that mode, whatever the configuration),
             `elastic` (the routers decide), `elastic:<bias>` (they decide at another `sparsity_bias`: another operating
-            point), `elastic:<configuration>` (their decisions choose between other modes than they were trained for),
+            point), `elastic:<configuration>[:<bias>]` (their decisions choose between other modes than they were
+            trained for),
             or `random:<msr>[:<seed>]`: the same heads, drawn once, on route 1 for every input.
         share: of heads on route 1; None where the routers decide.
         seed: of the random heads.
@@ -98,14 +99,13 @@ def _parse(name: str) -> Method:
         "streaming": Method("streaming", 1.0, modes=_CONFIGURATIONS["fa-ssa"]),
         "xattention": Method("xattention", 1.0, modes=_CONFIGURATIONS["fa-xa"]),
         "elastic": Method("elastic", None),
-        **{f"elastic:{key}": Method(f"elastic:{key}", None, modes=modes) for key, modes in _CONFIGURATIONS.items()},
     }
     if name in fixed:
         return fixed[name]
     kind, *numbers = name.split(":")
     try:
-        if kind == "elastic" and len(numbers) == 1 and math.isfinite(float(numbers[0])):
-            return Method(name, None, bias=float(numbers[0]))
+        if kind == "elastic":
+            return _elastic(name, numbers)
         if kind == "xattention" and len(numbers) == 1 and 0 < float(numbers[0]) <= 1:
             return replace(fixed[kind], name=name, threshold=float(numbers[0]))
         share, seed = float(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 0
@@ -117,3 +117,12 @@ def _parse(name: str) -> Method:
             "[0, 1] and a whole <seed> of 0 or more"
         ) from None
     return Method(name, share, seed)
+
+
+def _elastic(name: str, words: list[str]) -> Method:
+    """`elastic:` with a configuration, a bias, or both. Raises ValueError where they are something else."""
+    modes = _CONFIGURATIONS.get(words[0])
+    bias = [float(word) for word in words[modes is not None :]]
+    if len(bias) > 1 or not all(map(math.isfinite, bias)):
+        raise ValueError(name)
+    return Method(name, None, bias=bias[0] if bias else None, modes=modes)

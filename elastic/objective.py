@@ -39,20 +39,23 @@ def target_intervals(targets: Mapping[str, Interval]) -> list[tuple[float, float
 
 
 class Multipliers(nn.Module):
-    """One price per task class under each name in `lowest`, all starting at 0.
+    """One price per task class under each name in `lowest`.
 
     Args:
         limit: bound on every price, so that a constraint that cannot be met does not wind a multiplier up for ever.
         lowest: name -> lowest allowed price in units of the limit, 0 or -1.
+        start: what all begin at, within the limit.
     """
 
-    def __init__(self, limit: float, lowest: dict[str, float]) -> None:
+    def __init__(self, limit: float, lowest: dict[str, float], start: float = 0.0) -> None:
         super().__init__()
         if not limit > 0:
             raise ValueError(f"multiplier limit={limit} is not positive; 10 is usual")
+        if abs(start) > limit:
+            raise ValueError(f"multipliers start at {start}, beyond their limit={limit}; raise the limit")
         self.limit, self.lowest = limit, lowest
         for name in lowest:
-            self.register_parameter(name, nn.Parameter(torch.zeros(len(TASKS))))
+            self.register_parameter(name, nn.Parameter(torch.full((len(TASKS),), start)))
 
     def by_task(self) -> dict[str, float]:
         """`<name>/<task>` of every multiplier and task class."""
@@ -81,8 +84,8 @@ class BudgetMultipliers(Multipliers):
 
     l: Tensor  # noqa: E741 - the symbol of the equation
 
-    def __init__(self, limit: float = 10.0) -> None:
-        super().__init__(limit, {"l": 0.0})
+    def __init__(self, limit: float = 10.0, start: float = 0.0) -> None:
+        super().__init__(limit, {"l": 0.0}, start)
 
 
 def signed_distance(msr_N: Tensor, task_N: Tensor, intervals: list[tuple[float, float]]) -> Tensor:
@@ -207,9 +210,9 @@ class QualityObjective:
     needs_dense = True
 
     def __init__(self, config: ObjectiveConfig, limit: float) -> None:
-        self.cost = config.cost
+        self.cost, self.price = config.cost, config.price
         self.budgets = {task: float(config.budgets.get(task, config.budget)) for task in TASKS}
-        self.multipliers = BudgetMultipliers(limit)
+        self.multipliers = BudgetMultipliers(limit, config.price)
 
     def judge(self, routed: RoutedPass) -> Judgement:
         """Share of full heads, and the price of divergence over budget; no cross-entropy is computed."""
@@ -226,7 +229,7 @@ class QualityObjective:
 
     def facts(self) -> dict[str, Any]:
         """Kind, cost and budgets."""
-        return {"kind": "quality", "cost": self.cost, "budgets": self.budgets}
+        return {"kind": "quality", "cost": self.cost, "budgets": self.budgets, "price": self.price}
 
 
 Objective = TargetObjective | QualityObjective

@@ -57,12 +57,14 @@ def results_of(module: Any, split: str, checkpoint: str | None) -> dict[str, Any
     return {
         "protocol": "answers teacher-forced on packed rows; every method runs the same backbone: dense, "
         "streaming and xattention with all heads in that mode, random with heads drawn once, elastic as the routers "
-        "decide, elastic:<configuration> with their decisions between its modes",
+        "decide (number: their sparsity_bias; configuration: between its modes); routes: share of samples on route 1 "
+        "by task, layer and KV head",
         "split": split,
         "backbone": module.backbone,
         "elastic": module.elastic.to_dict(),
         "methods": [method.name for method in module.methods],
         "checkpoint": checkpoint,
+        "routes": {task: share.tolist() for task, share in module.route_maps.items()},
         "tasks": module.results,
         "sources": module.source_results,
         "xattention_density_by_layer": module.densities,

@@ -85,6 +85,10 @@ class Router(nn.Module):
     def update_statistics(self, _pooled_NKD: Tensor) -> None:
         """Gather statistics of the features, where this kind keeps any."""
 
+    def begin_at(self, sparse_logit: float) -> None:
+        """Let every head begin with this logit for SA (and 0 for FA) instead of undecided."""
+        raise NotImplementedError
+
 
 class StaticRouter(Router):
     """One learned pattern for every input: two logits per KV head, no features.
@@ -98,6 +102,11 @@ class StaticRouter(Router):
     def __init__(self, num_kv_heads: int) -> None:
         super().__init__(num_kv_heads)
         self.logits = nn.Parameter(torch.zeros(num_kv_heads, 2))
+
+    @torch.no_grad()
+    def begin_at(self, sparse_logit: float) -> None:
+        """Every head's own SA logit."""
+        self.logits[:, 1] = sparse_logit
 
     def forward(self, pooled_NKD: Tensor) -> Tensor:
         """Logits [N, K, 2], the same for all samples."""
@@ -144,6 +153,12 @@ class AttentionRouter(Router):
         with torch.autocast(pooled_NKD.device.type, enabled=False):
             features = self.standardise(pooled_NKD.float())
             return self.head(self.task(features))
+
+    @torch.no_grad()
+    def begin_at(self, sparse_logit: float) -> None:
+        """The last bias, whose weights start at zero."""
+        undecided: Any = self.head[-1]
+        undecided.bias[1] = sparse_logit
 
     def standardise(self, pooled_NKD: Tensor) -> Tensor:
         """Features in units of the running deviation, per KV head and channel; unchanged before `MIN_STATISTICS`

@@ -92,7 +92,8 @@ def test_a_static_checkpoint_round_trips_and_is_refused_as_an_input_router(tmp_p
 
 def test_methods_choose_their_modes():
     own = SparseConfig("xattention", "streaming", sink=4, window=16, block=4, stride=4)
-    names = ["elastic", "dense", "streaming", "xattention", "xattention:0.5", "elastic:fa-xa", "random:0.5"]
+    names = ["elastic", "dense", "streaming", "xattention", "xattention:0.5", "elastic:fa-xa", "elastic:fa-xa:1.5"]
+    names.append("random:0.5")
     found = {method.name: method.sparse(own) for method in parse_methods(names)}
     modes = {name: (sparse.route0, sparse.route1, sparse.threshold) for name, sparse in found.items()}
     full, xa, ssa = "full", "xattention", "streaming"
@@ -103,8 +104,10 @@ def test_methods_choose_their_modes():
         "xattention": (full, xa, 0.9),
         "xattention:0.5": (full, xa, 0.5),
         "elastic:fa-xa": (full, xa, 0.9),
+        "elastic:fa-xa:1.5": (full, xa, 0.9),
         "random:0.5": (xa, ssa, 0.9),
     }
+    assert [method.bias for method in parse_methods(names)] == [None] * 6 + [1.5, None]
     assert all((sparse.sink, sparse.window, sparse.block, sparse.stride) == (4, 16, 4, 4) for sparse in found.values())
 
 
@@ -135,7 +138,8 @@ def test_methods_choose_their_routes():
         (["elastic", "random:0.5:-1"], "a whole <seed> of 0 or more"),
         (["elastic", "random:0.5:1:2"], "is not known"),
         (["elastic", "xattention:0"], r"method 'xattention:0' is not known; .* <threshold> in \(0, 1\]"),
-        (["elastic", "elastic:ssa-xa"], "elastic:<fa-ssa, fa-xa, xa-ssa>"),
+        (["elastic", "elastic:fa-xa:1:2"], "method 'elastic:fa-xa:1:2' is not known"),
+        (["elastic", "elastic:ssa-xa"], r"elastic:<fa-ssa, fa-xa, xa-ssa>\[:<bias>\]"),
     ],
 )
 def test_unknown_methods_are_refused(names, message):
