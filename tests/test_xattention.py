@@ -336,6 +336,7 @@ def test_the_quality_script_writes_records_and_tables(tmp_path, capsys):
     from elastic import backbones
     from elastic.bench.methods import DENSITY
     from elastic.bench.records import load as load_records
+    from elastic.bench.tables import markdown
     from tests.bench.methods import main
 
     model, _ = backbones.load_backbone("tiny")
@@ -352,5 +353,35 @@ def test_the_quality_script_writes_records_and_tables(tmp_path, capsys):
     layers = {r["who"]: r["by_layer"] for r in found if r["case"] == DENSITY}
     assert set(layers) == {"elastic", "xattention:0.3", "elastic:xa-ssa"}
     assert all(0 < share < 1 for share in layers["xattention:0.3"])
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in (*names, "pairs visited"))
+    printed, page = capsys.readouterr().out, markdown({"methods": found})
+    for text in (printed, page):
+        assert all(name in text for name in (*names, "pairs visited", *{r["case"] for r in found} - {DENSITY}))
+    loss = next(r for r in found if (r["who"], r["metric"]) == ("dense", "loss"))
+    assert loss["unit"] == "nats a token" and loss["n"] > 0 and loss["half"] >= 0
+
+
+def test_the_quality_table_means_what_counts_in_a_source():
+    from elastic.bench.methods import score_cells
+
+    def record(case, who, metric, value, esr):
+        return {"case": case, "who": who, "metric": metric, "value": value, "half": 0.1, "n": 5, "esr_all": esr}
+
+    found = [
+        record(case, who, metric, value * (2 if who == "streaming" else 1), 0.5 if who == "streaming" else 0.0)
+        for who in ("dense", "streaming")
+        for case, metric, value in (
+            ("needle_single-4096", "exact", 0.3),
+            ("needle_single-4096", "loss", 9.0),
+            ("verbatim_copy", "accuracy", 0.1),
+            ("continuation", "loss", 2.0),
+        )
+    ]
+    header, rows = score_cells(found)
+    assert header == ["source", "score", "n", "dense", "streaming"]
+    assert rows == [
+        ["mean of retrieval", "", "10", "0.200 (0.00)", "0.400 (0.50)"],
+        ["mean of text", "", "5", "2.000 (0.00)", "4.000 (0.50)"],
+        ["needle_single-4096", "exact", "5", "0.300 ± 0.100 (0.00)", "0.600 ± 0.100 (0.50)"],
+        ["verbatim_copy", "accuracy", "5", "0.100 ± 0.100 (0.00)", "0.200 ± 0.100 (0.50)"],
+        ["continuation", "loss", "5", "2.000 ± 0.100 (0.00)", "4.000 ± 0.100 (0.50)"],
+    ]

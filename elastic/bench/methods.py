@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from elastic.bench.records import Record
+from elastic.bench.runs import RETRIEVAL, generator_of, score_of
 
 SCORES = {"exact": "share", "accuracy": "share", "loss": "nats a token"}
 RATIOS = ("msr", "esr_last", "esr_all")
@@ -38,16 +39,28 @@ def records(results: dict[str, Any]) -> list[Record]:
     return found
 
 
-def score_cells(found: Sequence[Record], metric: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of one score: a line per source, a column per method, `score ± half (ESR)`."""
-    shown = [record for record in found if record["metric"] == metric]
-    value = {(record["case"], record["who"]): record for record in shown}
+def score_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a line per source with the score that counts there, after the means over the retrieval sources
+    and over the text sources; a column per method, `score ± half (ESR)`.
+    """
+    shown = [record for record in found if record["case"] != DENSITY and record["metric"] == score_of(record["case"])]
     methods = list(dict.fromkeys(record["who"] for record in shown))
-    rows = [
-        [source, str(value[source, methods[0]]["n"]), *(_cell(value[source, method]) for method in methods)]
-        for source in dict.fromkeys(record["case"] for record in shown)
-    ]
-    return [metric, "n", *methods], rows
+    cells: dict[str, dict[str, Record]] = {}
+    for record in shown:
+        cells.setdefault(record["case"], {})[record["who"]] = record
+    rows = []
+    for title, sources in (
+        ("mean of retrieval", [source for source in cells if generator_of(source) in RETRIEVAL]),
+        ("mean of text", [source for source in cells if score_of(source) == "loss"]),
+    ):
+        if sources:
+            of_method = [[cells[source][method] for source in sources] for method in methods]
+            count = sum(cells[source][methods[0]]["n"] for source in sources)
+            rows.append([title, "", str(count), *(_mean_cell(records) for records in of_method)])
+    for source, of_source in cells.items():
+        first = of_source[methods[0]]
+        rows.append([source, first["metric"], str(first["n"]), *(_cell(of_source[method]) for method in methods)])
+    return ["source", "score", "n", *methods], rows
 
 
 def density_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
@@ -64,6 +77,11 @@ def density_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 def _ratio(row: dict[str, float], method: str, name: str) -> float:
     """MSR or ESR of a method in a row of results; dense has none."""
     return 0.0 if method == "dense" else row[name if method == "elastic" else f"{method}_{name}"]
+
+
+def _mean_cell(same: Sequence[Record]) -> str:
+    value, esr = (fmean(record[name] for record in same) for name in ("value", "esr_all"))
+    return f"{value:.3f} ({esr:.2f})"
 
 
 def _cell(record: Record) -> str:

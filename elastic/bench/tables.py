@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from elastic.bench import methods
 from elastic.bench.records import LEFT_OUT, Record
 from elastic.bench.routing import HEADLINE, NOTES, headline_cells, source_cells
 from elastic.console import table
@@ -59,6 +60,8 @@ def markdown(runs: dict[str, list[Record]], pictures: Sequence[str] = ()) -> str
         lines += ["", f"`{first['command']}`", "", *([f"{'; '.join(shapes)}.", ""] if shapes else [])]
         if any(record["case"] == HEADLINE for record in found):
             lines += quality(found)
+        elif any(record["case"] == methods.DENSITY for record in found):
+            lines += [methods.NOTES, "", *_table(*methods.score_cells(found)), *_table(*methods.density_cells(found))]
         else:
             lines += [*_table(*cells(found)), *(f"- {remark}" for remark in remarks(found))]
         lines += [f"\n![Timings of {name}]({path})" for path in pictures if _belongs(path, name)]

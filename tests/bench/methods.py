@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from elastic.bench.methods import SCORES, density_cells, records, score_cells
+from elastic.bench.methods import density_cells, records, score_cells
 from elastic.bench.records import save, stamp
 from elastic.console import say, table
 
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
     shown += [] if args.batches is None else ["--batches", str(args.batches)]
     facts = stamp(" ".join(["python tests/bench/methods.py", *shown]), args.commit, device)
     found = [{**record, **facts} for record in records(evaluate(args))]
-    for header, rows in (*(score_cells(found, metric) for metric in SCORES), density_cells(found)):
+    for header, rows in (score_cells(found), density_cells(found)):
         say(table(header, rows) + "\n")
     say(f"wrote {save(args.out / f'{args.tag}.json', found)}")
     return 0
