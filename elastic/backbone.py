@@ -242,7 +242,9 @@ class _Handle:
         cache = kwargs.get("past_key_values")
         route = route_layer(attn, hidden, layout, cache, self.routing)
         config, context = self.routing.config, self.routing.context
-        plan = HeadPlan.build(route, config.sparse, layout, config.gradient_share)
+        state = attn.router.last
+        mode = None if state is None or state.route_NK is not route else state.mode_NK
+        plan = HeadPlan.build(route, config.sparse, layout, config.gradient_share, mode)
         own = {"elastic_route": route, "elastic_plan": plan, "elastic_context": context, "elastic_cache": cache}
         return args, {**kwargs, **own}
 

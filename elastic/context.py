@@ -1,4 +1,4 @@
-"""`Context`: which part of each row this process holds, and how attention runs on it."""
+"""Which part of each row a process holds, as routing and attention see it."""
 
 from torch import Tensor
 

@@ -175,8 +175,12 @@ class HeadPlan:
     bits: Tensor | None = None
 
     @classmethod
-    def build(cls, route_NK: Tensor, sparse: SparseConfig, layout: Layout, gradient_share: float = 1.0) -> "HeadPlan":
-        """Plan of a route [N, K] in {0, 1}, on the route's device without synchronising.
+    def build(
+        cls, route_NK: Tensor, sparse: SparseConfig, layout: Layout, gradient_share: float = 1.0,
+        mode_NK: Tensor | None = None,
+    ) -> "HeadPlan":  # fmt: skip
+        """Plan of a route [N, K] in {0, 1}, on the route's device without synchronising; `mode_NK` where the modes of
+        that route are known already.
 
         Raises:
             ValueError: a route of another number of samples.
@@ -188,9 +192,10 @@ class HeadPlan:
                 "this batch; "
                 "was the cache filled by another batch?"
             )
-        zero, one = mode_ids(sparse, layout.queries)
-        mode = torch.where(route_NK.detach() > 0.5, one, zero)
-        return cls(mode.to(torch.int32), sparse, layout, gradient_share)
+        if mode_NK is None or layout.queries == 1:  # which may run other modes
+            zero, one = mode_ids(sparse, layout.queries)
+            mode_NK = torch.where(route_NK.detach() > 0.5, one, zero).to(torch.int32)
+        return cls(mode_NK, sparse, layout, gradient_share)
 
     @property
     def chooses_blocks(self) -> bool:

@@ -6,8 +6,9 @@ FULL, STREAMING, BLOCK_SPARSE = 0, 1, 2
 MODE_IDS = {"full": FULL, "streaming": STREAMING, "xattention": BLOCK_SPARSE}
 
 
-def mode_ids(sparse: SparseConfig, queries: int) -> tuple[int, int]:
-    """Numeric modes of heads with route 0 and route 1 in a forward pass of `queries` new tokens per row.
+def mode_ids(sparse: SparseConfig, queries: int | None = None) -> tuple[int, int]:
+    """Numeric modes of heads with route 0 and route 1 in a forward pass of `queries` new tokens per row, several by
+    default.
 
     A single query, as in decoding, has no antidiagonals to estimate from: XAttention heads then attend in full, as in
     the published code.
