@@ -3,7 +3,8 @@
 // product of 64 x 256 over the phases and the head dim, then, per row and key block, the running log2 of the sum of
 // exponentials into scratch. After a tile's last key tile the softmax's denominators are known; each warp then turns
 // its own 16 rows of scratch into block masses and chooses. No warp reads another warp's scratch.
-// Compile-time: ELASTIC_HEAD_DIM (64, 128), ELASTIC_BF16 (1, else fp16), ELASTIC_STRIDE (8, 16), ELASTIC_BLOCK (64, 128).
+// Compile-time: ELASTIC_HEAD_DIM (64, 128), ELASTIC_BF16 (1, else fp16), ELASTIC_STRIDE (8, 16), ELASTIC_BLOCK (64,
+// 128), ELASTIC_PAIR (1, 2: CTAs that share what they load of K).
 #include "elastic/block_choice.cuh"
 #include "elastic/block_sums.cuh"
 #include "elastic/select_pipeline_sm90.cuh"
@@ -11,7 +12,7 @@
 
 namespace elastic {
 
-constexpr int kGroupBarrier = 1;  // named barriers: + warpgroup
+constexpr int kConsumers = 1;  // named barrier of both warpgroups
 
 struct SelectConsumer {
   const SelectParams& p;
@@ -23,19 +24,21 @@ struct SelectConsumer {
   ELASTIC_FN void release(u64* bar) const {
     if (lane == 0) arrive(bar);
   }
+  ELASTIC_FN void release_stage(int slot) const {  // to all producers that write into it
+    if (kPair == 1) return release(&c.empty[slot]);
+    if (lane < kPair) arrive_in(&c.empty[slot], lane);
+  }
 
-  // A row or cell that the sample's end cuts is filled with zeros; what lies behind belongs to others. Both warpgroups
-  // write the same zeros into a cell.
+  // A row or cell that the sample's end cuts is filled with zeros; what lies behind belongs to others.
   ELASTIC_FN void clear_tails(int phase, const Tail& rows, const Tail& cells, u32 stage) const {
-    const bool of_row = rows.misses(kStride - 1 - phase, kRows) && rows.row / 64 == group;
-    const bool of_cell = cells.misses(phase, kCells);
+    const bool of_row = rows.misses(kStride - 1 - phase, kRows), of_cell = cells.misses(phase, kCells);
     if (!of_row && !of_cell) return;
-    const u32 at = stage + (warp == 0 ? rows.row * 128 : kRowBytes + cells.row * 128) + lane * 16;
-    if (lane < 8 && ((warp == 0 && of_row) || (warp == 1 && of_cell))) {
+    if (group == 0 && lane < 8 && ((warp == 0 && of_row) || (warp == 1 && of_cell))) {
+      const u32 at = stage + (warp == 0 ? rows.row * 128 : kRowBytes + cells.row * 128) + lane * 16;
       asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
     }
     fence_async();
-    named_sync(kGroupBarrier + group, 128);
+    named_sync(kConsumers, 256);
   }
 
   ELASTIC_FN void scores(float (&s)[128], const Tail& rows, const Tail& cells, Ring<kStages>& stage) const {
@@ -45,24 +48,25 @@ struct SelectConsumer {
       const u32 at = base + stage.slot * kStageBytes;
       wait(&c.full[stage.slot], stage.phase);
       clear_tails(step / (kD / 64), rows, cells, at);
-      const u64 desc_rows = descriptor(kDescK, at + group * (64 * 128)), desc_cells = descriptor(kDescK, at + kRowBytes);
+      const u64 desc_rows = descriptor(kDescK, at + group * (64 * 128));
+      const u64 desc_cells = descriptor(kDescK, at + kRowBytes);
       wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < 4; ++kk) wgmma_wide(s, desc_rows + 2 * kk, desc_cells + 2 * kk, step + kk);
       wgmma_commit();
       wgmma_wait<1>();
-      if (step > 0) release(&c.empty[before]);
+      if (step > 0) release_stage(before);
       before = stage.slot;
       stage.advance();
     }
     wgmma_wait<0>();
     pin(s);
-    release(&c.empty[before]);
+    release_stage(before);
   }
 
   // Mass of the key blocks of one query block, as units; the forced ones count apart and leave a zero.
-  ELASTIC_FN void choose(const float* u, const float (&norm)[kQueryRows], int first, int end, u32* own_units, int blocks,
-                         Forced forced, u32* bits, float* mass_out) const {
+  ELASTIC_FN void choose(const float* u, const float (&norm)[kQueryRows], int first, int end, u32* own_units,
+                         int blocks, Forced forced, u32* bits, float* mass_out) const {
     u32 total = 0, certain = 0, heaviest = 0;
     for (int j = lane; j < blocks; j += 32) {
       float mass = 0.0f;
@@ -132,7 +136,7 @@ struct SelectConsumer {
 #pragma unroll 1
       for (int kt = 0; kt < key_tiles; ++kt) {
         scores(s, Tail(sample.len_q, extent.first_row), Tail(sample.len_k, kt * kCells), stage);
-        const int last = extent.first_row + row + extent.shift - kt * kCells;  // cell that the warp's first row sees last
+        const int last = extent.first_row + row + extent.shift - kt * kCells;  // what the warp's first row sees
         mask_cells(s, last, extent.cells - kt * kCells, lane);
         sums.add(s, p.f.scale_log2 / kStride, scratch + i64(row) * p.columns + kt * kTileBlocks, p.columns, lane);
       }
@@ -143,7 +147,7 @@ struct SelectConsumer {
 
 }  // namespace elastic
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __cluster_dims__(elastic::kPair, 1, 1) __launch_bounds__(384, 1)
     xattention_select_sm90(const __grid_constant__ elastic::SelectParams p) {
   using namespace elastic;
   extern __shared__ char shared_raw[];
@@ -154,25 +158,17 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   Segment* segments = (Segment*)(units + kConsumerWarps * p.shared_units);
   const int warpgroup = threadIdx.x / 128;
   if (threadIdx.x < 32) build_schedule<RowTiles>(p.f, segments, &control.size, threadIdx.x);
-  if (threadIdx.x == 32) {
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(&control.told[i], 1);
-      barrier_init(&control.free[i], kConsumerWarps);
-    }
-    for (int i = 0; i < kStages; ++i) {
-      barrier_init(&control.full[i], 1);
-      barrier_init(&control.empty[i], kConsumerWarps);
-    }
-    fence_barrier_init();
-  }
+  if (threadIdx.x == 32) control.init();
   __syncthreads();
+  if (kPair == 2) cluster_sync();
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == 0) SelectProducer{p, control, base}.run(segments);
+    if (threadIdx.x == 0) SelectProducer{p, control, base, kPair == 2 ? cluster_rank() : 0}.run(segments);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int group = __shfl_sync(~0u, warpgroup - 1, 0), warp = __shfl_sync(~0u, int(threadIdx.x / 32 % 4), 0);
     u32* own = units + (group * 4 + warp) * p.shared_units;
     SelectConsumer{p, control, base, own, group, warp, int(threadIdx.x % 32)}.run();
   }
+  if (kPair == 2) cluster_sync();  // neither leaves while the other may write into it
 }

@@ -31,6 +31,7 @@ from elastic.kernels.xattention_oracle import select_oracle
 SUMMARY = "XAttention's choice of key blocks beside plain PyTorch; a layer with it beside dense attention"
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 TORCH_LONGEST = 16384  # beyond, PyTorch's scores take seconds
+DENSE = SDPBackend.CUDNN_ATTENTION
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,9 +70,9 @@ def run(args: argparse.Namespace, command: str) -> int:
     found = [{"case": "matmul-8192", "who": "cublas", "metric": "eff", "value": matmul_tflops(), "unit": "TFLOP/s"}]
     jobs: list[Callable[[], list[Record]]] = []
     for length in args.lengths:
-        jobs += [partial(selection_records, length, stride, args) for stride in args.strides]
-    jobs += [partial(layer_records, length, args) for length in args.layers]
-    jobs += [partial(memory_records, args.memory, args)] if args.memory else []
+        jobs += [partial(selection_records, length, stride, args, str(device)) for stride in args.strides]
+    jobs += [partial(layer_records, length, args, str(device)) for length in args.layers]
+    jobs += [partial(memory_records, args.memory, args, str(device))] if args.memory else []
     for job in jobs:
         found += job()
         records.save(path, [{**record, **stamp} for record in found])  # a run that is stopped leaves what it has
@@ -80,13 +81,13 @@ def run(args: argparse.Namespace, command: str) -> int:
     return 0
 
 
-def operands(length: int) -> tuple[Tensor, Tensor, Tensor]:
+def operands(length: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Structured q and k in bf16, and the mode that estimates every head."""
-    q, k = structured(length, HEADS, KV_HEADS, HEAD_DIM, "cuda")
+    q, k = structured(length, HEADS, KV_HEADS, HEAD_DIM, device)
     return (
         q.to(DTYPES["bf16"]),
         k.to(DTYPES["bf16"]),
-        torch.full((1, KV_HEADS), BLOCK_SPARSE, dtype=torch.int32, device="cuda"),
+        torch.full((1, KV_HEADS), BLOCK_SPARSE, dtype=torch.int32, device=device),
     )
 
 
@@ -97,9 +98,9 @@ def causal_share(bits: Tensor, length: int, block: int) -> float:
     return sum(mask_from_bits(part).sum().item() for part in bits.split(1, dim=1)) / causal
 
 
-def selection_records(length: int, stride: int, args: argparse.Namespace) -> list[Record]:
+def selection_records(length: int, stride: int, args: argparse.Namespace, device: str) -> list[Record]:
     """Time of one selection, its density, and where PyTorch can follow its time and the agreement of the two."""
-    q, k, mode = operands(length)
+    q, k, mode = operands(length, device)
     sizes: dict[str, Any] = {"stride": stride, "threshold": args.threshold, "block": args.block}
     cells = length // stride
     work = 2.0 * HEADS * stride * HEAD_DIM * cells * (cells + 1) / 2
@@ -117,11 +118,11 @@ def selection_records(length: int, stride: int, args: argparse.Namespace) -> lis
 
 
 def layer_call(
-    length: int, args: argparse.Namespace
+    length: int, args: argparse.Namespace, device: str
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Callable[[], Tensor], Callable[[Tensor], Tensor]]:
     """q, k, v of a layer, its selection, and its attention under given bits."""
-    q, k, mode = operands(length)
-    v = torch.randn(k.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(k.dtype)
+    q, k, mode = operands(length, device)
+    v = torch.randn(k.shape, generator=torch.Generator(device).manual_seed(1), device=device).to(k.dtype)
     select = partial(select_blocks, q, k, mode, stride=16, threshold=args.threshold, block=args.block)
 
     def attend(bits: Tensor) -> Tensor:
@@ -130,15 +131,15 @@ def layer_call(
     return (q, k, v), select, attend
 
 
-def layer_records(length: int, args: argparse.Namespace) -> list[Record]:
+def layer_records(length: int, args: argparse.Namespace, device: str) -> list[Record]:
     """A layer whose heads all choose their blocks, stride 16, beside dense attention of cuDNN."""
-    (q, k, v), select, attend = layer_call(length, args)
+    (q, k, v), select, attend = layer_call(length, args, device)
     bits, name = select(), _name(f"layer-s16-b{args.block}", length)
     density = causal_share(bits, length, args.block)
     dense = 2.0 * HEADS * length * length * HEAD_DIM
 
     def cudnn() -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        with sdpa_kernel(DENSE):
             return scaled_dot_product_attention(
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
             )
@@ -152,9 +153,9 @@ def layer_records(length: int, args: argparse.Namespace) -> list[Record]:
     return [*found, _figure(name, length, "speed over cudnn", ms["cudnn"] / ms["ours"], "x")]
 
 
-def memory_records(length: int, args: argparse.Namespace) -> list[Record]:
+def memory_records(length: int, args: argparse.Namespace, device: str) -> list[Record]:
     """Device memory that selection and attention together take beyond q, k, v and the output."""
-    _, select, attend = layer_call(length, args)
+    _, select, attend = layer_call(length, args, device)
     extra = extra_bytes(lambda: (attend(select()),))
     return [_figure(_name(f"layer-s16-b{args.block}", length), length, "extra memory", extra / 1e6, "MB")]
 

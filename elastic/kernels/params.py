@@ -11,10 +11,7 @@ FULL, STREAMING, BLOCK_SPARSE = 0, 1, 2
 QUERY_BLOCK = 128
 PARAMS_BYTES, BACKWARD_BYTES, SELECTION_BYTES = 768, 960, 832
 BACKWARD_TILE = 8192  # query rows of a backward tile times head dim
-ROW_TILE, KEY_CELLS = (
-    128,
-    256,
-)  # rows of a tile and cells of a key tile, of `stride` tokens each, when blocks are chosen
+ROW_TILE, KEY_CELLS = 128, 256  # of the block selection: rows of a tile, cells of a key tile, of `stride` tokens each
 _POINTERS, _SIZES = struct.Struct("<13Q"), struct.Struct("<12q12i2f")
 _ADDRESSES, _STRIDES = struct.Struct("<7Q"), struct.Struct("<12qi36x")
 _SELECTION = struct.Struct("<dQ4i32x")

@@ -1,7 +1,8 @@
 """`select_blocks`: the key blocks that XAttention heads visit, as the bits that `attention_forward` takes.
 
-The operator is `torch.ops.elastic.xattention_select`; `xattention_oracle` states what it computes. Modes and sample
-ranges are read on the device; the host never waits. Legend: B batch rows, N samples, S tokens, H query heads, K KV
+The operator is `torch.ops.elastic.xattention_select`; `xattention_oracle` states what it computes. On compute
+capability 9.0 one kernel estimates and chooses: modes and sample ranges are read on the device, the host never waits.
+Other GPUs and the CPU run the oracle, which does wait. Legend: B batch rows, N samples, S tokens, H query heads, K KV
 heads, D head dim.
 """
 

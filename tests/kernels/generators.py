@@ -88,18 +88,24 @@ def random_problem(seed: int, device: str = "cuda") -> Problem:
     samples = batch if spans is None else len(spans["row"])
     modes = rng.choice(((0,), (1,), (0, 1), (2,), (0, 1, 2))) if blocks_allowed else rng.choice(((0,), (1,), (0, 1)))
     mode = torch.tensor([[rng.choice(modes) for _ in range(kv_heads)] for _ in range(samples)], dtype=torch.int32)
-    ranges = Ranges()
-    if spans is not None:
-        ranges = Ranges(**{n: torch.tensor(x, dtype=torch.int32, device=device) for n, x in spans.items()})
-        poison_outside(q, ranges.begin_q, ranges.end_q, ranges.row)
-        poison_outside(k, ranges.begin_k, ranges.end_k, ranges.row)
-        poison_outside(v, ranges.begin_k, ranges.end_k, ranges.row)
+    ranges = placed(spans, q, k, v)
     bits = None
     if 2 in modes:
         shape = (samples, kv_heads * group, -(-seq_q // 128), -(-seq_k // pattern.block))
         density = rng.choice((0.0, 0.1, 0.5, 1.0))
         bits = bits_from_mask(torch.rand(shape, generator=gen, device=device) < density)
     return Problem(q, k, v, mode.to(device), pattern, ranges, bits)
+
+
+def placed(spans: dict[str, list[int]] | None, q: Tensor, *of_keys: Tensor) -> Ranges:
+    """The spans on the device; tokens of no sample are poisoned in q and in k (and v)."""
+    if spans is None:
+        return Ranges()
+    ranges = Ranges(**{n: torch.tensor(x, dtype=torch.int32, device=q.device) for n, x in spans.items()})
+    poison_outside(q, ranges.begin_q, ranges.end_q, ranges.row)
+    for x in of_keys:
+        poison_outside(x, ranges.begin_k, ranges.end_k, ranges.row)
+    return ranges
 
 
 def poison_outside(x: Tensor, begin: Tensor, end: Tensor, row: Tensor) -> None:

@@ -11,7 +11,7 @@ from elastic.kernels.block_bits import mask_from_bits
 from elastic.kernels.params import BLOCK_SPARSE, Ranges
 from elastic.kernels.selection import launch_selection, mass_shape
 from elastic.kernels.xattention_oracle import block_mass, block_relations, choose
-from tests.kernels.generators import poison_outside, random_spans, tensor
+from tests.kernels.generators import placed, random_spans, tensor
 
 LENGTHS = (1, 7, 8, 15, 16, 17, 64, 100, 127, 128, 129, 300, 1000, 2047, 2048, 2049, 3000, 4096, 4111, 6200)
 
@@ -55,11 +55,7 @@ def random_selection(seed: int, device: str = "cuda") -> Selection:
     samples = batch if spans is None else len(spans["row"])
     modes = rng.choice(((2,), (0, 1, 2)))
     mode = torch.tensor([[rng.choice(modes) for _ in range(kv_heads)] for _ in range(samples)], dtype=torch.int32)
-    ranges = Ranges()
-    if spans is not None:
-        ranges = Ranges(**{n: torch.tensor(x, dtype=torch.int32, device=device) for n, x in spans.items()})
-        poison_outside(q, ranges.begin_q, ranges.end_q, ranges.row)
-        poison_outside(k, ranges.begin_k, ranges.end_k, ranges.row)
+    ranges = placed(spans, q, k)
     threshold, scale = rng.choice((0.1, 0.5, 0.8, 0.9, 0.95, 1.0)), rng.choice((dim**-0.5, 0.3, 1.0))
     stride, block = rng.choice((8, 16)), rng.choice((64, 128))
     return Selection(q, k, mode.to(device), stride, threshold, block, scale, ranges)

@@ -51,12 +51,13 @@ def test_variant_compiles_clean(name: str, arch: str, head_dim: int, bf16: bool)
     compiles_clean(jit.Variant(name, arch, head_dim, bf16))
 
 
+@pytest.mark.parametrize("pair", [1, 2])
 @pytest.mark.parametrize("stride", [8, 16])
 @pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_selection_compiles_clean(head_dim: int, bf16: bool, block: int, stride: int) -> None:
-    sizes = (f"ELASTIC_STRIDE={stride}", f"ELASTIC_BLOCK={block}")
+def test_selection_compiles_clean(head_dim: int, bf16: bool, block: int, stride: int, pair: int) -> None:
+    sizes = (f"ELASTIC_STRIDE={stride}", f"ELASTIC_BLOCK={block}", f"ELASTIC_PAIR={pair}")
     compiles_clean(jit.Variant("xattention_select_sm90", "sm_90a", head_dim, bf16, sizes))
 
 
@@ -87,7 +88,7 @@ def test_the_other_gpus_compile(arch: str) -> None:
 
 @pytest.mark.parametrize("name", ["attention_forward_sm90", "attention_backward_sm90", "xattention_select_sm90"])
 def test_the_builds_of_the_race_tests_compile(name: str) -> None:
-    debug = ("ELASTIC_STRESS=1", "ELASTIC_WATCHDOG=1", "ELASTIC_STRIDE=16", "ELASTIC_BLOCK=128")
+    debug = ("ELASTIC_STRESS=1", "ELASTIC_WATCHDOG=1", "ELASTIC_STRIDE=16", "ELASTIC_BLOCK=128", "ELASTIC_PAIR=2")
     cubin, _ = jit.compile_cubin(jit.Variant(name, "sm_90a", 128, True, debug))
     assert cubin[:4] == b"\x7fELF"
 
@@ -154,7 +155,6 @@ def test_processes_that_compile_at_once_leave_one_whole_file(tmp_path) -> None:
     code = """if True:
         import hashlib, pathlib, sys, time
         from elastic.kernels import jit
-from elastic.kernels.devices import decode_config
         folder = pathlib.Path(sys.argv[1])
         real = jit.compile_cubin
 

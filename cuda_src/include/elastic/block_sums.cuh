@@ -12,7 +12,8 @@ ELASTIC_FN float log2_approx(float x) {
   return y;
 }
 
-// Hides the cells after `last` (the first row's; the lane's own are lane / 4 and lane / 4 + 8 further) and from `cells` on.
+// Hides the cells after `last` (the warp's first row's; a lane's own are lane / 4 and lane / 4 + 8 further) and those
+// from `cells` on.
 ELASTIC_FN void mask_cells(float (&s)[128], int last, int cells, int lane) {
   if (last >= kCells - 1 && cells >= kCells) return;
 #pragma unroll
