@@ -14,7 +14,15 @@ from torch import Tensor
 
 from elastic import schedules
 from elastic.attention import backend_for
-from elastic.backbone import override_routes, pooled_keys, routers, routing, set_temperature, update_statistics
+from elastic.backbone import (
+    compile_layers,
+    override_routes,
+    pooled_keys,
+    routers,
+    routing,
+    set_temperature,
+    update_statistics,
+)
 from elastic.backbones import architecture_hash
 from elastic.checkpoint import is_trainable
 from elastic.config import ElasticConfig
@@ -47,6 +55,7 @@ class ElasticModule(RoutedModule):
         gguf_file: file name where the backbone's weights are in GGUF format.
         gradient_checkpointing: recompute each layer in the backward pass instead of storing its activations.
         loss_chunk: positions whose logits exist at a time.
+        compiled: torch.compile what surrounds attention in the backbone's layers (`elastic.backbone.compile_layers`).
         methods: what evaluation compares: dense, elastic (default: these two), streaming, random:<msr>[:<seed>].
     """
 
@@ -62,12 +71,14 @@ class ElasticModule(RoutedModule):
         gguf_file: str | None = None,
         gradient_checkpointing: bool = False,
         loss_chunk: int = 1024,
+        compiled: bool = False,
         methods: list[str] | None = None,
     ) -> None:
         super().__init__(backbone, elastic, dtype, gguf_file, loss_chunk, methods or list(DEFAULT_METHODS))
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights are not in the checkpoint; on_load_checkpoint checks the rest
-        self.optimiser, self.annealing, self.gradient_checkpointing = optimiser, temperature, gradient_checkpointing
+        self.optimiser, self.annealing = optimiser, temperature
+        self.gradient_checkpointing, self.compiled = gradient_checkpointing, compiled
         self.objective = build_objective(objective, targets or {}, optimiser.multiplier_limit)
         self.multipliers = self.objective.multipliers
         self.total_steps = self.noise_seed = 0
@@ -75,22 +86,29 @@ class ElasticModule(RoutedModule):
     def configure_model(self) -> None:
         """Load the backbone and attach routers, once."""
         fresh = self.model is None
+        if fresh and self.compiled and self.device_mesh is not None:
+            raise ValueError("model.compiled does not go with a sharded backbone yet; set model.compiled: false")
         super().configure_model()
         for router in routers(self.model) if fresh else ():
             router.begin_at(self.optimiser.start)
         if fresh and self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if fresh and self.compiled:
+            compile_layers(self.model)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """AdamW on the routers (no decay on biases), plain ascent on the multipliers."""
-        weights = [p for router in routers(self.model) for p in router.parameters()]
+        """AdamW on the routers (no decay on biases and logits of single heads), plain ascent on the multipliers."""
+        own = [p for router in routers(self.model) for p in router.head_logits()]
+        shared = [p for router in routers(self.model) for p in router.parameters() if all(p is not o for o in own)]
+        settings = self.optimiser
         groups = [
-            {"params": [p for p in weights if p.dim() > 1], "weight_decay": self.optimiser.weight_decay},
-            {"params": [p for p in weights if p.dim() == 1], "weight_decay": 0.0},
+            {"params": [p for p in shared if p.dim() > 1], "weight_decay": settings.weight_decay, "peak": settings.lr},
+            {"params": [p for p in shared if p.dim() == 1], "weight_decay": 0.0, "peak": settings.lr},
+            {"params": own, "weight_decay": 0.0, "peak": settings.head_lr},
         ]
-        descent = torch.optim.AdamW(groups, lr=self.optimiser.lr, betas=self.optimiser.betas)
-        ascent = torch.optim.SGD(self.multipliers.parameters(), lr=self.optimiser.multiplier_lr, maximize=True)
-        return [descent, ascent]
+        descent = torch.optim.AdamW([group for group in groups if group["params"]], betas=settings.betas)
+        prices = [{"params": list(self.multipliers.parameters()), "peak": settings.multiplier_lr}]
+        return [descent, torch.optim.SGD(prices, maximize=True)]
 
     def on_fit_start(self) -> None:
         """Fix the number of steps and the seed of the routes' noise; say what runs attention."""
@@ -187,9 +205,8 @@ class ElasticModule(RoutedModule):
     def _set_rates(self, *optimisers: torch.optim.Optimizer) -> None:
         """Learning rates of the step about to be taken; neither the first nor the last is 0."""
         progress = (self.global_step + 1) / (self.total_steps + 1)
-        for optimiser, peak in zip(optimisers, (self.optimiser.lr, self.optimiser.multiplier_lr), strict=True):
-            for group in optimiser.param_groups:
-                group["lr"] = schedules.learning_rate(progress, peak, self.optimiser.warmup)
+        for group in (group for optimiser in optimisers for group in optimiser.param_groups):
+            group["lr"] = schedules.learning_rate(progress, group["peak"], self.optimiser.warmup)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep routers and multipliers only, and what a resumed run must agree on."""

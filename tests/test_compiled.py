@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from elastic.backbone import attach, compile_layers, detach, routers, routing
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
+from elastic.lit_module import ElasticModule
 from elastic.sparsity import msr
 from tests.kernels.gpu import needs_gpu
 from tests.models import random_ids, small_config, tiny_model, varied_routers
@@ -74,6 +75,14 @@ def test_generation_is_the_same_and_detach_undoes_it() -> None:
     frames, restored = backend.frame_count, detach(model)
     with torch.no_grad():
         assert torch.equal(restored(ids).logits, stock) and backend.frame_count == frames
+
+
+def test_a_training_run_asks_for_it_by_a_setting() -> None:
+    for compiled in (False, True):
+        module = ElasticModule("tiny", compiled=compiled)
+        module.configure_model()
+        layers = module.model.get_decoder().layers
+        assert {layer.mlp._compiled_call_impl is not None for layer in layers} == {compiled}
 
 
 def test_a_model_without_routers_is_refused() -> None:
