@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from elastic.config import ElasticConfig
+from elastic.context import Context
 from elastic.families import FAMILIES, attention_layers
 from elastic.head_plan import HeadPlan
 from elastic.patterns import check_supported
 from elastic.router import Router, build_router
-from elastic.routing import Context, RouteRecord, Routing, RoutingState, route_layer, route_of
+from elastic.routing import RouteRecord, Routing, RoutingState, route_layer, route_of
 
 __all__ = [
     "FAMILIES",
@@ -240,7 +241,9 @@ class _Handle:
             raise ValueError("this layer was called outside the attached model's decoder; call the whole model")
         route = route_layer(attn, hidden, layout, kwargs.get("past_key_values"), self.routing)
         config, context = self.routing.config, self.routing.context
-        plan = HeadPlan.build(route, config.sparse, layout, config.gradient_share)
+        state = attn.router.last
+        mode = None if state is None or state.route_NK is not route else state.mode_NK
+        plan = HeadPlan.build(route, config.sparse, layout, config.gradient_share, mode)
         return args, {**kwargs, "elastic_route": route, "elastic_plan": plan, "elastic_context": context}
 
 

@@ -172,8 +172,12 @@ class HeadPlan:
     gradient_share: float = 1.0
 
     @classmethod
-    def build(cls, route_NK: Tensor, sparse: SparseConfig, layout: Layout, gradient_share: float = 1.0) -> "HeadPlan":
-        """Plan of a route [N, K] in {0, 1}, on the route's device without synchronising.
+    def build(
+        cls, route_NK: Tensor, sparse: SparseConfig, layout: Layout, gradient_share: float = 1.0,
+        mode_NK: Tensor | None = None,
+    ) -> "HeadPlan":  # fmt: skip
+        """Plan of a route [N, K] in {0, 1}, on the route's device without synchronising; `mode_NK` where the modes of
+        that route are known already.
 
         Raises:
             ValueError: a route of another number of samples.
@@ -185,8 +189,10 @@ class HeadPlan:
                 "this batch; "
                 "was the cache filled by another batch?"
             )
-        mode = torch.where(route_NK.detach() > 0.5, mode_id(sparse.route1), mode_id(sparse.route0))
-        return cls(mode.to(torch.int32), sparse, layout, gradient_share)
+        if mode_NK is None:
+            mode = torch.where(route_NK.detach() > 0.5, mode_id(sparse.route1), mode_id(sparse.route0))
+            mode_NK = mode.to(torch.int32)
+        return cls(mode_NK, sparse, layout, gradient_share)
 
     def flipped(self) -> "HeadPlan":
         """The plan in which every head runs its other mode."""

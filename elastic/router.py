@@ -55,11 +55,13 @@ class LayerState:
     Attributes:
         route_NK: in {0, 1}, with the straight-through gradient in training.
         logits_NK2, pooled_NKD: what it was decided from; None when the route was given from outside.
+        mode_NK: the route in modes of the head plan, where the kernel that decided made it too.
     """
 
     route_NK: Tensor
     logits_NK2: Tensor | None
     pooled_NKD: Tensor | None
+    mode_NK: Tensor | None = None
 
 
 class Router(nn.Module):

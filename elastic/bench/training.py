@@ -26,9 +26,9 @@ from elastic.bench.step import HEAD_DIM, HEADS, KV_HEADS, SHAPES, Step, bounds_o
 from elastic.bench.timing import measure
 from elastic.config import SparseConfig
 from elastic.console import say
+from elastic.context import Context
 from elastic.head_plan import HeadPlan, packed_layout
 from elastic.kernels import why_no_backward
-from elastic.routing import Context
 
 SUMMARY = "a routed training step beside the recipe that runs both modes; memory of a step of a whole backbone"
 LAYERS = 5  # of the attention case; 5 * 8 KV heads hold every tenth of an MSR
