@@ -31,7 +31,7 @@ def verbatim_copy(draw: Draw) -> Parts:
 
 
 def passage_qa(draw: Draw) -> Parts:
-    """Numbered passages; the answer is a word that a quotation lacks, or the rest of a sentence. It begins with the
+    """Numbered passages; the answer is a word that a quotation lacks, or how a sentence goes on. It begins with the
     quotation up to there.
     """
     while True:
@@ -46,10 +46,10 @@ def passage_qa(draw: Draw) -> Parts:
         question, answer = draw.pick(wording.GAPS).format(sentence=quotation), gap[0]
         prefix = " ".join(words[:longest])
     else:
-        prefix = " ".join(words[:5])
-        question, answer = draw.pick(wording.REST).format(start=prefix), " ".join(words[5:])
+        prefix = " ".join(words[:6])
+        question, answer = draw.pick(wording.REST).format(start=prefix), " ".join(words[6:12])
     others = draw.sentences(draw.room_beside(wanted, question))
-    lines = draw.hide([line for line in others if line.split()[:5] != words[:5]], [wanted])
+    lines = draw.hide([line for line in others if line.split()[:6] != words[:6]], [wanted])
     per_passage = max(3, draw.rng.randint(4, 9))
     passages = [" ".join(lines[i : i + per_passage]) for i in range(0, len(lines), per_passage)]
     return Parts("\n\n".join(f"({i}) {text}" for i, text in enumerate(passages, 1)), question, answer, prefix)

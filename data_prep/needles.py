@@ -43,7 +43,7 @@ def multi_value(draw: Draw) -> Parts:
     of several a model names first says little about what it found.
     """
     kind, (key, other) = _kind(draw), _keys(draw, 2)
-    values = [_value(draw, kind) for _ in range(draw.rng.randint(2, 2 + min(2, draw.length // 100)))]
+    values = [_value(draw, kind) for _ in range(draw.rng.randint(2, 2 + min(1, draw.length // 100)))]
     facts = [_fact(draw, kind, key, value) for value in values]
     question = draw.pick(wording.MANY_VALUES).format(kind=kind, key=key)
     prefix = draw.pick(wording.MANY_VALUES_ANSWERS).format(kind=kind, key=key, given=", ".join(values[:-1]))

@@ -36,19 +36,19 @@ PLACES: Halves = (
     ("kitchen", "garage", "library", "cellar", "garden", "attic", "studio", "harbour"),
     ("office", "museum", "barn", "tower", "chapel", "workshop", "station", "orchard"),
 )
-# One key, one value, which comes last.
+# One key, one value, which comes last and not far behind its key.
 NEEDLES: Halves = (
     (
         "The special magic {kind} of {key} is {value}.",
         "Remember that the secret {kind} of {key} is {value}.",
-        "Whoever asks about {key} must be told the {kind} {value}.",
+        "The {kind} to be told to whoever asks about {key} is {value}.",
         "By agreement the {kind} that stands for {key} is {value}.",
     ),
     (
         "Note for later: the locker {kind} for {key} reads {value}.",
-        "In the register, {key} has the {kind} {value}.",
-        "The label on {key} shows as its {kind} {value}.",
-        "Filed under {key} is the {kind} {value}.",
+        "In the register, the {kind} of {key} reads {value}.",
+        "The label with the {kind} of {key} shows {value}.",
+        "Filed as the {kind} of {key}: {value}.",
     ),
 )
 NEEDLE_QUESTIONS: Halves = (
@@ -142,14 +142,14 @@ RELATIONS: tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]] = (
 )
 ENDS: tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]] = (
     (
-        ("{name} keeps the spare key in the {place}.", "Where does {who} keep the spare key?"),
-        ("The bicycle of {name} stands in the {place}.", "In which place stands the bicycle of {who}?"),
-        ("{name} spends the evenings in the {place}.", "Where are the evenings spent by {who}?"),
+        ("The spare key is kept by {name} in the {place}.", "Where is the spare key kept by {who}?"),
+        ("The bicycle was put by {name} in the {place}.", "In which place was the bicycle put by {who}?"),
+        ("The evenings are spent by {name} in the {place}.", "Where are the evenings spent by {who}?"),
     ),
     (
-        ("The notebook of {name} lies in the {place}.", "In what place does the notebook of {who} lie?"),
-        ("{name} left an umbrella in the {place}.", "Where was an umbrella left by {who}?"),
-        ("{name} paints pictures in the {place}.", "Where are pictures painted by {who}?"),
+        ("The notebook was hidden by {name} in the {place}.", "In what place was the notebook hidden by {who}?"),
+        ("An umbrella was left by {name} in the {place}.", "Where was an umbrella left by {who}?"),
+        ("Pictures are painted by {name} in the {place}.", "Where are pictures painted by {who}?"),
     ),
 )
 SECTION_MARKS: Halves = (("Section {mark}:", "[{mark}]", "== {mark} =="), ("Part {mark}.", "<{mark}>", "## {mark}"))
@@ -179,14 +179,14 @@ GAPS: Halves = (
 )
 REST: Halves = (
     (
-        'How does the sentence go on that begins with "{start}"? Write the rest of it.',
-        'Finish the sentence of the passages that starts "{start}".',
-        'Find the sentence opening with "{start}" and give its remaining words.',
+        'How does the sentence go on that begins with "{start}"? Write its next words.',
+        'Go on with the sentence of the passages that starts "{start}".',
+        'Find the sentence opening with "{start}" and give what comes then.',
     ),
     (
         'One sentence above has the beginning "{start}". Quote what comes after that.',
-        'Quote the end of the sentence whose first words are "{start}".',
-        'Going by the text, what follows "{start}" up to the full stop?',
+        'Quote the words behind "{start}" in the passages.',
+        'Going by the text, what follows "{start}"?',
     ),
 )
 CONTINUE: Halves = (

@@ -95,7 +95,7 @@ def router_backend(device: torch.device, dtype: torch.dtype, head_dim: int, kind
 
 def is_fused(router: Router, keys_N2PKD: Tensor) -> bool:
     """Whether the kernel decides for this router on these keys."""
-    if router.training or not isinstance(router, AttentionRouter):
+    if router.training or not isinstance(router, AttentionRouter) or router.offset is not None:
         return False
     return why_not_routed(keys_N2PKD.device, keys_N2PKD.dtype, keys_N2PKD.shape[3]) is None
 

@@ -17,6 +17,8 @@ class OptimiserConfig:
 
     Attributes:
         lr: peak learning rate of the routers.
+        head_lr: that of logits which belong to a single KV head (static patterns, `router.head_offset`); nothing
+            amplifies them, so it is higher. They have no weight decay, which would pull heads back to undecided.
         betas: AdamW's decay rates.
         weight_decay: on router weights; biases and multipliers have none.
         clip_norm: bound on the norm of the routers' gradient.
@@ -30,6 +32,7 @@ class OptimiserConfig:
     """
 
     lr: float = 5e-4
+    head_lr: float = 5e-2
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip_norm: float = 1.0
@@ -39,7 +42,7 @@ class OptimiserConfig:
     start: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "clip_norm", "multiplier_lr", "multiplier_limit"):
+        for name in ("lr", "head_lr", "clip_norm", "multiplier_lr", "multiplier_limit"):
             value = _number(f"optimiser.{name}", getattr(self, name))
             if not value > 0:
                 raise ValueError(
@@ -92,6 +95,8 @@ class ObjectiveConfig:
         budget: quality: KL(dense || routed) that answers may have, in nats per answer token.
         budgets: quality: budget per task class, where it differs from `budget`.
         price: quality: what every multiplier begins at.
+        soft: quality: above 0 a sample's divergence counts as soft * log(1 + KL / soft), so that one answer gone wrong
+            does not drown the rest of a step; 0 counts it as it is.
     """
 
     kind: ObjectiveKind = "target"
@@ -99,6 +104,7 @@ class ObjectiveConfig:
     budget: float = 0.02
     budgets: dict[str, float] = field(default_factory=dict)
     price: float = 0.0
+    soft: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ObjectiveKind):
@@ -107,8 +113,9 @@ class ObjectiveConfig:
             )
         if not _number("objective.cost", self.cost) > 0:
             raise ValueError(f"objective.cost={self.cost} is not positive; 1.0 is usual")
-        if _number("objective.price", self.price) < 0:
-            raise ValueError(f"objective.price={self.price} is below 0; prices are not negative")
+        for name in ("price", "soft"):
+            if _number(f"objective.{name}", getattr(self, name)) < 0:
+                raise ValueError(f"objective.{name}={getattr(self, name)} is below 0; 0 is the default")
         for task, value in {"": self.budget, **self.budgets}.items():
             name = f"objective.budgets[{task!r}]" if task else "objective.budget"
             if task:
