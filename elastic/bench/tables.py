@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from elastic.bench import methods
 from elastic.bench.records import LEFT_OUT, Record
+from elastic.bench.routing import HEADLINE, NOTES, headline_cells, source_cells
 from elastic.console import table
 
 HEADING = """# Timings
@@ -62,12 +64,19 @@ def markdown(runs: dict[str, list[Record]], pictures: Sequence[str] = ()) -> str
         lines += ["", f"## {name}", "", f"{first['gpu']}, {first['kernel']}, {stated}, commit {first['commit']}"]
         shapes = dict.fromkeys(shape_of(record) for record in found if "head_dim" in record)
         lines += ["", f"`{first['command']}`", "", *([f"{'; '.join(shapes)}.", ""] if shapes else [])]
-        header, rows = cells(found)
-        if rows:
-            lines += [_line(header), "|---" * len(header) + "|", *map(_line, rows), ""]
-        lines += [f"- {remark}" for remark in remarks(found)]
-        lines += [f"\n![Timings of {name}]({path})" for path in pictures if Path(path).stem == name]
+        if any(record["case"] == HEADLINE for record in found):
+            lines += quality(found)
+        elif any(record["case"] == methods.DENSITY for record in found):
+            lines += [methods.NOTES, "", *_table(*methods.score_cells(found)), *_table(*methods.density_cells(found))]
+        else:
+            lines += [*_table(*cells(found)), *(f"- {remark}" for remark in remarks(found))]
+        lines += [f"\n![Timings of {name}]({path})" for path in pictures if _belongs(path, name)]
     return "\n".join(lines) + "\n"
+
+
+def quality(found: Sequence[Record]) -> list[str]:
+    """The part of the page about trained routers."""
+    return [NOTES, "", *_table(*headline_cells(found)), *_table(*source_cells(found))]
 
 
 def shape_of(record: Record) -> str:
@@ -75,5 +84,14 @@ def shape_of(record: Record) -> str:
     return f"H {record['heads']}, {record['kv_heads']} KV heads, D {record['head_dim']}, {record['dtype']}"
 
 
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [_line(header), "|---" * len(header) + "|", *map(_line, rows), ""] if rows else []
+
+
 def _line(row: Sequence[str]) -> str:
     return f"| {' | '.join(row)} |"
+
+
+def _belongs(path: str, name: str) -> bool:
+    """Whether a picture is the run's: `<name>.png` or `<name>-<what>.png`, where no other run has that name."""
+    return Path(path).stem == name or Path(path).stem in (f"{name}-curves", f"{name}-heads")

@@ -34,6 +34,14 @@ def mask_from_bits(bits: Tensor) -> Tensor:
     return ((bits.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)
 
 
+def count_bits(bits: Tensor) -> Tensor:
+    """Key blocks of every row: int32 [..., W] -> int64 [...]. Sums neighbouring fields of 1, 2, 4, ... bits."""
+    pairs = bits - ((bits >> 1) & 0x55555555)
+    nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    octets = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F
+    return ((octets * 0x01010101) >> 24).sum(-1)
+
+
 def bits_from_indices(indices: Tensor, counts: Tensor, key_blocks: int) -> Tensor:
     """Bit set of explicit lists: row [...] visits key blocks indices[..., :counts[...]].
 

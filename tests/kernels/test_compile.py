@@ -154,7 +154,6 @@ def test_processes_that_compile_at_once_leave_one_whole_file(tmp_path) -> None:
     code = """if True:
         import hashlib, pathlib, sys, time
         from elastic.kernels import jit
-from elastic.kernels.devices import decode_config
         folder = pathlib.Path(sys.argv[1])
         real = jit.compile_cubin
 
