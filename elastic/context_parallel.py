@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elastic.attention import routed_attention
+from elastic.attention import choose_blocks, routed_attention
 from elastic.backbone import routers, set_context
 from elastic.context import Context
 from elastic.head_plan import HeadPlan
 from elastic.losses import chunked_divergence, labelled_positions, labelled_samples, summed_cross_entropy
 from elastic.packed import IGNORE, Batch
+from elastic.selection import density
 
 
 class ContextGroup(Context):
@@ -43,7 +44,7 @@ class ContextGroup(Context):
 
     def attend(
         self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """`routed_attention` on this process's KV heads over the whole row.
 
         Args:
@@ -53,7 +54,7 @@ class ContextGroup(Context):
             scale: softmax scale.
 
         Returns:
-            [1, s, H, D].
+            [1, s, H, D], and the density [N, K] of all XAttention heads.
         """
         heads, kv_heads = q_BHSD.shape[1] // self.size, k_BKSD.shape[1] // self.size
         mine = slice(self.rank * kv_heads, (self.rank + 1) * kv_heads)
@@ -62,9 +63,19 @@ class ContextGroup(Context):
         whole = exchanged.transpose(0, 1).flatten(1, 2)[None]  # [1, (H + 2 K) / C, S, D]
         q, k, v = whole.split([heads, kv_heads, kv_heads], dim=1)
         plan = replace(plan, mode_NK=plan.mode_NK[:, mine].contiguous())
+        plan = choose_blocks(q, k, v, route_NK[:, mine], plan, scale)
         out = routed_attention(q, k, v, route_NK[:, mine], plan, scale)  # [1, S, H / C, D]
         back = _Exchange.apply(out[0].unflatten(0, (self.size, -1)), self.group)  # first axis: whose heads
-        return back.transpose(0, 1).flatten(1, 2)[None]
+        return back.transpose(0, 1).flatten(1, 2)[None], self._all_heads(density(plan), mine, route_NK)
+
+    def _all_heads(self, share: Tensor | None, mine: slice, route_NK: Tensor) -> Tensor | None:
+        """A number per sample and KV head of this process, [N, K / C], put together with those of the others."""
+        if share is None:
+            return None
+        whole = torch.zeros(route_NK.shape, dtype=share.dtype, device=share.device)
+        whole[:, mine] = share
+        dist.all_reduce(whole, group=self.group)
+        return whole
 
 
 @contextmanager

@@ -51,6 +51,7 @@ def trained_pass(model, context: Context, checkpointing: bool) -> dict[str, torc
         "hidden": hidden.detach(),
         "route": state.route.detach(),
         "pooled": pooled_keys(model),
+        "density": torch.zeros(0) if state.density is None else state.density,
         "loss": loss.detach(),
         "gradients": torch.cat([p.grad.reshape(-1) for p in [*parameters, *multipliers.parameters()]]),
     }
@@ -73,7 +74,10 @@ def quality_pass(model, context: Context) -> dict[str, torch.Tensor]:
 
 
 def routed_model(family: str):
-    model = attach(tiny_model(family), small_config())
+    """A model of the family; behind a `+`, the mode of route 1."""
+    family, _, mode = family.partition("+")
+    sparse = {"route1": mode, "stride": 4, "threshold": 0.5} if mode else {}
+    model = attach(tiny_model(family), small_config(**sparse))
     varied_routers(model)
     return model
 
@@ -81,7 +85,7 @@ def routed_model(family: str):
 def slice_process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for family, checkpointing in (("llama", False), ("qwen3", True)):
+    for family, checkpointing in (("llama", False), ("qwen3", True), ("llama+xattention", True)):
         model = routed_model(family)
         with context_parallel(model) as context:
             torch.save(trained_pass(model, context, checkpointing), f"{folder}/{family}.{rank}.pt")
@@ -109,14 +113,14 @@ def slices(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "llama+xattention"])
 def test_two_slices_equal_the_whole_row(slices, family):
     whole = trained_pass(routed_model(family), Context(), False)
     one, two = (torch.load(slices / f"{family}.{rank}.pt", weights_only=True) for rank in (0, 1))
     assert set(whole["route"].unique().tolist()) == {0.0, 1.0}
     for part in (one, two):
         assert torch.equal(part["route"], whole["route"])
-        for name in ("pooled", "loss", "gradients"):
+        for name in ("pooled", "loss", "gradients", "density"):
             torch.testing.assert_close(part[name], whole[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     torch.testing.assert_close(torch.cat([one["hidden"], two["hidden"]], dim=1), whole["hidden"], rtol=1e-4, atol=1e-5)
     assert torch.equal(one["gradients"], two["gradients"]) and whole["gradients"].abs().max() > 1e-4
