@@ -8,6 +8,7 @@ Legend: S tokens, N samples, H query heads, K KV heads, D head dim.
 """
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from elastic.console import say
 from elastic.context import Context
 from elastic.head_plan import HeadPlan, packed_layout
 from elastic.kernels import why_no_backward
+from elastic.training_config import ALLOCATOR
 
 SUMMARY = "a routed training step beside the recipe that runs both modes; memory of a step of a whole backbone"
 PARTS = ("attention", "whole", "step")
@@ -72,8 +74,8 @@ def run(args: argparse.Namespace, command: str) -> int:
             f"--msr {args.msr:g} --samples {args.samples} --length {args.length}: expected an MSR in (0, 1) and a "
             "length that is a multiple of 128 per sample"
         )
+    os.environ.setdefault(*ALLOCATOR)
     device = kernel_device(args, why_no_backward)
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # else fragments take a fifth of 80 GB
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gb * 1e9 / total), device)
     stamp, path = records.stamp(command, args.commit, device), args.out / f"{args.tag}.json"
