@@ -8,6 +8,7 @@ Legend: S tokens, N samples, H query heads, K KV heads, D head dim.
 """
 
 import argparse
+import gc
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     for part in parts:
         found += [{**record, "length": args.length, "samples": args.samples, **stamp} for record in part()]
         records.save(path, found)
+        gc.collect()  # a model and its hooks refer to each other
         torch.cuda.empty_cache()
     say(f"\n{tables.terminal(found)}\n\nWritten: {path}")
     wrong = [r["metric"] == "largest difference" and not r["value"] <= TOLERANCE for r in found]
