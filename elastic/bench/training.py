@@ -93,7 +93,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         records.save(path, found)
         gc.collect()  # a model and its hooks refer to each other
         torch.cuda.empty_cache()
-    say(f"\n{tables.terminal(found)}\n\nWritten: {path}")
+    say("\n".join(["", *tables.remarks(found), "", f"Written: {path}"]))
     wrong = [r["metric"] == "largest difference" and not r["value"] <= TOLERANCE for r in found]
     return int(any(wrong) or any(r["metric"] == records.LEFT_OUT for r in found))
 
