@@ -148,7 +148,7 @@ def attention_records(args: argparse.Namespace, device: torch.device) -> list[Re
     different = max(largest_difference(tuple(got), tuple(want)), relative(got_route, want_route))
     del want, got
     case = f"attention-{LAYERS}l-{args.length // 1024}k"
-    found = [{"case": case, "who": "routed", "metric": "largest difference", "value": different, "unit": "of the largest value"}]
+    found = [{"case": case, "who": "routed", "metric": "largest difference", "value": different, "unit": "relative"}]
     calls = {name: partial(_all, call, routes) for name, call in recipes.items()}
     return found + compare(case, calls, partial(measure, budget_ms=args.budget_ms))
 
