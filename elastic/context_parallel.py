@@ -21,7 +21,7 @@ from elastic.attention import choose_blocks, routed_attention
 from elastic.backbone import routers, set_context
 from elastic.context import Context
 from elastic.head_plan import HeadPlan
-from elastic.losses import labelled_positions, summed_cross_entropy
+from elastic.losses import chunked_divergence, labelled_positions, labelled_samples, summed_cross_entropy
 from elastic.packed import IGNORE, Batch
 from elastic.selection import density
 
@@ -138,6 +138,35 @@ def language_loss(hidden_1sE: Tensor, lm_head: nn.Module, labels_1S: Tensor, chu
     labels = F.pad(labels_1S, (0, 1), value=IGNORE)[:, context.rank * here : (context.rank + 1) * here + 1]
     hidden_PE, target_P = labelled_positions(F.pad(hidden_1sE, (0, 0, 0, 1)), labels)
     return context.sum(summed_cross_entropy(hidden_PE, target_P, lm_head, chunk)) / total
+
+
+def divergence(
+    hidden_1sE: Tensor,
+    dense_1sE: Tensor,
+    lm_head: nn.Module,
+    labels_1S: Tensor,
+    cu_seq_lens: Tensor,
+    chunk: int,
+    context: Context,
+) -> Tensor:
+    """Mean KL(dense || routed) [N] over each sample's labelled tokens, equal on all processes: what objective `quality`
+    bounds.
+
+    Args:
+        hidden_1sE, dense_1sE: final hidden states of this slice, routed and dense.
+        labels_1S, cu_seq_lens: of the whole row.
+
+    Raises:
+        ValueError: a sample without a labelled token.
+    """
+    sample_P, count_N = labelled_samples(labels_1S, cu_seq_lens)
+    here = hidden_1sE.shape[1]
+    labels = F.pad(labels_1S, (0, 1), value=IGNORE)[:, context.rank * here : (context.rank + 1) * here + 1]
+    routed, dense = (labelled_positions(F.pad(x, (0, 0, 0, 1)), labels)[0] for x in (hidden_1sE, dense_1sE))
+    predicting_P = (labels_1S[0, 1:] != IGNORE).nonzero()[:, 0]
+    mine_P = sample_P[predicting_P // here == context.rank]
+    part_N = torch.zeros_like(count_N).index_add(0, mine_P, chunked_divergence(routed, dense, lm_head, chunk))
+    return context.sum(part_N) / count_N
 
 
 class _Exchange(torch.autograd.Function):

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from elastic.backbone import attach, pooled_keys, routers, routing, set_context
+from elastic.backbone import attach, override_routes, pooled_keys, routers, routing, set_context
 from elastic.context import Context
-from elastic.context_parallel import ContextGroup, context_parallel, language_loss, shard
+from elastic.context_parallel import ContextGroup, context_parallel, divergence, language_loss, shard
 from elastic.distributed import average_gradients
 from elastic.losses import chunked_cross_entropy
 from elastic.objective import LagrangeMultipliers, sparsity_loss, target_intervals
@@ -57,6 +57,22 @@ def trained_pass(model, context: Context, checkpointing: bool) -> dict[str, torc
     }
 
 
+def quality_pass(model, context: Context) -> dict[str, torch.Tensor]:
+    """Divergence per sample from the dense pass, and its gradient to the routers."""
+    batch = packed_row()
+    inputs = {**shard(batch, context), "use_cache": False}
+    with torch.no_grad(), override_routes(model, 0):
+        dense = model.get_decoder()(**inputs).last_hidden_state
+    torch.manual_seed(7)
+    hidden, head = model.train().get_decoder()(**inputs).last_hidden_state, model.get_output_embeddings()
+    found = divergence(hidden, dense, head, batch["labels"], batch["cu_seq_lens"], 4, context)
+    parameters = [p for router in routers(model) for p in router.parameters()]
+    (found * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    if context.size > 1:
+        average_gradients(parameters)
+    return {"divergence": found.detach(), "gradients": torch.cat([p.grad.reshape(-1) for p in parameters])}
+
+
 def routed_model(family: str):
     """A model of the family; behind a `+`, the mode of route 1."""
     family, _, mode = family.partition("+")
@@ -73,6 +89,8 @@ def slice_process(rank: int, folder: str) -> None:
         model = routed_model(family)
         with context_parallel(model) as context:
             torch.save(trained_pass(model, context, checkpointing), f"{folder}/{family}.{rank}.pt")
+            model.zero_grad()
+            torch.save(quality_pass(model, context), f"{folder}/{family}.quality.{rank}.pt")
     model = attach(tiny_model(num_key_value_heads=1), small_config())
     with (
         pytest.raises(ValueError, match="1 KV heads cannot be shared out over 2 processes; use a group of 1"),
@@ -106,6 +124,17 @@ def test_two_slices_equal_the_whole_row(slices, family):
             torch.testing.assert_close(part[name], whole[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     torch.testing.assert_close(torch.cat([one["hidden"], two["hidden"]], dim=1), whole["hidden"], rtol=1e-4, atol=1e-5)
     assert torch.equal(one["gradients"], two["gradients"]) and whole["gradients"].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_two_slices_diverge_as_the_whole_row_does(slices, family):
+    whole = quality_pass(routed_model(family), Context())
+    for rank in (0, 1):
+        part = torch.load(slices / f"{family}.quality.{rank}.pt", weights_only=True)
+        for name, value in whole.items():
+            torch.testing.assert_close(part[name], value, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert whole["divergence"].shape == (3,) and (whole["divergence"] > 1e-5).sum() >= 2
+    assert whole["gradients"].abs().max() > 1e-6
 
 
 def test_one_slice_is_the_ordinary_loss():
