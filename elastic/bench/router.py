@@ -27,7 +27,7 @@ from elastic.config import ElasticConfig
 from elastic.console import say
 from elastic.deciding import Pooling, decide_from_keys, prerope_keys
 from elastic.head_plan import HeadPlan, Layout, batch_layout
-from elastic.kernels.route_prompt import why_not_routed
+from elastic.kernels import why_not
 from elastic.router import AttentionRouter
 from elastic.routing import Routing, route_layer
 
@@ -182,7 +182,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     """
     if min(*args.lengths, args.batch, args.hidden, args.kv_heads) < 1:
         raise ValueError("--lengths, --batch, --hidden and --kv-heads must be at least 1")
-    device, config = kernel_device(args, why_not_routed), ElasticConfig()
+    device, config = kernel_device(args, why_not), ElasticConfig()
     stamp, path = records.stamp(command, args.commit, device), Path(args.out) / f"{args.tag}.json"
     stamp["kernel"] = "route_prompt"
     found: list[Record] = []

@@ -39,11 +39,6 @@ class RoutedPrompt(NamedTuple):
     mode: Tensor
 
 
-def why_not_routed(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the fused router cannot run on keys of this kind, in a few words; None if it can."""
-    return why_not(device, dtype, head_dim)
-
-
 def route_prompt(
     keys: Tensor,
     weight: Tensor,
@@ -112,7 +107,7 @@ def _check(
             f"keys {list(keys.shape)} with strides {list(keys.stride())}; expected contiguous [N, 2P, K, D] that "
             "starts on a 16-byte boundary"
         )
-    reason = why_not_routed(keys.device, keys.dtype, keys.shape[3])
+    reason = why_not(keys.device, keys.dtype, keys.shape[3])
     if reason is not None:
         raise ValueError(f"the fused router cannot run here: {reason}; use elastic.router.AttentionRouter")
     samples, slots, kv_heads, dim = keys.shape
