@@ -8,7 +8,7 @@
 namespace elastic {
 
 constexpr int kD = ELASTIC_HEAD_DIM, kParts = ELASTIC_PARTS, kWide = 4 * kD;
-constexpr int kThreads = 256, kRows = 8, kGroups = 16, kPasses = 8 / kParts;
+constexpr int kThreads = 256, kRows = 8, kGroups = 16, kBatch = 8, kPasses = 8 / kParts;
 constexpr float kEpsilon = 1e-5f, kLimit = 10.0f;  // elastic/router.py
 constexpr double kLeastSamples = 8.0;
 
@@ -118,25 +118,33 @@ ELASTIC_FN void sum_slots(const RouteParams& p, float (*partial)[kGroups][kD], i
   constexpr int kChunks = kD / 8;
   const int chunk = threadIdx.x % kChunks, group = threadIdx.x / kChunks, half = p.slots / 2;
   if (group >= kGroups) return;
-  float sum[2][8] = {};
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
-#pragma unroll 8
-    for (int slot = side * half + group; slot < (side + 1) * half; slot += kGroups) {
-      const i64 element = ((i64(sample) * p.slots + slot) * p.kv_heads + head) * kD + 8 * chunk;
-      const uint4 words = __ldg((const uint4*)(p.keys + 2 * element));
-      const float weight = p.weight[sample * p.slots + slot];
-      if (weight == 0.0f) continue;  // whatever stands there must not count, not even a NaN
-      const u32 word[4] = {words.x, words.y, words.z, words.w};
+    float sum[8] = {};
+    for (int start = group; start < half; start += kBatch * kGroups) {
+      uint4 words[kBatch];
+      float weight[kBatch];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 pair = widen(word[i]);
-        sum[side][2 * i] = fmaf(weight, pair.x, sum[side][2 * i]);
-        sum[side][2 * i + 1] = fmaf(weight, pair.y, sum[side][2 * i + 1]);
+      for (int j = 0; j < kBatch; ++j) {  // all on their way before the first is used
+        const int slot = side * half + min(start + j * kGroups, half - 1);
+        const i64 element = ((i64(sample) * p.slots + slot) * p.kv_heads + head) * kD + 8 * chunk;
+        words[j] = __ldg((const uint4*)(p.keys + 2 * element));
+        weight[j] = start + j * kGroups < half ? __ldg(p.weight + sample * p.slots + slot) : 0.0f;
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (weight[j] == 0.0f) continue;  // whatever stands there must not count, not even a NaN
+        const u32 word[4] = {words[j].x, words[j].y, words[j].z, words[j].w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 pair = widen(word[i]);
+          sum[2 * i] = fmaf(weight[j], pair.x, sum[2 * i]);
+          sum[2 * i + 1] = fmaf(weight[j], pair.y, sum[2 * i + 1]);
+        }
       }
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) partial[side][group][8 * chunk + i] = sum[side][i];
+    for (int i = 0; i < 8; ++i) partial[side][group][8 * chunk + i] = sum[i];
   }
 }
 
