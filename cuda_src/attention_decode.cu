@@ -3,7 +3,6 @@
 // the last CTA that finishes it. The query heads of a group are the rows of one mma tile, so K and V are read once.
 // Compile-time: ELASTIC_HEAD_DIM (64, 128), ELASTIC_BF16 (1, else fp16), ELASTIC_WARPS, ELASTIC_STAGES.
 #include "elastic/decode_merge.cuh"
-#include "elastic/ptx_sm80.cuh"
 
 namespace elastic {
 
@@ -139,7 +138,7 @@ ELASTIC_FN void attend(float (&o)[kD / 2], Softmax& softmax, const u32 (&q)[kD /
 
 }  // namespace elastic
 
-extern "C" __global__ void __launch_bounds__(elastic::kThreads)
+extern "C" __global__ void __launch_bounds__(elastic::kThreads, 1)
     attention_decode(const __grid_constant__ elastic::DecodeParams p) {
   using namespace elastic;
   extern __shared__ __align__(128) char memory[];
@@ -181,5 +180,5 @@ extern "C" __global__ void __launch_bounds__(elastic::kThreads)
     store_item(p, rows, shared, item, slot_of(blockIdx.x, head != first_head));
     __syncthreads();  // everyone is done with the rows
   }
-  finish_shared(p, share, offset, first_head, head - 1, shared, rows);
+  finish_shared(p, share, offset, first_head, head - 1, shared, (float*)memory, kWarps * kStages * 2 * kTileBytes, rows);
 }

@@ -85,7 +85,7 @@ def decode_config(
         )
     limit = shared_limit // per_processor - 1024 * (per_processor > 1)
     while True:
-        rest = warps * (group * (head_dim + 8) * 4 + 132) + 136 + 4 * (heads + 1)
+        rest = warps * (group * (head_dim + 8) * 4 + 132) + 160 + 4 * (heads + 1)
         stage = warps * 2 * 16 * 2 * head_dim
         stages = min(most_stages, (limit - rest) // stage)
         if stages >= 2:

@@ -85,8 +85,14 @@ def route_prompt(
     params = _PARAMS.pack(*addresses, samples, kv_heads, slots, *modes, bias)
     kernel, parts = _kernel(index, dim, keys.dtype == torch.bfloat16)
     grid = parts * -(-samples * kv_heads // _ROWS)
-    jit.launch(kernel, (grid,), _THREADS, params, 4 * _ROWS * 11 * dim, index)
+    jit.launch(kernel, (grid,), _THREADS, params, _shared_bytes(dim, parts), index)
     return out
+
+
+def _shared_bytes(head_dim: int, parts: int) -> int:
+    """Activations of a tile of rows and, where a cluster shares the weights, one CTA's slice of them."""
+    activations = 4 * (_ROWS + 1) * 11 * head_dim
+    return activations + (0 if parts == 1 else 4 * 4 * (head_dim * head_dim // 2 + head_dim // 2))
 
 
 @cache

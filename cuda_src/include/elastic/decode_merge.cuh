@@ -3,6 +3,7 @@
 // Compile-time: ELASTIC_HEAD_DIM, ELASTIC_WARPS.
 #pragma once
 #include "elastic/decode_list.cuh"
+#include "elastic/ptx_sm80.cuh"
 #include "elastic/softmax.cuh"
 
 namespace elastic {
@@ -15,7 +16,8 @@ struct Shared {  // dynamic shared memory behind the rings
   float peak[kWarps][kRows], sum[kWarps][kRows];
   float2 total[kRows];  // maximum and sum over the warps
   int units[kWarps];
-  int merges[2];  // whether this CTA was the last one of its first and of its last head
+  Parts parts[2];  // of the CTA's first and last head
+  int merges[2];   // whether this CTA was the last one of them
 };
 
 ELASTIC_FN float weight_of(float peak, float top, float scale_log2) {
@@ -88,11 +90,15 @@ ELASTIC_FN void store_item(const DecodeParams& p, const float* rows, const Share
   }
 }
 
+// What follows runs in the CTA that finishes last, and its code comes from memory then: loops stay rolled.
+
 // Weights of the parts of a head, [parts, G] in shared memory: what each counts in the whole, already over its sum.
 ELASTIC_FN void weigh_parts(const DecodeParams& p, const Parts& parts, float2* peaks, float* weights) {
   const int group = p.heads / p.kv_heads, lane = threadIdx.x % 32;
+#pragma unroll 1
   for (int row = threadIdx.x / 32; row < group; row += kWarps) {
     float top = minus_infinity(), sum = 0.0f;
+#pragma unroll 1
     for (int part = lane; part < parts.count; part += 32) {
       const float2 one = __ldcg((const float2*)peaks_of(p, group) + parts.slot(part) * group + row);
       peaks[part * group + row] = one;
@@ -100,6 +106,7 @@ ELASTIC_FN void weigh_parts(const DecodeParams& p, const Parts& parts, float2* p
     }
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+#pragma unroll 1
     for (int part = lane; part < parts.count; part += 32) {
       const float2 one = peaks[part * group + row];
       const float weight = weight_of(one.x, top, p.scale_log2);
@@ -109,54 +116,51 @@ ELASTIC_FN void weigh_parts(const DecodeParams& p, const Parts& parts, float2* p
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
     const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll 1
     for (int part = lane; part < parts.count; part += 32) weights[part * group + row] *= factor;
   }
-  __syncthreads();
 }
 
-// The last CTA of a head adds up its parts, always in the order of the list. Several threads share an output column;
-// each has many loads under way, because all of this is waiting for the L2 cache.
-ELASTIC_FN void merge(const DecodeParams& p, const Parts& parts, int head, float* rows) {
-  constexpr int kBatch = 8;
-  const int group = p.heads / p.kv_heads, columns = group * kD / 4;
+// Adds up the parts of a head, always in the order of the list. They are copied to shared memory first, as many query
+// heads at a time as fit, because all of this is waiting for the L2 cache.
+ELASTIC_FN void merge(const DecodeParams& p, const Parts& parts, int head, float* ring, int ring_bytes, float* rows) {
+  const int group = p.heads / p.kv_heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int most = min_i(group, max_i(1, ring_bytes / (4 * kD * parts.count)));
   float* weights = rows + 2 * parts.count * group;
-  weigh_parts(p, parts, (float2*)rows, weights);
-  int each = min_i(16, max_i(1, kThreads / columns));  // threads to a column, in one warp: a power of two
-  while (each & (each - 1)) each &= each - 1;
-  const int turn = threadIdx.x / 2 % each, mine = threadIdx.x / (2 * each) * 2 + threadIdx.x % 2;  // pairs: 32 bytes
-  for (int first = 0; first < columns; first += kThreads / each) {
-    const int index = first + mine, row = index / (kD / 4);
-    float4 all = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (int part = turn; part < parts.count && index < columns; part += kBatch * each) {
-      float4 o[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int slot = parts.slot(min_i(part + i * each, parts.count - 1));
-        o[i] = __ldcg((const float4*)(p.partial + i64(slot) * group * kD) + index);
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (part + i * each >= parts.count) break;
-        const float weight = weights[(part + i * each) * group + row];
-        all.x = fmaf(weight, o[i].x, all.x), all.y = fmaf(weight, o[i].y, all.y);
-        all.z = fmaf(weight, o[i].z, all.z), all.w = fmaf(weight, o[i].w, all.w);
-      }
+#pragma unroll 1
+  for (int first = 0; first < group; first += most) {
+    const int floats = min_i(most, group - first) * kD;  // of one part
+#pragma unroll 1
+    for (int part = warp; part < parts.count; part += kWarps) {
+      const float* source = p.partial + (i64(parts.slot(part)) * group + first) * kD;
+      const u32 target = shared_address(ring + part * floats);
+#pragma unroll 1
+      for (int i = 4 * lane; i < floats; i += 128) copy_async(target + 4 * i, source + i, true);
     }
-    for (int step = 2; step < 2 * each; step *= 2) {
-      all.x += __shfl_xor_sync(~0u, all.x, step), all.y += __shfl_xor_sync(~0u, all.y, step);
-      all.z += __shfl_xor_sync(~0u, all.z, step), all.w += __shfl_xor_sync(~0u, all.w, step);
+    copy_commit();
+    if (first == 0) weigh_parts(p, parts, (float2*)rows, weights);
+    copy_wait();
+    __syncthreads();
+#pragma unroll 1
+    for (int i = 2 * threadIdx.x; i < floats; i += 2 * kThreads) {
+      const int row = first + i / kD;
+      float x = 0.0f, y = 0.0f;
+#pragma unroll 4
+      for (int part = 0; part < parts.count; ++part) {
+        const float weight = weights[part * group + row];
+        const float2 one = *(const float2*)(ring + part * floats + i);
+        x = fmaf(weight, one.x, x), y = fmaf(weight, one.y, y);
+      }
+      store_pair(p, head, row, i % kD, x, y);
     }
-    if (index >= columns || turn != 0) continue;
-    store_pair(p, head, row, 4 * index % kD, all.x, all.y);
-    store_pair(p, head, row, 4 * index % kD + 2, all.z, all.w);
+    __syncthreads();
   }
-  __syncthreads();
 }
 
 // Says that this CTA's parts are stored; a CTA that finds all parts of a head stored merges them. Only the first and
 // the last head of a share can be shared, and both are reported at its end, so that no head waits for another.
 ELASTIC_FN void finish_shared(const DecodeParams& p, const Share& share, const int* offset, int first, int last,
-                              Shared& shared, float* rows) {
+                              Shared& shared, float* ring, int ring_bytes, float* rows) {
   __threadfence();
   __syncthreads();
   if (threadIdx.x < 2) {
@@ -165,12 +169,16 @@ ELASTIC_FN void finish_shared(const DecodeParams& p, const Share& share, const i
     const bool counts = parts.count > 1 && (threadIdx.x == 0 || first != last);
     const bool merges = counts && atomicAdd(p.arrived + head, 1) == parts.count - 1;
     if (merges) p.arrived[head] = 0;
+    shared.parts[threadIdx.x] = parts;
     shared.merges[threadIdx.x] = merges;
     __threadfence();
   }
   __syncthreads();
-  if (shared.merges[0]) merge(p, parts_of(share, offset, first), first, rows);
-  if (shared.merges[1]) merge(p, parts_of(share, offset, last), last, rows);
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    const int head = i == 0 ? first : last;
+    if (shared.merges[i]) merge(p, shared.parts[i], head, ring, ring_bytes, rows);
+  }
 }
 
 }  // namespace elastic
