@@ -9,7 +9,7 @@
 namespace elastic {
 
 constexpr int kD = ELASTIC_HEAD_DIM, kParts = ELASTIC_PARTS, kWide = 4 * kD;
-constexpr int kThreads = 256, kRows = 8, kPasses = 8 / kParts;
+constexpr int kThreads = 256, kRows = 8;
 constexpr int kLayers = 4, kSlice = kD * kWide / 8;  // layers before the logits; weights of an eighth of a layer
 constexpr int kGroups = 16, kBatch = 13;             // threads that share a row's channels; their loads under way
 constexpr float kEpsilon = 1e-5f, kLimit = 10.0f;    // elastic/router.py
@@ -24,6 +24,7 @@ struct RouteParams {
   const float *weight, *count;    // [N, slots], [N]
   const float* earlier;           // [N, K, D]: sums of the first half from an earlier turn, or null
   Linear linear[kLayers + 1];     // D -> 4D -> D -> 4D -> D -> 2
+  const float* offset;            // [K, 2], logits of the KV heads themselves, or null
   const float *mean, *var;        // [K, D], or null: features are the pooled keys
   const double* seen;             // samples behind the statistics
   float *pooled, *first, *logits, *route;  // [N, K, D], [N, K, D], [N, K, 2], [N, K]
@@ -32,7 +33,7 @@ struct RouteParams {
   int samples, kv_heads, slots, mode0, mode1;
   float bias;
 };
-static_assert(sizeof(RouteParams) == 208, "elastic/kernels/route_prompt.py packs 208 bytes");
+static_assert(sizeof(RouteParams) == 216, "elastic/kernels/route_prompt.py packs 216 bytes");
 
 // Values of all rows in the layers' order, column by column: the eight rows of a column side by side, so that a column
 // travels in two stores; a gap behind every fourth column keeps lanes that read neighbouring fours out of each other's
@@ -188,18 +189,17 @@ ELASTIC_FN void sum_slots(const RouteParams& p, float (*partial)[kD], int sample
       const int slot = begin + min(start + j * kHalf, half - 1);
       const i64 element = ((i64(sample) * p.slots + slot) * p.kv_heads + head) * kD + 8 * chunk;
       words[j] = load_now(p.keys + 2 * element);
-      weight[j] = start + j * kHalf < half ? __ldg(p.weight + sample * p.slots + slot) : 0.0f;
+      weight[j] = __ldg(p.weight + sample * p.slots + slot);
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
+      if (start + j * kHalf >= half) weight[j] = 0.0f;
       const u32 word[4] = {words[j].x, words[j].y, words[j].z, words[j].w};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 pair = widen(word[i]);
-        if (weight[j] != 0.0f) {  // whatever stands there otherwise must not count, not even a NaN
-          sum[2 * i] = fmaf(weight[j], pair.x, sum[2 * i]);
-          sum[2 * i + 1] = fmaf(weight[j], pair.y, sum[2 * i + 1]);
-        }
+      for (int i = 0; i < 4; ++i) {  // what counts 0 must not count, not even as a NaN
+        const float2 pair = widen(weight[j] == 0.0f ? 0u : word[i]);
+        sum[2 * i] = fmaf(weight[j], pair.x, sum[2 * i]);
+        sum[2 * i + 1] = fmaf(weight[j], pair.y, sum[2 * i + 1]);
       }
     }
   }
@@ -250,7 +250,8 @@ ELASTIC_FN void decide(const RouteParams& p, float* out, int row, int index, int
     sum[1] += __shfl_xor_sync(~0u, sum[1], step);
   }
   if (lane != 0) return;
-  const float full = sum[0] + last.bias[0], sparse = sum[1] + last.bias[1];
+  float full = sum[0] + last.bias[0], sparse = sum[1] + last.bias[1];
+  if (p.offset) full += p.offset[2 * (index % p.kv_heads)], sparse += p.offset[2 * (index % p.kv_heads) + 1];
   const bool routed = sparse + p.bias > full;  // ties go to full attention
   p.logits[2 * index] = full;
   p.logits[2 * index + 1] = sparse;
@@ -267,7 +268,7 @@ ELASTIC_FN void decide(const RouteParams& p, float* out, int row, int index, int
 #define ELASTIC_CLUSTER
 #endif
 
-extern "C" __global__ void ELASTIC_CLUSTER __launch_bounds__(elastic::kThreads)
+extern "C" __global__ void ELASTIC_CLUSTER __launch_bounds__(elastic::kThreads, 1)
     route_prompt(const __grid_constant__ elastic::RouteParams p) {
   using namespace elastic;
   extern __shared__ __align__(16) char shared[];
@@ -293,7 +294,7 @@ extern "C" __global__ void ELASTIC_CLUSTER __launch_bounds__(elastic::kThreads)
     apply(in, out, memory.weight[layer], memory.bias[layer], lanes, width, part, layer != 1);
 #else
 #pragma unroll 1
-    for (int eighth = 0; eighth < kPasses; ++eighth) {
+    for (int eighth = 0; eighth < 8; ++eighth) {
       const Linear linear = p.linear[layer];
       apply(in, out, linear.weight + eighth * kSlice, linear.bias + eighth * outputs, lanes, width, eighth, layer != 1);
     }

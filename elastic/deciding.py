@@ -15,7 +15,7 @@ from elastic.context import Context
 from elastic.head_plan import Layout
 from elastic.kernels import why_not
 from elastic.kernels.route_prompt import route_prompt
-from elastic.patterns import mode_id
+from elastic.patterns import mode_ids
 from elastic.relaxation import decide, sample_route
 from elastic.router import AttentionRouter, BoundarySlots, LayerState, Router, half_sums
 
@@ -108,7 +108,8 @@ def fused_decision(
         [parameter for layer in layers for parameter in (layer.weight, layer.bias)],
         statistics,
         earlier=earlier_NKD,
+        offset=router.offset,
         bias=config.sparsity_bias,
-        modes=(mode_id(sparse.route0), mode_id(sparse.route1)),
+        modes=mode_ids(sparse),
     )
     return LayerState(found.route, found.logits, found.pooled, found.mode), found.first

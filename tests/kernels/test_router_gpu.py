@@ -77,6 +77,17 @@ def test_the_twins_agree(samples: int, kv_heads: int, dim: int, dtype: torch.dty
         assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
 
 
+def test_offsets_of_the_heads_are_added() -> None:
+    torch.manual_seed(0)
+    router = AttentionRouter(8, 128, RouterConfig(head_offset=True)).cuda()
+    nn.init.normal_(router.offset)
+    keys, weight, count = operands(3, 8, 128, torch.bfloat16)
+    statistics = (router.mean, router.var, router.count)
+    found = route_prompt(keys, weight, count, linears(router), statistics, offset=router.offset.detach())
+    agree(found, twin(router, keys, weight, count, None, 0.0), 0.0, (0, 1))
+    assert torch.equal(found.route, (router.offset[:, 1] > router.offset[:, 0]).float().expand(3, -1))
+
+
 def test_few_samples_behind_the_statistics_leave_features_raw() -> None:
     router = trained_router(8, 128, samples=7)
     keys, weight, count = operands(2, 8, 128, torch.bfloat16)
