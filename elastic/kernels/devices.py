@@ -105,14 +105,14 @@ def decode_config(
         )
     limit = shared_limit // per_processor - 1024 * (per_processor > 1)
     while True:
-        rest = warps * (group * (head_dim + 8) * 4 + 132) + 4 + 4 * (heads + 1)
+        rest = warps * (group * (head_dim + 8) * 4 + 132) + 160 + 4 * (heads + 1)
         stage = warps * 2 * 16 * 2 * head_dim
         stages = min(most_stages, (limit - rest) // stage)
         if stages >= 2:
             break
         warps //= 2
-    # A merging CTA keeps the weights of all parts of a head where the warps' outputs lay.
-    grid = min(processors * per_processor, warps * (head_dim + 8) // 2)
+    # A merging CTA keeps three numbers for each part of a head where the warps' outputs lay, and in the rings a row.
+    grid = min(processors * per_processor, warps * (head_dim + 8) // 3, stages * stage // (4 * head_dim))
     arch = f"sm_{capability[0]}{capability[1]}"
     return DecodeConfig(arch, warps, stages, stages * stage + rest, grid)
 
