@@ -109,12 +109,13 @@ def records(study: Study) -> Iterator[Record]:
             (value, half), base = measure(point), measure(dense)[0]
             extra = {"of_dense": value / base, "mean_msr": point.mean_msr, "msr": point.msr_by_task}
             yield _record(study, POINT, metric, value, half=half, **extra, **facts)
-    for point, facts in _points(study):
-        if point.method == "elastic" or facts["router"] == "none":
+    for run in [run for run in study.runs if run.full] or study.runs:
+        for point in run.thorough:
             for source, row in point.sources.items():
                 value, half = point.value(source, score_of(source))
                 extra = {name: point.ratio(row, name) for name in ("msr", "esr_last", "esr_all")}
-                yield _record(study, source, score_of(source), value, half=half, n=row["n"], **extra, **facts)
+                facts = {**_facts(run if point.method == "elastic" else None, point), **extra, "n": row["n"]}
+                yield _record(study, source, score_of(source), value, half=half, **facts)
 
 
 def quality_figure(study: Study) -> Any:
@@ -186,13 +187,20 @@ def source_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 
 def _points(study: Study) -> Iterator[tuple[Point, dict[str, Any]]]:
     """Every point with the facts of its records."""
-    for method, point in study.baselines.items():
-        yield point, {"who": method, "method": method.rpartition(":")[0] or method, "router": "none"}
+    for point in study.baselines.values():
+        yield point, _facts(None, point)
     for run in study.runs:
-        method = f"{run.router}, {run.objective}"
         for point in run.points:
-            facts = {"who": run.name, "method": method, "router": run.router, "objective": run.objective}
-            yield point, {**facts, "seed": run.seed, "bias": point.bias}
+            yield point, _facts(run, point)
+
+
+def _facts(run: Run | None, point: Point) -> dict[str, Any]:
+    """Who a record is about: a run, or a baseline."""
+    if run is None:
+        kind, _, number = point.method.partition(":")
+        return {"who": point.method, "method": f"{kind}:{number.partition(':')[0]}" if number else kind}
+    facts = {"who": run.name, "method": f"{run.router}, {run.objective}", "router": run.router}
+    return {**facts, "objective": run.objective, "seed": run.seed, "bias": point.bias}
 
 
 def _lines(study: Study) -> dict[str, list[Point]]:
