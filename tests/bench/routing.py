@@ -9,6 +9,7 @@ The same command goes on after a kill: finished runs are skipped, others resume 
 """
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -31,8 +32,10 @@ OBJECTIVES = {"quality": ["configs/objective/quality.yaml"], "target": []}
 ROUTERS = {"elastic": [], "static": ["configs/router/static.yaml"]}
 BIASES = (-4, -2, -1, 1, 2, 4)
 BASELINES = ("dense", "streaming", "random:0.8", "random:0.8:1")
+METRICS = "metrics.csv"
+DRAWN = ("loss", "regulariser", "msr/", "kl/", "l/", "l1/", "l2/", "router_entropy", "gradient_norm", "step_seconds")
 FILES_OF = {  # what each part leaves, and what it is kept as
-    "fit": {"metrics.csv": "metrics.csv", "checkpoint/elastic.json": "elastic.json"},
+    "fit": {METRICS: METRICS, "checkpoint/elastic.json": "elastic.json"},
     "sweep": {"results_test.json": "results_test.json"},
     "full": {"results_test.json": FULL},
 }
@@ -99,10 +102,21 @@ def execute(plan: Plan, args: argparse.Namespace, deadline: float) -> str:
             return ", ".join([*done, f"{part} {problem}"])
         done.append(f"{part} {time.monotonic() - began:.0f} s")
         for made, name in FILES_OF[part].items():
-            shutil.copy(folder / made, kept / name)
+            (thin if name == METRICS else shutil.copy)(folder / made, kept / name)
         if part == "fit" and plan.seed in args.checkpoints:
             shutil.copytree(folder / "checkpoint", kept / "checkpoint", dirs_exist_ok=True)
     return ", ".join(done) or "was there"
+
+
+def thin(source: Path, target: Path) -> None:
+    """Copy the scalars of the training steps that curves are drawn from, with four digits."""
+    with open(source, encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("train/lr")]
+    names = ["step", *(name for name in rows[0] if name.startswith(tuple(f"train/{kind}" for kind in DRAWN)))]
+    with open(target, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        writer.writerows([f"{float(row[name]):.4g}" if row[name] else "" for name in names] for row in rows)
 
 
 def _run(words: list[str], log: Path, seconds: float) -> str:
