@@ -98,12 +98,16 @@ def records(study: Study) -> Iterator[Record]:
     """Headlines of every group of seeds, then every operating point, then the scores by source."""
     dense = study.dense
     for (router, objective), runs in study.groups().items():
-        facts = {"who": f"{router}, {objective}", "seeds": [run.seed for run in runs], "steps": runs[0].recipe["step"]}
-        for name in HEADLINES:
-            values = [_headline(run, dense, name) for run in runs]
-            known = [value for value in values if value is not None]
-            mean, half = over_seeds(known) if len(known) == len(values) else (None, None)
-            yield _record(study, HEADLINE, name, mean, half=half, by_seed=values, **facts)
+        biases = dict.fromkeys(point.bias for run in runs for point in run.thorough if point.is_elastic)
+        for bias in sorted(biases, key=abs):
+            chosen = [run for run in runs if any(p.is_elastic and p.bias == bias for p in run.thorough)]
+            facts = {"who": _label(router, objective, bias), "seeds": [run.seed for run in chosen]}
+            for name in HEADLINES:
+                values = [_headline(run, dense, bias, name) for run in chosen]
+                known = [value for value in values if value is not None]
+                mean, half = over_seeds(known) if len(known) == len(values) else (None, None)
+                steps = chosen[0].recipe["step"]
+                yield _record(study, HEADLINE, name, mean, half=half, by_seed=values, steps=steps, **facts)
     for point, facts in _points(study):
         for metric, measure in MEASURES.items():
             (value, half), base = measure(point), measure(dense)[0]
@@ -114,7 +118,7 @@ def records(study: Study) -> Iterator[Record]:
             for source, row in point.sources.items():
                 value, half = point.value(source, score_of(source))
                 extra = {name: point.ratio(row, name) for name in ("msr", "esr_last", "esr_all")}
-                facts = {**_facts(run if point.method == "elastic" else None, point), **extra, "n": row["n"]}
+                facts = {**_facts(run if point.is_elastic else None, point), **extra, "n": row["n"]}
                 yield _record(study, source, score_of(source), value, half=half, **facts)
 
 
@@ -199,18 +203,25 @@ def _facts(run: Run | None, point: Point) -> dict[str, Any]:
     if run is None:
         kind, _, number = point.method.partition(":")
         return {"who": point.method, "method": f"{kind}:{number.partition(':')[0]}" if number else kind}
-    facts = {"who": run.name, "method": f"{run.router}, {run.objective}", "router": run.router}
+    facts: dict[str, Any] = {"who": run.name, "method": _label(run.router, run.objective, point.bias), "router": run.router}
     return {**facts, "objective": run.objective, "seed": run.seed, "bias": point.bias}
+
+
+def _label(router: str, objective: str, bias: float) -> str:
+    return f"{router}, {objective}" + (f", bias {bias:g}" if bias else "")
 
 
 def _lines(study: Study) -> dict[str, list[Point]]:
     return {**{run.name: run.points for run in study.runs}, **{n: [p] for n, p in study.baselines.items()}}
 
 
-def _headline(run: Run, dense: Point, name: str) -> float | None:
+def _headline(run: Run, dense: Point, bias: float, name: str) -> float | None:
+    """A headline of a run at an operating point, beside the dense model on the same rows."""
     if name == "MSR at equal quality":
         return equal_quality(run.points, dense)
-    return headlines(run.own, dense)[name]
+    point = next(point for point in run.thorough if point.is_elastic and point.bias == bias)
+    beside = {point.method: point for point in run.thorough}
+    return headlines(point, beside.get("dense", dense))[name]
 
 
 def _cell(record: Record) -> str:

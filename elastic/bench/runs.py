@@ -48,6 +48,11 @@ class Point:
     tasks: dict[str, Row]
 
     @property
+    def is_elastic(self) -> bool:
+        """Whether routers (or a learned static pattern) decide; else it is a baseline."""
+        return self.method.partition(":")[0] == "elastic"
+
+    @property
     def bias(self) -> float:
         """`sparsity_bias` of the point."""
         return float(self.method.partition(":")[2] or 0.0)
@@ -127,20 +132,19 @@ class Run:
     @cached_property
     def points(self) -> list[Point]:
         """Its operating points, by rising bias."""
-        found = [_point(self.results, name) for name in self.results["methods"] if _is_elastic(name)]
-        return sorted(found, key=lambda point: point.bias)
+        return sorted((p for p in _points(self.results) if p.is_elastic), key=lambda point: point.bias)
 
     @cached_property
     def baselines(self) -> list[Point]:
         """Methods without training that were measured beside it."""
-        return [_point(self.results, name) for name in self.results["methods"] if not _is_elastic(name)]
+        return [point for point in _points(self.results) if not point.is_elastic]
 
     @cached_property
     def thorough(self) -> list[Point]:
-        """All methods of the full results, this run at bias 0 the last; the other results' where there are none."""
+        """All methods of the full results, the run's own last; of the others the baselines and bias 0."""
         if self.full is None:
             return [*self.baselines, self.own]
-        return [_point(self.full, name) for name in sorted(self.full["methods"], key=_is_elastic)]
+        return sorted(_points(self.full), key=lambda point: point.is_elastic)
 
     @property
     def own(self) -> Point:
@@ -158,12 +162,8 @@ class Run:
         return found
 
 
-def _is_elastic(method: str) -> bool:
-    return method.partition(":")[0] == "elastic"
-
-
-def _point(results: dict[str, Any], method: str) -> Point:
-    return Point(method, results["sources"], results["tasks"])
+def _points(results: dict[str, Any]) -> list[Point]:
+    return [Point(method, results["sources"], results["tasks"]) for method in results["methods"]]
 
 
 @dataclass(frozen=True)
