@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, _command: str) -> int:
     """Write records and pictures; print the headline figures."""
     study = read_study(args.folder)
     chosen = study.runs[0] if args.main is None else _named(study, args.main)
-    found = list(records(study))
+    found = records(study)
     save(args.out / f"{args.tag}.json", found)
     save_png(quality_figure(study), args.out / f"{args.tag}.png")
     save_png(training_figure(chosen), args.out / f"{args.tag}-curves.png")
@@ -94,32 +94,45 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
     return fmean(values), half
 
 
-def records(study: Study) -> Iterator[Record]:
+def records(study: Study) -> list[Record]:
     """Headlines of every group of seeds, then every operating point, then the scores by source."""
-    dense = study.dense
+    return [*_headlines(study), *_curve(study), *_by_source(study)]
+
+
+def _headlines(study: Study) -> Iterator[Record]:
     for (router, objective), runs in study.groups().items():
         biases = dict.fromkeys(point.bias for run in runs for point in run.thorough if point.is_elastic)
         for bias in sorted(biases, key=abs):
             chosen = [run for run in runs if any(p.is_elastic and p.bias == bias for p in run.thorough)]
-            facts = {"who": _label(router, objective, bias), "seeds": [run.seed for run in chosen]}
+            who, seeds, steps = _label(router, objective, bias), [run.seed for run in chosen], chosen[0].recipe["step"]
             for name in HEADLINES:
-                values = [_headline(run, dense, bias, name) for run in chosen]
+                values = [_headline(run, study.dense, bias, name) for run in chosen]
                 known = [value for value in values if value is not None]
                 mean, half = over_seeds(known) if len(known) == len(values) else (None, None)
-                steps = chosen[0].recipe["step"]
-                yield _record(study, HEADLINE, name, mean, half=half, by_seed=values, steps=steps, **facts)
+                facts = {"half": half, "by_seed": values, "seeds": seeds, "steps": steps}
+                yield _record(study, HEADLINE, name, mean, who=who, **facts)
+
+
+def _curve(study: Study) -> Iterator[Record]:
     for point, facts in _points(study):
         for metric, measure in MEASURES.items():
-            (value, half), base = measure(point), measure(dense)[0]
+            (value, half), base = measure(point), measure(study.dense)[0]
             extra = {"of_dense": value / base, "mean_msr": point.mean_msr, "msr": point.msr_by_task}
             yield _record(study, POINT, metric, value, half=half, **extra, **facts)
-    for run in [run for run in study.runs if run.full] or study.runs:
+
+
+def _by_source(study: Study) -> Iterator[Record]:
+    """Baselines of the full evaluations only, where there are any: they have the most samples."""
+    full = any(run.full for run in study.runs)
+    for run in study.runs:
         for point in run.thorough:
+            if full and not run.full and not point.is_elastic:
+                continue
+            facts = _facts(run if point.is_elastic else None, point)
             for source, row in point.sources.items():
                 value, half = point.value(source, score_of(source))
                 extra = {name: point.ratio(row, name) for name in ("msr", "esr_last", "esr_all")}
-                facts = {**_facts(run if point.is_elastic else None, point), **extra, "n": row["n"]}
-                yield _record(study, source, score_of(source), value, half=half, **facts)
+                yield _record(study, source, score_of(source), value, half=half, n=row["n"], **extra, **facts)
 
 
 def quality_figure(study: Study) -> Any:
@@ -177,15 +190,17 @@ def source_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
         cells.setdefault((record["case"], record["method"]), []).append(record)
     methods = list(dict.fromkeys(record["method"] for record in shown))
 
-    def cell(same: Sequence[Record]) -> str:
+    def cell(same: Sequence[Record], n: int) -> str:
         value, half, msr = (fmean(record[key] for record in same) for key in ("value", "half", "msr"))
-        return f"{value:.3f} ± {half:.3f}" + ("" if same[0]["method"] == "dense" else f" @ {msr:.2f}")
+        text = f"{value:.3f} ± {half:.3f}" + ("" if same[0]["method"] == "dense" else f" @ {msr:.2f}")
+        return text if same[0]["n"] == n else f"{text}, n {same[0]['n']}"
 
     rows = []
     for source in dict.fromkeys(record["case"] for record in shown):
-        first = next(record for record in shown if record["case"] == source)
-        own = [cell(cells[source, method]) for method in methods]
-        rows.append([source, first["metric"], str(first["n"]), *own])
+        here = [record for record in shown if record["case"] == source]
+        n = max(record["n"] for record in here)
+        own = [cell(cells[source, method], n) for method in methods]
+        rows.append([source, here[0]["metric"], str(n), *own])
     return ["source", "score", "n", *methods], rows
 
 
@@ -203,7 +218,11 @@ def _facts(run: Run | None, point: Point) -> dict[str, Any]:
     if run is None:
         kind, _, number = point.method.partition(":")
         return {"who": point.method, "method": f"{kind}:{number.partition(':')[0]}" if number else kind}
-    facts: dict[str, Any] = {"who": run.name, "method": _label(run.router, run.objective, point.bias), "router": run.router}
+    facts: dict[str, Any] = {
+        "who": run.name,
+        "method": _label(run.router, run.objective, point.bias),
+        "router": run.router,
+    }
     return {**facts, "objective": run.objective, "seed": run.seed, "bias": point.bias}
 
 
