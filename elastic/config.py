@@ -86,12 +86,21 @@ class SparseConfig:
         _check_multiple("sparse.sink", self.sink, self.block, minimum=0)
         _check_multiple("sparse.window", self.window, self.block, minimum=self.block)
         _check_int("sparse.stride", self.stride, minimum=1)
-        if "xattention" in (self.route0, self.route1) and self.block % self.stride:
+        if self.has("xattention") and self.block % self.stride:
             raise ValueError(
                 f"sparse.stride={self.stride} does not divide sparse.block={self.block}; use {min(16, self.block)}"
             )
         if not _is_number(self.threshold) or not 0.0 < self.threshold <= 1.0:
             raise ValueError(f"sparse.threshold={self.threshold!r} is not in (0, 1]; the paper uses 0.9")
+
+    def has(self, mode: Mode) -> bool:
+        """Whether one of the two routes leads to this mode."""
+        return mode in (self.route0, self.route1)
+
+    @property
+    def dense(self) -> "SparseConfig":
+        """The same sizes with full attention behind route 0, so that routes of 0 are the dense model."""
+        return dataclasses.replace(self, route0="full", route1="streaming")
 
     @property
     def name(self) -> str:

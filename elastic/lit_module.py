@@ -119,7 +119,7 @@ class ElasticModule(RoutedModule):
             raise ValueError("the schedules need a number of steps; set trainer.max_steps or trainer.max_epochs")
         self.total_steps, self.noise_seed = int(steps), torch.initial_seed()
         dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else self.model.dtype
-        backend = backend_for(self.device, dtype, self.shape["head_dim"], training=True)
+        backend = backend_for(self.device, dtype, self.shape["head_dim"], training=True, sparse=self.elastic.sparse)
         rank_zero_info(f"attention in training runs in {backend}")
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
@@ -188,14 +188,14 @@ class ElasticModule(RoutedModule):
         if state.logits is not None:
             facts.add("router_entropy", entropy(state.logits))
         facts.add_per_task("msr", task, ratio)
-        facts.add_per_task("esr", task, esr(state.route, state.lengths, self.elastic.sparse)[1])
+        facts.add_per_task("esr", task, esr(state.route, state.lengths, self.elastic.sparse, state.density)[1])
 
     @torch.no_grad()
     def _dense_answers(self, batch: Batch) -> Tensor:
         """Hidden states [P, E] of the dense pass at the labelled positions. Runs before the routed pass, whose routes
         stay the last ones.
         """
-        with override_routes(self.model, 0):
+        with override_routes(self.model, 0, self.elastic.sparse.dense):
             return labelled_positions(self.hidden_states(batch), batch["labels"])[0]
 
     def _log_step(self, facts: dict[str, float]) -> None:

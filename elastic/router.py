@@ -56,12 +56,14 @@ class LayerState:
         route_NK: in {0, 1}, with the straight-through gradient in training.
         logits_NK2, pooled_NKD: what it was decided from; None when the route was given from outside.
         mode_NK: the route in modes of the head plan, where the kernel that decided made it too.
+        density_NK: what XAttention heads then visited, see `elastic.selection.density`; None without such heads.
     """
 
     route_NK: Tensor
     logits_NK2: Tensor | None
     pooled_NKD: Tensor | None
     mode_NK: Tensor | None = None
+    density_NK: Tensor | None = None
 
 
 class Router(nn.Module):
@@ -87,7 +89,7 @@ class Router(nn.Module):
 
     def begin_at(self, _sparse_logit: float) -> None:
         """Let every head begin with this logit for SA (and 0 for FA) instead of undecided."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} cannot begin at a logit of {sparse_logit}")
 
     def head_logits(self) -> list[nn.Parameter]:
         """Logits [K, 2] of their own that KV heads have; they learn at another rate than shared weights."""

@@ -106,9 +106,9 @@ def both_modes(
 class BothModes(Context):
     """Makes an attached model train by the recipe."""
 
-    def attend(self, *arguments: Any) -> Tensor:
+    def attend(self, *arguments: Any) -> tuple[Tensor, None]:
         """`both_modes` in place of `routed_attention`."""
-        return both_modes(*arguments)
+        return both_modes(*arguments), None
 
 
 def spread_routes(layers: int, samples: int, kv_heads: int, ratio: float) -> Tensor:
