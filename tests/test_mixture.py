@@ -62,7 +62,7 @@ def test_budget_shares_and_fill(packed, mixture):
     for split, budget in mixture.tokens.items():
         parts = manifest["splits"][split].values()
         tokens, rows = sum(e["tokens"] for e in parts), sum(e["rows"] for e in parts)
-        half_samples = len(parts) * len(mixture.sources) * mixture.seq_length / 2  # a source ends that near to its share
+        half_samples = len(parts) * len(mixture.sources) * mixture.seq_length / 2  # of every source in a part
         assert abs(tokens - budget) < min(0.1 * budget, half_samples) and sources_of(manifest, split) == (
             "fact_chain",
             "needle_single",
