@@ -16,9 +16,21 @@ SUMMARY = "compare dense, streaming, static, random and trained routing on long-
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     parser = Parser(prog="elastic eval", description=SUMMARY)
-    parser.add_argument("--tasks", nargs="+", default=["ruler"], metavar="TASK", help="ruler (default) or its tasks")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="ruler (default), ruler-paper, or their tasks")
+    parser.add_argument(
+        "--preset",
+        choices=("official", "paper"),
+        help="RULER's thirteen tasks with 500 samples, or the paper's eleven with 50, instead of --tasks and --limit",
+    )
     parser.add_argument("--lengths", default="1024,2048", help="tokens of prompt and answer (default 1024,2048)")
-    parser.add_argument("--limit", type=int, default=50, metavar="N", help="samples per task and length (default 50)")
+    parser.add_argument("--limit", type=int, metavar="N", help="samples per task and length (default 50)")
+    for name, ways in (
+        ("essays", "haystack of five RULER tasks: text file, folder or PaulGrahamEssays.json, or hub"),
+        ("squad", "dev-v2.0.json, or hub"),
+        ("hotpotqa", "hotpot_dev_distractor_v1.json, or hub"),
+        ("words", "RULER's english_words.json or a list of words, for ruler_cwe over about 64K"),
+    ):
+        parser.add_argument(f"--{name}", metavar="PATH", help=ways)
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -62,12 +74,16 @@ def run(args: argparse.Namespace) -> None:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the package {package} is missing; run `pip install 'elastic-attention[eval]'`")
     from elastic.evaluation.benchmark import choose
-    from elastic.evaluation.ruler import Ruler
+    from elastic.evaluation.ruler import PRESETS, Ruler
+    from elastic.evaluation.ruler_data import RulerData
     from elastic.evaluation.runner import Plan, run
     from elastic.evaluation.summary import summary_table, write_summary
 
-    benchmarks = [Ruler()]
-    tasks = tuple(choose(benchmarks, args.tasks))
+    data = RulerData(args.essays, args.squad, args.hotpotqa, args.words)
+    benchmarks = [Ruler(data), Ruler(data, paper=True)]
+    family, limit = PRESETS.get(args.preset, ("ruler", 50))
+    asked = args.tasks or [family]
+    tasks = tuple(choose(benchmarks, asked))
     try:
         lengths = tuple(int(length) for length in args.lengths.split(","))
     except ValueError as error:
@@ -81,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
         args.dtype,
         tasks,
         lengths,
-        args.limit,
+        args.limit or limit,
         args.batch_size,
         args.chat,
         sparse,
@@ -92,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
     rows = run(plan, methods, args.out)
     say(f"\nscore ± half of the 95 % interval @ MSR\n\n{summary_table(rows)}\n")
     for benchmark in dict.fromkeys(benchmark for benchmark, _ in tasks):
-        if benchmark.name in args.tasks and benchmark.left_out():
+        if benchmark.name in asked and benchmark.left_out():
             left_out = "; ".join(f"{task} ({reason})" for task, reason in benchmark.left_out().items())
             say(f"Not in the means of {benchmark.name}: {left_out}")
         for correction in benchmark.corrections:

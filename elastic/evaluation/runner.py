@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from elastic import __version__
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.evaluation.benchmark import Benchmark, Request
 from elastic.evaluation.methods import Method
@@ -171,7 +172,10 @@ def _facts(plan: Plan, method: Method, cell: Cell) -> dict[str, Any]:
         "checkpoint": _stamp(method),
         "documents": cell.benchmark.identity(cell.task),
         "protocol": [f"{cell.benchmark.name} by lm-evaluation-harness", *cell.benchmark.corrections],
-        "versions": {name: version(name) for name in ("elastic-attention", "lm_eval", "torch", "transformers")},
+        "versions": {
+            "elastic-attention": __version__,  # also where the package runs uninstalled
+            **{name: version(name) for name in ("lm_eval", "torch", "transformers")},
+        },
     }
 
 
