@@ -95,7 +95,7 @@ def router_backend(device: torch.device, dtype: torch.dtype, head_dim: int, kind
 
 def is_fused(router: Router, keys_N2PKD: Tensor) -> bool:
     """Whether the kernel decides for this router on these keys."""
-    if router.training or not isinstance(router, AttentionRouter) or router.offset is not None:
+    if router.training or not isinstance(router, AttentionRouter):
         return False
     return why_not_routed(keys_N2PKD.device, keys_N2PKD.dtype, keys_N2PKD.shape[3]) is None
 
@@ -113,6 +113,7 @@ def fused_decision(
         pooling.count_N11.flatten(),
         [parameter for layer in layers for parameter in (layer.weight, layer.bias)],
         statistics,
+        offset=router.offset,
         earlier=earlier_NKD,
         bias=config.sparsity_bias,
         modes=mode_ids(sparse),
