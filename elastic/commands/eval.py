@@ -57,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--backbone", default="smollm2-135m", help="of methods without checkpoint (default smollm2-135m)"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/eval"), metavar="DIR", help="default runs/eval")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples in a forward pass (default 8)")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="samples in a forward pass (default 16)"
+    )
     parser.add_argument("--chat", action="store_true", help="put prompts into the chat template")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default float32)")

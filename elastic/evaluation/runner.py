@@ -112,9 +112,27 @@ def run(plan: Plan, methods: Sequence[Method], out: Path) -> list[dict[str, Any]
                 for i, new in zip(missing, made, strict=True):
                     samples[i] = new
                     _write(files[i], facts[i], new)
-                rows += [_row(method.name, cell, found or []) for cell, found in zip(cells, samples, strict=True)]
+                rows += [
+                    _row(method.name, cell.task, cell.length, found or [])
+                    for cell, found in zip(cells, samples, strict=True)
+                ]
                 bar.set_postfix_str(f"{method.name} {cells[-1].label} {rows[-1]['score']:.2f}", refresh=False)
                 bar.update(len(cells))
+    return rows
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """Rows of everything that runs into this folder have finished, whichever processes and machines they ran on.
+
+    Raises:
+        ValueError: no finished results.
+    """
+    rows = []
+    for file in sorted((out / "samples").glob("*.jsonl")):
+        facts, *samples = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        rows.append({**_row(facts["method"], facts["task"], facts["length"], samples), "facts": facts})
+    if not rows:
+        raise ValueError(f"{out / 'samples'} holds no results; run `elastic eval --out {out}` first")
     return rows
 
 
@@ -226,15 +244,15 @@ def _write(file: Path, facts: dict[str, Any], samples: list[dict[str, Any]]) -> 
     os.replace(writing, file)
 
 
-def _row(method: str, cell: Cell, samples: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(method: str, task: str, length: int | None, samples: list[dict[str, Any]]) -> dict[str, Any]:
     mean = {
         name: sum(sample[name] for sample in samples) / len(samples)
         for name in ("score", "msr", "esr_last", "esr_all", "prefill_seconds", "tokens")
     }
     return {
         "method": method,
-        "task": cell.task,
-        "length": cell.length,
+        "task": task,
+        "length": length,
         "n": len(samples),
         **mean,
         "half_width": interval(samples),
