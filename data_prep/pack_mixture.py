@@ -23,7 +23,8 @@ from data_prep.generators import generate
 from data_prep.mixture_config import Mixture, read_mixture
 from elastic.backbones import load_tokenizer
 from elastic.packed import Sample, pack, tokenise
-from elastic.records import ReadReport, Record, read_records
+from elastic.records import Record, read_records
+from elastic.rows import ReadReport
 from elastic.shards import FORMAT, MANIFEST, SPLITS, tokenizer_hash, write_shard
 
 RECIPE, TRAIN_CONFIG = "recipe.json", "train.yaml"

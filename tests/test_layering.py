@@ -15,8 +15,19 @@ SOURCES = sorted((*ROOT.glob("elastic/**/*.py"), *ROOT.glob("data_prep/**/*.py")
 IDS = [str(path.relative_to(ROOT)) for path in SOURCES]
 # Lower layers never import higher ones; modules of one layer may import each other where there is no cycle.
 LAYERS = {
-    0: ("config", "training_config", "tasks", "visibility", "reference", "console", "cache", "kernels", "schedules"),
-    1: ("records", "router", "relaxation", "patterns"),
+    0: (
+        "config",
+        "training_config",
+        "tasks",
+        "rows",
+        "visibility",
+        "reference",
+        "console",
+        "cache",
+        "kernels",
+        "schedules",
+    ),
+    1: ("rows", "records", "router", "relaxation", "patterns"),
     2: ("packed", "shards", "head_plan", "sparsity"),
     3: ("torch_attention", "attention", "routing"),
     4: ("backbone", "backbones", "plots"),
