@@ -1,0 +1,51 @@
+"""Rows that long records leave room in are filled up with generated records made to fit."""
+
+from dataclasses import replace
+from typing import Any
+
+from data_prep.draw import Measure
+from data_prep.generators import SHORTEST, generate
+from data_prep.mixture_config import Mixture
+from elastic.packed import Sample, tokenise
+
+FULL = 0.97  # of a row
+TRIES = 6  # for one place in a row: a record that turns out too long is followed by a shorter one of another generator
+
+
+def fill_up(
+    rows: list[list[Sample]], mixture: Mixture, split: str, part: int, tokenizer: Any, measure: Measure
+) -> list[list[Sample]]:
+    """The same rows with more samples in those less than `FULL`, from the mixture's generators, the one furthest below
+    its share first; without a generator they stay as they are.
+    """
+    names = [name for name, source in mixture.sources.items() if source.path is None]
+    used = dict.fromkeys(mixture.sources, 0)
+    for row in rows:
+        for sample in row:
+            used[sample.source] += len(sample.input_ids)
+    drawn = 0
+    for row in rows if names else []:
+        room, tries = mixture.seq_length - sum(len(sample.input_ids) for sample in row), 0
+        while room > (1 - FULL) * mixture.seq_length and tries < TRIES:
+            order = sorted(names, key=lambda name: used[name] / mixture.share(name))
+            name, drawn = order[tries % len(order)], drawn + 1
+            made = _draw(mixture, name, split, (part, drawn), int(room * (0.9 - 0.12 * tries)), tokenizer, measure)
+            if made is None or len(made.input_ids) > room:
+                tries += 1
+                continue
+            row.append(made)
+            used[name] += len(made.input_ids)
+            room, tries = room - len(made.input_ids), 0
+    return rows
+
+
+def _draw(
+    mixture: Mixture, name: str, split: str, number: tuple[int, int], length: int, tokenizer: Any, measure: Measure
+) -> Sample | None:
+    """A sample of one generator with a context of about `length` tokens; None where that is too short for one."""
+    length = min(length, mixture.context[1])
+    if length < SHORTEST:
+        return None
+    seed = -1 - (mixture.seed * 1_000_003 + number[0]) * 1_000_003 - number[1]  # ordinary parts have seeds from 0 on
+    made = generate(name, split, 1, length, seed, measure, *mixture.folders, shortest=length * 3 // 4)
+    return replace(tokenise(next(made), tokenizer), source=name)
