@@ -8,14 +8,14 @@ from data_prep.generators import SHORTEST, generate
 from data_prep.mixture_config import Mixture
 from elastic.packed import Sample, tokenise
 
-FULL = 0.97  # of a row
+FULL, ENOUGH = 0.97, 0.985  # of a row: what is wanted, and where filling ends, since some rows come out a bit short
 TRIES = 6  # for one place in a row: a record that turns out too long is followed by a shorter one of another generator
 
 
 def fill_up(
     rows: list[list[Sample]], mixture: Mixture, split: str, part: int, tokenizer: Any, measure: Measure
 ) -> list[list[Sample]]:
-    """The same rows with more samples in those less than `FULL`, from the mixture's generators, the one furthest below
+    """The same rows, those less than `ENOUGH` full with more samples of the generators, the one furthest below
     its share first; without a generator they stay as they are.
     """
     names = [name for name, source in mixture.sources.items() if source.path is None]
@@ -26,7 +26,7 @@ def fill_up(
     drawn = 0
     for row in rows if names else []:
         room, tries = mixture.seq_length - sum(len(sample.input_ids) for sample in row), 0
-        while room > (1 - FULL) * mixture.seq_length and tries < TRIES:
+        while room > (1 - ENOUGH) * mixture.seq_length and tries < TRIES:
             order = sorted(names, key=lambda name: used[name] / mixture.share(name))
             name, drawn = order[tries % len(order)], drawn + 1
             made = _draw(mixture, name, split, (part, drawn), int(room * (0.9 - 0.12 * tries)), tokenizer, measure)
