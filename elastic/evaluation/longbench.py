@@ -1,107 +1,163 @@
-"""LongBench-E and LongBench-v2 from lm-evaluation-harness' tasks, corrected by the files in configs/eval, on the
-official files or the hub's.
+"""LongBench-E and LongBench-v2: lm-evaluation-harness' tasks, corrected by the files in configs/eval, over the official
+files or the hub's.
 
 Official record of LongBench-E: input, context, answers, all_classes, length (words), _id; one file per set,
-`<set>_e.jsonl`. Of LongBench-v2: _id, domain, difficulty, length, question, choice_A to choice_D, answer, context; one
-file, `data.json`.
+`<set>_e.jsonl`. Of LongBench-v2: _id, difficulty, length, question, choice_A to choice_D, answer, context; one file,
+`data.json`.
 """
 
-from collections.abc import Mapping
-from functools import lru_cache
+import hashlib
+import importlib.util
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from elastic.evaluation.benchmark import Request
 from elastic.rows import ENDINGS, ReadReport, read_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
 E, V2 = "longbench_e", "longbench2"
+SETS = (
+    *("qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "gov_report", "multi_news", "trec", "triviaqa", "samsum"),
+    *("passage_count", "passage_retrieval_en", "lcc", "repobench-p"),
+)
+TASKS = {E: tuple(f"longbench_{name}_e" for name in SETS), V2: (V2,)}
 HUB = {E: "Xnhyacinth/LongBench", V2: "THUDM/LongBench-v2"}
 BUCKETS = ((4000, "0-4k"), (8000, "4-8k"))  # in words; from the last bound on: 8k+
-V2_FILES = ("data", "longbench_v2", "longbench2")
+V2_STEMS = ("data", "longbench_v2", "longbench2")
+PACKAGES = ("jieba", "fuzzywuzzy", "rouge")  # of the harness' metrics
+CORRECTIONS = {
+    E: ("all 13 sets (the harness' group has 9), scores by length in words: 0-4k, 4-8k, 8k+",),
+    V2: ("scores by difficulty (easy, hard) and by length (short, medium, long)",),
+}
 COMMON = (
-    "over-long prompts lose their middle after the chat template is applied (the official run cuts before)",
+    "an over-long prompt loses its middle, after the chat template is applied (the harness cuts its beginning, the "
+    "official run the middle before the template)",
     "thinking is off where the chat template knows enable_thinking",
 )
 
 
-class MissingDataError(Exception):
-    """Data of a task that cannot be had: the task is named and left out of the means."""
+class LongBench:
+    """`longbench_e` or `longbench2` as the runner sees it.
+
+    Args:
+        name: which.
+        data: folder of the official files, as they are or in a folder `data` of it; None: the hub.
+
+    Attributes:
+        skipped: rows that could not be used, and why, of the tasks that were run.
+    """
+
+    by_length = False
+
+    def __init__(self, name: str, data: Path | None) -> None:
+        self.name, self.data = name, data
+        self.skipped: dict[str, list[str]] = {}
+        self._identities: dict[str, dict[str, Any]] = {}
+
+    @property
+    def corrections(self) -> tuple[str, ...]:
+        """Of all tasks, then of single ones, then what both benchmarks share."""
+        own = [f"{task}: {line}" for task in self.tasks() for line in _metadata(task).get("corrections", ())]
+        return (*CORRECTIONS[self.name], *own, *COMMON)
+
+    def tasks(self) -> tuple[str, ...]:
+        """The 13 sets under their names in the harness, or the one task of LongBench-v2."""
+        return TASKS[self.name]
+
+    def left_out(self) -> dict[str, str]:
+        """Tasks whose documents, or whose metrics' packages, are not here."""
+        missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+        if missing:
+            return dict.fromkeys(self.tasks(), f"needs {', '.join(missing)}: pip install 'elastic-attention[eval]'")
+        reasons: dict[str, str] = {}
+        for task in self.tasks():
+            if self.data is not None:
+                if file_of(task, self.data) is None:
+                    names = " or ".join(_stems(task))
+                    reasons[task] = f"has no {names}{{{','.join(ENDINGS)}}} in {self.data}"
+            elif reason := _why_not_from_hub(task):
+                reasons[task] = reason
+        return reasons
+
+    def takes_chat(self, task: str) -> bool:
+        """All but the few-shot and code sets."""
+        return bool(_metadata(task).get("chat_template", True))
+
+    def identity(self, task: str) -> dict[str, Any]:
+        """Checksum of the documents' file, number of documents, rows that were left out, versions of the metrics."""
+        if task not in self._identities:
+            report = ReadReport()
+            documents(task, self.data, None, report)
+            file = file_of(task, self.data) if self.data is not None else None
+            self.skipped[task] = report.bad
+            self._identities[task] = {
+                "file": f"hub: {HUB[self.name]}" if file is None else file.name,
+                "sha256": None if file is None else _sha256(file),
+                "documents": report.good,
+                "left out": report.bad,
+                "task file": _sha256(ours) if (ours := CONFIGS / f"{task}.yaml").is_file() else None,
+                "metrics": {package: version(package) for package in PACKAGES},
+            }
+        return self._identities[task]
+
+    def describe(self, doc: dict[str, Any]) -> dict[str, Any]:
+        """Number, official id, references, and the groups that scores are told by."""
+        return {name: doc[name] for name in ("index", "id", "references", "groups")}
+
+    def harness_task(self, request: Request) -> Any:
+        """The corrected task over the first documents."""
+        docs = documents(request.task, self.data, request.samples, ReadReport())
+        return harness_task(request.task, docs)
 
 
-def tasks(group: str) -> tuple[str, ...]:
-    """Task names of a group: `longbench_e/<set>`, or `longbench2` itself."""
-    if group == V2:
-        return (V2,)
-    return tuple(f"{E}/{name}" for name in read_config(CONFIGS / f"{E}.yaml")["task"])
-
-
-@lru_cache
-def task_config(task: str) -> Mapping[str, Any]:
+@cache
+def task_config(task: str) -> dict[str, Any]:
     """The harness' task under our corrections.
 
     Raises:
-        FileNotFoundError: no task files beside the installed package.
-        ValueError: an unknown task.
+        ValueError: no task files beside the installed package.
     """
-    if task not in (*tasks(E), V2):
-        raise ValueError(f"unknown task {task!r}; expected {E} ({', '.join(tasks(E))}) or {V2}")
-    file = CONFIGS / f"{task}.yaml"
-    return read_config(file) if file.is_file() else _harness_file(f"longbench/{task.partition('/')[2]}_e.yaml")
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """A task or group file, on top of the harness' file that it includes.
-
-    Raises:
-        FileNotFoundError: no such file.
-    """
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"no task file {file}; install from a clone of the repository: pip install -e '.[eval]'"
-        )
-    config = load_yaml(file, recursive=False)
-    base = _harness_file(config.pop("include")) if "include" in config else {}
-    return {**base, **config}
-
-
-def _harness_file(name: str) -> dict[str, Any]:
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    return load_yaml(Path(lm_eval.tasks.__file__).parent / name)
+    if not (CONFIGS / f"{V2}.yaml").is_file():
+        raise ValueError(f"no task files in {CONFIGS}; install from a clone of the repository (pip install -e .[eval])")
+    theirs, ours = Path(lm_eval.tasks.__file__).parent, CONFIGS / f"{task}.yaml"
+    if not ours.is_file():
+        return load_yaml(theirs / "longbench" / f"{task.removeprefix('longbench_')}.yaml")
+    config = load_yaml(ours, recursive=False)
+    return {**load_yaml(theirs / config.pop("include")), **config}
 
 
-def corrections(task: str) -> list[str]:
-    """What differs from the harness' task, or from the official run, in words."""
-    own = list((task_config(task).get("metadata") or {}).get("corrections", ()))
-    group = read_config(CONFIGS / f"{E}.yaml")["metadata"]["corrections"] if task != V2 else []
-    return [" ".join(line.split()) for line in (*group, *own, *COMMON)]
+def harness_task(task: str, docs: list[dict[str, Any]]) -> Any:
+    """The harness' task over these documents; its metric is `score`."""
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
 
-
-def chat_allowed(task: str) -> bool:
-    """Whether prompts may go into a chat template: not those of few-shot and code sets."""
-    return bool((task_config(task).get("metadata") or {}).get("chat_template", True))
-
-
-def new_tokens(task: str) -> int:
-    """Length limit of an answer."""
-    return int(task_config(task)["generation_kwargs"]["max_gen_toks"])
+    config = {key: value for key, value in task_config(task).items() if key not in ("tag", "dataset_name")}
+    config |= {
+        "task": task,
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
+        "dataset_path": "",
+        "test_split": "test",
+        "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1.0},
+    }
+    return ConfigurableTask(config=config)
 
 
 def documents(task: str, data: Path | None, count: int | None, report: ReadReport) -> list[dict[str, Any]]:
     """The first `count` documents of a task (None: all), checked; bad rows are named in the report.
 
-    Args:
-        data: folder of official files, as they are or in a folder `data` of it; None: the hub.
-
     Raises:
-        MissingDataError: no file of this task there, or the hub has it not.
-        ValueError: files that cannot be read or hold no usable row.
+        ValueError: no file of this task, one that cannot be read, or one without a usable row.
     """
     found: list[dict[str, Any]] = []
-    for where, row in _from_hub(task) if data is None else read_rows(_file(task, data), report):
+    rows = _hub_rows(task) if data is None else _file_rows(task, data, report)
+    for where, row in rows:
         try:
             found.append({"index": len(found), **_document(task, row)})
         except (KeyError, TypeError, ValueError) as error:
@@ -114,54 +170,11 @@ def documents(task: str, data: Path | None, count: int | None, report: ReadRepor
     return found
 
 
-def _file(task: str, data: Path) -> Path:
-    stems = V2_FILES if task == V2 else (f"{task.partition('/')[2]}_e",)
-    folders = (data, data / "data", data / "LongBench-v2", data / task.partition("/")[0])
-    files = [folder / f"{stem}{ending}" for folder in folders for stem in stems for ending in ENDINGS]
-    if found := next((file for file in files if file.is_file()), None):
-        return found
-    raise MissingDataError(f"no {' or '.join(stems)}{{{','.join(ENDINGS)}}} in {data}")
-
-
-def _from_hub(task: str) -> Any:
-    from datasets import load_dataset
-
-    group, _, name = task.partition("/")
-    arguments = (HUB[V2],) if task == V2 else (HUB[group], f"{name}_e")
-    try:
-        rows = load_dataset(*arguments, split="train" if task == V2 else "test")
-    except Exception as error:  # the hub's client, arrow and json share no base
-        raise MissingDataError(
-            f"{' '.join(arguments)} cannot be had from the hub ({type(error).__name__}); name the folder of the "
-            "official files with --data"
-        ) from error
-    return ((f"{' '.join(arguments)}: row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _document(task: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """What the templates and metrics read, and the splits that results are told by."""
-    if not isinstance(row, Mapping):
-        raise TypeError(f"a row is a {type(row).__name__}, expected an object")
-    if task == V2:
-        texts = {name: row[name] for name in ("context", "question", *(f"choice_{c}" for c in "ABCD"), "answer")}
-        splits = {"difficulty": row["difficulty"], "length": row["length"]}
-        if row["answer"] not in tuple("ABCD"):
-            raise ValueError(f"answer {row['answer']!r}; expected A, B, C or D")
-        made = {**texts, "id": str(row["_id"]), "splits": splits}
-    else:
-        texts = {"context": row["context"], "question": row["input"] if "input" in row else row["question"]}
-        answers, length = row["answers"], row["length"]
-        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
-            raise TypeError(f"answers {answers!r}; expected a list of texts")
-        if not isinstance(length, int) or length < 0:
-            raise TypeError(f"length {length!r}; expected a number of words")
-        classes = row.get("all_classes") or []
-        splits = {"length": bucket(length)}
-        made = {**texts, "answers": answers, "all_classes": classes, "id": str(row["_id"]), "splits": splits}
-    for name, text in (*texts.items(), *splits.items()):
-        if not isinstance(text, str):
-            raise TypeError(f"field {name!r} is a {type(text).__name__}, expected text")
-    return made
+def file_of(task: str, data: Path) -> Path | None:
+    """The official file of a task in a folder, if it is there."""
+    folders = (data, data / "data", data / "LongBench-v2", data / "LongBench")
+    files = [folder / f"{stem}{ending}" for folder in folders for stem in _stems(task) for ending in ENDINGS]
+    return next((file for file in files if file.is_file()), None)
 
 
 def bucket(words: int) -> str:
@@ -169,18 +182,71 @@ def bucket(words: int) -> str:
     return next((name for bound, name in BUCKETS if words < bound), "8k+")
 
 
-def harness_task(task: str, docs: list[dict[str, Any]]) -> Any:
-    """The harness' task over these documents; the metric is `score`."""
-    from datasets import Dataset
-    from lm_eval.api.task import ConfigurableTask
+def _stems(task: str) -> tuple[str, ...]:
+    return V2_STEMS if task == V2 else (task.removeprefix("longbench_"),)
 
-    config = {key: value for key, value in task_config(task).items() if key not in ("tag", "dataset_name", "metadata")}
-    config |= {
-        "task": task,
-        "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
-        "dataset_path": "",
-        "test_split": "test",
-        "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
-    }
-    return ConfigurableTask(config=config)
+
+def _metadata(task: str) -> Mapping[str, Any]:
+    config = task_config(task)
+    return (config.get("metadata") or {}) if (CONFIGS / f"{task}.yaml").is_file() else {}
+
+
+def _file_rows(task: str, data: Path, report: ReadReport) -> Iterator[tuple[str, Any]]:
+    file = file_of(task, data)
+    if file is None:
+        raise ValueError(f"task {task} has no {' or '.join(_stems(task))}{{{','.join(ENDINGS)}}} in {data}")
+    return read_rows(file, report)
+
+
+def _hub_rows(task: str) -> Iterator[tuple[str, Any]]:
+    from datasets import load_dataset
+
+    name = (HUB[V2],) if task == V2 else (HUB[E], *_stems(task))
+    try:
+        rows = load_dataset(*name, split="train" if task == V2 else "test")
+    except Exception as error:  # the hub's client, arrow and json share no base
+        raise ValueError(
+            f"cannot be had from the hub ({' '.join(name)}: {type(error).__name__}); name the folder of the official "
+            "files with --data"
+        ) from error
+    return ((f"{' '.join(name)}: row {number}", row) for number, row in enumerate(rows, 1))
+
+
+@cache
+def _why_not_from_hub(task: str) -> str:
+    try:
+        _hub_rows(task)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _document(task: str, row: Any) -> dict[str, Any]:
+    """What templates and metrics read of a row, its references, and the groups that scores are told by."""
+    if not isinstance(row, Mapping):
+        raise TypeError(f"a row is a {type(row).__name__}, expected an object")
+    made: dict[str, Any]
+    if task == V2:
+        texts = {name: row[name] for name in ("context", "question", *(f"choice_{c}" for c in "ABCD"), "answer")}
+        groups = [row["difficulty"], row["length"]]
+        if row["answer"] not in tuple("ABCD"):
+            raise ValueError(f"answer {row['answer']!r}; expected A, B, C or D")
+        made = {"references": [row["answer"]]}
+    else:
+        texts = {"context": row["context"], "question": row["input"] if "input" in row else row["question"]}
+        answers, length, classes = row["answers"], row["length"], row.get("all_classes") or []
+        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+            raise TypeError(f"answers {answers!r}; expected a list of texts")
+        if not isinstance(length, int) or length < 0:
+            raise TypeError(f"length {length!r}; expected a number of words")
+        groups = [bucket(length)]
+        made = {"references": answers, "answers": answers, "all_classes": list(classes)}
+    for name, text in (*texts.items(), *((f"group {n}", group) for n, group in enumerate(groups, 1))):
+        if not isinstance(text, str):
+            raise TypeError(f"field {name!r} is a {type(text).__name__}, expected text")
+    return {**texts, **made, "id": str(row["_id"]), "groups": groups}
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

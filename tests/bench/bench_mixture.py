@@ -124,9 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         "command": f"{COMMAND} --tokens {args.tokens} --workers {args.workers}",
     }
     with tempfile.TemporaryDirectory() as scratch:
-        found = [
-            row for part in (speed_and_fill, memory, resuming) for row in part(Path(scratch), args.tokens, args.workers)
-        ]
+        parts = [part(Path(scratch), args.tokens, args.workers) for part in (speed_and_fill, memory, resuming)]
     rows = [
         {"case": case, "who": "ours", "metric": metric, "value": value, "unit": unit, **shared}
         for part in parts
