@@ -1,8 +1,12 @@
 """LongBench-E and LongBench-v2: the official files become documents, each correction on its edge cases."""
 
 import json
+from pathlib import Path
 
 import pytest
+
+from elastic import cli
+from elastic.backbones import load_backbone
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 pytest.importorskip("jieba", reason="the extra `eval` is not installed")
@@ -12,7 +16,6 @@ from elastic.evaluation import longbench
 from elastic.evaluation import longbench_metrics as metrics
 from elastic.rows import ReadReport
 
-SETS = longbench.tasks(longbench.E)
 CLASSES = ["Date", "Date of birth", "Other location", "location"]
 
 
@@ -60,32 +63,45 @@ def read(task, data, count=None):
     return longbench.documents(task, data, count, report), report
 
 
+def of_set(name):
+    return f"longbench_{name}_e"
+
+
+def harness_file(name):
+    from lm_eval.tasks import __file__ as folder
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    return load_yaml(Path(folder).parent / name)
+
+
 def test_all_thirteen_sets_with_their_limits():
-    limits = {name.partition("/")[2]: longbench.new_tokens(name) for name in SETS}
-    assert len(limits) == 13 and longbench.tasks(longbench.V2) == ("longbench2",)
+    bench = {name: longbench.LongBench(name, None) for name in longbench.TASKS}
+    limits = {name: longbench.task_config(of_set(name))["generation_kwargs"]["max_gen_toks"] for name in longbench.SETS}
     assert limits == {
         **{"qasper": 128, "multifieldqa_en": 64, "hotpotqa": 32, "2wikimqa": 32, "gov_report": 512, "multi_news": 512},
         **{"trec": 64, "triviaqa": 32, "samsum": 128, "passage_count": 32, "passage_retrieval_en": 32},
         **{"lcc": 64, "repobench-p": 64},
     }
-    assert longbench.new_tokens("longbench2") == 128
-    bare = {name.partition("/")[2] for name in SETS if not longbench.chat_allowed(name)}
-    assert bare == {"trec", "triviaqa", "samsum", "lcc", "repobench-p"} and longbench.chat_allowed("longbench2")
-    for task in (*SETS, "longbench2"):
-        config = longbench.task_config(task)
-        assert config["generation_kwargs"]["do_sample"] is False and config["generation_kwargs"]["until"] == []
-        assert longbench.corrections(task)
-    with pytest.raises(ValueError, match="unknown task 'longbench_e/lsht'; expected longbench_e "):
-        longbench.task_config("longbench_e/lsht")
+    assert len(bench[longbench.E].tasks()) == 13 and bench[longbench.V2].tasks() == ("longbench2",)
+    assert longbench.task_config("longbench2")["generation_kwargs"]["max_gen_toks"] == 128
+    bare = {name for name in longbench.SETS if not bench[longbench.E].takes_chat(of_set(name))}
+    assert bare == {"trec", "triviaqa", "samsum", "lcc", "repobench-p"} and bench[longbench.V2].takes_chat("longbench2")
+    for family in bench.values():
+        for task in family.tasks():
+            options = longbench.task_config(task)["generation_kwargs"]
+            assert options["do_sample"] is False and options["until"] == []
+    said = "\n".join(bench[longbench.E].corrections)
+    assert "all 13 sets" in said and "longbench_lcc_e: the prompt ends in a line feed" in said and "middle" in said
+    assert any("log-likelihoods" in line for line in bench[longbench.V2].corrections)
 
 
 def test_prompts_differ_from_the_harness_where_the_official_ones_do(tmp_path):
-    for task in SETS:
-        name = task.partition("/")[2]
+    for name in longbench.SETS:
+        task = of_set(name)
         write(tmp_path / f"{name}_e.jsonl", [record()])
         doc = read(task, tmp_path)[0][0]
         ours = prompt(task, doc)
-        theirs = longbench._harness_file(f"longbench/{name}_e.yaml")["doc_to_text"]
+        theirs = harness_file(f"longbench/{name}_e.yaml")["doc_to_text"]
         theirs = theirs.replace("{{context}}", doc["context"]).replace("{{question}}", doc["question"])
         if name in ("triviaqa", "samsum"):
             assert ours == theirs.replace("\nQuestion: Who?", "\n\nQuestion: Who?") != theirs
@@ -101,7 +117,7 @@ def test_prompt_of_version_two(tmp_path):
     assert "<text>\nBo keeps the lamp.\n</text>" in text
     assert "question: Who keeps the lamp?\nChoices:\n(A) Ann\n" in text
     assert text.endswith('(D) Di\n\nFormat your response as follows: "The correct answer is (insert answer here)".')
-    assert docs[0]["splits"] == {"difficulty": "easy", "length": "short"}
+    assert docs[0]["groups"] == ["easy", "short"] and docs[0]["references"] == ["B"]
 
 
 @pytest.mark.parametrize(
@@ -179,8 +195,8 @@ def test_uncorrected_sets_are_scored_by_the_harness(tmp_path):
         ("passage_retrieval_en", ["Paragraph 12"], {"Paragraph 12": 1, "12": 1, "Paragraph 1, 12": 0.5, "": 0}),
         ("gov_report", ["roads are old", "bridges"], {"roads are old": 1, "": 0}),
     ):
-        doc = read(f"longbench_e/{name}", write(tmp_path / f"{name}_e.jsonl", [record(answers=answers)]).parent)[0][0]
-        task = longbench.harness_task(f"longbench_e/{name}", [doc])
+        doc = read(of_set(name), write(tmp_path / f"{name}_e.jsonl", [record(answers=answers)]).parent)[0][0]
+        task = longbench.harness_task(of_set(name), [doc])
         for answer, score in cases.items():
             assert task.process_results(doc, [answer])["score"] == pytest.approx(score), (name, answer)
 
@@ -192,7 +208,7 @@ def test_length_buckets(words, name):
     assert longbench.bucket(words) == name
 
 
-@pytest.mark.parametrize("place", ["hotpotqa_e.jsonl", "data/hotpotqa_e.jsonl", "longbench_e/hotpotqa_e.parquet"])
+@pytest.mark.parametrize("place", ["hotpotqa_e.jsonl", "data/hotpotqa_e.jsonl", "LongBench/hotpotqa_e.parquet"])
 def test_official_files_are_found_and_bad_rows_named(place, tmp_path):
     good = [record(_id=str(i), length=i * 4000) for i in range(3)]
     bad = [{"context": "x"}, record(answers="Ann"), record(answers=[]), record(length="5"), record(context=7)]
@@ -207,45 +223,168 @@ def test_official_files_are_found_and_bad_rows_named(place, tmp_path):
         write(file, [*good[:2], *bad, good[2]])
         with open(file, "ab") as more:
             more.write('{"context": "café"}\n'.encode("latin-1") + b"{\n3\n")
-    docs, report = read("longbench_e/hotpotqa", tmp_path)
+    docs, report = read(of_set("hotpotqa"), tmp_path)
     assert [doc["id"] for doc in docs] == ["0", "1", "2"] == [str(doc["index"]) for doc in docs]
-    assert [doc["splits"]["length"] for doc in docs] == ["0-4k", "4-8k", "8k+"]
+    assert [doc["groups"] for doc in docs] == [["0-4k"], ["4-8k"], ["8k+"]]
     told = "\n".join(report.bad)
     assert len(report.bad) == len(bad) + (3 if bad else 0) and report.good == 3
     for part in ("no field 'input'", "answers 'Ann'", "answers []", "length '5'", "'context' is a int", "not UTF-8"):
         assert not bad or part in told or part == "no field 'input'"
     assert not bad or (f"{file}:10: not JSON" in told and "row is a int" in told and "no field 'question'" in told)
-    assert len(read("longbench_e/hotpotqa", tmp_path, 2)[0]) == 2
+    assert len(read(of_set("hotpotqa"), tmp_path, 2)[0]) == 2
 
 
 def test_the_official_array_of_version_two_is_read(tmp_path):
     (tmp_path / "data.json").write_text(json.dumps([question(), question(answer="E"), question(length=None)]))
     docs, report = read("longbench2", tmp_path)
     assert len(docs) == 1 and "answer 'E'; expected A, B, C or D" in report.bad[0]
-    assert "item 3: field 'length' is a NoneType" in report.bad[1]
+    assert "item 3: field 'group 2' is a NoneType" in report.bad[1]
 
 
 def test_what_cannot_be_had_is_named(tmp_path, monkeypatch):
-    with pytest.raises(longbench.MissingDataError, match=r"no trec_e\{.jsonl,.json,.parquet\} in .*empty"):
-        read("longbench_e/trec", tmp_path / "empty")
-    with pytest.raises(longbench.MissingDataError, match="no data or longbench_v2"):
-        read("longbench2", tmp_path)
+    bench = longbench.LongBench(longbench.E, tmp_path)
     write(tmp_path / "trec_e.jsonl", [{}])
-    with pytest.raises(ValueError, match="task longbench_e/trec has no usable row; 0 records read, 1 skipped"):
-        read("longbench_e/trec", tmp_path)
+    assert len(bench.left_out()) == 12 and of_set("trec") not in bench.left_out()
+    assert bench.left_out()[of_set("lcc")] == f"has no file lcc_e (.jsonl, .json, .parquet) in {tmp_path}"
+    with pytest.raises(ValueError, match="has no file data or longbench_v2 or longbench2"):
+        read("longbench2", tmp_path)
+    with pytest.raises(ValueError, match="task longbench_trec_e has no usable row; 0 records read, 1 skipped"):
+        read(of_set("trec"), tmp_path)
     (tmp_path / "lcc_e.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match="cannot be read as parquet"):
-        read("longbench_e/lcc", tmp_path)
+        read(of_set("lcc"), tmp_path)
+    monkeypatch.setattr(longbench, "PACKAGES", ("rouge", "no_such_package"))
+    reason = longbench.LongBench(longbench.V2, tmp_path).left_out()["longbench2"]
+    assert reason == "needs no_such_package: pip install 'elastic-attention[eval]'"
+    monkeypatch.setattr(longbench, "CONFIGS", tmp_path)
+    longbench.task_config.cache_clear()
+    with pytest.raises(ValueError, match=r"no task files in .*; install from a clone"):
+        longbench.task_config(of_set("qasper"))
+
+
+def test_the_hub_is_asked_once_where_it_cannot_be_reached(monkeypatch):
     import datasets
 
-    def absent(*_, **__):
-        raise ConnectionError("no route")
+    longbench._hub_rows.cache_clear()
+    asked = []
 
-    monkeypatch.setattr(datasets, "load_dataset", absent)
-    with pytest.raises(longbench.MissingDataError, match=r"v2 cannot be had from the hub \(ConnectionError\)"):
-        read("longbench2", None)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{**record(), "question": "Q?"}])
-    assert read("longbench_e/trec", None)[0][0]["question"] == "Question: Who?"
-    monkeypatch.setattr(longbench, "CONFIGS", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no task file .*longbench_e.yaml; install from a clone"):
-        longbench.tasks(longbench.E)
+    def hub(*names, split):
+        asked.append((*names, split))
+        if names == ("Xnhyacinth/LongBench", "trec_e"):
+            return [{**record(), "question": "Q?"}]
+        raise ConnectionError("no route") if len(asked) > 2 else ValueError("no such set")
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    assert read(of_set("trec"), None)[0][0]["question"] == "Question: Who?"
+    with pytest.raises(
+        ValueError, match=r"cannot be had from the hub \(Xnhyacinth/LongBench lcc_e: ValueError\); name"
+    ):
+        read(of_set("lcc"), None)
+    left_out = longbench.LongBench(longbench.E, None).left_out()
+    assert len(left_out) == 13 and "qasper_e: ConnectionError" in left_out[of_set("trec")] and len(asked) == 3
+    assert asked[0] == ("Xnhyacinth/LongBench", "trec_e", "test")
+    longbench._hub_rows.cache_clear()
+
+
+def official_folder(folder):
+    """A tiny LongBench-E (12 sets, three lengths, an unusable row) and LongBench-v2 in the official format."""
+    for name in longbench.SETS:
+        if name != "multi_news":
+            answers = {"passage_retrieval_en": ["Paragraph 2"], "trec": ["location"]}.get(name, ["f1", "f2 f3"])
+            rows = [record(_id=f"{name}-{i}", length=3000 * (i + 1), answers=answers) for i in range(3)]
+            rows = [{**row, "context": f"f{i} f4 " * (10 + i), "all_classes": CLASSES} for i, row in enumerate(rows)]
+            write(folder / f"{name}_e.jsonl", [*rows, record(answers=None)] if name == "qasper" else rows)
+    rows = [question(_id=str(i), difficulty=d, length=w) for i, (d, w) in enumerate(SPLITS)]
+    (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder
+
+
+SPLITS = (("easy", "short"), ("hard", "medium"), ("hard", "long"), ("easy", "long"))
+
+
+@pytest.fixture
+def short_answers(monkeypatch):
+    """Three tokens an answer, to be quick."""
+    for task in (*longbench.TASKS[longbench.E], longbench.V2):
+        config = dict(longbench.task_config(task))
+        config["generation_kwargs"] = {**config["generation_kwargs"], "max_gen_toks": 3}
+        monkeypatch.setitem(SHORT, task, config)
+    monkeypatch.setattr(longbench, "task_config", SHORT.__getitem__)
+
+
+SHORT: dict = {}
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_one_command_runs_both_benchmarks_from_official_files(tmp_path, short_answers, capsys):
+    data, out = official_folder(tmp_path / "data"), tmp_path / "out"
+    command = ["eval", "--tasks", "longbench_e", "longbench2", "--data", str(data), "--backbone", "tiny", "--chat"]
+    sizes = ["--sink", "4", "--window", "16", "--block", "4"]
+    assert cli.main([*command, *sizes, "--methods", "dense", "streaming", "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    for part in (
+        "Not in the means of longbench_e: longbench_multi_news_e (has no file multi_news_e",
+        "Not a usable document: ",
+        "qasper_e.jsonl:4: answers None; expected a list of texts",
+        "Corrected: longbench_triviaqa_e: a blank line before the question",
+        "mean of tasks",
+        "mean of samples",
+    ):
+        assert part in told
+    rows = json.loads((out / "summary.json").read_text())
+    assert len(rows) == 2 * 13 and {row["task"] for row in rows} == {
+        *(of_set(name) for name in longbench.SETS if name != "multi_news"),
+        "longbench2",
+    }
+    for row in rows:
+        groups = row["groups"]
+        assert row["msr"] == (row["method"] == "streaming") and sum(g["n"] for g in groups.values()) >= row["n"]
+        named = {"easy": 2, "hard": 2, "short": 1, "medium": 1, "long": 2}
+        wanted = named if row["task"] == "longbench2" else {"0-4k": 1, "4-8k": 1, "8k+": 1}
+        assert {name: group["n"] for name, group in groups.items()} == wanted
+    for name in ("dense.longbench_trec_e", "dense.longbench_hotpotqa_e", "streaming.longbench2"):
+        facts, *samples = lines(out / "samples" / f"{name}.jsonl")
+        assert facts["chat_template"] == ("trec" not in name) and facts["seed"] == 0 and facts["versions"]["lm_eval"]
+        assert facts["documents"]["sha256"] and facts["documents"]["metrics"]["rouge"]
+        assert any("middle" in line for line in facts["protocol"])
+        assert set(samples[0]) >= {"id", "prediction", "references", "score", "msr", "esr_all", "tokens", "groups"}
+    assert "0-4k" in (out / "summary.txt").read_text() and (out / "score_by_group.png").stat().st_size > 5000
+    before = {file: file.stat().st_mtime_ns for file in (out / "samples").iterdir()}
+    write(data / "lcc_e.jsonl", [record()])  # another file: its results alone are made again
+    assert cli.main([*command, *sizes, "--methods", "dense", "streaming", "--out", str(out)]) == 0
+    again = {file.name for file, time in before.items() if file.stat().st_mtime_ns != time}
+    assert again == {"dense.longbench_lcc_e.jsonl", "streaming.longbench_lcc_e.jsonl"}
+
+
+def test_a_prompt_one_token_over_the_limit_loses_its_middle(tmp_path, capsys):
+    _, tokenizer = load_backbone("tiny")
+    room = 1024 - 32
+    doc = {"context": "", "question": "Question: Who?"}
+    own = len(tokenizer(prompt(of_set("hotpotqa"), {**doc, "answers": ["a"]}))["input_ids"])
+    contexts = [" ".join(["f1"] * (room - own + more)) for more in (0, 1, 40)]
+    write(
+        tmp_path / "hotpotqa_e.jsonl",
+        [record(context=c, _id=str(i), input=doc["question"]) for i, c in enumerate(contexts)],
+    )
+    command = [
+        "eval",
+        "--tasks",
+        of_set("hotpotqa"),
+        "--data",
+        str(tmp_path),
+        "--backbone",
+        "tiny",
+        "--methods",
+        "dense",
+    ]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
+    _, *samples = lines(tmp_path / "out" / "samples" / "dense.longbench_hotpotqa_e.jsonl")
+    assert [(s["id"], s["tokens"], s["cut"]) for s in samples] == [("0", room, 0), ("1", room, 1), ("2", room, 40)]
+
+
+def test_without_any_data_the_command_says_what_it_needs(tmp_path, capsys):
+    assert cli.main(["eval", "--tasks", "longbench2", "--data", str(tmp_path), "--backbone", "tiny"]) == 2
+    assert "no task of longbench2 can run here: longbench2 has no file data or" in capsys.readouterr().err

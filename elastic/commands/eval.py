@@ -16,9 +16,18 @@ SUMMARY = "compare dense, streaming, static, random and trained routing on long-
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     parser = Parser(prog="elastic eval", description=SUMMARY)
-    parser.add_argument("--tasks", nargs="+", default=["ruler"], metavar="TASK", help="ruler (default) or its tasks")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=["ruler"],
+        metavar="TASK",
+        help="ruler (default), longbench_e, longbench2, or single tasks of them",
+    )
     parser.add_argument("--lengths", default="1024,2048", help="tokens of prompt and answer (default 1024,2048)")
-    parser.add_argument("--limit", type=int, default=50, metavar="N", help="samples per task and length (default 50)")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="samples per task and length (default: 50 with ruler, else all)"
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="official LongBench files (default: the hub)")
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -31,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/eval"), metavar="DIR", help="default runs/eval")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples in a forward pass (default 8)")
-    parser.add_argument("--chat", action="store_true", help="put prompts into the chat template")
+    parser.add_argument(
+        "--chat", action="store_true", help="put prompts into the chat template, where the benchmark allows it"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default float32)")
     parser.add_argument("--sink", type=int, default=64, help="of methods without checkpoint, in tokens (default 64)")
@@ -61,12 +72,13 @@ def run(args: argparse.Namespace) -> None:
     for package in ("lm_eval", "wonderwords"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the package {package} is missing; run `pip install 'elastic-attention[eval]'`")
-    from elastic.evaluation.benchmark import choose
+    from elastic.evaluation.benchmark import Benchmark, choose
+    from elastic.evaluation.longbench import TASKS, LongBench
     from elastic.evaluation.ruler import Ruler
     from elastic.evaluation.runner import Plan, run
-    from elastic.evaluation.summary import summary_table, write_summary
+    from elastic.evaluation.summary import group_table, summary_table, write_summary
 
-    benchmarks = [Ruler()]
+    benchmarks: list[Benchmark] = [Ruler(), *(LongBench(name, args.data) for name in TASKS)]
     tasks = tuple(choose(benchmarks, args.tasks))
     try:
         lengths = tuple(int(length) for length in args.lengths.split(","))
@@ -74,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--lengths {args.lengths!r}: expected numbers divided by commas, such as 1024,2048"
         ) from error
+    limit = 50 if args.limit is None and any(benchmark.by_length for benchmark, _ in tasks) else args.limit
     sparse = SparseConfig(sink=args.sink, window=args.window, block=args.block)
     plan = Plan(
         args.backbone,
@@ -81,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
         args.dtype,
         tasks,
         lengths,
-        args.limit,
+        limit,
         args.batch_size,
         args.chat,
         sparse,
@@ -91,12 +104,16 @@ def run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     rows = run(plan, methods, args.out)
     say(f"\nscore ± half of the 95 % interval @ MSR\n\n{summary_table(rows)}\n")
+    if groups := group_table(rows):
+        say(f"{groups}\n")
     for benchmark in dict.fromkeys(benchmark for benchmark, _ in tasks):
         if benchmark.name in args.tasks and benchmark.left_out():
             left_out = "; ".join(f"{task} ({reason})" for task, reason in benchmark.left_out().items())
             say(f"Not in the means of {benchmark.name}: {left_out}")
         for correction in benchmark.corrections:
             say(f"Corrected: {correction}")
+        for row in benchmark.skipped if isinstance(benchmark, LongBench) else ():
+            say(f"Not a usable document: {row}")
     files = ", ".join(str(path) for path in write_summary(rows, args.out))
-    say(f"Written: {args.out / 'samples'}, {args.out / 'summary.json'}, {files}")
+    say(f"Written: {args.out / 'samples'}, {args.out / 'summary'}.{{json,txt}}, {files}")
     say(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes.")

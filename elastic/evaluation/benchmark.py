@@ -33,12 +33,15 @@ class Benchmark(Protocol):
         name: `--tasks` takes it for all tasks that can run.
         by_length: whether every task runs once per length; otherwise once, its documents as they are, prompts over the
             model's limit cut in the middle.
-        corrections: where its tasks differ from the harness' own, one sentence each.
     """
 
     name: str
     by_length: bool
-    corrections: tuple[str, ...]
+
+    @property
+    def corrections(self) -> tuple[str, ...]:
+        """Where its tasks differ from the harness' own, one sentence each."""
+        ...
 
     def tasks(self) -> Sequence[str]:
         """Names of all its tasks, in the order of the table."""

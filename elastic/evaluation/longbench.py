@@ -8,7 +8,7 @@ Official record of LongBench-E: input, context, answers, all_classes, length (wo
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -54,8 +54,9 @@ class LongBench:
 
     def __init__(self, name: str, data: Path | None) -> None:
         self.name, self.data = name, data
-        self.skipped: dict[str, list[str]] = {}
+        self.skipped: list[str] = []
         self._identities: dict[str, dict[str, Any]] = {}
+        self._left_out: dict[str, str] | None = None
 
     @property
     def corrections(self) -> tuple[str, ...]:
@@ -69,17 +70,22 @@ class LongBench:
 
     def left_out(self) -> dict[str, str]:
         """Tasks whose documents, or whose metrics' packages, are not here."""
+        if self._left_out is None:
+            self._left_out = self._find_left_out()
+        return self._left_out
+
+    def _find_left_out(self) -> dict[str, str]:
         missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
         if missing:
             return dict.fromkeys(self.tasks(), f"needs {', '.join(missing)}: pip install 'elastic-attention[eval]'")
         reasons: dict[str, str] = {}
         for task in self.tasks():
-            if self.data is not None:
-                if file_of(task, self.data) is None:
-                    names = " or ".join(_stems(task))
-                    reasons[task] = f"has no {names}{{{','.join(ENDINGS)}}} in {self.data}"
-            elif reason := _why_not_from_hub(task):
-                reasons[task] = reason
+            try:
+                _hub_rows(task) if self.data is None else _file(task, self.data)
+            except ConnectionError as error:  # each try takes half a minute, so one speaks for all
+                return dict.fromkeys(self.tasks(), str(error))
+            except ValueError as error:
+                reasons[task] = str(error)
         return reasons
 
     def takes_chat(self, task: str) -> bool:
@@ -91,8 +97,8 @@ class LongBench:
         if task not in self._identities:
             report = ReadReport()
             documents(task, self.data, None, report)
-            file = file_of(task, self.data) if self.data is not None else None
-            self.skipped[task] = report.bad
+            file = None if self.data is None else _file(task, self.data)
+            self.skipped += report.bad
             self._identities[task] = {
                 "file": f"hub: {HUB[self.name]}" if file is None else file.name,
                 "sha256": None if file is None else _sha256(file),
@@ -156,8 +162,8 @@ def documents(task: str, data: Path | None, count: int | None, report: ReadRepor
         ValueError: no file of this task, one that cannot be read, or one without a usable row.
     """
     found: list[dict[str, Any]] = []
-    rows = _hub_rows(task) if data is None else _file_rows(task, data, report)
-    for where, row in rows:
+    hub = ((f"row {number}", row) for number, row in enumerate(_hub_rows(task) if data is None else (), 1))
+    for where, row in hub if data is None else read_rows(_file(task, data), report):
         try:
             found.append({"index": len(found), **_document(task, row)})
         except (KeyError, TypeError, ValueError) as error:
@@ -168,13 +174,6 @@ def documents(task: str, data: Path | None, count: int | None, report: ReadRepor
     if not found:
         raise ValueError(f"task {task} has no usable row; {report}")
     return found
-
-
-def file_of(task: str, data: Path) -> Path | None:
-    """The official file of a task in a folder, if it is there."""
-    folders = (data, data / "data", data / "LongBench-v2", data / "LongBench")
-    files = [folder / f"{stem}{ending}" for folder in folders for stem in _stems(task) for ending in ENDINGS]
-    return next((file for file in files if file.is_file()), None)
 
 
 def bucket(words: int) -> str:
@@ -191,34 +190,28 @@ def _metadata(task: str) -> Mapping[str, Any]:
     return (config.get("metadata") or {}) if (CONFIGS / f"{task}.yaml").is_file() else {}
 
 
-def _file_rows(task: str, data: Path, report: ReadReport) -> Iterator[tuple[str, Any]]:
-    file = file_of(task, data)
-    if file is None:
-        raise ValueError(f"task {task} has no {' or '.join(_stems(task))}{{{','.join(ENDINGS)}}} in {data}")
-    return read_rows(file, report)
+def _file(task: str, data: Path) -> Path:
+    """The official file of a task in a folder."""
+    folders = (data, data / "data", data / "LongBench-v2", data / "LongBench")
+    for file in (folder / f"{stem}{ending}" for folder in folders for stem in _stems(task) for ending in ENDINGS):
+        if file.is_file():
+            return file
+    raise ValueError(f"has no file {' or '.join(_stems(task))} ({', '.join(ENDINGS)}) in {data}")
 
 
-def _hub_rows(task: str) -> Iterator[tuple[str, Any]]:
+@cache
+def _hub_rows(task: str) -> Any:
     from datasets import load_dataset
 
     name = (HUB[V2],) if task == V2 else (HUB[E], *_stems(task))
     try:
-        rows = load_dataset(*name, split="train" if task == V2 else "test")
+        return load_dataset(*name, split="train" if task == V2 else "test")
     except Exception as error:  # the hub's client, arrow and json share no base
-        raise ValueError(
+        kind = ConnectionError if isinstance(error, ConnectionError) else ValueError
+        raise kind(
             f"cannot be had from the hub ({' '.join(name)}: {type(error).__name__}); name the folder of the official "
             "files with --data"
         ) from error
-    return ((f"{' '.join(name)}: row {number}", row) for number, row in enumerate(rows, 1))
-
-
-@cache
-def _why_not_from_hub(task: str) -> str:
-    try:
-        _hub_rows(task)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def _document(task: str, row: Any) -> dict[str, Any]:

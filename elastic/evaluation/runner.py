@@ -217,12 +217,15 @@ def _row(method: str, cell: Cell, samples: list[dict[str, Any]]) -> dict[str, An
 
 
 def _groups(samples: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Score and number of the samples of each group, such as a difficulty."""
-    groups: dict[str, list[float]] = {}
+    """Score, number and half interval of the samples of each group, such as a difficulty, in alphabetical order."""
+    groups: dict[str, list[dict[str, Any]]] = {}
     for sample in samples:
         for group in sample.get("groups", ()):
-            groups.setdefault(group, []).append(sample["score"])
-    return {name: {"score": sum(scores) / len(scores), "n": len(scores)} for name, scores in sorted(groups.items())}
+            groups.setdefault(group, []).append(sample)
+    return {
+        name: {"score": sum(s["score"] for s in found) / len(found), "n": len(found), "half_width": interval(found)}
+        for name, found in sorted(groups.items())
+    }
 
 
 def interval(samples: list[dict[str, Any]]) -> float:
