@@ -13,17 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from elastic.config import ElasticConfig
+from elastic.context import Context
+from elastic.families import FAMILIES, attention_layers
 from elastic.head_plan import HeadPlan
 from elastic.patterns import check_supported
 from elastic.router import Router, build_router
-from elastic.routing import Context, RouteRecord, Routing, RoutingState, route_layer, route_of
+from elastic.routing import RouteRecord, Routing, RoutingState, route_layer, route_of
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 __all__ = [
     "FAMILIES",
     "RouteRecord",
     "RoutingState",
     "attach",
+    "compile_layers",
     "detach",
     "elastic_config",
     "is_attached",
@@ -60,14 +62,14 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
     check_supported(config.sparse)
     if is_attached(model):
         raise ValueError("this model already has routers; call elastic.detach(model) first")
-    layers = _attention_layers(model)
+    layers = attention_layers(model)
     _register()
     handle = _Handle(model, config)
     for attn in layers:
         weight = attn.k_proj.weight
         router = build_router(weight.shape[0] // attn.head_dim, attn.head_dim, config.router)
         attn.router = router.to(weight.device).train(model.training)
-        handle.hooks.append(attn.register_forward_pre_hook(handle.before_attention, with_kwargs=True))
+    handle.hook_attention(layers, handle.before_attention)
     handle.hooks.append(model.get_decoder().register_forward_pre_hook(handle.before_decoder, with_kwargs=True))
     model.set_attn_implementation(_IMPLEMENTATION)
     setattr(model, _HANDLE, handle)
@@ -77,10 +79,12 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
 def detach(model: Any) -> Any:
     """Remove the routers and restore the stock model exactly, `requires_grad` flags included."""
     handle = _handle(model)
-    for hook in handle.hooks:
+    for hook in (*handle.hooks, *handle.attention_hooks):
         hook.remove()
     for attn in handle.attention_layers(model):
         del attn.router
+    for part in handle.compiled:
+        part._compiled_call_impl = None
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(handle.trainable[name])
     model.set_attn_implementation(handle.implementation)
@@ -185,6 +189,25 @@ def update_statistics(model: Any, pooled_LNKD: Tensor) -> None:
         router.update_statistics(pooled_NKD)
 
 
+def compile_layers(model: Any, **settings: Any) -> Any:
+    """`torch.compile` what surrounds attention in every decoder layer (norms, projections, RoPE, MLP), in place.
+
+    Routing and attention stay outside, where the kernels are launched as before. Works under training, gradient
+    checkpointing and for any sequence length; `detach` undoes it.
+
+    Args:
+        settings: of `torch.compile`, such as `backend` or `mode`; `dynamic=True` unless given.
+    """
+    handle, settings = _handle(model), {"dynamic": True, **settings}
+    handle.hook_attention(handle.attention_layers(model), torch.compiler.disable(handle.before_attention))
+    _register(torch.compiler.disable(_attention_function))
+    for layer in model.get_decoder().layers:  # parts, because checkpointing a compiled layer would not compile it
+        for part in (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp):
+            part.compile(**settings)
+            handle.compiled.append(part)
+    return model
+
+
 class _Handle:
     """What `attach` must remember: how to undo itself, and the routing state its hooks share."""
 
@@ -192,11 +215,19 @@ class _Handle:
         self.implementation = model.config._attn_implementation
         self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.hooks: list[Any] = []
+        self.attention_hooks: list[Any] = []
+        self.compiled: list[nn.Module] = []
         self.routing = Routing(config)
         model.requires_grad_(False)
 
     def attention_layers(self, model: Any) -> list[Any]:
         return [layer.self_attn for layer in model.get_decoder().layers]
+
+    def hook_attention(self, layers: list[Any], hook: Any) -> None:
+        """Let `hook` route the layers, in place of what did."""
+        for old in self.attention_hooks:
+            old.remove()
+        self.attention_hooks = [attn.register_forward_pre_hook(hook, with_kwargs=True) for attn in layers]
 
     def before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Lay out the batch's samples once per forward pass and hand the layout to the layers as a keyword."""
@@ -210,7 +241,9 @@ class _Handle:
             raise ValueError("this layer was called outside the attached model's decoder; call the whole model")
         route = route_layer(attn, hidden, layout, kwargs.get("past_key_values"), self.routing)
         config, context = self.routing.config, self.routing.context
-        plan = HeadPlan.build(route, config.sparse, layout, config.gradient_share)
+        state = attn.router.last
+        mode = None if state is None or state.route_NK is not route else state.mode_NK
+        plan = HeadPlan.build(route, config.sparse, layout, config.gradient_share, mode)
         return args, {**kwargs, "elastic_route": route, "elastic_plan": plan, "elastic_context": context}
 
 
@@ -242,10 +275,10 @@ def _no_mask(**kwargs: Any) -> None:
     """The layout carries padding and packing; no [S, S] mask is ever built for the whole batch."""
 
 
-def _register() -> None:
+def _register(attention: Any = _attention_function) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(_IMPLEMENTATION, _attention_function)
+    AttentionInterface.register(_IMPLEMENTATION, attention)
     AttentionMaskInterface.register(_IMPLEMENTATION, _no_mask)
 
 
@@ -253,31 +286,3 @@ def _handle(model: Any) -> _Handle:
     if not is_attached(model):
         raise ValueError("this model has no routers; call elastic.attach(model, config) or elastic.load(path) first")
     return getattr(model, _HANDLE)
-
-
-def _attention_layers(model: Any) -> list[Any]:
-    """The attention modules in layer order, after checking that this model can be routed."""
-    config: Any = getattr(model, "config", None)
-    family = getattr(config, "model_type", type(model).__name__)
-    if family not in FAMILIES or not hasattr(model, "get_decoder"):
-        raise ValueError(f"model family {family!r} is not supported; tested families are {', '.join(FAMILIES)}")
-    if config._attn_implementation != "sdpa":
-        raise ValueError(
-            f"the model runs attention by {config._attn_implementation!r}, expected 'sdpa', which full heads "
-            "reproduce; load it with attn_implementation='sdpa'"
-        )
-    layers = [layer.self_attn for layer in model.get_decoder().layers]
-    for attn in layers:
-        where = f"layer {attn.layer_idx}"
-        window = getattr(attn, "sliding_window", getattr(config, "sliding_window", None))
-        if window is not None:
-            raise ValueError(
-                f"{where} has its own sliding window of {window} tokens, but full heads must see everything; load "
-                "the model with sliding_window=None (and layer_types of full_attention)"
-            )
-        if attn.attention_dropout:
-            raise ValueError(
-                f"{where} has attention_dropout={attn.attention_dropout}, expected 0 for a frozen backbone; set it "
-                "to 0.0"
-            )
-    return layers

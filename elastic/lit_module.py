@@ -14,7 +14,15 @@ from torch import Tensor
 
 from elastic import schedules
 from elastic.attention import backend_for
-from elastic.backbone import override_routes, pooled_keys, routers, routing, set_temperature, update_statistics
+from elastic.backbone import (
+    compile_layers,
+    override_routes,
+    pooled_keys,
+    routers,
+    routing,
+    set_temperature,
+    update_statistics,
+)
 from elastic.backbones import architecture_hash
 from elastic.checkpoint import is_trainable
 from elastic.config import ElasticConfig
@@ -47,6 +55,7 @@ class ElasticModule(RoutedModule):
         gguf_file: file name where the backbone's weights are in GGUF format.
         gradient_checkpointing: recompute each layer in the backward pass instead of storing its activations.
         loss_chunk: positions whose logits exist at a time.
+        compiled: torch.compile what surrounds attention in the backbone's layers (`elastic.backbone.compile_layers`).
         methods: what evaluation compares: dense, elastic (default: these two), streaming, random:<msr>[:<seed>].
     """
 
@@ -62,12 +71,14 @@ class ElasticModule(RoutedModule):
         gguf_file: str | None = None,
         gradient_checkpointing: bool = False,
         loss_chunk: int = 1024,
+        compiled: bool = False,
         methods: list[str] | None = None,
     ) -> None:
         super().__init__(backbone, elastic, dtype, gguf_file, loss_chunk, methods or list(DEFAULT_METHODS))
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights are not in the checkpoint; on_load_checkpoint checks the rest
-        self.optimiser, self.annealing, self.gradient_checkpointing = optimiser, temperature, gradient_checkpointing
+        self.optimiser, self.annealing = optimiser, temperature
+        self.gradient_checkpointing, self.compiled = gradient_checkpointing, compiled
         self.objective = build_objective(objective, targets or {}, optimiser.multiplier_limit)
         self.multipliers = self.objective.multipliers
         self.total_steps = self.noise_seed = 0
@@ -75,9 +86,13 @@ class ElasticModule(RoutedModule):
     def configure_model(self) -> None:
         """Load the backbone and attach routers, once."""
         fresh = self.model is None
+        if fresh and self.compiled and self.device_mesh is not None:
+            raise ValueError("model.compiled does not go with a sharded backbone yet; set model.compiled: false")
         super().configure_model()
         if fresh and self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if fresh and self.compiled:
+            compile_layers(self.model)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW on the routers (no decay on biases), plain ascent on the multipliers."""
@@ -124,11 +139,14 @@ class ElasticModule(RoutedModule):
         weights = [p for group in descent.param_groups for p in group["params"]]
         if isinstance(self.trainer.strategy, ShardedBackbone):  # DDP has averaged already
             average_gradients([*weights, *self.multipliers.parameters()])
-        norm = float(torch.nn.utils.clip_grad_norm_(weights, self.optimiser.clip_norm))
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"the routers' gradient norm is {norm} at step {step} on {_tasks(batch)}; lower optimiser.lr"
-            )
+        facts.add("gradient_norm", torch.nn.utils.clip_grad_norm_(weights, self.optimiser.clip_norm))
+        means = facts.means()  # the step's one wait for the GPU
+        for name, what in (("objective", "objective"), ("gradient_norm", "routers' gradient norm")):
+            if not math.isfinite(means[name]):
+                raise FloatingPointError(
+                    f"the {what} is {means[name]} at step {step} on {_tasks(batch)}; lower optimiser.lr or look at "
+                    "that data"
+                )
         self.optimizers()[0].step()  # type: ignore[index]  # Lightning counts this one
         ascent.step()  # the raw optimiser: through Lightning the step would count twice
         self.multipliers.project()
@@ -138,9 +156,8 @@ class ElasticModule(RoutedModule):
         tokens = sum(micro["input_ids"].numel() for micro in batch)
         self._log_step(
             {
-                **facts.means(),
+                **means,
                 **self.multipliers.by_task(),
-                "gradient_norm": norm,
                 "temperature": temperature,
                 "lr": descent.param_groups[0]["lr"],
                 "multiplier_lr": ascent.param_groups[0]["lr"],
@@ -156,18 +173,13 @@ class ElasticModule(RoutedModule):
         state, task, head = routing(self.model), batch["task_id"], self.model.get_output_embeddings()
         ratio = msr(state.route)
         verdict = self.objective.judge(RoutedPass(batch, hidden, ratio, dense, head, self.loss_chunk))
-        if not bool(torch.isfinite(verdict.loss)):
-            raise FloatingPointError(
-                f"the objective is {verdict.loss.item()} {verdict.facts} at step {self.global_step} on "
-                f"{_tasks([batch])}; lower optimiser.lr or look at that data"
-            )
         self.manual_backward(verdict.loss / parts)
-        for name, value in verdict.facts.items():
+        for name, value in {"objective": verdict.loss, **verdict.facts}.items():
             facts.add(name, value)
         for name, values in verdict.per_task.items():
             facts.add_per_task(name, task, values)
         if state.logits is not None:
-            facts.add("router_entropy", entropy(state.logits).item())
+            facts.add("router_entropy", entropy(state.logits))
         facts.add_per_task("msr", task, ratio)
         facts.add_per_task("esr", task, esr(state.route, state.lengths, self.elastic.sparse)[1])
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.attention import routed_attention
 from elastic.config import ElasticConfig
-from elastic.head_plan import HeadPlan, Layout, batch_layout, packed_layout
-from elastic.relaxation import decide, sample_route
-from elastic.router import BoundarySlots, LayerState, weighted_sum
+from elastic.context import Context
+from elastic.deciding import Pooling, decide_from_keys, prerope_keys
+from elastic.head_plan import Layout, batch_layout, packed_layout
+from elastic.router import LayerState
 
 _RECORD = "_elastic_record"
 
@@ -76,27 +76,6 @@ def route_of(cache: Any) -> RouteRecord:
     return record
 
 
-class Context:
-    """Which part of each row this process holds: all of it. `elastic.context_parallel` has the other kind.
-
-    Attributes:
-        size, rank: number of equal slices of a row, and which of them is here.
-    """
-
-    size = 1
-    rank = 0
-
-    def sum(self, part: Tensor) -> Tensor:
-        """Sum over the slices, with gradient."""
-        return part
-
-    def attend(
-        self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
-    ) -> Tensor:
-        """`routed_attention` of the whole row; takes and returns this slice's tokens."""
-        return routed_attention(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale)
-
-
 class Routing:
     """State shared by the hooks of one attached model.
 
@@ -106,6 +85,7 @@ class Routing:
         temperature: of the Gumbel-softmax in training.
         context: which part of the rows is here.
         lengths_N: tokens of the samples of the last forward pass.
+        fused: whether the router may run as one kernel where it can; tests and timings compare both ways.
     """
 
     def __init__(self, config: ElasticConfig) -> None:
@@ -114,6 +94,7 @@ class Routing:
         self.temperature = 1.0
         self.context = Context()
         self.lengths_N: Tensor | None = None
+        self.fused = True
 
     def lay_out(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keywords for the layers: `elastic_layout` in place of this project's own batch keywords."""
@@ -145,7 +126,7 @@ class Routing:
             layout = batch_layout(rows, queries, past, tokens.device, mask, prompt_end)
         if prompt_end is not None:
             _check_prompts(layout, spans)
-        self.lengths_N = layout.end_N - layout.begin_N
+        self.lengths_N = torch.tensor(layout.bounds).diff() if layout.bounds else layout.end_N - layout.begin_N
         kwargs["elastic_layout"] = layout
         return kwargs
 
@@ -177,46 +158,28 @@ def route_layer(attn: Any, hidden_BSE: Tensor, layout: Layout, cache: Any, routi
     elif decided is not None and decoding:
         route = torch.zeros_like(decided) if routing.config.dense_decode else decided
     else:
-        pooled = _pooled_keys(attn, hidden_BSE, layout, routing, record)
-        logits = router(pooled)
-        if router.training:
-            route = sample_route(logits, routing.temperature)
-        else:
-            route = decide(logits.detach(), routing.config.sparsity_bias)
-        router.last = LayerState(route, logits, pooled.detach())
+        router.last = _decide(attn, hidden_BSE, layout, routing, record)
+        route = router.last.route_NK
     if record is not None and not decoding:
         record.layers[attn.layer_idx] = route.detach().to(torch.int8)
         record.prompt_lengths = (layout.prompt_end_N - layout.begin_N).cpu()
     return route.to(hidden_BSE.device)
 
 
-def prerope_keys(attn: Any, hidden_E: Tensor) -> Tensor:
-    """Keys before RoPE, after the model's own k-norm where it has one: [..., E] -> [..., K, D]."""
-    keys = attn.k_proj(hidden_E)
-    keys = keys.view(*keys.shape[:-1], -1, attn.head_dim)
-    norm = getattr(attn, "k_norm", None)
-    return keys if norm is None else norm(keys)
-
-
-def _pooled_keys(attn: Any, hidden_BSE: Tensor, layout: Layout, routing: Routing, record: RouteRecord | None) -> Tensor:
-    """Boundary pooling [N, K, D]. On a later turn the first P keys come from the record, the last P from the new
-    tokens.
+def _decide(attn: Any, hidden_BSE: Tensor, layout: Layout, routing: Routing, record: RouteRecord | None) -> LayerState:
+    """The router's decision on the prompt's boundaries. On a later turn the first P keys come from the record, the
+    last P from the new tokens.
     """
-    pool_tokens, context, here = routing.config.router.pool_tokens, routing.context, hidden_BSE.shape[1]
-    slots = BoundarySlots.of(layout.begin_N, layout.prompt_end_N, pool_tokens)
-    new = slots.index_N2P >= layout.past
-    position = slots.index_N2P - layout.past - context.rank * here
-    weight = slots.weight_N2P * ((position >= 0) & (position < here))
-    keys = prerope_keys(attn, hidden_BSE[layout.row_N[:, None], position.clamp(0, here - 1)])
-    first = context.sum(weighted_sum(keys[:, :pool_tokens], weight[:, :pool_tokens]))
-    last = context.sum(weighted_sum(keys[:, pool_tokens:], weight[:, pool_tokens:]))
-    count = (slots.weight_N2P * new).sum(1)
+    pooling = Pooling.shared(layout, routing.config.router.pool_tokens, hidden_BSE.shape[1], routing.context)
+    keys = prerope_keys(attn, hidden_BSE.flatten(0, 1).index_select(0, pooling.token_M))
+    earlier = record.heads[attn.layer_idx] if record is not None and layout.past else None
+    state, first = decide_from_keys(
+        attn.router, keys.unflatten(0, pooling.weight_N2P.shape), pooling, routing.config, earlier,
+        context=routing.context, temperature=routing.temperature, fused=routing.fused,
+    )  # fmt: skip
     if record is not None:
-        if layout.past:
-            first = first + record.heads[attn.layer_idx]
-            count = count + (slots.weight_N2P * ~new)[:, :pool_tokens].sum(1)
         record.heads[attn.layer_idx] = first.detach()
-    return (first + last) / count.clamp_min(1.0)[:, None, None]
+    return state
 
 
 def _record(cache: Any, layout: Layout, layer: int) -> RouteRecord | None:

@@ -13,7 +13,7 @@ from tests.models import random_ids, small_config, tiny_model, varied_routers
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 pytest.importorskip("wonderwords", reason="the extra `eval` is not installed")
 from elastic.config import SparseConfig
-from elastic.evaluation import ruler, runner, summary
+from elastic.evaluation import ruler, ruler_samples, runner, summary
 from elastic.evaluation.routed_lm import RoutedLM, cut_middle
 
 
@@ -128,32 +128,9 @@ def test_generation_leaves_facts_and_cuts_the_middle(model, tokenizer):
         assert model(random_ids(1, 5)).logits.shape[1] == 5  # the override is gone with the call
 
 
-@pytest.mark.parametrize("task", ["niah_single_1", "ruler_vt", "ruler_cwe", "ruler_fwe"])
-def test_samples_fit_their_length_and_are_cached(task, tmp_path, monkeypatch):
-    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path))
-    _, words = load_backbone("tiny")
-    made = ruler.documents(task, 1024, 3, words, seed=1)
-    assert len(made) == 3 and made == ruler.documents(task, 1024, 3, words, seed=1)
-    assert len(list(tmp_path.rglob("*.jsonl"))) == 1
-    for doc in made:
-        prompt = words(f"{doc['input']} {doc['gen_prefix']}")["input_ids"]
-        assert 0.8 * 1024 < len(prompt) + ruler.new_tokens(task) <= 1024
-    assert task != "ruler_cwe" or made[0]["input"].count("numbered list of words") == 2
-    assert made != ruler.documents(task, 1024, 3, words, seed=2)
-
-
-def test_tasks_without_their_data_are_named(tokenizer):
-    with pytest.raises(ValueError, match="task ruler_qa_squad needs SQuAD, which this version cannot read"):
-        ruler.documents("ruler_qa_squad", 1024, 1, tokenizer, 0)
-    with pytest.raises(ValueError, match="unknown RULER task 'niah'"):
-        ruler.documents("niah", 1024, 1, tokenizer, 0)
-    with pytest.raises(ValueError, match="length 64 is too short"):
-        ruler.documents("ruler_vt", 64, 1, tokenizer, 0)
-
-
 def test_one_command_compares_methods_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(ruler, "NEW_TOKENS", {"ruler_fwe": 4})
+    monkeypatch.setitem(ruler_samples.NEW_TOKENS, "ruler_fwe", 4)
     model, words = load_backbone("tiny")
     model.config.max_position_embeddings = 2048
     monkeypatch.setattr(runner, "_load", lambda *_: (attach(model, small_config()), words))

@@ -276,9 +276,7 @@ def test_the_hub_is_asked_once_where_it_cannot_be_reached(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
     assert read(of_set("trec"), None)[0][0]["question"] == "Question: Who?"
-    with pytest.raises(
-        ValueError, match=r"cannot be had from the hub \(Xnhyacinth/LongBench lcc_e: ValueError\); name"
-    ):
+    with pytest.raises(ValueError, match=r"cannot be had .* \(Xnhyacinth/LongBench lcc_e: ValueError\); name"):
         read(of_set("lcc"), None)
     left_out = longbench.LongBench(longbench.E, None).left_out()
     assert len(left_out) == 13 and "qasper_e: ConnectionError" in left_out[of_set("trec")] and len(asked) == 3

@@ -16,18 +16,24 @@ SUMMARY = "compare dense, streaming, static, random and trained routing on long-
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     parser = Parser(prog="elastic eval", description=SUMMARY)
+    tasks = "ruler (default), ruler-paper, longbench_e, longbench2, or their tasks"
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=tasks)
     parser.add_argument(
-        "--tasks",
-        nargs="+",
-        default=["ruler"],
-        metavar="TASK",
-        help="ruler (default), longbench_e, longbench2, or single tasks of them",
+        "--preset",
+        choices=("official", "paper"),
+        help="RULER's thirteen tasks with 500 samples, or the paper's eleven with 50, instead of --tasks and --limit",
     )
     parser.add_argument("--lengths", default="1024,2048", help="tokens of prompt and answer (default 1024,2048)")
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="samples per task and length (default: 50 with ruler, else all)"
-    )
+    limit = "samples per task and length (default: 50 with RULER, else all)"
+    parser.add_argument("--limit", type=int, metavar="N", help=limit)
     parser.add_argument("--data", type=Path, metavar="DIR", help="official LongBench files (default: the hub)")
+    for name, ways in (
+        ("essays", "haystack of five RULER tasks: text file, folder or PaulGrahamEssays.json, or hub"),
+        ("squad", "dev-v2.0.json, or hub"),
+        ("hotpotqa", "hotpot_dev_distractor_v1.json, or hub"),
+        ("words", "RULER's english_words.json or a list of words, for ruler_cwe over about 64K"),
+    ):
+        parser.add_argument(f"--{name}", metavar="PATH", help=ways)
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -74,19 +80,25 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"the package {package} is missing; run `pip install 'elastic-attention[eval]'`")
     from elastic.evaluation.benchmark import Benchmark, choose
     from elastic.evaluation.longbench import TASKS, LongBench
-    from elastic.evaluation.ruler import Ruler
+    from elastic.evaluation.ruler import PRESETS, Ruler
+    from elastic.evaluation.ruler_data import RulerData
     from elastic.evaluation.runner import Plan, run
     from elastic.evaluation.summary import group_table, summary_table, write_summary
 
-    benchmarks: list[Benchmark] = [Ruler(), *(LongBench(name, args.data) for name in TASKS)]
-    tasks = tuple(choose(benchmarks, args.tasks))
+    data = RulerData(args.essays, args.squad, args.hotpotqa, args.words)
+    longbench = [LongBench(name, args.data) for name in TASKS]
+    benchmarks: list[Benchmark] = [Ruler(data), Ruler(data, paper=True), *longbench]
+    family, limit = PRESETS.get(args.preset, ("ruler", None))
+    asked = args.tasks or [family]
+    tasks = tuple(choose(benchmarks, asked))
+    if limit is None and any(benchmark.by_length for benchmark, _ in tasks):
+        limit = 50
     try:
         lengths = tuple(int(length) for length in args.lengths.split(","))
     except ValueError as error:
         raise ValueError(
             f"--lengths {args.lengths!r}: expected numbers divided by commas, such as 1024,2048"
         ) from error
-    limit = 50 if args.limit is None and any(benchmark.by_length for benchmark, _ in tasks) else args.limit
     sparse = SparseConfig(sink=args.sink, window=args.window, block=args.block)
     plan = Plan(
         args.backbone,
@@ -94,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
         args.dtype,
         tasks,
         lengths,
-        limit,
+        limit if args.limit is None else args.limit,
         args.batch_size,
         args.chat,
         sparse,
@@ -107,13 +119,13 @@ def run(args: argparse.Namespace) -> None:
     if groups := group_table(rows):
         say(f"{groups}\n")
     for benchmark in dict.fromkeys(benchmark for benchmark, _ in tasks):
-        if benchmark.name in args.tasks and benchmark.left_out():
+        if benchmark.name in asked and benchmark.left_out():
             left_out = "; ".join(f"{task} ({reason})" for task, reason in benchmark.left_out().items())
             say(f"Not in the means of {benchmark.name}: {left_out}")
         for correction in benchmark.corrections:
             say(f"Corrected: {correction}")
-        for row in benchmark.skipped if isinstance(benchmark, LongBench) else ():
-            say(f"Not a usable document: {row}")
+    for row in (row for benchmark in longbench for row in benchmark.skipped):
+        say(f"Not a usable document: {row}")
     files = ", ".join(str(path) for path in write_summary(rows, args.out))
     say(f"Written: {args.out / 'samples'}, {args.out / 'summary'}.{{json,txt}}, {files}")
     say(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes.")

@@ -1,0 +1,37 @@
+"""Which models can be routed: the families whose attention layers `elastic.backbone` knows."""
+
+from typing import Any
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def attention_layers(model: Any) -> list[Any]:
+    """The attention modules of a transformers causal LM in layer order.
+
+    Raises:
+        ValueError: another family, another attention implementation than SDPA, a sliding window, attention dropout.
+    """
+    config: Any = getattr(model, "config", None)
+    family = getattr(config, "model_type", type(model).__name__)
+    if family not in FAMILIES or not hasattr(model, "get_decoder"):
+        raise ValueError(f"model family {family!r} is not supported; tested families are {', '.join(FAMILIES)}")
+    if config._attn_implementation != "sdpa":
+        raise ValueError(
+            f"the model runs attention by {config._attn_implementation!r}, expected 'sdpa', which full heads "
+            "reproduce; load it with attn_implementation='sdpa'"
+        )
+    layers = [layer.self_attn for layer in model.get_decoder().layers]
+    for attn in layers:
+        where = f"layer {attn.layer_idx}"
+        window = getattr(attn, "sliding_window", getattr(config, "sliding_window", None))
+        if window is not None:
+            raise ValueError(
+                f"{where} has its own sliding window of {window} tokens, but full heads must see everything; load "
+                "the model with sliding_window=None (and layer_types of full_attention)"
+            )
+        if attn.attention_dropout:
+            raise ValueError(
+                f"{where} has attention_dropout={attn.attention_dropout}, expected 0 for a frozen backbone; set it "
+                "to 0.0"
+            )
+    return layers
