@@ -1,6 +1,10 @@
 """LongBench-E and LongBench-v2: the official files become documents, each correction on its edge cases."""
 
+import errno
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 pytest.importorskip("jieba", reason="the extra `eval` is not installed")
 pytest.importorskip("fuzzywuzzy", reason="the extra `eval` is not installed")
 pytest.importorskip("rouge", reason="the extra `eval` is not installed")
-from elastic.evaluation import longbench
+from elastic.evaluation import longbench, runner
 from elastic.evaluation import longbench_metrics as metrics
 from elastic.rows import ReadReport
 
@@ -386,3 +390,81 @@ def test_a_prompt_one_token_over_the_limit_loses_its_middle(tmp_path, capsys):
 def test_without_any_data_the_command_says_what_it_needs(tmp_path, capsys):
     assert cli.main(["eval", "--tasks", "longbench2", "--data", str(tmp_path), "--backbone", "tiny"]) == 2
     assert "no task of longbench2 can run here: longbench2 has no file data or" in capsys.readouterr().err
+
+
+def small_run(data, out):
+    """Two methods on two sets, on the tiny backbone."""
+    tasks = [of_set("hotpotqa"), of_set("trec")]
+    sizes = ["--sink", "4", "--window", "16", "--block", "4"]
+    command = ["eval", "--tasks", *tasks, "--data", str(data), "--backbone", "tiny", *sizes]
+    return cli.main([*command, "--methods", "dense", "streaming", "--out", str(out)])
+
+
+def scores(out):
+    """What a run found, without the times."""
+    kept = ("id", "prediction", "references", "score", "msr", "esr_last", "esr_all", "tokens", "cut", "groups")
+    return {
+        file.name: [{key: sample[key] for key in kept} for sample in lines(file)[1:]]
+        for file in sorted((out / "samples").glob("*.jsonl"))
+    }
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_result(tmp_path, short_answers, monkeypatch):
+    data, out = official_folder(tmp_path / "data"), tmp_path / "out"
+    assert small_run(data, tmp_path / "whole") == 0
+    replace, evaluate = os.replace, runner._evaluate
+
+    def dying():
+        written = iter(range(2))
+
+        def third(source, target):  # killed with its result in the scratch file
+            os.kill(os.getpid(), signal.SIGKILL) if next(written, None) is None else replace(source, target)
+
+        monkeypatch.setattr(runner.os, "replace", third)
+        small_run(data, out)
+
+    process = multiprocessing.get_context("fork").Process(target=dying)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    kept = scores(out)
+    assert len(kept) == 2 and not (out / "summary.json").exists()
+    made = []
+    monkeypatch.setattr(runner, "_evaluate", lambda *given: made.append(given[1].name) or evaluate(*given))
+    assert small_run(data, out) == 0
+    assert len(made) == 2 and scores(out) == scores(tmp_path / "whole") and kept.items() <= scores(out).items()
+    assert not [file for file in (out / "samples").iterdir() if file.name.startswith(".")]
+
+
+def test_a_full_disk_ends_an_evaluation_plainly_and_keeps_what_is_finished(
+    tmp_path, short_answers, monkeypatch, capsys
+):
+    data, out = official_folder(tmp_path / "data"), tmp_path / "out"
+    written = iter(range(3))
+    write_text = Path.write_text
+
+    def full(file, *arguments, **more):
+        if file.suffix == ".writing" and next(written, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        return write_text(file, *arguments, **more)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert small_run(data, out) == 2
+    assert "elastic eval: error: [Errno 28] No space left on device" in capsys.readouterr().err
+    kept = scores(out)
+    assert len(kept) == 3 and len(list((out / "samples").iterdir())) == 3
+    monkeypatch.setattr(Path, "write_text", write_text)
+    assert small_run(data, out) == 0 and kept.items() <= scores(out).items() and len(scores(out)) == 4
+
+
+def test_a_damaged_result_file_is_made_again(tmp_path, short_answers):
+    """As a power failure leaves it: cut, or empty."""
+    data, out = official_folder(tmp_path / "data"), tmp_path / "out"
+    assert small_run(data, out) == 0
+    wanted = scores(out)
+    first, second = sorted((out / "samples").glob("dense.*.jsonl"))
+    whole = first.read_text()
+    for damaged in (whole[:-40], "".join(whole.splitlines(keepends=True)[:-1]), ""):
+        first.write_text(damaged)
+        second.write_bytes(b"\xff\xfe")
+        assert small_run(data, out) == 0 and scores(out) == wanted

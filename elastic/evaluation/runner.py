@@ -193,17 +193,25 @@ def _stamp(method: Method) -> str | None:
 
 
 def _read(file: Path, facts: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Samples of an earlier run of the same evaluation; None where there is none."""
+    """Samples of an earlier run of the same evaluation; None where there is none, or only a damaged file."""
     if not file.is_file():
         return None
-    first, *lines = file.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines] if json.loads(first) == facts else None
+    try:
+        first, *samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except ValueError:  # cut, or empty
+        return None
+    return samples if first == {**facts, "count": len(samples)} else None
 
 
 def _write(file: Path, facts: dict[str, Any], samples: list[dict[str, Any]]) -> None:
     writing = file.with_name(f".{file.name}.writing")
-    writing.write_text("".join(json.dumps(line) + "\n" for line in (facts, *samples)), encoding="utf-8")
-    os.replace(writing, file)
+    lines = ({**facts, "count": len(samples)}, *samples)
+    try:
+        writing.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(writing, file)
+    except OSError:
+        writing.unlink(missing_ok=True)
+        raise
 
 
 def _row(method: str, cell: Cell, samples: list[dict[str, Any]]) -> dict[str, Any]:
