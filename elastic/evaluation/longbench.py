@@ -95,6 +95,8 @@ class LongBench:
     def identity(self, task: str) -> dict[str, Any]:
         """Checksum of the documents' file, number of documents, rows that were left out, versions of the metrics."""
         if task not in self._identities:
+            from elastic.evaluation.longbench_metrics import MATCHER
+
             report = ReadReport()
             documents(task, self.data, None, report)
             file = None if self.data is None else _file(task, self.data)
@@ -105,7 +107,7 @@ class LongBench:
                 "documents": report.good,
                 "left out": report.bad,
                 "task file": _sha256(ours) if (ours := CONFIGS / f"{task}.yaml").is_file() else None,
-                "metrics": {package: version(package) for package in PACKAGES},
+                "metrics": {**{package: version(package) for package in PACKAGES}, "matcher": MATCHER},
             }
         return self._identities[task]
 
