@@ -130,7 +130,7 @@ def answer_tokens(
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids, mask = _left_pad(encoded, pad, model.device)
-    with _bias(model, sparsity_bias):
+    with biased(model, sparsity_bias):
         output, record = _run(model, ids, mask, pad, max_new_tokens=max_new_tokens, **options)
     stride = record.route.shape[1] // len(encoded)  # beams of a prompt share its route
     reports = route_reports(
@@ -158,7 +158,8 @@ def _run(model: Any, ids: Tensor, mask: Tensor, pad: int, **options: Any) -> tup
 
 
 @contextmanager
-def _bias(model: Any, sparsity_bias: float | None) -> Iterator[None]:
+def biased(model: Any, sparsity_bias: float | None) -> Iterator[None]:
+    """Inside the context, this sparsity bias instead of the configuration's; None changes nothing."""
     if sparsity_bias is None:
         yield
         return

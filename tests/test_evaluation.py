@@ -50,6 +50,10 @@ def model():
         ("random:half", "'half' is no number; expected an MSR from 0 to 1"),
         ("random:1.5", "the MSR 1.5 is not between 0 and 1"),
         ("elastic:absent", "absent does not exist"),
+        ("elastic:.@more", "'more' behind the @ is no number"),
+        ("elastic:.@nan", "nan is not finite"),
+        ("static:README.md@2", "2 is not an MSR from 0 to 1"),
+        ("static:absent.tsv@0.5", "absent.tsv does not exist"),
     ],
 )
 def test_unknown_methods_are_refused(name, message):
@@ -66,6 +70,12 @@ def test_routes_of_the_methods(tmp_path):
     file = tmp_path / "heads.tsv"
     file.write_text("0.9\t0.1\n0.0\t0.5\n")
     assert Method.parse(f"static:{file}").route(2, 2, 0).tolist() == [[0, 1], [1, 0]]
+    assert Method.parse(f"static:{file}@0.75").route(2, 2, 0).tolist() == [[0, 1], [1, 1]]
+    assert Method.parse(f"static:{file}@0.25").route(2, 2, 0).tolist() == [[0, 0], [1, 0]]
+    assert (Method.parse(f"elastic:{tmp_path}@-1.5").argument, Method.parse(f"elastic:{tmp_path}@-1.5").knob) == (
+        str(tmp_path),
+        -1.5,
+    )
     with pytest.raises(ValueError, match=r"has 2 lines of \[2\] numbers; this backbone needs 3 lines"):
         read_pattern(file, 3, 2)
     file.write_text("a b\n")
@@ -103,6 +113,51 @@ def test_dense_scores_are_those_of_the_plain_harness(model, tokenizer):
                 assert two == pytest.approx(one, abs=1e-3) and greedy == same
 
 
+def test_scores_of_whole_tasks_are_those_of_the_plain_harness(model, tokenizer):
+    """A task that generates and one that ranks continuations, through `simple_evaluate`: plain HFLM on the stock model,
+    ours on the attached one, every head full.
+    """
+    import lm_eval
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
+
+    docs = [{"text": f"document {i} says {'ab' * (3 * i + 2)}", "choices": ["one", "two words", "3"]} for i in range(7)]
+    plain = HFLM(pretrained=tiny_model(), tokenizer=tokenizer, batch_size=1)
+    common = {
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
+        "dataset_path": "",
+        "test_split": "test",
+        "doc_to_text": "{{text}}",
+        "metadata": {"version": 1.0},
+    }
+    kinds = {
+        "generate_until": {
+            "doc_to_target": "{{choices[0]}}",
+            "generation_kwargs": {"do_sample": False, "max_gen_toks": 5, "until": []},
+            "process_results": lambda doc, results: {"score": float(len(set(results[0])))},
+            "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
+        },
+        "multiple_choice": {
+            "doc_to_target": 1,
+            "doc_to_choice": "{{choices}}",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        },
+    }
+    for kind, own in kinds.items():
+        found = []
+        for lm in (plain, RoutedLM(model, tokenizer, 0, batch_size=3)):
+            task = ConfigurableTask(config={"task": f"own_{kind}", "output_type": kind, **common, **own})
+            options = {"log_samples": True, "bootstrap_iters": 0, "verbosity": "ERROR"}
+            found.append(lm_eval.simple_evaluate(model=lm, tasks=[task], **options))
+        one, other = (result["results"][f"own_{kind}"] for result in found)
+        scores = [key for key in one if key.startswith(("score", "acc"))]
+        assert scores and all(one[key] == other[key] for key in scores)
+        if kind == "generate_until":
+            texts = [[s["resps"][0][0] for s in result["samples"][f"own_{kind}"]] for result in found]
+            assert texts[0] == texts[1] and any(texts[0])
+
+
 def test_routes_follow_from_the_context_alone(model, tokenizer):
     lm = RoutedLM(model, tokenizer, None, batch_size=3)
     context = "a context of some length to be routed"
@@ -133,7 +188,7 @@ def test_one_command_compares_methods_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setitem(ruler_samples.NEW_TOKENS, "ruler_fwe", 4)
     model, words = load_backbone("tiny")
     model.config.max_position_embeddings = 2048
-    monkeypatch.setattr(runner, "_load", lambda *_: (attach(model, small_config()), words))
+    monkeypatch.setattr(runner, "load_model", lambda *_: (attach(model, small_config()), words))
     plan = runner.Plan(
         "tiny",
         "cpu",

@@ -126,7 +126,7 @@ def test_a_prompt_one_token_over_the_limit_loses_its_middle(tmp_path, capsys):
 
 def test_without_any_data_the_command_says_what_it_needs(tmp_path, capsys):
     assert cli.main(["eval", "--tasks", "longbench2", "--data", str(tmp_path), "--backbone", "tiny"]) == 2
-    assert "no task of longbench2 can run here: longbench2 has no file data or" in capsys.readouterr().err
+    assert "no task of longbench2 can run here: longbench2 (has no file data or" in capsys.readouterr().err
 
 
 def small_run(data, out):

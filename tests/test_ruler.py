@@ -15,6 +15,7 @@ from elastic.evaluation.benchmark import Request, choose
 from elastic.evaluation.ruler import PRESETS, QA, SYNTHETIC, Ruler, prompt_tokens, score
 from elastic.evaluation.ruler_data import RulerData, sentences
 from elastic.evaluation.ruler_samples import fill, new_tokens
+from tests.models import small_bpe
 
 ESSAY = "A man walks home. He sees the sea! Does he stop? He does not, since it is late and 3 friends wait for him. "
 
@@ -109,10 +110,11 @@ def test_samples_fill_their_length_and_are_cached(ruler, task, length, tiny, cac
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [1024, 2048, 4096, 8192, 16384, 32768])
-@pytest.mark.parametrize("name", ["tiny", "smollm2-135m"])
-def test_every_length_is_filled(ruler, name, length, tiny, monkeypatch):
-    tokenizer = tiny
-    if name != "tiny":
+@pytest.mark.parametrize("name", ["small BPE", "smollm2-135m"])
+def test_every_length_is_filled(ruler, name, length, monkeypatch):
+    if name == "small BPE":
+        tokenizer = small_bpe()
+    else:
         monkeypatch.delenv("ELASTIC_CACHE")
         tokenizer = smollm2()
     for task in SYNTHETIC:

@@ -6,9 +6,14 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from elastic.config import SparseConfig
 from elastic.console import Parser, complain, say
+
+if TYPE_CHECKING:
+    from elastic.evaluation.benchmark import Benchmark
+    from elastic.evaluation.runner import Plan
 
 SUMMARY = "compare dense, streaming, static, random and trained routing on long-context benchmarks"
 
@@ -39,8 +44,17 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["dense", "streaming"],
         metavar="METHOD",
-        help="dense, streaming, random:<msr>, static:<pattern file>, elastic:<checkpoint> (default: dense streaming)",
+        help="dense, streaming, random:<msr>, static:<pattern file>[@<msr>], elastic:<checkpoint>[@<bias>] "
+        "(default: dense streaming)",
     )
+    parser.add_argument(
+        "--sweep",
+        type=Path,
+        metavar="FILE.tsv",
+        help="instead of --methods: the pattern file's heads streaming from none to all, by score; a file that is not "
+        "there is made first, by ranking the backbone's heads by retrieval score",
+    )
+    parser.add_argument("--points", type=int, default=9, metavar="N", help="of a sweep (default 9)")
     parser.add_argument(
         "--backbone", default="smollm2-135m", help="of methods without checkpoint (default smollm2-135m)"
     )
@@ -78,54 +92,60 @@ def run(args: argparse.Namespace) -> None:
     for package in ("lm_eval", "wonderwords"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the package {package} is missing; run `pip install 'elastic-attention[eval]'`")
-    from elastic.evaluation.benchmark import Benchmark, choose
+    from elastic.evaluation.benchmark import choose, reasons
     from elastic.evaluation.longbench import TASKS, LongBench
     from elastic.evaluation.ruler import PRESETS, Ruler
     from elastic.evaluation.ruler_data import RulerData
-    from elastic.evaluation.runner import Plan, run
+    from elastic.evaluation.runner import run
     from elastic.evaluation.summary import group_table, summary_table, write_summary
+    from elastic.evaluation.sweep import make_ranking, sweep_methods, write_sweep
 
     data = RulerData(args.essays, args.squad, args.hotpotqa, args.words)
     longbench = [LongBench(name, args.data) for name in TASKS]
     benchmarks: list[Benchmark] = [Ruler(data), Ruler(data, paper=True), *longbench]
-    family, limit = PRESETS.get(args.preset, ("ruler", None))
+    family, samples = PRESETS.get(args.preset, ("ruler", None))
     asked = args.tasks or [family]
-    tasks = tuple(choose(benchmarks, asked))
-    if limit is None and any(benchmark.by_length for benchmark, _ in tasks):
-        limit = 50
+    plan = _plan(args, choose(benchmarks, asked), samples if args.limit is None else args.limit)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its notes on things that are meant
+    began = time.perf_counter()
+    if args.sweep is not None:
+        make_ranking(plan, args.sweep)
+        methods = sweep_methods(args.sweep, args.points)
+    rows = run(plan, methods, args.out)
+    tables = "\n\n".join(filter(None, (summary_table(rows), group_table(rows))))
+    say(f"\nscore ± half of the 95 % interval @ MSR\n\n{tables}\n")
+    for benchmark in dict.fromkeys(benchmark for benchmark, _ in plan.tasks):
+        if benchmark.name in asked and benchmark.left_out():
+            say(f"Not in the means of {benchmark.name}: {reasons(benchmark.left_out())}")
+        for correction in benchmark.corrections:
+            say(f"Corrected: {correction}")
+    for row in (row for benchmark in longbench for row in benchmark.skipped):
+        say(f"Not a usable document: {row}")
+    written = write_summary(rows, args.out) + (write_sweep(rows, args.out) if args.sweep else [])
+    say(f"Written: {args.out / 'samples'}, {args.out / 'summary'}.{{json,txt}}, {', '.join(map(str, written))}")
+    say(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes.")
+
+
+def _plan(args: argparse.Namespace, tasks: list[tuple["Benchmark", str]], samples: int | None) -> "Plan":
+    from elastic.evaluation.runner import Plan
+
     try:
         lengths = tuple(int(length) for length in args.lengths.split(","))
     except ValueError as error:
         raise ValueError(
             f"--lengths {args.lengths!r}: expected numbers divided by commas, such as 1024,2048"
         ) from error
-    sparse = SparseConfig(sink=args.sink, window=args.window, block=args.block)
-    plan = Plan(
+    if samples is None and any(benchmark.by_length for benchmark, _ in tasks):
+        samples = 50
+    return Plan(
         args.backbone,
         args.device,
         args.dtype,
-        tasks,
+        tuple(tasks),
         lengths,
-        limit if args.limit is None else args.limit,
+        samples,
         args.batch_size,
         args.chat,
-        sparse,
+        SparseConfig(sink=args.sink, window=args.window, block=args.block),
         args.seed,
     )
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its notes on things that are meant
-    began = time.perf_counter()
-    rows = run(plan, methods, args.out)
-    say(f"\nscore ± half of the 95 % interval @ MSR\n\n{summary_table(rows)}\n")
-    if groups := group_table(rows):
-        say(f"{groups}\n")
-    for benchmark in dict.fromkeys(benchmark for benchmark, _ in tasks):
-        if benchmark.name in asked and benchmark.left_out():
-            left_out = "; ".join(f"{task} ({reason})" for task, reason in benchmark.left_out().items())
-            say(f"Not in the means of {benchmark.name}: {left_out}")
-        for correction in benchmark.corrections:
-            say(f"Corrected: {correction}")
-    for row in (row for benchmark in longbench for row in benchmark.skipped):
-        say(f"Not a usable document: {row}")
-    files = ", ".join(str(path) for path in write_summary(rows, args.out))
-    say(f"Written: {args.out / 'samples'}, {args.out / 'summary'}.{{json,txt}}, {files}")
-    say(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes.")

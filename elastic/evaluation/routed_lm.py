@@ -56,7 +56,7 @@ class RoutedLM(HFLM):
             batch_size=batch_size,
             max_length=limit,
             backend="causal",
-            enable_thinking=False,
+            enable_thinking=False,  # answers are short and begin at once; templates without such a switch ignore it
         )
         self.route = route
         self.facts: dict[str, SampleFacts] = {}

@@ -96,7 +96,7 @@ def run(plan: Plan, methods: Sequence[Method], out: Path) -> list[dict[str, Any]
             if samples is None:
                 source = method.argument if method.kind == "elastic" else plan.backbone
                 if loaded[0] != source:
-                    loaded = (source, *_load(plan, method))
+                    loaded = (source, *load_model(plan, method))
                 samples = _evaluate(plan, method, cell, *loaded[1:])
                 _write(file, facts, samples)
             rows.append(_row(method.name, cell, samples))
@@ -105,7 +105,8 @@ def run(plan: Plan, methods: Sequence[Method], out: Path) -> list[dict[str, Any]
     return rows
 
 
-def _load(plan: Plan, method: Method) -> tuple[Any, Any]:
+def load_model(plan: Plan, method: Method) -> tuple[Any, Any]:
+    """The method's model, attached and in eval mode, and its tokenizer."""
     if method.kind == "elastic":
         from elastic.inference import load
 
@@ -124,6 +125,7 @@ def _evaluate(plan: Plan, method: Method, cell: Cell, model: Any, tokenizer: Any
 
     from elastic.backbones import architecture
     from elastic.evaluation.routed_lm import RoutedLM
+    from elastic.inference import biased
 
     limit = model.config.max_position_embeddings
     if cell.length is not None and cell.length > limit:
@@ -134,15 +136,16 @@ def _evaluate(plan: Plan, method: Method, cell: Cell, model: Any, tokenizer: Any
     route = method.route(shape["num_layers"], shape["num_kv_heads"], plan.seed)
     lm = RoutedLM(model, tokenizer, route, plan.batch_size)
     started = time.perf_counter()
-    results: Any = lm_eval.simple_evaluate(
-        model=lm,
-        tasks=[task],
-        apply_chat_template=chat,
-        log_samples=True,
-        bootstrap_iters=0,
-        task_manager=TaskManager(include_defaults=False),  # whose thousands of task files take 20 s to read
-        verbosity="ERROR",
-    )
+    with biased(model, method.knob if method.kind == "elastic" else None):
+        results: Any = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=[task],
+            apply_chat_template=chat,
+            log_samples=True,
+            bootstrap_iters=0,
+            task_manager=TaskManager(include_defaults=False),  # whose thousands of task files take 20 s to read
+            verbosity="ERROR",
+        )
     seconds = time.perf_counter() - started
     (made,) = results["samples"].values()
     return [
