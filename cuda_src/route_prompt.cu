@@ -17,6 +17,7 @@ struct RouteParams {
   const float *weight, *count;    // [N, slots], [N]
   const float* earlier;           // [N, K, D]: sums of the first half from an earlier turn, or null
   const float *w1, *b1, *w2, *b2, *w3, *b3, *w4, *b4, *w5, *b5;
+  const float* offset;            // [K, 2]: logits of the heads' own, or null
   const float *mean, *var;        // [K, D], or null: features are the pooled keys
   const double* seen;             // samples behind the statistics
   float *pooled, *first, *logits, *route;  // [N, K, D], [N, K, D], [N, K, 2], [N, K]
@@ -25,7 +26,7 @@ struct RouteParams {
   int samples, kv_heads, slots, mode0, mode1;
   float bias;
 };
-static_assert(sizeof(RouteParams) == 208, "elastic/kernels/route_prompt.py packs 208 bytes");
+static_assert(sizeof(RouteParams) == 216, "elastic/kernels/route_prompt.py packs 216 bytes");
 
 struct Activations {  // of all rows; every CTA has all of them
   float features[kRows][kD], task_wide[kRows][kWide], task[kRows][kD], wide[kRows][kWide], out[kRows][kD];
@@ -180,7 +181,8 @@ ELASTIC_FN void decide(const RouteParams& p, const float (&x)[kD], int index, in
     sum[1] += __shfl_xor_sync(~0u, sum[1], step);
   }
   if (lane != 0) return;
-  const float full = sum[0] + p.b5[0], sparse = sum[1] + p.b5[1];
+  const float* own = p.offset ? p.offset + 2 * (index % p.kv_heads) : nullptr;
+  const float full = sum[0] + p.b5[0] + (own ? own[0] : 0.0f), sparse = sum[1] + p.b5[1] + (own ? own[1] : 0.0f);
   const bool routed = sparse + p.bias > full;  // ties go to full attention
   p.logits[2 * index] = full;
   p.logits[2 * index + 1] = sparse;

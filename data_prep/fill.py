@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from data_prep.draw import Measure
-from data_prep.generators import SHORTEST, generate
+from data_prep.generators import generate
 from data_prep.mixture_config import Mixture
 from elastic.packed import Sample, tokenise
 
@@ -16,7 +16,7 @@ def fill_up(
     rows: list[list[Sample]], mixture: Mixture, split: str, part: int, tokenizer: Any, measure: Measure
 ) -> list[list[Sample]]:
     """The same rows, those less than `ENOUGH` full with more samples of the generators, the one furthest below
-    its share first; without a generator they stay as they are.
+    its share first; without a generator whose contexts are short enough they stay as they are.
     """
     names = [name for name, source in mixture.sources.items() if source.path is None]
     used = dict.fromkeys(mixture.sources, 0)
@@ -42,10 +42,13 @@ def fill_up(
 def _draw(
     mixture: Mixture, name: str, split: str, number: tuple[int, int], length: int, tokenizer: Any, measure: Measure
 ) -> Sample | None:
-    """A sample of one generator with a context of about `length` tokens; None where that is too short for one."""
-    length = min(length, mixture.context[1])
-    if length < SHORTEST:
+    """A sample of one generator with a context of about `length` tokens; None where its contexts are longer."""
+    source = mixture.sources[name]
+    shortest, longest = source.context or mixture.context
+    length = min(length, longest)
+    if length < shortest:
         return None
     seed = -1 - (mixture.seed * 1_000_003 + number[0]) * 1_000_003 - number[1]  # ordinary parts have seeds from 0 on
-    made = generate(name, split, 1, length, seed, measure, *mixture.folders, shortest=length * 3 // 4)
+    shortest = max(shortest, length * 3 // 4)
+    made = generate(source.generator or name, split, 1, length, seed, measure, *mixture.folders, shortest)
     return replace(tokenise(next(made), tokenizer), source=name)

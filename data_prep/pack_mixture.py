@@ -134,13 +134,14 @@ def _drawn(mixture: Mixture, name: str, split: str, part: int, budget: float, re
 
 
 def _records(mixture: Mixture, name: str, split: str, part: int, measure: Any, report: ReadReport) -> Iterator[Record]:
-    path = mixture.sources[name].path
-    if path is not None:
-        yield from read_records(path.format(split=split), report, every=mixture.parts(split), first=part)
+    source = mixture.sources[name]
+    if source.path is not None:
+        yield from read_records(source.path.format(split=split), report, every=mixture.parts(split), first=part)
         return
-    shortest, longest = mixture.context
+    shortest, longest = source.context or mixture.context
     seed = mixture.seed * 1_000_003 + part
-    yield from generate(name, split, ENDLESS, longest, seed, measure, *mixture.folders, shortest)
+    generator = source.generator or name
+    yield from generate(generator, split, ENDLESS, longest, seed, measure, *mixture.folders, shortest)
 
 
 @lru_cache(maxsize=1)
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         fill = tokens / (rows * manifest["seq_length"])
         sys.stdout.write(f"{split}: {rows} rows, {tokens} tokens, {fill:.1%} full, {skipped} records left out\n")
         if fill < FULL:
-            sys.stdout.write("  fuller rows: add a generator with a small weight, or raise part_tokens\n")
+            sys.stdout.write("  fuller rows: let a generator make short contexts, or raise part_tokens\n")
     return 0
 
 

@@ -7,18 +7,18 @@ of a generation live on its KV cache, so interleaved requests never mix.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from elastic.config import ElasticConfig
+from elastic.config import ElasticConfig, SparseConfig
 from elastic.context import Context
 from elastic.families import FAMILIES, attention_layers
 from elastic.head_plan import HeadPlan
-from elastic.patterns import check_supported
 from elastic.router import Router, build_router
-from elastic.routing import RouteRecord, Routing, RoutingState, route_layer, route_of
+from elastic.routing import RouteRecord, Routing, RoutingState, remember_density, route_layer, route_of
 
 __all__ = [
     "FAMILIES",
@@ -56,10 +56,9 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
         The same model. With all heads on full attention its outputs equal the stock model's bit for bit on the CPU.
 
     Raises:
-        ValueError: a model that is attached already or uses something unsupported, or a configuration without a kernel.
+        ValueError: a model that is attached already or uses something unsupported.
     """
     config = config or ElasticConfig()
-    check_supported(config.sparse)
     if is_attached(model):
         raise ValueError("this model already has routers; call elastic.detach(model) first")
     layers = attention_layers(model)
@@ -104,7 +103,6 @@ def elastic_config(model: Any) -> ElasticConfig:
 
 def set_config(model: Any, config: ElasticConfig) -> None:
     """Replace settings that need no new routers: sparsity bias, decoding, pattern sizes."""
-    check_supported(config.sparse)
     if config.router != elastic_config(model).router:
         raise ValueError(
             f"router settings are fixed at attach ({elastic_config(model).router}); detach and attach again"
@@ -145,23 +143,25 @@ def routing(model: Any) -> RoutingState:
 
 
 @contextmanager
-def override_routes(model: Any, route: int | Tensor | None) -> Iterator[None]:
+def override_routes(model: Any, route: int | Tensor | None, sparse: SparseConfig | None = None) -> Iterator[None]:
     """Inside the context, use these routes instead of the routers' decisions.
 
     Args:
         route: 0 (every head in route 0's mode), 1, a tensor [L, K] or [L, N, K] in {0, 1}, or None for the routers'
             own.
+        sparse: modes and pattern sizes inside the context; default the model's own.
 
     Raises:
         ValueError: a tensor of another shape, or values other than 0 and 1.
     """
     state = _handle(model).routing
     state.check_override(route, len(routers(model)), routers(model)[0].kv_heads)
-    previous, state.override = state.override, route
+    previous, config = state.override, state.config
+    state.override, state.config = route, replace(config, sparse=sparse or config.sparse)
     try:
         yield
     finally:
-        state.override = previous
+        state.override, state.config = previous, config
 
 
 def set_temperature(model: Any, temperature: float) -> None:
@@ -239,12 +239,14 @@ class _Handle:
         layout = kwargs.get("elastic_layout")
         if layout is None:
             raise ValueError("this layer was called outside the attached model's decoder; call the whole model")
-        route = route_layer(attn, hidden, layout, kwargs.get("past_key_values"), self.routing)
+        cache = kwargs.get("past_key_values")
+        route = route_layer(attn, hidden, layout, cache, self.routing)
         config, context = self.routing.config, self.routing.context
         state = attn.router.last
         mode = None if state is None or state.route_NK is not route else state.mode_NK
         plan = HeadPlan.build(route, config.sparse, layout, config.gradient_share, mode)
-        return args, {**kwargs, "elastic_route": route, "elastic_plan": plan, "elastic_context": context}
+        own = {"elastic_route": route, "elastic_plan": plan, "elastic_context": context, "elastic_cache": cache}
+        return args, {**kwargs, **own}
 
 
 def _attention_function(
@@ -268,7 +270,9 @@ def _attention_function(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return context.attend(query, key[:, :, :keys], value[:, :, :keys], route, plan, scale), None
+    out, density = context.attend(query, key[:, :, :keys], value[:, :, :keys], route, plan, scale)
+    remember_density(module, density, kwargs.get("elastic_cache"))
+    return out, None
 
 
 def _no_mask(**kwargs: Any) -> None:

@@ -15,7 +15,7 @@ from elastic.config import ElasticConfig
 from elastic.context import Context
 from elastic.head_plan import Layout
 from elastic.kernels.route_prompt import route_prompt, why_not_routed
-from elastic.patterns import mode_id
+from elastic.patterns import mode_ids
 from elastic.relaxation import decide, sample_route
 from elastic.router import AttentionRouter, BoundarySlots, LayerState, Router, half_sums
 
@@ -113,8 +113,9 @@ def fused_decision(
         pooling.count_N11.flatten(),
         [parameter for layer in layers for parameter in (layer.weight, layer.bias)],
         statistics,
+        offset=router.offset,
         earlier=earlier_NKD,
         bias=config.sparsity_bias,
-        modes=(mode_id(sparse.route0), mode_id(sparse.route1)),
+        modes=mode_ids(sparse),
     )
     return LayerState(found.route, found.logits, found.pooled, found.mode), found.first

@@ -133,13 +133,15 @@ def answer_tokens(
     with biased(model, sparsity_bias):
         output, record = _run(model, ids, mask, pad, max_new_tokens=max_new_tokens, **options)
     stride = record.route.shape[1] // len(encoded)  # beams of a prompt share its route
+    sparse, head_dim = elastic_config(model).sparse, architecture(model)["head_dim"]
     reports = route_reports(
         record.route[:, ::stride],
         record.prompt_lengths[::stride],
-        elastic_config(model).sparse,
-        head_dim=architecture(model)["head_dim"],
+        sparse,
+        head_dim=head_dim,
         element_size=model.dtype.itemsize,
-        backend=backend_for(model.device, model.dtype, architecture(model)["head_dim"]),
+        backend=backend_for(model.device, model.dtype, head_dim, sparse=sparse),
+        density_LNK=None if record.density is None else record.density[:, ::stride],
     )
     answers = [_answer(row[ids.shape[1] :].tolist(), ends_of(model), pad) for row in output]
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
@@ -159,7 +161,7 @@ def _run(model: Any, ids: Tensor, mask: Tensor, pad: int, **options: Any) -> tup
 
 @contextmanager
 def biased(model: Any, sparsity_bias: float | None) -> Iterator[None]:
-    """Inside the context, this sparsity bias instead of the configuration's; None changes nothing."""
+    """Inside the context, routers decide with this `sparsity_bias`; None leaves the configuration's."""
     if sparsity_bias is None:
         yield
         return

@@ -7,7 +7,7 @@ Legend: L layers, N samples, B rows, S tokens, K KV heads, D head dim, P pooled 
 hidden size.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,16 +30,23 @@ class RouteRecord:
         layers: route [N, K] by layer.
         heads: by layer, sum [N, K, D] of the conversation's first P keys, for routing a later turn.
         prompt_lengths: int64 [N]; tokens of the prompt that the routes were decided on.
+        densities: by layer, what XAttention heads visited [N, K], see `elastic.selection.density`.
     """
 
     layers: dict[int, Tensor] = field(default_factory=dict)
     heads: dict[int, Tensor] = field(default_factory=dict)
     prompt_lengths: Tensor | None = None
+    densities: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def route(self) -> Tensor:
         """int8 [L, N, K] on the CPU."""
         return torch.stack([self.layers[i].cpu() for i in sorted(self.layers)])
+
+    @property
+    def density(self) -> Tensor | None:
+        """float64 [L, N, K] on the CPU; None if the configuration has no XAttention heads."""
+        return torch.stack([self.densities[i].cpu() for i in sorted(self.densities)]) if self.densities else None
 
 
 @dataclass(frozen=True)
@@ -50,18 +57,27 @@ class RoutingState:
         route: [L, N, K] in {0, 1}, with the straight-through gradient in training.
         logits: [L, N, K, 2], route 0 first; None when the routes were given from outside.
         lengths: int64 [N]; tokens of each sample.
+        density: float64 [L, N, K]; share of the visible pairs that XAttention heads visited (`elastic.selection`).
+            None if the configuration has no such heads.
     """
 
     route: Tensor
     logits: Tensor | None
     lengths: Tensor
+    density: Tensor | None = None
 
     @classmethod
     def stack(cls, states: list[LayerState], lengths: Tensor) -> "RoutingState":
         """Collect the layers' states."""
         route = torch.stack([state.route_NK for state in states])
         logits = [state.logits_NK2 for state in states if state.logits_NK2 is not None]
-        return cls(route, torch.stack(logits) if len(logits) == len(states) else None, lengths)
+        density = [state.density_NK for state in states if state.density_NK is not None]
+        return cls(
+            route,
+            torch.stack(logits) if len(logits) == len(states) else None,
+            lengths,
+            torch.stack(density) if len(density) == len(states) else None,
+        )
 
 
 def route_of(cache: Any) -> RouteRecord:
@@ -164,6 +180,14 @@ def route_layer(attn: Any, hidden_BSE: Tensor, layout: Layout, cache: Any, routi
         record.layers[attn.layer_idx] = route.detach().to(torch.int8)
         record.prompt_lengths = (layout.prompt_end_N - layout.begin_N).cpu()
     return route.to(hidden_BSE.device)
+
+
+def remember_density(attn: Any, density_NK: Tensor | None, cache: Any) -> None:
+    """Keep what a prefill's XAttention heads visited beside the decision it belongs to."""
+    if density_NK is not None:
+        attn.router.last = replace(attn.router.last, density_NK=density_NK)
+        if cache is not None:
+            route_of(cache).densities[attn.layer_idx] = density_NK
 
 
 def _decide(attn: Any, hidden_BSE: Tensor, layout: Layout, routing: Routing, record: RouteRecord | None) -> LayerState:

@@ -18,7 +18,7 @@ LAYERS = {
     0: ("config", "training_config", "tasks", "visibility", "reference", "console", "cache", "kernels", "schedules"),
     1: ("rows", "records", "router", "relaxation", "patterns", "families"),
     2: ("packed", "shards", "head_plan", "sparsity"),
-    3: ("torch_attention", "attention", "context", "deciding", "routing"),
+    3: ("selection", "torch_attention", "attention", "context", "deciding", "routing"),
     4: ("backbone", "backbones", "plots"),
     5: ("losses", "objective", "checkpoint", "report", "bench"),
     6: ("context_parallel", "distributed", "inference", "data", "methods", "metrics", "resumable"),

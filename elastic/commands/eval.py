@@ -44,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["dense", "streaming"],
         metavar="METHOD",
-        help="dense, streaming, random:<msr>, static:<pattern file>[@<msr>], elastic:<checkpoint>[@<bias>] "
+        help="dense, streaming, xattention[:<threshold>], random:<msr>, static:<pattern file>[@<msr>], "
+        "elastic:<checkpoint>[@<bias>] "
         "(default: dense streaming)",
     )
     parser.add_argument(
@@ -68,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sink", type=int, default=64, help="of methods without checkpoint, in tokens (default 64)")
     parser.add_argument("--window", type=int, default=256, help="likewise (default 256)")
     parser.add_argument("--block", type=int, default=64, help="likewise (default 64)")
+    parser.add_argument("--stride", type=int, default=16, help="of XAttention (default 16)")
     parser.add_argument("--seed", type=int, default=0, help="of samples and random patterns (default 0)")
     return parser
 
@@ -146,6 +148,6 @@ def _plan(args: argparse.Namespace, tasks: list[tuple["Benchmark", str]], sample
         samples,
         args.batch_size,
         args.chat,
-        SparseConfig(sink=args.sink, window=args.window, block=args.block),
+        SparseConfig(sink=args.sink, window=args.window, block=args.block, stride=args.stride),
         args.seed,
     )

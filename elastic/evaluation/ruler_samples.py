@@ -45,13 +45,13 @@ class Source:
     """Samples of a task by size.
 
     Attributes:
-        make: (index, size) -> sample with `input`, `gen_prefix` and `outputs`; draws from the global generators.
+        make: (index, size, draw) -> sample with `input`, `gen_prefix` and `outputs`; draws from the global generators.
         guess: a size to begin with.
         smallest, largest: sizes that `make` takes.
         questions: how many there are to choose from; None where every index is a new one.
     """
 
-    make: Callable[[int, int], Doc]
+    make: Callable[[int, int, int], Doc]
     guess: int
     smallest: int
     largest: int | None = None
@@ -99,14 +99,14 @@ def _draw(
 
     def draw(size: int, attempt: int) -> Doc:
         _seed(f"{seed}/{attempt}")
-        return source.make(index, size)
+        return source.make(index, size, attempt)
 
     aim = budget - (1 - AIM) * length
     best = fill(lambda size: draw(size, 0), tokens, budget, size, source.smallest, source.largest, aim)
     for attempt in range(1, DRAWS):
         if best is None or best[0] >= budget - (1 - ENOUGH) * length or best[2] == source.largest:
             break
-        doc = draw(best[2] + 1, attempt)  # one unit more, and units vary in tokens
+        doc = draw(best[2] + 1, attempt)  # a unit more, and units vary in tokens
         used = tokens(doc)
         if best[0] < used <= budget:
             best = used, doc, best[2] + 1
@@ -179,36 +179,57 @@ def _seed(text: str) -> None:
 
 def _source(task: str, length: int, tokenizer: Any, data: RulerData) -> Source:
     if task in NEEDLES:
-        return _needles(task, length, data)
+        return _needles(task, length, tokenizer, data)
     makers = {"ruler_vt": _variables, "ruler_cwe": _common_words, "ruler_fwe": _frequent_words}
     if task in makers:
         return makers[task](length, tokenizer, data)
     return _questions(data.squad_questions if task == "ruler_qa_squad" else data.hotpotqa_questions)
 
 
-def _needles(task: str, length: int, data: RulerData) -> Source:
+def _needles(task: str, length: int, tokenizer: Any, data: RulerData) -> Source:
     from lm_eval.tasks.ruler.niah_utils import TEMPLATE
     from lm_eval.tasks.ruler.prepare_niah import generate_input_output, get_haystack
 
-    kind, key, value, keys, values, queries = NEEDLES[task]
+    haystack, key, value, keys, values, queries = NEEDLES[task]
     one = queries * values == 1
 
-    def make(_index: int, size: int) -> Doc:
-        text, answers, query = generate_input_output(
-            size,
-            (data.haystack * (size // len(data.haystack) + 1))[:size] if kind == "essay" else get_haystack(kind),
-            type_haystack=kind,
-            type_needle_k=key,
-            type_needle_v=value,
-            template=TEMPLATE,
-            num_needle_k=keys,
-            num_needle_v=values,
-            num_needle_q=queries,
-        )
+    def make(_index: int, size: int, draw: int) -> Doc:
+        with _short_identifiers(tokenizer, 1 + draw // 8 if haystack == "needle" else 1):
+            text, answers, query = generate_input_output(
+                size,
+                (data.haystack * (size // len(data.haystack) + 1))[:size]
+                if haystack == "essay"
+                else get_haystack(haystack),
+                type_haystack=haystack,
+                type_needle_k=key,
+                type_needle_v=value,
+                template=TEMPLATE,
+                num_needle_k=keys,
+                num_needle_v=values,
+                num_needle_q=queries,
+            )
         asked = f"{value[:-1] if one else value} for {query} mentioned in the provided text {'is' if one else 'are'}"
         return {"input": text, "gen_prefix": f"The special magic {asked}", "outputs": answers}
 
-    return Source(make, max(8, length // (1 if kind == "essay" else 30)), keys * values + 1)
+    return Source(make, max(8, length // (1 if haystack == "essay" else 30)), keys * values + 1)
+
+
+@contextlib.contextmanager
+def _short_identifiers(tokenizer: Any, candidates: int) -> Iterator[None]:
+    """Every identifier is the one with the fewest tokens among so many random ones. A line of two of them is too coarse
+    a step for short lengths, and the sums of many random ones too alike for another draw to help.
+    """
+    from lm_eval.tasks.ruler import prepare_niah
+
+    draw = prepare_niah.generate_random_uuid
+    if candidates > 1:
+        prepare_niah.generate_random_uuid = lambda: min(
+            (draw() for _ in range(candidates)), key=lambda text: len(tokenizer(text)["input_ids"])
+        )
+    try:
+        yield
+    finally:
+        prepare_niah.generate_random_uuid = draw
 
 
 def _variables(length: int, tokenizer: Any, _data: RulerData) -> Source:
@@ -219,7 +240,7 @@ def _variables(length: int, tokenizer: Any, _data: RulerData) -> Source:
     template = vt_utils.CONFIG["variable_tracking"]
     beginning, ending = template["template"][:20], template["answer_prefix"][:40]
 
-    def make(_index: int, size: int) -> Doc:
+    def make(_index: int, size: int, _draw: int) -> Doc:
         text, answers = vt_utils.generate_input_output(size, num_chains=1, num_hops=4)
         begin, end = text.index(beginning), text.rfind(ending)
         question = f"{text[:begin]}{vt_utils.randomize_icl(shown)}\n\n{text[begin:end]}"
@@ -233,7 +254,7 @@ def _common_words(length: int, _tokenizer: Any, data: RulerData) -> Source:
 
     small, large, prefix = cwe_utils.WORDS, data.long_words, cwe_utils.CONFIG["answer_prefix"]
 
-    def make(_index: int, size: int) -> Doc:
+    def make(_index: int, size: int, _draw: int) -> Doc:
         # RULER's own rule: the long list where the short one has not enough words.
         cwe_utils.WORDS = small if size <= len(small) or large is None else large
         try:
@@ -254,7 +275,7 @@ def _frequent_words(length: int, _tokenizer: Any, _data: RulerData) -> Source:
     def uncounted(_text: str) -> Any:
         return SimpleNamespace(input_ids=())  # the search counts
 
-    def make(_index: int, size: int) -> Doc:
+    def make(_index: int, size: int, _draw: int) -> Doc:
         text, answers, _ = fwe_utils.generate_input_output(
             length, uncounted, num_words=size, vocab_size=max(20, length // 50)
         )
@@ -268,7 +289,7 @@ def _questions(read: tuple[list[Doc], list[str]]) -> Source:
 
     questions, documents = read
 
-    def make(index: int, size: int) -> Doc:
+    def make(index: int, size: int, _draw: int) -> Doc:
         gold = len(questions[index]["context"])
         text, answers = qa_utils.generate_input_output(index, max(size, gold), questions, documents)
         return {"input": text, "gen_prefix": "Answer:", "outputs": answers}

@@ -16,7 +16,7 @@ from elastic.kernels import jit
 from elastic.kernels.devices import device_facts, why_not
 
 _ROWS, _CLUSTER, _THREADS = 8, 8, 256
-_PARAMS = struct.Struct("<23Q5if")
+_PARAMS = struct.Struct("<24Q5if")
 
 
 class RoutedPrompt(NamedTuple):
@@ -51,6 +51,7 @@ def route_prompt(
     parameters: Sequence[Tensor],
     statistics: tuple[Tensor, Tensor, Tensor] | None,
     *,
+    offset: Tensor | None = None,
     earlier: Tensor | None = None,
     bias: float = 0.0,
     modes: tuple[int, int] = (0, 1),
@@ -64,6 +65,7 @@ def route_prompt(
         count: fp32 [N]; tokens to divide by, at least 1.
         parameters: weight and bias of the five linear layers in their order, fp32, contiguous.
         statistics: mean and var, fp32 [K, D], and the number of samples behind them, fp64 []; None: raw features.
+        offset: fp32 [K, 2]; logits of the heads' own, added to the router's.
         earlier: fp32 [N, K, D]; sum of the first P keys pooled in an earlier turn.
         bias: added to the SA logit.
         modes: of route 0 and of route 1 in the head plan.
@@ -71,7 +73,7 @@ def route_prompt(
     Raises:
         ValueError: tensors of another shape, type or layout.
     """
-    _check(keys, weight, count, parameters, statistics, earlier)
+    _check(keys, weight, count, parameters, statistics, earlier, offset)
     samples, slots, kv_heads, dim = keys.shape
     device, index = keys.device, keys.device.index
     shape = (samples, kv_heads)
@@ -85,7 +87,7 @@ def route_prompt(
     )
     if samples == 0:
         return out
-    read = (keys, weight, count, earlier, *parameters, *(statistics or (None, None, None)))
+    read = (keys, weight, count, earlier, *parameters, offset, *(statistics or (None, None, None)))
     addresses = (0 if x is None else x.data_ptr() for x in (*read, *out))
     params = _PARAMS.pack(*addresses, samples, kv_heads, slots, *modes, bias)
     kernel, parts = _kernel(index, dim, keys.dtype == torch.bfloat16)
@@ -105,7 +107,7 @@ def _kernel(index: int, head_dim: int, bf16: bool) -> tuple[Any, int]:
 
 def _check(
     keys: Tensor, weight: Tensor, count: Tensor, parameters: Sequence[Tensor],
-    statistics: tuple[Tensor, Tensor, Tensor] | None, earlier: Tensor | None,
+    statistics: tuple[Tensor, Tensor, Tensor] | None, earlier: Tensor | None, offset: Tensor | None,
 ) -> None:  # fmt: skip
     if keys.dim() != 4 or keys.shape[1] % 2 or not keys.is_contiguous() or keys.data_ptr() % 16:
         raise ValueError(
@@ -122,6 +124,8 @@ def _check(
         raise ValueError(f"{len(parameters)} parameters; expected {len(shapes)}: weight and bias of five linear layers")
     wanted = [("weight", weight, (samples, slots)), ("count", count, (samples,))]
     wanted += [(f"parameter {i}", x, shape) for i, (x, shape) in enumerate(zip(parameters, shapes, strict=True))]
+    if offset is not None:
+        wanted.append(("offset", offset, (kv_heads, 2)))
     if earlier is not None:
         wanted.append(("earlier", earlier, (samples, kv_heads, dim)))
     if statistics is not None:

@@ -16,8 +16,10 @@ pytestmark = [pytest.mark.gpu, needs_gpu]
 def trained_router(kv_heads: int, dim: int, norm: str = "running", samples: int = 20) -> AttentionRouter:
     """A router whose weights and statistics are those of no fresh one."""
     torch.manual_seed(kv_heads + dim)
-    router = AttentionRouter(kv_heads, dim, RouterConfig(feature_norm=norm)).cuda()
+    router = AttentionRouter(kv_heads, dim, RouterConfig(feature_norm=norm, head_offset=norm == "running")).cuda()
     nn.init.normal_(router.head[-1].weight)
+    if router.offset is not None:
+        nn.init.normal_(router.offset)
     with torch.no_grad():
         router.head[-1].bias.copy_(torch.tensor([0.01, -0.02]))
     router.update_statistics(0.3 * torch.randn(samples, kv_heads, dim, device="cuda") + 0.1)
@@ -68,17 +70,19 @@ def test_the_twins_agree(samples: int, kv_heads: int, dim: int, dtype: torch.dty
     statistics = None if norm == "none" else (router.mean, router.var, router.count)
     earlier = torch.randn(samples, kv_heads, dim, device="cuda") if samples == 3 else None
     bias, modes = (0.1, (0, 1)) if dim == 64 else (0.0, (1, 2))
-    found = route_prompt(keys, weight, count, linears(router), statistics, earlier=earlier, bias=bias, modes=modes)
+    settings = {"offset": router.offset, "earlier": earlier, "bias": bias, "modes": modes}
+    found = route_prompt(keys, weight, count, linears(router), statistics, **settings)
     agree(found, twin(router, keys, weight, count, earlier, bias), bias, modes)
     for _ in range(5):
-        again = route_prompt(keys, weight, count, linears(router), statistics, earlier=earlier, bias=bias, modes=modes)
+        again = route_prompt(keys, weight, count, linears(router), statistics, **settings)
         assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
 
 
 def test_few_samples_behind_the_statistics_leave_features_raw() -> None:
     router = trained_router(8, 128, samples=7)
     keys, weight, count = operands(2, 8, 128, torch.bfloat16)
-    found = route_prompt(keys, weight, count, linears(router), (router.mean, router.var, router.count))
+    statistics = (router.mean, router.var, router.count)
+    found = route_prompt(keys, weight, count, linears(router), statistics, offset=router.offset)
     agree(found, twin(router, keys, weight, count, None, 0.0), 0.0, (0, 1))
 
 
@@ -98,5 +102,9 @@ def test_what_does_not_fit_is_named() -> None:
         route_prompt(keys.float(), weight, count, linears(router), statistics)
     with pytest.raises(ValueError, match="9 parameters; expected 10"):
         route_prompt(keys, weight, count, linears(router)[:9], statistics)
+    with pytest.raises(
+        ValueError, match=r"offset is torch.float32 \[2, 8\].*expected contiguous torch.float32 \[8, 2\]"
+    ):
+        route_prompt(keys, weight, count, linears(router), statistics, offset=torch.zeros(2, 8, device="cuda"))
     with pytest.raises(ValueError, match=r"expected contiguous \[N, 2P, K, D\]"):
         route_prompt(keys.transpose(1, 2), weight, count, linears(router), statistics)
