@@ -161,8 +161,11 @@ def _facts(mixture: Mixture) -> dict[str, Any]:
 
 
 def _begin(scratch: Path, mixture: Mixture) -> None:
-    """Keep the parts of a killed run of the same mixture, tokenizer and versions; clear those of another."""
-    recipe = json.dumps(_facts(mixture), sort_keys=True)
+    """Keep the parts of a killed run of the same mixture, records, tokenizer and versions; clear those of another."""
+    named = (s.path.format(split=split) for s in mixture.sources.values() if s.path for split in mixture.tokens)
+    states = {path: Path(path).stat() for path in named if Path(path).is_file()}
+    files = {path: [state.st_size, state.st_mtime_ns] for path, state in states.items()}
+    recipe = json.dumps({**_facts(mixture), "records": files}, sort_keys=True)
     if not (scratch / RECIPE).is_file() or (scratch / RECIPE).read_text(encoding="utf-8") != recipe:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)

@@ -194,6 +194,13 @@ def test_a_mixture_killed_at_its_end_loses_no_shard(moment, records, tmp_path, m
 
     killed(run)
     if moment == "in the exchange":
+        records_file = records / "train" / "code.jsonl"
+        state = records_file.stat()
+        os.utime(records_file)  # other records: nothing of the killed run may be used
+        begun = tmp_path / ".data.parts"
+        pack_mixture._begin(pack_mixture.shutil.copytree(begun, tmp_path / "copy"), mixture)
+        assert not list((tmp_path / "copy").rglob("*.arrow")) and list(begun.rglob("*.arrow"))
+        os.utime(records_file, ns=(state.st_atime_ns, state.st_mtime_ns))
         monkeypatch.setattr(pack_mixture, "pack_part", lambda *_: pytest.fail("a finished shard was made again"))
         pack_mixture.pack_mixture(mixture, out, 1)
         assert content(out) == content(tmp_path / "wanted")
