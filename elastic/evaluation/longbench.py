@@ -8,6 +8,7 @@ Official record of LongBench-E: input, context, answers, all_classes, length (wo
 
 import hashlib
 import importlib.util
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from typing import Any
 from elastic.evaluation.benchmark import Request
 from elastic.rows import ENDINGS, ReadReport, read_rows
 
+warnings.filterwarnings("ignore", message="Using slow pure-python SequenceMatcher")  # the official run uses it too
 CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
 E, V2 = "longbench_e", "longbench2"
 SETS = (
@@ -198,7 +200,8 @@ def _file(task: str, data: Path) -> Path:
     for file in (folder / f"{stem}{ending}" for folder in folders for stem in _stems(task) for ending in ENDINGS):
         if file.is_file():
             return file
-    raise ValueError(f"has no file {' or '.join(_stems(task))} ({', '.join(ENDINGS)}) in {data}")
+    names = " or ".join(_stems(task)) if task == V2 else "<set>_e"
+    raise ValueError(f"no file {names} with {', '.join(ENDINGS)} in {data}")
 
 
 @cache

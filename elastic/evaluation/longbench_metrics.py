@@ -3,14 +3,11 @@ configs/eval. Each function takes a document and the harness' list of one answer
 """
 
 import re
-import warnings
 from collections.abc import Callable
 from typing import Any
 
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", message="Using slow pure-python SequenceMatcher")  # the official run's too
-    from fuzzywuzzy import fuzz
-    from lm_eval.tasks.longbench import metrics
+from fuzzywuzzy import fuzz
+from lm_eval.tasks.longbench import metrics
 
 MATCHER = fuzz.SequenceMatcher.__module__  # difflib, or python-Levenshtein's, whose ratios differ a little
 Document = dict[str, Any]

@@ -224,6 +224,7 @@ def _row(method: str, cell: Cell, samples: list[dict[str, Any]]) -> dict[str, An
         for name in ("score", "msr", "esr_last", "esr_all", "prefill_seconds", "tokens")
     }
     return {
+        "benchmark": cell.benchmark.name,
         "method": method,
         "task": cell.task,
         "length": cell.length,

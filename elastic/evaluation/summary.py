@@ -11,37 +11,39 @@ Rows = list[dict[str, Any]]
 
 
 def summary_table(rows: Rows) -> str:
-    """Score by task and length, one column per method, and the means over tasks and over samples."""
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    lines = []
-    for key in dict.fromkeys((row["task"], row["length"]) for row in rows):
-        found = {row["method"]: row for row in rows if (row["task"], row["length"]) == key}
-        cells = [f"{_score(found[m])} @{found[m]['msr']:.2f}" for m in methods]
-        lines.append([key[0], str(key[1] or "all"), str(found[methods[0]]["n"]), *cells])
-    for length in sorted({row["length"] for row in rows}, key=lambda length: length or 0):
-        means = [mean([r for r in rows if r["method"] == m and r["length"] == length]) for m in methods]
-        lines.append(["mean of tasks", str(length or "all"), "", *(_score(m) for m in means)])
-    total = [mean([r for r in rows if r["method"] == m], by_samples=True) for m in methods]
-    lines.append(["mean of samples", "all", str(total[0]["n"]), *(_score(m) for m in total)])
-    return table(["task", "length", "n", *methods], lines)
+    """Score by task and length, one column per method, and each benchmark's means over tasks and over samples."""
+    lines = [line for benchmark in _values(rows, "benchmark") for line in _lines(rows, benchmark, "length")]
+    return table(["task", "length", "n", *_values(rows, "method")], lines)
 
 
 def group_table(rows: Rows) -> str:
-    """Score by task and group (length in words, difficulty), and the means over tasks and over samples of each group;
-    empty where no task has groups.
-    """
+    """The same by group (length in words, difficulty); empty where no task has groups."""
     parts = grouped(rows)
-    methods, groups = (list(dict.fromkeys(part[key] for part in parts)) for key in ("method", "group"))
+    lines = [line for benchmark in _values(parts, "benchmark") for line in _lines(parts, benchmark, "group")]
+    return table(["task", "group", "n", *_values(parts, "method")], lines) if parts else ""
+
+
+def _lines(rows: Rows, benchmark: str, part: str) -> list[list[str]]:
+    """Lines of a benchmark's tasks by `part` (length or group), then of their means."""
+    methods, own = _values(rows, "method"), [row for row in rows if row["benchmark"] == benchmark]
     lines = []
-    for key in dict.fromkeys((part["task"], part["group"]) for part in parts):
-        found = {part["method"]: part for part in parts if (part["task"], part["group"]) == key}
-        lines.append([key[0], key[1], str(found[methods[0]]["n"]), *(_score(found[m]) for m in methods)])
-    several = len({part["task"] for part in parts}) > 1
-    for label, by_samples in (("mean of tasks", False), ("mean of samples", True)) if several else ():
-        for group in sorted(groups):
-            means = [mean([p for p in parts if (p["method"], p["group"]) == (m, group)], by_samples) for m in methods]
-            lines.append([label, group, str(means[0]["n"]), *(_score(m) for m in means)])
-    return table(["task", "group", "n", *methods], lines) if parts else ""
+    for task, name in dict.fromkeys((row["task"], row[part]) for row in own):
+        found = [next(r for r in own if (r["method"], r["task"], r[part]) == (m, task, name)) for m in methods]
+        cells = [_score(row) + (f" @{row['msr']:.2f}" if part == "length" else "") for row in found]
+        lines.append([task, str(name or "all"), str(found[0]["n"]), *cells])
+    if _values(own, "task") == [benchmark]:
+        return lines
+    names = sorted(_values(own, part), key=lambda name: name or 0) if part == "length" else sorted(_values(own, part))
+    for label, by_samples in (("tasks", False), ("samples", True)):
+        for name in names:
+            means = [mean([r for r in own if (r["method"], r[part]) == (m, name)], by_samples) for m in methods]
+            scores = [_score(found) for found in means]
+            lines.append([f"{benchmark}: mean of {label}", str(name or "all"), str(means[0]["n"]), *scores])
+    return lines
+
+
+def _values(rows: Rows, key: str) -> list[Any]:
+    return list(dict.fromkeys(row[key] for row in rows))
 
 
 def write_summary(rows: Rows, out: Path) -> list[Path]:
@@ -51,7 +53,7 @@ def write_summary(rows: Rows, out: Path) -> list[Path]:
     (out / "summary.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     tables = filter(None, (summary_table(rows), group_table(rows)))
     (out / "summary.txt").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
-    methods, tasks = (list(dict.fromkeys(row[key] for row in rows)) for key in ("method", "task"))
+    methods, tasks = _values(rows, "method"), _values(rows, "task")
     lengths = sorted({row["length"] for row in rows}, key=lambda length: length or 0)
 
     def cells(method: str, length: int | None) -> Rows:
