@@ -219,6 +219,40 @@ def test_one_command_compares_methods_and_goes_on(tmp_path, monkeypatch):
         runner.run(plan, [methods[0]] * 2, tmp_path / "out")
 
 
+def test_tasks_that_fit_into_a_batch_are_evaluated_together(tmp_path, monkeypatch):
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
+    for task in ("ruler_fwe", "ruler_vt"):
+        monkeypatch.setitem(ruler_samples.NEW_TOKENS, task, 4)
+    model, words = load_backbone("tiny")
+    model.config.max_position_embeddings = 2048
+    loaded = attach(model, small_config())
+    monkeypatch.setattr(runner, "load_model", lambda *_: (loaded, words))
+    family, sparse = ruler.Ruler(), SparseConfig(sink=4, window=16, block=4, stride=4)
+    asked = ((family, "ruler_fwe"), (family, "ruler_vt"))
+
+    def plan(batch):
+        return runner.Plan("tiny", "cpu", "float32", asked, (1024, 1536), 1, batch, False, sparse, 0)
+
+    assert [[c.label for c in cells] for cells in plan(3).batches()] == [
+        ["ruler_fwe@1024", "ruler_vt@1024"],
+        ["ruler_fwe@1536", "ruler_vt@1536"],
+    ]
+    assert [len(cells) for cells in plan(1).batches()] == [1, 1, 1, 1]
+    streaming = [Method.parse("streaming")]
+    together = runner.run(plan(2), streaming, tmp_path / "together")
+    apart = runner.run(plan(1), streaming, tmp_path / "apart")
+    assert [(r["task"], r["length"], r["score"]) for r in together] == [
+        (r["task"], r["length"], r["score"])
+        for r in sorted(apart, key=lambda r: (r["length"], r["task"] == "ruler_vt"))
+    ]
+    for file in (tmp_path / "together" / "samples").iterdir():
+        one, other = (
+            [json.loads(line)["prediction"] for line in (tmp_path / out / "samples" / file.name).open().readlines()[1:]]
+            for out in ("together", "apart")
+        )
+        assert one == other and one
+
+
 def test_intervals_and_means():
     rows = [{"score": s} for s in (0.0, 1.0, 1.0, 0.0)]
     assert runner.interval(rows) == pytest.approx(1.96 * (1 / 3 / 4) ** 0.5)

@@ -29,7 +29,7 @@ class _Watch(Context):
 
     def attend(
         self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         kv_heads, length = k_BKSD.shape[1:3]
         mask = dense_mask(length, "full", plan.sparse, self.answers).to(q_BHSD.device)
         needle_BKS1 = self.needle_S.to(q_BHSD.device, torch.float32).expand(1, kv_heads, length)[..., None]

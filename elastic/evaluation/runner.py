@@ -74,6 +74,17 @@ class Plan:
             for length in (self.lengths if benchmark.by_length else (None,))
         ]
 
+    def batches(self) -> list[list[Cell]]:
+        """Cells that are evaluated together: at one length, and few enough samples for one forward pass, in which
+        answers of equal length limit are then generated side by side. Otherwise each by itself.
+        """
+        together = 1 if self.samples is None else max(1, self.batch_size // self.samples)
+        alike: dict[Any, list[Cell]] = {}
+        for cell in self.cells():
+            key = (cell.benchmark.name, cell.length, cell.benchmark.takes_chat(cell.task))
+            alike.setdefault(key if cell.length is not None else cell.label, []).append(cell)
+        return [group[i : i + together] for group in alike.values() for i in range(0, len(group), together)]
+
 
 def run(plan: Plan, methods: Sequence[Method], out: Path) -> list[dict[str, Any]]:
     """Evaluate what is missing in `out/samples` and return one row per method, task and length.
@@ -81,27 +92,29 @@ def run(plan: Plan, methods: Sequence[Method], out: Path) -> list[dict[str, Any]
     Raises:
         ValueError: a length over the model's limit, or tasks that cannot be had.
     """
-    todo = [(method, cell) for method in methods for cell in plan.cells()]
     names = {_slug(method.name) for method in methods}
     if len(names) < len(methods):
         raise ValueError(f"methods {', '.join(m.name for m in methods)} are not all different; name each once")
     (out / "samples").mkdir(parents=True, exist_ok=True)
     loaded: tuple[str, Any, Any] = ("", None, None)
     rows = []
-    with tqdm(total=len(todo), desc="evaluation", unit="task") as bar:
-        for method, cell in todo:
-            file = out / "samples" / f"{_slug(method.name)}.{cell.label.replace('@', '.')}.jsonl"
-            facts = _facts(plan, method, cell)
-            samples = _read(file, facts)
-            if samples is None:
-                source = method.argument if method.kind == "elastic" else plan.backbone
-                if loaded[0] != source:
+    with tqdm(total=len(methods) * len(plan.cells()), desc="evaluation", unit="task") as bar:
+        for method in methods:
+            source = method.argument if method.kind == "elastic" else plan.backbone
+            for cells in plan.batches():
+                files = [out / "samples" / f"{_slug(method.name)}.{c.label.replace('@', '.')}.jsonl" for c in cells]
+                facts = [_facts(plan, method, cell) for cell in cells]
+                samples = [_read(file, fact) for file, fact in zip(files, facts, strict=True)]
+                missing = [i for i, found in enumerate(samples) if found is None]
+                if missing and loaded[0] != source:
                     loaded = (source, *load_model(plan, method))
-                samples = _evaluate(plan, method, cell, *loaded[1:])
-                _write(file, facts, samples)
-            rows.append(_row(method.name, cell, samples))
-            bar.set_postfix_str(f"{method.name} {cell.label} {rows[-1]['score']:.2f}", refresh=False)
-            bar.update()
+                made = _evaluate(plan, method, [cells[i] for i in missing], *loaded[1:]) if missing else []
+                for i, new in zip(missing, made, strict=True):
+                    samples[i] = new
+                    _write(files[i], facts[i], new)
+                rows += [_row(method.name, cell, found or []) for cell, found in zip(cells, samples, strict=True)]
+                bar.set_postfix_str(f"{method.name} {cells[-1].label} {rows[-1]['score']:.2f}", refresh=False)
+                bar.update(len(cells))
     return rows
 
 
@@ -118,8 +131,10 @@ def load_model(plan: Plan, method: Method) -> tuple[Any, Any]:
     return attach(model, ElasticConfig(sparse=plan.sparse)).eval(), tokenizer
 
 
-def _evaluate(plan: Plan, method: Method, cell: Cell, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    """Per sample: prediction, references, score, MSR, ESR, prefill seconds and tokens."""
+def _evaluate(
+    plan: Plan, method: Method, cells: Sequence[Cell], model: Any, tokenizer: Any
+) -> list[list[dict[str, Any]]]:
+    """Per cell and sample: prediction, references, score, MSR, ESR, prefill seconds and tokens."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -127,11 +142,12 @@ def _evaluate(plan: Plan, method: Method, cell: Cell, model: Any, tokenizer: Any
     from elastic.evaluation.routed_lm import RoutedLM
     from elastic.inference import biased
 
-    limit = model.config.max_position_embeddings
-    if cell.length is not None and cell.length > limit:
-        raise ValueError(f"length {cell.length} is over the {limit} tokens that {plan.backbone} reads; take it out")
-    chat = plan.chat and cell.benchmark.takes_chat(cell.task)
-    task = cell.benchmark.harness_task(Request(cell.task, cell.length, plan.samples, tokenizer, plan.seed, chat))
+    limit, first = model.config.max_position_embeddings, cells[0]
+    if first.length is not None and first.length > limit:
+        raise ValueError(f"length {first.length} is over the {limit} tokens that {plan.backbone} reads; take it out")
+    chat = plan.chat and first.benchmark.takes_chat(first.task)
+    requests = [Request(cell.task, cell.length, plan.samples, tokenizer, plan.seed, chat) for cell in cells]
+    tasks = [cell.benchmark.harness_task(request) for cell, request in zip(cells, requests, strict=True)]
     shape = architecture(model)
     route = method.route(shape["num_layers"], shape["num_kv_heads"], plan.seed)
     sparse = None if method.kind == "elastic" else method.sparse(plan.sparse)
@@ -140,24 +156,26 @@ def _evaluate(plan: Plan, method: Method, cell: Cell, model: Any, tokenizer: Any
     with biased(model, method.knob if method.kind == "elastic" else None):
         results: Any = lm_eval.simple_evaluate(
             model=lm,
-            tasks=[task],
+            tasks=tasks,
             apply_chat_template=chat,
             log_samples=True,
             bootstrap_iters=0,
             task_manager=TaskManager(include_defaults=False),  # whose thousands of task files take 20 s to read
             verbosity="ERROR",
         )
-    seconds = time.perf_counter() - started
-    (made,) = results["samples"].values()
+    seconds = (time.perf_counter() - started) / len(cells)
     return [
-        {
-            **cell.benchmark.describe(sample["doc"]),
-            "prediction": sample["resps"][0][0],
-            "score": sample["score"],
-            **asdict(lm.facts[sample["arguments"][0][0]]),
-            "task_seconds": seconds,
-        }
-        for sample in made
+        [
+            {
+                **cell.benchmark.describe(sample["doc"]),
+                "prediction": sample["resps"][0][0],
+                "score": sample["score"],
+                **asdict(lm.facts[sample["arguments"][0][0]]),
+                "task_seconds": seconds,
+            }
+            for sample in results["samples"][task.config.task]
+        ]
+        for cell, task in zip(cells, tasks, strict=True)
     ]
 
 

@@ -76,5 +76,5 @@ def write_sweep(rows: list[dict[str, Any]], out: Path) -> list[Path]:
         f"score at {length} tokens": {task: [(x, y) for x, y, _ in points] for task, points in lines.items()}
         for length, lines in curves.items()
     }
-    figure = curves_figure(panels, "MSR (heads with the lowest retrieval scores first)", "o")
+    figure = curves_figure(panels, "MSR", "o")
     return [file, save_png(figure, out / "sweep.png")]
