@@ -242,8 +242,8 @@ def test_what_cannot_be_had_is_named(tmp_path, monkeypatch):
     bench = longbench.LongBench(longbench.E, tmp_path)
     write(tmp_path / "trec_e.jsonl", [{}])
     assert len(bench.left_out()) == 12 and of_set("trec") not in bench.left_out()
-    assert bench.left_out()[of_set("lcc")] == f"no file <set>_e with .jsonl, .json, .parquet in {tmp_path}"
-    with pytest.raises(ValueError, match=r"no file data or longbench_v2 or longbench2 with \.jsonl"):
+    assert bench.left_out()[of_set("lcc")] == f"has no file <set>_e with .jsonl, .json, .parquet in {tmp_path}"
+    with pytest.raises(ValueError, match=r"has no file data or longbench_v2 or longbench2 with \.jsonl"):
         read("longbench2", tmp_path)
     with pytest.raises(ValueError, match="task longbench_trec_e has no usable row; 0 records read, 1 skipped"):
         read(of_set("trec"), tmp_path)

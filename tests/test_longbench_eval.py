@@ -65,7 +65,7 @@ def test_one_command_runs_both_benchmarks_from_official_files(tmp_path, short_an
     assert cli.main([*command, *sizes, "--methods", "dense", "streaming", "--out", str(out)]) == 0
     told = capsys.readouterr().out
     for part in (
-        "Not in the means of longbench_e: longbench_multi_news_e (no file <set>_e with .jsonl",
+        "Not in the means of longbench_e: longbench_multi_news_e (has no file <set>_e with .jsonl",
         "Not a usable document: ",
         "qasper_e.jsonl:4: answers None; expected a list of texts",
         "Corrected: longbench_triviaqa_e: a blank line before the question",
@@ -126,7 +126,7 @@ def test_a_prompt_one_token_over_the_limit_loses_its_middle(tmp_path, capsys):
 
 def test_without_any_data_the_command_says_what_it_needs(tmp_path, capsys):
     assert cli.main(["eval", "--tasks", "longbench2", "--data", str(tmp_path), "--backbone", "tiny"]) == 2
-    assert "no task of longbench2 can run here: longbench2 (no file data or" in capsys.readouterr().err
+    assert "no task of longbench2 can run here: longbench2 (has no file data or" in capsys.readouterr().err
 
 
 def small_run(data, out):

@@ -201,7 +201,7 @@ def _file(task: str, data: Path) -> Path:
         if file.is_file():
             return file
     names = " or ".join(_stems(task)) if task == V2 else "<set>_e"
-    raise ValueError(f"no file {names} with {', '.join(ENDINGS)} in {data}")
+    raise ValueError(f"has no file {names} with {', '.join(ENDINGS)} in {data}")
 
 
 @cache
