@@ -257,5 +257,7 @@ def test_intervals_and_means():
     rows = [{"score": s} for s in (0.0, 1.0, 1.0, 0.0)]
     assert runner.interval(rows) == pytest.approx(1.96 * (1 / 3 / 4) ** 0.5)
     assert runner.interval(rows[:1]) == 0
-    both = summary._mean([{"score": 1.0, "n": 1}, {"score": 0.0, "n": 3}])
-    assert both == {"plain": 0.5, "weighted": 0.25, "n": 4}
+    rows = [{"score": 1.0, "n": 1, "half_width": 0.3}, {"score": 0.0, "n": 3, "half_width": 0.4}]
+    assert summary.mean(rows) == {"score": 0.5, "half_width": pytest.approx(0.25), "n": 4}
+    weighted = summary.mean(rows, by_samples=True)
+    assert weighted == {"score": 0.25, "half_width": pytest.approx((0.075**2 + 0.3**2) ** 0.5), "n": 4}

@@ -154,6 +154,7 @@ def _evaluate(
 ) -> list[list[dict[str, Any]]]:
     """Per cell and sample: prediction, references, score, MSR, ESR, prefill seconds and tokens."""
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
     from elastic.backbones import architecture
     from elastic.evaluation.routed_lm import RoutedLM
@@ -177,6 +178,7 @@ def _evaluate(
             apply_chat_template=chat,
             log_samples=True,
             bootstrap_iters=0,
+            task_manager=TaskManager(include_defaults=False),  # whose thousands of task files take 20 s to read
             verbosity="ERROR",
         )
     seconds = (time.perf_counter() - started) / len(cells)
@@ -231,17 +233,25 @@ def _stamp(method: Method) -> str | None:
 
 
 def _read(file: Path, facts: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Samples of an earlier run of the same evaluation; None where there is none."""
+    """Samples of an earlier run of the same evaluation; None where there is none, or only a damaged file."""
     if not file.is_file():
         return None
-    first, *lines = file.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines] if json.loads(first) == facts else None
+    try:
+        first, *samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except ValueError:  # cut, or empty
+        return None
+    return samples if first == {**facts, "count": len(samples)} else None
 
 
 def _write(file: Path, facts: dict[str, Any], samples: list[dict[str, Any]]) -> None:
     writing = file.with_name(f".{file.name}.writing")
-    writing.write_text("".join(json.dumps(line) + "\n" for line in (facts, *samples)), encoding="utf-8")
-    os.replace(writing, file)
+    lines = ({**facts, "count": len(samples)}, *samples)
+    try:
+        writing.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(writing, file)
+    except OSError:
+        writing.unlink(missing_ok=True)
+        raise
 
 
 def _row(method: str, task: str, length: int | None, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -250,6 +260,7 @@ def _row(method: str, task: str, length: int | None, samples: list[dict[str, Any
         for name in ("score", "msr", "esr_last", "esr_all", "prefill_seconds", "tokens")
     }
     return {
+        "benchmark": cell.benchmark.name,
         "method": method,
         "task": task,
         "length": length,
@@ -261,12 +272,15 @@ def _row(method: str, task: str, length: int | None, samples: list[dict[str, Any
 
 
 def _groups(samples: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Score and number of the samples of each group, such as a difficulty."""
-    groups: dict[str, list[float]] = {}
+    """Score, number and half interval of the samples of each group, such as a difficulty, in alphabetical order."""
+    groups: dict[str, list[dict[str, Any]]] = {}
     for sample in samples:
         for group in sample.get("groups", ()):
-            groups.setdefault(group, []).append(sample["score"])
-    return {name: {"score": sum(scores) / len(scores), "n": len(scores)} for name, scores in sorted(groups.items())}
+            groups.setdefault(group, []).append(sample)
+    return {
+        name: {"score": sum(s["score"] for s in found) / len(found), "n": len(found), "half_width": interval(found)}
+        for name, found in sorted(groups.items())
+    }
 
 
 def interval(samples: list[dict[str, Any]]) -> float:
