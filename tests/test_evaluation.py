@@ -7,6 +7,8 @@ import torch
 
 from elastic.backbone import attach, override_routes
 from elastic.backbones import load_backbone
+from elastic.bench.records import load_folder
+from elastic.bench.tables import markdown
 from elastic.evaluation.methods import Method, read_pattern
 from tests.models import random_ids, small_config, tiny_model, varied_routers
 
@@ -15,6 +17,7 @@ pytest.importorskip("wonderwords", reason="the extra `eval` is not installed")
 from elastic.config import SparseConfig
 from elastic.evaluation import ruler, ruler_samples, runner, summary
 from elastic.evaluation.routed_lm import RoutedLM, cut_middle
+from tests.bench import evaluation as collect
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +220,26 @@ def test_one_command_compares_methods_and_goes_on(tmp_path, monkeypatch):
     assert (stored["sparse"]["route1"], stored["sparse"]["threshold"]) == ("xattention", 0.5)
     with pytest.raises(ValueError, match="not all different"):
         runner.run(plan, [methods[0]] * 2, tmp_path / "out")
+    collected_as_records(tmp_path / "out", tmp_path / "records", rows)
+
+
+def collected_as_records(out, folder, rows):
+    """The results in `out` as records that `elastic bench table` reads, and as pictures."""
+    options = [str(out), "--out", str(folder), "--gpu", "a GPU", "--commit", "abc"]
+    assert collect.main([*options, "--names", "xattention=XA"]) == 0
+    assert collect.main([*options, "--sweep", "--tag", "sweep", "--methods", "dense", "streaming"]) == 0
+    assert all((folder / name).stat().st_size > 5000 for name in ("ruler.png", "ruler-tasks.png", "sweep.png"))
+    runs = load_folder(folder)
+    assert {r["who"] for r in runs["ruler"]} == {"dense", "streaming", "xattention:0.5", "XA"}
+    assert {r["who"] for r in runs["sweep"]} == {"dense", "streaming"}
+    dense = next(r for r in runs["ruler"] if r["who"] == "dense")
+    assert (dense["case"], dense["value"], dense["n"]) == ("ruler_fwe@1024", rows[0]["score"], 2)
+    assert dense["versions"].keys() == {"elastic-attention", "lm_eval", "torch", "transformers"}
+    page = markdown(runs, ["results/ruler.png", "results/ruler-tasks.png"])
+    assert "| task | length | n | dense" in page and "mean of 1 tasks" in page
+    assert "(results/ruler.png)" in page and "(results/ruler-tasks.png)" in page
+    with pytest.raises(ValueError, match="holds no results; run `elastic eval --out"):
+        runner.read_rows(folder)
 
 
 def test_tasks_that_fit_into_a_batch_are_evaluated_together(tmp_path, monkeypatch):

@@ -17,6 +17,8 @@ from elastic.config import ElasticConfig, SparseConfig
 from elastic.evaluation.benchmark import Benchmark, Request
 from elastic.evaluation.methods import Method
 
+_BY = " by lm-evaluation-harness"
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -112,10 +114,7 @@ def run(plan: Plan, methods: Sequence[Method], out: Path) -> list[dict[str, Any]
                 for i, new in zip(missing, made, strict=True):
                     samples[i] = new
                     _write(files[i], facts[i], new)
-                rows += [
-                    _row(method.name, cell.task, cell.length, found or [])
-                    for cell, found in zip(cells, samples, strict=True)
-                ]
+                rows += [_row(fact, found or []) for fact, found in zip(facts, samples, strict=True)]
                 bar.set_postfix_str(f"{method.name} {cells[-1].label} {rows[-1]['score']:.2f}", refresh=False)
                 bar.update(len(cells))
     return rows
@@ -130,7 +129,7 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     rows = []
     for file in sorted((out / "samples").glob("*.jsonl")):
         facts, *samples = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-        rows.append({**_row(facts["method"], facts["task"], facts["length"], samples), "facts": facts})
+        rows.append({**_row(facts, samples), "facts": facts})
     if not rows:
         raise ValueError(f"{out / 'samples'} holds no results; run `elastic eval --out {out}` first")
     return rows
@@ -213,7 +212,7 @@ def _facts(plan: Plan, method: Method, cell: Cell) -> dict[str, Any]:
         "sparse": asdict(method.sparse(plan.sparse)),
         "checkpoint": _stamp(method),
         "documents": cell.benchmark.identity(cell.task),
-        "protocol": [f"{cell.benchmark.name} by lm-evaluation-harness", *cell.benchmark.corrections],
+        "protocol": [f"{cell.benchmark.name}{_BY}", *cell.benchmark.corrections],
         "versions": {
             "elastic-attention": __version__,  # also where the package runs uninstalled
             **{name: version(name) for name in ("lm_eval", "torch", "transformers")},
@@ -254,16 +253,14 @@ def _write(file: Path, facts: dict[str, Any], samples: list[dict[str, Any]]) -> 
         raise
 
 
-def _row(method: str, task: str, length: int | None, samples: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(facts: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
     mean = {
         name: sum(sample[name] for sample in samples) / len(samples)
         for name in ("score", "msr", "esr_last", "esr_all", "prefill_seconds", "tokens")
     }
     return {
-        "benchmark": cell.benchmark.name,
-        "method": method,
-        "task": task,
-        "length": length,
+        "benchmark": facts["protocol"][0].removesuffix(_BY),
+        **{name: facts[name] for name in ("method", "task", "length")},
         "n": len(samples),
         **mean,
         "half_width": interval(samples),

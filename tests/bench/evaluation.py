@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     rows = read_rows(args.folder)
     order = args.methods or list(dict.fromkeys(row["method"] for row in rows))
     rows = [row for row in rows if row["method"] in order]
-    places = ["niah", "ruler"]
+    places = ["niah", "ruler"]  # needles first
     rows.sort(
         key=lambda r: (r["length"] or 0, places.index(r["task"].split("_")[0]), r["task"], order.index(r["method"]))
     )
