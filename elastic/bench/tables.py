@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from elastic.bench import methods
+from elastic.bench import evaluation, methods
 from elastic.bench.records import LEFT_OUT, Record
 from elastic.bench.routing import HEADLINE, NOTES, headline_cells, source_cells
 from elastic.console import table
@@ -68,6 +68,8 @@ def markdown(runs: dict[str, list[Record]], pictures: Sequence[str] = ()) -> str
             lines += quality(found)
         elif any(record["case"] == methods.DENSITY for record in found):
             lines += [methods.NOTES, "", *_table(*methods.score_cells(found)), *_table(*methods.density_cells(found))]
+        elif found[0]["metric"] == evaluation.SCORE:
+            lines += [evaluation.NOTES, "", *_table(*evaluation.score_cells(found))]
         else:
             lines += [*_table(*cells(found)), *(f"- {remark}" for remark in remarks(found))]
         lines += [f"\n![Timings of {name}]({path})" for path in pictures if _belongs(path, name)]
@@ -94,4 +96,4 @@ def _line(row: Sequence[str]) -> str:
 
 def _belongs(path: str, name: str) -> bool:
     """Whether a picture is the run's: `<name>.png` or `<name>-<what>.png`, where no other run has that name."""
-    return Path(path).stem == name or Path(path).stem in (f"{name}-curves", f"{name}-heads")
+    return Path(path).stem == name or Path(path).stem in (f"{name}-curves", f"{name}-heads", f"{name}-tasks")

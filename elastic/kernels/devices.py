@@ -63,19 +63,14 @@ class SelectionConfig:
     shared_bytes: int
     grid: int
     shared_units: int
-    pair: int  # CTAs of a cluster, each with a query head of the same KV head
 
 
-def selection_config(processors: int, samples: int, tiles: int, key_blocks: int, group: int) -> SelectionConfig:
-    """Launch choices of the block selection on compute capability 9.0; `tiles` is an upper bound of the row tiles,
-    `group` the query heads of a KV head.
-    """
-    pair = 1
-    grid = max(pair, min(processors, tiles) // pair * pair)
+def selection_config(processors: int, samples: int, tiles: int, key_blocks: int) -> SelectionConfig:
+    """Launch choices of the block selection on compute capability 9.0; `tiles` is an upper bound of the row tiles."""
     fixed = 1024 + 4 * (128 + 256) * 128 + 1024 + 16 * samples
     per_unit = 8 * 4  # warps, bytes
     units = min(-(-key_blocks // 32), (_SHARED_SM90 - fixed) // (32 * per_unit)) * 32
-    return SelectionConfig(384, fixed + per_unit * units, grid, units, pair)
+    return SelectionConfig(384, fixed + per_unit * units, max(1, min(processors, tiles)), units)
 
 
 @dataclass(frozen=True)

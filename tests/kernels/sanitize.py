@@ -1,6 +1,7 @@
 """The kernels on small problems, for compute-sanitizer, and who its reports name.
 
-compute-sanitizer --tool racecheck --kernel-name kns=attention_ --print-limit 10000 python -m tests.kernels.sanitize run
+compute-sanitizer --tool racecheck --kernel-name kns=attention_ --print-limit 10000 \
+  python -m tests.kernels.sanitize run ELASTIC_EVERY_LANE=1
 compute-sanitizer --tool initcheck --print-limit 100000 python -m tests.kernels.sanitize run > log
 python -m tests.kernels.sanitize count log
 compute-sanitizer --kernel-name-exclude kns=at:: python -m tests.kernels.sanitize decode
@@ -44,7 +45,7 @@ def main() -> None:
         grad, (out, lse) = upstream(problem, seed), forward_exact(problem)
         run(problem, "sm90")
         for deterministic in (False, True):
-            run_backward(problem, grad, out, lse, deterministic=deterministic)
+            run_backward(problem, grad, out, lse, deterministic=deterministic, debug=tuple(sys.argv[2:]))
         if problem.bits is None:
             q, k, v, mode, pattern, ranges, _ = problem.args()
             route_gap(grad, out, q, k, v, 1 - mode, share=0.5, **pattern._asdict(), **ranges.named())
