@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from elastic.config import ElasticConfig
+from elastic.decoding import decode_attention
+from elastic.elastic_cache import ElasticCache
 from elastic.head_plan import HeadPlan
 from elastic.patterns import check_supported
 from elastic.router import Router, build_router
-from elastic.routing import Context, RouteRecord, Routing, RoutingState, route_layer, route_of
+from elastic.route_record import RouteRecord, route_of
+from elastic.routing import Context, Routing, RoutingState, route_layer
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 __all__ = [
@@ -200,7 +203,10 @@ class _Handle:
 
     def before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Lay out the batch's samples once per forward pass and hand the layout to the layers as a keyword."""
-        return args, self.routing.lay_out(args, kwargs)
+        kwargs, cache = self.routing.lay_out(args, kwargs), kwargs.get("past_key_values")
+        if isinstance(cache, ElasticCache):
+            cache.begin_pass(kwargs.get("elastic_modes"), self.routing.override)
+        return args, kwargs
 
     def before_attention(self, attn: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Route the layer's heads and hand the route to the attention function as a keyword."""
@@ -208,10 +214,19 @@ class _Handle:
         layout = kwargs.get("elastic_layout")
         if layout is None:
             raise ValueError("this layer was called outside the attached model's decoder; call the whole model")
-        route = route_layer(attn, hidden, layout, kwargs.get("past_key_values"), self.routing)
-        config, context = self.routing.config, self.routing.context
-        plan = HeadPlan.build(route, config.sparse, layout, config.gradient_share)
-        return args, {**kwargs, "elastic_route": route, "elastic_plan": plan, "elastic_context": context}
+        routing, cache, modes = self.routing, kwargs.get("past_key_values"), kwargs.get("elastic_modes")
+        elastic = cache if isinstance(cache, ElasticCache) else None
+        if modes is not None:
+            plan = HeadPlan(modes[attn.layer_idx], routing.config.sparse, layout)
+            route = plan.mode_NK
+        else:
+            dropped = None if elastic is None else elastic.dropped(attn.layer_idx)
+            route = route_layer(attn, hidden, layout, cache, routing, dropped)
+            plan = HeadPlan.build(route, routing.config.sparse, layout, routing.config.gradient_share)
+        if elastic is not None:
+            elastic.layers[attn.layer_idx].plan = plan
+        own = {"elastic_route": route, "elastic_plan": plan, "elastic_context": routing.context}
+        return args, {**kwargs, **own, "elastic_cache": elastic}
 
 
 def _attention_function(
@@ -230,11 +245,15 @@ def _attention_function(
         raise ValueError(
             "attention implementation 'elastic' was chosen without routers; call elastic.attach(model, config)"
         )
-    keys = plan.layout.keys  # a static cache hands out its whole allocation
     if torch.is_autocast_enabled(query.device.type):  # RoPE and norms leave queries and keys in fp32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    cache = kwargs.get("elastic_cache")
+    if plan.layout.decoding and (cache is not None or not torch.is_grad_enabled()):
+        stored = None if cache is None else cache.stored(module.layer_idx)
+        return decode_attention(query, key, value, plan, scale, stored), None
+    keys = plan.layout.keys  # a static cache hands out its whole allocation
     return context.attend(query, key[:, :, :keys], value[:, :, :keys], route, plan, scale), None
 
 

@@ -7,7 +7,7 @@ Legend: L layers, N samples, B rows, S tokens, K KV heads, D head dim, P pooled 
 hidden size.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,31 +15,10 @@ from torch import Tensor
 
 from elastic.attention import routed_attention
 from elastic.config import ElasticConfig
-from elastic.head_plan import HeadPlan, Layout, batch_layout, packed_layout
+from elastic.head_plan import HeadPlan, Layout, batch_layout, decode_layout, packed_layout
 from elastic.relaxation import decide, sample_route
+from elastic.route_record import RouteRecord, find_record, new_record
 from elastic.router import BoundarySlots, LayerState, weighted_sum
-
-_RECORD = "_elastic_record"
-
-
-@dataclass
-class RouteRecord:
-    """Decisions of one generation, kept on its KV cache.
-
-    Attributes:
-        layers: route [N, K] by layer.
-        heads: by layer, sum [N, K, D] of the conversation's first P keys, for routing a later turn.
-        prompt_lengths: int64 [N]; tokens of the prompt that the routes were decided on.
-    """
-
-    layers: dict[int, Tensor] = field(default_factory=dict)
-    heads: dict[int, Tensor] = field(default_factory=dict)
-    prompt_lengths: Tensor | None = None
-
-    @property
-    def route(self) -> Tensor:
-        """int8 [L, N, K] on the CPU."""
-        return torch.stack([self.layers[i].cpu() for i in sorted(self.layers)])
 
 
 @dataclass(frozen=True)
@@ -62,18 +41,6 @@ class RoutingState:
         route = torch.stack([state.route_NK for state in states])
         logits = [state.logits_NK2 for state in states if state.logits_NK2 is not None]
         return cls(route, torch.stack(logits) if len(logits) == len(states) else None, lengths)
-
-
-def route_of(cache: Any) -> RouteRecord:
-    """The decisions stored on a KV cache by the prefill that filled it.
-
-    Raises:
-        ValueError: a cache that no attached model filled.
-    """
-    record = getattr(cache, _RECORD, None)
-    if record is None:
-        raise ValueError(f"this {type(cache).__name__} holds no routes; it was not filled by a model with routers")
-    return record
 
 
 class Context:
@@ -129,7 +96,11 @@ class Routing:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         bounds, spans = kwargs.pop("cu_seq_lens", None), kwargs.pop("prompt_spans", None)
         prompt_end = None if spans is None else _prompt_end(spans)
-        if bounds is not None:
+        record = find_record(cache)
+        if past and queries == 1 and bounds is None and record is not None and record.layout is not None:
+            layout = decode_layout(record.layout, rows, past, mask)
+            kwargs["elastic_modes"] = record.modes(self.override, self.config.dense_decode, self.config.sparse)
+        elif bounds is not None:
             if rows != 1 or past or mask is not None:
                 raise ValueError(
                     f"packed input (cu_seq_lens) came with {rows} rows, {past} cached tokens and "
@@ -164,18 +135,19 @@ class Routing:
             raise ValueError(f"route={route!r}; expected 0, 1, a tensor of 0 and 1, or None")
 
 
-def route_layer(attn: Any, hidden_BSE: Tensor, layout: Layout, cache: Any, routing: Routing) -> Tensor:
-    """Route [N, K] of one layer: given from outside, reused while decoding, or decided from the layer's own keys."""
+def route_layer(
+    attn: Any, hidden_BSE: Tensor, layout: Layout, cache: Any, routing: Routing, dropped_NK: Tensor | None = None
+) -> Tensor:
+    """Route [N, K] of one layer for a prompt or a new turn: given from outside, or decided from the layer's own keys.
+
+    Args:
+        dropped_NK: bool; heads whose cached keys allow streaming attention only.
+    """
     router, samples = attn.router, layout.row_N.shape[0]
     record = _record(cache, layout, attn.layer_idx)
-    decided = None if record is None else record.layers.get(attn.layer_idx)
-    decoding = decided is not None and layout.past > 0 and layout.queries == 1
     if routing.override is not None:
         route = _given(routing.override, attn.layer_idx, samples, router.kv_heads, hidden_BSE.device)
-        if not decoding:
-            router.last = LayerState(route, None, None)
-    elif decided is not None and decoding:
-        route = torch.zeros_like(decided) if routing.config.dense_decode else decided
+        router.last = LayerState(route, None, None)
     else:
         pooled = _pooled_keys(attn, hidden_BSE, layout, routing, record)
         logits = router(pooled)
@@ -184,9 +156,11 @@ def route_layer(attn: Any, hidden_BSE: Tensor, layout: Layout, cache: Any, routi
         else:
             route = decide(logits.detach(), routing.config.sparsity_bias)
         router.last = LayerState(route, logits, pooled.detach())
-    if record is not None and not decoding:
-        record.layers[attn.layer_idx] = route.detach().to(torch.int8)
-        record.prompt_lengths = (layout.prompt_end_N - layout.begin_N).cpu()
+    if dropped_NK is not None:
+        route = torch.where(dropped_NK, float(routing.config.sparse.route1 == "streaming"), route)
+    if record is not None:
+        record.set_route(attn.layer_idx, route)
+        record.layout, record.override = layout, routing.override
     return route.to(hidden_BSE.device)
 
 
@@ -212,10 +186,11 @@ def _pooled_keys(attn: Any, hidden_BSE: Tensor, layout: Layout, routing: Routing
     last = context.sum(weighted_sum(keys[:, pool_tokens:], weight[:, pool_tokens:]))
     count = (slots.weight_N2P * new).sum(1)
     if record is not None:
-        if layout.past:
-            first = first + record.heads[attn.layer_idx]
-            count = count + (slots.weight_N2P * ~new)[:, :pool_tokens].sum(1)
-        record.heads[attn.layer_idx] = first.detach()
+        added = (slots.weight_N2P * new)[:, :pool_tokens].sum(1)
+        if layout.past and attn.layer_idx in record.heads:  # generated tokens among the first P were never pooled
+            earlier, pooled = record.heads[attn.layer_idx]
+            first, count, added = first + earlier, count + pooled, added + pooled
+        record.heads[attn.layer_idx] = (first.detach(), added)
     return (first + last) / count.clamp_min(1.0)[:, None, None]
 
 
@@ -223,11 +198,10 @@ def _record(cache: Any, layout: Layout, layer: int) -> RouteRecord | None:
     """The cache's record, created at its first prefill."""
     if cache is None:
         return None
-    record = getattr(cache, _RECORD, None)
+    record = find_record(cache)
     if layout.past == 0:
         if record is None or layer == 0:
-            record = RouteRecord()
-            setattr(cache, _RECORD, record)
+            record = new_record(cache)
     elif record is None or layer not in record.layers:
         raise ValueError(
             f"the cache holds {layout.past} tokens but no route for layer {layer}; it was filled by a model without "

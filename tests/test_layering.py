@@ -17,9 +17,9 @@ IDS = [str(path.relative_to(ROOT)) for path in SOURCES]
 LAYERS = {
     0: ("config", "training_config", "tasks", "visibility", "reference", "console", "cache", "kernels", "schedules"),
     1: ("records", "router", "relaxation", "patterns"),
-    2: ("packed", "shards", "head_plan", "sparsity"),
-    3: ("torch_attention", "attention", "routing"),
-    4: ("backbone", "backbones", "plots"),
+    2: ("packed", "shards", "head_plan", "sparsity", "kv_pool", "route_record"),
+    3: ("torch_attention", "attention", "decoding", "routing"),
+    4: ("elastic_cache", "backbone", "backbones", "plots"),
     5: ("losses", "objective", "checkpoint", "report", "bench"),
     6: ("context_parallel", "distributed", "inference", "data", "methods", "metrics", "resumable"),
     7: ("routed_module", "lit_module", "callbacks", "results"),
