@@ -5,11 +5,13 @@ first use.
 from elastic.kernels.backward import attention_backward
 from elastic.kernels.block_bits import bits_from_indices, bits_from_mask
 from elastic.kernels.block_sparse import attention_forward
+from elastic.kernels.decode import attention_decode
 from elastic.kernels.devices import kernel_path, why_no_backward, why_not
 from elastic.kernels.route_gap import period_of, route_gap
 
 __all__ = [
     "attention_backward",
+    "attention_decode",
     "attention_forward",
     "bits_from_indices",
     "bits_from_mask",
