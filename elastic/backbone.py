@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic.chunking import chunk, unchunk
 from elastic.config import ElasticConfig
 from elastic.decoding import decode_attention
 from elastic.elastic_cache import ElasticCache
@@ -71,6 +72,7 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
         router = build_router(weight.shape[0] // attn.head_dim, attn.head_dim, config.router)
         attn.router = router.to(weight.device).train(model.training)
         handle.hooks.append(attn.register_forward_pre_hook(handle.before_attention, with_kwargs=True))
+    chunk(model.get_decoder(), handle.chunk_tokens)
     handle.hooks.append(model.get_decoder().register_forward_pre_hook(handle.before_decoder, with_kwargs=True))
     model.set_attn_implementation(_IMPLEMENTATION)
     setattr(model, _HANDLE, handle)
@@ -84,6 +86,7 @@ def detach(model: Any) -> Any:
         hook.remove()
     for attn in handle.attention_layers(model):
         del attn.router
+    unchunk(model.get_decoder())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(handle.trainable[name])
     model.set_attn_implementation(handle.implementation)
@@ -200,6 +203,10 @@ class _Handle:
 
     def attention_layers(self, model: Any) -> list[Any]:
         return [layer.self_attn for layer in model.get_decoder().layers]
+
+    def chunk_tokens(self) -> int:
+        """Tokens that an MLP or norm works on at a time."""
+        return self.routing.config.chunk_tokens
 
     def before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Lay out the batch's samples once per forward pass and hand the layout to the layers as a keyword."""

@@ -105,6 +105,7 @@ class ElasticCache(Cache):
 
     Attributes:
         seen: tokens in the cache, padding included.
+        version: changes when the storage does; a CUDA graph of a decode step lives until then.
         counts: valid tokens by sample.
     """
 
@@ -114,7 +115,7 @@ class ElasticCache(Cache):
         if reserve < 0 or step < 1:
             raise ValueError(f"reserve={reserve}, step={step}; expected 0 or more and 1 or more tokens")
         super().__init__(layers=[ElasticLayer(self, i) for i in range(num_layers)])
-        self.config, self.reserve, self.step = config, reserve, step
+        self.config, self.reserve, self.step, self.version = config, reserve, step, 0
         self.reset()
 
     def reset(self) -> None:
@@ -163,7 +164,7 @@ class ElasticCache(Cache):
             self.pooled = [min(count, self.config.router.pool_tokens) for count in layout.lengths]
         self.seen, self.counts = layout.keys, layout.lengths
         self.begin_B, self.count_B = layout.begin_N, layout.end_N - layout.begin_N
-        self.base_LBK = torch.zeros(0)
+        self._forget_rows()
 
     def begin_pass(self, mode_LBK: Tensor | None, override: int | Tensor | None) -> None:
         """Before the layers run. For a decode step: room for one token, where it goes, and which slots its query sees,
@@ -206,6 +207,9 @@ class ElasticCache(Cache):
         """Count a step that a CUDA graph replayed: everything on the device has moved already."""
         self.seen, self.counts = self.seen + 1, [count + 1 for count in self.counts]
 
+    def _forget_rows(self) -> None:
+        self.base_LBK, self.version = torch.zeros(0), self.version + 1
+
     def stored(self, index: int) -> Stored:
         """A layer in the present decode step."""
         assert self.visible_LBK is not None
@@ -247,7 +251,7 @@ class ElasticCache(Cache):
     def _resize(self, samples: list[int], capacity: list[int]) -> None:
         for layer in self.layers:
             layer.pool = self._pool(layer.index).rebuilt(samples, capacity)
-        self.base_LBK = torch.zeros(0)
+        self._forget_rows()
 
     @property
     def nbytes(self) -> int:

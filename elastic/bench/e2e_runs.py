@@ -1,0 +1,191 @@
+"""One case of `elastic bench e2e`: a prompt and some decode steps, timed and weighed."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from elastic import backbone
+from elastic.backbone import elastic_config, set_context
+from elastic.bench.records import Record
+from elastic.decode_graph import DecodeGraph
+from elastic.elastic_cache import ElasticCache
+from elastic.routing import Context
+
+Run = list[Record]
+STOCK = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
+_WARM_STEPS = 3
+_TIMED_SDPA = "elastic-bench-sdpa"
+
+
+def elastic_runs(model: Any, length: int, new_tokens: int, repeats: int) -> Run:
+    """The attached model over an elastic cache; decode steps launched one by one and, on a GPU, as a CUDA graph."""
+    layers = len(model.get_decoder().layers)
+
+    def new_cache() -> ElasticCache:
+        return ElasticCache(layers, elastic_config(model), reserve=2 * (new_tokens + _WARM_STEPS))
+
+    found, cache, token = _prefills(model, new_cache, length, repeats)
+    kv_bytes = cache.nbytes
+    found.append(_record("KV cache", kv_bytes, "bytes"))
+    step = _stepper(model, cache)
+    found.append(_decode("decode", step, token, new_tokens))
+    if model.device.type == "cuda":
+        found.append(_decode("decode graph", DecodeGraph(model, cache).step, token, new_tokens))
+    del cache, step
+    return found + _parts(model, new_cache, length, _timed_elastic)
+
+
+def stock_runs(model: Any, name: str, length: int, new_tokens: int, repeats: int) -> Run:
+    """The stock model over transformers' DynamicCache, with one SDPA backend."""
+    from transformers import DynamicCache
+
+    def new_cache() -> Any:
+        return DynamicCache(config=model.config)
+
+    on_gpu = model.device.type == "cuda"
+    backend: AbstractContextManager[Any] = sdpa_kernel(STOCK[name]) if on_gpu else nullcontext()
+    with backend:
+        found, cache, token = _prefills(model, new_cache, length, repeats)
+        kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        found.append(_record("KV cache", kv_bytes, "bytes"))
+        found.append(_decode("decode", _stepper(model, cache), token, new_tokens))
+        del cache
+        return found + _parts(model, new_cache, length, _timed_stock)
+
+
+def _record(metric: str, value: float, unit: str) -> Record:
+    return {"metric": metric, "value": value, "unit": unit}
+
+
+def _ids(model: Any, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(1, model.config.vocab_size, (1, length), generator=generator).to(model.device)
+
+
+@torch.no_grad()
+def _prefill(model: Any, cache: Any, ids: Tensor) -> Tensor:
+    """Next token [1, 1] of a prompt."""
+    return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+
+
+def _prefills(model: Any, new_cache: Callable[[], Any], length: int, repeats: int) -> tuple[Run, Any, Tensor]:
+    """Time to first token (median, as the user waits for it) and peak memory; the last run's cache and token."""
+    _prefill(model, new_cache(), _ids(model, min(length, 4096)))  # kernels compiled, workspaces there
+    ids, times, cache, token = _ids(model, length), [], None, torch.zeros(0)
+    for _ in range(repeats):
+        del cache
+        cache = new_cache()
+        _reset_peak(model.device)
+        start = time.perf_counter()
+        token = _prefill(model, cache, ids)
+        _wait(model.device)
+        times.append((time.perf_counter() - start) * 1e3)
+    peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else 0
+    return [_record("first token", statistics.median(times), "ms"), _record("peak memory", peak, "bytes")], cache, token
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _stepper(model: Any, cache: Any) -> Callable[[Tensor], Tensor]:
+    @torch.no_grad()
+    def step(token_B1: Tensor) -> Tensor:
+        return model(token_B1, past_key_values=cache, use_cache=True).logits
+
+    return step
+
+
+def _decode(metric: str, step: Callable[[Tensor], Tensor], token_B1: Tensor, new_tokens: int) -> Record:
+    """Tokens a second of greedy decoding, batch 1."""
+    for _ in range(_WARM_STEPS):
+        token_B1 = step(token_B1)[:, -1:].argmax(-1)
+    _wait(token_B1.device)
+    start = time.perf_counter()
+    for _ in range(new_tokens):
+        token_B1 = step(token_B1)[:, -1:].argmax(-1)
+    _wait(token_B1.device)
+    return _record(metric, new_tokens / (time.perf_counter() - start), "tokens/s")
+
+
+class _Clock:
+    """Device time of calls, by CUDA events; on the CPU by the clock."""
+
+    def __init__(self) -> None:
+        self.spans: dict[str, list[tuple[Any, Any]]] = {}
+
+    def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            first = self.now()
+            result = call(*args, **kwargs)
+            self.spans.setdefault(part, []).append((first, self.now()))
+            return result
+
+        return run
+
+    @staticmethod
+    def now() -> Any:
+        if not torch.cuda.is_available():
+            return time.perf_counter() * 1e3
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def total(self, part: str) -> float:
+        """Milliseconds."""
+        pairs = self.spans.get(part, [])
+        return sum(last - first if isinstance(first, float) else first.elapsed_time(last) for first, last in pairs)
+
+
+def _parts(
+    model: Any, new_cache: Callable[[], Any], length: int, patched: Callable[[Any, _Clock], AbstractContextManager[Any]]
+) -> Run:
+    """Where a prompt's device time goes: attention, router (pooling included), and the rest."""
+    clock, ids = _Clock(), _ids(model, length)
+    with patched(model, clock):
+        clock.timed("all", _prefill)(model, new_cache(), ids)
+        _wait(model.device)
+    attention, router, everything = (clock.total(part) for part in ("attention", "router", "all"))
+    return [
+        _record("attention", attention, "ms"),
+        _record("router", router, "ms"),
+        _record("rest", everything - attention - router, "ms"),
+    ]
+
+
+@contextmanager
+def _timed_elastic(model: Any, clock: _Clock) -> Iterator[None]:
+    context = Context()
+    context.attend = clock.timed("attention", context.attend)  # type: ignore[method-assign]
+    previous = set_context(model, context)
+    with patch.object(backbone, "route_layer", clock.timed("router", backbone.route_layer)):
+        yield
+    set_context(model, previous)
+
+
+@contextmanager
+def _timed_stock(model: Any, clock: _Clock) -> Iterator[None]:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(_TIMED_SDPA, clock.timed("attention", sdpa_attention_forward))
+    AttentionMaskInterface.register(_TIMED_SDPA, sdpa_mask)
+    model.set_attn_implementation(_TIMED_SDPA)
+    yield
+    model.set_attn_implementation("sdpa")
