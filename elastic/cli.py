@@ -15,6 +15,7 @@ TRAINING = {
 }
 COMMANDS = {
     "generate": "answer prompts with a routed model and show its routes",
+    "serve": "a routed model behind an OpenAI-compatible HTTP endpoint",
     "eval": "compare dense, streaming, static, random and trained routing on RULER",
     "demo": "the whole path on this machine: train, compare with dense, save, load, answer",
     "bench": "time the kernels on this GPU beside their competitors",

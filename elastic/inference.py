@@ -101,11 +101,37 @@ def generate(
     encoded = [_encode(item, tokenizer, chat_template) for item in _prompts(prompt)]
     if streamer is not None and len(encoded) != 1:
         raise ValueError(f"a streamer shows one answer but {len(encoded)} prompts were given; pass one prompt")
-    _check_length(encoded, model, max_new_tokens)
+    check_length(encoded, model, max_new_tokens)
+    options |= {"max_new_tokens": max_new_tokens, "streamer": streamer}
+    return answer_tokens(model, tokenizer, encoded, sparsity_bias=sparsity_bias, **options)
+
+
+def encode_messages(messages: Sequence[Message], tokenizer: Any) -> list[int]:
+    """Token ids of a conversation in the tokenizer's chat template, ready for the answer.
+
+    Raises:
+        ValueError: a message without text, or a tokenizer without a template.
+    """
+    return _encode(list(messages), tokenizer, chat_template=True)
+
+
+def answer_tokens(
+    model: Any,
+    tokenizer: Any,
+    encoded: list[list[int]],
+    *,
+    max_new_tokens: int,
+    sparsity_bias: float | None = None,
+    **options: Any,
+) -> list[Generation]:
+    """Answer prompts that are token ids already, as one left-padded batch; `generate` says the rest.
+
+    Their length is not checked: rows that a stopping criterion ends may share a batch with longer answers.
+    """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids, mask = _left_pad(encoded, pad, model.device)
     with _bias(model, sparsity_bias):
-        output, record = _run(model, ids, mask, pad, max_new_tokens=max_new_tokens, streamer=streamer, **options)
+        output, record = _run(model, ids, mask, pad, max_new_tokens=max_new_tokens, **options)
     stride = record.route.shape[1] // len(encoded)  # beams of a prompt share its route
     reports = route_reports(
         record.route[:, ::stride],
@@ -115,7 +141,7 @@ def generate(
         element_size=model.dtype.itemsize,
         backend=backend_for(model.device, model.dtype, architecture(model)["head_dim"]),
     )
-    answers = [_answer(row[ids.shape[1] :].tolist(), _ends(model), pad) for row in output]
+    answers = [_answer(row[ids.shape[1] :].tolist(), ends_of(model), pad) for row in output]
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
     return [Generation(*parts) for parts in zip(texts, answers, reports, strict=True)]
 
@@ -186,7 +212,8 @@ def _left_pad(encoded: list[list[int]], pad: int, device: torch.device) -> tuple
     return ids, mask
 
 
-def _ends(model: Any) -> list[int]:
+def ends_of(model: Any) -> list[int]:
+    """Tokens that end an answer."""
     ends = model.generation_config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
@@ -225,7 +252,8 @@ def _check_options(options: dict[str, Any], max_new_tokens: int) -> None:
         )
 
 
-def _check_length(encoded: list[list[int]], model: Any, max_new_tokens: int) -> None:
+def check_length(encoded: list[list[int]], model: Any, max_new_tokens: int) -> None:
+    """Refuse prompts that are empty or leave no room for the new tokens."""
     limit = model.config.max_position_embeddings
     for number, ids in enumerate(encoded):
         if not ids:

@@ -22,7 +22,7 @@ LAYERS = {
     4: ("elastic_cache", "backbone", "backbones", "plots"),
     5: ("losses", "objective", "checkpoint", "report", "bench"),
     6: ("context_parallel", "distributed", "inference", "data", "methods", "metrics", "resumable"),
-    7: ("routed_module", "lit_module", "callbacks", "results"),
+    7: ("routed_module", "lit_module", "callbacks", "results", "serving"),
     8: ("cli", "commands", "training_cli", "__main__", "evaluation"),
 }
 LEVEL = {name: level for level, names in LAYERS.items() for name in names}

@@ -7,9 +7,20 @@ the cache, T tokens.
 """
 
 import math
+import struct
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from elastic.kernels import jit
+from elastic.kernels.checks import HEAD_DIMS
+from elastic.kernels.devices import DecodeConfig, decode_config, device_facts, shared_limit
+from elastic.kernels.params import is_half
+
+MAX_GROUP, MAX_HEADS = 16, 4096
+_PARAMS = struct.Struct("<10Q3q3if")
 
 
 def attention_decode(
@@ -50,6 +61,8 @@ def attention_decode(
             on a GPU they are the caller's to avoid.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.is_cuda and type(q) is Tensor and not torch.compiler.is_compiling():
+        return _decode_cuda(q, keys, values, base, sink, begin, end, token_stride, scale)  # without the dispatcher
     return torch.ops.elastic.attention_decode(q, keys, values, base, sink, begin, end, token_stride, scale)
 
 
@@ -135,6 +148,84 @@ def decode_oracle(
     return out.to(q.dtype)
 
 
+def check_decode_cuda(q: Tensor, keys: Tensor, values: Tensor, heads: int) -> None:
+    """What the kernel needs beyond the operator's contract; `heads` is B times K."""
+    group = q.shape[0] * q.shape[1] // max(heads, 1)
+    if not is_half(q.dtype) or q.shape[2] not in HEAD_DIMS or group > MAX_GROUP or heads > MAX_HEADS:
+        raise ValueError(
+            f"q is {q.dtype} {list(q.shape)} for {heads} KV heads of all samples; the decode kernel takes "
+            f"torch.bfloat16 or torch.float16, head dim 64 or 128, at most {MAX_GROUP} query heads per KV head and "
+            f"{MAX_HEADS} KV heads; split the batch, or run other shapes through PyTorch's attention"
+        )
+    if q.stride(2) != 1 or q.stride(1) % 8 or q.stride(0) % 8:
+        raise ValueError(
+            f"q has strides {list(q.stride())}; expected a contiguous head dim and other strides that are multiples of "
+            "8 elements; use q.contiguous()"
+        )
+    if (q.data_ptr() | keys.data_ptr() | values.data_ptr()) % 16:
+        starts = [x.data_ptr() % 16 for x in (q, keys, values)]
+        raise ValueError(
+            f"q, keys, values start {starts} bytes past a 16-byte boundary; expected 0: slice the tensor at a multiple "
+            "of 8 elements, or use .clone()"
+        )
+
+
+@cache
+def _arrivals(device: torch.device, _stream: int) -> Tensor:
+    return torch.zeros(MAX_HEADS, dtype=torch.int32, device=device)
+
+
+def _arrival_counts(device: torch.device, heads: int) -> Tensor:
+    """Zeros that no other launch in flight uses; every launch leaves zeros behind. One tensor per stream; a captured
+    graph gets its own, because graphs captured on one stream may replay on several.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(heads, dtype=torch.int32, device=device)
+    return _arrivals(device, jit.current_stream(device.index))
+
+
+@cache
+def _kernel(config: DecodeConfig, head_dim: int, bf16: bool, index: int) -> Any:
+    macros = (f"ELASTIC_WARPS={config.warps}", f"ELASTIC_STAGES={config.stages}")
+    return jit.load_kernel(jit.Variant("attention_decode", config.arch, head_dim, bf16, macros), index)
+
+
+@cache
+def _config(index: int, head_dim: int, group: int, heads: int) -> DecodeConfig:
+    return decode_config(*device_facts(index), shared_limit(index), head_dim, group, heads)
+
+
+def launch_decode(
+    out: Tensor, q: Tensor, keys: Tensor, values: Tensor, base: Tensor, spans: tuple[Tensor, Tensor, Tensor],
+    token_stride: int, scale: float, config: DecodeConfig,
+) -> None:  # fmt: skip
+    """Run the kernel on checked CUDA tensors, into a tensor the caller owns."""
+    samples, query_heads, dim = q.shape
+    index, kv_heads = q.device.index, base.shape[1]
+    group = query_heads // kv_heads
+    partial = torch.empty(2 * config.grid * group * (dim + 2), dtype=torch.float32, device=q.device)
+    tensors = (q, keys, values, out, base, *spans, partial, _arrival_counts(q.device, base.numel()))
+    addresses = (x.data_ptr() for x in tensors)
+    strides = (q.stride(0), q.stride(1), token_stride)
+    params = _PARAMS.pack(*addresses, *strides, samples, query_heads, kv_heads, scale * math.log2(math.e))
+    kernel = _kernel(config, dim, q.dtype == torch.bfloat16, index)
+    jit.launch(kernel, (config.grid,), 32 * config.warps, params, config.shared_bytes, index)
+
+
+def _decode_cuda(
+    q: Tensor, keys: Tensor, values: Tensor, base: Tensor, sink: Tensor, begin: Tensor, end: Tensor, token_stride: int,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    spans = (sink, begin, end)
+    check_decode(q, keys, values, base, spans, token_stride, scale)
+    check_decode_cuda(q, keys, values, base.numel())
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel():
+        config = _config(q.device.index, q.shape[2], q.shape[1] // base.shape[1], base.numel())
+        launch_decode(out, q, keys, values, base, spans, token_stride, scale, config)
+    return out
+
+
 def _decode_cpu(
     q: Tensor, keys: Tensor, values: Tensor, base: Tensor, sink: Tensor, begin: Tensor, end: Tensor, token_stride: int,
     scale: float,
@@ -155,5 +246,6 @@ _library.define(
     "attention_decode(Tensor q, Tensor keys, Tensor values, Tensor base, Tensor sink, Tensor begin, Tensor end, "
     "int token_stride, float scale) -> Tensor"
 )
+_library.impl("attention_decode", _decode_cuda, "CUDA")
 _library.impl("attention_decode", _decode_cpu, "CPU")
 torch.library.register_fake("elastic::attention_decode", _decode_fake, lib=_library)

@@ -53,6 +53,50 @@ def backward_config(processors: int, head_dim: int, samples: int, tiles: int) ->
     return LaunchConfig("attention_backward_sm90", "sm_90a", 384, shared, max(1, min(processors, tiles)))
 
 
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How decode attention runs: compile target, warps of a CTA, stages of a warp's ring, shared bytes, CTAs."""
+
+    arch: str
+    warps: int
+    stages: int
+    shared_bytes: int
+    grid: int
+
+
+def decode_config(
+    capability: tuple[int, int], processors: int, shared_limit: int, head_dim: int, group: int, heads: int,
+    warps: int = 4, most_stages: int = 6, per_processor: int = 1,
+) -> DecodeConfig:  # fmt: skip
+    """Launch choices of decode attention: as many bytes in flight as shared memory holds, because nothing else limits.
+
+    Args:
+        shared_limit: bytes of shared memory that a CTA can have.
+        heads: samples times KV heads.
+        warps, most_stages, per_processor: what timings compare; the defaults are the fastest found.
+
+    Raises:
+        ValueError: a GPU older than compute capability 8.0.
+    """
+    if capability < (8, 0):
+        raise ValueError(
+            f"compute capability {capability[0]}.{capability[1]}; the kernels need 8.0 (Ampere) or newer, use "
+            "PyTorch's attention on this GPU"
+        )
+    limit = shared_limit // per_processor - 1024 * (per_processor > 1)
+    while True:
+        rest = warps * (group * (head_dim + 8) * 4 + 132) + 4 + 4 * (heads + 1)
+        stage = warps * 2 * 16 * 2 * head_dim
+        stages = min(most_stages, (limit - rest) // stage)
+        if stages >= 2:
+            break
+        warps //= 2
+    # A merging CTA keeps the weights of all parts of a head where the warps' outputs lay.
+    grid = min(processors * per_processor, warps * (head_dim + 8) // 2)
+    arch = f"sm_{capability[0]}{capability[1]}"
+    return DecodeConfig(arch, warps, stages, stages * stage + rest, grid)
+
+
 @cache
 def device_facts(index: int) -> tuple[tuple[int, int], int]:
     """Compute capability and number of multiprocessors of a GPU."""
@@ -67,6 +111,12 @@ def kernel_path(device: torch.device) -> str:
     capability, processors = device_facts(device.index or 0)
     config = launch_config(capability, processors, 128, 1, processors)
     return f"{config.name} ({config.arch})"
+
+
+@cache
+def shared_limit(index: int) -> int:
+    """Bytes of shared memory that a CTA of this GPU can have."""
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 @cache

@@ -33,7 +33,7 @@ class Variant:
     arch: str
     head_dim: int
     bf16: bool
-    debug: tuple[str, ...] = ()  # extra macros of the tests: ELASTIC_WATCHDOG=1, ELASTIC_STRESS=1
+    debug: tuple[str, ...] = ()  # more macros: ELASTIC_WARPS=4; of the tests, ELASTIC_WATCHDOG=1, ELASTIC_STRESS=1
     entry: str = ""
 
     @property

@@ -12,7 +12,11 @@ ELASTIC_FN void copy_async(u32 shared, const void* global, bool valid) {
                : "memory");
 }
 ELASTIC_FN void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-ELASTIC_FN void copy_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+template <int kPending>
+ELASTIC_FN void copy_wait_all_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+ELASTIC_FN void copy_wait() { copy_wait_all_but<0>(); }
 
 ELASTIC_FN void load_matrix(u32 (&r)[4], u32 shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -1,0 +1,75 @@
+"""`elastic serve`: a routed model behind an OpenAI-compatible HTTP endpoint."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from elastic.console import Parser, complain, say
+
+SUMMARY = "serve a trained checkpoint over HTTP, compatible with OpenAI's chat completions"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = Parser(prog="elastic serve", description=SUMMARY)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder with elastic.json")
+    parser.add_argument("--backbone", metavar="NAME", help="default: the backbone the checkpoint was trained on")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default float32)")
+    parser.add_argument("--name", metavar="NAME", help="under which clients ask for it (default: the folder's name)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
+    parser.add_argument("--port", type=int, default=8000, help="default 8000")
+    parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="requests in a batch (default 8)")
+    parser.add_argument("--max-queue", type=int, default=64, metavar="N", help="waiting requests (default 64)")
+    parser.add_argument(
+        "--batch-seconds", type=float, default=0.01, metavar="S", help="wait for more requests (default 0.01)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default 512)")
+    parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="of a request (default 300)")
+    parser.add_argument("--max-body", type=int, default=8 << 20, metavar="BYTES", help="default 8 MiB")
+    parser.add_argument("--grace", type=float, default=30.0, metavar="S", help="to finish at shutdown (default 30)")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run the command until it is interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        serve(args)
+    except (ValueError, OSError) as error:
+        return complain("serve", error)
+    return 0
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Load the model, then listen.
+
+    Raises:
+        ValueError: a setting out of range, or packages of the extra `serve` that are missing.
+    """
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"the package {package} is missing; run `pip install 'elastic-attention[serve]'`")
+    import uvicorn
+
+    from elastic.inference import load
+    from elastic.serving.app import ServerLimits, build_app
+    from elastic.serving.engine import Engine
+
+    limits = ServerLimits(args.max_new_tokens, args.timeout, args.max_body, args.grace)
+    model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype)
+    name = args.name or args.checkpoint.resolve().name
+    app = build_app(
+        name,
+        limits,
+        lambda metrics: Engine(
+            model,
+            tokenizer,
+            max_batch=args.max_batch,
+            max_queue=args.max_queue,
+            batch_seconds=args.batch_seconds,
+            metrics=metrics,
+        ),
+    )
+    say(f"model {name!r} at http://{args.host}:{args.port}/v1 (chat/completions, models; /health, /metrics, /docs)")
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=int(args.grace))

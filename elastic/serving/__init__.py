@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP endpoint for a routed model: protocol, batching engine, application."""

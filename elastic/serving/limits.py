@@ -1,0 +1,53 @@
+"""Refuse bodies that are too large before they are read into memory."""
+
+import json
+from typing import Any
+
+from elastic.serving.protocol import error_body
+
+
+class MaxBody:
+    """ASGI middleware: 413 for a request of more than `limit` bytes, declared or found while reading.
+
+    Args:
+        app: the application behind it.
+        limit: bytes.
+    """
+
+    def __init__(self, app: Any, limit: int) -> None:
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """One connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self.limit:
+            await self._refuse(send)
+            return
+        # The body is read here, so that one without a declared length can still be refused with a proper answer.
+        parts, size = [], 0
+        while True:
+            message = await receive()
+            parts.append(message)
+            size += len(message.get("body", b""))
+            if size > self.limit:
+                await self._refuse(send)
+                return
+            if message["type"] != "http.request" or not message.get("more_body", False):
+                break
+        waiting = iter(parts)
+
+        async def replay() -> Any:
+            read = next(waiting, None)
+            return await receive() if read is None else read
+
+        await self.app(scope, replay, send)
+
+    async def _refuse(self, send: Any) -> None:
+        text = f"the request is larger than {self.limit} bytes; shorten it"
+        body = json.dumps(error_body(text, "invalid_request_error")).encode()
+        head = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": 413, "headers": head})
+        await send({"type": "http.response.body", "body": body})
