@@ -16,13 +16,13 @@ from elastic.chunking import chunk, unchunk
 from elastic.config import ElasticConfig
 from elastic.decoding import decode_attention
 from elastic.elastic_cache import ElasticCache
+from elastic.families import FAMILIES, attention_layers
 from elastic.head_plan import HeadPlan
 from elastic.patterns import check_supported
-from elastic.router import Router, build_router
 from elastic.route_record import RouteRecord, route_of
+from elastic.router import Router, build_router
 from elastic.routing import Context, Routing, RoutingState, route_layer
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 __all__ = [
     "FAMILIES",
     "RouteRecord",
@@ -64,7 +64,7 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
     check_supported(config.sparse)
     if is_attached(model):
         raise ValueError("this model already has routers; call elastic.detach(model) first")
-    layers = _attention_layers(model)
+    layers = attention_layers(model)
     _register()
     handle = _Handle(model, config)
     for attn in layers:
@@ -279,31 +279,3 @@ def _handle(model: Any) -> _Handle:
     if not is_attached(model):
         raise ValueError("this model has no routers; call elastic.attach(model, config) or elastic.load(path) first")
     return getattr(model, _HANDLE)
-
-
-def _attention_layers(model: Any) -> list[Any]:
-    """The attention modules in layer order, after checking that this model can be routed."""
-    config: Any = getattr(model, "config", None)
-    family = getattr(config, "model_type", type(model).__name__)
-    if family not in FAMILIES or not hasattr(model, "get_decoder"):
-        raise ValueError(f"model family {family!r} is not supported; tested families are {', '.join(FAMILIES)}")
-    if config._attn_implementation != "sdpa":
-        raise ValueError(
-            f"the model runs attention by {config._attn_implementation!r}, expected 'sdpa', which full heads "
-            "reproduce; load it with attn_implementation='sdpa'"
-        )
-    layers = [layer.self_attn for layer in model.get_decoder().layers]
-    for attn in layers:
-        where = f"layer {attn.layer_idx}"
-        window = getattr(attn, "sliding_window", getattr(config, "sliding_window", None))
-        if window is not None:
-            raise ValueError(
-                f"{where} has its own sliding window of {window} tokens, but full heads must see everything; load "
-                "the model with sliding_window=None (and layer_types of full_attention)"
-            )
-        if attn.attention_dropout:
-            raise ValueError(
-                f"{where} has attention_dropout={attn.attention_dropout}, expected 0 for a frozen backbone; set it "
-                "to 0.0"
-            )
-    return layers

@@ -47,7 +47,6 @@ def chunk(decoder: Any, size: Callable[[], int]) -> None:
 def unchunk(decoder: Any) -> None:
     """Undo `chunk`."""
     for module in token_modules(decoder):
-        if module.forward.inner.__func__ is type(module).forward:
-            del module.forward
-        else:
-            module.forward = module.forward.inner
+        inner = vars(module).pop("forward").inner
+        if getattr(inner, "__func__", None) is not type(module).forward:
+            module.forward = inner  # somebody else's, from before

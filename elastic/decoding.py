@@ -45,6 +45,7 @@ def decode_attention(
     """
     kernel = why_not(q_BH1D.device, q_BH1D.dtype, q_BH1D.shape[-1]) is None
     if stored is not None:
+        q_BH1D = q_BH1D.to(stored.pool.keys.dtype)  # under autocast the cache holds what the model stored
         if kernel:
             return _launch(q_BH1D, stored.pool.keys, stored.pool.values, stored.pool.base_BK, stored.visible, scale)
         k, v = stored.pool.dense(stored.begin_B, stored.count_B, plan.layout.keys)

@@ -137,7 +137,9 @@ def decode_layout(prefill: Layout, rows: int, past: int, attention_mask: Tensor 
     """
     keys, begin = past + 1, prefill.begin_N
     if begin.shape[0] != rows:
-        raise ValueError(f"a token for {rows} rows came with a cache of {begin.shape[0]}; was it filled by another batch?")
+        raise ValueError(
+            f"a token for {rows} rows came with a cache of {begin.shape[0]}; was it filled by another batch?"
+        )
     if attention_mask is not None:
         if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < keys:
             raise _bad_mask(attention_mask, rows, keys)

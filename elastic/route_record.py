@@ -32,7 +32,7 @@ class RouteRecord:
     heads: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     layout: Layout | None = None
     override: int | Tensor | None = None
-    _modes: tuple[Any, Tensor] | None = None
+    _modes: tuple[int | Tensor | None, tuple[bool, SparseConfig], Tensor] | None = None
 
     @property
     def route(self) -> Tensor:
@@ -57,15 +57,17 @@ class RouteRecord:
             override: routes to use instead of the recorded ones.
             dense: every head in route 0's mode.
         """
-        if self._modes is not None and same_override(self._modes[0][0], override) and self._modes[0][1:] == (dense, sparse):
-            return self._modes[1]
+        if self._modes is not None:
+            earlier, settings, modes = self._modes
+            if same_override(earlier, override) and settings == (dense, sparse):
+                return modes
         route = torch.stack([self.layers[i] for i in sorted(self.layers)])
         if override is not None:
             route = given_routes(override, route)
         elif dense:
             route = torch.zeros_like(route)
         modes = torch.where(route > 0.5, mode_id(sparse.route1), mode_id(sparse.route0)).to(torch.int32)
-        self._modes = ((override, dense, sparse), modes)
+        self._modes = (override, (dense, sparse), modes)
         return modes
 
     def select(self, index: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from elastic.attention import routed_attention
 from elastic.config import ElasticConfig
+from elastic.families import prerope_keys
 from elastic.head_plan import HeadPlan, Layout, batch_layout, decode_layout, packed_layout
 from elastic.relaxation import decide, sample_route
 from elastic.route_record import RouteRecord, find_record, new_record
@@ -162,14 +163,6 @@ def route_layer(
         record.set_route(attn.layer_idx, route)
         record.layout, record.override = layout, routing.override
     return route.to(hidden_BSE.device)
-
-
-def prerope_keys(attn: Any, hidden_E: Tensor) -> Tensor:
-    """Keys before RoPE, after the model's own k-norm where it has one: [..., E] -> [..., K, D]."""
-    keys = attn.k_proj(hidden_E)
-    keys = keys.view(*keys.shape[:-1], -1, attn.head_dim)
-    norm = getattr(attn, "k_norm", None)
-    return keys if norm is None else norm(keys)
 
 
 def _pooled_keys(attn: Any, hidden_BSE: Tensor, layout: Layout, routing: Routing, record: RouteRecord | None) -> Tensor:

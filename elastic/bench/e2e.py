@@ -8,6 +8,7 @@ transformers' own cache and SDPA.
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,21 +75,28 @@ def run(args: argparse.Namespace, command: str) -> int:
         say("  ".join([f"{case['case']:28s} {case['who']:12s}", *(_short(r) for r in timed)]))
 
     for shape in args.shapes:
-        model = random_model(shape, device, getattr(torch, args.dtype))
-        for length in args.lengths:
-            for ratio in args.msr:
-                share = route_at_random(model, ratio, _config(args))
-                case = _case(shape, length, "elastic", share)
-                add(case, lambda length=length: elastic_runs(model, length, args.new_tokens, args.repeats))  # type: ignore[misc]
-                detach(model)
-            for name in args.contestants:
-                add(_case(shape, length, name, None),
-                    lambda length=length, name=name: stock_runs(model, name, length, args.new_tokens, args.repeats))  # type: ignore[misc]  # fmt: skip
-        del model
+        _run_shape(args, shape, device, add)
     say(f"\n{e2e_table(found)}\n")
     written = [path, save_png(e2e_figure(found), path.with_suffix(".png"))]
     say(f"Written: {', '.join(map(str, written))}")
     return 0
+
+
+def _run_shape(
+    args: argparse.Namespace, shape: str, device: torch.device, add: Callable[[Record, Callable[[], Run]], None]
+) -> None:
+    """All cases of one shape, the routed ones of a length first; the model's memory is free afterwards."""
+    model = random_model(shape, device, getattr(torch, args.dtype))
+    sparse = SparseConfig(sink=args.sink, window=args.window, block=args.block)
+    for length in args.lengths:
+        for ratio in args.msr:
+            share = route_at_random(model, ratio, ElasticConfig(sparse=sparse, kv_cache="elastic"))
+            add(_case(shape, length, "elastic", share),
+                partial(elastic_runs, model, length, args.new_tokens, args.repeats))  # fmt: skip
+            detach(model)
+        for name in args.contestants:
+            add(_case(shape, length, name, None),
+                partial(stock_runs, model, name, length, args.new_tokens, args.repeats))  # fmt: skip
 
 
 def check(args: argparse.Namespace) -> None:
@@ -105,11 +113,6 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"{name} {min(values)} is below {least}; use {least} or more")
     if any(not 0 <= ratio <= 1 for ratio in args.msr):
         raise ValueError(f"--msr {args.msr}: expected shares from 0 to 1")
-
-
-def _config(args: argparse.Namespace) -> ElasticConfig:
-    sparse = SparseConfig(sink=args.sink, window=args.window, block=args.block)
-    return ElasticConfig(sparse=sparse, kv_cache="elastic")
 
 
 def _case(shape: str, length: int, who: str, msr: float | None) -> Record:

@@ -10,6 +10,13 @@ from elastic.plots import Panel, panels_figure
 BASELINES = ("cudnn", "flash2")  # stock models, the first that was timed is what others are compared with
 METRICS = ("first token", "decode", "decode graph", "KV cache", "peak memory", "attention", "router", "rest")
 
+PANELS = {
+    "first token": ("s", 1e-3),
+    "decode": ("tokens/s", 1.0),
+    "KV cache": ("GB", 1e-9),
+    "peak memory": ("GB", 1e-9),
+}
+
 
 def e2e_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a line per shape, length and contestant. Below 1x dense is faster, and the table says so."""
@@ -46,9 +53,7 @@ def e2e_figure(found: Sequence[Record]) -> Any:
         of_shape = [r for r in found if r["shape"] == shape and r["value"] is not None]
         ticks = {r["length"]: _size(r["length"]) for r in of_shape}
         panels = []
-        for metric, label, scale in (
-            ("first token", "s", 1e-3), ("decode", "tokens/s", 1.0), ("KV cache", "GB", 1e-9), ("peak memory", "GB", 1e-9)
-        ):  # fmt: skip
+        for metric, (label, scale) in PANELS.items():
             lines: dict[str, list[tuple[float, float]]] = {}
             for r in of_shape:
                 if r["metric"] in (metric, f"{metric} graph"):

@@ -1,0 +1,51 @@
+"""Which model families can be routed, and the little in which they differ (spec section 6; docs/porting.md)."""
+
+from typing import Any
+
+from torch import Tensor
+
+FAMILIES = ("granite", "llama", "mistral", "olmo2", "qwen2", "qwen3")
+
+
+def prerope_keys(attn: Any, hidden_E: Tensor) -> Tensor:
+    """Keys before RoPE, after the model's own k-norm where it has one: [..., E] -> [..., K, D].
+
+    A norm over D numbers acts on every head by itself (Qwen3), one over K * D on all heads before they part (OLMo 2).
+    """
+    keys, norm = attn.k_proj(hidden_E), getattr(attn, "k_norm", None)
+    if norm is not None and norm.weight.shape[-1] == keys.shape[-1]:
+        keys, norm = norm(keys), None
+    keys = keys.view(*keys.shape[:-1], -1, attn.head_dim)
+    return keys if norm is None else norm(keys)
+
+
+def attention_layers(model: Any) -> list[Any]:
+    """The attention modules in layer order, after checking that this model can be routed.
+
+    Raises:
+        ValueError: a family that nobody has tried, or a model with something unsupported.
+    """
+    config: Any = getattr(model, "config", None)
+    family = getattr(config, "model_type", type(model).__name__)
+    if family not in FAMILIES or not hasattr(model, "get_decoder"):
+        raise ValueError(f"model family {family!r} is not supported; tested families are {', '.join(FAMILIES)}")
+    if config._attn_implementation != "sdpa":
+        raise ValueError(
+            f"the model runs attention by {config._attn_implementation!r}, expected 'sdpa', which full heads "
+            "reproduce; load it with attn_implementation='sdpa'"
+        )
+    layers = [layer.self_attn for layer in model.get_decoder().layers]
+    for attn in layers:
+        where = f"layer {attn.layer_idx}"
+        window = getattr(attn, "sliding_window", getattr(config, "sliding_window", None))
+        if window is not None:
+            raise ValueError(
+                f"{where} has its own sliding window of {window} tokens, but full heads must see everything; load "
+                "the model with sliding_window=None (and layer_types of full_attention)"
+            )
+        if attn.attention_dropout:
+            raise ValueError(
+                f"{where} has attention_dropout={attn.attention_dropout}, expected 0 for a frozen backbone; set it "
+                "to 0.0"
+            )
+    return layers
