@@ -212,7 +212,7 @@ class _Handle:
         """Lay out the batch's samples once per forward pass and hand the layout to the layers as a keyword."""
         kwargs, cache = self.routing.lay_out(args, kwargs), kwargs.get("past_key_values")
         if isinstance(cache, ElasticCache):
-            cache.begin_pass(kwargs.get("elastic_modes"), self.routing.override)
+            cache.begin_pass(kwargs.get("elastic_modes"), self.routing.override, self.routing.config.dense_decode)
         return args, kwargs
 
     def before_attention(self, attn: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -3,7 +3,7 @@
 Legend: B samples, K KV heads, S tokens, D head dim.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,15 +11,6 @@ from transformers.cache_utils import CacheLayerMixin
 
 from elastic.head_plan import HeadPlan
 from elastic.kv_pool import KVPool
-
-
-class Owner(Protocol):
-    """What a layer needs of its cache."""
-
-    seen: int
-
-    def take_in(self, layer: "ElasticLayer", k_BKSD: Tensor, v_BKSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new tokens; returns what attention runs on."""
 
 
 class HostCopy:
@@ -44,11 +35,11 @@ class HostCopy:
 
 
 class ElasticLayer(CacheLayerMixin):
-    """One layer: a pool, or keys and values that wait for their routes to reach the host."""
+    """One layer of the cache `owner`: a pool, or keys and values that wait for their routes to reach the host."""
 
     is_sliding = False
 
-    def __init__(self, owner: Owner, index: int) -> None:
+    def __init__(self, owner: Any, index: int) -> None:
         super().__init__()
         self.owner, self.index = owner, index
         self.pool: KVPool | None = None

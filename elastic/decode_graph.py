@@ -4,11 +4,14 @@ A decode step over an `ElasticCache` has fixed shapes and reads nothing back, so
 the cache grows.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from elastic.attention import backend_for
 from elastic.elastic_cache import ElasticCache
 
 
@@ -21,7 +24,7 @@ class DecodeGraph:
     """
 
     def __init__(self, model: Any, cache: ElasticCache) -> None:
-        self.model, self.cache = model, cache
+        self.forward, self.cache = model.forward, cache
         self.graph: torch.cuda.CUDAGraph | None = None
         self.version = -1
         self.token_B1 = self.logits_B1V = torch.zeros(0)
@@ -45,10 +48,48 @@ class DecodeGraph:
 
     def _run(self, token_B1: Tensor) -> Tensor:
         position = self.cache.count_B[:, None].clone()
-        return self.model(token_B1, position_ids=position, past_key_values=self.cache, use_cache=True).logits
+        return self.forward(token_B1, position_ids=position, past_key_values=self.cache, use_cache=True).logits
 
     def _capture(self, token_B1: Tensor) -> None:
         """Record a step without running it; on the host it counts, the replay does the rest."""
         self.token_B1, self.graph = token_B1.clone(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits_B1V = self._run(self.token_B1)
+
+
+class _Graphed:
+    """A model's forward that replays the decode steps of one cache; other calls go to the model as before."""
+
+    def __init__(self, graph: DecodeGraph) -> None:
+        self.graph = graph
+        self.__wrapped__ = graph.forward  # `generate` reads the signature
+
+    def __call__(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        cache = self.graph.cache
+        ours = kwargs.get("past_key_values") is cache and cache.seen > 0
+        if not ours or input_ids is None or input_ids.shape[1] != 1:
+            return self.graph.forward(input_ids, **kwargs)
+        return CausalLMOutputWithPast(logits=self.graph.step(input_ids), past_key_values=cache)
+
+
+@contextmanager
+def graphed(model: Any, cache: ElasticCache) -> Iterator[None]:
+    """Inside the context, `model.generate` over `cache` replays its decode steps as CUDA graphs.
+
+    Positions are those of `generate`: a sample's tokens counted from its first valid one.
+    """
+    before = vars(model).get("forward")
+    model.forward = _Graphed(DecodeGraph(model, cache))
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
+
+
+def can_graph(model: Any, head_dim: int) -> bool:
+    """Whether decode steps of this model run through the decode kernel, as a graph needs."""
+    return not backend_for(model.device, model.dtype, head_dim).startswith("torch")

@@ -103,13 +103,14 @@ class ElasticCache(Cache):
         self.begin_B, self.count_B = layout.begin_N, layout.end_N - layout.begin_N
         self._forget_rows()
 
-    def begin_pass(self, mode_LBK: Tensor | None, override: int | Tensor | None) -> None:
+    def begin_pass(self, mode_LBK: Tensor | None, override: int | Tensor | None, dense: bool) -> None:
         """Before the layers run. For a decode step: room for one token, where it goes, and which slots its query sees,
         for all layers at once, as device work of fixed shapes.
 
         Args:
             mode_LBK: modes of `elastic.patterns` in a decode step; None for a prompt or a turn.
             override: routes given from outside.
+            dense: whether decode steps shall see everything.
 
         Raises:
             ValueError: a decode step under other routes than those that the storage was made for.
@@ -117,7 +118,7 @@ class ElasticCache(Cache):
         self.settle()
         if mode_LBK is None:
             return
-        self._check_override(override)
+        self._check_kept(override, dense)
         if any(count >= room for count, room in zip(self.counts, self._pool(0).capacity, strict=True)):
             self._resize(list(range(len(self.counts))), [self._room(count + 1) for count in self.counts])
         if self.base_LBK.numel() == 0:
@@ -130,14 +131,15 @@ class ElasticCache(Cache):
         self.count_B += 1
         self.counts = [count + 1 for count in self.counts]
 
-    def _check_override(self, override: int | Tensor | None) -> None:
+    def _check_kept(self, override: int | Tensor | None, dense: bool) -> None:
         record = find_record(self)
         if self.config.kv_cache == "full" or record is None:
             return
-        if not same_override(override, record.override):
+        if dense or not same_override(override, record.override):
+            what = "dense_decode was set" if dense else "override_routes changed"
             raise ValueError(
-                "override_routes changed after the prompt was read into an elastic KV cache, whose streaming heads "
-                'have dropped keys; read the prompt again, or use kv_cache="full"'
+                f"{what} after the prompt was read into an elastic KV cache, whose streaming heads have dropped keys; "
+                'read the prompt again, or use kv_cache="full"'
             )
 
     def advance(self) -> None:

@@ -4,6 +4,7 @@ Legend: L layers, N samples, K KV heads.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class RouteReport:
         kv_bytes_kept: what the cache of the prompt needs under these routes.
         kv_bytes_full: what the ordinary cache of the prompt holds.
         backend: the attention implementation that ran.
+        kv_cache: what the cache keeps: full or elastic.
+        kv_bytes_held: what the cache holds for this sample, generated tokens and reserved room included.
     """
 
     route: tuple[tuple[int, ...], ...]
@@ -46,6 +49,8 @@ class RouteReport:
     kv_bytes_kept: int
     kv_bytes_full: int
     backend: str
+    kv_cache: str
+    kv_bytes_held: int
 
     def __str__(self) -> str:
         return self.render(supports_unicode())
@@ -68,7 +73,8 @@ class RouteReport:
             f"{full} {modes[one]}   {sparse} {modes[two]} (sink {self.sink}, window {self.window})",
             f"{self.prompt_tokens} prompt tokens, backend {self.backend}",
             f"MSR {self.msr:.3f}   ESR {self.esr_last:.3f} last layer, {self.esr_all:.3f} all layers",
-            f"KV cache: routes need {_size(self.kv_bytes_kept)} of {_size(self.kv_bytes_full)}",
+            f"KV cache: routes need {_size(self.kv_bytes_kept)} of {_size(self.kv_bytes_full)}, the {self.kv_cache} "
+            f"cache holds {_size(self.kv_bytes_held)}",
         ]
         return "\n".join(lines)
 
@@ -90,7 +96,15 @@ class RouteReport:
 
 
 def route_reports(
-    route_LNK: Tensor, lengths_N: Tensor, sparse: SparseConfig, *, head_dim: int, element_size: int, backend: str
+    route_LNK: Tensor,
+    lengths_N: Tensor,
+    sparse: SparseConfig,
+    *,
+    head_dim: int,
+    element_size: int,
+    backend: str,
+    kv_cache: str,
+    held_N: Sequence[int],
 ) -> list[RouteReport]:
     """One report per sample.
 
@@ -101,6 +115,8 @@ def route_reports(
         head_dim: D.
         element_size: bytes of one number in the KV cache.
         backend: name of the attention implementation.
+        kv_cache: full or elastic.
+        held_N: bytes that the cache holds for every sample.
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -127,6 +143,8 @@ def route_reports(
             kv_bytes_kept=int(kept[n]),
             kv_bytes_full=heads * int(lengths_N[n]) * 2 * head_dim * element_size,
             backend=backend,
+            kv_cache=kv_cache,
+            kv_bytes_held=held_N[n],
         )
         for n in range(route.shape[1])
     ]
