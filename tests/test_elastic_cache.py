@@ -83,7 +83,7 @@ def test_sampling_and_beams(options, kind, path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_heads_full_is_the_stock_model_bit_for_bit(kind):
-    # Frozen first: PyTorch multiplies the last token's state by lm_head in another order where the weight wants gradients.
+    # Frozen first: PyTorch sums the last token's logits in another order where lm_head wants gradients.
     model = tiny_model(eos_token_id=None, initializer_range=0.3).requires_grad_(False)
     ids, mask = left_padded(random_ids(2, 40), [0, 11])
     expected = generate(model, ids, mask)
@@ -217,9 +217,7 @@ def test_crop_goes_back_exactly_or_refuses(kind):
     with pytest.raises(ValueError, match=r"cropping 28 tokens leaves \[2\].*fewer than the first \[8\]"):
         cache.crop(2)
     if ring:
-        with pytest.raises(
-            ValueError, match=r"streaming heads have dropped \(sample 0 holds 30 tokens\); use kv_cache"
-        ):
+        with pytest.raises(ValueError, match=r"heads have dropped \(sample 0 holds 30 tokens\); use kv_cache"):
             cache.crop(-3)
     else:
         cache.crop(-3)
