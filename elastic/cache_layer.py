@@ -3,8 +3,6 @@
 Legend: B samples, K KV heads, S tokens, D head dim.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
@@ -35,13 +33,18 @@ class HostCopy:
 
 
 class ElasticLayer(CacheLayerMixin):
-    """One layer of the cache `owner`: a pool, or keys and values that wait for their routes to reach the host."""
+    """One layer: a pool, or keys and values that wait for their routes to reach the host.
+
+    Attributes:
+        seen: tokens so far, padding included.
+        plan: of the present forward pass; set before `update`.
+    """
 
     is_sliding = False
 
-    def __init__(self, owner: Any, index: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.owner, self.index = owner, index
+        self.seen = 0
         self.pool: KVPool | None = None
         self.plan: HeadPlan | None = None
         self.waiting: tuple[Tensor, Tensor, HostCopy] | None = None
@@ -50,9 +53,18 @@ class ElasticLayer(CacheLayerMixin):
         """Required of every layer; storage is made when the routes are known."""
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take in new tokens [B, K, Lq, D]; returns what attention runs on: all positions of a prompt or a new turn
-        (dropped ones as zeros), only the new token while decoding, which reads the pool.
+    def update(
+        self, key_states: Tensor, value_states: Tensor, rows_BK: Tensor, begin_B: Tensor, count_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Take in new tokens [B, K, Lq, D].
+
+        Args:
+            rows_BK: rows of the pool that a decode step writes.
+            begin_B, count_B: padding before, and valid tokens already held.
+
+        Returns:
+            What attention runs on: all positions of a prompt or a new turn (dropped ones as zeros); only the new token
+            in a decode step, which reads the pool.
         """
         if self.plan is None:
             raise ValueError(
@@ -60,18 +72,41 @@ class ElasticLayer(CacheLayerMixin):
                 "transformers' DynamicCache"
             )
         self.lazy_initialization(key_states)
-        return self.owner.take_in(self, key_states, value_states)
+        layout, self.seen = self.plan.layout, self.plan.layout.keys
+        if layout.decoding:
+            self.held().append(rows_BK, key_states, value_states)
+            return key_states, value_states
+        if layout.past:
+            keys, values = self.held().dense(begin_B, count_B, layout.past)
+            key_states, value_states = torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
+            self.pool = None
+        self.waiting = (key_states, value_states, HostCopy(self.plan.mode_NK))
+        return key_states, value_states
+
+    def held(self) -> KVPool:
+        """The pool.
+
+        Raises:
+            ValueError: there is none yet.
+        """
+        if self.pool is None:
+            raise ValueError("the cache is empty; run the prompt through the model first")
+        return self.pool
 
     def get_seq_length(self) -> int:
-        """Tokens seen, padding included."""
-        return self.owner.seen
+        """Tokens so far, padding included."""
+        return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask would cover."""
-        return self.owner.seen + query_length, 0
+        return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
         """No maximum."""
         return -1
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+    def reset(self) -> None:
+        """Empty the layer."""
+        self.seen, self.pool, self.plan, self.waiting = 0, None, None, None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from elastic.cache_layer import ElasticLayer, HostCopy
+from elastic.cache_layer import ElasticLayer
 from elastic.config import ElasticConfig
 from elastic.decoding import Stored
 from elastic.head_plan import Layout
@@ -41,7 +41,6 @@ class ElasticCache(Cache):
         step: tokens by which the storage grows.
 
     Attributes:
-        seen: tokens in the cache, padding included.
         version: changes when the storage does; a CUDA graph of a decode step lives until then.
         counts: valid tokens by sample.
     """
@@ -51,19 +50,24 @@ class ElasticCache(Cache):
     def __init__(self, num_layers: int, config: ElasticConfig, reserve: int = 0, step: int = STEP) -> None:
         if reserve < 0 or step < 1:
             raise ValueError(f"reserve={reserve}, step={step}; expected 0 or more and 1 or more tokens")
-        super().__init__(layers=[ElasticLayer(self, i) for i in range(num_layers)])
+        super().__init__(layers=[ElasticLayer() for _ in range(num_layers)])
         self.config, self.reserve, self.step, self.version = config, reserve, step, 0
         self.reset()
 
     def reset(self) -> None:
         """Empty the cache."""
-        self.seen, self.counts, self.pooled = 0, list[int](), list[int]()
+        self.counts, self.pooled = list[int](), list[int]()
         self.begin_B = self.count_B = torch.zeros(0, dtype=torch.int64)
         self.visible_LBK: Visible | None = None
         self.rows_LBK = self.base_LBK = self.ring_LBK = torch.zeros(0)
         for layer in self.layers:
-            layer.pool = layer.plan = layer.waiting = None
+            layer.reset()
         new_record(self)
+
+    @property
+    def seen(self) -> int:
+        """Tokens in the cache, padding included."""
+        return self.layers[-1].seen
 
     # -- one forward pass
 
@@ -73,33 +77,28 @@ class ElasticCache(Cache):
             return None
         self.settle()
         sparse = self.config.sparse
-        return self._pool(index).ring_BK & (self.count_B > sparse.sink + sparse.window)[:, None]
+        return self.layers[index].held().ring_BK & (self.count_B > sparse.sink + sparse.window)[:, None]
 
-    def take_in(self, layer: ElasticLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """`ElasticLayer.update`."""
-        plan = layer.plan
-        assert plan is not None
-        if plan.layout.decoding:
-            self._pool(layer.index).append(self.rows_LBK[layer.index], k, v)
-            if layer.index == len(self.layers) - 1:
-                self.seen += 1
-            return k, v
-        if plan.layout.past:
-            past = self._pool(layer.index).dense(self.begin_B, self.count_B, plan.layout.past)
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-            layer.pool = None
-        layer.waiting = (k, v, HostCopy(plan.mode_NK))
-        if layer.index >= _BEHIND:
-            self._settle(self.layers[layer.index - _BEHIND], plan.layout)
-        if layer.index == len(self.layers) - 1:
-            self._finish(plan.layout)
-        return k, v
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take in a layer's new tokens; see `ElasticLayer.update`."""
+        layer = self.layers[layer_idx]
+        rows_BK = self.rows_LBK[layer_idx] if self.rows_LBK.numel() else self.rows_LBK
+        held = layer.update(key_states, value_states, rows_BK, self.begin_B, self.count_B)
+        assert layer.plan is not None
+        if not layer.plan.layout.decoding:
+            if layer_idx >= _BEHIND:
+                self._settle(self.layers[layer_idx - _BEHIND], layer.plan.layout)
+            if layer_idx == len(self.layers) - 1:
+                self._finish(layer.plan.layout)
+        return held
 
     def _finish(self, layout: Layout) -> None:
         """The last layer has taken in a prompt or a turn."""
         if not layout.past:
             self.pooled = [min(count, self.config.router.pool_tokens) for count in layout.lengths]
-        self.seen, self.counts = layout.keys, layout.lengths
+        self.counts = layout.lengths
         self.begin_B, self.count_B = layout.begin_N, layout.end_N - layout.begin_N
         self._forget_rows()
 
@@ -119,10 +118,10 @@ class ElasticCache(Cache):
         if mode_LBK is None:
             return
         self._check_kept(override, dense)
-        if any(count >= room for count, room in zip(self.counts, self._pool(0).capacity, strict=True)):
+        if any(count >= room for count, room in zip(self.counts, self.layers[0].held().capacity, strict=True)):
             self._resize(list(range(len(self.counts))), [self._room(count + 1) for count in self.counts])
         if self.base_LBK.numel() == 0:
-            pools = [self._pool(i) for i in range(len(self.layers))]
+            pools = [layer.held() for layer in self.layers]
             self.base_LBK = torch.stack([pool.base_BK for pool in pools])
             self.ring_LBK = torch.stack([pool.ring_BK for pool in pools])
         sparse, count = self.config.sparse, self.count_B[:, None]
@@ -144,7 +143,12 @@ class ElasticCache(Cache):
 
     def advance(self) -> None:
         """Count a step that a CUDA graph replayed: everything on the device has moved already."""
-        self.seen, self.counts = self.seen + 1, [count + 1 for count in self.counts]
+        self._lengthen(1)
+        self.counts = [count + 1 for count in self.counts]
+
+    def _lengthen(self, tokens: int) -> None:
+        for layer in self.layers:
+            layer.seen += tokens
 
     def _forget_rows(self) -> None:
         self.base_LBK, self.version = torch.zeros(0), self.version + 1
@@ -153,12 +157,12 @@ class ElasticCache(Cache):
         """A layer in the present decode step."""
         assert self.visible_LBK is not None
         visible = Visible(*(part[index] for part in self.visible_LBK))
-        return Stored(self._pool(index), visible, self.begin_B, self.count_B)
+        return Stored(self.layers[index].held(), visible, self.begin_B, self.count_B)
 
     @property
     def steps_left(self) -> int:
         """Decode steps before the storage grows."""
-        return min(room - count for room, count in zip(self._pool(0).capacity, self.counts, strict=True))
+        return min(room - count for room, count in zip(self.layers[0].held().capacity, self.counts, strict=True))
 
     # -- storage
 
@@ -181,27 +185,21 @@ class ElasticCache(Cache):
     def _room(self, count: int) -> int:
         return -(-(count + self.reserve) // self.step) * self.step
 
-    def _pool(self, index: int) -> KVPool:
-        pool = self.layers[index].pool
-        if pool is None:
-            raise ValueError("the cache is empty; run the prompt through the model first")
-        return pool
-
     def _resize(self, samples: list[int], capacity: list[int]) -> None:
         for layer in self.layers:
-            layer.pool = self._pool(layer.index).rebuilt(samples, capacity)
+            layer.pool = layer.held().rebuilt(samples, capacity)
         self._forget_rows()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values, reserved room included."""
         self.settle()
-        return sum(self._pool(i).nbytes for i in range(len(self.layers)))
+        return sum(layer.held().nbytes for layer in self.layers)
 
     def sample_bytes(self) -> list[int]:
         """`nbytes` by sample."""
         self.settle()
-        pools = [self._pool(i) for i in range(len(self.layers))]
+        pools = [layer.held() for layer in self.layers]
         return [sum(pool.sample_bytes(b) for pool in pools) for b in range(len(self.counts))]
 
     # -- batch and length
@@ -211,7 +209,7 @@ class ElasticCache(Cache):
         if self.seen == 0 or chosen == list(range(len(self.counts))):
             return
         self.settle()
-        self._resize(chosen, [self._pool(0).capacity[b] for b in chosen])
+        self._resize(chosen, [self.layers[0].held().capacity[b] for b in chosen])
         index = upload(chosen, self.count_B.device)
         self.begin_B, self.count_B = self.begin_B[index], self.count_B[index]
         self.counts, self.pooled = [self.counts[b] for b in chosen], [self.pooled[b] for b in chosen]
@@ -252,12 +250,13 @@ class ElasticCache(Cache):
         sparse = self.config.sparse
         for sample, (count, kept) in enumerate(zip(self.counts, left, strict=True)):
             lost = range(max(sparse.sink, kept - sparse.window), min(kept, count - sparse.window))
-            if lost and any(any(self._pool(i).ring[sample]) for i in range(len(self.layers))):
+            if lost and any(any(layer.held().ring[sample]) for layer in self.layers):
                 raise ValueError(
                     f"cropping {removed} tokens would make keys visible that streaming heads have dropped (sample "
                     f'{sample} holds {count} tokens); use kv_cache="full", or copy.deepcopy the cache before'
                 )
-        self.seen, self.counts = self.seen - removed, left
+        self._lengthen(-removed)
+        self.counts = left
         self.count_B = self.count_B - removed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ElasticCache":

@@ -3,6 +3,8 @@ turns, prefix reuse, cropping, storage.
 """
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -259,6 +261,22 @@ def test_reserve_lets_no_step_move_memory():
         for _ in range(12):
             model(random_ids(1, 1), past_key_values=cache, use_cache=True)
     assert [layer.pool.keys.data_ptr() for layer in cache.layers] == addresses
+
+
+def test_a_cache_is_freed_when_it_is_dropped():
+    """No reference cycle keeps gigabytes until the garbage collector comes."""
+    model = routed()
+    cache = new_cache(model)
+    with torch.no_grad():
+        model(random_ids(1, 40), past_key_values=cache, use_cache=True)
+        model(random_ids(1, 1), past_key_values=cache, use_cache=True)
+    alive = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_reset_empties():

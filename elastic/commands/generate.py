@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kv-cache",
         choices=("full", "elastic"),
-        help="keep every token of every head, or only sink + window of streaming heads (default: as the checkpoint says)",
+        help="keep all tokens, or only sink + window of streaming heads (default: as the checkpoint says)",
     )
     parser.add_argument("--dense", action="store_true", help="answer with all heads full as well, to compare")
     parser.add_argument("--report-json", type=Path, metavar="FILE", help="write the route report as JSON")
