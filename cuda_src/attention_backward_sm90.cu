@@ -18,7 +18,9 @@ struct Consumer {
   u32 base;
   int group, warp, lane;  // warpgroup 0 or 1, warp of the warpgroup
 
+  // Hands back what the barrier guards: every lane is done with it when lane 0 says so.
   ELASTIC_FN void release(u64* bar) const {
+    __syncwarp();
     if (lane == 0) arrive(bar);
   }
 
@@ -54,11 +56,11 @@ struct Consumer {
     wgmma_commit();
   }
 
-  // Rows past the sample's end may hold anything, and 0 * NaN is NaN. Both warpgroups write the same zeros.
+  // Rows past the sample's end may hold anything, and 0 * NaN is NaN. The two warpgroups share the rows: `settle` next.
   template <int kTileRows>
   ELASTIC_FN void clear_tail(int tile_at, int rows) const {
     const u32 tile = base + tile_at;
-    for (int index = warp * 32 + lane; index < kTileRows * kD / 8; index += 128) {
+    for (int index = group * 128 + warp * 32 + lane; index < kTileRows * kD / 8; index += 256) {
       if (index / 8 % kTileRows < rows) continue;
       asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(tile + index * 16), "r"(0) : "memory");
     }
@@ -66,7 +68,7 @@ struct Consumer {
 
   ELASTIC_FN void settle() const {
     fence_async();
-    named_sync(kClear + group, 128);
+    named_sync(kClear, 256);
   }
 
   // Per-query values of the lane's columns: lse2 or delta of column 8 i + 2 (lane % 4) + {0, 1}.
@@ -136,7 +138,6 @@ struct Consumer {
       c.job[group] = SumJob{p.dq_sum + at * kTileElements + group * (kTileElements / 2), p.turns + 2 * at + group, step.turn};
     }
     fence_async();
-    __syncwarp();
     release(&c.sum_full[group]);
   }
 
@@ -225,7 +226,6 @@ struct Consumer {
       }
       store(dv, p.dv, p.stride_dv, 1.0f);
       store(dk, p.dk, p.stride_dk, p.f.scale);
-      __syncwarp();  // every lane has read the header
       release(&c.empty_kv);
     }
     wait(&c.sum_empty[group], sum_phase);

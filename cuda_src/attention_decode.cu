@@ -2,6 +2,7 @@
 // tokens of all heads form one list of units that the CTAs share equally; a head cut by a CTA's end is put together by
 // the last CTA that finishes it. The query heads of a group are the rows of one mma tile, so K and V are read once.
 // Compile-time: ELASTIC_HEAD_DIM (64, 128), ELASTIC_BF16 (1, else fp16), ELASTIC_WARPS, ELASTIC_STAGES.
+#include "elastic/decode_list.cuh"
 #include "elastic/ptx_sm80.cuh"
 #include "elastic/softmax.cuh"
 
@@ -11,42 +12,9 @@ constexpr int kD = ELASTIC_HEAD_DIM, kWarps = ELASTIC_WARPS, kStages = ELASTIC_S
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTokens = 16;                  // of a warp's tile: its keys and values are one stage of its own ring
 constexpr int kStep = kWarps * kTokens;      // the warps take turns
-constexpr int kUnit = 64;                    // tokens, the grain of the shares
-constexpr int kLeastUnits = 2;               // a share below this is not worth a CTA
 constexpr int kRows = 16;                    // query heads of an mma tile
 constexpr int kRowBytes = 2 * kD, kChunks = kD / 8, kTileBytes = kTokens * kRowBytes;
 constexpr int kPitch = kD + 8;               // floats from one output row to the next in shared memory
-
-struct DecodeParams {
-  const char *q, *keys, *values;
-  char* out;
-  const i64* base;                   // [B, K], row of token 0
-  const int *sink, *begin, *end;     // [B, K], tokens
-  float* partial;                    // [2 * CTAs, G, D], then [2 * CTAs, G, 2]: maximum and sum
-  int* arrived;                      // [B, K], zero before and after every launch
-  i64 q_sample, q_head, token_stride;  // elements, elements, rows
-  int samples, heads, kv_heads;
-  float scale_log2;
-};
-static_assert(sizeof(DecodeParams) == 120, "elastic/kernels/decode.py packs 120 bytes");
-
-struct Span {  // the visible tokens of a head, numbered 0..count: the sink, then the rest
-  int sink, skip, count;
-};
-
-ELASTIC_FN Span span_of(const DecodeParams& p, int head) {
-  const int end = max(p.end[head], 0), sink = min(max(p.sink[head], 0), end);
-  const int begin = min(max(p.begin[head], sink), end);
-  return {sink, begin - sink, sink + end - begin};
-}
-
-struct Share {  // of one CTA: units [first, last) of the list
-  i64 units;
-  int workers, first, last;
-};
-
-ELASTIC_FN int share_begin(i64 units, int workers, int worker) { return int(units * worker / workers); }
-ELASTIC_FN int worker_of(i64 units, int workers, int unit) { return int(((unit + 1ll) * workers - 1) / units); }
 
 // offset[h] = units before head h, for all heads and the end; a head that sees nothing has one empty unit.
 ELASTIC_FN Share build_list(const DecodeParams& p, int* offset, int* totals) {
@@ -55,7 +23,8 @@ ELASTIC_FN Share build_list(const DecodeParams& p, int* offset, int* totals) {
   int sum = 0;
   for (int h = from; h < to; ++h) {
     offset[h] = sum;
-    sum += max(1, (span_of(p, h).count + kUnit - 1) / kUnit);
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(p.base + h));
+    sum += units_of(span_of(p, h).count);
   }
   int scan = sum;
 #pragma unroll
@@ -74,28 +43,7 @@ ELASTIC_FN Share build_list(const DecodeParams& p, int* offset, int* totals) {
   for (int h = from; h < to; ++h) offset[h] += before;
   if (threadIdx.x == 0) offset[heads] = units;
   __syncthreads();
-  const int workers = min(int(gridDim.x), max(1, units / kLeastUnits)), mine = min(int(blockIdx.x), workers);
-  return {units, workers, share_begin(units, workers, mine), share_begin(units, workers, min(mine + 1, workers))};
-}
-
-struct Item {  // a CTA's part of one head: visible tokens [begin, end)
-  int head, begin, end;
-  bool whole;
-};
-
-ELASTIC_FN Item item_of(const Share& share, const int* offset, int head, int count) {
-  const int first = max(share.first - offset[head], 0), last = min(share.last, offset[head + 1]) - offset[head];
-  const bool whole = share.first <= offset[head] && offset[head + 1] <= share.last;
-  return {head, first * kUnit, min(last * kUnit, count), whole};
-}
-
-ELASTIC_FN int head_at(const int* offset, int heads, int unit) {  // the last head that begins at or before the unit
-  int low = 0, high = heads - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (offset[middle] <= unit) low = middle; else high = middle - 1;
-  }
-  return low;
+  return share_of(units, gridDim.x, blockIdx.x);
 }
 
 ELASTIC_FN u32 swizzled(u32 tile, int row, int chunk) { return tile + row * kRowBytes + ((chunk ^ (row & 7)) << 4); }
@@ -115,16 +63,30 @@ struct Loader {
   }
 
   ELASTIC_FN void load(const DecodeParams& p, const Share& share, const int* offset, u32 stage, int warp, int lane) {
+    constexpr int kCopies = kTokens * kChunks / 32, kRowsApart = 32 / kChunks;  // of a lane: rows of one chunk
     while (pos >= item.end && share.last > offset[item.head + 1]) open(p, share, offset, item.head + 1, warp);
     if (pos < item.end) {
+      const int row = lane / kChunks, chunk = lane % kChunks, at = pos + row;
+      const bool in_sink = at < span.sink;
+      const i64 apart = kRowsApart * p.token_stride * kRowBytes;
+      const char* key = p.keys + (base + (at + (in_sink ? 0 : span.skip)) * p.token_stride) * kRowBytes + chunk * 16;
+      const i64 to_value = p.values - p.keys;
+      if (pos + kTokens <= item.end && (pos >= span.sink || pos + kTokens <= span.sink)) {
 #pragma unroll
-      for (int i = 0; i < kTokens * kChunks / 32; ++i) {
-        const int row = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks, at = pos + row;
-        const bool valid = at < item.end;
-        const i64 token = valid ? at + (at >= span.sink ? span.skip : 0) : 0;
-        const i64 byte = (base + token * p.token_stride) * kRowBytes + chunk * 16;
-        copy_async(swizzled(stage, row, chunk), p.keys + byte, valid);
-        copy_async(swizzled(stage + kTileBytes, row, chunk), p.values + byte, valid);
+        for (int i = 0; i < kCopies; ++i, key += apart) {
+          const u32 place = swizzled(stage, row + i * kRowsApart, chunk);
+          copy_async(place, key, true);
+          copy_async(place + kTileBytes, key + to_value, true);
+        }
+      } else {  // the end of the sink or of the item lies in this tile
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i, key += apart) {
+          const int token = at + i * kRowsApart;
+          const i64 jump = in_sink && token >= span.sink ? span.skip * p.token_stride * kRowBytes : 0;
+          const u32 place = swizzled(stage, row + i * kRowsApart, chunk);
+          copy_async(place, key + jump, token < item.end);
+          copy_async(place + kTileBytes, key + jump + to_value, token < item.end);
+        }
       }
       pos += kStep;
     }
@@ -148,16 +110,18 @@ ELASTIC_FN void load_queries(u32 (&q)[kD / 16][4], const DecodeParams& p, int he
 // One tile of 16 tokens: scores of all query heads, online softmax, output.
 ELASTIC_FN void attend(float (&o)[kD / 2], Softmax& softmax, const u32 (&q)[kD / 16][4], u32 stage, int valid,
                        float scale_log2, int lane) {
-  float s[8];
+  float s[8], odd[8];  // two sums, because every step of one waits for the step before
 #pragma unroll
-  for (int i = 0; i < 8; ++i) s[i] = 0.0f;
+  for (int i = 0; i < 8; ++i) s[i] = odd[i] = 0.0f;
 #pragma unroll
   for (int kk = 0; kk < kD / 16; ++kk) {
     u32 b[4];
     load_matrix(b, swizzled(stage, (lane & 7) + ((lane >> 4) << 3), 2 * kk + ((lane >> 3) & 1)));
-    mma(s, q[kk], b[0], b[1]);
-    mma(s + 4, q[kk], b[2], b[3]);
+    mma(kk % 2 ? odd : s, q[kk], b[0], b[1]);
+    mma((kk % 2 ? odd : s) + 4, q[kk], b[2], b[3]);
   }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) s[i] += odd[i];
   if (valid < kTokens) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -252,51 +216,60 @@ ELASTIC_FN void store_item(const DecodeParams& p, const float* rows, const Share
   }
 }
 
-// The last CTA of a head adds up its parts, always in the order of the list. `weights` [parts, G] is shared memory.
-ELASTIC_FN void merge(const DecodeParams& p, const Share& share, const int* offset, int head, int first, int parts,
-                      float* weights) {
-  const int group = p.heads / p.kv_heads;
-  const bool second = share_begin(share.units, share.workers, first) < offset[head];  // of the first CTA's two slots
+// The last CTA of a head adds up its parts, always in the order of the list. Every thread adds some of the parts of one
+// output column; `rows` holds first the parts' weights [parts, G], then the threads' sums.
+ELASTIC_FN void merge(const DecodeParams& p, const Parts& parts, int head, float* rows) {
+  const int group = p.heads / p.kv_heads, columns = group * kD / 4;
   const float2* peaks = (const float2*)peaks_of(p, group);
-  for (int i = threadIdx.x; i < parts * group; i += kThreads) {
-    const int part = i / group, slot = 2 * (first + part) + (part == 0 && second);
-    const float2 one = __ldcg(peaks + slot * group + i % group);
-    weights[2 * i] = one.x, weights[2 * i + 1] = one.y;
+  float2* weights = (float2*)rows;
+  for (int i = threadIdx.x; i < parts.count * group; i += kThreads) {
+    weights[i] = __ldcg(peaks + parts.slot(i / group) * group + i % group);
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < group * kD / 4; i += kThreads) {
-    const int row = i / (kD / 4), column = 4 * (i % (kD / 4));
+  int each = min_i(16, max_i(1, kThreads / columns));  // threads to a column, in one warp: a power of two
+  while (each & (each - 1)) each &= each - 1;
+  const int turn = threadIdx.x / 2 % each, mine = threadIdx.x / (2 * each) * 2 + threadIdx.x % 2;  // pairs: 32 bytes
+  for (int first = 0; first < columns; first += kThreads / each) {
+    const int index = first + mine, row = index / (kD / 4);
     float top = minus_infinity(), sum = 0.0f;
-    for (int part = 0; part < parts; ++part) top = fmaxf(top, weights[2 * (part * group + row)]);
     float4 all = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
-    for (int part = 0; part < parts; ++part) {
-      const int slot = 2 * (first + part) + (part == 0 && second);
-      const float weight = weight_of(weights[2 * (part * group + row)], top, p.scale_log2);
-      const float4 one = __ldcg((const float4*)(p.partial + (i64(slot) * group + row) * kD + column));
-      sum += weight * weights[2 * (part * group + row) + 1];
-      all.x += weight * one.x, all.y += weight * one.y, all.z += weight * one.z, all.w += weight * one.w;
+    if (index < columns) {
+      for (int part = 0; part < parts.count; ++part) top = fmaxf(top, weights[part * group + row].x);
+#pragma unroll 16
+      for (int part = turn; part < parts.count; part += each) {
+        const float2 one = weights[part * group + row];
+        const float4 o = __ldcg((const float4*)(p.partial + (i64(parts.slot(part)) * group) * kD) + index);
+        const float weight = weight_of(one.x, top, p.scale_log2);
+        sum = fmaf(weight, one.y, sum);
+        all.x = fmaf(weight, o.x, all.x), all.y = fmaf(weight, o.y, all.y);
+        all.z = fmaf(weight, o.z, all.z), all.w = fmaf(weight, o.w, all.w);
+      }
     }
+    for (int step = 2; step < 2 * each; step *= 2) {
+      sum += __shfl_xor_sync(~0u, sum, step);
+      all.x += __shfl_xor_sync(~0u, all.x, step), all.y += __shfl_xor_sync(~0u, all.y, step);
+      all.z += __shfl_xor_sync(~0u, all.z, step), all.w += __shfl_xor_sync(~0u, all.w, step);
+    }
+    if (index >= columns || turn != 0) continue;
     const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
-    store_pair(p, head, row, column, all.x * factor, all.y * factor);
-    store_pair(p, head, row, column + 2, all.z * factor, all.w * factor);
+    store_pair(p, head, row, 4 * index % kD, all.x * factor, all.y * factor);
+    store_pair(p, head, row, 4 * index % kD + 2, all.z * factor, all.w * factor);
   }
 }
 
 // Says that this CTA's part of a head is stored; the CTA that finds all parts stored merges them.
 ELASTIC_FN void arrive(const DecodeParams& p, const Share& share, const int* offset, int head, Shared& shared,
                        float* rows) {
-  const int first = worker_of(share.units, share.workers, offset[head]);
-  const int parts = worker_of(share.units, share.workers, offset[head + 1] - 1) - first + 1;
+  const Parts parts = parts_of(share, offset, head);
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    shared.last = atomicAdd(p.arrived + head, 1) == parts - 1;
+    shared.last = atomicAdd(p.arrived + head, 1) == parts.count - 1;
     if (shared.last) p.arrived[head] = 0;
     __threadfence();
   }
   __syncthreads();
-  if (shared.last) merge(p, share, offset, head, first, parts, rows);
+  if (shared.last) merge(p, parts, head, rows);
 }
 
 }  // namespace elastic
@@ -340,7 +313,7 @@ extern "C" __global__ void __launch_bounds__(elastic::kThreads)
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
     gather_warps(rows, shared, o, softmax, group, p.scale_log2, warp, lane);
-    store_item(p, rows, shared, item, 2 * blockIdx.x + (head != first_head));
+    store_item(p, rows, shared, item, slot_of(blockIdx.x, head != first_head));
     __syncthreads();  // everyone is done with the rows
     if (item.whole) continue;
     arrive(p, share, offset, head, shared, rows);

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from elastic.head_plan import HeadPlan, Layout
-from elastic.kernels import attention_backward, attention_forward, kernel_path, route_gap, why_no_backward, why_not
+from elastic.kernels import (
+    attention_backward,
+    attention_forward,
+    kernel_path,
+    period_of,
+    route_gap,
+    slot_table,
+    why_no_backward,
+    why_not,
+)
+from elastic.kernels.params import Ranges
 from elastic.torch_attention import attend
 
 
@@ -90,9 +100,17 @@ class _Fused(torch.autograd.Function):
         droute = None
         if ctx.needs_input_grad[3]:
             other, share = ctx.plan.flipped().mode_NK, ctx.plan.gradient_share
-            gap = route_gap(grad, out, q, k, v, other, share=share, **ctx.arguments)
-            droute = (gap * torch.where(route_NK > 0.5, 1.0, -1.0)).to(route_NK.dtype)
+            gap = route_gap(grad, out, q, k, v, other, share=share, table=_slots(ctx.plan), **ctx.arguments)
+            droute = (gap * (2.0 * route_NK - 1.0)).to(route_NK.dtype)
         return *grads, droute, None, None
+
+
+def _slots(plan: HeadPlan) -> Tensor:
+    """The layout's query slots, for the route's gradient in all layers."""
+    layout, period = plan.layout, period_of(plan.gradient_share)
+    ranges, sizes = Ranges(**layout.kernel_ranges), (layout.rows, layout.queries, layout.keys)
+    samples, device = plan.mode_NK.shape[0], plan.mode_NK.device
+    return layout.once(("slots", period), lambda: slot_table(ranges, *sizes, samples, period, device))
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -14,20 +14,22 @@ from torch import Tensor, nn
 
 from elastic.chunking import chunk, unchunk
 from elastic.config import ElasticConfig
-from elastic.decoding import decode_attention
+from elastic.context import Context
 from elastic.elastic_cache import ElasticCache
 from elastic.families import FAMILIES, attention_layers
 from elastic.head_plan import HeadPlan
+from elastic.interface import IMPLEMENTATION, attention_function, register
 from elastic.patterns import check_supported
 from elastic.route_record import RouteRecord, route_of
 from elastic.router import Router, build_router
-from elastic.routing import Context, Routing, RoutingState, route_layer
+from elastic.routing import Routing, RoutingState, route_layer
 
 __all__ = [
     "FAMILIES",
     "RouteRecord",
     "RoutingState",
     "attach",
+    "compile_layers",
     "detach",
     "elastic_config",
     "is_attached",
@@ -42,7 +44,6 @@ __all__ = [
     "update_statistics",
 ]
 
-_IMPLEMENTATION = "elastic"
 _HANDLE = "_elastic_handle"
 
 
@@ -65,16 +66,16 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
     if is_attached(model):
         raise ValueError("this model already has routers; call elastic.detach(model) first")
     layers = attention_layers(model)
-    _register()
+    register()
     handle = _Handle(model, config)
     for attn in layers:
         weight = attn.k_proj.weight
         router = build_router(weight.shape[0] // attn.head_dim, attn.head_dim, config.router)
         attn.router = router.to(weight.device).train(model.training)
-        handle.hooks.append(attn.register_forward_pre_hook(handle.before_attention, with_kwargs=True))
+    handle.hook_attention(layers, handle.before_attention)
     chunk(model.get_decoder(), handle.chunk_tokens)
     handle.hooks.append(model.get_decoder().register_forward_pre_hook(handle.before_decoder, with_kwargs=True))
-    model.set_attn_implementation(_IMPLEMENTATION)
+    model.set_attn_implementation(IMPLEMENTATION)
     setattr(model, _HANDLE, handle)
     return model
 
@@ -82,7 +83,7 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
 def detach(model: Any) -> Any:
     """Remove the routers and restore the stock model exactly, `requires_grad` flags included."""
     handle = _handle(model)
-    for hook in handle.hooks:
+    for hook in (*handle.hooks, *handle.attention_hooks):
         hook.remove()
     for attn in handle.attention_layers(model):
         del attn.router
@@ -191,6 +192,24 @@ def update_statistics(model: Any, pooled_LNKD: Tensor) -> None:
         router.update_statistics(pooled_NKD)
 
 
+def compile_layers(model: Any, **settings: Any) -> Any:
+    """`torch.compile` what surrounds attention in every decoder layer (norms, projections, RoPE, MLP), in place.
+
+    Routing and attention stay outside, where the kernels are launched as before. Works under training, gradient
+    checkpointing and for any sequence length; `detach` leaves the layers compiled.
+
+    Args:
+        settings: of `torch.compile`, such as `backend` or `mode`; `dynamic=True` unless given.
+    """
+    handle, settings = _handle(model), {"dynamic": True, **settings}
+    handle.hook_attention(handle.attention_layers(model), torch.compiler.disable(handle.before_attention))
+    register(torch.compiler.disable(attention_function))
+    for layer in model.get_decoder().layers:  # parts, because checkpointing a compiled layer would not compile it
+        for part in layer.children():
+            part.compile(**settings)
+    return model
+
+
 class _Handle:
     """What `attach` must remember: how to undo itself, and the routing state its hooks share."""
 
@@ -198,6 +217,7 @@ class _Handle:
         self.implementation = model.config._attn_implementation
         self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.hooks: list[Any] = []
+        self.attention_hooks: list[Any] = []
         self.routing = Routing(config)
         model.requires_grad_(False)
 
@@ -207,6 +227,12 @@ class _Handle:
     def chunk_tokens(self) -> int:
         """Tokens that an MLP or norm works on at a time."""
         return self.routing.config.chunk_tokens
+
+    def hook_attention(self, layers: list[Any], hook: Any) -> None:
+        """Let `hook` route the layers, in place of what did."""
+        for old in self.attention_hooks:
+            old.remove()
+        self.attention_hooks = [attn.register_forward_pre_hook(hook, with_kwargs=True) for attn in layers]
 
     def before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Lay out the batch's samples once per forward pass and hand the layout to the layers as a keyword."""
@@ -229,50 +255,13 @@ class _Handle:
         else:
             dropped = None if elastic is None else elastic.dropped(attn.layer_idx)
             route = route_layer(attn, hidden, layout, cache, routing, dropped)
-            plan = HeadPlan.build(route, routing.config.sparse, layout, routing.config.gradient_share)
+            state, config = attn.router.last, routing.config
+            mode = None if state is None or state.route_NK is not route else state.mode_NK
+            plan = HeadPlan.build(route, config.sparse, layout, config.gradient_share, mode)
         if elastic is not None:
             elastic.layers[attn.layer_idx].plan = plan
         own = {"elastic_route": route, "elastic_plan": plan, "elastic_context": routing.context}
         return args, {**kwargs, **own, "elastic_cache": elastic}
-
-
-def _attention_function(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: q [B, H, Lq, D], k and v [B, K, Lk, D] after RoPE -> [B, Lq, H, D]."""
-    plan, route, context = (kwargs.get(f"elastic_{name}") for name in ("plan", "route", "context"))
-    if plan is None or route is None or context is None:
-        raise ValueError(
-            "attention implementation 'elastic' was chosen without routers; call elastic.attach(model, config)"
-        )
-    if torch.is_autocast_enabled(query.device.type):  # RoPE and norms leave queries and keys in fp32
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    cache = kwargs.get("elastic_cache")
-    if plan.layout.decoding and (cache is not None or not torch.is_grad_enabled()):
-        stored = None if cache is None else cache.stored(module.layer_idx)
-        return decode_attention(query, key, value, plan, scale, stored), None
-    keys = plan.layout.keys  # a static cache hands out its whole allocation
-    return context.attend(query, key[:, :, :keys], value[:, :, :keys], route, plan, scale), None
-
-
-def _no_mask(**kwargs: Any) -> None:
-    """The layout carries padding and packing; no [S, S] mask is ever built for the whole batch."""
-
-
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(_IMPLEMENTATION, _attention_function)
-    AttentionMaskInterface.register(_IMPLEMENTATION, _no_mask)
 
 
 def _handle(model: Any) -> _Handle:

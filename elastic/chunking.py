@@ -24,7 +24,7 @@ class Chunked:
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         size = self.size()
-        if not 0 < size < hidden.shape[1] or torch.is_grad_enabled():
+        if hidden.dim() < 3 or not 0 < size < hidden.shape[1] or torch.is_grad_enabled():
             return self.inner(hidden, *args, **kwargs)
         out = torch.empty_like(hidden)
         for start in range(0, hidden.shape[1], size):

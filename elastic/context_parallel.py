@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from elastic.attention import routed_attention
 from elastic.backbone import routers, set_context
+from elastic.context import Context
 from elastic.head_plan import HeadPlan
 from elastic.losses import labelled_positions, summed_cross_entropy
 from elastic.packed import IGNORE, Batch
-from elastic.routing import Context
 
 
 class ContextGroup(Context):

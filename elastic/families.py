@@ -20,10 +20,10 @@ def prerope_keys(attn: Any, hidden_E: Tensor) -> Tensor:
 
 
 def attention_layers(model: Any) -> list[Any]:
-    """The attention modules in layer order, after checking that this model can be routed.
+    """The attention modules of a transformers causal LM in layer order.
 
     Raises:
-        ValueError: a family that nobody has tried, or a model with something unsupported.
+        ValueError: another family, another attention implementation than SDPA, a sliding window, attention dropout.
     """
     config: Any = getattr(model, "config", None)
     family = getattr(config, "model_type", type(model).__name__)

@@ -6,8 +6,11 @@ padding, or one example of a packed row. Positions count keys, the cached ones i
 positions of a row.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +29,8 @@ class Layout:
         rows, queries, keys: B, Lq and Lk, cache included.
         packed: several samples share a row (then Lq = Lk).
         padded: some position belongs to no sample.
+        bounds: the samples' boundaries in a packed row, known to the host.
+        kept: see `once`.
     """
 
     row_N: Tensor
@@ -37,6 +42,14 @@ class Layout:
     keys: int
     packed: bool
     padded: bool
+    bounds: tuple[int, ...] = ()
+    kept: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, name: Hashable, build: Callable[[], Any]) -> Any:
+        """`build()` of the first call with this name: what the layers of one forward pass share."""
+        if name not in self.kept:
+            self.kept[name] = build()
+        return self.kept[name]
 
     @property
     def past(self) -> int:
@@ -57,7 +70,11 @@ class Layout:
 
     @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
-        """(row, begin, end) of every sample on the host; synchronises once per forward pass on a GPU."""
+        """(row, begin, end) of every sample on the host; unless they are packed, synchronises once per forward pass
+        on a GPU.
+        """
+        if self.bounds:
+            return [(0, begin, end) for begin, end in pairwise(self.bounds)]
         rows, begins, ends = torch.stack([self.row_N, self.begin_N, self.end_N]).tolist()
         return list(zip(rows, begins, ends, strict=True))
 
@@ -178,7 +195,8 @@ def packed_layout(cu_seq_lens: Tensor, prompt_end: Tensor | None, length: int, d
         )
     begin, end = bounds[:-1], bounds[1:]
     prompt_end = end if prompt_end is None else prompt_end.to(device)
-    return Layout(torch.zeros_like(begin), begin, end, prompt_end, 1, length, length, packed=True, padded=False)
+    row = torch.zeros_like(begin)
+    return Layout(row, begin, end, prompt_end, 1, length, length, packed=True, padded=False, bounds=tuple(host))
 
 
 @dataclass(frozen=True)
@@ -198,8 +216,12 @@ class HeadPlan:
     gradient_share: float = 1.0
 
     @classmethod
-    def build(cls, route_NK: Tensor, sparse: SparseConfig, layout: Layout, gradient_share: float = 1.0) -> "HeadPlan":
-        """Plan of a route [N, K] in {0, 1}, on the route's device without synchronising.
+    def build(
+        cls, route_NK: Tensor, sparse: SparseConfig, layout: Layout, gradient_share: float = 1.0,
+        mode_NK: Tensor | None = None,
+    ) -> "HeadPlan":  # fmt: skip
+        """Plan of a route [N, K] in {0, 1}, on the route's device without synchronising; `mode_NK` where the modes of
+        that route are known already.
 
         Raises:
             ValueError: a route of another number of samples.
@@ -211,8 +233,10 @@ class HeadPlan:
                 "this batch; "
                 "was the cache filled by another batch?"
             )
-        mode = torch.where(route_NK.detach() > 0.5, mode_id(sparse.route1), mode_id(sparse.route0))
-        return cls(mode.to(torch.int32), sparse, layout, gradient_share)
+        if mode_NK is None:
+            mode = torch.where(route_NK.detach() > 0.5, mode_id(sparse.route1), mode_id(sparse.route0))
+            mode_NK = mode.to(torch.int32)
+        return cls(mode_NK, sparse, layout, gradient_share)
 
     def flipped(self) -> "HeadPlan":
         """The plan in which every head runs its other mode."""

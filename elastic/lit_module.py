@@ -124,11 +124,14 @@ class ElasticModule(RoutedModule):
         weights = [p for group in descent.param_groups for p in group["params"]]
         if isinstance(self.trainer.strategy, ShardedBackbone):  # DDP has averaged already
             average_gradients([*weights, *self.multipliers.parameters()])
-        norm = float(torch.nn.utils.clip_grad_norm_(weights, self.optimiser.clip_norm))
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"the routers' gradient norm is {norm} at step {step} on {_tasks(batch)}; lower optimiser.lr"
-            )
+        facts.add("gradient_norm", torch.nn.utils.clip_grad_norm_(weights, self.optimiser.clip_norm))
+        means = facts.means()  # the step's one wait for the GPU
+        for name, what in (("objective", "objective"), ("gradient_norm", "routers' gradient norm")):
+            if not math.isfinite(means[name]):
+                raise FloatingPointError(
+                    f"the {what} is {means[name]} at step {step} on {_tasks(batch)}; lower optimiser.lr or look at "
+                    "that data"
+                )
         self.optimizers()[0].step()  # type: ignore[index]  # Lightning counts this one
         ascent.step()  # the raw optimiser: through Lightning the step would count twice
         self.multipliers.project()
@@ -138,9 +141,8 @@ class ElasticModule(RoutedModule):
         tokens = sum(micro["input_ids"].numel() for micro in batch)
         self._log_step(
             {
-                **facts.means(),
+                **means,
                 **self.multipliers.by_task(),
-                "gradient_norm": norm,
                 "temperature": temperature,
                 "lr": descent.param_groups[0]["lr"],
                 "multiplier_lr": ascent.param_groups[0]["lr"],
@@ -156,18 +158,13 @@ class ElasticModule(RoutedModule):
         state, task, head = routing(self.model), batch["task_id"], self.model.get_output_embeddings()
         ratio = msr(state.route)
         verdict = self.objective.judge(RoutedPass(batch, hidden, ratio, dense, head, self.loss_chunk))
-        if not bool(torch.isfinite(verdict.loss)):
-            raise FloatingPointError(
-                f"the objective is {verdict.loss.item()} {verdict.facts} at step {self.global_step} on "
-                f"{_tasks([batch])}; lower optimiser.lr or look at that data"
-            )
         self.manual_backward(verdict.loss / parts)
-        for name, value in verdict.facts.items():
+        for name, value in {"objective": verdict.loss, **verdict.facts}.items():
             facts.add(name, value)
         for name, values in verdict.per_task.items():
             facts.add_per_task(name, task, values)
         if state.logits is not None:
-            facts.add("router_entropy", entropy(state.logits).item())
+            facts.add("router_entropy", entropy(state.logits))
         facts.add_per_task("msr", task, ratio)
         facts.add_per_task("esr", task, esr(state.route, state.lengths, self.elastic.sparse)[1])
 

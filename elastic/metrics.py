@@ -55,25 +55,35 @@ def score_answers(
 
 
 class StepFacts:
-    """Scalars of one optimiser step, gathered over its micro-batches: plain means, and means per task."""
+    """Scalars of one optimiser step, gathered over its micro-batches: plain means, and means per task.
+
+    What is added stays on its device until `means`, so that a step waits for the GPU once.
+    """
 
     def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
+        self.found: list[tuple[str, Tensor, Tensor | None]] = []  # name, values, task of each
 
-    def add(self, name: str, value: float) -> None:
-        """One observation."""
-        self.sums[name] = self.sums.get(name, 0.0) + value
-        self.counts[name] = self.counts.get(name, 0) + 1
+    def add(self, name: str, value: Tensor) -> None:
+        """One observation, a scalar."""
+        self.found.append((name, value.detach().reshape(1), None))
 
     def add_per_task(self, name: str, task_N: Tensor, values_N: Tensor) -> None:
         """One observation per sample, under `name/task`."""
-        for index, value in zip(task_N.tolist(), values_N.tolist(), strict=True):
-            self.add(f"{name}/{TASKS[index]}", value)
+        self.found.append((name, values_N.detach(), task_N))
 
     def means(self) -> dict[str, float]:
         """Mean of everything observed."""
-        return {name: total / self.counts[name] for name, total in self.sums.items()}
+        if not self.found:
+            return {}
+        parts = [part for _, values, task in self.found for part in (values, task) if part is not None]
+        flat = iter(torch.cat([part.to(parts[0].device, torch.float64) for part in parts]).tolist())
+        seen: dict[str, list[float]] = {}
+        for name, values, task in self.found:
+            numbers = [next(flat) for _ in range(len(values))]
+            places = [] if task is None else [f"{name}/{TASKS[int(next(flat))]}" for _ in range(len(task))]
+            for place, number in zip(places or [name], numbers, strict=True):
+                seen.setdefault(place, []).append(number)
+        return {place: sum(numbers) / len(numbers) for place, numbers in seen.items()}
 
 
 class TaskMeans(Metric):

@@ -157,12 +157,12 @@ class Judgement:
 
     Attributes:
         loss: what the routers descend and the multipliers ascend.
-        facts: its parts by name, scalars without gradient.
+        facts: its parts by name, scalars on the device without gradient.
         per_task: values per sample to be reported by task, [N] each, without gradient.
     """
 
     loss: Tensor
-    facts: dict[str, float]
+    facts: dict[str, Tensor]
     per_task: dict[str, Tensor]
 
 
@@ -185,7 +185,7 @@ class TargetObjective:
         batch = routed.batch
         language = chunked_cross_entropy(routed.hidden_1SE, routed.lm_head, batch["labels"], routed.chunk)
         regulariser = sparsity_loss(routed.msr_N, batch["task_id"], self.intervals, self.multipliers)
-        facts = {"loss": language.item(), "regulariser": regulariser.item()}
+        facts = {"loss": language.detach(), "regulariser": regulariser.detach()}
         return Judgement(language + regulariser, facts, {})
 
     def facts(self) -> dict[str, Any]:
@@ -222,7 +222,7 @@ class QualityObjective:
         divergence_N = divergence_P.new_zeros(count_N.shape).index_add(0, sample_P, divergence_P) / count_N
         budget_T = torch.tensor(list(self.budgets.values()))
         loss = quality_loss(routed.msr_N, divergence_N, task, budget_T, self.cost, self.multipliers)
-        return Judgement(loss, {"loss": loss.item()}, {"kl": divergence_N.detach()})
+        return Judgement(loss, {"loss": loss.detach()}, {"kl": divergence_N.detach()})
 
     def facts(self) -> dict[str, Any]:
         """Kind, cost and budgets."""

@@ -22,14 +22,16 @@ class RouteRecord:
 
     Attributes:
         layers: route [N, K] by layer.
-        heads: by layer, sum [N, K, D] of those of the conversation's first P keys that were pooled, and their number
-            [N], for routing a later turn.
+        heads: by layer, sum [N, K, D] of those of the conversation's first P keys that were pooled, for routing a
+            later turn.
+        pooled_N: how many keys those sums hold.
         layout: of the prompt or turn that the routes were decided on.
         override: what `override_routes` gave at that time.
     """
 
     layers: dict[int, Tensor] = field(default_factory=dict)
-    heads: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    heads: dict[int, Tensor] = field(default_factory=dict)
+    pooled_N: Tensor | None = None
     layout: Layout | None = None
     override: int | Tensor | None = None
     _modes: tuple[int | Tensor | None, tuple[bool, SparseConfig], Tensor] | None = None
@@ -73,7 +75,8 @@ class RouteRecord:
     def select(self, index: Tensor) -> None:
         """Follow a cache whose samples became `index`, int64 on the device."""
         self.layers = {layer: route[index] for layer, route in self.layers.items()}
-        self.heads = {layer: (total[index], number[index]) for layer, (total, number) in self.heads.items()}
+        self.heads = {layer: total[index] for layer, total in self.heads.items()}
+        self.pooled_N = None if self.pooled_N is None else self.pooled_N[index]
         layout = self.layout
         if layout is not None:
             begin, end, prompt_end = (x[index] for x in (layout.begin_N, layout.end_N, layout.prompt_end_N))

@@ -43,9 +43,9 @@ class BoundarySlots:
         return cls(torch.where(weight, index, begin_N[:, None]), weight.float())
 
 
-def weighted_sum(keys_NPKD: Tensor, weight_NP: Tensor) -> Tensor:
-    """Sum of the slots in fp32, [N, K, D]."""
-    return (keys_NPKD.float() * weight_NP[:, :, None, None]).sum(1)
+def half_sums(keys_N2PKD: Tensor, weight_N2P: Tensor) -> Tensor:
+    """Sums of the P slots at the start and of the P at the end, in fp32, [N, 2, K, D]."""
+    return (keys_N2PKD.float() * weight_N2P[:, :, None, None]).unflatten(1, (2, -1)).sum(2)
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,13 @@ class LayerState:
     Attributes:
         route_NK: in {0, 1}, with the straight-through gradient in training.
         logits_NK2, pooled_NKD: what it was decided from; None when the route was given from outside.
+        mode_NK: the route in modes of the head plan, where the kernel that decided made it too.
     """
 
     route_NK: Tensor
     logits_NK2: Tensor | None
     pooled_NKD: Tensor | None
+    mode_NK: Tensor | None = None
 
 
 class Router(nn.Module):

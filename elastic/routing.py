@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.attention import routed_attention
 from elastic.config import ElasticConfig
+from elastic.context import Context
+from elastic.deciding import Pooling, decide_from_keys
 from elastic.families import prerope_keys
-from elastic.head_plan import HeadPlan, Layout, batch_layout, decode_layout, packed_layout
-from elastic.relaxation import decide, sample_route
+from elastic.head_plan import Layout, batch_layout, decode_layout, packed_layout
 from elastic.route_record import RouteRecord, find_record, new_record
-from elastic.router import BoundarySlots, LayerState, weighted_sum
+from elastic.router import LayerState
 
 
 @dataclass(frozen=True)
@@ -44,27 +44,6 @@ class RoutingState:
         return cls(route, torch.stack(logits) if len(logits) == len(states) else None, lengths)
 
 
-class Context:
-    """Which part of each row this process holds: all of it. `elastic.context_parallel` has the other kind.
-
-    Attributes:
-        size, rank: number of equal slices of a row, and which of them is here.
-    """
-
-    size = 1
-    rank = 0
-
-    def sum(self, part: Tensor) -> Tensor:
-        """Sum over the slices, with gradient."""
-        return part
-
-    def attend(
-        self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
-    ) -> Tensor:
-        """`routed_attention` of the whole row; takes and returns this slice's tokens."""
-        return routed_attention(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale)
-
-
 class Routing:
     """State shared by the hooks of one attached model.
 
@@ -74,6 +53,7 @@ class Routing:
         temperature: of the Gumbel-softmax in training.
         context: which part of the rows is here.
         lengths_N: tokens of the samples of the last forward pass.
+        fused: whether the router may run as one kernel where it can; tests and timings compare both ways.
     """
 
     def __init__(self, config: ElasticConfig) -> None:
@@ -82,6 +62,7 @@ class Routing:
         self.temperature = 1.0
         self.context = Context()
         self.lengths_N: Tensor | None = None
+        self.fused = True
 
     def lay_out(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keywords for the layers: `elastic_layout` in place of this project's own batch keywords."""
@@ -117,7 +98,7 @@ class Routing:
             layout = batch_layout(rows, queries, past, tokens.device, mask, prompt_end)
         if prompt_end is not None:
             _check_prompts(layout, spans)
-        self.lengths_N = layout.end_N - layout.begin_N
+        self.lengths_N = torch.tensor(layout.bounds).diff() if layout.bounds else layout.end_N - layout.begin_N
         kwargs["elastic_layout"] = layout
         return kwargs
 
@@ -150,13 +131,8 @@ def route_layer(
         route = _given(routing.override, attn.layer_idx, samples, router.kv_heads, hidden_BSE.device)
         router.last = LayerState(route, None, None)
     else:
-        pooled = _pooled_keys(attn, hidden_BSE, layout, routing, record)
-        logits = router(pooled)
-        if router.training:
-            route = sample_route(logits, routing.temperature)
-        else:
-            route = decide(logits.detach(), routing.config.sparsity_bias)
-        router.last = LayerState(route, logits, pooled.detach())
+        router.last = _decide(attn, hidden_BSE, layout, routing, record)
+        route = router.last.route_NK
     if dropped_NK is not None:
         route = torch.where(dropped_NK, float(routing.config.sparse.route1 == "streaming"), route)
     if record is not None:
@@ -165,26 +141,22 @@ def route_layer(
     return route.to(hidden_BSE.device)
 
 
-def _pooled_keys(attn: Any, hidden_BSE: Tensor, layout: Layout, routing: Routing, record: RouteRecord | None) -> Tensor:
-    """Boundary pooling [N, K, D]. On a later turn the first P keys come from the record, the last P from the new
-    tokens.
+def _decide(attn: Any, hidden_BSE: Tensor, layout: Layout, routing: Routing, record: RouteRecord | None) -> LayerState:
+    """The router's decision on the prompt's boundaries. On a later turn the first P keys come from the record, the
+    last P from the new tokens.
     """
-    pool_tokens, context, here = routing.config.router.pool_tokens, routing.context, hidden_BSE.shape[1]
-    slots = BoundarySlots.of(layout.begin_N, layout.prompt_end_N, pool_tokens)
-    new = slots.index_N2P >= layout.past
-    position = slots.index_N2P - layout.past - context.rank * here
-    weight = slots.weight_N2P * ((position >= 0) & (position < here))
-    keys = prerope_keys(attn, hidden_BSE[layout.row_N[:, None], position.clamp(0, here - 1)])
-    first = context.sum(weighted_sum(keys[:, :pool_tokens], weight[:, :pool_tokens]))
-    last = context.sum(weighted_sum(keys[:, pool_tokens:], weight[:, pool_tokens:]))
-    count = (slots.weight_N2P * new).sum(1)
+    pooled_N = record.pooled_N if record is not None and layout.past else None
+    pool_tokens, here = routing.config.router.pool_tokens, hidden_BSE.shape[1]
+    pooling = Pooling.shared(layout, pool_tokens, here, routing.context, pooled_N)
+    keys = prerope_keys(attn, hidden_BSE.flatten(0, 1).index_select(0, pooling.token_M))
+    earlier = record.heads.get(attn.layer_idx) if record is not None and layout.past else None
+    state, first = decide_from_keys(
+        attn.router, keys.unflatten(0, pooling.weight_N2P.shape), pooling, routing.config, earlier,
+        context=routing.context, temperature=routing.temperature, fused=routing.fused,
+    )  # fmt: skip
     if record is not None:
-        added = (slots.weight_N2P * new)[:, :pool_tokens].sum(1)
-        if layout.past and attn.layer_idx in record.heads:  # generated tokens among the first P were never pooled
-            earlier, pooled = record.heads[attn.layer_idx]
-            first, count, added = first + earlier, count + pooled, added + pooled
-        record.heads[attn.layer_idx] = (first.detach(), added)
-    return (first + last) / count.clamp_min(1.0)[:, None, None]
+        record.heads[attn.layer_idx], record.pooled_N = first.detach(), pooling.first_N
+    return state
 
 
 def _record(cache: Any, layout: Layout, layer: int) -> RouteRecord | None:

@@ -28,17 +28,15 @@ def esr(route_LNK: Tensor, lengths_N: Tensor, sparse: SparseConfig) -> tuple[Ten
         sparse: modes of the two routes and pattern sizes.
 
     Returns:
-        (`esr_last`, `esr_all`), float64 [N]: of the last layer, as the paper reports it, and the mean over layers.
+        (`esr_last`, `esr_all`), float64 [N] on the route's device: of the last layer, as the paper reports it, and the
+        mean over layers.
     """
-    route = route_LNK.detach().double().cpu()
+    lengths, device = lengths_N.tolist(), route_LNK.device
     pruned = torch.tensor(
-        [
-            [1 - visited_pairs(int(n), mode, sparse) / causal_pairs(int(n)) for n in lengths_N]
-            for mode in _modes(sparse)
-        ],
+        [[1 - visited_pairs(n, mode, sparse) / causal_pairs(n) for n in lengths] for mode in _modes(sparse)],
         dtype=torch.float64,
-    )
-    per_layer = torch.lerp(pruned[0], pruned[1], route.mean(2))
+    ).to(device)
+    per_layer = torch.lerp(pruned[0], pruned[1], route_LNK.detach().double().mean(2))
     return per_layer[-1], per_layer.mean(0)
 
 

@@ -8,12 +8,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from elastic import backbone
+from elastic import interface
 from elastic.backbone import set_context
+from elastic.context import Context
 from elastic.head_plan import HeadPlan
 from elastic.patterns import STREAMING
 from elastic.reference import attention
-from elastic.routing import Context
 from elastic.visibility import visible
 
 
@@ -50,6 +50,6 @@ def masked_oracle(model: Any) -> Iterator[None]:
         assert stored is None, "the oracle keeps every key"
         return masked_attention(q, k, v, plan, scale)
 
-    with patch.object(backbone, "decode_attention", decode):
+    with patch.object(interface, "decode_attention", decode):
         yield
     set_context(model, previous)

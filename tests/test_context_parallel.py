@@ -8,12 +8,12 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from elastic.backbone import attach, pooled_keys, routers, routing, set_context
+from elastic.context import Context
 from elastic.context_parallel import ContextGroup, context_parallel, language_loss, shard
 from elastic.distributed import average_gradients
 from elastic.losses import chunked_cross_entropy
 from elastic.objective import LagrangeMultipliers, sparsity_loss, target_intervals
 from elastic.packed import Sample, collate, pack
-from elastic.routing import Context
 from elastic.sparsity import msr
 from tests.models import random_ids, small_config, tiny_model, varied_routers
 

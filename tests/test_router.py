@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from elastic.config import RouterConfig
-from elastic.router import MIN_STATISTICS, AttentionRouter, BoundarySlots, entropy, weighted_sum
+from elastic.router import MIN_STATISTICS, AttentionRouter, BoundarySlots, entropy, half_sums
 
 
 def naive_pool(keys_SKD: torch.Tensor, begin: int, end: int, pool: int) -> torch.Tensor:
@@ -22,7 +22,7 @@ def naive_pool(keys_SKD: torch.Tensor, begin: int, end: int, pool: int) -> torch
 def test_pooling_takes_the_prompts_ends_once(length, begin):
     keys = torch.randn(begin + length + 5, 2, 4, generator=torch.Generator().manual_seed(length))
     slots = BoundarySlots.of(torch.tensor([begin]), torch.tensor([begin + length]), pool_tokens=8)
-    pooled = weighted_sum(keys[slots.index_N2P], slots.weight_N2P) / slots.weight_N2P.sum(1)[:, None, None]
+    pooled = half_sums(keys[slots.index_N2P], slots.weight_N2P).sum(1) / slots.weight_N2P.sum(1)[:, None, None]
     torch.testing.assert_close(pooled[0], naive_pool(keys, begin, begin + length, 8))
 
 

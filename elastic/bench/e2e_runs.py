@@ -14,9 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from elastic import backbone
 from elastic.backbone import elastic_config, set_context
 from elastic.bench.records import Record
+from elastic.context import Context
 from elastic.decode_graph import DecodeGraph
 from elastic.elastic_cache import ElasticCache
-from elastic.routing import Context
 
 Run = list[Record]
 STOCK = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}

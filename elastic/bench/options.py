@@ -16,24 +16,53 @@ RATIOS = (0.0, 0.5, 0.75, 1.0)
 def add_options(parser: argparse.ArgumentParser, competitors: Mapping[str, Contestant], tag: str) -> None:
     """Give a benchmark's parser the shared options; `tag` is the default name of its files."""
     listed = "; ".join(f"{name}: {one.about}" for name, one in competitors.items())
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N", help="tokens (default 8K-256K)")
-    parser.add_argument("--msr", type=float, nargs="*", default=RATIOS, metavar="R",
-                        help="shares of streaming KV heads (default 0 0.5 0.75 1)")  # fmt: skip
+    add_shape_options(parser, LENGTHS, RATIOS, tag)
     parser.add_argument("--density", type=float, nargs="*", default=(0.25,), metavar="R",
                         help="random block masks that keep this share of the causal blocks (default 0.25)")  # fmt: skip
+    parser.add_argument("--contestants", nargs="*", metavar="NAME",
+                        help=f"who runs beside our kernel (default: all that are installed). {listed}")  # fmt: skip
+    parser.add_argument("--flex-max-length", type=int, default=LENGTHS[-1], metavar="N",
+                        help="leave FlexAttention and the serial dispatch out of longer cases")  # fmt: skip
+
+
+def add_shape_options(
+    parser: argparse.ArgumentParser, lengths: tuple[int, ...], ratios: tuple[float, ...], tag: str
+) -> None:
+    """Lengths, shares of streaming heads and head shape of the cases; time to spend; where the records go."""
+    span, listed = f"{lengths[0] // 1024}K-{lengths[-1] // 1024}K", " ".join(f"{ratio:g}" for ratio in ratios)
+    parser.add_argument("--lengths", type=int, nargs="+", default=lengths, metavar="N",
+                        help=f"tokens (default {span})")  # fmt: skip
+    parser.add_argument("--msr", type=float, nargs="*", default=ratios, metavar="R",
+                        help=f"shares of streaming KV heads (default {listed})")  # fmt: skip
     parser.add_argument("--heads", type=int, default=32, metavar="H", help="query heads (default 32)")
     parser.add_argument("--kv-heads", type=int, default=8, metavar="K", help="KV heads (default 8)")
     parser.add_argument("--head-dim", type=int, default=128, metavar="D", help="64 or 128 (default 128)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="element type (default bf16)")
-    parser.add_argument("--contestants", nargs="*", metavar="NAME",
-                        help=f"who runs beside our kernel (default: all that are installed). {listed}")  # fmt: skip
+    add_record_options(parser, tag)
+
+
+def add_record_options(parser: argparse.ArgumentParser, tag: str) -> None:
+    """Time to spend, and where the records go."""
     parser.add_argument("--budget-ms", type=float, default=400.0, metavar="MS",
                         help="time for 3 to 50 repeats of one contestant on one case (default 400)")  # fmt: skip
-    parser.add_argument("--flex-max-length", type=int, default=LENGTHS[-1], metavar="N",
-                        help="leave FlexAttention and the serial dispatch out of longer cases")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default runs/bench")
     parser.add_argument("--tag", default=tag, metavar="NAME", help=f"name of the files (default {tag})")
     parser.add_argument("--commit", metavar="HASH", help="commit to state where git is not at hand")
+
+
+def streaming_heads(ratio: float, kv_heads: int) -> int:
+    """KV heads that stream at an MSR.
+
+    Raises:
+        ValueError: a ratio that is no whole number of heads.
+    """
+    streaming = round(ratio * kv_heads)
+    if not 0 <= ratio <= 1 or abs(streaming - ratio * kv_heads) > 1e-6:
+        raise ValueError(
+            f"--msr {ratio:g} is {ratio * kv_heads:g} of {kv_heads} KV heads; expected a whole number, so a multiple "
+            f"of 1/{kv_heads} from 0 to 1"
+        )
+    return streaming
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
@@ -46,13 +75,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     found = []
     for length in args.lengths:
         for ratio in args.msr:
-            streaming = round(ratio * args.kv_heads)
-            if not 0 <= ratio <= 1 or abs(streaming - ratio * args.kv_heads) > 1e-6:
-                raise ValueError(
-                    f"--msr {ratio:g} is {ratio * args.kv_heads:g} of {args.kv_heads} KV heads; expected a whole "
-                    f"number, so a multiple of 1/{args.kv_heads} from 0 to 1"
-                )
-            found.append(Case(length, streaming, **shape))
+            found.append(Case(length, streaming_heads(ratio, args.kv_heads), **shape))
         found += [Case(length, density=density, **shape) for density in args.density]
     if not found:
         raise ValueError("no case to time; give --msr or --density at least one value")

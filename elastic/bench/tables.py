@@ -18,13 +18,18 @@ def cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     shown = [r for r in found if r["metric"] in ("time", LEFT_OUT)]
     who, names = (list(dict.fromkeys(r[key] for r in shown)) for key in ("who", "case"))
     value = {(r["case"], r["who"], r["metric"]): r["value"] for r in found}
+    rates = {r["unit"] for r in found if r["metric"] == "eff" and r["who"] in who}
+    unit = f" ({', '.join(sorted(rates))})" if rates else ""
 
     def cell(case: str, name: str) -> str:
-        if (case, name, "time") in value:
-            return f"{value[case, name, 'time']:.3f} ({value[case, name, 'eff']:.0f})"
-        return LEFT_OUT if (case, name, LEFT_OUT) in value else ""
+        if (case, name, "time") not in value:
+            return LEFT_OUT if (case, name, LEFT_OUT) in value else ""
+        rate = value.get((case, name, "eff"))
+        return f"{value[case, name, 'time']:.3f}" + (
+            "" if rate is None else f" ({rate:.2f})" if "TB/s" in rates else f" ({rate:.0f})"
+        )
 
-    return ["case", *(f"{name} ms (TFLOP/s)" for name in who)], [[c, *(cell(c, n) for n in who)] for c in names]
+    return ["case", *(f"{name} ms{unit}" for name in who)], [[c, *(cell(c, n) for n in who)] for c in names]
 
 
 def remarks(found: Sequence[Record]) -> list[str]:

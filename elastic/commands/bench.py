@@ -8,7 +8,8 @@ from pathlib import Path
 from elastic.console import Parser, say
 
 SUMMARY = "time the kernels on this GPU beside their competitors; show recorded timings"
-BENCHMARKS = ("attention", "backward", "e2e")  # modules of `elastic.bench` with SUMMARY, add_arguments and run
+# modules of `elastic.bench` with SUMMARY, add_arguments and run
+BENCHMARKS = ("attention", "backward", "decode", "e2e", "router", "training")
 
 
 def main(argv: list[str]) -> int:

@@ -7,7 +7,7 @@ from elastic.kernels.block_bits import bits_from_indices, bits_from_mask
 from elastic.kernels.block_sparse import attention_forward
 from elastic.kernels.decode import attention_decode
 from elastic.kernels.devices import kernel_path, why_no_backward, why_not
-from elastic.kernels.route_gap import period_of, route_gap
+from elastic.kernels.route_gap import period_of, route_gap, slot_table
 
 __all__ = [
     "attention_backward",
@@ -18,6 +18,7 @@ __all__ = [
     "kernel_path",
     "period_of",
     "route_gap",
+    "slot_table",
     "why_no_backward",
     "why_not",
 ]

@@ -8,7 +8,7 @@ the cache, T tokens.
 
 import math
 import struct
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -170,18 +170,13 @@ def check_decode_cuda(q: Tensor, keys: Tensor, values: Tensor, heads: int) -> No
         )
 
 
-@cache
-def _arrivals(device: torch.device, _stream: int) -> Tensor:
-    return torch.zeros(MAX_HEADS, dtype=torch.int32, device=device)
+@lru_cache(maxsize=256)
+def _arrivals(device: torch.device, _stream: int, _capture: int) -> Tensor:
+    """Zeros that no other launch in flight uses, of any number of heads; every launch leaves zeros behind.
 
-
-def _arrival_counts(device: torch.device, heads: int) -> Tensor:
-    """Zeros that no other launch in flight uses; every launch leaves zeros behind. One tensor per stream; a captured
-    graph gets its own, because graphs captured on one stream may replay on several.
+    One tensor per stream; a captured graph gets its own, because graphs captured on one stream may replay on several.
     """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(heads, dtype=torch.int32, device=device)
-    return _arrivals(device, jit.current_stream(device.index))
+    return torch.zeros(MAX_HEADS, dtype=torch.int32, device=device)
 
 
 @cache
@@ -204,7 +199,8 @@ def launch_decode(
     index, kv_heads = q.device.index, base.shape[1]
     group = query_heads // kv_heads
     partial = torch.empty(2 * config.grid * group * (dim + 2), dtype=torch.float32, device=q.device)
-    tensors = (q, keys, values, out, base, *spans, partial, _arrival_counts(q.device, base.numel()))
+    arrived = _arrivals(q.device, jit.current_stream(index), jit.capture_id(index))
+    tensors = (q, keys, values, out, base, *spans, partial, arrived)
     addresses = (x.data_ptr() for x in tensors)
     strides = (q.stride(0), q.stride(1), token_stride)
     params = _PARAMS.pack(*addresses, *strides, samples, query_heads, kv_heads, scale * math.log2(math.e))

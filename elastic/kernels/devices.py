@@ -66,7 +66,7 @@ class DecodeConfig:
 
 def decode_config(
     capability: tuple[int, int], processors: int, shared_limit: int, head_dim: int, group: int, heads: int,
-    warps: int = 4, most_stages: int = 6, per_processor: int = 1,
+    warps: int = 8, most_stages: int = 6, per_processor: int = 1,
 ) -> DecodeConfig:  # fmt: skip
     """Launch choices of decode attention: as many bytes in flight as shared memory holds, because nothing else limits.
 

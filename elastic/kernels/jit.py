@@ -4,6 +4,7 @@ The only importer of CuPy. The cache key covers the sources, every header, the o
 edited header never runs an old kernel; files appear by an atomic rename, so processes never see half of one.
 """
 
+import ctypes
 import hashlib
 import importlib.util
 import logging
@@ -154,6 +155,23 @@ def _by_value(size: int) -> np.dtype:
 def current_stream(index: int) -> int:
     """Address of torch's current stream on a device (the raw accessor: the public one builds an object per call)."""
     return torch._C._cuda_getCurrentRawStream(index)
+
+
+@cache
+def _capture_info() -> Any:
+    return ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
+
+
+def capture_id(index: int) -> int:
+    """Number of the graph capture that torch's current stream is in; 0 outside of one."""
+    if not torch.cuda.is_current_stream_capturing():
+        return 0
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    stream = ctypes.c_void_p(current_stream(index))
+    failed = _capture_info()(stream, ctypes.byref(status), ctypes.byref(number), None, None, None)
+    if failed:
+        raise RuntimeError(f"cuStreamGetCaptureInfo failed with CUDA error {failed}")
+    return number.value
 
 
 _thread = threading.local()

@@ -41,10 +41,11 @@ def period_of(share: float) -> int:
     return period
 
 
-def draw_slots(
+def slot_table(
     ranges: Ranges, batch: int, seq_q: int, seq_k: int, samples: int, period: int, device: torch.device
-) -> tuple[Ranges, Tensor]:
-    """Slots as samples of their own, and the sample [T] int64 that each belongs to. Slots beyond the last are empty.
+) -> Tensor:
+    """All slots, int32 [6, T, period]: begin_q, end_q, begin_k, end_k, row and sample of each; slots beyond the last
+    are empty. The layers of a forward pass share it.
 
     The queries of a slot keep their positions: its keys are the sample's first ones, up to its last query.
     """
@@ -60,24 +61,31 @@ def draw_slots(
     strata = -(-bound // period)
     slots_N = (end_q - begin_q).clamp(min=0).add(size - 1) // size
     last_N = slots_N.cumsum(0)
-    slot = torch.arange(strata, device=device) * period + torch.randint(period, (strata,), device=device)
+    slot = torch.arange(strata * period, device=device)
     owner = torch.searchsorted(last_N, slot, right=True)
     used, owner = owner < samples, owner.clamp(max=samples - 1)
     first = begin_q[owner] + (slot - (last_N - slots_N)[owner]) * size
     last = torch.minimum(first + size, end_q[owner])
+    places = torch.stack([first, last, begin_k[owner], end_k[owner] - end_q[owner] + last, row[owner]])
+    return torch.cat([torch.where(used, places, 0), owner[None]]).int().view(6, strata, period)
 
-    def only(values: Tensor) -> Tensor:
-        return torch.where(used, values, 0).int()
 
-    of_slot = Ranges(only(first), only(last), only(begin_k[owner]), only(end_k[owner] - end_q[owner] + last),
-                     only(row[owner]))  # fmt: skip
-    return of_slot, owner
+def draw_slots(table: Tensor) -> tuple[Ranges, Tensor]:
+    """One slot of every stratum of a `slot_table`, as samples of their own, and the sample [T] each belongs to."""
+    _, strata, period = table.shape
+    if period == 1:
+        drawn = table[:, :, 0]
+    else:
+        pick = torch.arange(0, strata * period, period, device=table.device)
+        drawn = table.flatten(1).index_select(1, pick + torch.randint(period, (strata,), device=table.device))
+    return Ranges(*drawn[:5]), drawn[5]
 
 
 def route_gap(
     grad_out: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, other_mode: Tensor, *, sink: int, window: int,
     granule: str, block: int, scale: float, share: float = 1.0, begin_q: Tensor | None = None,
     end_q: Tensor | None = None, begin_k: Tensor | None = None, end_k: Tensor | None = None, row: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Sum over the sample's queries, the group's heads and D of grad_out (out - other), fp32 [N, K].
 
@@ -85,20 +93,23 @@ def route_gap(
         grad_out, out: [B, Sq, H, D], gradient of the output and the output.
         other_mode: int32 [N, K], 0 or 1: what to compare with; the other arguments as for `attention_forward`.
         share: share of the queries that are looked at, one over a whole number.
+        table: `slot_table` of these samples and this share, where the caller has it already.
 
     Raises:
         ValueError: a share that is not one over a whole number.
     """
     period, samples = period_of(share), other_mode.shape[0]
-    ranges = Ranges(begin_q, end_q, begin_k, end_k, row)
-    slots, owner = draw_slots(ranges, q.shape[0], q.shape[1], k.shape[1], samples, period, q.device)
-    modes = other_mode[owner].contiguous()
+    if table is None:
+        ranges = Ranges(begin_q, end_q, begin_k, end_k, row)
+        table = slot_table(ranges, q.shape[0], q.shape[1], k.shape[1], samples, period, q.device)
+    slots, owner = draw_slots(table)
+    modes = other_mode.index_select(0, owner)
     other, _ = attention_forward(
         q, k, v, modes, sink=sink, window=window, granule=granule, block=block, scale=scale, **slots.named()
     )
     gap_TK = torch.ops.elastic.slot_gap(grad_out, out, other, modes, slots.begin_q, slots.end_q, slots.row)
-    owns_NT = (owner == torch.arange(samples, device=q.device)[:, None]).to(gap_TK.dtype)
-    return period * (owns_NT @ gap_TK)
+    owns_NT = owner == torch.arange(samples, device=q.device)[:, None]
+    return owns_NT.to(gap_TK.dtype) @ gap_TK * period
 
 
 def _slot_gap_cuda(

@@ -75,7 +75,7 @@ def configs(problem: DecodeProblem, index: int = 0) -> list[DecodeConfig]:
     dim, group, heads = problem.q.shape[2], problem.q.shape[1] // problem.base.shape[1], problem.base.numel()
     chosen = decode_config(*facts, limit, dim, group, heads)
     few = decode_config(facts[0], 5, limit, dim, group, heads)
-    small = decode_config(*facts, limit, dim, group, heads, warps=8, most_stages=2)
+    small = decode_config(*facts, limit, dim, group, heads, warps=4, most_stages=2)
     return [chosen, few, small]
 
 

@@ -8,7 +8,7 @@ from elastic.config import SparseConfig
 from elastic.head_plan import HeadPlan, batch_layout, packed_layout
 from elastic.kernels import attention_backward, attention_forward, route_gap
 from elastic.kernels.params import Ranges
-from elastic.kernels.route_gap import draw_slots, period_of
+from elastic.kernels.route_gap import draw_slots, period_of, slot_table
 
 CPU = torch.device("cpu")
 SPARSE = SparseConfig(sink=16, window=32, block=16)
@@ -45,7 +45,7 @@ def test_slots_cover_every_row_once(length: int) -> None:
     half = length // 2
     values = ([0, 0], [length, half], [0, 3], [length, 3 + half], [1, 0])
     ranges = Ranges(*(torch.tensor(x, dtype=torch.int32) for x in values))
-    slots, owner = draw_slots(ranges, 2, length, length + 3, 2, 1, CPU)
+    slots, owner = draw_slots(slot_table(ranges, 2, length, length + 3, 2, 1, CPU))
     seen = torch.zeros(2, length, dtype=torch.int64)
     for begin, end, begin_k, end_k, row, n in zip(*(x.tolist() for x in (*slots.named().values(), owner)), strict=True):
         seen[row, begin:end] += 1

@@ -2,29 +2,19 @@
 
 import ctypes
 import random
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from elastic.kernels.jit import CUDA_SRC
 from elastic.visibility import visible
+from tests.kernels.host import build
 
 HALF = 64
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler to build the block arithmetic for the host")
-    library = tmp_path_factory.mktemp("host") / "block_range.so"
-    source = Path(__file__).with_name("block_range_host.cpp")
-    options = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{CUDA_SRC / 'include'}"]
-    subprocess.run([compiler, *options, str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    return build("block_range_host.cpp", tmp_path_factory.mktemp("host"))
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from elastic.kernels import jit
+from elastic.kernels.devices import decode_config
 
 pytest.importorskip("cupy", reason="the CUDA kernels need CuPy: pip install elastic-attention[cuda12]")
 CHECKOUT = Path(__file__).parents[2]
@@ -42,6 +43,25 @@ def test_variant_compiles_clean(name: str, arch: str, head_dim: int, bf16: bool)
     assert spilled and max(spilled) <= LIMITS[name], log
     # ptxas put in a fence, serialised a wgmma, or ignored setmaxnreg
     assert not re.search(r"C75\d\d", log), log
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_120"])
+def test_decode_and_router_compile_clean(arch: str, head_dim: int, bf16: bool) -> None:
+    """With the warps, stages and clusters of that GPU; a spill here would be traffic in a memory-bound loop."""
+    capability = int(arch[3:-1]), int(arch[-1])
+    limit = {(8, 0): 166_912, (8, 6): 101_376, (9, 0): 232_448, (12, 0): 101_376}[capability]
+    config = decode_config(capability, 100, limit, head_dim, 4, 8)
+    parts = 8 if capability >= (9, 0) else 1
+    wanted = [
+        ("attention_decode", (f"ELASTIC_WARPS={config.warps}", f"ELASTIC_STAGES={config.stages}")),
+        ("route_prompt", (f"ELASTIC_PARTS={parts}",)),
+    ]
+    for name, macros in wanted:
+        cubin, log = jit.compile_cubin(jit.Variant(name, arch, head_dim, bf16, macros))
+        assert cubin[:4] == b"\x7fELF"
+        assert set(re.findall(r"(\d+) bytes spill stores", log)) == {"0"}, log
 
 
 @pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
@@ -121,6 +141,7 @@ def test_processes_that_compile_at_once_leave_one_whole_file(tmp_path) -> None:
     code = """if True:
         import hashlib, pathlib, sys, time
         from elastic.kernels import jit
+from elastic.kernels.devices import decode_config
         folder = pathlib.Path(sys.argv[1])
         real = jit.compile_cubin
 

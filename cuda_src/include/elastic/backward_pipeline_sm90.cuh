@@ -5,6 +5,7 @@
 // full[i] / empty[i]  stage i: entry, Q, dO, their lse2 and delta; 1 arrival + bytes / 8 consumer warps
 // sum_full / _empty   dQ tile of a warpgroup and where it belongs; 4 warps / 1 arrival of the adding warp
 // kScores             named barrier: both warpgroups have written their dS
+// kClear              named barrier: rows beyond the sample's end are zeros
 #pragma once
 #include "elastic/backward.cuh"
 #include "elastic/ptx_sm90.cuh"
@@ -17,7 +18,7 @@ constexpr int kKeys = 2 * kHalf;          // keys of a tile
 constexpr int kConsumerWarps = 8, kStages = 2;
 constexpr int kBytesKV = kKeys * kD * 2, kBytesQ = kRows * kD * 2, kBytesDS = kRows * kKeys * 2;
 constexpr int kBytesSum = kTileElements / 2 * 4;  // dQ of one warpgroup, fp32
-constexpr int kScores = 1, kClear = 2;  // named barriers: kClear + warpgroup
+constexpr int kScores = 1, kClear = 2;  // named barriers of both warpgroups
 
 constexpr int kWork = 0, kEmpty = 1, kDone = 2;
 struct BackwardHeader {

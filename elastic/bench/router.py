@@ -1,0 +1,196 @@
+"""`elastic bench router`: what routing one layer costs at prefill, from the layer's hidden states to the head plan.
+
+`fused` is what inference runs: gather the prompt's boundaries, project them to keys, one launch for pooling, features,
+MLPs, decision and modes. `torch` is its slow twin. `fused-keys` and `torch-keys` begin where the keys are at hand: the
+part that the budget of spec section 3 counts. Device times are those of calls in a CUDA graph, over the routers of
+several layers in turn, so that no weight waits in the cache; host times are the launch path alone.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic.bench import records, tables
+from elastic.bench.cases import DTYPES
+from elastic.bench.options import add_record_options, kernel_device
+from elastic.bench.race import DISAGREED
+from elastic.bench.records import LEFT_OUT, Record
+from elastic.bench.replay import in_turn, replayed
+from elastic.bench.timing import host_microseconds
+from elastic.config import ElasticConfig
+from elastic.console import say
+from elastic.deciding import Pooling, decide_from_keys
+from elastic.families import prerope_keys
+from elastic.head_plan import HeadPlan, Layout, batch_layout
+from elastic.kernels.route_prompt import why_not_routed
+from elastic.router import AttentionRouter
+from elastic.routing import Routing, route_layer
+
+SUMMARY = "routing one layer at prefill: fused kernel beside PyTorch, from 512 to 1M tokens"
+LENGTHS = (512, 8192, 131_072, 1_048_576)
+LAYERS = 32  # routers that take turns
+SURE = 1e-3  # logits closer than this may be decided either way
+
+
+@dataclass(frozen=True)
+class RouteCase:
+    """One line of the table: a prompt of `length` tokens for each of `batch` samples."""
+
+    length: int
+    batch: int
+    hidden: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """As the table calls it: route-512, route-128k-b8."""
+        size = f"{self.length // 1024}k" if self.length % 1024 == 0 else str(self.length)
+        return f"route-{size}" + (f"-b{self.batch}" if self.batch > 1 else "")
+
+    def facts(self) -> Record:
+        """What a record says about its case."""
+        shape = {"batch": self.batch, "hidden": self.hidden, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
+        return {"length": self.length, **shape, "dtype": self.dtype}
+
+
+def layers_of(case: RouteCase, config: ElasticConfig, device: str) -> list[Any]:
+    """What routing reads of attention modules: a key projection and a router with random weights and statistics."""
+    torch.manual_seed(0)
+    made = []
+    for index in range(LAYERS):
+        with torch.device(device):
+            project = nn.Linear(case.hidden, case.kv_heads * case.head_dim, bias=False, dtype=DTYPES[case.dtype])
+            router = AttentionRouter(case.kv_heads, case.head_dim, config.router).eval()
+            nn.init.normal_(router.head[-1].weight)  # type: ignore[arg-type]
+            router.update_statistics(0.2 * torch.randn(64, case.kv_heads, case.head_dim))
+        attn = SimpleNamespace(k_proj=project, head_dim=case.head_dim, router=router, layer_idx=index)
+        made.append(attn)
+    return made
+
+
+def plan_of(attn: Any, route: Tensor, config: ElasticConfig, layout: Layout) -> HeadPlan:
+    """The head plan as the backbone's hook builds it."""
+    return HeadPlan.build(route, config.sparse, layout, mode_NK=attn.router.last.mode_NK)
+
+
+def whole(layers: list[Any], hidden: Tensor, layout: Layout, routing: Routing) -> list[Callable[[], HeadPlan]]:
+    """Per layer: route and plan from the hidden states."""
+
+    def call(attn: Any) -> HeadPlan:
+        return plan_of(attn, route_layer(attn, hidden, layout, None, routing), routing.config, layout)
+
+    return [lambda attn=attn: call(attn) for attn in layers]  # type: ignore[misc]
+
+
+def from_keys(layers: list[Any], hidden: Tensor, layout: Layout, routing: Routing) -> list[Callable[[], HeadPlan]]:
+    """Per layer: route and plan from keys that are gathered and projected already."""
+    config, context = routing.config, routing.context
+    pooling = Pooling.shared(layout, config.router.pool_tokens, hidden.shape[1], context)
+    pooled = hidden.flatten(0, 1).index_select(0, pooling.token_M).unflatten(0, pooling.weight_N2P.shape)
+    keys = [prerope_keys(attn, pooled) for attn in layers]
+
+    def call(attn: Any, key: Tensor) -> HeadPlan:
+        attn.router.last, _ = decide_from_keys(
+            attn.router, key, pooling, config, None, context=context, fused=routing.fused
+        )
+        return plan_of(attn, attn.router.last.route_NK, routing.config, layout)
+
+    return [lambda attn=attn, key=key: call(attn, key) for attn, key in zip(layers, keys, strict=True)]  # type: ignore[misc]
+
+
+def launches(call: Callable[[], Any]) -> int:
+    """Kernels and copies that a call puts on the device."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def disagreement(layers: list[Any], hidden: Tensor, layout: Layout, config: ElasticConfig) -> str | None:
+    """Where kernel and PyTorch decide differently although the logits are apart; None: nowhere."""
+    for attn in layers:
+        found = []
+        for fused in (True, False):
+            routing = Routing(config)
+            routing.fused = fused
+            plan = plan_of(attn, route_layer(attn, hidden, layout, None, routing), config, layout)
+            found.append((plan.mode_NK, attn.router.last.logits_NK2))
+        (mode, _), (wanted, logits) = found
+        sure = (logits[..., 1] - logits[..., 0]).abs() > SURE
+        if not torch.equal(mode[sure], wanted[sure]):
+            return f"{DISAGREED} in layer {attn.layer_idx}"
+    return None
+
+
+def run_case(case: RouteCase, config: ElasticConfig, budget_ms: float, device: str) -> list[Record]:
+    """Device time, host time and launches of all contestants on one prompt."""
+    layers = layers_of(case, config, device)
+    hidden = torch.randn(case.batch, case.length, case.hidden, device=device, dtype=DTYPES[case.dtype])
+    layout = batch_layout(case.batch, case.length, 0, hidden.device)
+    shared = {"case": case.name, **case.facts()}
+    found: list[Record] = []
+    with torch.inference_mode():
+        why = disagreement(layers, hidden, layout, config)
+        for who, fused, calls_of in (
+            ("fused", True, whole), ("torch", False, whole), ("fused-keys", True, from_keys),
+            ("torch-keys", False, from_keys),
+        ):  # fmt: skip
+            if why is not None and fused:
+                found.append({**shared, "who": who, "metric": LEFT_OUT, "value": None, "unit": "", "why": why})
+                continue
+            routing = Routing(config)
+            routing.fused = fused
+            call = in_turn(calls_of(layers, hidden, layout, routing))
+            found += replayed(case.name, case.facts(), who, call, budget_ms)
+            for metric, value, unit in (
+                ("host time", host_microseconds(call), "us"), ("launches", launches(call), "a layer"),
+            ):  # fmt: skip
+                found.append({**shared, "who": who, "metric": metric, "value": value, "unit": unit})
+                say(f"{case.name:28s} {who:10s} {metric}: {value:.4g} {unit}")
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the benchmark."""
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N",
+                        help="tokens of the prompt (default 512 8K 128K 1M)")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="samples (default 1)")
+    parser.add_argument("--hidden", type=int, default=4096, metavar="E", help="hidden size (default 4096)")
+    parser.add_argument("--kv-heads", type=int, default=8, metavar="K", help="KV heads (default 8)")
+    parser.add_argument("--head-dim", type=int, default=128, metavar="D", help="64 or 128 (default 128)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="element type (default bf16)")
+    add_record_options(parser, "router")
+
+
+def run(args: argparse.Namespace, command: str) -> int:
+    """Time every length, show the table, write `<out>/<tag>.json`.
+
+    Returns:
+        0, or 1 where the kernel decides otherwise than PyTorch.
+
+    Raises:
+        ValueError: options that do not fit, or no GPU that runs the kernel.
+    """
+    if min(*args.lengths, args.batch, args.hidden, args.kv_heads) < 1:
+        raise ValueError("--lengths, --batch, --hidden and --kv-heads must be at least 1")
+    device, config = kernel_device(args, why_not_routed), ElasticConfig()
+    stamp, path = records.stamp(command, args.commit, device), Path(args.out) / f"{args.tag}.json"
+    stamp["kernel"] = "route_prompt"
+    found: list[Record] = []
+    for length in args.lengths:
+        case = RouteCase(length, args.batch, args.hidden, args.kv_heads, args.head_dim, args.dtype)
+        found += [{**record, **stamp} for record in run_case(case, config, args.budget_ms, str(device))]
+        records.save(path, found)  # after every length: a long run that is stopped leaves what it has
+        torch.cuda.empty_cache()
+    say(f"\n{tables.terminal(found)}\n\nWritten: {path}")
+    return int(any(record["metric"] == LEFT_OUT for record in found))

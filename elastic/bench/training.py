@@ -1,0 +1,213 @@
+"""`elastic bench training`: what routed training costs beside the recipe that runs both modes of every head, and the
+memory and time of a step of a whole backbone (random weights).
+
+The recipe computes each head's output in both modes, mixes them by the route and lets autograd go through both: two
+forward and two backward passes with the same kernels. Routed training gives the same gradients from one forward and
+one backward pass of the routed mode, and a forward pass of the other one on a share of the queries.
+Legend: S tokens, N samples, H query heads, K KV heads, D head dim.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic.attention import fused, routed_attention
+from elastic.backbone import routing, set_context
+from elastic.bench import records, tables
+from elastic.bench.options import kernel_device
+from elastic.bench.race import TOLERANCE, largest_difference
+from elastic.bench.records import Record
+from elastic.bench.step import HEAD_DIM, HEADS, KV_HEADS, SHAPES, Step, bounds_of, random_backbone, random_row
+from elastic.bench.timing import measure
+from elastic.config import SparseConfig
+from elastic.console import say
+from elastic.context import Context
+from elastic.head_plan import HeadPlan, packed_layout
+from elastic.kernels import why_no_backward
+
+SUMMARY = "a routed training step beside the recipe that runs both modes; memory of a step of a whole backbone"
+LAYERS = 5  # of the attention case; 5 * 8 KV heads hold every tenth of an MSR
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the benchmark."""
+    parser.add_argument("--length", type=int, default=65536, metavar="S", help="tokens of the row (default 65536)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="equal samples in the row (default 1)")
+    parser.add_argument("--msr", type=float, default=0.7, metavar="R", help="share of streaming heads (default 0.7)")
+    parser.add_argument("--shares", type=float, nargs="+", default=(1.0, 0.125), metavar="F",
+                        help="gradient shares of routed training (default 1 0.125)")  # fmt: skip
+    parser.add_argument("--layers", type=int, default=4, metavar="L",
+                        help="layers of the Llama-3.1-8B shape timed in both recipes; 0: none (default 4)")  # fmt: skip
+    parser.add_argument("--whole", nargs="*", choices=list(SHAPES), default=list(SHAPES), metavar="NAME",
+                        help=f"whole backbones that train a step, of {', '.join(SHAPES)} (default all)")  # fmt: skip
+    parser.add_argument("--memory-gb", type=float, default=80.0, metavar="GB", help="limit on memory (default 80)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile what surrounds attention")
+    parser.add_argument("--budget-ms", type=float, default=400.0, metavar="MS", help="time for repeats (default 400)")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default runs/bench")
+    parser.add_argument("--tag", default="training", metavar="NAME", help="name of the file (default training)")
+    parser.add_argument("--commit", metavar="HASH", help="commit to state where git is not at hand")
+    parser.set_defaults(dtype="bf16", head_dim=HEAD_DIM)
+
+
+def run(args: argparse.Namespace, command: str) -> int:
+    """Time every part, show the figures, write `<out>/<tag>.json`.
+
+    Returns:
+        0, or 1 where the two recipes' gradients differ.
+
+    Raises:
+        ValueError: options that do not fit, or no GPU that runs the kernels.
+    """
+    if not 0 < args.msr < 1 or args.samples < 1 or args.length % (128 * args.samples):
+        raise ValueError(
+            f"--msr {args.msr:g} --samples {args.samples} --length {args.length}: expected an MSR in (0, 1) and a "
+            "length that is a multiple of 128 per sample"
+        )
+    device = kernel_device(args, why_no_backward)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gb * 1e9 / total), device)
+    stamp, path = records.stamp(command, args.commit, device), args.out / f"{args.tag}.json"
+    stamp["kernel"] = "attention_backward_sm90 (sm_90a)"
+    parts: list[Callable[[], list[Record]]] = [partial(attention_records, args, device)]
+    if args.layers:
+        parts.append(partial(step_records, args, device))
+    parts += [partial(whole_records, args, device, name) for name in args.whole]
+    found: list[Record] = []
+    for part in parts:
+        found += [{**record, "length": args.length, "samples": args.samples, **stamp} for record in part()]
+        records.save(path, found)
+        torch.cuda.empty_cache()
+    say(f"\n{tables.terminal(found)}\n\nWritten: {path}")
+    return int(any(r["metric"] == "largest difference" and not r["value"] <= TOLERANCE for r in found))
+
+
+def both_modes(
+    q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
+) -> Tensor:
+    """What `routed_attention` must equal: every head in both modes, mixed by the route. Packed rows; [1, S, H, D]."""
+    outs = []
+    for value in (0.0, 1.0):
+        constant = torch.full_like(route_NK, value).detach()
+        mode = HeadPlan.build(constant, plan.sparse, plan.layout)
+        outs.append(fused(q_BHSD, k_BKSD, v_BKSD, constant, mode, scale))
+    lengths = plan.layout.end_N - plan.layout.begin_N
+    group = q_BHSD.shape[1] // k_BKSD.shape[1]
+    weight_SH = route_NK.repeat_interleave(lengths, dim=0, output_size=q_BHSD.shape[2]).repeat_interleave(group, dim=1)
+    return torch.lerp(outs[0], outs[1], weight_SH[None, :, :, None].to(outs[0].dtype))
+
+
+class BothModes(Context):
+    """Makes an attached model train by the recipe."""
+
+    def attend(self, *arguments: Any) -> Tensor:
+        """`both_modes` in place of `routed_attention`."""
+        return both_modes(*arguments)
+
+
+def spread_routes(layers: int, samples: int, kv_heads: int, ratio: float) -> Tensor:
+    """Routes [L, N, K] of which `ratio` are 1, evenly spread."""
+    place = torch.arange(layers * samples * kv_heads + 1, dtype=torch.float64)
+    return (place * ratio + 0.5).floor().diff().float().view(layers, samples, kv_heads)
+
+
+def attention_records(args: argparse.Namespace, device: torch.device) -> list[Record]:
+    """Forward and backward of attention alone, over layers whose heads stream at the wanted ratio."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = [(1, args.length, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+    q, k, v, grad = (torch.randn(shape, generator=generator, device=device).bfloat16() for shape in shapes)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    routes = spread_routes(LAYERS, args.samples, KV_HEADS, args.msr).to(device).requires_grad_()
+    layout = packed_layout(bounds_of(args.length, args.samples), None, args.length, device)
+
+    def layer(attend: Callable[..., Tensor], share: float, route_NK: Tensor) -> tuple[Tensor, ...]:
+        plan = HeadPlan.build(route_NK, SparseConfig(), layout, share)
+        out = attend(*(x.transpose(1, 2) for x in leaves), route_NK, plan, HEAD_DIM**-0.5)
+        return (out.detach(), *torch.autograd.grad(out, (*leaves, route_NK), grad))
+
+    recipes = {"both modes": partial(layer, both_modes, 1.0)}
+    recipes |= {named(share): partial(layer, routed_attention, share) for share in args.shares}
+    *want, want_route = recipes["both modes"](routes[0])
+    *got, got_route = layer(routed_attention, 1.0, routes[0])
+    different = max(largest_difference(tuple(got), tuple(want)), relative(got_route, want_route))
+    del want, got
+    case = f"attention-{LAYERS}l-{args.length // 1024}k"
+    found = [{"case": case, "who": "routed", "metric": "largest difference", "value": different, "unit": ""}]
+    return found + compare(case, {name: partial(_all, call, routes) for name, call in recipes.items()}, args.budget_ms)
+
+
+def _all(call: Callable[[Tensor], Any], routes: Tensor) -> None:
+    for route in routes:
+        call(route)
+
+
+def named(share: float) -> str:
+    """Routed training with this gradient share."""
+    return f"routed, share {share:g}"
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """Largest difference over the largest value."""
+    return ((got - want).abs().amax() / want.abs().amax()).item()
+
+
+def compare(case: str, calls: dict[str, Callable[[], Any]], budget_ms: float) -> list[Record]:
+    """Times of the recipes, and how much faster the others are than the first one."""
+    found: list[Record] = []
+    for who, call in calls.items():
+        timing = measure(call, budget_ms)
+        say(f"{case:28s} {who:22s} {timing.ms:10.1f} ms  {timing.repeats} repeats")
+        shared = {"case": case, "who": who, "repeats": timing.repeats}
+        found.append({**shared, "metric": "step time", "value": timing.ms, "unit": "ms"})
+        if len(found) > 1:
+            speed = found[0]["value"] / timing.ms
+            found.append({**shared, "metric": f"speed over {found[0]['who']}", "value": speed, "unit": "x"})
+    return found
+
+
+def step_records(args: argparse.Namespace, device: torch.device) -> list[Record]:
+    """A training step of a Llama-3.1-8B-shaped backbone of a few layers, by both recipes."""
+    name = "llama-3.1-8b"
+    model = random_backbone(name, args.layers, args.msr, args.compile, device)
+    batch = random_row(args.length, args.samples, SHAPES[name]["vocab_size"], device)
+    recipe = Step(model, batch, 1.0)
+
+    def both() -> None:
+        previous = set_context(model, BothModes())
+        recipe()
+        set_context(model, previous)
+
+    calls: dict[str, Callable[[], Any]] = {"both modes": both}
+    calls |= {named(share): Step(model, batch, share) for share in args.shares}
+    case = f"{name}-{args.layers}l-{args.length // 1024}k"
+    found = compare(case, calls, args.budget_ms)
+    ratio = routing(model).route.mean().item()
+    return [*found, {"case": case, "who": "routed", "metric": "MSR", "value": ratio, "unit": ""}]
+
+
+def whole_records(args: argparse.Namespace, device: torch.device, name: str) -> list[Record]:
+    """Memory and time of a step of a whole backbone, within `--memory-gb`."""
+    torch.cuda.reset_peak_memory_stats(device)
+    model = random_backbone(name, None, args.msr, args.compile, device)
+    batch = random_row(args.length, args.samples, SHAPES[name]["vocab_size"], device)
+    call, case = Step(model, batch, min(args.shares)), f"{name}-{args.length // 1024}k"
+    call()
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    call()
+    last.record()
+    torch.cuda.synchronize(device)
+    figures = {
+        "step time": (first.elapsed_time(last), "ms"),
+        "peak allocated": (torch.cuda.max_memory_allocated(device) / 1e9, "GB"),
+        "peak reserved": (torch.cuda.max_memory_reserved(device) / 1e9, "GB"),
+        "MSR": (routing(model).route.mean().item(), ""),
+    }
+    who = named(min(args.shares))
+    for metric, (value, unit) in figures.items():
+        say(f"{case:28s} {metric:22s} {value:10.2f} {unit}")
+    return [{"case": case, "who": who, "metric": m, "value": x, "unit": unit} for m, (x, unit) in figures.items()]

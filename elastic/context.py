@@ -1,0 +1,27 @@
+"""Which part of each row a process holds, as routing and attention see it."""
+
+from torch import Tensor
+
+from elastic.attention import routed_attention
+from elastic.head_plan import HeadPlan
+
+
+class Context:
+    """Which part of each row this process holds: all of it. `elastic.context_parallel` has the other kind.
+
+    Attributes:
+        size, rank: number of equal slices of a row, and which of them is here.
+    """
+
+    size = 1
+    rank = 0
+
+    def sum(self, part: Tensor) -> Tensor:
+        """Sum over the slices, with gradient."""
+        return part
+
+    def attend(
+        self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
+    ) -> Tensor:
+        """`routed_attention` of the whole row; takes and returns this slice's tokens."""
+        return routed_attention(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale)

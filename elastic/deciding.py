@@ -1,0 +1,123 @@
+"""A layer's decision from the keys at the prompt's boundaries: pooling, router, route. Inference on a GPU runs one
+fused kernel, everything else PyTorch; reports say which.
+
+Legend: N samples, B rows, S tokens, E hidden size, P pooled tokens at either end of the prompt, M = N * 2P, K KV heads,
+D head dim.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic.config import ElasticConfig
+from elastic.context import Context
+from elastic.head_plan import Layout
+from elastic.kernels.route_prompt import route_prompt, why_not_routed
+from elastic.patterns import mode_id
+from elastic.relaxation import decide, sample_route
+from elastic.router import AttentionRouter, BoundarySlots, LayerState, Router, half_sums
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """Which of the tokens here are pooled; the same in all layers.
+
+    Attributes:
+        token_M: place of the N * 2P pooled tokens among all tokens here.
+        weight_N2P: 1.0 for those that count, else 0.0.
+        first_N: number of tokens among the first P that were pooled so far, in earlier turns and other slices too.
+        count_N11: number of pooled tokens per sample, those of earlier turns and other slices included; at least 1.
+    """
+
+    token_M: Tensor
+    weight_N2P: Tensor
+    first_N: Tensor
+    count_N11: Tensor
+
+    @classmethod
+    def shared(
+        cls, layout: Layout, pool_tokens: int, here: int, context: Context, earlier_N: Tensor | None = None
+    ) -> "Pooling":
+        """The pooling of all layers of a forward pass, made by the first of them."""
+        return layout.once(
+            ("pooling", pool_tokens, here), lambda: cls.of(layout, pool_tokens, here, context, earlier_N)
+        )
+
+    @classmethod
+    def of(
+        cls, layout: Layout, pool_tokens: int, here: int, context: Context, earlier_N: Tensor | None = None
+    ) -> "Pooling":
+        """For a slice of `here` tokens of every row; `earlier_N` is `first_N` of the turn before. Generated tokens
+        among the first P were never pooled and do not count.
+        """
+        slots = BoundarySlots.of(layout.begin_N, layout.prompt_end_N, pool_tokens)
+        position = slots.index_N2P - layout.past - context.rank * here
+        weight = slots.weight_N2P * ((position >= 0) & (position < here))
+        token = layout.row_N[:, None] * here + position.clamp(0, here - 1)
+        counted = slots.weight_N2P * (slots.index_N2P >= layout.past)
+        first = counted[:, :pool_tokens].sum(1)
+        first = first if earlier_N is None else first + earlier_N
+        count = first + counted[:, pool_tokens:].sum(1)
+        return cls(token.flatten(), weight, first, count.clamp_min(1.0)[:, None, None])
+
+
+def decide_from_keys(
+    router: Router, keys_N2PKD: Tensor, pooling: Pooling, config: ElasticConfig, earlier_NKD: Tensor | None, *,
+    context: Context, temperature: float = 1.0, fused: bool = True,
+) -> tuple[LayerState, Tensor]:  # fmt: skip
+    """Pooling and decision from the pre-RoPE keys of the prompt's boundaries.
+
+    Args:
+        earlier_NKD: what an earlier turn summed up of the first P keys.
+        temperature: of the Gumbel-softmax in training.
+        fused: whether the kernel may decide where it can.
+
+    Returns:
+        the decision, and the sum [N, K, D] of the first P keys.
+    """
+    if fused and context.size == 1 and is_fused(router, keys_N2PKD):
+        return fused_decision(router, keys_N2PKD, pooling, config, earlier_NKD)
+    first, last = context.sum(half_sums(keys_N2PKD, pooling.weight_N2P)).unbind(1)
+    first = first if earlier_NKD is None else first + earlier_NKD
+    pooled = (first + last) / pooling.count_N11
+    logits = router(pooled)
+    bias = config.sparsity_bias
+    route = sample_route(logits, temperature) if router.training else decide(logits.detach(), bias)
+    return LayerState(route, logits, pooled.detach()), first
+
+
+def router_backend(device: torch.device, dtype: torch.dtype, head_dim: int, kind: str = "input") -> str:
+    """What decides the routes at inference on such tensors, for reports."""
+    if kind != "input":
+        return f"torch ({kind} router)"
+    reason = why_not_routed(device, dtype, head_dim)
+    return "route_prompt" if reason is None else f"torch ({reason})"
+
+
+def is_fused(router: Router, keys_N2PKD: Tensor) -> bool:
+    """Whether the kernel decides for this router on these keys."""
+    if router.training or not isinstance(router, AttentionRouter):
+        return False
+    return why_not_routed(keys_N2PKD.device, keys_N2PKD.dtype, keys_N2PKD.shape[3]) is None
+
+
+def fused_decision(
+    router: Any, keys_N2PKD: Tensor, pooling: Pooling, config: ElasticConfig, earlier_NKD: Tensor | None
+) -> tuple[LayerState, Tensor]:
+    """`decide_from_keys` in one launch, with the modes of the head plan."""
+    task, head, sparse = router.task, router.head, config.sparse
+    layers = (task[0], task[2], head[0], head[2], head[4])
+    statistics = None if router.config.feature_norm == "none" else (router.mean, router.var, router.count)
+    found = route_prompt(
+        keys_N2PKD.contiguous(),
+        pooling.weight_N2P,
+        pooling.count_N11.flatten(),
+        [parameter for layer in layers for parameter in (layer.weight, layer.bias)],
+        statistics,
+        earlier=earlier_NKD,
+        bias=config.sparsity_bias,
+        modes=(mode_id(sparse.route0), mode_id(sparse.route1)),
+    )
+    return LayerState(found.route, found.logits, found.pooled, found.mode), found.first

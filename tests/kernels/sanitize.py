@@ -1,0 +1,57 @@
+"""The sm_90a kernels on small problems, for compute-sanitizer, and who its reports name.
+
+compute-sanitizer --tool racecheck --kernel-name kernel_substring=attention_ python -m tests.kernels.sanitize run
+compute-sanitizer --tool initcheck --print-limit 100000 python -m tests.kernels.sanitize run > log
+python -m tests.kernels.sanitize count log
+
+initcheck must see all kernels, because PyTorch's write what ours read; `count` then tells whose reads it reports.
+"""
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from elastic.kernels import route_gap
+from tests.kernels.generators import random_problem
+from tests.kernels.gpu import run
+from tests.kernels.gpu_backward import forward_exact, run_backward, upstream
+
+SEEDS = (2, 232, 157, 182, 221, 0, 1)  # small; tails, packing, every mode, both head dims
+OURS = re.compile(r"attention_\w+")
+
+
+def main() -> None:
+    """Run the problems, or count the reports of a log by kernel."""
+    if sys.argv[1] == "count":
+        for name, number in count(Path(sys.argv[2]).read_text()).most_common():
+            sys.stdout.write(f"{number:8d} {name}\n")
+        return
+    for seed in SEEDS:
+        problem = random_problem(seed)
+        grad, (out, lse) = upstream(problem, seed), forward_exact(problem)
+        run(problem, "sm90")
+        for deterministic in (False, True):
+            run_backward(problem, grad, out, lse, deterministic=deterministic)
+        if problem.bits is None:
+            q, k, v, mode, pattern, ranges, _ = problem.args()
+            route_gap(grad, out, q, k, v, 1 - mode, share=0.5, **pattern._asdict(), **ranges.named())
+        torch.cuda.synchronize()
+        sys.stdout.write(f"seed {seed} done\n")
+
+
+def count(log: str) -> Counter[str]:
+    """Reports by kernel: ours by name, all others together."""
+    found: Counter[str] = Counter()
+    for line in log.splitlines():
+        place = re.search(r"=====\s+at (.*?)\+0x[0-9a-f]+", line)
+        if place:
+            ours = OURS.search(place[1])
+            found[ours[0] if ours else "other kernels (PyTorch)"] += 1
+    return found
+
+
+if __name__ == "__main__":
+    main()
