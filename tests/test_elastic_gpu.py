@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from elastic import decoding
 from elastic.backbone import attach, elastic_config, route_of, set_config
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
-from elastic.decode_graph import DecodeGraph
+from elastic.decode_graph import DecodeGraph, graphed
 from elastic.elastic_cache import ElasticCache
 from tests.kernels.gpu import needs_gpu
 from tests.models import LAYERS, left_padded, random_ids, tiny_model, varied_routers
@@ -19,10 +19,10 @@ CONFIG = ElasticConfig(RouterConfig(pool_tokens=8), SparseConfig(sink=64, window
 
 
 def gpu_model(granule="token", kind="elastic"):
-    model = tiny_model(hidden_size=256, head_dim=64, initializer_range=0.2).to("cuda", torch.bfloat16)
+    model = tiny_model(hidden_size=256, head_dim=64, initializer_range=0.2).to(torch.bfloat16)
     attach(model, replace(CONFIG, kv_cache=kind, sparse=replace(CONFIG.sparse, granule=granule)))
     varied_routers(model)
-    return model
+    return model.to("cuda")
 
 
 def new_cache(model, **options):
@@ -74,6 +74,17 @@ def test_graph_equals_eager():
     found = torch.stack([graph.step(token)[:, -1].float() for token in tokens])
     assert torch.equal(found, expected)
     assert cache.seen == 360 and cache.counts == [360, 270] and cache.count_B.tolist() == [360, 270]
+
+
+def test_generate_over_a_graph_equals_generate_without():
+    model = gpu_model()
+    ids, mask = (x.cuda() for x in left_padded(random_ids(2, 300), [0, 90]))
+    options = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(ids, past_key_values=new_cache(model, reserve=40), **options)
+    cache = new_cache(model, reserve=40)
+    with graphed(model, cache):
+        assert torch.equal(model.generate(ids, past_key_values=cache, **options), plain)
+    assert "forward" not in vars(model) and cache.seen == 339
 
 
 def test_neither_prefill_nor_decode_waits_for_the_gpu():

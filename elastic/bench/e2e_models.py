@@ -10,7 +10,7 @@ from torch import Tensor
 
 from elastic.backbone import attach, routers
 from elastic.config import ElasticConfig
-from elastic.router import Router
+from elastic.router import MIN_STATISTICS, AttentionRouter
 
 _SHARED: dict[str, Any] = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 1 << 19}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -61,32 +61,29 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
     return model.to(dtype).eval().requires_grad_(False)
 
 
-class DecidedRouter(Router):
-    """Does a router's work, pooling included, and then answers with given routes: the cost of routing without training.
-
-    Args:
-        inner: the router whose work is done.
-        route_K: what it shall decide, in {0, 1}.
+def force(router: Any, route_K: Tensor) -> None:
+    """Let a router do all of its work and then decide `route_K` on any input: statistics far from every key push all
+    features of a head to +10 or -10, and the first of them runs through the MLPs to the SA logit.
     """
-
-    def __init__(self, inner: Router, route_K: Tensor) -> None:
-        super().__init__(inner.kv_heads)
-        self.inner = inner
-        self.register_buffer("offset", torch.stack([1.0 - route_K, route_K], dim=-1) * 1e6)
-
-    def forward(self, pooled_NKD: Tensor) -> Tensor:
-        """Logits [N, K, 2]."""
-        return self.inner(pooled_NKD) + self.offset
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.zero_()
+        for linear in (router.task[0], router.task[2], router.head[0], router.head[2]):
+            linear.weight[0, 0] = 1.0
+        router.head[4].weight[1, 0] = 1.0
+        router.head[4].bias[0] = 1.0  # the FA logit; the SA logit is about 10 or 0
+        router.mean.copy_((1.0 - 2.0 * route_K)[:, None].expand_as(router.mean) * 1e6)
+        router.count.fill_(MIN_STATISTICS)
 
 
 def route_at_random(model: Any, msr: float, config: ElasticConfig, seed: int = 0) -> float:
     """Attach routers that send a random share `msr` of all (layer, KV head) pairs to SA; returns the exact share."""
-    attach(model, config)
-    found = routers(model)
+    found = routers(attach(model, config))
     pairs = len(found) * found[0].kv_heads
     chosen = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed))[: round(msr * pairs)]
     route = torch.zeros(pairs)
     route[chosen] = 1.0
-    for layer, router, route_K in zip(model.get_decoder().layers, found, route.view(len(found), -1), strict=True):
-        layer.self_attn.router = DecidedRouter(router, route_K).to(model.device)
+    for router, route_K in zip(found, route.view(len(found), -1), strict=True):
+        assert isinstance(router, AttentionRouter)
+        force(router, route_K.to(model.device))
     return len(chosen) / pairs

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elastic import backbone
-from elastic.backbone import elastic_config, set_context
+from elastic.backbone import elastic_config, route_of, set_context
 from elastic.bench.records import Record
 from elastic.context import Context
 from elastic.decode_graph import DecodeGraph
@@ -31,33 +31,37 @@ def elastic_runs(model: Any, length: int, new_tokens: int, repeats: int) -> Run:
     def new_cache() -> ElasticCache:
         return ElasticCache(layers, elastic_config(model), reserve=2 * (new_tokens + _WARM_STEPS))
 
-    found, cache, token = _prefills(model, new_cache, length, repeats)
-    kv_bytes = cache.nbytes
-    found.append(_record("KV cache", kv_bytes, "bytes"))
-    step = _stepper(model, cache)
-    found.append(_decode("decode", step, token, new_tokens))
+    with _timed_elastic(model) as clock:
+        found, cache, token = _prefills(model, new_cache, length, repeats, clock)
+    found.append(_record("KV cache", cache.nbytes, "bytes"))
+    found.append(_record("MSR", float(route_of(cache).route.float().mean()), ""))
+    found.append(_decode("decode", _stepper(model, cache), token, new_tokens))
     if model.device.type == "cuda":
         found.append(_decode("decode graph", DecodeGraph(model, cache).step, token, new_tokens))
-    del cache, step
-    return found + _parts(model, new_cache, length, _timed_elastic)
+    return found
 
 
 def stock_runs(model: Any, name: str, length: int, new_tokens: int, repeats: int) -> Run:
-    """The stock model over transformers' DynamicCache, with one SDPA backend."""
+    """The stock model over transformers' DynamicCache; the prompt by one SDPA backend, decode steps by the fastest of
+    all.
+    """
     from transformers import DynamicCache
 
-    def new_cache() -> Any:
-        return DynamicCache(config=model.config)
+    with _timed_stock(model) as clock, _only(model, name):
+        found, cache, token = _prefills(model, lambda: DynamicCache(config=model.config), length, repeats, clock)
+    kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    found.append(_record("KV cache", kv_bytes, "bytes"))
+    rates = []
+    for backend in STOCK:
+        with _only(model, backend):
+            rates.append(_decode(f"decode {backend}", _stepper(model, cache), token, new_tokens))
+    best = max(rates, key=lambda record: record["value"])
+    return [*found, *rates, {**best, "metric": "decode"}]
 
-    on_gpu = model.device.type == "cuda"
-    backend: AbstractContextManager[Any] = sdpa_kernel(STOCK[name]) if on_gpu else nullcontext()
-    with backend:
-        found, cache, token = _prefills(model, new_cache, length, repeats)
-        kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        found.append(_record("KV cache", kv_bytes, "bytes"))
-        found.append(_decode("decode", _stepper(model, cache), token, new_tokens))
-        del cache
-        return found + _parts(model, new_cache, length, _timed_stock)
+
+def _only(model: Any, name: str) -> AbstractContextManager[Any]:
+    """Stock attention by one SDPA backend; the CPU has but one."""
+    return sdpa_kernel(STOCK[name]) if model.device.type == "cuda" else nullcontext()
 
 
 def _record(metric: str, value: float, unit: str) -> Record:
@@ -75,20 +79,28 @@ def _prefill(model: Any, cache: Any, ids: Tensor) -> Tensor:
     return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
 
-def _prefills(model: Any, new_cache: Callable[[], Any], length: int, repeats: int) -> tuple[Run, Any, Tensor]:
-    """Time to first token (median, as the user waits for it) and peak memory; the last run's cache and token."""
+def _prefills(
+    model: Any, new_cache: Callable[[], Any], length: int, repeats: int, clock: "_Clock"
+) -> tuple[Run, Any, Tensor]:
+    """Time to first token (median, as the user waits for it), where it goes (attention, router with its pooling, the
+    rest: device time of the last run) and peak memory; the last run's cache and token.
+    """
     _prefill(model, new_cache(), _ids(model, min(length, 4096)))  # kernels compiled, workspaces there
     ids, times, cache, token = _ids(model, length), [], None, torch.zeros(0)
     for _ in range(repeats):
         del cache
         cache = new_cache()
+        clock.spans.clear()
         _reset_peak(model.device)
         start = time.perf_counter()
-        token = _prefill(model, cache, ids)
+        token = clock.timed("all", _prefill)(model, cache, ids)
         _wait(model.device)
         times.append((time.perf_counter() - start) * 1e3)
     peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else 0
-    return [_record("first token", statistics.median(times), "ms"), _record("peak memory", peak, "bytes")], cache, token
+    attention, router, everything = (clock.total(part) for part in ("attention", "router", "all"))
+    found = [_record("first token", statistics.median(times), "ms"), _record("peak memory", peak, "bytes")]
+    found += [_record("attention", attention, "ms"), _record("router", router, "ms")]
+    return [*found, _record("rest", everything - attention - router, "ms")], cache, token
 
 
 def _reset_peak(device: torch.device) -> None:
@@ -152,40 +164,25 @@ class _Clock:
         return sum(last - first if isinstance(first, float) else first.elapsed_time(last) for first, last in pairs)
 
 
-def _parts(
-    model: Any, new_cache: Callable[[], Any], length: int, patched: Callable[[Any, _Clock], AbstractContextManager[Any]]
-) -> Run:
-    """Where a prompt's device time goes: attention, router (pooling included), and the rest."""
-    clock, ids = _Clock(), _ids(model, length)
-    with patched(model, clock):
-        clock.timed("all", _prefill)(model, new_cache(), ids)
-        _wait(model.device)
-    attention, router, everything = (clock.total(part) for part in ("attention", "router", "all"))
-    return [
-        _record("attention", attention, "ms"),
-        _record("router", router, "ms"),
-        _record("rest", everything - attention - router, "ms"),
-    ]
-
-
 @contextmanager
-def _timed_elastic(model: Any, clock: _Clock) -> Iterator[None]:
-    context = Context()
+def _timed_elastic(model: Any) -> Iterator[_Clock]:
+    context, clock = Context(), _Clock()
     context.attend = clock.timed("attention", context.attend)  # type: ignore[method-assign]
     previous = set_context(model, context)
     with patch.object(backbone, "route_layer", clock.timed("router", backbone.route_layer)):
-        yield
+        yield clock
     set_context(model, previous)
 
 
 @contextmanager
-def _timed_stock(model: Any, clock: _Clock) -> Iterator[None]:
+def _timed_stock(model: Any) -> Iterator[_Clock]:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
+    clock = _Clock()
     AttentionInterface.register(_TIMED_SDPA, clock.timed("attention", sdpa_attention_forward))
     AttentionMaskInterface.register(_TIMED_SDPA, sdpa_mask)
     model.set_attn_implementation(_TIMED_SDPA)
-    yield
+    yield clock
     model.set_attn_implementation("sdpa")

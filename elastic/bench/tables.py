@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from elastic.bench.e2e_tables import FIRST_TOKEN, e2e_cells
 from elastic.bench.records import LEFT_OUT, Record
 from elastic.console import table
 
@@ -61,10 +62,12 @@ def markdown(runs: dict[str, list[Record]], pictures: Sequence[str] = ()) -> str
         lines += ["", f"## {name}", "", f"{first['gpu']}, {first['kernel']}, {stated}, commit {first['commit']}"]
         shapes = dict.fromkeys(shape_of(record) for record in found if "head_dim" in record)
         lines += ["", f"`{first['command']}`", "", *([f"{'; '.join(shapes)}.", ""] if shapes else [])]
-        header, rows = cells(found)
+        whole_model = any(r["metric"] == FIRST_TOKEN for r in found)
+        header, rows = e2e_cells(found) if whole_model else cells(found)
         if rows:
             lines += [_line(header), "|---" * len(header) + "|", *map(_line, rows), ""]
-        lines += [f"- {remark}" for remark in remarks(found)]
+        said = [r for r in found if r["metric"] == LEFT_OUT] if whole_model else found
+        lines += [f"- {remark}" for remark in remarks(said)]
         lines += [f"\n![Timings of {name}]({path})" for path in pictures if Path(path).stem == name]
     return "\n".join(lines) + "\n"
 
