@@ -226,7 +226,7 @@ struct Consumer {
       }
       store(dv, p.dv, p.stride_dv, 1.0f);
       store(dk, p.dk, p.stride_dk, p.f.scale);
-      release(&c.empty_kv);
+      arrive(&c.empty_kv);
     }
     wait(&c.sum_empty[group], sum_phase);
     if (warp == 0 && lane == 0) c.job[group].target = nullptr;
@@ -252,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   }
   if (threadIdx.x == 32) {
     barrier_init(&control.full_kv, 1);
-    barrier_init(&control.empty_kv, kConsumerWarps);
+    barrier_init(&control.empty_kv, kConsumerWarps * 32);
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&control.full[i], 1);
       barrier_init(&control.empty[i], kConsumerWarps);

@@ -88,6 +88,8 @@ def detach(model: Any) -> Any:
     for attn in handle.attention_layers(model):
         del attn.router
     unchunk(model.get_decoder())
+    for part in handle.compiled:
+        part._compiled_call_impl = None
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(handle.trainable[name])
     model.set_attn_implementation(handle.implementation)
@@ -196,7 +198,7 @@ def compile_layers(model: Any, **settings: Any) -> Any:
     """`torch.compile` what surrounds attention in every decoder layer (norms, projections, RoPE, MLP), in place.
 
     Routing and attention stay outside, where the kernels are launched as before. Works under training, gradient
-    checkpointing and for any sequence length; `detach` leaves the layers compiled.
+    checkpointing and for any sequence length; `detach` undoes it.
 
     Args:
         settings: of `torch.compile`, such as `backend` or `mode`; `dynamic=True` unless given.
@@ -207,6 +209,7 @@ def compile_layers(model: Any, **settings: Any) -> Any:
     for layer in model.get_decoder().layers:  # parts, because checkpointing a compiled layer would not compile it
         for part in layer.children():
             part.compile(**settings)
+            handle.compiled.append(part)
     return model
 
 
@@ -218,6 +221,7 @@ class _Handle:
         self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.hooks: list[Any] = []
         self.attention_hooks: list[Any] = []
+        self.compiled: list[nn.Module] = []
         self.routing = Routing(config)
         model.requires_grad_(False)
 

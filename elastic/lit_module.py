@@ -14,7 +14,15 @@ from torch import Tensor
 
 from elastic import schedules
 from elastic.attention import backend_for
-from elastic.backbone import override_routes, pooled_keys, routers, routing, set_temperature, update_statistics
+from elastic.backbone import (
+    compile_layers,
+    override_routes,
+    pooled_keys,
+    routers,
+    routing,
+    set_temperature,
+    update_statistics,
+)
 from elastic.backbones import architecture_hash
 from elastic.checkpoint import is_trainable
 from elastic.config import ElasticConfig
@@ -47,6 +55,7 @@ class ElasticModule(RoutedModule):
         gguf_file: file name where the backbone's weights are in GGUF format.
         gradient_checkpointing: recompute each layer in the backward pass instead of storing its activations.
         loss_chunk: positions whose logits exist at a time.
+        compiled: torch.compile what surrounds attention in the backbone's layers (`elastic.backbone.compile_layers`).
         methods: what evaluation compares: dense, elastic (default: these two), streaming, random:<msr>[:<seed>].
     """
 
@@ -62,12 +71,14 @@ class ElasticModule(RoutedModule):
         gguf_file: str | None = None,
         gradient_checkpointing: bool = False,
         loss_chunk: int = 1024,
+        compiled: bool = False,
         methods: list[str] | None = None,
     ) -> None:
         super().__init__(backbone, elastic, dtype, gguf_file, loss_chunk, methods or list(DEFAULT_METHODS))
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights are not in the checkpoint; on_load_checkpoint checks the rest
-        self.optimiser, self.annealing, self.gradient_checkpointing = optimiser, temperature, gradient_checkpointing
+        self.optimiser, self.annealing = optimiser, temperature
+        self.gradient_checkpointing, self.compiled = gradient_checkpointing, compiled
         self.objective = build_objective(objective, targets or {}, optimiser.multiplier_limit)
         self.multipliers = self.objective.multipliers
         self.total_steps = self.noise_seed = 0
@@ -75,9 +86,13 @@ class ElasticModule(RoutedModule):
     def configure_model(self) -> None:
         """Load the backbone and attach routers, once."""
         fresh = self.model is None
+        if fresh and self.compiled and self.device_mesh is not None:
+            raise ValueError("model.compiled does not go with a sharded backbone yet; set model.compiled: false")
         super().configure_model()
         if fresh and self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if fresh and self.compiled:
+            compile_layers(self.model)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW on the routers (no decay on biases), plain ascent on the multipliers."""

@@ -158,7 +158,16 @@ def test_one_command_compares_methods_and_goes_on(tmp_path, monkeypatch):
     model.config.max_position_embeddings = 2048
     monkeypatch.setattr(runner, "_load", lambda *_: (attach(model, small_config()), words))
     plan = runner.Plan(
-        "tiny", "cpu", "float32", ("ruler_fwe",), (1024,), 2, 2, False, SparseConfig(sink=4, window=16, block=4), 0
+        "tiny",
+        "cpu",
+        "float32",
+        ((ruler.Ruler(), "ruler_fwe"),),
+        (1024,),
+        2,
+        2,
+        False,
+        SparseConfig(sink=4, window=16, block=4),
+        0,
     )
     methods = [Method.parse("dense"), Method.parse("streaming")]
     rows = runner.run(plan, methods, tmp_path / "out")

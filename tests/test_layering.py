@@ -120,9 +120,9 @@ def test_every_setting_and_argument_is_read():
 
 
 def unread_arguments(function: ast.FunctionDef) -> list[str]:
-    """Arguments of a function that its body never names. Protocol methods (hooks, overrides) are told apart by their
-    bases.
-    """
+    """Arguments of a function that its body never names; an interface, whose body is `...`, has none to name."""
+    if ast.unparse(function.body[-1]) == "...":
+        return []
     names = {n.id for statement in function.body for n in ast.walk(statement) if isinstance(n, ast.Name)}
     arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
     return [a.arg for a in arguments if a.arg not in names and a.arg not in PROTOCOL and not a.arg.startswith("_")]

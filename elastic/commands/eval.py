@@ -61,11 +61,13 @@ def run(args: argparse.Namespace) -> None:
     for package in ("lm_eval", "wonderwords"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the package {package} is missing; run `pip install 'elastic-attention[eval]'`")
-    from elastic.evaluation import ruler
+    from elastic.evaluation.benchmark import choose
+    from elastic.evaluation.ruler import Ruler
     from elastic.evaluation.runner import Plan, run
     from elastic.evaluation.summary import summary_table, write_summary
 
-    tasks = tuple(name for asked in args.tasks for name in (ruler.OFFLINE if asked == "ruler" else (asked,)))
+    benchmarks = [Ruler()]
+    tasks = tuple(choose(benchmarks, args.tasks))
     try:
         lengths = tuple(int(length) for length in args.lengths.split(","))
     except ValueError as error:
@@ -89,11 +91,12 @@ def run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     rows = run(plan, methods, args.out)
     say(f"\nscore ± half of the 95 % interval @ MSR\n\n{summary_table(rows)}\n")
-    if "ruler" in args.tasks:
-        left_out = "; ".join(f"{task} ({reason})" for task, reason in ruler.OUTSIDE.items())
-        say(f"Not in the means, because their data is not here: {left_out}")
-    for correction in ruler.CORRECTIONS:
-        say(f"Corrected: {correction}")
+    for benchmark in dict.fromkeys(benchmark for benchmark, _ in tasks):
+        if benchmark.name in args.tasks and benchmark.left_out():
+            left_out = "; ".join(f"{task} ({reason})" for task, reason in benchmark.left_out().items())
+            say(f"Not in the means of {benchmark.name}: {left_out}")
+        for correction in benchmark.corrections:
+            say(f"Corrected: {correction}")
     files = ", ".join(str(path) for path in write_summary(rows, args.out))
     say(f"Written: {args.out / 'samples'}, {args.out / 'summary.json'}, {files}")
     say(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes.")

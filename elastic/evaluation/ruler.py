@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from elastic.cache import cache_folder
+from elastic.evaluation.benchmark import Request
 from elastic.shards import tokenizer_hash
 
 OFFLINE = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
@@ -132,29 +133,59 @@ def _without_download() -> None:
     nltk.download = lambda *_, **__: False
 
 
-def harness_task(task: str, length: int, docs: list[dict[str, Any]]) -> Any:
-    """The harness' task over these samples, with its metric: the share of references that the answer contains."""
-    from datasets import Dataset
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks.ruler.common_utils import postprocess_pred, string_match_all
+class Ruler:
+    """RULER as the runner sees it."""
 
-    def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-        return {"score": string_match_all(postprocess_pred(results), [doc["outputs"]])}
+    name = "ruler"
+    by_length = True
+    corrections: tuple[str, ...] = CORRECTIONS
 
-    return ConfigurableTask(
-        config={
-            "task": f"{task}@{length}",
-            "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
-            "dataset_path": "",
-            "test_split": "test",
-            "output_type": "generate_until",
-            "doc_to_text": "{{input}}",
-            "doc_to_target": "{{outputs}}",
-            "gen_prefix": "{{gen_prefix}}",
-            "target_delimiter": "\n\n" if task == "ruler_cwe" else " ",
-            "process_results": score,
-            "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
-            "generation_kwargs": {"do_sample": False, "max_gen_toks": new_tokens(task), "until": []},
-            "metadata": {"version": 1.0},
-        }
-    )
+    def tasks(self) -> tuple[str, ...]:
+        """All thirteen."""
+        return (*OFFLINE, *OUTSIDE)
+
+    def left_out(self) -> dict[str, str]:
+        """Tasks whose data is not here."""
+        return OUTSIDE
+
+    def takes_chat(self, task: str) -> bool:
+        """RULER's prompts are written for chat models and base models alike."""
+        return task in self.tasks()
+
+    def identity(self, task: str) -> Any:
+        """Nothing but the request decides the samples."""
+        return task
+
+    def describe(self, doc: dict[str, Any]) -> dict[str, Any]:
+        """Number and references of a sample."""
+        return {"index": doc["index"], "references": doc["outputs"]}
+
+    def harness_task(self, request: Request) -> Any:
+        """The harness' task over these samples, with its metric: the share of references that the answer contains."""
+        from datasets import Dataset
+        from lm_eval.api.task import ConfigurableTask
+        from lm_eval.tasks.ruler.common_utils import postprocess_pred, string_match_all
+
+        assert request.length is not None and request.samples is not None  # the runner's plan has both
+        docs = documents(request.task, request.length, request.samples, request.tokenizer, request.seed)
+
+        def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+            return {"score": string_match_all(postprocess_pred(results), [doc["outputs"]])}
+
+        return ConfigurableTask(
+            config={
+                "task": f"{request.task}@{request.length}",
+                "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
+                "dataset_path": "",
+                "test_split": "test",
+                "output_type": "generate_until",
+                "doc_to_text": "{{input}}",
+                "doc_to_target": "{{outputs}}",
+                "gen_prefix": "{{gen_prefix}}",
+                "target_delimiter": "\n\n" if request.task == "ruler_cwe" else " ",
+                "process_results": score,
+                "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
+                "generation_kwargs": {"do_sample": False, "max_gen_toks": new_tokens(request.task), "until": []},
+                "metadata": {"version": 1.0},
+            }
+        )

@@ -13,8 +13,22 @@ from typing import Any
 from tqdm import tqdm
 
 from elastic.config import ElasticConfig, SparseConfig
-from elastic.evaluation import ruler
+from elastic.evaluation.benchmark import Benchmark, Request
 from elastic.evaluation.methods import Method
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the table: a task, at a length where its benchmark has lengths."""
+
+    benchmark: Benchmark
+    task: str
+    length: int | None
+
+    @property
+    def label(self) -> str:
+        """`task@length`, or the task alone."""
+        return self.task if self.length is None else f"{self.task}@{self.length}"
 
 
 @dataclass(frozen=True)
@@ -23,11 +37,11 @@ class Plan:
 
     Attributes:
         backbone, device, dtype: of the model; `elastic` methods bring the backbone of their checkpoint.
-        tasks: names of RULER tasks.
-        lengths: tokens of prompt and answer.
-        samples: per task and length.
+        tasks: benchmarks and names of their tasks.
+        lengths: tokens of prompt and answer, for the benchmarks that have lengths.
+        samples: per task and length; None takes all documents of a benchmark without lengths.
         batch_size: samples in one forward pass.
-        chat: put prompts into the chat template.
+        chat: put prompts into the chat template, where the task's protocol allows it.
         sparse: pattern of the methods without a checkpoint.
         seed: of the samples and of random patterns.
     """
@@ -35,9 +49,9 @@ class Plan:
     backbone: str
     device: str
     dtype: str
-    tasks: tuple[str, ...]
+    tasks: tuple[tuple[Benchmark, str], ...]
     lengths: tuple[int, ...]
-    samples: int
+    samples: int | None
     batch_size: int
     chat: bool
     sparse: SparseConfig
@@ -45,10 +59,19 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is below 1")
-        if not self.lengths or not self.tasks:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is below 1")
+        if not self.tasks or (not self.lengths and any(benchmark.by_length for benchmark, _ in self.tasks)):
             raise ValueError("no lengths or no tasks; name at least one of each")
+
+    def cells(self) -> list[Cell]:
+        """Every task at every length, or once where its benchmark has no lengths."""
+        return [
+            Cell(benchmark, task, length)
+            for benchmark, task in self.tasks
+            for length in (self.lengths if benchmark.by_length else (None,))
+        ]
 
 
 def run(plan: Plan, methods: Sequence[Method], out: Path) -> list[dict[str, Any]]:
@@ -57,7 +80,7 @@ def run(plan: Plan, methods: Sequence[Method], out: Path) -> list[dict[str, Any]
     Raises:
         ValueError: a length over the model's limit, or tasks that cannot be had.
     """
-    todo = [(m, task, length) for m in methods for task in plan.tasks for length in plan.lengths]
+    todo = [(method, cell) for method in methods for cell in plan.cells()]
     names = {_slug(method.name) for method in methods}
     if len(names) < len(methods):
         raise ValueError(f"methods {', '.join(m.name for m in methods)} are not all different; name each once")
@@ -65,18 +88,18 @@ def run(plan: Plan, methods: Sequence[Method], out: Path) -> list[dict[str, Any]
     loaded: tuple[str, Any, Any] = ("", None, None)
     rows = []
     with tqdm(total=len(todo), desc="evaluation", unit="task") as bar:
-        for method, task, length in todo:
-            file = out / "samples" / f"{_slug(method.name)}.{task}.{length}.jsonl"
-            facts = _facts(plan, method, task, length)
+        for method, cell in todo:
+            file = out / "samples" / f"{_slug(method.name)}.{cell.label.replace('@', '.')}.jsonl"
+            facts = _facts(plan, method, cell)
             samples = _read(file, facts)
             if samples is None:
                 source = method.argument if method.kind == "elastic" else plan.backbone
                 if loaded[0] != source:
                     loaded = (source, *_load(plan, method))
-                samples = _evaluate(plan, method, task, length, *loaded[1:])
+                samples = _evaluate(plan, method, cell, *loaded[1:])
                 _write(file, facts, samples)
-            rows.append(_row(method.name, task, length, samples))
-            bar.set_postfix_str(f"{method.name} {task}@{length} {rows[-1]['score']:.2f}", refresh=False)
+            rows.append(_row(method.name, cell, samples))
+            bar.set_postfix_str(f"{method.name} {cell.label} {rows[-1]['score']:.2f}", refresh=False)
             bar.update()
     return rows
 
@@ -93,7 +116,7 @@ def _load(plan: Plan, method: Method) -> tuple[Any, Any]:
     return attach(model, ElasticConfig(sparse=plan.sparse)).eval(), tokenizer
 
 
-def _evaluate(plan: Plan, method: Method, task: str, length: int, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+def _evaluate(plan: Plan, method: Method, cell: Cell, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
     """Per sample: prediction, references, score, MSR, ESR, prefill seconds and tokens."""
     import lm_eval
 
@@ -101,51 +124,53 @@ def _evaluate(plan: Plan, method: Method, task: str, length: int, model: Any, to
     from elastic.evaluation.routed_lm import RoutedLM
 
     limit = model.config.max_position_embeddings
-    if length > limit:
-        raise ValueError(f"length {length} is over the {limit} tokens that {plan.backbone} reads; take it out")
-    docs = ruler.documents(task, length, plan.samples, tokenizer, plan.seed)
+    if cell.length is not None and cell.length > limit:
+        raise ValueError(f"length {cell.length} is over the {limit} tokens that {plan.backbone} reads; take it out")
+    chat = plan.chat and cell.benchmark.takes_chat(cell.task)
+    task = cell.benchmark.harness_task(Request(cell.task, cell.length, plan.samples, tokenizer, plan.seed, chat))
     shape = architecture(model)
     route = method.route(shape["num_layers"], shape["num_kv_heads"], plan.seed)
     lm = RoutedLM(model, tokenizer, route, plan.batch_size)
     started = time.perf_counter()
     results: Any = lm_eval.simple_evaluate(
         model=lm,
-        tasks=[ruler.harness_task(task, length, docs)],
-        apply_chat_template=plan.chat,
+        tasks=[task],
+        apply_chat_template=chat,
         log_samples=True,
         bootstrap_iters=0,
         verbosity="ERROR",
     )
     seconds = time.perf_counter() - started
+    (made,) = results["samples"].values()
     return [
         {
-            "index": sample["doc"]["index"],
+            **cell.benchmark.describe(sample["doc"]),
             "prediction": sample["resps"][0][0],
-            "references": sample["doc"]["outputs"],
             "score": sample["score"],
             **asdict(lm.facts[sample["arguments"][0][0]]),
             "task_seconds": seconds,
         }
-        for sample in results["samples"][f"{task}@{length}"]
+        for sample in made
     ]
 
 
-def _facts(plan: Plan, method: Method, task: str, length: int) -> dict[str, Any]:
+def _facts(plan: Plan, method: Method, cell: Cell) -> dict[str, Any]:
     """What a result file depends on; it is used again only where all of it agrees."""
     return {
         "method": method.name,
-        "task": task,
-        "length": length,
+        "task": cell.task,
+        "length": cell.length,
         "samples": plan.samples,
         "seed": plan.seed,
-        "chat_template": plan.chat,
+        "chat_template": plan.chat and cell.benchmark.takes_chat(cell.task),
         "backbone": plan.backbone,
         "dtype": plan.dtype,
         "device": plan.device,
         "batch_size": plan.batch_size,
         "sparse": asdict(plan.sparse),
         "checkpoint": _stamp(method),
-        "protocol": ["RULER by lm-evaluation-harness", *ruler.CORRECTIONS],
+        "documents": cell.benchmark.identity(cell.task),
+        "protocol": [f"{cell.benchmark.name} by lm-evaluation-harness", *cell.benchmark.corrections],
         "versions": {name: version(name) for name in ("elastic-attention", "lm_eval", "torch", "transformers")},
     }
 
@@ -175,19 +200,29 @@ def _write(file: Path, facts: dict[str, Any], samples: list[dict[str, Any]]) -> 
     os.replace(writing, file)
 
 
-def _row(method: str, task: str, length: int, samples: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(method: str, cell: Cell, samples: list[dict[str, Any]]) -> dict[str, Any]:
     mean = {
         name: sum(sample[name] for sample in samples) / len(samples)
         for name in ("score", "msr", "esr_last", "esr_all", "prefill_seconds", "tokens")
     }
     return {
         "method": method,
-        "task": task,
-        "length": length,
+        "task": cell.task,
+        "length": cell.length,
         "n": len(samples),
         **mean,
         "half_width": interval(samples),
+        "groups": _groups(samples),
     }
+
+
+def _groups(samples: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Score and number of the samples of each group, such as a difficulty."""
+    groups: dict[str, list[float]] = {}
+    for sample in samples:
+        for group in sample.get("groups", ()):
+            groups.setdefault(group, []).append(sample["score"])
+    return {name: {"score": sum(scores) / len(scores), "n": len(scores)} for name, scores in sorted(groups.items())}
 
 
 def interval(samples: list[dict[str, Any]]) -> float:

@@ -18,10 +18,10 @@ def summary_table(rows: Rows) -> str:
     for key in dict.fromkeys((row["task"], row["length"]) for row in rows):
         found = {row["method"]: row for row in rows if (row["task"], row["length"]) == key}
         cells = [f"{found[m]['score']:.3f} ±{found[m]['half_width']:.2f} @{found[m]['msr']:.2f}" for m in methods]
-        lines.append([key[0], str(key[1]), str(found[methods[0]]["n"]), *cells])
-    for length in sorted({row["length"] for row in rows}):
+        lines.append([key[0], str(key[1] or "all"), str(found[methods[0]]["n"]), *cells])
+    for length in sorted({row["length"] for row in rows}, key=lambda length: length or 0):
         means = [_mean([r for r in rows if r["method"] == m and r["length"] == length]) for m in methods]
-        lines.append(["mean of tasks", str(length), "", *(f"{m['plain']:.3f}" for m in means)])
+        lines.append(["mean of tasks", str(length or "all"), "", *(f"{m['plain']:.3f}" for m in means)])
     total = [_mean([r for r in rows if r["method"] == m]) for m in methods]
     lines.append(["mean of samples", "all", str(total[0]["n"]), *(f"{m['weighted']:.3f}" for m in total)])
     return table(["task", "length", "n", *methods], lines)
@@ -31,11 +31,11 @@ def write_summary(rows: Rows, out: Path) -> list[Path]:
     """`summary.json` and the pictures: score against length and against MSR, MSR per task."""
     (out / "summary.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    lengths = sorted({row["length"] for row in rows})
+    lengths = sorted({row["length"] for row in rows}, key=lambda length: length or 0)
 
     def points(of: str, x: Callable[[Rows, int], float]) -> list[tuple[float, float]]:
         groups = [(length, [r for r in rows if r["method"] == of and r["length"] == length]) for length in lengths]
-        return [(x(group, length), _mean(group)["plain"]) for length, group in groups]
+        return [(x(group, length or 0), _mean(group)["plain"]) for length, group in groups]
 
     by_length = {method: points(method, lambda _, length: length) for method in methods}
     by_msr = {

@@ -5,29 +5,34 @@ CPU. dQ is summed in fp32 in global memory, in the order in which key blocks fin
 `deterministic`; dK and dV are always summed in a fixed order. Legend as in `block_sparse`.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from elastic.kernels import jit
-from elastic.kernels.block_sparse import tile_counter
+from elastic.kernels.block_sparse import facts_of, tile_counter
 from elastic.kernels.checks import check_alignment, check_backward, check_cuda, check_metadata, check_pattern
-from elastic.kernels.devices import backward_config, device_facts
+from elastic.kernels.devices import LaunchConfig, backward_config, device_facts
 from elastic.kernels.oracle import gradient_oracle
 from elastic.kernels.params import (
     BACKWARD_TILE,
     Pattern,
     Ranges,
-    pack_backward,
+    pack_addresses,
     pack_pointers,
     pack_sizes,
+    pack_strides,
     strides_of,
 )
 from elastic.kernels.tensor_map import tensor_map
 
 _Optional = Tensor | None
+Gradients = tuple[Tensor, Tensor, Tensor]
 _KEY_BLOCK = 128
+_PLANS: dict[tuple, "BackwardPlan"] = {}
+_MAX_PLANS = 4096
 
 
 def attention_backward(
@@ -70,9 +75,10 @@ def attention_backward(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     spans = (begin_q, end_q, begin_k, end_k, row)
-    return torch.ops.elastic.attention_backward(
-        grad_out, q, k, v, out, lse, mode, sink, window, granule, block, scale, *spans, bits, deterministic
-    )
+    args = (grad_out, q, k, v, out, lse, mode, sink, window, granule, block, scale, *spans, bits, deterministic)
+    if q.is_cuda and type(q) is Tensor and not torch.compiler.is_compiling():
+        return _backward_cuda(*args)  # what the dispatcher would call, without its microseconds
+    return torch.ops.elastic.attention_backward(*args)
 
 
 def _check(
@@ -91,38 +97,62 @@ def row_tile_bound(q: Tensor, samples: int, ranges: Ranges) -> int:
     return whole + samples if ranges.partial else whole
 
 
-def backward_into(
-    grads: tuple[Tensor, Tensor, Tensor], grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    mode: Tensor, pattern: Pattern, ranges: Ranges, bits: Tensor | None, deterministic: bool,
-    debug: tuple[str, ...] = (),
-) -> None:  # fmt: skip
-    """Run the three kernels on checked CUDA tensors, into tensors the caller owns. `debug` serves the tests."""
-    device, (dq, dk, dv) = q.device, grads
-    index, head_dim, heads, samples = device.index, q.shape[3], q.shape[2], mode.shape[0]
+@dataclass(frozen=True)
+class BackwardPlan:
+    """What all calls with the same shapes, strides and pattern share: checked once, then looked up."""
+
+    config: LaunchConfig
+    kernels: tuple[Any, Any, Any]  # before the main one, the main one, after it
+    sizes: bytes
+    strides: tuple[tuple[int, int, int], ...]  # of q, k, v, grad_out
+    tail: bytes
+    row_tiles: int
+
+
+def make_backward_plan(
+    grads: Gradients, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mode: Tensor, pattern: Pattern,
+    ranges: Ranges, bits: Tensor | None, debug: tuple[str, ...] = (),
+) -> BackwardPlan:  # fmt: skip
+    """Load the kernels, and pack everything but the addresses. `debug` serves the tests."""
+    index, head_dim, samples = q.device.index, q.shape[3], mode.shape[0]
     _, processors = device_facts(index)
-    rows = BACKWARD_TILE // head_dim
     row_tiles = row_tile_bound(q, samples, ranges)
-    sums = torch.empty(heads * row_tiles * BACKWARD_TILE, dtype=torch.float32, device=device)
-    facts = torch.empty(2 * heads * row_tiles * rows, dtype=torch.float32, device=device)
-    turns = torch.empty(heads * row_tiles * 2, dtype=torch.int32, device=device) if deterministic else None
-    strides = [strides_of(x) for x in (q, k, v, grad_out)]
-    boxes = (rows, _KEY_BLOCK, _KEY_BLOCK, rows)
-    maps = b"".join(tensor_map(x, s, n) for x, s, n in zip((q, k, v, grad_out), strides, boxes, strict=True))
-    params = (
-        maps
-        + pack_pointers(q, k, v, out, lse, mode, bits, ranges, tile_counter(device))
-        + pack_sizes(q, k, v, grad_out, mode, bits, pattern)
-        + pack_backward(
-            (grad_out.data_ptr(), facts.data_ptr(), sums.data_ptr(), 0 if turns is None else turns.data_ptr(),
-             dq.data_ptr(), dk.data_ptr(), dv.data_ptr()),
-            (out, dq, dk, dv), row_tiles,
-        )
-    )  # fmt: skip
     config = backward_config(processors, head_dim, samples, samples * -(-k.shape[1] // _KEY_BLOCK) * k.shape[2])
     main = jit.Variant(config.name, config.arch, head_dim, q.dtype == torch.bfloat16, debug)
-    jit.launch(rows_kernel("attention_backward_prepare", q), (row_tiles, heads), 256, params, 0, index)
-    jit.launch(jit.load_kernel(main, index), (config.grid,), config.threads, params, config.shared_bytes, index)
-    jit.launch(rows_kernel("attention_backward_finish", q), (row_tiles, heads), 256, params, 0, index)
+    around = [rows_kernel(f"attention_backward_{entry}", q) for entry in ("prepare", "finish")]
+    return BackwardPlan(
+        config,
+        (around[0], jit.load_kernel(main, index), around[1]),
+        pack_sizes(q, k, v, grad_out, mode, bits, pattern),
+        tuple(strides_of(x) for x in (q, k, v, grad_out)),
+        pack_strides((out, *grads), row_tiles),
+        row_tiles,
+    )
+
+
+def backward_into(
+    grads: Gradients, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mode: Tensor,
+    ranges: Ranges, bits: Tensor | None, deterministic: bool, plan: BackwardPlan,
+) -> None:  # fmt: skip
+    """Run the three kernels on checked CUDA tensors, into tensors the caller owns."""
+    device, index, config, heads = q.device, q.device.index, plan.config, q.shape[2]
+    rows, tiles = BACKWARD_TILE // q.shape[3], heads * plan.row_tiles
+    sums = torch.empty(tiles * BACKWARD_TILE, dtype=torch.float32, device=device)
+    facts = torch.empty(2 * tiles * rows, dtype=torch.float32, device=device)
+    turns = torch.empty(tiles * 2, dtype=torch.int32, device=device) if deterministic else None
+    boxes = zip((q, k, v, grad_out), plan.strides, (rows, _KEY_BLOCK, _KEY_BLOCK, rows), strict=True)
+    params = (
+        b"".join(tensor_map(*box) for box in boxes)
+        + pack_pointers(q, k, v, out, lse, mode, bits, ranges, tile_counter(device))
+        + plan.sizes
+        + pack_addresses(grad_out.data_ptr(), facts.data_ptr(), sums.data_ptr(),
+                         0 if turns is None else turns.data_ptr(), *(x.data_ptr() for x in grads))
+        + plan.tail
+    )  # fmt: skip
+    prepare, main, finish = plan.kernels
+    jit.launch(prepare, (plan.row_tiles, heads), 256, params, 0, index)
+    jit.launch(main, (config.grid,), config.threads, params, config.shared_bytes, index)
+    jit.launch(finish, (plan.row_tiles, heads), 256, params, 0, index)
 
 
 def readable(grad_out: Tensor) -> Tensor:
@@ -146,22 +176,30 @@ def _backward_cuda(
     end_k: _Optional, row: _Optional, bits: _Optional, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     pattern, ranges = Pattern(sink, window, granule, block, scale), Ranges(begin_q, end_q, begin_k, end_k, row)
-    _check(grad_out, q, k, v, out, lse, mode, pattern, ranges, bits)
-    check_cuda(q, k, v)
-    capability, _ = device_facts(q.device.index)
-    if capability != (9, 0):
-        raise ValueError(
-            f"compute capability {capability[0]}.{capability[1]}; the backward kernels need 9.0 (Hopper), train with "
-            "PyTorch's attention on this GPU"
-        )
     grad_out = readable(grad_out)
+    key = (pattern, *map(facts_of, (grad_out, q, k, v, out, lse, mode, *ranges, bits)))
+    plan = _PLANS.get(key)
+    if plan is None:
+        _check(grad_out, q, k, v, out, lse, mode, pattern, ranges, bits)
+        check_cuda(q, k, v)
+        capability, _ = device_facts(q.device.index)
+        if capability != (9, 0):
+            raise ValueError(
+                f"compute capability {capability[0]}.{capability[1]}; the backward kernels need 9.0 (Hopper), train "
+                "with PyTorch's attention on this GPU"
+            )
     check_alignment(q, k, v)
     make = torch.zeros if ranges.partial or ranges.begin_k is not None or ranges.end_k is not None else torch.empty
     dq, dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    backward_into((dq, dk, dv), grad_out, q, k, v, out, lse, mode, pattern, ranges, bits, deterministic)
-    return dq, dk, dv
+    grads = (dq, dk, dv)
+    if plan is None:
+        if len(_PLANS) >= _MAX_PLANS:
+            _PLANS.clear()
+        plan = _PLANS[key] = make_backward_plan(grads, grad_out, q, k, v, out, mode, pattern, ranges, bits)
+    backward_into(grads, grad_out, q, k, v, out, lse, mode, ranges, bits, deterministic, plan)
+    return grads
 
 
 def _backward_cpu(

@@ -155,7 +155,8 @@ _PLANS: dict[tuple, Plan] = {}
 _MAX_PLANS, _MAX_MAPS = 4096, 256
 
 
-def _facts(x: Tensor | None) -> tuple | None:
+def facts_of(x: Tensor | None) -> tuple | None:
+    """What a plan depends on, of one argument."""
     return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
 
 
@@ -177,7 +178,7 @@ def _forward_cuda(
     bits: _Optional,
 ) -> tuple[Tensor, Tensor]:
     pattern, ranges = Pattern(sink, window, granule, block, scale), Ranges(begin_q, end_q, begin_k, end_k, row)
-    key = (pattern, *map(_facts, (q, k, v, mode, *ranges, bits)))
+    key = (pattern, *map(facts_of, (q, k, v, mode, *ranges, bits)))
     plan = _PLANS.get(key)
     if plan is None:
         _check(q, k, v, mode, pattern, ranges, bits)

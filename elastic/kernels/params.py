@@ -12,7 +12,7 @@ QUERY_BLOCK = 128
 PARAMS_BYTES, BACKWARD_BYTES = 768, 960
 BACKWARD_TILE = 8192  # query rows of a backward tile times head dim
 _POINTERS, _SIZES = struct.Struct("<13Q"), struct.Struct("<12q12i2f")
-_BACKWARD = struct.Struct("<7Q12qi36x")
+_ADDRESSES, _STRIDES = struct.Struct("<7Q"), struct.Struct("<12qi36x")
 MAP_BYTES = 128
 
 
@@ -115,15 +115,16 @@ def pack_sizes(
     )
 
 
-def pack_backward(addresses: tuple[int, ...], strided: tuple[Tensor, ...], row_tiles: int) -> bytes:
-    """What `elastic::BackwardParams` adds to `Params`.
-
-    Args:
-        addresses: of grad_out, rows, dq_sum, turns, dq, dk, dv.
-        strided: out, dq, dk, dv.
+def pack_addresses(*addresses: int) -> bytes:
+    """What `elastic::BackwardParams` adds to `Params`, first part: addresses of grad_out, rows, dq_sum, turns, dq, dk,
+    dv.
     """
-    strides = (stride for tensor in strided for stride in strides_of(tensor))
-    return _BACKWARD.pack(*addresses, *strides, row_tiles)
+    return _ADDRESSES.pack(*addresses)
+
+
+def pack_strides(strided: tuple[Tensor, ...], row_tiles: int) -> bytes:
+    """The second part, the same for every call with these shapes: strides of out, dq, dk, dv."""
+    return _STRIDES.pack(*(stride for tensor in strided for stride in strides_of(tensor)), row_tiles)
 
 
 def is_half(dtype: torch.dtype) -> bool:

@@ -34,9 +34,9 @@ def run_backward(
         grads[-1][mine] = float("nan")
         stores.append(store)
     q, k, v, mode, pattern, ranges, bits = problem.args()
-    backward.backward_into(
-        tuple(grads), grad, q, k, v, out, lse, mode, pattern, ranges, bits, deterministic, debug
-    )  # fmt: skip
+    own, operands = (grads[0], grads[1], grads[2]), (grad, q, k, v, out)
+    plan = backward.make_backward_plan(own, *operands, mode, pattern, ranges, bits, debug)
+    backward.backward_into(own, *operands, lse, mode, ranges, bits, deterministic, plan)
     for store, found, mine in zip(stores, grads, used, strict=True):
         assert (store[:guard] == SENTINEL).all() and (store[-guard:] == SENTINEL).all(), "a guard band was overwritten"
         assert (found[~mine] == SENTINEL).all(), "a token of no sample was written"

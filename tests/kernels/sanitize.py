@@ -1,10 +1,11 @@
 """The sm_90a kernels on small problems, for compute-sanitizer, and who its reports name.
 
-compute-sanitizer --tool racecheck --kernel-name kernel_substring=attention_ python -m tests.kernels.sanitize run
+compute-sanitizer --tool racecheck --kernel-name kns=attention_ --print-limit 10000 python -m tests.kernels.sanitize run
 compute-sanitizer --tool initcheck --print-limit 100000 python -m tests.kernels.sanitize run > log
 python -m tests.kernels.sanitize count log
 
-initcheck must see all kernels, because PyTorch's write what ours read; `count` then tells whose reads it reports.
+The kernels are compiled with line numbers. initcheck must see all kernels, because PyTorch's write what ours read;
+`count` then tells whose reads it reports.
 """
 
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from elastic.kernels import route_gap
+from elastic.kernels import jit, route_gap
 from tests.kernels.generators import random_problem
 from tests.kernels.gpu import run
 from tests.kernels.gpu_backward import forward_exact, run_backward, upstream
@@ -29,6 +30,8 @@ def main() -> None:
         for name, number in count(Path(sys.argv[2]).read_text()).most_common():
             sys.stdout.write(f"{number:8d} {name}\n")
         return
+    options = jit.Variant.options
+    jit.Variant.options = property(lambda self: (*options.fget(self), "-lineinfo"))  # type: ignore[method-assign,assignment]
     for seed in SEEDS:
         problem = random_problem(seed)
         grad, (out, lse) = upstream(problem, seed), forward_exact(problem)

@@ -1,7 +1,7 @@
 // Shared memory of a backward CTA and the protocol between its warps. Warpgroup 0: warp 0 produces (TMA), warps 1 and 2
 // add the dQ tiles of warpgroups 1 and 2 to global memory. Warpgroups 1 and 2 consume, 64 keys each.
 //
-// full_kv / empty_kv  header, K and V of a tile; 1 arrival + bytes / 8 consumer warps
+// full_kv / empty_kv  header, K and V of a tile; 1 arrival + bytes / all consumer threads, which read the header
 // full[i] / empty[i]  stage i: entry, Q, dO, their lse2 and delta; 1 arrival + bytes / 8 consumer warps
 // sum_full / _empty   dQ tile of a warpgroup and where it belongs; 4 warps / 1 arrival of the adding warp
 // kScores             named barrier: both warpgroups have written their dS
@@ -228,8 +228,9 @@ struct Adder {
     const u32 source = base + BackwardLayout::sum + group * kBytesSum;
     for (u32 phase = 0;; phase ^= 1) {
       wait(&c.sum_full[group], phase);
-      const SumJob job = c.job[group];
-      if (!job.target) break;
+      SumJob job{nullptr, nullptr, 0};
+      if (lane == 0) job = c.job[group];
+      if (!__shfl_sync(~0u, job.target != nullptr, 0)) break;
       if (lane == 0) {
         if (p.turns) await_turn(job.turn_at, job.turn);
         bulk_add(job.target, source, kBytesSum);
@@ -241,7 +242,6 @@ struct Adder {
           store_wait_read();
         }
       }
-      __syncwarp();
       if (lane == 0) arrive(&c.sum_empty[group]);
     }
     if (lane == 0) store_wait();
