@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from elastic import decoding
-from elastic.backbone import attach, elastic_config, override_routes, route_of, set_config
+from elastic.backbone import attach, compile_layers, elastic_config, override_routes, route_of, set_config
 from elastic.elastic_cache import ElasticCache
 from tests.masked import masked_oracle
 from tests.models import KV_HEADS, LAYERS, left_padded, random_ids, small_config, tiny_model, varied_routers
@@ -93,6 +93,20 @@ def test_all_heads_full_is_the_stock_model_bit_for_bit(kind):
     with override_routes(model, 0):
         found = generate(model, ids, mask, new_cache(model))
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_compiled_layers_compile_once(path):
+    """`compile_layers`: the same answers, and a second request compiles nothing again."""
+    from torch._dynamo.utils import counters
+
+    model = routed()
+    ids, mask = left_padded(random_ids(3, 45), [0, 9, 30])
+    expected = generate(model, ids, mask, new_cache(model))
+    compile_layers(model, backend="eager")
+    same(generate(model, ids, mask, new_cache(model)), expected)
+    compiled = counters["frames"]["total"]
+    same(generate(model, ids, mask, new_cache(model)), expected)
+    assert counters["frames"]["total"] == compiled > 0
 
 
 def two_turns(model, cache, routes=None, seed=2):
