@@ -33,7 +33,6 @@ def elastic_runs(model: Any, length: int, new_tokens: int, repeats: int) -> Run:
 
     with _timed_elastic(model) as clock:
         found, cache, token = _prefills(model, new_cache, length, repeats, clock)
-    found.append(_record("KV cache", cache.nbytes, "bytes"))
     found.append(_record("MSR", float(route_of(cache).route.float().mean()), ""))
     found.append(_decode("decode", _stepper(model, cache), token, new_tokens))
     if model.device.type == "cuda":
@@ -49,8 +48,6 @@ def stock_runs(model: Any, name: str, length: int, new_tokens: int, repeats: int
 
     with _timed_stock(model) as clock, _only(model, name):
         found, cache, token = _prefills(model, lambda: DynamicCache(config=model.config), length, repeats, clock)
-    kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    found.append(_record("KV cache", kv_bytes, "bytes"))
     rates = []
     for backend in STOCK:
         with _only(model, backend):
@@ -86,12 +83,12 @@ def _prefills(
     rest: device time of the last run) and peak memory; the last run's cache and token.
     """
     _prefill(model, new_cache(), _ids(model, min(length, 4096)))  # kernels compiled, workspaces there
-    ids, times, cache, token = _ids(model, length), [], None, torch.zeros(0)
+    ids, times, cache, token, before = _ids(model, length), [], None, torch.zeros(0), 0
     for _ in range(repeats):
         del cache
         cache = new_cache()
         clock.spans.clear()
-        _reset_peak(model.device)
+        before = _reset_peak(model.device)
         start = time.perf_counter()
         token = clock.timed("all", _prefill)(model, cache, ids)
         _wait(model.device)
@@ -99,15 +96,27 @@ def _prefills(
     peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else 0
     attention, router, everything = (clock.total(part) for part in ("attention", "router", "all"))
     found = [_record("first token", statistics.median(times), "ms"), _record("peak memory", peak, "bytes")]
+    found.append(_record("KV cache", _cache_bytes(cache, model.device, before), "bytes"))
     found += [_record("attention", attention, "ms"), _record("router", router, "ms")]
     return [*found, _record("rest", everything - attention - router, "ms")], cache, token
 
 
-def _reset_peak(device: torch.device) -> None:
+def _cache_bytes(cache: Any, device: torch.device, before: int) -> int:
+    """What the prompt left allocated on a GPU; on the CPU, the size of the cache's tensors."""
+    held = cache.nbytes if isinstance(cache, ElasticCache) else 0  # gives every layer its storage
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device) - before
+    return held or sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def _reset_peak(device: torch.device) -> int:
+    """Start measuring the peak; returns the bytes allocated now."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def _wait(device: torch.device) -> None:
