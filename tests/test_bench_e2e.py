@@ -100,7 +100,7 @@ def test_cases_after_the_time_limit_and_failures_are_records(tmp_path, capsys, m
     monkeypatch.setattr(e2e, "stock_runs", fails)
     assert bench(tmp_path, "--lengths", "64", "--msr", "0.5", "--contestants", "cudnn") == 0
     left = [r for r in records.load(tmp_path / "e2e.json") if r["metric"] == records.LEFT_OUT]
-    assert [(r["who"], r["why"]) for r in left] == [("cudnn", "out of memory: CUDA out of memory")]
+    assert [(r["who"], r["why"]) for r in left] == [("cudnn", "OutOfMemoryError: CUDA out of memory")]
     assert "left out" in capsys.readouterr().out
 
 
@@ -110,6 +110,7 @@ def test_cases_after_the_time_limit_and_failures_are_records(tmp_path, capsys, m
         (["--device", "cuda"], "no GPU is at hand"),
         (["--lengths", "1"], "--lengths 1 is below 2"),
         (["--new-tokens", "0"], "--new-tokens 0 is below 1"),
+        (["--layers", "0"], "--layers 0 is below 1"),
         (["--msr", "1.5"], "expected shares from 0 to 1"),
     ],
 )
@@ -117,6 +118,16 @@ def test_cases_after_the_time_limit_and_failures_are_records(tmp_path, capsys, m
 def test_refused(tmp_path, capsys, options, message):
     assert bench(tmp_path, *options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_long_prompts_without_decode_steps_and_fewer_layers(tmp_path, capsys):
+    options = ["--lengths", "64", "128", "--msr", "0.5", "--decode-max-length", "64", "--layers", "2"]
+    assert bench(tmp_path, *options, "--contestants", "cudnn") == 0
+    found = records.load(tmp_path / "e2e.json")
+    assert {r["length"] for r in found if r["metric"] == "decode"} == {64}
+    assert {r["length"] for r in found if r["metric"] == "first token"} == {64, 128}
+    assert {r["case"] for r in found if r["msr"] is None} == {"tiny-2layers-64", "tiny-2layers-128"}
+    assert "tiny-2layers 128 elastic MSR 0.50" in capsys.readouterr().out
 
 
 @torch.no_grad()

@@ -37,7 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="shares of heads on SA (default 0 0.5 0.7 0.9)")  # fmt: skip
     parser.add_argument("--contestants", nargs="*", choices=list(STOCK), default=list(STOCK),
                         help="SDPA backends that the stock model runs on (default: all)")  # fmt: skip
+    parser.add_argument(
+        "--layers", type=int, metavar="N", help="decoder layers, for a quick look (default: the shape's)"
+    )
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="decode steps timed (default 32)")
+    parser.add_argument("--decode-max-length", type=int, default=LENGTHS[-1], metavar="N",
+                        help="time no decode steps after longer prompts (default 262144)")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="timed prompts a case (default 1)")
     parser.add_argument("--seconds", type=float, default=3600.0, metavar="S",
                         help="start no further case after this time (default 3600)")  # fmt: skip
@@ -86,17 +91,19 @@ def _run_shape(
     args: argparse.Namespace, shape: str, device: torch.device, add: Callable[[Record, Callable[[], Run]], None]
 ) -> None:
     """All cases of one shape, the routed ones of a length first; the model's memory is free afterwards."""
-    model = random_model(shape, device, getattr(torch, args.dtype))
+    model = random_model(shape, device, getattr(torch, args.dtype), args.layers)
+    name = shape if args.layers is None else f"{shape}-{args.layers}layers"
     sparse = SparseConfig(sink=args.sink, window=args.window, block=args.block)
     for length in args.lengths:
+        new_tokens = args.new_tokens if length <= args.decode_max_length else 0
         for ratio in args.msr:
             share = route_at_random(model, ratio, ElasticConfig(sparse=sparse, kv_cache="elastic"))
-            add(_case(shape, length, "elastic", share),
-                partial(elastic_runs, model, length, args.new_tokens, args.repeats))  # fmt: skip
+            add(_case(name, length, "elastic", share),
+                partial(elastic_runs, model, length, new_tokens, args.repeats))  # fmt: skip
             detach(model)
-        for name in args.contestants:
-            add(_case(shape, length, name, None),
-                partial(stock_runs, model, name, length, args.new_tokens, args.repeats))  # fmt: skip
+        for who in args.contestants:
+            add(_case(name, length, who, None),
+                partial(stock_runs, model, who, length, new_tokens, args.repeats))  # fmt: skip
 
 
 def check(args: argparse.Namespace) -> None:
@@ -107,7 +114,8 @@ def check(args: argparse.Namespace) -> None:
             "command on a small model"
         )
     for name, values, least in (
-        ("--lengths", args.lengths, 2), ("--new-tokens", [args.new_tokens], 1), ("--repeats", [args.repeats], 1)
+        *(("--lengths", args.lengths, 2), ("--new-tokens", [args.new_tokens], 1), ("--repeats", [args.repeats], 1)),
+        ("--layers", [1 if args.layers is None else args.layers], 1),
     ):  # fmt: skip
         if min(values) < least:
             raise ValueError(f"{name} {min(values)} is below {least}; use {least} or more")
@@ -122,13 +130,10 @@ def _case(shape: str, length: int, who: str, msr: float | None) -> Record:
 
 
 def _measured(runs: Callable[[], Run]) -> list[Record]:
-    """The records of a case; a model that does not fit into memory is a result."""
+    """The records of a case; one that fails, for want of memory say, is a result with its reason."""
     try:
         return runs()
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        return [_left_out(f"out of memory: {' '.join(str(error).split())[:160]}")]
-    except RuntimeError as error:  # an SDPA backend that refuses the shape
+    except Exception as error:  # noqa: BLE001 - hours of other cases must not go with one that cannot run
         return [_left_out(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")]
 
 

@@ -49,11 +49,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """A stock causal LM of this shape in eval mode; nothing is downloaded."""
+def random_model(shape: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> Any:
+    """A stock causal LM of this shape in eval mode, with all or so many of its layers; nothing is downloaded."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     family, sizes = SHAPES[shape]
+    sizes = sizes if layers is None else {**sizes, "num_hidden_layers": layers}
     config = AutoConfig.for_model(family, **{**_SHARED, **sizes}, pad_token_id=0, eos_token_id=None)
     torch.manual_seed(0)
     with torch.device(device):

@@ -25,7 +25,9 @@ _TIMED_SDPA = "elastic-bench-sdpa"
 
 
 def elastic_runs(model: Any, length: int, new_tokens: int, repeats: int) -> Run:
-    """The attached model over an elastic cache; decode steps launched one by one and, on a GPU, as a CUDA graph."""
+    """The attached model over an elastic cache; decode steps, if any, launched one by one and, on a GPU, as a CUDA
+    graph.
+    """
     layers = len(model.get_decoder().layers)
 
     def new_cache() -> ElasticCache:
@@ -34,6 +36,8 @@ def elastic_runs(model: Any, length: int, new_tokens: int, repeats: int) -> Run:
     with _timed_elastic(model) as clock:
         found, cache, token = _prefills(model, new_cache, length, repeats, clock)
     found.append(_record("MSR", float(route_of(cache).route.float().mean()), ""))
+    if new_tokens == 0:
+        return found
     found.append(_decode("decode", _stepper(model, cache), token, new_tokens))
     if model.device.type == "cuda":
         found.append(_decode("decode graph", DecodeGraph(model, cache).step, token, new_tokens))
@@ -48,6 +52,8 @@ def stock_runs(model: Any, name: str, length: int, new_tokens: int, repeats: int
 
     with _timed_stock(model) as clock, _only(model, name):
         found, cache, token = _prefills(model, lambda: DynamicCache(config=model.config), length, repeats, clock)
+    if new_tokens == 0:
+        return found
     rates = []
     for backend in STOCK:
         with _only(model, backend):

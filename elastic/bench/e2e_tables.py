@@ -33,10 +33,10 @@ def e2e_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
             rows.append([name, LEFT_OUT, *[""] * (len(header) - 2)])
             continue
         dense = _dense(found, shape, length)
-        best = mine.get("decode graph", mine["decode"])
+        best = mine.get("decode graph", mine.get("decode"))
         graph = f"{mine['decode graph']:.1f}" if "decode graph" in mine else ""
         cells = [f"{mine['first token'] / 1e3:.3f}", _ratio(dense.get("first token"), mine["first token"])]
-        cells += [f"{mine['decode']:.1f}", graph, _ratio(best, dense.get("decode"))]
+        cells += [f"{mine['decode']:.1f}" if "decode" in mine else "", graph, _ratio(best, dense.get("decode"))]
         cells += [f"{mine['KV cache'] / 1e9:.3f}", _ratio(mine["KV cache"], dense.get("KV cache"), 3)]
         cells += [f"{mine['peak memory'] / 1e9:.1f}", *(f"{mine[p] / 1e3:.3f}" for p in METRICS[-3:])]
         rows.append([name, *cells])
