@@ -27,39 +27,44 @@ def verbatim_copy(draw: Draw) -> Parts:
         _, other = headed(_passage(draw, min(room - 6, draw.rng.randint(size // 2, size))))
         room -= draw.measure(f"\n\n{other}")
         sections.append(other)
-    return Parts("\n\n".join(draw.hide(sections, [section])), question, wanted)
+    return Parts("\n\n".join(draw.hide(sections, [section])), question, wanted, f"{style.format(mark=mark)}\n")
 
 
 def passage_qa(draw: Draw) -> Parts:
-    """Numbered passages; the answer is a word that a quotation lacks, or the rest of a sentence."""
+    """Numbered passages; the answer is a word that a quotation lacks, or how a sentence goes on. It begins with the
+    quotation up to there.
+    """
     while True:
         wanted = draw.rng.choice(sources.sentences(draw.rng.choice(sources.prose(draw.split, draw.text))))
         words = wanted.split()
         if 9 <= len(words) <= 40 and draw.measure(wanted) <= max(30, draw.length // 3):
             break
-    longest = max(range(len(words)), key=lambda i: len(re.sub(r"\W", "", words[i])))
-    gap = re.search(r"\w+(?:[-'.]\w+)*", words[longest])
+    longest = max(range(3, len(words)), key=lambda i: len(re.sub(r"\W", "", words[i])))
+    gap = re.match(r"\w+(?:[-'.]\w+)*", words[longest])
     if draw.rng.random() < 0.5 and gap is not None and len(gap[0]) > 4:
-        blank = words[longest][: gap.start()] + "____" + words[longest][gap.end() :]
-        quotation = " ".join([*words[:longest], blank, *words[longest + 1 :]])
+        quotation = " ".join([*words[:longest], "____" + words[longest][gap.end() :], *words[longest + 1 :]])
         question, answer = draw.pick(wording.GAPS).format(sentence=quotation), gap[0]
+        prefix = " ".join(words[:longest])
     else:
-        start = " ".join(words[:5])
-        question, answer = draw.pick(wording.REST).format(start=start), " ".join(words[5:])
+        prefix = " ".join(words[:6])
+        question, answer = draw.pick(wording.REST).format(start=prefix), " ".join(words[6:12])
     others = draw.sentences(draw.room_beside(wanted, question))
-    lines = draw.hide([line for line in others if line.split()[:5] != words[:5]], [wanted])
+    lines = draw.hide([line for line in others if line.split()[:6] != words[:6]], [wanted])
     per_passage = max(3, draw.rng.randint(4, 9))
     passages = [" ".join(lines[i : i + per_passage]) for i in range(0, len(lines), per_passage)]
-    return Parts("\n\n".join(f"({i}) {text}" for i, text in enumerate(passages, 1)), question, answer)
+    return Parts("\n\n".join(f"({i}) {text}" for i, text in enumerate(passages, 1)), question, answer, prefix)
 
 
 def continuation(draw: Draw) -> Parts:
-    """What follows in a document: lives on its subject and style, not on single details."""
+    """What follows in a document: lives on its subject and style, not on single details. The answer begins with the
+    last words of the context.
+    """
     size = min(192, max(48, draw.length // 8))  # words, as far as the length allows
     text = " ".join(draw.sentences(draw.length + 2 * size))
     answer = cut_words(text, -size)
     context = cut_words(text, 0, -size)
-    return Parts(_shortened(draw, context, draw.length), draw.pick(wording.CONTINUE), answer)
+    last_words = cut_words(context, -8)
+    return Parts(_shortened(draw, context, draw.length), draw.pick(wording.CONTINUE), answer, last_words)
 
 
 def summary(draw: Draw) -> Parts:
@@ -78,11 +83,13 @@ def summary(draw: Draw) -> Parts:
     parts = [*before, document]
     if len(parts) > 1:
         parts = [f"Document {i}\n{text}" for i, text in enumerate(parts, 1)]
-    return Parts("\n\n".join(parts), question, answer)
+    return Parts("\n\n".join(parts), question, answer, draw.pick(wording.SUMMARY_ANSWERS))
 
 
 def code_completion(draw: Draw) -> Parts:
-    """The next lines of a source file, with other files of the tree before it; its own package first."""
+    """The next lines of a source file, with other files of the tree before it; its own package first. The answer begins
+    with the last line of the context.
+    """
     files = sources.code(draw.split, draw.code)
     head = draw.pick(wording.FILE_HEADS)
     while True:
@@ -104,11 +111,13 @@ def code_completion(draw: Draw) -> Parts:
     context = tail(before, room)
     while draw.measure is not word_count and (found := draw.measure(context)) > draw.length:
         context = tail(context, int(len(context) * 0.99 * draw.length / found))
-    return Parts(context, question, answer)
+    return Parts(context, question, answer, f"```\n{lines[cut - 1]}\n")
 
 
 def many_shot(draw: Draw) -> Parts:
-    """Classification of words by many examples; now and then the classes have arbitrary names."""
+    """Classification of words by many examples; now and then the classes have arbitrary names. The answer ends one
+    example more.
+    """
     classes = draw.rng.sample(list(wording.CLASSES), draw.rng.randint(3, len(wording.CLASSES)))
     labels = dict(zip(classes, classes, strict=True))
     if draw.rng.random() < 0.4:
@@ -125,7 +134,8 @@ def many_shot(draw: Draw) -> Parts:
 
     word, label = drawn()
     question = draw.half(wording.SHOT_QUESTIONS)[style].format(word=word)
-    return Parts("\n".join(draw.repeated(shot, draw.room_beside(question))), question, label)
+    prefix = draw.half(wording.SHOTS)[style].format(word=word, label="").rstrip()
+    return Parts("\n".join(draw.repeated(shot, draw.room_beside(question))), question, label, prefix)
 
 
 def _passage(draw: Draw, room: int) -> str:

@@ -20,6 +20,7 @@ class Parts(NamedTuple):
     context: str
     question: str
     answer: str
+    answer_prefix: str = ""
 
 
 def word_count(text: str) -> int:

@@ -75,7 +75,7 @@ def generate(
     rng = random.Random(f"{name}/{split}/{seed}")
     for i in range(count):
         parts = make(Draw(rng, split, rng.randint(shortest, length), measure, text, code))
-        yield Record(task, *parts, source=f"{name}/{split}/{i}")
+        yield Record(task, **parts._asdict(), source=f"{name}/{split}/{i}")
 
 
 def generate_task(

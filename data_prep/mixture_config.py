@@ -17,11 +17,15 @@ class Source:
 
     Attributes:
         weight: its share of the tokens, relative to the others'.
-        path: record files, with `{split}` in the place of the split's name; None: the generator of the source's name.
+        path: record files, with `{split}` in the place of the split's name; None: a generator.
+        generator: its name, where the source has another one: `needle_single-8192: {generator: needle_single, ...}`.
+        context: shortest and longest generated context in tokens, where they differ from the mixture's.
     """
 
     weight: float = 1.0
     path: str | None = None
+    generator: str | None = None
+    context: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,19 +61,21 @@ class Mixture:
                 f"tokens={self.tokens}; expected a budget of at least one row ({self.seq_length} tokens) for splits "
                 f"out of {', '.join(SPLITS)}"
             )
-        shortest, longest = self.context
-        if not SHORTEST <= shortest <= longest < self.seq_length:
-            raise ValueError(
-                f"context={list(self.context)}; expected two lengths from {SHORTEST} to below the {self.seq_length} "
-                "tokens of a row"
-            )
+        for context in (self.context, *(source.context for source in self.sources.values() if source.context)):
+            if len(context) != 2 or not SHORTEST <= context[0] <= context[1] < self.seq_length:
+                raise ValueError(
+                    f"context={list(context)}; expected two lengths from {SHORTEST} to below the {self.seq_length} "
+                    "tokens of a row"
+                )
         if not self.sources:
             raise ValueError(f"no sources; name generators ({', '.join(GENERATORS)}) or record files")
         for name, source in self.sources.items():
-            if source.path is None and name not in GENERATORS:
+            if source.path is None and (source.generator or name) not in GENERATORS:
                 raise ValueError(
                     f"source {name!r} has no path and is no generator; generators are {', '.join(GENERATORS)}"
                 )
+            if source.path is not None and (source.generator or source.context):
+                raise ValueError(f"source {name!r} has a path, so it takes no generator and no context; leave them out")
             if not 0 < source.weight < float("inf"):
                 raise ValueError(f"source {name!r} has the weight {source.weight}; expected a number above 0")
         unknown = [task for task in self.targets if task not in TASKS]
@@ -109,7 +115,12 @@ def read_mixture(path: str | Path) -> Mixture:
         names = {f.name for f in fields(Mixture)}
         if not isinstance(values, dict) or set(values) - names:
             raise ValueError(f"unknown keys {sorted(set(values) - names)}; expected some of {', '.join(sorted(names))}")
-        sources = {name: Source(**(settings or {})) for name, settings in values.get("sources", {}).items()}
+        sources = {name: _source(settings or {}) for name, settings in values.get("sources", {}).items()}
         return Mixture(**{**values, "sources": sources, "context": tuple(values.get("context", ()))})
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _source(settings: dict[str, Any]) -> Source:
+    context = settings.get("context")
+    return Source(**settings if context is None else {**settings, "context": tuple(context)})

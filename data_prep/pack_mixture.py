@@ -128,14 +128,14 @@ def _drawn(mixture: Mixture, name: str, split: str, part: int, budget: float, re
 
 
 def _records(mixture: Mixture, name: str, split: str, part: int, measure: Any, report: ReadReport) -> Iterator[Record]:
-    path = mixture.sources[name].path
-    if path is not None:
-        yield from read_records(path.format(split=split), report, every=mixture.parts(split), first=part)
+    source = mixture.sources[name]
+    if source.path is not None:
+        yield from read_records(source.path.format(split=split), report, every=mixture.parts(split), first=part)
         return
     text, code = (Path(folder) if folder else None for folder in (mixture.text, mixture.code))
-    shortest, longest = mixture.context
+    shortest, longest = source.context or mixture.context
     seed = mixture.seed * 1_000_003 + part
-    yield from generate(name, split, ENDLESS, longest, seed, measure, text, code, shortest)
+    yield from generate(source.generator or name, split, ENDLESS, longest, seed, measure, text, code, shortest)
 
 
 @lru_cache(maxsize=1)

@@ -36,19 +36,19 @@ PLACES: Halves = (
     ("kitchen", "garage", "library", "cellar", "garden", "attic", "studio", "harbour"),
     ("office", "museum", "barn", "tower", "chapel", "workshop", "station", "orchard"),
 )
-# One key, one value.
+# One key, one value, which comes last and not far behind its key.
 NEEDLES: Halves = (
     (
         "The special magic {kind} of {key} is {value}.",
         "Remember that the secret {kind} of {key} is {value}.",
-        "Whoever asks about {key} must be told the {kind} {value}.",
+        "The {kind} to be told to whoever asks about {key} is {value}.",
         "By agreement the {kind} that stands for {key} is {value}.",
     ),
     (
         "Note for later: the locker {kind} for {key} reads {value}.",
-        "In the register, {key} has the {kind} {value}.",
-        "The label on {key} shows {value} as its {kind}.",
-        "Filed under {key}: {value}, which is its {kind}.",
+        "In the register, the {kind} of {key} reads {value}.",
+        "The label with the {kind} of {key} shows {value}.",
+        "Filed as the {kind} of {key}: {value}.",
     ),
 )
 NEEDLE_QUESTIONS: Halves = (
@@ -89,6 +89,12 @@ MANY_KEYS: Halves = (
         "For {keys}: write the recorded {kind}s in this sequence, comma by comma.",
     ),
 )
+# How answers begin; those about needles begin as the needle does.
+MANY_VALUES_ANSWERS: Halves = (
+    ("The {kind}s for {key} are {given} and", "For {key} the text gives the {kind}s {given} and"),
+    ("{key} has the {kind}s {given} and", "Recorded for {key}: {given} and"),
+)
+SUMMARY_ANSWERS: Halves = (("In short:", "The document says:"), ("Summary:", "Briefly:"))
 KINDS: Halves = (("number", "code", "word"), ("number", "code", "word"))  # what is asked for; shared, values are not
 NOISE: Halves = (
     (
@@ -102,25 +108,21 @@ NOISE: Halves = (
         "The train stops between two fields. People look out of the windows and wait.",
     ),
 )
-# Variable tracking: what is first assigned, what is copied, what is asked.
-ASSIGN: Halves = (
-    ("VAR {a} = {value}", "let {a} = {value};", "Set {a} to {value}.", "{a} := {value}"),
-    ("STORE {value} IN {a}", "{a} <- {value}", "The variable {a} starts at {value}.", "define {a} as {value}"),
-)
-COPY: Halves = (
-    ("VAR {b} = VAR {a}", "let {b} = {a};", "Set {b} to the value of {a}.", "{b} := {a}"),
-    ("STORE {a} IN {b}", "{b} <- {a}", "The variable {b} takes over what {a} holds.", "define {b} as {a}"),
+# Variable tracking: how a value or variable passes on to the next one, and what is asked.
+LINKS: Halves = (
+    (" => ", " is put into ", " goes to ", " feeds "),
+    (" -> ", " is copied to ", " moves to ", " fills "),
 )
 TRACK: Halves = (
     (
-        "Which variables hold {value} in the end? Name all of them, separated by commas.",
-        "Find every variable that was given the value {value}, directly or through others. List them with commas.",
-        "List the variables whose value is {value}, in the order of the text, with commas.",
+        "Which variables hold {value} in the end? Write the chain as here: {chain}.",
+        "Find every variable that was given {value}, directly or through others, in the form {chain}, but for {value}.",
+        "List the way of {value} through the variables, in the manner of {chain}.",
     ),
     (
-        "Name each variable that ends up with {value}. Use commas.",
-        "{value} was passed on from variable to variable. Write down all of these variables with commas between.",
-        "What variables contain {value} now? Give them first to last, divided by commas.",
+        "Through which variables does {value} pass? Answer in the form of {chain}.",
+        "{value} was handed from variable to variable. Note the whole route, as was done for {chain}.",
+        "Trace {value} from its start to its last variable, as in {chain}.",
     ),
 )
 # Generated facts: relations between two people, each as it stands and as it is asked; then where something lies.
@@ -140,14 +142,14 @@ RELATIONS: tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]] = (
 )
 ENDS: tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]] = (
     (
-        ("{name} keeps the spare key in the {place}.", "Where does {who} keep the spare key? Answer with one word."),
-        ("The bicycle of {name} stands in the {place}.", "In which place stands the bicycle of {who}? One word."),
-        ("{name} spends the evenings in the {place}.", "Where are the evenings spent by {who}? Give one word."),
+        ("The spare key is kept by {name} in the {place}.", "Where is the spare key kept by {who}?"),
+        ("The bicycle was put by {name} in the {place}.", "In which place was the bicycle put by {who}?"),
+        ("The evenings are spent by {name} in the {place}.", "Where are the evenings spent by {who}?"),
     ),
     (
-        ("The notebook of {name} lies in the {place}.", "In what place does the notebook of {who} lie? Just one word."),
-        ("{name} left an umbrella in the {place}.", "Where was an umbrella left by {who}? Reply in one word."),
-        ("{name} paints pictures in the {place}.", "Where are pictures painted by {who}? A single word, please."),
+        ("The notebook was hidden by {name} in the {place}.", "In what place was the notebook hidden by {who}?"),
+        ("An umbrella was left by {name} in the {place}.", "Where was an umbrella left by {who}?"),
+        ("Pictures are painted by {name} in the {place}.", "Where are pictures painted by {who}?"),
     ),
 )
 SECTION_MARKS: Halves = (("Section {mark}:", "[{mark}]", "== {mark} =="), ("Part {mark}.", "<{mark}>", "## {mark}"))
@@ -177,14 +179,14 @@ GAPS: Halves = (
 )
 REST: Halves = (
     (
-        'How does the sentence go on that begins with "{start}"? Write the rest of it.',
-        'Finish the sentence of the passages that starts "{start}".',
-        'Find the sentence opening with "{start}" and give its remaining words.',
+        'How does the sentence go on that begins with "{start}"? Write its next words.',
+        'Go on with the sentence of the passages that starts "{start}".',
+        'Find the sentence opening with "{start}" and give what comes then.',
     ),
     (
         'One sentence above has the beginning "{start}". Quote what comes after that.',
-        'Quote the end of the sentence whose first words are "{start}".',
-        'Going by the text, what follows "{start}" up to the full stop?',
+        'Quote the words behind "{start}" in the passages.',
+        'Going by the text, what follows "{start}"?',
     ),
 )
 CONTINUE: Halves = (
@@ -241,13 +243,13 @@ SHOTS: Halves = (
 )
 SHOT_QUESTIONS: Halves = (  # the same places as in SHOTS
     (
-        "Word: {word}\nClass: Answer with the class only.",
-        "Of what class is {word}? Reply with the class.",
-        "Input {word}, which output? Give the output only.",
+        "Add the same for the word {word}.",
+        "Of what class is {word}? Say it as above.",
+        "Give the line with the input {word}.",
     ),
     (
-        "Item {word} -> which group? Answer with the group only.",
-        "{word} | ? Write only what belongs behind the bar.",
-        "Q: {word} A: Write the answer and stop.",
+        "To which group does the item {word} belong? One line as above.",
+        "Write the line of {word}.",
+        "One more for {word}, please.",
     ),
 )

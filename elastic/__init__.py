@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 
 if TYPE_CHECKING:
-    from elastic.backbone import attach, detach, override_routes
+    from elastic.backbone import attach, compile_layers, detach, override_routes
     from elastic.checkpoint import save_elastic
     from elastic.inference import generate, load, new_cache, route_report
 
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "attach": "elastic.backbone",
+    "compile_layers": "elastic.backbone",
     "detach": "elastic.backbone",
     "override_routes": "elastic.backbone",
     "save_elastic": "elastic.checkpoint",
@@ -31,6 +32,7 @@ __all__ = [
     "RouterConfig",
     "SparseConfig",
     "attach",
+    "compile_layers",
     "detach",
     "generate",
     "load",

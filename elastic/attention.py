@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic.config import SparseConfig
 from elastic.head_plan import HeadPlan, Layout
 from elastic.kernels import (
     attention_backward,
@@ -22,19 +23,24 @@ from elastic.kernels import (
     route_gap,
     slot_table,
     why_no_backward,
+    why_no_selection,
     why_not,
 )
 from elastic.kernels.params import Ranges
+from elastic.selection import with_blocks
 from elastic.torch_attention import attend
 
 
-def backend_for(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool = False) -> str:
+def backend_for(
+    device: torch.device, dtype: torch.dtype, head_dim: int, training: bool = False, sparse: SparseConfig | None = None
+) -> str:
     """What runs inference (or `training`) on such tensors, as reports and logs state it: a kernel, or PyTorch and on a
-    GPU the reason.
+    GPU the reason. With the modes of `sparse`, also where PyTorch chooses key blocks for a kernel.
     """
     reason = (why_no_backward if training else why_not)(device, dtype, head_dim)
     if reason is None:
-        return kernel_path(device)
+        chooser = why_no_selection(device, dtype, head_dim) if sparse is not None and sparse.has("xattention") else None
+        return kernel_path(device) + (f"; key blocks are chosen in torch: {chooser}" if chooser else "")
     return f"torch ({device.type})" if device.type != "cuda" else f"torch (cuda; {reason})"
 
 
@@ -52,10 +58,8 @@ def routed_attention(
     Raises:
         ValueError: shapes that do not belong together.
     """
-    _check(q_BHSD, k_BKSD, v_BKSD, plan)
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHSD, k_BKSD, v_BKSD, route_NK))
-    reason = why_no_backward if differentiable else why_not
-    if reason(q_BHSD.device, q_BHSD.dtype, q_BHSD.shape[-1]) is None:
+    plan = choose_blocks(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale)
+    if _runs_fused(q_BHSD, k_BKSD, v_BKSD, route_NK):
         return fused(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale)
     out = attend(q_BHSD, k_BKSD, v_BKSD, plan, scale)
     if not (route_NK.requires_grad and torch.is_grad_enabled()):
@@ -63,6 +67,22 @@ def routed_attention(
     with torch.no_grad():
         other = attend(q_BHSD, k_BKSD, v_BKSD, plan.flipped(), scale)
     return _StraightThrough.apply(out, other, route_NK, plan.layout)
+
+
+def choose_blocks(
+    q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
+) -> HeadPlan:
+    """The plan with the key blocks that `routed_attention` would choose for its XAttention heads; same arguments."""
+    _check(q_BHSD, k_BKSD, v_BKSD, plan)
+    kernels = _runs_fused(q_BHSD, k_BKSD, v_BKSD, route_NK)
+    both = torch.is_grad_enabled() and route_NK.requires_grad
+    return with_blocks(q_BHSD, k_BKSD, plan, scale, fused=kernels, both=both)
+
+
+def _runs_fused(q: Tensor, k: Tensor, v: Tensor, route: Tensor) -> bool:
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, route))
+    reason = why_no_backward if differentiable else why_not
+    return reason(q.device, q.dtype, q.shape[-1]) is None
 
 
 def fused(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float) -> Tensor:
@@ -81,7 +101,7 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float) -> Tensor:
         sparse = plan.sparse
         arguments: dict[str, Any] = {"sink": sparse.sink, "window": sparse.window, "granule": sparse.granule}
-        arguments |= {"block": sparse.block, "scale": scale, **plan.layout.kernel_ranges}
+        arguments |= {"block": sparse.block, "scale": scale, "bits": plan.bits, **plan.layout.kernel_ranges}
         out, lse = attention_forward(q, k, v, plan.mode_NK, **arguments)
         ctx.save_for_backward(q, k, v, out, lse, route_NK)
         ctx.plan, ctx.arguments = plan, arguments

@@ -7,19 +7,19 @@ of a generation live on its KV cache, so interleaved requests never mix.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from elastic.chunking import chunk, unchunk
-from elastic.config import ElasticConfig
+from elastic.config import ElasticConfig, SparseConfig
 from elastic.context import Context
 from elastic.elastic_cache import ElasticCache
 from elastic.families import FAMILIES, attention_layers
 from elastic.head_plan import HeadPlan
 from elastic.interface import IMPLEMENTATION, attention_function, register
-from elastic.patterns import check_supported
 from elastic.route_record import RouteRecord, route_of
 from elastic.router import Router, build_router
 from elastic.routing import Routing, RoutingState, route_layer
@@ -59,10 +59,9 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
         The same model. With all heads on full attention its outputs equal the stock model's bit for bit on the CPU.
 
     Raises:
-        ValueError: a model that is attached already or uses something unsupported, or a configuration without a kernel.
+        ValueError: a model that is attached already or uses something unsupported.
     """
     config = config or ElasticConfig()
-    check_supported(config.sparse)
     if is_attached(model):
         raise ValueError("this model already has routers; call elastic.detach(model) first")
     layers = attention_layers(model)
@@ -109,7 +108,6 @@ def elastic_config(model: Any) -> ElasticConfig:
 
 def set_config(model: Any, config: ElasticConfig) -> None:
     """Replace settings that need no new routers: sparsity bias, decoding, pattern sizes."""
-    check_supported(config.sparse)
     if config.router != elastic_config(model).router:
         raise ValueError(
             f"router settings are fixed at attach ({elastic_config(model).router}); detach and attach again"
@@ -150,23 +148,25 @@ def routing(model: Any) -> RoutingState:
 
 
 @contextmanager
-def override_routes(model: Any, route: int | Tensor | None) -> Iterator[None]:
+def override_routes(model: Any, route: int | Tensor | None, sparse: SparseConfig | None = None) -> Iterator[None]:
     """Inside the context, use these routes instead of the routers' decisions.
 
     Args:
         route: 0 (every head in route 0's mode), 1, a tensor [L, K] or [L, N, K] in {0, 1}, or None for the routers'
             own.
+        sparse: modes and pattern sizes inside the context; default the model's own.
 
     Raises:
         ValueError: a tensor of another shape, or values other than 0 and 1.
     """
     state = _handle(model).routing
     state.check_override(route, len(routers(model)), routers(model)[0].kv_heads)
-    previous, state.override = state.override, route
+    previous, config = state.override, state.config
+    state.override, state.config = route, replace(config, sparse=sparse or config.sparse)
     try:
         yield
     finally:
-        state.override = previous
+        state.override, state.config = previous, config
 
 
 def set_temperature(model: Any, temperature: float) -> None:
@@ -242,7 +242,7 @@ class _Handle:
         """Lay out the batch's samples once per forward pass and hand the layout to the layers as a keyword."""
         kwargs, cache = self.routing.lay_out(args, kwargs), kwargs.get("past_key_values")
         if isinstance(cache, ElasticCache):
-            cache.begin_pass(kwargs.get("elastic_modes"), self.routing.override, self.routing.config.dense_decode)
+            cache.begin_pass(kwargs.get("elastic_modes"), self.routing.override, self.routing.config)
         return args, kwargs
 
     def before_attention(self, attn: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -265,7 +265,7 @@ class _Handle:
         if elastic is not None:
             elastic.layers[attn.layer_idx].plan = plan
         own = {"elastic_route": route, "elastic_plan": plan, "elastic_context": routing.context}
-        return args, {**kwargs, **own, "elastic_cache": elastic}
+        return args, {**kwargs, **own, "elastic_cache": cache}
 
 
 def _handle(model: Any) -> _Handle:

@@ -26,17 +26,22 @@ class RouterConfig:
         pool_tokens: P of the boundary pooling: the first P and last P prompt tokens are averaged (P >= 1).
         feature_norm: `running` standardises the pooled keys with statistics gathered in training; `none` is the
             paper's router.
+        head_offset: add learned logits of each KV head to the router's. Standardising takes away what tells the heads
+            of a layer apart, so without it a router that they share cannot say "this head, always".
         kind: `input` decides from the keys; `static` learns one pattern for every input, the rival that elastic
             routing is measured against. A static router reads none of the other settings.
     """
 
     pool_tokens: int = 100
     feature_norm: FeatureNorm = "running"
+    head_offset: bool = False
     kind: RouterKind = "input"
 
     def __post_init__(self) -> None:
         _check_int("router.pool_tokens", self.pool_tokens, minimum=1)
         _check_choice("router.feature_norm", self.feature_norm, get_args(FeatureNorm))
+        if not isinstance(self.head_offset, bool):
+            raise ValueError(f"router.head_offset={self.head_offset!r} is not true or false")
         _check_choice("router.kind", self.kind, get_args(RouterKind))
 
 
@@ -82,12 +87,21 @@ class SparseConfig:
         _check_multiple("sparse.sink", self.sink, self.block, minimum=0)
         _check_multiple("sparse.window", self.window, self.block, minimum=self.block)
         _check_int("sparse.stride", self.stride, minimum=1)
-        if "xattention" in (self.route0, self.route1) and self.block % self.stride:
+        if self.has("xattention") and self.block % self.stride:
             raise ValueError(
                 f"sparse.stride={self.stride} does not divide sparse.block={self.block}; use {min(16, self.block)}"
             )
         if not _is_number(self.threshold) or not 0.0 < self.threshold <= 1.0:
             raise ValueError(f"sparse.threshold={self.threshold!r} is not in (0, 1]; the paper uses 0.9")
+
+    def has(self, mode: Mode) -> bool:
+        """Whether one of the two routes leads to this mode."""
+        return mode in (self.route0, self.route1)
+
+    @property
+    def dense(self) -> "SparseConfig":
+        """The same sizes with full attention behind route 0, so that routes of 0 are the dense model."""
+        return dataclasses.replace(self, route0="full", route1="streaming")
 
     @property
     def name(self) -> str:

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from elastic.attention import routed_attention
+from elastic.attention import choose_blocks, routed_attention
 from elastic.head_plan import HeadPlan
+from elastic.selection import density
 
 
 class Context:
@@ -22,6 +23,9 @@ class Context:
 
     def attend(
         self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
-    ) -> Tensor:
-        """`routed_attention` of the whole row; takes and returns this slice's tokens."""
-        return routed_attention(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale)
+    ) -> tuple[Tensor, Tensor | None]:
+        """`routed_attention` of the whole row; takes and returns this slice's tokens. Also the density [N, K] of its
+        XAttention heads.
+        """
+        plan = choose_blocks(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale)
+        return routed_attention(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale), density(plan)

@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elastic.attention import routed_attention
+from elastic.attention import choose_blocks, routed_attention
 from elastic.backbone import routers, set_context
 from elastic.context import Context
 from elastic.head_plan import HeadPlan
-from elastic.losses import labelled_positions, summed_cross_entropy
+from elastic.losses import chunked_divergence, labelled_positions, labelled_samples, summed_cross_entropy
 from elastic.packed import IGNORE, Batch
+from elastic.selection import density
 
 
 class ContextGroup(Context):
@@ -43,7 +44,7 @@ class ContextGroup(Context):
 
     def attend(
         self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """`routed_attention` on this process's KV heads over the whole row.
 
         Args:
@@ -53,7 +54,7 @@ class ContextGroup(Context):
             scale: softmax scale.
 
         Returns:
-            [1, s, H, D].
+            [1, s, H, D], and the density [N, K] of all XAttention heads.
         """
         heads, kv_heads = q_BHSD.shape[1] // self.size, k_BKSD.shape[1] // self.size
         mine = slice(self.rank * kv_heads, (self.rank + 1) * kv_heads)
@@ -62,9 +63,19 @@ class ContextGroup(Context):
         whole = exchanged.transpose(0, 1).flatten(1, 2)[None]  # [1, (H + 2 K) / C, S, D]
         q, k, v = whole.split([heads, kv_heads, kv_heads], dim=1)
         plan = replace(plan, mode_NK=plan.mode_NK[:, mine].contiguous())
+        plan = choose_blocks(q, k, v, route_NK[:, mine], plan, scale)
         out = routed_attention(q, k, v, route_NK[:, mine], plan, scale)  # [1, S, H / C, D]
         back = _Exchange.apply(out[0].unflatten(0, (self.size, -1)), self.group)  # first axis: whose heads
-        return back.transpose(0, 1).flatten(1, 2)[None]
+        return back.transpose(0, 1).flatten(1, 2)[None], self._all_heads(density(plan), mine, route_NK)
+
+    def _all_heads(self, share: Tensor | None, mine: slice, route_NK: Tensor) -> Tensor | None:
+        """A number per sample and KV head of this process, [N, K / C], put together with those of the others."""
+        if share is None:
+            return None
+        whole = torch.zeros(route_NK.shape, dtype=share.dtype, device=share.device)
+        whole[:, mine] = share
+        dist.all_reduce(whole, group=self.group)
+        return whole
 
 
 @contextmanager
@@ -127,6 +138,35 @@ def language_loss(hidden_1sE: Tensor, lm_head: nn.Module, labels_1S: Tensor, chu
     labels = F.pad(labels_1S, (0, 1), value=IGNORE)[:, context.rank * here : (context.rank + 1) * here + 1]
     hidden_PE, target_P = labelled_positions(F.pad(hidden_1sE, (0, 0, 0, 1)), labels)
     return context.sum(summed_cross_entropy(hidden_PE, target_P, lm_head, chunk)) / total
+
+
+def divergence(
+    hidden_1sE: Tensor,
+    dense_1sE: Tensor,
+    lm_head: nn.Module,
+    labels_1S: Tensor,
+    cu_seq_lens: Tensor,
+    chunk: int,
+    context: Context,
+) -> Tensor:
+    """Mean KL(dense || routed) [N] over each sample's labelled tokens, equal on all processes: what objective `quality`
+    bounds.
+
+    Args:
+        hidden_1sE, dense_1sE: final hidden states of this slice, routed and dense.
+        labels_1S, cu_seq_lens: of the whole row.
+
+    Raises:
+        ValueError: a sample without a labelled token.
+    """
+    sample_P, count_N = labelled_samples(labels_1S, cu_seq_lens)
+    here = hidden_1sE.shape[1]
+    labels = F.pad(labels_1S, (0, 1), value=IGNORE)[:, context.rank * here : (context.rank + 1) * here + 1]
+    routed, dense = (labelled_positions(F.pad(x, (0, 0, 0, 1)), labels)[0] for x in (hidden_1sE, dense_1sE))
+    predicting_P = (labels_1S[0, 1:] != IGNORE).nonzero()[:, 0]
+    mine_P = sample_P[predicting_P // here == context.rank]
+    part_N = torch.zeros_like(count_N).index_add(0, mine_P, chunked_divergence(routed, dense, lm_head, chunk))
+    return context.sum(part_N) / count_N
 
 
 class _Exchange(torch.autograd.Function):

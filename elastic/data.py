@@ -149,7 +149,8 @@ class MixtureDataModule(LightningDataModule):
         data_dir: folder written by `python -m data_prep.tokenize_and_pack`.
         weights: weight per corpus; corpora without an entry get 1, a weight of 0 leaves a corpus out.
         rows_per_step: packed rows per optimiser step and process.
-        micro_batch_rows: packed rows per forward pass; divides `rows_per_step` (the rest is gradient accumulation).
+        micro_batch_rows: packed rows per forward pass, in evaluation too; divides `rows_per_step` (the rest is gradient
+            accumulation).
         seed: seed of the order.
         num_workers: processes that read ahead; 0 reads in the training process.
     """
@@ -200,20 +201,21 @@ class MixtureDataModule(LightningDataModule):
         return ResumableLoader(ConcatDataset(data), sampler, self.micro_batch_rows, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
-        """Batches of one row, in order."""
+        """Batches of `micro_batch_rows` rows, in order."""
         return self._sequential("validation")
 
     def test_dataloader(self) -> DataLoader:
-        """Batches of one row, in order."""
+        """Batches of `micro_batch_rows` rows, in order."""
         return self._sequential("test")
 
     def predict_dataloader(self) -> DataLoader:
-        """Batches of one row, in order."""
+        """Batches of `micro_batch_rows` rows, in order."""
         return self._sequential("test")
 
     def _sequential(self, split: str) -> DataLoader:
         data = [open_corpus(self.data_dir, split, name) for name in self._corpora(split)]
-        return DataLoader(ConcatDataset(data), batch_size=1, collate_fn=collate, num_workers=self.num_workers)
+        rows = self.micro_batch_rows
+        return DataLoader(ConcatDataset(data), batch_size=rows, collate_fn=collate, num_workers=self.num_workers)
 
     def _corpora(self, split: str) -> list[str]:
         """Corpora of a split that the weights leave in."""

@@ -15,7 +15,7 @@ from elastic.config import ElasticConfig
 from elastic.context import Context
 from elastic.head_plan import Layout
 from elastic.kernels.route_prompt import route_prompt, why_not_routed
-from elastic.patterns import mode_id
+from elastic.patterns import mode_ids
 from elastic.relaxation import decide, sample_route
 from elastic.router import AttentionRouter, BoundarySlots, LayerState, Router, half_sums
 
@@ -98,7 +98,7 @@ def router_backend(device: torch.device, dtype: torch.dtype, head_dim: int, kind
 
 def is_fused(router: Router, keys_N2PKD: Tensor) -> bool:
     """Whether the kernel decides for this router on these keys."""
-    if router.training or not isinstance(router, AttentionRouter):
+    if router.training or not isinstance(router, AttentionRouter) or router.offset is not None:
         return False
     return why_not_routed(keys_N2PKD.device, keys_N2PKD.dtype, keys_N2PKD.shape[3]) is None
 
@@ -118,6 +118,6 @@ def fused_decision(
         statistics,
         earlier=earlier_NKD,
         bias=config.sparsity_bias,
-        modes=(mode_id(sparse.route0), mode_id(sparse.route1)),
+        modes=mode_ids(sparse),
     )
     return LayerState(found.route, found.logits, found.pooled, found.mode), found.first

@@ -102,22 +102,28 @@ class ElasticCache(Cache):
         self.begin_B, self.count_B = layout.begin_N, layout.end_N - layout.begin_N
         self._forget_rows()
 
-    def begin_pass(self, mode_LBK: Tensor | None, override: int | Tensor | None, dense: bool) -> None:
+    def begin_pass(self, mode_LBK: Tensor | None, override: int | Tensor | None, config: ElasticConfig) -> None:
         """Before the layers run. For a decode step: room for one token, where it goes, and which slots its query sees,
         for all layers at once, as device work of fixed shapes.
 
         Args:
             mode_LBK: modes of `elastic.patterns` in a decode step; None for a prompt or a turn.
             override: routes given from outside.
-            dense: whether decode steps shall see everything.
+            config: what the model runs with now.
 
         Raises:
-            ValueError: a decode step under other routes than those that the storage was made for.
+            ValueError: other modes or sizes than the cache was made for, or a decode step under other routes than those
+                that the storage was made for.
         """
+        if config.sparse != self.config.sparse:
+            raise ValueError(
+                f"the cache was made for {self.config.sparse}, but the model runs with {config.sparse}; make a new "
+                "cache with elastic.new_cache(model)"
+            )
         self.settle()
         if mode_LBK is None:
             return
-        self._check_kept(override, dense)
+        self._check_kept(override, config.dense_decode)
         if any(count >= room for count, room in zip(self.counts, self.layers[0].held().capacity, strict=True)):
             self._resize(list(range(len(self.counts))), [self._room(count + 1) for count in self.counts])
         if self.base_LBK.numel() == 0:

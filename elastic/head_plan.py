@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from elastic.config import SparseConfig
-from elastic.patterns import mode_id
+from elastic.patterns import BLOCK_SPARSE, mode_ids
 
 
 @dataclass(frozen=True)
@@ -208,12 +208,15 @@ class HeadPlan:
         sparse: pattern sizes and the two modes.
         layout: where the samples lie.
         gradient_share: share of the queries from which the kernels estimate the route's gradient; 1 is exact.
+        bits: key blocks of the heads in mode xattention, see `elastic.kernels.block_bits`; None until
+            `elastic.selection` has chosen them from queries and keys.
     """
 
     mode_NK: Tensor
     sparse: SparseConfig
     layout: Layout
     gradient_share: float = 1.0
+    bits: Tensor | None = None
 
     @classmethod
     def build(
@@ -233,12 +236,16 @@ class HeadPlan:
                 "this batch; "
                 "was the cache filled by another batch?"
             )
-        if mode_NK is None:
-            mode = torch.where(route_NK.detach() > 0.5, mode_id(sparse.route1), mode_id(sparse.route0))
-            mode_NK = mode.to(torch.int32)
+        if mode_NK is None or layout.queries == 1:  # which may run other modes
+            zero, one = mode_ids(sparse, layout.queries)
+            mode_NK = torch.where(route_NK.detach() > 0.5, one, zero).to(torch.int32)
         return cls(mode_NK, sparse, layout, gradient_share)
+
+    @property
+    def chooses_blocks(self) -> bool:
+        """Whether key blocks must be chosen before some head of either mode can run."""
+        return BLOCK_SPARSE in mode_ids(self.sparse, self.layout.queries)
 
     def flipped(self) -> "HeadPlan":
         """The plan in which every head runs its other mode."""
-        both = mode_id(self.sparse.route0) + mode_id(self.sparse.route1)
-        return replace(self, mode_NK=both - self.mode_NK)
+        return replace(self, mode_NK=sum(mode_ids(self.sparse, self.layout.queries)) - self.mode_NK)

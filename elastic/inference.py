@@ -142,7 +142,7 @@ def answer_tokens(
     graph = cuda_graph and options.get("num_beams", 1) == 1 and can_graph(model, architecture(model)["head_dim"])
     options.setdefault("do_sample", False)
     options |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
-    with torch.no_grad(), _bias(model, sparsity_bias), graphed(model, cache) if graph else nullcontext():
+    with torch.no_grad(), biased(model, sparsity_bias), graphed(model, cache) if graph else nullcontext():
         output = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
     reports = route_report(model, cache)[:: len(cache.counts) // len(encoded)]  # beams of a prompt share its route
     answers = [_answer(row[ids.shape[1] :].tolist(), ends_of(model), pad) for row in output]
@@ -174,7 +174,7 @@ def route_report(model: Any, cache: Any) -> list[RouteReport]:
     Raises:
         ValueError: a cache without routes, or a model without routers.
     """
-    record, head_dim = route_of(cache), architecture(model)["head_dim"]
+    record, sparse, head_dim = route_of(cache), elastic_config(model).sparse, architecture(model)["head_dim"]
     samples = record.route.shape[1]
     if isinstance(cache, ElasticCache):
         kind, held = cache.config.kv_cache, cache.sample_bytes()
@@ -184,17 +184,19 @@ def route_report(model: Any, cache: Any) -> list[RouteReport]:
     return route_reports(
         record.route,
         record.prompt_lengths,
-        elastic_config(model).sparse,
+        sparse,
         head_dim=head_dim,
         element_size=model.dtype.itemsize,
-        backend=backend_for(model.device, model.dtype, head_dim),
+        backend=backend_for(model.device, model.dtype, head_dim, sparse=sparse),
+        density_LNK=record.density,
         kv_cache=kind,
         held_N=held,
     )
 
 
 @contextmanager
-def _bias(model: Any, sparsity_bias: float | None) -> Iterator[None]:
+def biased(model: Any, sparsity_bias: float | None) -> Iterator[None]:
+    """Inside the context, routers decide with this `sparsity_bias`; None leaves the configuration's."""
     if sparsity_bias is None:
         yield
         return

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from elastic.decoding import decode_attention
+from elastic.elastic_cache import ElasticCache
+from elastic.routing import remember_density
 
 IMPLEMENTATION = "elastic"
 
@@ -30,12 +32,15 @@ def attention_function(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    cache = kwargs.get("elastic_cache")
-    if plan.layout.decoding and (cache is not None or not torch.is_grad_enabled()):
-        stored = None if cache is None else cache.stored(module.layer_idx)
+    cache: Any = kwargs.get("elastic_cache")
+    elastic = isinstance(cache, ElasticCache)
+    if plan.layout.decoding and (elastic or not torch.is_grad_enabled()):
+        stored = cache.stored(module.layer_idx) if elastic else None
         return decode_attention(query, key, value, plan, scale, stored), None
     keys = plan.layout.keys  # a static cache hands out its whole allocation
-    return context.attend(query, key[:, :, :keys], value[:, :, :keys], route, plan, scale), None
+    out, density = context.attend(query, key[:, :, :keys], value[:, :, :keys], route, plan, scale)
+    remember_density(module, density, cache)
+    return out, None
 
 
 def no_mask(**kwargs: Any) -> None:

@@ -89,21 +89,26 @@ class ElasticModule(RoutedModule):
         if fresh and self.compiled and self.device_mesh is not None:
             raise ValueError("model.compiled does not go with a sharded backbone yet; set model.compiled: false")
         super().configure_model()
+        for router in routers(self.model) if fresh else ():
+            router.begin_at(self.optimiser.start)
         if fresh and self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if fresh and self.compiled:
             compile_layers(self.model)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """AdamW on the routers (no decay on biases), plain ascent on the multipliers."""
-        weights = [p for router in routers(self.model) for p in router.parameters()]
+        """AdamW on the routers (no decay on biases and logits of single heads), plain ascent on the multipliers."""
+        own = [p for router in routers(self.model) for p in router.head_logits()]
+        shared = [p for router in routers(self.model) for p in router.parameters() if all(p is not o for o in own)]
+        settings = self.optimiser
         groups = [
-            {"params": [p for p in weights if p.dim() > 1], "weight_decay": self.optimiser.weight_decay},
-            {"params": [p for p in weights if p.dim() == 1], "weight_decay": 0.0},
+            {"params": [p for p in shared if p.dim() > 1], "weight_decay": settings.weight_decay, "peak": settings.lr},
+            {"params": [p for p in shared if p.dim() == 1], "weight_decay": 0.0, "peak": settings.lr},
+            {"params": own, "weight_decay": 0.0, "peak": settings.head_lr},
         ]
-        descent = torch.optim.AdamW(groups, lr=self.optimiser.lr, betas=self.optimiser.betas)
-        ascent = torch.optim.SGD(self.multipliers.parameters(), lr=self.optimiser.multiplier_lr, maximize=True)
-        return [descent, ascent]
+        descent = torch.optim.AdamW([group for group in groups if group["params"]], betas=settings.betas)
+        prices = [{"params": list(self.multipliers.parameters()), "peak": settings.multiplier_lr}]
+        return [descent, torch.optim.SGD(prices, maximize=True)]
 
     def on_fit_start(self) -> None:
         """Fix the number of steps and the seed of the routes' noise; say what runs attention."""
@@ -112,7 +117,7 @@ class ElasticModule(RoutedModule):
             raise ValueError("the schedules need a number of steps; set trainer.max_steps or trainer.max_epochs")
         self.total_steps, self.noise_seed = int(steps), torch.initial_seed()
         dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else self.model.dtype
-        backend = backend_for(self.device, dtype, self.shape["head_dim"], training=True)
+        backend = backend_for(self.device, dtype, self.shape["head_dim"], training=True, sparse=self.elastic.sparse)
         rank_zero_info(f"attention in training runs in {backend}")
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
@@ -181,14 +186,14 @@ class ElasticModule(RoutedModule):
         if state.logits is not None:
             facts.add("router_entropy", entropy(state.logits))
         facts.add_per_task("msr", task, ratio)
-        facts.add_per_task("esr", task, esr(state.route, state.lengths, self.elastic.sparse)[1])
+        facts.add_per_task("esr", task, esr(state.route, state.lengths, self.elastic.sparse, state.density)[1])
 
     @torch.no_grad()
     def _dense_answers(self, batch: Batch) -> Tensor:
         """Hidden states [P, E] of the dense pass at the labelled positions. Runs before the routed pass, whose routes
         stay the last ones.
         """
-        with override_routes(self.model, 0):
+        with override_routes(self.model, 0, self.elastic.sparse.dense):
             return labelled_positions(self.hidden_states(batch), batch["labels"])[0]
 
     def _log_step(self, facts: dict[str, float]) -> None:
@@ -200,9 +205,8 @@ class ElasticModule(RoutedModule):
     def _set_rates(self, *optimisers: torch.optim.Optimizer) -> None:
         """Learning rates of the step about to be taken; neither the first nor the last is 0."""
         progress = (self.global_step + 1) / (self.total_steps + 1)
-        for optimiser, peak in zip(optimisers, (self.optimiser.lr, self.optimiser.multiplier_lr), strict=True):
-            for group in optimiser.param_groups:
-                group["lr"] = schedules.learning_rate(progress, peak, self.optimiser.warmup)
+        for group in (group for optimiser in optimisers for group in optimiser.param_groups):
+            group["lr"] = schedules.learning_rate(progress, group["peak"], self.optimiser.warmup)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep routers and multipliers only, and what a resumed run must agree on."""

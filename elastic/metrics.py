@@ -146,3 +146,32 @@ class RouteShare(Metric):
     def compute(self) -> dict[str, Any]:
         """{task: [L, K]} of the tasks that occurred."""
         return {name: (self.total[i] / self.count[i]).cpu() for i, name in enumerate(TASKS) if self.count[i] > 0}
+
+
+class LayerDensity(Metric):
+    """Share of the query-key pairs that XAttention heads visited, per method and layer: the mean over samples and
+    these heads, over all processes.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, methods: tuple[str, ...], layers: int) -> None:
+        super().__init__()
+        self.methods = methods
+        self.add_state("total", torch.zeros(len(methods), layers, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(len(methods), layers, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, method: str, density_LNK: Tensor, runs_LNK: Tensor) -> None:
+        """Add N samples; `runs_LNK` says which heads ran XAttention."""
+        place = self.methods.index(method)
+        self.total[place] += (density_LNK * runs_LNK).sum((1, 2))
+        self.count[place] += runs_LNK.sum((1, 2))
+
+    def compute(self) -> dict[str, list[float | None]]:
+        """{method: one number per layer, None without such heads} of the methods that had any."""
+        found: dict[str, list[float | None]] = {}
+        for method, total, count in zip(self.methods, self.total.tolist(), self.count.tolist(), strict=True):
+            if any(count):
+                found[method] = [t / c if c else None for t, c in zip(total, count, strict=True)]
+        return found

@@ -39,20 +39,23 @@ def target_intervals(targets: Mapping[str, Interval]) -> list[tuple[float, float
 
 
 class Multipliers(nn.Module):
-    """One price per task class under each name in `lowest`, all starting at 0.
+    """One price per task class under each name in `lowest`.
 
     Args:
         limit: bound on every price, so that a constraint that cannot be met does not wind a multiplier up for ever.
         lowest: name -> lowest allowed price in units of the limit, 0 or -1.
+        start: what all begin at, within the limit.
     """
 
-    def __init__(self, limit: float, lowest: dict[str, float]) -> None:
+    def __init__(self, limit: float, lowest: dict[str, float], start: float = 0.0) -> None:
         super().__init__()
         if not limit > 0:
             raise ValueError(f"multiplier limit={limit} is not positive; 10 is usual")
+        if abs(start) > limit:
+            raise ValueError(f"multipliers start at {start}, beyond their limit={limit}; raise the limit")
         self.limit, self.lowest = limit, lowest
         for name in lowest:
-            self.register_parameter(name, nn.Parameter(torch.zeros(len(TASKS))))
+            self.register_parameter(name, nn.Parameter(torch.full((len(TASKS),), start)))
 
     def by_task(self) -> dict[str, float]:
         """`<name>/<task>` of every multiplier and task class."""
@@ -81,8 +84,8 @@ class BudgetMultipliers(Multipliers):
 
     l: Tensor  # noqa: E741 - the symbol of the equation
 
-    def __init__(self, limit: float = 10.0) -> None:
-        super().__init__(limit, {"l": 0.0})
+    def __init__(self, limit: float = 10.0, start: float = 0.0) -> None:
+        super().__init__(limit, {"l": 0.0}, start)
 
 
 def signed_distance(msr_N: Tensor, task_N: Tensor, intervals: list[tuple[float, float]]) -> Tensor:
@@ -120,6 +123,13 @@ def quality_loss(
     divergence_T, _ = mean_per_task(divergence_N, task_N)
     full = 1.0 - msr_T.sum() / present_T.sum()
     return cost * full + (multipliers.l * (divergence_T - budget_T.to(divergence_T)) * present_T).sum()
+
+
+def softened(divergence_N: Tensor, scale: float) -> Tensor:
+    """scale * log(1 + KL / scale): KL itself where it is small against the scale, and a bounded pull where it is not. A
+    scale of 0 leaves it.
+    """
+    return scale * torch.log1p(divergence_N / scale) if scale else divergence_N
 
 
 def mean_per_task(values_N: Tensor, task_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,9 +217,9 @@ class QualityObjective:
     needs_dense = True
 
     def __init__(self, config: ObjectiveConfig, limit: float) -> None:
-        self.cost = config.cost
+        self.config = config
         self.budgets = {task: float(config.budgets.get(task, config.budget)) for task in TASKS}
-        self.multipliers = BudgetMultipliers(limit)
+        self.multipliers = BudgetMultipliers(limit, config.price)
 
     def judge(self, routed: RoutedPass) -> Judgement:
         """Share of full heads, and the price of divergence over budget; no cross-entropy is computed."""
@@ -221,12 +231,14 @@ class QualityObjective:
         divergence_P = chunked_divergence(hidden_PE, routed.dense_PE, routed.lm_head, routed.chunk)
         divergence_N = divergence_P.new_zeros(count_N.shape).index_add(0, sample_P, divergence_P) / count_N
         budget_T = torch.tensor(list(self.budgets.values()))
-        loss = quality_loss(routed.msr_N, divergence_N, task, budget_T, self.cost, self.multipliers)
+        counted_N = softened(divergence_N, self.config.soft)
+        loss = quality_loss(routed.msr_N, counted_N, task, budget_T, self.config.cost, self.multipliers)
         return Judgement(loss, {"loss": loss.detach()}, {"kl": divergence_N.detach()})
 
     def facts(self) -> dict[str, Any]:
         """Kind, cost and budgets."""
-        return {"kind": "quality", "cost": self.cost, "budgets": self.budgets}
+        names = ("cost", "price", "soft")
+        return {"kind": "quality", "budgets": self.budgets, **{name: getattr(self.config, name) for name in names}}
 
 
 Objective = TargetObjective | QualityObjective

@@ -19,7 +19,8 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Sample:
-    """One tokenised record: the first `prompt_length` tokens are the prompt, the rest is the answer. `source` names the
+    """One tokenised record: the first `prompt_length` tokens are the prompt, which routers see; then `given` tokens
+    with which the assistant's turn begins, which nobody has to predict; the rest is the answer. `source` names the
     generator or data set, so that results can be told apart by it.
     """
 
@@ -27,13 +28,19 @@ class Sample:
     prompt_length: int
     task_id: int
     source: str = "unknown"
+    given: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.prompt_length < len(self.input_ids):
+        if not (0 < self.prompt_length <= self.answer_start < len(self.input_ids)):
             raise ValueError(
-                f"a sample of {len(self.input_ids)} tokens has a prompt of {self.prompt_length}; "
-                "it needs at least one prompt token and one answer token"
+                f"a sample of {len(self.input_ids)} tokens has a prompt of {self.prompt_length} and {self.given} given "
+                "ones after it; it needs at least one prompt token and one answer token"
             )
+
+    @property
+    def answer_start(self) -> int:
+        """Place of the first token that counts as the answer."""
+        return self.prompt_length + self.given
 
 
 class PackedRow(TypedDict):
@@ -64,6 +71,9 @@ class Batch(TypedDict):
 def tokenise(record: Record, tokenizer: Any) -> Sample:
     """Prompt through the chat template with its generation prompt; then the answer and the end-of-sequence token.
 
+    An answer with a prefix completes a sentence, which may go on behind it: there no end is asked for. The prefix is
+    not part of the prompt: routes have to follow from what was asked, as in use, where nobody begins the answer.
+
     Raises:
         ValueError: a tokenizer without a chat template or end-of-sequence token.
     """
@@ -73,8 +83,12 @@ def tokenise(record: Record, tokenizer: Any) -> Sample:
             "use an instruction-tuned backbone"
         )
     prompt = encode_prompt([{"role": "user", "content": record.prompt}], tokenizer)
-    answer = tokenizer(record.answer, add_special_tokens=False)["input_ids"]
-    return Sample([*prompt, *answer, tokenizer.eos_token_id], len(prompt), task_index(record.task), record.source_name)
+    prefix, gap = record.answer_prefix, "" if record.answer_prefix[-1:].isspace() else " "
+    given = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
+    answer = tokenizer(f"{gap if prefix else ''}{record.answer}", add_special_tokens=False)["input_ids"]
+    end = [] if prefix else [tokenizer.eos_token_id]
+    task = task_index(record.task)
+    return Sample([*prompt, *given, *answer, *end], len(prompt), task, record.source_name, len(given))
 
 
 def encode_prompt(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
@@ -125,7 +139,7 @@ def _row(samples: list[Sample]) -> PackedRow:
     for sample in samples:
         start = len(row["input_ids"])
         row["input_ids"] += sample.input_ids
-        row["labels"] += [IGNORE] * sample.prompt_length + sample.input_ids[sample.prompt_length :]
+        row["labels"] += [IGNORE] * sample.answer_start + sample.input_ids[sample.answer_start :]
         row["cu_seq_lens"].append(len(row["input_ids"]))
         row["prompt_spans"].append([start, start + sample.prompt_length])
         row["task_id"].append(sample.task_id)

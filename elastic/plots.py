@@ -58,7 +58,9 @@ def route_figure(route_LK: Tensor, title: str = "") -> Any:
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes with a line per label; scales are matplotlib's names, `xticks` {position: text}."""
+    """One set of axes with a line per label; scales are matplotlib's names, `xticks` {position: text}, `halves` half
+    widths of the intervals around the points of a line.
+    """
 
     title: str
     lines: Mapping[str, Curve]
@@ -68,6 +70,7 @@ class Panel:
     yscale: str = "linear"
     xticks: Mapping[float, str] | None = None
     marker: str = ""
+    halves: Mapping[str, Sequence[float]] | None = None
 
 
 def panels_figure(rows: Sequence[Sequence[Panel]]) -> Any:
@@ -95,7 +98,10 @@ def _draw(axis: Any, panel: Panel, labels: Sequence[str]) -> None:
     for label, points in panel.lines.items():
         x, y = zip(*points, strict=True) if points else ((), ())
         marker = panel.marker or ("o" if panel.xticks else None)  # few points at named places
-        axis.plot(x, y, label=label, color=f"C{labels.index(label) % 10}", linewidth=1.4, marker=marker, markersize=3)
+        style = {"color": f"C{labels.index(label) % 10}", "marker": marker, "markersize": 3, "linewidth": 1.4}
+        axis.plot(x, y, label=label, **style)
+        if panel.halves:
+            axis.errorbar(x, y, panel.halves[label], fmt="none", ecolor=style["color"], elinewidth=0.7)
     axis.set_title(panel.title, fontsize=10)
     axis.set_xlabel(panel.xlabel, fontsize=9)
     axis.set_ylabel(panel.ylabel, fontsize=9)

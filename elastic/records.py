@@ -19,6 +19,8 @@ class Record:
         question: what is asked; may be empty where the context asks it already.
         answer: what the model should say.
         source: where the record came from: the name of a generator or data set, then a slash and an id if wanted.
+        answer_prefix: how the assistant's turn begins, up to the answer; given, not asked for. Models answer in
+            sentences, so a bare value is judged fairly only as the end of one.
     """
 
     task: str
@@ -26,6 +28,7 @@ class Record:
     question: str
     answer: str
     source: str = ""
+    answer_prefix: str = ""
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -48,17 +48,23 @@ def attention(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor, scal
 
 
 def routed_attention(
-    q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_BK: Tensor, sparse: SparseConfig, scale: float
-) -> Tensor:
+    q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_BK: Tensor, sparse: SparseConfig, scale: float,
+    xattention_mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Every head in its routed mode, mixed by the route's value: O = (1 - r) O_route0 + r O_route1 (paper section 3.2).
 
     Differentiable in `route_BK`, so autograd through this function is the twin of the straight-through backward.
+
+    Args:
+        xattention_mask: boolean [B, H, Lq, Lk], what XAttention heads see: a constant that
+            `elastic.kernels.xattention_oracle` chooses; needed if the configuration has such heads.
     """
     queries, length = q_BHSD.shape[2], k_BKSD.shape[2]
     group = q_BHSD.shape[1] // k_BKSD.shape[1]
     outputs = []
     for mode in (sparse.route0, sparse.route1):
-        mask = dense_mask(length, mode, sparse, queries).to(q_BHSD.device)
+        chosen = xattention_mask if mode == "xattention" else None
+        mask = dense_mask(length, mode, sparse, queries).to(q_BHSD.device) if chosen is None else chosen
         outputs.append(attention(q_BHSD, k_BKSD, v_BKSD, mask, scale))
     route_BH11 = route_BK.to(outputs[0].dtype).repeat_interleave(group, dim=1)[:, :, None, None]
     return (1 - route_BH11) * outputs[0] + route_BH11 * outputs[1]

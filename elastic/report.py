@@ -15,7 +15,7 @@ from torch import Tensor
 from elastic.config import SparseConfig
 from elastic.console import supports_unicode
 from elastic.plots import route_figure, save_png
-from elastic.sparsity import esr, kv_bytes_kept, msr
+from elastic.sparsity import density_by_layer, esr, kv_bytes_kept, msr
 
 GLYPHS, ASCII_GLYPHS = ("█", "░"), ("#", ".")  # FA, SA
 
@@ -29,6 +29,7 @@ class RouteReport:
         prompt_tokens: length of the prompt.
         configuration: such as `FA-SSA`.
         sink, window: of the streaming pattern, in tokens.
+        stride, threshold: of XAttention.
         msr: share of heads on SA.
         esr_last, esr_all: share of query-key pairs of the prompt not computed: last layer (the paper's), all layers.
         kv_bytes_kept: what the cache of the prompt needs under these routes.
@@ -36,6 +37,8 @@ class RouteReport:
         backend: the attention implementation that ran.
         kv_cache: what the cache keeps: full or elastic.
         kv_bytes_held: what the cache holds for this sample, generated tokens and reserved room included.
+        density: by layer, share of the query-key pairs that its XAttention heads computed; None in a layer without
+            such heads, and empty if the configuration has none.
     """
 
     route: tuple[tuple[int, ...], ...]
@@ -43,6 +46,8 @@ class RouteReport:
     configuration: str
     sink: int
     window: int
+    stride: int
+    threshold: float
     msr: float
     esr_last: float
     esr_all: float
@@ -51,6 +56,7 @@ class RouteReport:
     backend: str
     kv_cache: str
     kv_bytes_held: int
+    density: tuple[float | None, ...]
 
     def __str__(self) -> str:
         return self.render(supports_unicode())
@@ -67,20 +73,30 @@ class RouteReport:
         for head in range(heads):
             glyphs = "".join(sparse if layer[head] else full for layer in self.route)
             lines.append(f"{f'head {head}'.ljust(label)}  {glyphs}")
-        modes = {"FA": "full", "SSA": "streaming", "XA": "xattention"}
+        modes = {
+            "FA": "full",
+            "SSA": f"streaming (sink {self.sink}, window {self.window})",
+            "XA": f"xattention (stride {self.stride}, threshold {self.threshold:g})",
+        }
         one, two = self.configuration.split("-")
         lines += [
-            f"{full} {modes[one]}   {sparse} {modes[two]} (sink {self.sink}, window {self.window})",
+            f"{full} {modes[one]}   {sparse} {modes[two]}",
             f"{self.prompt_tokens} prompt tokens, backend {self.backend}",
             f"MSR {self.msr:.3f}   ESR {self.esr_last:.3f} last layer, {self.esr_all:.3f} all layers",
             f"KV cache: routes need {_size(self.kv_bytes_kept)} of {_size(self.kv_bytes_full)}, the {self.kv_cache} "
             f"cache holds {_size(self.kv_bytes_held)}",
         ]
+        found = [share for share in self.density if share is not None]
+        if found:
+            lines.append(
+                f"xattention heads compute {sum(found) / len(found):.3f} of the pairs, {min(found):.3f} to "
+                f"{max(found):.3f} by layer"
+            )
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
-        return {**asdict(self), "route": [list(layer) for layer in self.route]}
+        return {**asdict(self), "route": [list(layer) for layer in self.route], "density": list(self.density)}
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON text, also written to `path` if given."""
@@ -105,6 +121,7 @@ def route_reports(
     backend: str,
     kv_cache: str,
     held_N: Sequence[int],
+    density_LNK: Tensor | None = None,
 ) -> list[RouteReport]:
     """One report per sample.
 
@@ -117,6 +134,7 @@ def route_reports(
         backend: name of the attention implementation.
         kv_cache: full or elastic.
         held_N: bytes that the cache holds for every sample.
+        density_LNK: what XAttention heads visited, see `elastic.sparsity.esr`.
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -127,7 +145,8 @@ def route_reports(
             "[layers, samples, KV heads] and [samples]"
         )
     route = route_LNK.detach().cpu().double()
-    last, mean = esr(route, lengths_N, sparse)
+    last, mean = esr(route, lengths_N, sparse, density_LNK)
+    density = density_by_layer(route, sparse, density_LNK)
     kept = kv_bytes_kept(route, lengths_N, sparse, head_dim, element_size)
     heads = route.shape[0] * route.shape[2]
     return [
@@ -137,6 +156,8 @@ def route_reports(
             configuration=sparse.name,
             sink=sparse.sink,
             window=sparse.window,
+            stride=sparse.stride,
+            threshold=sparse.threshold,
             msr=float(msr(route)[n]),
             esr_last=float(last[n]),
             esr_all=float(mean[n]),
@@ -145,6 +166,7 @@ def route_reports(
             backend=backend,
             kv_cache=kv_cache,
             kv_bytes_held=held_N[n],
+            density=tuple(density[n]),
         )
         for n in range(route.shape[1])
     ]

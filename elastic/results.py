@@ -52,22 +52,31 @@ def results_table(results: dict[str, dict[str, float]], methods: list[str], grou
     return table([group, *columns, "samples"], rows)
 
 
-def _report(trainer: Trainer, module: Any, split: str) -> None:
-    if not trainer.is_global_zero:
-        return
-    path = run_folder(trainer) / f"results_{split}.json"
-    results = {
-        "protocol": "answers teacher-forced on packed rows; every method runs the same backbone: dense with all heads "
-        "on route 0, streaming with all on route 1, random with heads drawn once, elastic as the routers decide",
+def results_of(module: Any, split: str, checkpoint: str | None) -> dict[str, Any]:
+    """Everything that the evaluation of a module found, fit for JSON."""
+    return {
+        "protocol": "answers teacher-forced on packed rows; every method runs the same backbone: dense, "
+        "streaming and xattention with all heads in that mode, random with heads drawn once, elastic as the routers "
+        "decide (number: their sparsity_bias; configuration: between its modes); routes: share of samples on route 1 "
+        "by task, layer and KV head",
         "split": split,
         "backbone": module.backbone,
         "elastic": module.elastic.to_dict(),
         "methods": [method.name for method in module.methods],
-        "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
+        "checkpoint": checkpoint,
+        "routes": {task: share.tolist() for task, share in module.route_maps.items()},
         "tasks": module.results,
         "sources": module.source_results,
+        "xattention_density_by_layer": module.densities,
     }
-    _write_json(path, results)
+
+
+def _report(trainer: Trainer, module: Any, split: str) -> None:
+    if not trainer.is_global_zero:
+        return
+    path = run_folder(trainer) / f"results_{split}.json"
+    checkpoint = str(trainer.ckpt_path) if trainer.ckpt_path else None
+    _write_json(path, results_of(module, split, checkpoint))
     methods = [method.name for method in module.methods]
     say(results_table(module.results, methods))
     if module.source_results:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from elastic.config import SparseConfig
 from elastic.head_plan import Layout
-from elastic.patterns import mode_id
+from elastic.patterns import mode_ids
 
 _RECORD = "_elastic_record"
 
@@ -25,6 +25,7 @@ class RouteRecord:
         heads: by layer, sum [N, K, D] of those of the conversation's first P keys that were pooled, for routing a
             later turn.
         pooled_N: how many keys those sums hold.
+        densities: by layer, what XAttention heads visited [N, K], see `elastic.selection.density`.
         layout: of the prompt or turn that the routes were decided on.
         override: what `override_routes` gave at that time.
     """
@@ -32,6 +33,7 @@ class RouteRecord:
     layers: dict[int, Tensor] = field(default_factory=dict)
     heads: dict[int, Tensor] = field(default_factory=dict)
     pooled_N: Tensor | None = None
+    densities: dict[int, Tensor] = field(default_factory=dict)
     layout: Layout | None = None
     override: int | Tensor | None = None
     _modes: tuple[int | Tensor | None, tuple[bool, SparseConfig], Tensor] | None = None
@@ -40,6 +42,11 @@ class RouteRecord:
     def route(self) -> Tensor:
         """int8 [L, N, K] on the CPU."""
         return torch.stack([self.layers[i] for i in sorted(self.layers)]).cpu()
+
+    @property
+    def density(self) -> Tensor | None:
+        """float64 [L, N, K] on the CPU; None if the configuration has no XAttention heads."""
+        return torch.stack([self.densities[i].cpu() for i in sorted(self.densities)]) if self.densities else None
 
     @property
     def prompt_lengths(self) -> Tensor:
@@ -68,7 +75,8 @@ class RouteRecord:
             route = given_routes(override, route)
         elif dense:
             route = torch.zeros_like(route)
-        modes = torch.where(route > 0.5, mode_id(sparse.route1), mode_id(sparse.route0)).to(torch.int32)
+        zero, one = mode_ids(sparse, queries=1)
+        modes = torch.where(route > 0.5, one, zero).to(torch.int32)
         self._modes = (override, (dense, sparse), modes)
         return modes
 
@@ -76,6 +84,7 @@ class RouteRecord:
         """Follow a cache whose samples became `index`, int64 on the device."""
         self.layers = {layer: route[index] for layer, route in self.layers.items()}
         self.heads = {layer: total[index] for layer, total in self.heads.items()}
+        self.densities = {layer: density[index] for layer, density in self.densities.items()}
         self.pooled_N = None if self.pooled_N is None else self.pooled_N[index]
         layout = self.layout
         if layout is not None:

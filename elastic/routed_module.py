@@ -10,12 +10,13 @@ from elastic.backbone import attach, override_routes, routing
 from elastic.backbones import DTYPES, architecture, load_backbone
 from elastic.config import ElasticConfig
 from elastic.distributed import ShardedBackbone, shard_backbone
+from elastic.inference import biased
 from elastic.methods import columns, parse_methods
-from elastic.metrics import Answers, RouteShare, TaskMeans, score_answers
+from elastic.metrics import Answers, LayerDensity, RouteShare, TaskMeans, score_answers
 from elastic.packed import Batch
 from elastic.resumable import check_data
 from elastic.shards import sources_of
-from elastic.sparsity import esr, msr
+from elastic.sparsity import esr, msr, xattention_heads
 from elastic.tasks import TASKS
 
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -54,6 +55,7 @@ class RoutedModule(LightningModule):
         self.results: dict[str, dict[str, float]] = {}
         self.source_results: dict[str, dict[str, float]] = {}
         self.route_maps: dict[str, Tensor] = {}
+        self.densities: dict[str, list[float | None]] = {}
 
     def configure_model(self) -> None:
         """Load the backbone and attach routers, once; refuse what cannot be trained before anything runs."""
@@ -84,6 +86,7 @@ class RoutedModule(LightningModule):
         sources = {name for split in manifest["splits"] for name in sources_of(manifest, split)}
         self.source_means = TaskMeans(self.columns, tuple(sorted(sources)))
         self.route_share = RouteShare(self.shape["num_layers"], self.shape["num_kv_heads"])
+        self.density = LayerDensity(tuple(method.name for method in self.methods), self.shape["num_layers"])
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final hidden states [1, S, E] of a packed batch; the routes are then in `routing(self.model)`."""
@@ -126,10 +129,14 @@ class RoutedModule(LightningModule):
     def _evaluate(self, batch: Batch) -> None:
         values: dict[str, Tensor] = {}
         for method in self.methods:
-            with override_routes(self.model, method.routes(self.shape["num_layers"], self.shape["num_kv_heads"])):
+            routes = method.routes(self.shape["num_layers"], self.shape["num_kv_heads"])
+            sparse = method.sparse(self.elastic.sparse)
+            with override_routes(self.model, routes, sparse), biased(self.model, method.bias):
                 scores = self._answers(batch).scores
             state = routing(self.model)
-            last, overall = esr(state.route, state.lengths, self.elastic.sparse)
+            if state.density is not None:
+                self.density.update(method.name, state.density, xattention_heads(state.route, sparse))
+            last, overall = esr(state.route, state.lengths, sparse, state.density)
             measured = {"msr": msr(state.route), "esr_last": last, "esr_all": overall}
             values |= {f"{method.name}_{name}": score for name, score in scores.items()}
             values |= {column: measured[ratio] for ratio, column in method.ratios.items()}
@@ -151,7 +158,8 @@ class RoutedModule(LightningModule):
 
     def _finish(self, stage: str) -> None:
         self.results, self.route_maps = self.means.compute(), self.route_share.compute()
-        self.source_results = self.source_means.compute()
+        self.source_results, self.densities = self.source_means.compute(), self.density.compute()
+        self.density.reset()
         self.means.reset()
         self.source_means.reset()
         self.route_share.reset()

@@ -56,12 +56,14 @@ class LayerState:
         route_NK: in {0, 1}, with the straight-through gradient in training.
         logits_NK2, pooled_NKD: what it was decided from; None when the route was given from outside.
         mode_NK: the route in modes of the head plan, where the kernel that decided made it too.
+        density_NK: what XAttention heads then visited, see `elastic.selection.density`; None without such heads.
     """
 
     route_NK: Tensor
     logits_NK2: Tensor | None
     pooled_NKD: Tensor | None
     mode_NK: Tensor | None = None
+    density_NK: Tensor | None = None
 
 
 class Router(nn.Module):
@@ -85,6 +87,14 @@ class Router(nn.Module):
     def update_statistics(self, _pooled_NKD: Tensor) -> None:
         """Gather statistics of the features, where this kind keeps any."""
 
+    def begin_at(self, sparse_logit: float) -> None:
+        """Let every head begin with this logit for SA (and 0 for FA) instead of undecided."""
+        raise NotImplementedError(f"{type(self).__name__} cannot begin at a logit of {sparse_logit}")
+
+    def head_logits(self) -> list[nn.Parameter]:
+        """Logits [K, 2] of their own that KV heads have; they learn at another rate than shared weights."""
+        raise NotImplementedError
+
 
 class StaticRouter(Router):
     """One learned pattern for every input: two logits per KV head, no features.
@@ -98,6 +108,15 @@ class StaticRouter(Router):
     def __init__(self, num_kv_heads: int) -> None:
         super().__init__(num_kv_heads)
         self.logits = nn.Parameter(torch.zeros(num_kv_heads, 2))
+
+    @torch.no_grad()
+    def begin_at(self, sparse_logit: float) -> None:
+        """Every head's own SA logit."""
+        self.logits[:, 1] = sparse_logit
+
+    def head_logits(self) -> list[nn.Parameter]:
+        """The whole pattern."""
+        return [self.logits]
 
     def forward(self, pooled_NKD: Tensor) -> Tensor:
         """Logits [N, K, 2], the same for all samples."""
@@ -135,6 +154,7 @@ class AttentionRouter(Router):
             nn.SiLU(),
             undecided,
         )
+        self.offset = nn.Parameter(torch.zeros(num_kv_heads, 2)) if config.head_offset else None
         self.register_buffer("mean", torch.zeros(num_kv_heads, head_dim))
         self.register_buffer("var", torch.ones(num_kv_heads, head_dim))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
@@ -143,7 +163,18 @@ class AttentionRouter(Router):
         """Logits [N, K, 2] (route 0 first) of pooled keys [N, K, D]; fp32 whatever the backbone's dtype."""
         with torch.autocast(pooled_NKD.device.type, enabled=False):
             features = self.standardise(pooled_NKD.float())
-            return self.head(self.task(features))
+            logits = self.head(self.task(features))
+            return logits if self.offset is None else logits + self.offset
+
+    @torch.no_grad()
+    def begin_at(self, sparse_logit: float) -> None:
+        """The last bias, whose weights start at zero."""
+        undecided: Any = self.head[-1]
+        undecided.bias[1] = sparse_logit
+
+    def head_logits(self) -> list[nn.Parameter]:
+        """The heads' offsets, where there are any."""
+        return [] if self.offset is None else [self.offset]
 
     def standardise(self, pooled_NKD: Tensor) -> Tensor:
         """Features in units of the running deviation, per KV head and channel; unchanged before `MIN_STATISTICS`

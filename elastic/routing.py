@@ -7,7 +7,7 @@ Legend: L layers, N samples, B rows, S tokens, K KV heads, D head dim, P pooled 
 hidden size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from elastic.context import Context
 from elastic.deciding import Pooling, decide_from_keys
 from elastic.families import prerope_keys
 from elastic.head_plan import Layout, batch_layout, decode_layout, packed_layout
-from elastic.route_record import RouteRecord, find_record, new_record
+from elastic.route_record import RouteRecord, find_record, new_record, route_of
 from elastic.router import LayerState
 
 
@@ -30,18 +30,27 @@ class RoutingState:
         route: [L, N, K] in {0, 1}, with the straight-through gradient in training.
         logits: [L, N, K, 2], route 0 first; None when the routes were given from outside.
         lengths: int64 [N]; tokens of each sample.
+        density: float64 [L, N, K]; share of the visible pairs that XAttention heads visited (`elastic.selection`).
+            None if the configuration has no such heads.
     """
 
     route: Tensor
     logits: Tensor | None
     lengths: Tensor
+    density: Tensor | None = None
 
     @classmethod
     def stack(cls, states: list[LayerState], lengths: Tensor) -> "RoutingState":
         """Collect the layers' states."""
         route = torch.stack([state.route_NK for state in states])
         logits = [state.logits_NK2 for state in states if state.logits_NK2 is not None]
-        return cls(route, torch.stack(logits) if len(logits) == len(states) else None, lengths)
+        density = [state.density_NK for state in states if state.density_NK is not None]
+        return cls(
+            route,
+            torch.stack(logits) if len(logits) == len(states) else None,
+            lengths,
+            torch.stack(density) if len(density) == len(states) else None,
+        )
 
 
 class Routing:
@@ -135,10 +144,19 @@ def route_layer(
         route = router.last.route_NK
     if dropped_NK is not None:
         route = torch.where(dropped_NK, float(routing.config.sparse.route1 == "streaming"), route)
+        router.last = replace(router.last, route_NK=route, mode_NK=None)
     if record is not None:
         record.set_route(attn.layer_idx, route)
         record.layout, record.override = layout, routing.override
     return route.to(hidden_BSE.device)
+
+
+def remember_density(attn: Any, density_NK: Tensor | None, cache: Any) -> None:
+    """Keep what a prefill's XAttention heads visited beside the decision it belongs to."""
+    if density_NK is not None:
+        attn.router.last = replace(attn.router.last, density_NK=density_NK)
+        if cache is not None:
+            route_of(cache).densities[attn.layer_idx] = density_NK
 
 
 def _decide(attn: Any, hidden_BSE: Tensor, layout: Layout, routing: Routing, record: RouteRecord | None) -> LayerState:

@@ -19,25 +19,58 @@ def msr(route_LNK: Tensor) -> Tensor:
     return route_LNK.mean(dim=(0, 2))
 
 
-def esr(route_LNK: Tensor, lengths_N: Tensor, sparse: SparseConfig) -> tuple[Tensor, Tensor]:
+def esr(
+    route_LNK: Tensor, lengths_N: Tensor, sparse: SparseConfig, density_LNK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Effective sparsity ratio per sample: share of causally visible (query, key) pairs that no visited block computes.
 
     Args:
         route_LNK: routes in {0, 1}.
         lengths_N: tokens of each sample.
         sparse: modes of the two routes and pattern sizes.
+        density_LNK: share of the pairs that XAttention heads visited, as the forward pass counted it; needed with
+            such heads.
 
     Returns:
         (`esr_last`, `esr_all`), float64 [N] on the route's device: of the last layer, as the paper reports it, and the
         mean over layers.
     """
-    lengths, device = lengths_N.tolist(), route_LNK.device
-    pruned = torch.tensor(
-        [[1 - visited_pairs(n, mode, sparse) / causal_pairs(n) for n in lengths] for mode in _modes(sparse)],
-        dtype=torch.float64,
-    ).to(device)
-    per_layer = torch.lerp(pruned[0], pruned[1], route_LNK.detach().double().mean(2))
+    pruned = [_pruned(mode, route_LNK, lengths_N, sparse, density_LNK) for mode in _modes(sparse)]
+    per_layer = torch.lerp(pruned[0], pruned[1], route_LNK.detach().double()).mean(2)
     return per_layer[-1], per_layer.mean(0)
+
+
+def xattention_heads(route_LNK: Tensor, sparse: SparseConfig) -> Tensor:
+    """Which heads run XAttention under a configuration that has it, boolean [L, N, K]."""
+    return (route_LNK.detach() > 0.5) == (sparse.route1 == "xattention")
+
+
+def density_by_layer(route_LNK: Tensor, sparse: SparseConfig, density_LNK: Tensor | None) -> list[list[float | None]]:
+    """What the XAttention heads of each sample and layer visited, the mean over these heads, [N][L]; None for a layer
+    without such heads, empty lists for a configuration without them.
+    """
+    if density_LNK is None:
+        return [[] for _ in range(route_LNK.shape[1])]
+    runs_LNK = xattention_heads(route_LNK, sparse).cpu()
+    count_LN = runs_LNK.sum(-1)
+    mean_LN = (density_LNK.detach().cpu() * runs_LNK).sum(-1) / count_LN
+    pairs = zip(mean_LN.T.tolist(), count_LN.T.tolist(), strict=True)
+    return [[mean if count else None for mean, count in zip(*of_sample, strict=True)] for of_sample in pairs]
+
+
+def _pruned(
+    mode: str, route_LNK: Tensor, lengths_N: Tensor, sparse: SparseConfig, density_LNK: Tensor | None
+) -> Tensor:
+    """Share of the pairs that heads of this mode leave out, float64 [L, N, K]."""
+    if mode == "xattention":
+        if density_LNK is None:
+            raise ValueError(
+                f"what the xattention heads of {sparse.name} visit depends on the input; pass the density that the "
+                "forward pass counted (routing(model).density, or that of route_of(cache))"
+            )
+        return 1 - density_LNK.to(route_LNK.device)
+    shares = [1 - visited_pairs(n, mode, sparse) / causal_pairs(n) for n in lengths_N.tolist()]
+    return torch.tensor(shares, dtype=torch.float64).to(route_LNK.device)[:, None].expand(route_LNK.shape)
 
 
 def kv_bytes_kept(
@@ -69,7 +102,7 @@ def visited_pairs(length: int, mode: str, sparse: SparseConfig) -> int:
         return causal_pairs(length)
     if mode != "streaming":
         raise ValueError(
-            f"the visited blocks of mode {mode!r} depend on the input; pass its head plan's counts instead"
+            f"the visited blocks of mode {mode!r} depend on the input; elastic.selection.density counts them"
         )
     block = sparse.block
     pairs = 0

@@ -2,7 +2,7 @@
 
 Full heads go through the same SDPA call as the stock model, so a plan of full heads equals it bit for bit on the CPU.
 Streaming heads run in chunks of queries against their sink and window only: their cost grows with S * (sink + window),
-not with S * S.
+not with S * S. XAttention heads run in chunks of queries under their block mask.
 Legend: B rows, S tokens, H query heads, K KV heads, G = H / K, D head dim, C queries of a chunk.
 """
 
@@ -14,8 +14,11 @@ from torch.nn import functional as F
 
 from elastic.config import SparseConfig
 from elastic.head_plan import HeadPlan
-from elastic.patterns import FULL
+from elastic.kernels.block_bits import mask_from_bits, query_block
+from elastic.patterns import FULL, STREAMING
 from elastic.visibility import lower_bound, visible
+
+_MASK_ENTRIES = 1 << 27  # of the block mask that exists at a time, where one query block allows it
 
 
 def attend(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, plan: HeadPlan, scale: float) -> Tensor:
@@ -31,10 +34,7 @@ def attend(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, plan: HeadPlan, scale
     modes = plan.mode_NK.tolist()
     if all(mode == FULL for sample in modes for mode in sample) and not plan.layout.packed:
         return _full(q_BHSD, k_BKSD, v_BKSD, plan.layout.dense_mask, scale)
-    samples = [
-        _sample(q_BHSD, k_BKSD, v_BKSD, plan, scale, heads, span)
-        for heads, span in zip(modes, plan.layout.spans, strict=True)
-    ]
+    samples = [_sample(q_BHSD, k_BKSD, v_BKSD, plan, scale, n, modes[n]) for n in range(len(modes))]
     return torch.cat(samples, dim=1 if plan.layout.packed else 0)
 
 
@@ -52,11 +52,11 @@ def _sample(
     v_BKSD: Tensor,
     plan: HeadPlan,
     scale: float,
+    sample: int,
     modes: list[int],
-    span: tuple[int, int, int],
 ) -> Tensor:
     """All heads of one sample, [1, its query rows, H, D]: the heads of each mode at once, then back in head order."""
-    layout, (row, begin, end) = plan.layout, span
+    layout, (row, begin, end) = plan.layout, plan.layout.spans[sample]
     group = q_BHSD.shape[1] // k_BKSD.shape[1]
     first, last = max(0, begin - layout.past), max(0, end - layout.past)  # its query rows
     outputs, order = [], []
@@ -70,7 +70,12 @@ def _sample(
         elif mode == FULL:
             out = _full(q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end], None, scale)
         else:
-            out = streaming(q[:, :, first:last], k[:, :, begin:end], v[:, :, begin:end], plan.sparse, scale)
+            own = q[:, :, first:last], k[:, :, begin:end], v[:, :, begin:end]
+            if mode == STREAMING:
+                out = streaming(*own, plan.sparse, scale)
+            else:
+                assert plan.bits is not None  # elastic.selection has run
+                out = block_sparse(*own, plan.bits[sample, heads], plan.sparse.block, scale)
             if not layout.packed:
                 out = F.pad(out, (0, 0, 0, 0, first, layout.queries - last))
         outputs.append(out)
@@ -118,3 +123,31 @@ def _visited(
     k = torch.cat([k_KSD[:, :sink], k_KSD[:, local:stop]], dim=1)
     v = torch.cat([v_KSD[:, :sink], v_KSD[:, local:stop]], dim=1)
     return k, v, mask
+
+
+def block_sparse(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, bits_HMW: Tensor, block: int, scale: float) -> Tensor:
+    """Attention of one sample's heads to the key blocks of their bits; the queries are its last Lq positions.
+
+    Returns:
+        [1, Lq, H, D].
+    """
+    _, heads, queries, dim = q_BHSD.shape
+    kv_heads, keys = k_BKSD.shape[1:3]
+    size, key = query_block(block), torch.arange(keys, device=q_BHSD.device)
+    blocks_HMN = mask_from_bits(bits_HMW)[..., : -(-keys // block)]
+    chunk = size * max(1, min(512, _MASK_ENTRIES // (heads * keys)) // size)
+    outputs = []
+    for start in range(0, queries, chunk):
+        stop = min(start + chunk, queries)
+        seen = keys - queries + stop
+        rows = torch.arange(start, stop, device=q_BHSD.device)
+        mask_HCS = blocks_HMN[:, rows // size].repeat_interleave(block, dim=-1)[..., :seen]
+        mask_HCS = mask_HCS & (key[:seen] <= (rows + keys - queries)[:, None])
+        # The group's query heads share keys: fold them into the query axis instead of repeating K and V.
+        q_KCD = q_BHSD[0, :, start:stop].reshape(kv_heads, -1, dim)
+        mask_KCS = mask_HCS.view(kv_heads, -1, seen)
+        out = F.scaled_dot_product_attention(
+            q_KCD[None], k_BKSD[:, :, :seen], v_BKSD[:, :, :seen], attn_mask=mask_KCS[None], scale=scale
+        )
+        outputs.append(out.reshape(heads, stop - start, dim))
+    return torch.cat(outputs, dim=1).transpose(0, 1)[None]

@@ -17,6 +17,8 @@ class OptimiserConfig:
 
     Attributes:
         lr: peak learning rate of the routers.
+        head_lr: that of logits which belong to a single KV head (static patterns, `router.head_offset`); nothing
+            amplifies them, so it is higher. They have no weight decay, which would pull heads back to undecided.
         betas: AdamW's decay rates.
         weight_decay: on router weights; biases and multipliers have none.
         clip_norm: bound on the norm of the routers' gradient.
@@ -24,18 +26,23 @@ class OptimiserConfig:
             steps; short runs need 2e-2 or more.
         multiplier_limit: bound on |l1| and l2.
         warmup: share of the steps with linearly rising rates, in which the feature statistics are gathered.
+        start: SA logit of every head before the first step. 0 is the paper's, undecided; below 0 training begins near
+            the dense model, where dropping one head shows: with half of the heads dropped at random retrieval is gone
+            whatever the rest do, and its gradient says nothing.
     """
 
     lr: float = 5e-4
+    head_lr: float = 5e-2
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     multiplier_lr: float = 1e-3
     multiplier_limit: float = 10.0
     warmup: float = 0.2
+    start: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "clip_norm", "multiplier_lr", "multiplier_limit"):
+        for name in ("lr", "head_lr", "clip_norm", "multiplier_lr", "multiplier_limit"):
             value = _number(f"optimiser.{name}", getattr(self, name))
             if not value > 0:
                 raise ValueError(
@@ -47,6 +54,7 @@ class OptimiserConfig:
             )
         if _number("optimiser.weight_decay", self.weight_decay) < 0:
             raise ValueError(f"optimiser.weight_decay={self.weight_decay} is below 0; 0 switches it off")
+        _number("optimiser.start", self.start)
         if not 0 < _number("optimiser.warmup", self.warmup) < 1:
             raise ValueError(f"optimiser.warmup={self.warmup} is not in (0, 1); it is a share of the steps")
 
@@ -86,12 +94,17 @@ class ObjectiveConfig:
         cost: quality: price of a pass with every head full.
         budget: quality: KL(dense || routed) that answers may have, in nats per answer token.
         budgets: quality: budget per task class, where it differs from `budget`.
+        price: quality: what every multiplier begins at.
+        soft: quality: above 0 a sample's divergence counts as soft * log(1 + KL / soft), so that one answer gone wrong
+            does not drown the rest of a step; 0 counts it as it is.
     """
 
     kind: ObjectiveKind = "target"
     cost: float = 1.0
     budget: float = 0.02
     budgets: dict[str, float] = field(default_factory=dict)
+    price: float = 0.0
+    soft: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ObjectiveKind):
@@ -100,6 +113,9 @@ class ObjectiveConfig:
             )
         if not _number("objective.cost", self.cost) > 0:
             raise ValueError(f"objective.cost={self.cost} is not positive; 1.0 is usual")
+        for name in ("price", "soft"):
+            if _number(f"objective.{name}", getattr(self, name)) < 0:
+                raise ValueError(f"objective.{name}={getattr(self, name)} is below 0; 0 is the default")
         for task, value in {"": self.budget, **self.budgets}.items():
             name = f"objective.budgets[{task!r}]" if task else "objective.budget"
             if task:

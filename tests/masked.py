@@ -37,8 +37,10 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, scale: flo
 
 
 class _Masked(Context):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, route: Tensor, plan: HeadPlan, scale: float) -> Tensor:
-        return masked_attention(q, k, v, plan, scale)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, route: Tensor, plan: HeadPlan, scale: float
+    ) -> tuple[Tensor, None]:
+        return masked_attention(q, k, v, plan, scale), None
 
 
 @contextmanager

@@ -366,8 +366,6 @@ BAD_MODELS = {
     "dropout": (lambda: tiny_model(attention_dropout=0.1), small_config, "attention_dropout=0.1, expected 0"),
     "family": (lambda: torch.nn.Linear(2, 2), small_config, "family 'Linear' is not supported; tested families are"),
     "eager": (lambda: tiny_model(attn_implementation="eager"), small_config, "'eager', expected 'sdpa'"),
-    "FA-XA": (tiny_model, lambda: small_config(route1="xattention", stride=4), "FA-XA needs the xattention pattern"),
-    "XA-SSA": (tiny_model, lambda: small_config(route0="xattention", stride=4), "XA-SSA needs the xattention pattern"),
 }
 
 

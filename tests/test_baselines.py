@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from elastic import cli
 from elastic.backbone import attach, override_routes, routers, routing
 from elastic.checkpoint import WEIGHTS, load_into, save_elastic
-from elastic.config import ElasticConfig, RouterConfig
+from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.methods import columns, parse_methods
 from elastic.objective import LagrangeMultipliers
 from elastic.router import StaticRouter, build_router
@@ -90,6 +90,27 @@ def test_a_static_checkpoint_round_trips_and_is_refused_as_an_input_router(tmp_p
         load_into(tiny_model(), tmp_path / "ck")
 
 
+def test_methods_choose_their_modes():
+    own = SparseConfig("xattention", "streaming", sink=4, window=16, block=4, stride=4)
+    names = ["elastic", "dense", "streaming", "xattention", "xattention:0.5", "elastic:fa-xa", "elastic:fa-xa:1.5"]
+    names.append("random:0.5")
+    found = {method.name: method.sparse(own) for method in parse_methods(names)}
+    modes = {name: (sparse.route0, sparse.route1, sparse.threshold) for name, sparse in found.items()}
+    full, xa, ssa = "full", "xattention", "streaming"
+    assert modes == {
+        "elastic": (xa, ssa, 0.9),
+        "dense": (full, ssa, 0.9),
+        "streaming": (full, ssa, 0.9),
+        "xattention": (full, xa, 0.9),
+        "xattention:0.5": (full, xa, 0.5),
+        "elastic:fa-xa": (full, xa, 0.9),
+        "elastic:fa-xa:1.5": (full, xa, 0.9),
+        "random:0.5": (xa, ssa, 0.9),
+    }
+    assert [method.bias for method in parse_methods(names)] == [None] * 6 + [1.5, None]
+    assert all((sparse.sink, sparse.window, sparse.block, sparse.stride) == (4, 16, 4, 4) for sparse in found.values())
+
+
 def test_methods_choose_their_routes():
     dense, elastic, streaming, random, other = parse_methods(
         ["dense", "elastic", "streaming", "random:0.7", "random:0.7:5"]
@@ -108,12 +129,17 @@ def test_methods_choose_their_routes():
     [
         (["dense"], r"methods=\['dense'\] lacks elastic; the routers are what is evaluated"),
         (["elastic", "elastic"], "names a method twice"),
-        (["elastic", "sparse"], "method 'sparse' is not known; use dense, elastic, streaming, random:<msr>"),
+        (["elastic", "sparse"], "method 'sparse' is not known; use dense, elastic, elastic:<bias>, elastic:<fa-ssa,"),
+        (["elastic", "elastic:inf"], "method 'elastic:inf' is not known; .* with a number <bias>"),
+        (["elastic", "elastic:1:2"], "method 'elastic:1:2' is not known"),
         (["elastic", "random"], "method 'random' is not known"),
         (["elastic", "random:1.5"], r"method 'random:1.5' is not known; .* in \[0, 1\]"),
         (["elastic", "random:nan"], "method 'random:nan' is not known"),
         (["elastic", "random:0.5:-1"], "a whole <seed> of 0 or more"),
         (["elastic", "random:0.5:1:2"], "is not known"),
+        (["elastic", "xattention:0"], r"method 'xattention:0' is not known; .* <threshold> in \(0, 1\]"),
+        (["elastic", "elastic:fa-xa:1:2"], "method 'elastic:fa-xa:1:2' is not known"),
+        (["elastic", "elastic:ssa-xa"], r"elastic:<fa-ssa, fa-xa, xa-ssa>\[:<bias>\]"),
     ],
 )
 def test_unknown_methods_are_refused(names, message):
@@ -122,7 +148,7 @@ def test_unknown_methods_are_refused(names, message):
 
 
 def test_one_test_command_reports_every_method(data, tmp_path, capsys):
-    root, names = tmp_path / "run", ["dense", "elastic", "streaming", "random:0.5"]
+    root, names = tmp_path / "run", ["dense", "elastic", "elastic:-50", "elastic:50", "streaming", "random:0.5"]
     files = [word for name in ("debug.yaml", "router/static.yaml") for word in ("-c", str(ROOT / "configs" / name))]
     flags = [f"--data.data_dir={data}", f"--trainer.default_root_dir={root}", "--trainer.enable_progress_bar=false"]
     assert cli.main(["fit", *files, *flags, "--trainer.max_steps=2"]) == 0
@@ -135,6 +161,8 @@ def test_one_test_command_reports_every_method(data, tmp_path, capsys):
     assert results["methods"] == names and results["elastic"]["router"]["kind"] == "static"
     for row in results["tasks"].values():
         assert row["streaming_msr"] == 1 and row["random:0.5_msr"] == 0.5  # of six KV heads
+        assert (row["elastic:-50_msr"], row["elastic:50_msr"]) == (0, 1)  # the ends of its operating points
+        assert row["elastic:-50_loss"] == row["dense_loss"] and row["elastic:50_loss"] == row["streaming_loss"]
         assert row["streaming_esr_all"] > row["random:0.5_esr_all"] > 0
     needles = results["tasks"]["single_qa"]
     assert needles["dense_exact"] > needles["streaming_exact"]

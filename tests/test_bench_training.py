@@ -92,7 +92,7 @@ def test_a_step_of_both_recipes_has_the_same_gradients(small: argparse.Namespace
 
 
 def test_records_of_a_step(small: argparse.Namespace) -> None:
-    found = training.step_records(small, CPU)
+    found = training.step_records(small, CPU, "llama-3.1-8b")
     assert {r["case"] for r in found} == {"llama-3.1-8b-2l-2k"}
     assert [r["who"] for r in found if r["metric"] == "step time"] == [
         "both modes", "routed, share 1", "routed, share 0.125",
@@ -102,7 +102,7 @@ def test_records_of_a_step(small: argparse.Namespace) -> None:
 BAD: list[tuple[list[str], str]] = [
     (["--msr", "1"], "expected an MSR in (0, 1)"),
     (["--samples", "3"], "a length that is a multiple of 128 per sample"),
-    (["--whole", "gpt-2"], "invalid choice: 'gpt-2'"),
+    (["--backbones", "gpt-2"], "invalid choice: 'gpt-2'"),
     ([], "needs an NVIDIA GPU"),
 ]
 

@@ -57,6 +57,8 @@ def test_defaults_are_the_papers():
     )
     assert SparseConfig("full", "xattention").name == "FA-XA"
     assert SparseConfig("xattention", "streaming").name == "XA-SSA"
+    assert SparseConfig("xattention", "streaming").has("xattention") and not SparseConfig().has("xattention")
+    assert SparseConfig("xattention", "streaming", sink=256).dense == SparseConfig(sink=256)
 
 
 BAD = {

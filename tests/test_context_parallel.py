@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from elastic.backbone import attach, pooled_keys, routers, routing, set_context
+from elastic.backbone import attach, override_routes, pooled_keys, routers, routing, set_context
 from elastic.context import Context
-from elastic.context_parallel import ContextGroup, context_parallel, language_loss, shard
+from elastic.context_parallel import ContextGroup, context_parallel, divergence, language_loss, shard
 from elastic.distributed import average_gradients
 from elastic.losses import chunked_cross_entropy
 from elastic.objective import LagrangeMultipliers, sparsity_loss, target_intervals
@@ -51,13 +51,33 @@ def trained_pass(model, context: Context, checkpointing: bool) -> dict[str, torc
         "hidden": hidden.detach(),
         "route": state.route.detach(),
         "pooled": pooled_keys(model),
+        "density": torch.zeros(0) if state.density is None else state.density,
         "loss": loss.detach(),
         "gradients": torch.cat([p.grad.reshape(-1) for p in [*parameters, *multipliers.parameters()]]),
     }
 
 
+def quality_pass(model, context: Context) -> dict[str, torch.Tensor]:
+    """Divergence per sample from the dense pass, and its gradient to the routers."""
+    batch = packed_row()
+    inputs = {**shard(batch, context), "use_cache": False}
+    with torch.no_grad(), override_routes(model, 0):
+        dense = model.get_decoder()(**inputs).last_hidden_state
+    torch.manual_seed(7)
+    hidden, head = model.train().get_decoder()(**inputs).last_hidden_state, model.get_output_embeddings()
+    found = divergence(hidden, dense, head, batch["labels"], batch["cu_seq_lens"], 4, context)
+    parameters = [p for router in routers(model) for p in router.parameters()]
+    (found * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    if context.size > 1:
+        average_gradients(parameters)
+    return {"divergence": found.detach(), "gradients": torch.cat([p.grad.reshape(-1) for p in parameters])}
+
+
 def routed_model(family: str):
-    model = attach(tiny_model(family), small_config())
+    """A model of the family; behind a `+`, the mode of route 1."""
+    family, _, mode = family.partition("+")
+    sparse = {"route1": mode, "stride": 4, "threshold": 0.5} if mode else {}
+    model = attach(tiny_model(family), small_config(**sparse))
     varied_routers(model)
     return model
 
@@ -65,10 +85,12 @@ def routed_model(family: str):
 def slice_process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for family, checkpointing in (("llama", False), ("qwen3", True)):
+    for family, checkpointing in (("llama", False), ("qwen3", True), ("llama+xattention", True)):
         model = routed_model(family)
         with context_parallel(model) as context:
             torch.save(trained_pass(model, context, checkpointing), f"{folder}/{family}.{rank}.pt")
+            model.zero_grad()
+            torch.save(quality_pass(model, context), f"{folder}/{family}.quality.{rank}.pt")
     model = attach(tiny_model(num_key_value_heads=1), small_config())
     with (
         pytest.raises(ValueError, match="1 KV heads cannot be shared out over 2 processes; use a group of 1"),
@@ -91,17 +113,28 @@ def slices(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "llama+xattention"])
 def test_two_slices_equal_the_whole_row(slices, family):
     whole = trained_pass(routed_model(family), Context(), False)
     one, two = (torch.load(slices / f"{family}.{rank}.pt", weights_only=True) for rank in (0, 1))
     assert set(whole["route"].unique().tolist()) == {0.0, 1.0}
     for part in (one, two):
         assert torch.equal(part["route"], whole["route"])
-        for name in ("pooled", "loss", "gradients"):
+        for name in ("pooled", "loss", "gradients", "density"):
             torch.testing.assert_close(part[name], whole[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     torch.testing.assert_close(torch.cat([one["hidden"], two["hidden"]], dim=1), whole["hidden"], rtol=1e-4, atol=1e-5)
     assert torch.equal(one["gradients"], two["gradients"]) and whole["gradients"].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_two_slices_diverge_as_the_whole_row_does(slices, family):
+    whole = quality_pass(routed_model(family), Context())
+    for rank in (0, 1):
+        part = torch.load(slices / f"{family}.quality.{rank}.pt", weights_only=True)
+        for name, value in whole.items():
+            torch.testing.assert_close(part[name], value, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert whole["divergence"].shape == (3,) and (whole["divergence"] > 1e-5).sum() >= 2
+    assert whole["gradients"].abs().max() > 1e-6
 
 
 def test_one_slice_is_the_ordinary_loss():

@@ -95,6 +95,21 @@ def test_all_heads_full_is_the_stock_model_bit_for_bit(kind):
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
+@pytest.mark.parametrize("routes", [("full", "xattention"), ("xattention", "streaming")], ids=["FA-XA", "XA-SSA"])
+def test_xattention_heads_keep_everything(routes, path):
+    """Their block masks belong to the prompt; while decoding they are full heads, over either cache."""
+    model = tiny_model(eos_token_id=None, initializer_range=0.3)
+    config = small_config(route0=routes[0], route1=routes[1], stride=2)
+    varied_routers(attach(model, replace(config, kv_cache="elastic")))
+    ids, mask = left_padded(random_ids(3, 50), [0, 9, 30])
+    expected, cache = generate(model, ids, mask), new_cache(model, step=1)
+    same(generate(model, ids, mask, cache), expected)
+    streaming = route_of(cache).route.sum((0, 2)) * ("streaming" in routes)
+    rows = sum(int(s) * 20 + (LAYERS * KV_HEADS - int(s)) * n for s, n in zip(streaming, cache.counts, strict=True))
+    assert cache.nbytes == rows * 2 * 16 * 4
+    assert route_of(cache).density.shape == (LAYERS, 3, KV_HEADS)
+
+
 def test_compiled_layers_compile_once(path):
     """`compile_layers`: the same answers, and a second request compiles nothing again."""
     from torch._dynamo.utils import counters
@@ -335,7 +350,14 @@ def right_padded(model):
     model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, past_key_values=new_cache(model))
 
 
+def other_sizes(model):
+    cache = new_cache(model)
+    set_config(model, replace(elastic_config(model), sparse=replace(elastic_config(model).sparse, window=20)))
+    model(random_ids(1, 40), past_key_values=cache, use_cache=True)
+
+
 REFUSED = {
+    "other sizes": (other_sizes, "the cache was made for SparseConfig.*; make a new cache with elastic.new_cache"),
     "a model without routers": (without_routers, "an ElasticCache was given to a model without routers"),
     "other routes while decoding": (other_routes, "override_routes changed after the prompt was read into an elastic"),
     "dense decode": (dense_later, "dense_decode was set after the prompt was read into an elastic KV cache"),

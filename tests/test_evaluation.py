@@ -43,12 +43,13 @@ def model():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("xattention", "method 'xattention' is not there yet"),
+        ("xattention:0", "0.0 is not a threshold above 0, up to 1"),
+        ("xattention:most", "'most' is no number; expected a threshold above 0"),
         ("sparse", "unknown method 'sparse'; expected one of dense, streaming"),
         ("dense:1", "method 'dense:1' takes no argument"),
         ("random", "method 'random' needs an argument"),
         ("random:half", "'half' is no number; expected an MSR from 0 to 1"),
-        ("random:1.5", "the MSR 1.5 is not between 0 and 1"),
+        ("random:1.5", "1.5 is not an MSR from 0 to 1"),
         ("elastic:absent", "absent does not exist"),
     ],
 )
@@ -166,12 +167,13 @@ def test_one_command_compares_methods_and_goes_on(tmp_path, monkeypatch):
         2,
         2,
         False,
-        SparseConfig(sink=4, window=16, block=4),
+        SparseConfig(sink=4, window=16, block=4, stride=4),
         0,
     )
-    methods = [Method.parse("dense"), Method.parse("streaming")]
+    methods = [Method.parse(name) for name in ("dense", "streaming", "xattention:0.5", "xattention")]
     rows = runner.run(plan, methods, tmp_path / "out")
-    assert [(r["method"], r["n"], r["msr"]) for r in rows] == [("dense", 2, 0), ("streaming", 2, 1)]
+    assert [(r["method"], r["n"], r["msr"]) for r in rows[:2]] == [("dense", 2, 0), ("streaming", 2, 1)]
+    assert rows[0]["esr_all"] == 0 < rows[3]["esr_all"] < rows[2]["esr_all"] < 1
     file = tmp_path / "out" / "samples" / "dense.ruler_fwe.1024.jsonl"
     facts, *samples = map(json.loads, file.read_text().splitlines())
     assert facts["seed"] == 0 and set(samples[0]) >= {"prediction", "references", "score", "msr", "esr_last", "tokens"}
@@ -179,6 +181,8 @@ def test_one_command_compares_methods_and_goes_on(tmp_path, monkeypatch):
     assert runner.run(plan, methods, tmp_path / "out") == rows
     assert "mean of tasks" in summary.summary_table(rows) and "±" in summary.summary_table(rows)
     assert all(path.stat().st_size > 5000 for path in summary.write_summary(rows, tmp_path / "out"))
+    stored = json.loads((tmp_path / "out" / "samples" / "xattention_0.5.ruler_fwe.1024.jsonl").open().readline())
+    assert (stored["sparse"]["route1"], stored["sparse"]["threshold"]) == ("xattention", 0.5)
     with pytest.raises(ValueError, match="not all different"):
         runner.run(plan, [methods[0]] * 2, tmp_path / "out")
 

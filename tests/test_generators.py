@@ -13,6 +13,7 @@ from elastic.shards import SPLITS
 from elastic.tasks import TASKS
 
 SAME_ON_PURPOSE = ("KINDS",)
+VALUE = r"\b(?:\d{7}|[0-9a-f]{8}|[a-z]+-[a-z]+)\b"
 HALVES = [
     name
     for name, value in vars(wording).items()
@@ -99,7 +100,7 @@ def test_needles_stand_in_the_context(split, length):
         assert record.answer in record.context and "{" not in record.question
     for name in ("needle_multi_value", "needle_multi_query"):
         for record in made(name, split, length=length):
-            values = record.answer.split(", ")
+            values = [*re.findall(VALUE, record.answer_prefix), record.answer]
             assert len(values) > 1 and all(value in record.context for value in values)
             places = [record.context.index(value) for value in values]
             assert name == "needle_multi_query" or places == sorted(places)
@@ -108,44 +109,26 @@ def test_needles_stand_in_the_context(split, length):
 
 def test_the_asked_key_is_the_one_beside_the_value():
     for record in made("needle_multi_key", "train", 40, 400):
-        key = re.search(r"(the \w+ \w+|[A-Z]\w+)[?:.]? (?:in the text|only|Reply|Give)|", record.question)
         sentence = next(s for s in re.split(r"(?<=\.)\s", record.context) if record.answer in s)
-        assert key is not None
         words = set(re.findall(r"\w+", record.question)) & set(re.findall(r"\w+", sentence))
         assert words & {*wording.CITIES[0], *wording.THINGS[0]}, (record.question, sentence)
+        assert sentence.startswith(record.answer_prefix) or record.answer_prefix in record.context
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_tracked_variables_follow_from_the_assignments(split):
-    """An interpreter of its own: lines in order, a variable is given a number or another variable's value."""
+    """An interpreter of its own: every link passes on what its left side holds; other chains stand between."""
+    first = "A-M" if split == "train" else "N-Z"
     for record in made("variable_tracking", split, 20, 500):
-        values = {}
-        first = "A-M" if split == "train" else "N-Z"
-        token = rf"\b[{first}][A-Z]{{4}}\b|\b\d{{5}}\b"
-        template = next(
-            (a, c)
-            for a, c in zip(wording.ASSIGN[split != "train"], wording.COPY[split != "train"], strict=True)
-            if re.search(pattern(c, first), record.context)
+        link = next(link for link in wording.LINKS[split != "train"] if link in record.answer)
+        passes = dict(
+            re.findall(rf"(\d{{5}}|[{first}][A-Z]{{4}}){re.escape(link)}([{first}][A-Z]{{4}})\.", record.context)
         )
-        steps = [
-            (match.start(), match.groupdict())
-            for text in template
-            for match in re.finditer(pattern(text, first), record.context)
-        ]
-        for _, step in sorted(steps, key=lambda s: s[0]):
-            if step.get("value"):
-                values[step["a"]] = step["value"]
-            else:
-                values[step["b"]] = values[step["a"]]
-        asked = next(t for t in re.findall(token, record.question) if t.isdigit())
-        assert [name for name, value in values.items() if value == asked] == record.answer.split(", ")
-
-
-def pattern(template, first):
-    text = re.escape(template)
-    for name in ("a", "b"):
-        text = text.replace(rf"\{{{name}\}}", f"(?P<{name}>[{first}][A-Z]{{4}})")
-    return text.replace(r"\{value\}", r"(?P<value>\d{5})")
+        chain = [re.search(r"\b\d{5}\b", record.question)[0]]
+        while chain[-1] in passes:
+            chain.append(passes[chain[-1]])
+        assert len(chain) > 3 and len(passes) >= 2 * (len(chain) - 1)
+        assert f"{record.answer_prefix} {record.answer}" == link.join(chain)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -163,15 +146,19 @@ def test_chains_of_facts_lead_to_the_answer(split):
         who = next(name for name in wording.NAMES[half] if re.search(rf"\b{name}\b", record.question))
         while who in next_of:
             who = next_of[who]
-        assert place_of[who] == record.answer
+        assert place_of[who] == record.answer and record.answer not in record.answer_prefix
+        stated = re.split(r"(?<=\.) ", record.answer_prefix)
+        assert len(stated) > 1 and all(fact in record.context for fact in stated)
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_copies_and_passages(split):
     for record in made("verbatim_copy", split, 12, 600):
         assert record.context.count(record.answer) >= 1 and len(record.answer.split()) >= 20
+        assert record.answer_prefix.strip() in record.context and record.answer_prefix.endswith("\n")
     for record in made("passage_qa", split, 30, 300):
         assert record.answer in " ".join(re.sub(r"\n\n\(\d+\) ", " ", record.context).split())
+        assert record.answer_prefix in record.question
         if "____" in record.question:
             sentence = re.search(r'"(.*)"', record.question)[1].replace("____", record.answer)
             assert sentence in re.sub(r"\n\n\(\d+\) ", " ", record.context)
@@ -185,22 +172,28 @@ def test_documents(split):
     texts = "\n".join(text for _, text in sources.code(split))
     for record in made("code_completion", split, 8, 300):
         assert f"{record.context[-200:]}\n{record.answer}" in texts
+        assert record.answer_prefix == "```\n" + record.context.rpartition("\n")[2] + "\n"
     for record in made("continuation", split, 8, 300):
-        assert len(record.answer.split()) == 48
+        assert len(record.answer.split()) == 48 and record.context.endswith(record.answer_prefix)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_shots_teach_the_label(split):
     for record in made("many_shot", split, 30, 2000):
         half = int(split != "train")
-        word = next(
-            word
-            for halves in wording.CLASSES.values()
-            for word in halves[half]
-            if re.search(rf"(?:Word: |Input |^|Item |Q: |is )\b{word}\b(?!:)", record.question)
-        )
-        shots = [s.format(word=word, label=record.answer) for s in wording.SHOTS[half]]
-        assert any(shot in record.context for shot in shots)
+        word = next(w for halves in wording.CLASSES.values() for w in halves[half] if f" {w}" in record.question)
+        assert word in record.answer_prefix
+        assert f"{record.answer_prefix} {record.answer}" in shots(record)
+
+
+def shots(record):
+    """The examples of a context; those of one style have two lines."""
+    lines = record.context.split("\n")
+    return (
+        ["\n".join(pair) for pair in zip(lines[::2], lines[1::2], strict=True)]
+        if "\n" in record.answer_prefix
+        else lines
+    )
 
 
 def test_a_task_takes_its_generators_in_turn():

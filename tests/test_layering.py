@@ -18,7 +18,10 @@ LAYERS = {
     0: ("config", "training_config", "tasks", "visibility", "reference", "console", "cache", "kernels", "schedules"),
     1: ("chunking", "families", "records", "router", "relaxation", "patterns"),
     2: ("packed", "shards", "head_plan", "sparsity", "kv_pool", "route_record"),
-    3: ("torch_attention", "attention", "cache_layer", "context", "deciding", "decoding", "prompts", "routing"),
+    3: (
+        *("selection", "torch_attention", "attention", "cache_layer", "context", "deciding", "decoding", "prompts"),
+        "routing",
+    ),
     4: ("elastic_cache", "interface", "backbone", "backbones", "plots"),
     5: ("decode_graph", "losses", "objective", "checkpoint", "report", "bench"),
     6: ("context_parallel", "distributed", "inference", "data", "methods", "metrics", "resumable"),

@@ -172,7 +172,9 @@ def test_the_shipped_mixtures_are_read():
     assert CONFIGS
     for path in CONFIGS:
         mixture = read_mixture(path)
-        assert mixture.parts("train") >= 1 and sum(map(mixture.share, mixture.sources)) == pytest.approx(1)
+        assert all(mixture.parts(split) >= 1 for split in mixture.tokens) and sum(
+            map(mixture.share, mixture.sources)
+        ) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +185,10 @@ def test_the_shipped_mixtures_are_read():
         ("tokens: {dev: 4000}", "tokens={'dev': 4000}; expected a budget of at least one row"),
         ("context: [10, 100]", r"context=\[10, 100\]; expected two lengths from 64 to below the 512 tokens of a row"),
         ("sources: {sudoku: {weight: 1}}", "source 'sudoku' has no path and is no generator; generators are needle_"),
+        ("sources: {s: {generator: sudoku}}", "source 's' has no path and is no generator; generators are needle_"),
+        ("sources: {s: {path: x, generator: many_shot}}", "has a path, so it takes no generator and no context"),
+        ("sources: {s: {generator: many_shot, context: [90, 600]}}", r"context=\[90, 600\]; expected two lengths from"),
+        ("sources: {s: {generator: many_shot, context: [90]}}", r"context=\[90\]; expected two lengths from"),
         ("sources: {many_shot: {weight: 0}}", "source 'many_shot' has the weight 0; expected a number above 0"),
         ("sources: {many_shot: {wait: 0}}", "unexpected keyword argument 'wait'"),
         ("sources: {}", "no sources; name generators"),

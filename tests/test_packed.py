@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -81,6 +82,35 @@ def test_tokenise_labels_the_answer_and_the_end_of_sequence():
     assert sample.task_id == task_index("single_qa")
 
 
+def test_a_given_beginning_of_the_answer_is_neither_prompt_nor_label():
+    tokenizer = build_tokenizer()
+    record = Record("single_qa", "f0 key k1 1 2", "find k1", "1 2", answer_prefix="key k1")
+    sample, bare = tokenise(record, tokenizer), tokenise(replace(record, answer_prefix=""), tokenizer)
+    assert sample.input_ids[: sample.prompt_length] == bare.input_ids[: bare.prompt_length]  # all that routers see
+    parts = sample.input_ids[sample.prompt_length : sample.answer_start], sample.input_ids[sample.answer_start :]
+    assert [tokenizer.decode(part) for part in parts] == ["key k1", "1 2"]  # the sentence may go on: no end
+    batch = collate(list(pack([sample], 64)))
+    assert batch["prompt_spans"].tolist() == [[0, sample.prompt_length]]
+    assert batch["labels"][0].tolist() == [-100] * sample.answer_start + parts[1]
+
+
+def test_the_answer_is_set_off_from_its_beginning_once():
+    class Letters:
+        chat_template, eos_token_id = "", 0
+
+        def apply_chat_template(self, messages, **_):
+            return messages[0]["content"]
+
+        def __call__(self, text, **_):
+            return {"input_ids": [ord(letter) for letter in text]}
+
+    def spelled(prefix):
+        sample = tokenise(Record("code", "c", "", "a", answer_prefix=prefix), Letters())
+        return "".join(map(chr, sample.input_ids[1:]))
+
+    assert [spelled(prefix) for prefix in ("", "x:", "x:\n")] == ["a\0", "x: a", "x:\na"]
+
+
 def test_every_task_is_sensitive_or_robust():
     assert sorted((*SENSITIVE, *ROBUST)) == sorted(TASKS) and [task_index(t) for t in TASKS] == list(range(len(TASKS)))
 
@@ -133,7 +163,10 @@ def encoded(**changes):
         (encoded(answer=None), "field 'answer' is a NoneType, expected text"),
         (encoded(question=["a"]), "field 'question' is a list, expected text"),
         (encoded(context="half \ud83d"), "field 'context' has half a surrogate pair at character 5"),
-        (encoded(label="x"), "unknown ['label']; expected ['task', 'context', 'question', 'answer', 'source']"),
+        (
+            encoded(label="x"),
+            "unknown ['label']; expected ['task', 'context', 'question', 'answer', 'source', 'answer_prefix']",
+        ),
         (json.dumps({"task": "code", "context": "x"}).encode(), "missing ['question', 'answer']"),
         (b"[" * 100_000, "nested too deeply for a record"),
     ],
@@ -172,8 +205,10 @@ def test_what_cannot_be_packed_is_refused():
     ):
         list(pack([Sample(list(range(40)), 3, 0)], 32))
     for prompt in (0, 3):
-        with pytest.raises(ValueError, match=f"a sample of 3 tokens has a prompt of {prompt}; it needs at least one"):
+        with pytest.raises(ValueError, match=f"a sample of 3 tokens has a prompt of {prompt} and 0 given"):
             Sample([1, 2, 3], prompt, 0)
+    with pytest.raises(ValueError, match="a prompt of 1 and 2 given ones after it; it needs at least one prompt token"):
+        Sample([1, 2, 3], 1, 0, given=2)
     with pytest.raises(ValueError, match="no rows to collate"):
         collate([])
     tokenizer = build_tokenizer()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from elastic.config import RouterConfig
-from elastic.router import MIN_STATISTICS, AttentionRouter, BoundarySlots, entropy, half_sums
+from elastic.router import MIN_STATISTICS, AttentionRouter, BoundarySlots, build_router, entropy, half_sums
 
 
 def naive_pool(keys_SKD: torch.Tensor, begin: int, end: int, pool: int) -> torch.Tensor:
@@ -68,3 +68,11 @@ def test_bf16_keys_give_fp32_logits_under_autocast():
     router = AttentionRouter(2, 4, RouterConfig())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert router(torch.randn(3, 2, 4, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["input", "static"])
+def test_routers_can_begin_near_the_dense_model(kind):
+    router = build_router(3, 16, RouterConfig(kind=kind))
+    router.begin_at(-2.0)
+    logits = router(torch.randn(5, 3, 16))
+    assert torch.equal(logits, torch.tensor([0.0, -2.0]).expand(5, 3, 2))

@@ -55,7 +55,9 @@ def run_case(
     inputs = case.inputs(device)
     calls = {name: build(inputs) for name, build in ours.items()}
     reference = next(iter(calls.values()))()
-    found = [record for name, call in calls.items() for record in _timed(case, name, call, work, budget_ms)]
+    found = [
+        record for who, call in calls.items() for record in timed(case.name, case.facts(), who, call, work, budget_ms)
+    ]
     for name, contestant in contestants.items():
         if not contestant.takes(case):
             continue
@@ -78,7 +80,7 @@ def _checked(
     difference = largest_difference(call(), reference)
     if not difference <= TOLERANCE:
         return [_left_out(case, name, f"{DISAGREED} by {difference:.3g}, allowed is {TOLERANCE}")]
-    return _timed(case, name, call, work, budget_ms)
+    return timed(case.name, case.facts(), name, call, work, budget_ms)
 
 
 def largest_difference(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> float:
@@ -96,11 +98,14 @@ def largest_difference(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> 
     return worst
 
 
-def _timed(case: Case, who: str, call: Call, work: float, budget_ms: float) -> list[Record]:
+def timed(
+    case: str, facts: Record, who: str, call: Callable[[], object], work: float, budget_ms: float
+) -> list[Record]:
+    """Time a call of `work` floating-point operations: its `time` in ms and `eff` in TFLOP/s; `facts` go into both."""
     timing = measure(call, budget_ms)
     rate = work / timing.ms / 1e9
-    say(f"{case.name:24s} {who:7s} {timing.ms:10.4f} ms  {rate:6.1f} TFLOP/s  {timing.repeats} repeats")
-    shared = {"case": case.name, "who": who, "repeats": timing.repeats, **case.facts()}
+    say(f"{case:24s} {who:7s} {timing.ms:10.4f} ms  {rate:6.1f} TFLOP/s  {timing.repeats} repeats")
+    shared = {"case": case, "who": who, "repeats": timing.repeats, **facts}
     return [
         {**shared, "metric": "time", "value": timing.ms, "unit": "ms"},
         {**shared, "metric": "eff", "value": rate, "unit": "TFLOP/s"},

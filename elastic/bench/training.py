@@ -42,9 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=(1.0, 0.125), metavar="F",
                         help="gradient shares of routed training (default 1 0.125)")  # fmt: skip
     parser.add_argument("--layers", type=int, default=4, metavar="L",
-                        help="layers of the Llama-3.1-8B shape timed in both recipes; 0: none (default 4)")  # fmt: skip
-    parser.add_argument("--whole", nargs="*", choices=list(SHAPES), default=list(SHAPES), metavar="NAME",
-                        help=f"whole backbones that train a step, of {', '.join(SHAPES)} (default all)")  # fmt: skip
+                        help="layers of backbones whose step is timed by both; 0: none (default 4)")  # fmt: skip
+    parser.add_argument("--backbones", nargs="*", choices=list(SHAPES), default=list(SHAPES), metavar="NAME",
+                        help=f"shapes of the backbones, of {', '.join(SHAPES)} (default all)")  # fmt: skip
+    parser.add_argument("--no-whole", action="store_true", help="leave out the steps of whole backbones")
     parser.add_argument("--memory-gb", type=float, default=80.0, metavar="GB", help="limit on memory (default 80)")
     parser.add_argument("--compile", action="store_true", help="torch.compile what surrounds attention")
     parser.add_argument("--budget-ms", type=float, default=400.0, metavar="MS", help="time for repeats (default 400)")
@@ -75,8 +76,9 @@ def run(args: argparse.Namespace, command: str) -> int:
     stamp["kernel"] = "attention_backward_sm90 (sm_90a)"
     parts: list[Callable[[], list[Record]]] = [partial(attention_records, args, device)]
     if args.layers:
-        parts.append(partial(step_records, args, device))
-    parts += [partial(whole_records, args, device, name) for name in args.whole]
+        parts += [partial(step_records, args, device, name) for name in args.backbones]
+    if not args.no_whole:
+        parts += [partial(whole_records, args, device, name) for name in args.backbones]
     found: list[Record] = []
     for part in parts:
         found += [{**record, "length": args.length, "samples": args.samples, **stamp} for record in part()]
@@ -104,9 +106,9 @@ def both_modes(
 class BothModes(Context):
     """Makes an attached model train by the recipe."""
 
-    def attend(self, *arguments: Any) -> Tensor:
+    def attend(self, *arguments: Any) -> tuple[Tensor, None]:
         """`both_modes` in place of `routed_attention`."""
-        return both_modes(*arguments)
+        return both_modes(*arguments), None
 
 
 def spread_routes(layers: int, samples: int, kv_heads: int, ratio: float) -> Tensor:
@@ -169,9 +171,8 @@ def compare(case: str, calls: dict[str, Callable[[], Any]], budget_ms: float) ->
     return found
 
 
-def step_records(args: argparse.Namespace, device: torch.device) -> list[Record]:
-    """A training step of a Llama-3.1-8B-shaped backbone of a few layers, by both recipes."""
-    name = "llama-3.1-8b"
+def step_records(args: argparse.Namespace, device: torch.device, name: str) -> list[Record]:
+    """A training step of a backbone of a few layers, by both recipes."""
     model = random_backbone(name, args.layers, args.msr, args.compile, device)
     batch = random_row(args.length, args.samples, SHAPES[name]["vocab_size"], device)
     recipe = Step(model, batch, 1.0)

@@ -8,8 +8,8 @@ from pathlib import Path
 from elastic.console import Parser, say
 
 SUMMARY = "time the kernels on this GPU beside their competitors; show recorded timings"
-# modules of `elastic.bench` with SUMMARY, add_arguments and run
-BENCHMARKS = ("attention", "backward", "decode", "e2e", "router", "training")
+# Modules of `elastic.bench` with SUMMARY, add_arguments and run.
+BENCHMARKS = ("attention", "backward", "decode", "e2e", "router", "routing", "training", "xattention")
 
 
 def main(argv: list[str]) -> int:
@@ -37,8 +37,8 @@ def write_table(args: argparse.Namespace) -> int:
 
     runs = load_folder(args.folder)
     beside = Path(os.path.relpath(args.folder, args.out.parent if args.out else Path()))
-    pictures = [f"{name}.png" for name in runs if (args.folder / f"{name}.png").exists()]
-    text = markdown(runs, [(beside / name).as_posix() for name in pictures])
+    pictures = [(beside / file.name).as_posix() for file in sorted(args.folder.glob("*.png"))]
+    text = markdown(runs, pictures)
     if args.out is None:
         say(text, end="")
     else:

@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from elastic.console import Parser, say
 
@@ -196,7 +197,19 @@ def _kernels() -> list[Check]:
     error = float((outputs[0] - outputs[1]).abs().max())
     good = error < HALF_TOLERANCE
     detail = f"{kernels.kernel_path(device)}: within {error:.1e} of the oracle (bf16)"
-    return [Check("kernels", OK if good else FAIL, detail, "" if good else "run pytest tests/kernels and report it")]
+    checks = [Check("kernels", OK if good else FAIL, detail, "" if good else "run pytest tests/kernels and report it")]
+    missing = kernels.why_no_selection(device, q.dtype, q.shape[-1])
+    if missing is not None:
+        return [*checks, Check("block choice", ABSENT, f"{missing}; XAttention chooses in PyTorch")]
+    sizes: dict[str, Any] = {"stride": 8, "threshold": 0.5, "block": 64}
+    bits = [
+        kernels.select_blocks(*(t.to(where) for t in (4 * q, k, torch.full_like(mode, 2))), **sizes).cpu()
+        for where in (torch.device("cpu"), device)
+    ]
+    wrong = int((bits[0] != bits[1]).sum())
+    detail = f"{wrong} of {bits[0].numel()} rows of key blocks differ from the oracle's"
+    good = wrong <= bits[0].numel() // 8  # a mass on the threshold may fall to either side
+    return [*checks, Check("block choice", OK if good else FAIL, detail, "" if good else "run pytest tests/kernels")]
 
 
 def _smollm2() -> Check:

@@ -24,7 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["dense", "streaming"],
         metavar="METHOD",
-        help="dense, streaming, random:<msr>, static:<pattern file>, elastic:<checkpoint> (default: dense streaming)",
+        help="dense, streaming, xattention[:<threshold>], random:<msr>, static:<pattern file>, elastic:<checkpoint> "
+        "(default: dense streaming)",
     )
     parser.add_argument(
         "--backbone", default="smollm2-135m", help="of methods without checkpoint (default smollm2-135m)"
@@ -37,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sink", type=int, default=64, help="of methods without checkpoint, in tokens (default 64)")
     parser.add_argument("--window", type=int, default=256, help="likewise (default 256)")
     parser.add_argument("--block", type=int, default=64, help="likewise (default 64)")
+    parser.add_argument("--stride", type=int, default=16, help="of XAttention (default 16)")
     parser.add_argument("--seed", type=int, default=0, help="of samples and random patterns (default 0)")
     return parser
 
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--lengths {args.lengths!r}: expected numbers divided by commas, such as 1024,2048"
         ) from error
-    sparse = SparseConfig(sink=args.sink, window=args.window, block=args.block)
+    sparse = SparseConfig(sink=args.sink, window=args.window, block=args.block, stride=args.stride)
     plan = Plan(
         args.backbone,
         args.device,

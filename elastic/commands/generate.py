@@ -74,7 +74,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
 
 
 def _answer(args: argparse.Namespace, prompt: str) -> None:
-    from elastic.backbone import override_routes
+    from elastic.backbone import elastic_config, override_routes
     from elastic.inference import generate, load
 
     model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype, kv_cache=args.kv_cache)
@@ -88,7 +88,7 @@ def _answer(args: argparse.Namespace, prompt: str) -> None:
     say(result.report.render(supports_unicode(sys.stderr)), stream=sys.stderr)
     if args.dense:
         say("\nall heads full:", stream=sys.stderr)
-        with override_routes(model, 0), prompt_progress(model):
+        with override_routes(model, 0, elastic_config(model).sparse.dense), prompt_progress(model):
             dense = generate(model, tokenizer, prompt, streamer=stream(), **options)[0]
         same = sum(a == b for a, b in zip(result.token_ids, dense.token_ids, strict=False))
         longest = max(len(result.token_ids), len(dense.token_ids))

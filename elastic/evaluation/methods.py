@@ -1,14 +1,18 @@
-"""Methods that `elastic eval` compares, by name: `dense`, `streaming`, `random:<msr>`, `static:<pattern file>`,
-`elastic:<checkpoint>`.
+"""Methods that `elastic eval` compares, by name: `dense`, `streaming`, `xattention[:<threshold>]`, `random:<msr>`,
+`static:<pattern file>`, `elastic:<checkpoint>`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-NAMES = "dense, streaming, random:<msr>, static:<pattern file>, elastic:<checkpoint>"
+from elastic.config import SparseConfig
+
+NAMES = (
+    "dense, streaming, xattention, xattention:<threshold>, random:<msr>, static:<pattern file>, elastic:<checkpoint>"
+)
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Method:
     Attributes:
         name: as the user wrote it.
         kind: the part before the colon.
-        argument: the part behind it; empty for `dense` and `streaming`.
+        argument: the part behind it; empty for `dense` and `streaming`, possibly for `xattention`.
     """
 
     name: str
@@ -34,19 +38,18 @@ class Method:
             FileNotFoundError: no such checkpoint or pattern file.
         """
         kind, _, argument = name.partition(":")
-        if kind == "xattention":
-            raise ValueError("method 'xattention' is not there yet: XAttention heads are not implemented; leave it out")
-        if kind not in ("dense", "streaming", "random", "static", "elastic"):
+        if kind not in ("dense", "streaming", "xattention", "random", "static", "elastic"):
             raise ValueError(f"unknown method {name!r}; expected one of {NAMES}")
-        if bool(argument) == (kind in ("dense", "streaming")):
+        if kind != "xattention" and bool(argument) == (kind in ("dense", "streaming")):
             raise ValueError(f"method {name!r} {'takes no' if argument else 'needs an'} argument; expected {NAMES}")
-        if kind == "random":
+        if kind in ("random", "xattention") and argument:
+            what = "an MSR from 0 to 1" if kind == "random" else "a threshold above 0, up to 1"
             try:
                 share = float(argument)
             except ValueError as error:
-                raise ValueError(f"method {name!r}: {argument!r} is no number; expected an MSR from 0 to 1") from error
-            if not 0 <= share <= 1:
-                raise ValueError(f"method {name!r}: the MSR {share} is not between 0 and 1")
+                raise ValueError(f"method {name!r}: {argument!r} is no number; expected {what}") from error
+            if not 0 <= share <= 1 or (kind == "xattention" and share == 0):
+                raise ValueError(f"method {name!r}: {share} is not {what}")
         if kind in ("static", "elastic") and not Path(argument).exists():
             raise FileNotFoundError(f"method {name!r}: {argument} does not exist")
         return cls(name, kind, argument)
@@ -61,7 +64,13 @@ class Method:
             return route.view(layers, kv_heads)
         if self.kind == "static":
             return read_pattern(Path(self.argument), layers, kv_heads)
-        return {"dense": 0, "streaming": 1, "elastic": None}[self.kind]
+        return {"dense": 0, "streaming": 1, "xattention": 1, "elastic": None}[self.kind]
+
+    def sparse(self, own: SparseConfig) -> SparseConfig:
+        """Modes and sizes that the method runs where the evaluation's pattern is `own`."""
+        if self.kind != "xattention":
+            return own
+        return replace(own, route1="xattention", threshold=float(self.argument or own.threshold))
 
 
 def read_pattern(path: Path, layers: int, kv_heads: int) -> Tensor:

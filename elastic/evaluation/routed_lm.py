@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from elastic.backbone import elastic_config, override_routes, route_of, routing
+from elastic.config import SparseConfig
 from elastic.sparsity import esr, msr
 
 
@@ -44,16 +45,23 @@ class RoutedLM(HFLM):
         route: what `override_routes` takes; None leaves the decision to the routers.
         batch_size: samples in one forward pass.
         max_length: tokens of prompt and answer; default the model's limit.
+        sparse: modes and pattern sizes; default the model's own.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, route: int | Tensor | None, batch_size: int = 1, max_length: int | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        route: int | Tensor | None,
+        batch_size: int = 1,
+        max_length: int | None = None,
+        sparse: SparseConfig | None = None,
     ) -> None:
         limit = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
         super().__init__(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=limit, backend="causal"
         )
-        self.route = route
+        self.route, self.sparse = route, sparse or elastic_config(model).sparse
         self.facts: dict[str, SampleFacts] = {}
         self._waiting: list[tuple[str, int, int]] = []
 
@@ -76,7 +84,7 @@ class RoutedLM(HFLM):
         from transformers import DynamicCache
 
         cache, clock = DynamicCache(config=self.model.config), _Clock(self.device)
-        with override_routes(self.model, self.route):
+        with override_routes(self.model, self.route, self.sparse):
             output = super()._model_generate(
                 context,
                 max_length,
@@ -87,7 +95,7 @@ class RoutedLM(HFLM):
             )
         record = route_of(cache)
         assert record.prompt_lengths is not None and clock.seconds is not None  # the prefill has just run
-        self._keep(record.route, record.prompt_lengths, clock.seconds)
+        self._keep(record.route, record.density, record.prompt_lengths, clock.seconds)
         return output
 
     @torch.no_grad()
@@ -106,7 +114,7 @@ class RoutedLM(HFLM):
             self._waiting = [(pair[0], len(kept), len(c) - len(kept)) for pair, kept, c, _ in chunk]
             logits, seconds = self._packed(rows, [len(kept) for _, kept, _, _ in chunk])
             state = routing(self.model)
-            self._keep(state.route, torch.tensor([len(kept) for _, kept, _, _ in chunk]), seconds)
+            self._keep(state.route, state.density, torch.tensor([len(kept) for _, kept, _, _ in chunk]), seconds)
             for piece, (_, _, _, answer) in zip(logits.split([len(row) for row in rows]), chunk, strict=True):
                 scores = F.log_softmax(piece[-len(answer) :].float(), dim=-1)
                 target = torch.tensor(answer, device=scores.device)
@@ -119,7 +127,7 @@ class RoutedLM(HFLM):
         ends = torch.tensor([0, *map(len, rows)]).cumsum(0)
         spans = torch.stack([ends[:-1], ends[:-1] + torch.tensor(prompts)], dim=1)
         started = time.perf_counter()
-        with override_routes(self.model, self.route):
+        with override_routes(self.model, self.route, self.sparse):
             logits = self.model(
                 input_ids=torch.tensor([[token for row in rows for token in row]], device=self.device),
                 position_ids=torch.cat([torch.arange(len(row)) for row in rows])[None].to(self.device),
@@ -129,9 +137,9 @@ class RoutedLM(HFLM):
             ).logits[0]
         return logits, time.perf_counter() - started
 
-    def _keep(self, route_LNK: Tensor, lengths_N: Tensor, seconds: float) -> None:
+    def _keep(self, route_LNK: Tensor, density_LNK: Tensor | None, lengths_N: Tensor, seconds: float) -> None:
         route = route_LNK.detach().cpu().double()
-        last, mean = esr(route, lengths_N.cpu(), elastic_config(self.model).sparse)
+        last, mean = esr(route, lengths_N.cpu(), self.sparse, density_LNK)
         for n, (text, tokens, cut) in enumerate(self._waiting):
             self.facts[text] = SampleFacts(float(msr(route)[n]), float(last[n]), float(mean[n]), seconds, tokens, cut)
 

@@ -130,7 +130,8 @@ def _evaluate(plan: Plan, method: Method, cell: Cell, model: Any, tokenizer: Any
     task = cell.benchmark.harness_task(Request(cell.task, cell.length, plan.samples, tokenizer, plan.seed, chat))
     shape = architecture(model)
     route = method.route(shape["num_layers"], shape["num_kv_heads"], plan.seed)
-    lm = RoutedLM(model, tokenizer, route, plan.batch_size)
+    sparse = None if method.kind == "elastic" else method.sparse(plan.sparse)
+    lm = RoutedLM(model, tokenizer, route, plan.batch_size, sparse=sparse)
     started = time.perf_counter()
     results: Any = lm_eval.simple_evaluate(
         model=lm,
@@ -167,7 +168,7 @@ def _facts(plan: Plan, method: Method, cell: Cell) -> dict[str, Any]:
         "dtype": plan.dtype,
         "device": plan.device,
         "batch_size": plan.batch_size,
-        "sparse": asdict(plan.sparse),
+        "sparse": asdict(method.sparse(plan.sparse)),
         "checkpoint": _stamp(method),
         "documents": cell.benchmark.identity(cell.task),
         "protocol": [f"{cell.benchmark.name} by lm-evaluation-harness", *cell.benchmark.corrections],

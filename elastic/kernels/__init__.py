@@ -6,8 +6,9 @@ from elastic.kernels.backward import attention_backward
 from elastic.kernels.block_bits import bits_from_indices, bits_from_mask
 from elastic.kernels.block_sparse import attention_forward
 from elastic.kernels.decode import attention_decode
-from elastic.kernels.devices import kernel_path, why_no_backward, why_not
+from elastic.kernels.devices import kernel_path, why_no_backward, why_no_selection, why_not
 from elastic.kernels.route_gap import period_of, route_gap, slot_table
+from elastic.kernels.xattention import select_blocks
 
 __all__ = [
     "attention_backward",
@@ -18,7 +19,9 @@ __all__ = [
     "kernel_path",
     "period_of",
     "route_gap",
+    "select_blocks",
     "slot_table",
     "why_no_backward",
+    "why_no_selection",
     "why_not",
 ]

@@ -8,7 +8,16 @@ hidden whatever the bits say; a query whose bits show it nothing gives output 0 
 import torch
 from torch import Tensor
 
+from elastic.kernels.params import QUERY_BLOCK
+
 _WEIGHTS = [1 << b for b in range(31)] + [-(1 << 31)]
+
+
+def query_block(block: int) -> int:
+    """Queries that share a row of bits: 128 for key blocks of 64 and 128, which the kernels take. Smaller key blocks,
+    which only PyTorch runs, have query blocks of their own size, so that short test sequences have several.
+    """
+    return QUERY_BLOCK if 2 * block >= QUERY_BLOCK else block
 
 
 def bits_from_mask(mask: Tensor) -> Tensor:
@@ -23,6 +32,14 @@ def mask_from_bits(bits: Tensor) -> Tensor:
     """Unpack int32 [..., W] into a boolean [..., 32 W] tensor."""
     shifts = torch.arange(32, dtype=torch.int32, device=bits.device)
     return ((bits.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)
+
+
+def count_bits(bits: Tensor) -> Tensor:
+    """Key blocks of every row: int32 [..., W] -> int64 [...]. Sums neighbouring fields of 1, 2, 4, ... bits."""
+    pairs = bits - ((bits >> 1) & 0x55555555)
+    nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    octets = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F
+    return ((octets * 0x01010101) >> 24).sum(-1)
 
 
 def bits_from_indices(indices: Tensor, counts: Tensor, key_blocks: int) -> Tensor:

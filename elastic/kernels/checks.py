@@ -105,11 +105,13 @@ def check_metadata(q: Tensor, k: Tensor, mode: Tensor, ranges: Ranges, bits: Ten
     if bits is not None:
         rows, words = -(-q.shape[1] // QUERY_BLOCK), -(-k.shape[1] // (32 * block))
         wanted = (samples, q.shape[2], rows, words)
-        if bits.dtype != torch.int32 or tuple(bits.shape) != wanted or not bits.is_contiguous():
+        if bits.dim() == 4 and ranges.begin_q is not None and ranges.end_q is not None:
+            rows = min(rows, max(1, bits.shape[2]))  # short samples need no more rows than they have query blocks
+        if bits.dtype != torch.int32 or tuple(bits.shape) != (*wanted[:2], rows, words) or not bits.is_contiguous():
             raise ValueError(
                 f"bits is {bits.dtype} {list(bits.shape)}, expected contiguous torch.int32 {list(wanted)}: samples, "
-                f"query heads, query blocks of {QUERY_BLOCK}, words of 32 key blocks of {block}; build it with "
-                "bits_from_mask or bits_from_indices"
+                f"query heads, query blocks of {QUERY_BLOCK} (those of the longest sample suffice, with begin_q and "
+                f"end_q), words of 32 key blocks of {block}; build it with bits_from_mask or bits_from_indices"
             )
     for name, tensor in {"mode": mode, "bits": bits, **ranges.named()}.items():
         if tensor is not None and tensor.device != q.device:

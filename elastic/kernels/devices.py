@@ -9,6 +9,8 @@ from elastic.kernels import jit
 from elastic.kernels.checks import HEAD_DIMS
 from elastic.kernels.params import BACKWARD_TILE, QUERY_BLOCK, is_half
 
+_SHARED_SM90 = 232448  # bytes that a CTA can have on compute capability 9.0
+
 
 @dataclass(frozen=True)
 class LaunchConfig:
@@ -51,6 +53,29 @@ def backward_config(processors: int, head_dim: int, samples: int, tiles: int) ->
     operands = 2 * 128 * head_dim * 2 + 4 * BACKWARD_TILE * 2 + 2 * rows * 128 * 2 + BACKWARD_TILE * 4
     shared = 1024 + operands + 4 * rows * 4 + 1024 + tables
     return LaunchConfig("attention_backward_sm90", "sm_90a", 384, shared, max(1, min(processors, tiles)))
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """How the launch that chooses key blocks runs; `shared_units`: blocks whose masses a warp has room for."""
+
+    threads: int
+    shared_bytes: int
+    grid: int
+    shared_units: int
+    pair: int  # CTAs of a cluster, each with a query head of the same KV head
+
+
+def selection_config(processors: int, samples: int, tiles: int, key_blocks: int, group: int) -> SelectionConfig:
+    """Launch choices of the block selection on compute capability 9.0; `tiles` is an upper bound of the row tiles,
+    `group` the query heads of a KV head.
+    """
+    pair = 1
+    grid = max(pair, min(processors, tiles) // pair * pair)
+    fixed = 1024 + 4 * (128 + 256) * 128 + 1024 + 16 * samples
+    per_unit = 8 * 4  # warps, bytes
+    units = min(-(-key_blocks // 32), (_SHARED_SM90 - fixed) // (32 * per_unit)) * 32
+    return SelectionConfig(384, fixed + per_unit * units, grid, units, pair)
 
 
 @dataclass(frozen=True)
@@ -125,6 +150,17 @@ def why_no_backward(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     reason = why_not(device, dtype, head_dim)
     if reason is None and device_facts(device.index or 0)[0] != (9, 0):
         return "the backward kernels need compute capability 9.0"
+    return reason
+
+
+@cache
+def why_no_selection(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernel that chooses key blocks cannot run on such tensors here, in a few words; None if it can. Other
+    GPUs choose in PyTorch.
+    """
+    reason = why_not(device, dtype, head_dim)
+    if reason is None and device_facts(device.index or 0)[0] != (9, 0):
+        return "the selection kernel needs compute capability 9.0"
     return reason
 
 

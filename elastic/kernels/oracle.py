@@ -61,19 +61,17 @@ def _groups(
     wide: torch.dtype,
 ) -> Iterator[_Group]:  # fmt: skip
     samples, kv_heads = mode.shape
-    full: dict[str, int] = {"begin_q": 0, "end_q": q.shape[1], "begin_k": 0, "end_k": k.shape[1]}
-    spans = {n: [full.get(n, 0)] * samples if t is None else t.tolist() for n, t in ranges.named().items()}
-    rows = list(range(samples)) if ranges.row is None else spans["row"]
     group = q.shape[2] // kv_heads
-    for n, modes in enumerate(mode.tolist()):
-        queries, keys = slice(spans["begin_q"][n], spans["end_q"][n]), slice(spans["begin_k"][n], spans["end_k"][n])
+    spans = ranges.on_host(samples, q.shape[1], k.shape[1])
+    for n, (modes, (row, begin_q, end_q, begin_k, end_k)) in enumerate(zip(mode.tolist(), spans, strict=True)):
+        queries, keys = slice(begin_q, end_q), slice(begin_k, end_k)
         for kv_head, of_head in enumerate(modes):
             heads = slice(kv_head * group, (kv_head + 1) * group)
-            q_GLD = q[rows[n], queries, heads].transpose(0, 1).to(wide)
-            k_LD, v_LD = k[rows[n], keys, kv_head].to(wide), v[rows[n], keys, kv_head].to(wide)
+            q_GLD = q[row, queries, heads].transpose(0, 1).to(wide)
+            k_LD, v_LD = k[row, keys, kv_head].to(wide), v[row, keys, kv_head].to(wide)
             chosen = None if bits is None else bits[n, heads]
             mask = head_mask(of_head, q_GLD.shape[1], k_LD.shape[0], pattern, chosen, q.device)
-            yield _Group(rows[n], queries, keys, heads, kv_head, q_GLD, k_LD, v_LD, mask)
+            yield _Group(row, queries, keys, heads, kv_head, q_GLD, k_LD, v_LD, mask)
 
 
 def attention_oracle(

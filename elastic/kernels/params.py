@@ -9,10 +9,12 @@ from torch import Tensor
 
 FULL, STREAMING, BLOCK_SPARSE = 0, 1, 2
 QUERY_BLOCK = 128
-PARAMS_BYTES, BACKWARD_BYTES = 768, 960
+PARAMS_BYTES, BACKWARD_BYTES, SELECTION_BYTES = 768, 960, 832
 BACKWARD_TILE = 8192  # query rows of a backward tile times head dim
+ROW_TILE, KEY_CELLS = 128, 256  # of the block selection: rows of a tile, cells of a key tile, of `stride` tokens each
 _POINTERS, _SIZES = struct.Struct("<13Q"), struct.Struct("<12q12i2f")
 _ADDRESSES, _STRIDES = struct.Struct("<7Q"), struct.Struct("<12qi36x")
+_SELECTION = struct.Struct("<dQ4i32x")
 MAP_BYTES = 128
 
 
@@ -45,6 +47,16 @@ class Ranges(NamedTuple):
     def partial(self) -> bool:
         """Whether some query row may belong to no sample."""
         return not (self.begin_q is None and self.end_q is None and self.row is None)
+
+    def on_host(self, samples: int, seq_q: int, seq_k: int) -> list[tuple[int, int, int, int, int]]:
+        """(row, begin_q, end_q, begin_k, end_k) of every sample; waits for a GPU."""
+
+        def given(values: Tensor | None, default: int) -> list[int]:
+            return [default] * samples if values is None else values.tolist()
+
+        rows = list(range(samples)) if self.row is None else self.row.tolist()
+        spans = (given(self.begin_q, 0), given(self.end_q, seq_q), given(self.begin_k, 0), given(self.end_k, seq_k))
+        return list(zip(rows, *spans, strict=True))
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -125,6 +137,13 @@ def pack_addresses(*addresses: int) -> bytes:
 def pack_strides(strided: tuple[Tensor, ...], row_tiles: int) -> bytes:
     """The second part, the same for every call with these shapes: strides of out, dq, dk, dv."""
     return _STRIDES.pack(*(stride for tensor in strided for stride in strides_of(tensor)), row_tiles)
+
+
+def pack_selection(
+    threshold: float, mass: Tensor | None, tail_q: int, tail_k: int, columns: int, shared_units: int
+) -> bytes:
+    """What `elastic::SelectParams` adds to `Params`."""
+    return _SELECTION.pack(threshold, _address(mass), tail_q, tail_k, columns, shared_units)
 
 
 def is_half(dtype: torch.dtype) -> bool:

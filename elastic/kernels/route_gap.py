@@ -59,7 +59,7 @@ def slot_table(
     begin_q, begin_k = given(ranges.begin_q, 0), given(ranges.begin_k, 0)
     end_q, end_k = given(ranges.end_q, seq_q), given(ranges.end_k, seq_k)
     row = torch.arange(samples, device=device) if ranges.row is None else ranges.row.long()
-    size = QUERY_BLOCK * max(1, -(-batch * seq_q // (QUERY_BLOCK * _TARGET_SLOTS * period)))
+    size = _slot_size(batch, seq_q, period)
     bound = batch * -(-seq_q // size) + (samples if ranges.partial else 0)
     strata = -(-bound // period)
     slots_N = (end_q - begin_q).clamp(min=0).add(size - 1) // size
@@ -71,6 +71,11 @@ def slot_table(
     last = torch.minimum(first + size, end_q[owner])
     places = torch.stack([first, last, begin_k[owner], end_k[owner] - end_q[owner] + last, row[owner]])
     return torch.cat([torch.where(used, places, 0), owner[None]]).int().view(6, strata, period)
+
+
+def _slot_size(batch: int, seq_q: int, period: int) -> int:
+    """Query rows of a slot, whole query blocks."""
+    return QUERY_BLOCK * max(1, -(-batch * seq_q // (QUERY_BLOCK * _TARGET_SLOTS * period)))
 
 
 def draw_slots(table: Tensor) -> tuple[Ranges, Tensor]:
@@ -88,13 +93,13 @@ def route_gap(
     grad_out: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, other_mode: Tensor, *, sink: int, window: int,
     granule: str, block: int, scale: float, share: float = 1.0, begin_q: Tensor | None = None,
     end_q: Tensor | None = None, begin_k: Tensor | None = None, end_k: Tensor | None = None, row: Tensor | None = None,
-    table: Tensor | None = None,
+    bits: Tensor | None = None, table: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Sum over the sample's queries, the group's heads and D of grad_out (out - other), fp32 [N, K].
 
     Args:
         grad_out, out: [B, Sq, H, D], gradient of the output and the output.
-        other_mode: int32 [N, K], 0 or 1: what to compare with; the other arguments as for `attention_forward`.
+        other_mode: int32 [N, K]: what to compare with; the other arguments as for `attention_forward`.
         share: share of the queries that are looked at, one over a whole number.
         table: `slot_table` of these samples and this share, where the caller has it already.
 
@@ -107,15 +112,27 @@ def route_gap(
         table = slot_table(ranges, q.shape[0], q.shape[1], k.shape[1], samples, period, q.device)
     slots, owner = draw_slots(table)
     modes = other_mode.index_select(0, owner)
+    if bits is not None:
+        assert slots.begin_q is not None
+        first = slots.begin_q if begin_q is None else slots.begin_q - begin_q.index_select(0, owner)
+        bits = _bits_of_slots(bits, owner, first, _slot_size(q.shape[0], q.shape[1], period))
     other, _ = attention_forward(
-        q, k, v, modes, sink=sink, window=window, granule=granule, block=block, scale=scale, **slots.named()
-    )
+        q, k, v, modes, sink=sink, window=window, granule=granule, block=block, scale=scale, bits=bits,
+        **slots.named(),
+    )  # fmt: skip
     plain = q.is_cuda and type(q) is Tensor and not torch.compiler.is_compiling()
     # The plain call spares the dispatcher's microseconds.
     slot_gap: Callable[..., Tensor] = _slot_gap_cuda if plain else torch.ops.elastic.slot_gap
     gap_TK = slot_gap(grad_out, out, other, modes, slots.begin_q, slots.end_q, slots.row)
     owns_NT = owner == torch.arange(samples, device=q.device)[:, None]
     return owns_NT.to(gap_TK.dtype) @ gap_TK * period
+
+
+def _bits_of_slots(bits: Tensor, owner: Tensor, first_T: Tensor, size: int) -> Tensor:
+    """Block bits [T, H, size / 128, W] of slots that begin `first_T` queries into their samples."""
+    block = first_T[:, None] // QUERY_BLOCK + torch.arange(size // QUERY_BLOCK, device=bits.device)
+    block = block.clamp(0, bits.shape[2] - 1)  # beyond a slot's last query nothing is read
+    return bits[owner[:, None, None], torch.arange(bits.shape[1], device=bits.device)[:, None], block[:, None]]
 
 
 def _slot_gap_cuda(

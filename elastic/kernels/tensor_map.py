@@ -1,6 +1,7 @@
 """TMA tensor maps of strided [B, S, heads, D] tensors, through the driver API."""
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -24,26 +25,21 @@ def _encoder() -> Any:
     return encode
 
 
-def tensor_map(tensor: Tensor, strides: tuple[int, int, int], rows: int) -> bytes:
-    """The 128 bytes of a map of [B, S, heads, D] with boxes of `rows` tokens by 64 columns.
-
-    Raises:
-        RuntimeError: the driver refused the layout.
-    """
+def _encode(tensor: Tensor, first: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> bytes:
+    """Map of `sizes` elements from element `first` on; `strides` in elements, of all dimensions but the innermost."""
     jit.bind_thread(tensor.device.index)
-    batch, tokens, heads, dim = tensor.shape
-    row, token, head = strides
     storage = ctypes.create_string_buffer(MAP_BYTES + 64)
     aligned = (ctypes.addressof(storage) + 63) // 64 * 64  # the driver wants the map on a 64-byte boundary
+    rank = len(sizes)
     code = _encoder()(
         aligned,
         _DTYPE[tensor.dtype],
-        4,
-        tensor.data_ptr(),
-        (ctypes.c_uint64 * 4)(dim, tokens, heads, batch),
-        (ctypes.c_uint64 * 3)(2 * token, 2 * head, 2 * row),
-        (ctypes.c_uint32 * 4)(_BOX_COLUMNS, rows, 1, 1),
-        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+        rank,
+        tensor.data_ptr() + 2 * first,
+        (ctypes.c_uint64 * rank)(*sizes),
+        (ctypes.c_uint64 * (rank - 1))(*(2 * s for s in strides)),
+        (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*[1] * rank),
         0,  # not interleaved
         _SWIZZLE_128B,
         _L2_PROMOTION_256B,
@@ -51,7 +47,38 @@ def tensor_map(tensor: Tensor, strides: tuple[int, int, int], rows: int) -> byte
     )
     if code:
         raise RuntimeError(
-            f"cuTensorMapEncodeTiled refused shape {list(tensor.shape)}, element strides {list(strides)} at "
+            f"cuTensorMapEncodeTiled refused shape {list(tensor.shape)}, element strides {list(tensor.stride())} at "
             f"{tensor.data_ptr():#x} (CUresult {code}); make the tensor contiguous"
         )
     return ctypes.string_at(aligned, MAP_BYTES)
+
+
+def tensor_map(tensor: Tensor, strides: tuple[int, int, int], rows: int) -> bytes:
+    """The 128 bytes of a map of [B, S, heads, D] with boxes of `rows` tokens by 64 columns.
+
+    Raises:
+        RuntimeError: the driver refused the layout.
+    """
+    batch, tokens, heads, dim = tensor.shape
+    row, token, head = strides
+    return _encode(tensor, 0, (dim, tokens, heads, batch), (token, head, row), (_BOX_COLUMNS, rows, 1, 1))
+
+
+def phase_maps(tensor: Tensor, strides: tuple[int, int, int], stride: int, cells: int) -> tuple[bytes, bytes]:
+    """Two maps of [B, S, heads, D] as (D, phase, cell, heads, B) with token = stride * cell + phase, boxes of one phase
+    of `cells` cells. The first holds the phases from S % stride on, the second those before, which have one cell more.
+    A map that would be empty stands for some other tokens; what lies behind a tensor's end is never used.
+
+    Raises:
+        RuntimeError: the driver refused the layout.
+    """
+    batch, tokens, heads, dim = tensor.shape
+    row, token, head = strides
+    tail, box = tokens % stride, (_BOX_COLUMNS, 1, cells, 1, 1)
+    steps = (token, stride * token, head, row)
+    whole = max(1, tokens // stride)
+    first = tail if tokens >= stride else 0  # a tensor shorter than a cell has no whole one
+    phases = stride - tail if tokens >= stride else 1
+    main = _encode(tensor, first * token, (dim, phases, whole, heads, batch), steps, box)
+    rest = _encode(tensor, 0, (dim, tail, tokens // stride + 1, heads, batch), steps, box) if tail else main
+    return main, rest

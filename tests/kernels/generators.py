@@ -51,7 +51,7 @@ def _pattern(rng: random.Random, dim: int) -> tuple[Pattern, bool]:
     return Pattern(block * rng.randrange(3), block * rng.randrange(1, 9), "block", block, scale), block >= 64
 
 
-def _spans(rng: random.Random, kind: str, batch: int, seq_q: int, seq_k: int) -> dict[str, list[int]] | None:
+def random_spans(rng: random.Random, kind: str, batch: int, seq_q: int, seq_k: int) -> dict[str, list[int]] | None:
     """Sample ranges by name; None for whole rows."""
     if kind == "whole":
         return None
@@ -84,22 +84,28 @@ def random_problem(seed: int, device: str = "cuda") -> Problem:
     k = tensor(gen, (batch, seq_k, kv_heads, dim), rng.choice(layouts), dtype)
     v = tensor(gen, (batch, seq_k, kv_heads, dim), rng.choice(layouts), dtype)
     pattern, blocks_allowed = _pattern(rng, dim)
-    spans = _spans(rng, kind, batch, seq_q, seq_k)
+    spans = random_spans(rng, kind, batch, seq_q, seq_k)
     samples = batch if spans is None else len(spans["row"])
     modes = rng.choice(((0,), (1,), (0, 1), (2,), (0, 1, 2))) if blocks_allowed else rng.choice(((0,), (1,), (0, 1)))
     mode = torch.tensor([[rng.choice(modes) for _ in range(kv_heads)] for _ in range(samples)], dtype=torch.int32)
-    ranges = Ranges()
-    if spans is not None:
-        ranges = Ranges(**{n: torch.tensor(x, dtype=torch.int32, device=device) for n, x in spans.items()})
-        poison_outside(q, ranges.begin_q, ranges.end_q, ranges.row)
-        poison_outside(k, ranges.begin_k, ranges.end_k, ranges.row)
-        poison_outside(v, ranges.begin_k, ranges.end_k, ranges.row)
+    ranges = placed(spans, q, k, v)
     bits = None
     if 2 in modes:
         shape = (samples, kv_heads * group, -(-seq_q // 128), -(-seq_k // pattern.block))
         density = rng.choice((0.0, 0.1, 0.5, 1.0))
         bits = bits_from_mask(torch.rand(shape, generator=gen, device=device) < density)
     return Problem(q, k, v, mode.to(device), pattern, ranges, bits)
+
+
+def placed(spans: dict[str, list[int]] | None, q: Tensor, *of_keys: Tensor) -> Ranges:
+    """The spans on the device; tokens of no sample are poisoned in q and in k (and v)."""
+    if spans is None:
+        return Ranges()
+    ranges = Ranges(**{n: torch.tensor(x, dtype=torch.int32, device=q.device) for n, x in spans.items()})
+    poison_outside(q, ranges.begin_q, ranges.end_q, ranges.row)
+    for x in of_keys:
+        poison_outside(x, ranges.begin_k, ranges.end_k, ranges.row)
+    return ranges
 
 
 def poison_outside(x: Tensor, begin: Tensor, end: Tensor, row: Tensor) -> None:

@@ -1,16 +1,23 @@
-"""First look at a kernel on a GPU, with the watchdog on: python -m tests.kernels.smoke sm90|sm80|backward [seeds]."""
+"""First look at a kernel on a GPU, with the watchdog on:
+python -m tests.kernels.smoke sm90|sm80|backward|selection [seeds].
+"""
 
 import sys
 
 from tests.kernels.generators import random_problem
 from tests.kernels.gpu import judge, reference, run
 from tests.kernels.gpu_backward import forward_exact, judge_gradients, reference_gradients, run_backward, upstream
+from tests.kernels.gpu_selection import judge_selection, random_selection, run_selection
 
 WATCHDOG = ("ELASTIC_WATCHDOG=1",)
 
 
 def check(path: str, seed: int) -> None:
     """Raise unless the problem of this seed comes out right on this path."""
+    if path == "selection":
+        selection = random_selection(seed)
+        judge_selection(*run_selection(selection, WATCHDOG), selection)
+        return
     problem = random_problem(seed)
     if path == "backward":
         grad = upstream(problem, seed)
@@ -25,13 +32,13 @@ def main() -> None:
     path, seeds = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 40
     failed = 0
     for seed in range(seeds):
-        problem = random_problem(seed)
         try:
             check(path, seed)
         except AssertionError as error:
             failed += 1
+            problem = random_selection(seed) if path == "selection" else random_problem(seed)
             shape = list(problem.q.shape), list(problem.k.shape), problem.q.dtype, problem.mode.tolist()
-            sys.stdout.write(f"seed {seed} {shape} {problem.pattern} partial={problem.ranges.partial}: {error}\n")
+            sys.stdout.write(f"seed {seed} {shape} partial={problem.ranges.partial}: {error}\n")
     sys.stdout.write(f"{path}: {failed} of {seeds} failed\n")
 
 

@@ -40,6 +40,8 @@ def ints(*shape: int) -> torch.Tensor:
         ({"row": ints(4)[::2]}, r"row is torch.int32 \[2\], expected contiguous"),
         ({"bits": ints(1)}, r"bits is torch.int32 \[1\].*\[2, 4, 1, 1\]"),
         ({"bits": ints(2, 4, 1, 1).long()}, "bits is torch.int64"),
+        ({"bits": ints(2, 4, 0, 1), "begin_q": ints(2), "end_q": ints(2)}, r"bits is torch.int32 \[2, 4, 0, 1\]"),
+        ({"bits": ints(2, 4, 2, 1), "begin_q": ints(2), "end_q": ints(2)}, r"bits is torch.int32 \[2, 4, 2, 1\]"),
         ({"q": torch.zeros(2, 40, 256)}, "do not belong together"),
         ({"v": torch.zeros(2, 39, 2, 64)}, "do not belong together"),
         ({"q": torch.zeros(3, 40, 4, 64)}, "do not belong together"),

@@ -23,6 +23,7 @@ LIMITS = {
     "attention_forward_sm80": 128,
     "attention_backward_sm90": 144,
     "attention_backward_rows": 0,
+    "xattention_select_sm90": 0,
 }
 TARGETS = [
     ("attention_forward_sm90", "sm_90a"),
@@ -33,16 +34,31 @@ TARGETS = [
 ]
 
 
+def compiles_clean(variant: jit.Variant) -> None:
+    """Raise unless it compiles within its limit of spills and without warnings about wgmma."""
+    cubin, log = jit.compile_cubin(variant)
+    assert cubin[:4] == b"\x7fELF"
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
+    assert spilled and max(spilled) <= LIMITS[variant.file], log
+    # ptxas put in a fence, serialised a wgmma, or ignored setmaxnreg
+    assert not re.search(r"C75\d\d", log), log
+
+
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("name", "arch"), TARGETS)
 def test_variant_compiles_clean(name: str, arch: str, head_dim: int, bf16: bool) -> None:
-    cubin, log = jit.compile_cubin(jit.Variant(name, arch, head_dim, bf16))
-    assert cubin[:4] == b"\x7fELF"
-    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
-    assert spilled and max(spilled) <= LIMITS[name], log
-    # ptxas put in a fence, serialised a wgmma, or ignored setmaxnreg
-    assert not re.search(r"C75\d\d", log), log
+    compiles_clean(jit.Variant(name, arch, head_dim, bf16))
+
+
+@pytest.mark.parametrize("pair", [1, 2])
+@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_selection_compiles_clean(head_dim: int, bf16: bool, block: int, stride: int, pair: int) -> None:
+    sizes = (f"ELASTIC_STRIDE={stride}", f"ELASTIC_BLOCK={block}", f"ELASTIC_PAIR={pair}")
+    compiles_clean(jit.Variant("xattention_select_sm90", "sm_90a", head_dim, bf16, sizes))
 
 
 @pytest.mark.parametrize("bf16", [True, False])
@@ -67,14 +83,12 @@ def test_decode_and_router_compile_clean(arch: str, head_dim: int, bf16: bool) -
 @pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
 def test_the_other_gpus_compile(arch: str) -> None:
     """Compute capability 8.x, and newer than 9.0: the sm_80 kernel, built for the GPU's own target."""
-    cubin, log = jit.compile_cubin(jit.Variant("attention_forward_sm80", arch, 128, True))
-    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
-    assert cubin[:4] == b"\x7fELF" and spilled and max(spilled) <= LIMITS["attention_forward_sm80"], log
+    compiles_clean(jit.Variant("attention_forward_sm80", arch, 128, True))
 
 
-@pytest.mark.parametrize("name", ["attention_forward_sm90", "attention_backward_sm90"])
+@pytest.mark.parametrize("name", ["attention_forward_sm90", "attention_backward_sm90", "xattention_select_sm90"])
 def test_the_builds_of_the_race_tests_compile(name: str) -> None:
-    debug = ("ELASTIC_STRESS=1", "ELASTIC_WATCHDOG=1")
+    debug = ("ELASTIC_STRESS=1", "ELASTIC_WATCHDOG=1", "ELASTIC_STRIDE=16", "ELASTIC_BLOCK=128", "ELASTIC_PAIR=2")
     cubin, _ = jit.compile_cubin(jit.Variant(name, "sm_90a", 128, True, debug))
     assert cubin[:4] == b"\x7fELF"
 
@@ -141,7 +155,6 @@ def test_processes_that_compile_at_once_leave_one_whole_file(tmp_path) -> None:
     code = """if True:
         import hashlib, pathlib, sys, time
         from elastic.kernels import jit
-from elastic.kernels.devices import decode_config
         folder = pathlib.Path(sys.argv[1])
         real = jit.compile_cubin
 

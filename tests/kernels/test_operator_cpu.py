@@ -6,8 +6,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from elastic.kernels import attention_forward, bits_from_indices, bits_from_mask
 from elastic.kernels.block_bits import mask_from_bits
-from elastic.kernels.devices import kernel_path, launch_config
-from elastic.kernels.params import MAP_BYTES, PARAMS_BYTES, Pattern, Ranges, pack_pointers, pack_sizes
+from elastic.kernels.devices import kernel_path, launch_config, selection_config
+from elastic.kernels.params import (
+    MAP_BYTES,
+    PARAMS_BYTES,
+    SELECTION_BYTES,
+    Pattern,
+    Ranges,
+    pack_pointers,
+    pack_selection,
+    pack_sizes,
+)
 from elastic.visibility import visible
 
 SIZE = {"sink": 4, "window": 8, "granule": "token", "block": 64}
@@ -150,6 +159,16 @@ def test_parameter_block_has_the_declared_size() -> None:
     sizes = pack_sizes(q, k, k, q, mode, None, Pattern(0, 1, "token", 64, 0.1))
     pointers = pack_pointers(q, k, k, q, q, mode, None, Ranges(), mode)
     assert 4 * MAP_BYTES + len(pointers) + len(sizes) == PARAMS_BYTES
+
+
+def test_selection_fits_the_declared_sizes() -> None:
+    """Its parameters, and the shared memory of a CTA: a warp's masses take what the samples' schedule leaves."""
+    assert len(pack_selection(0.9, None, 0, 0, 32, 32)) + PARAMS_BYTES == SELECTION_BYTES
+    sizes = ((1, 3, 5, 7), (1, 2048, 4096, 4), (512, 2048, 4096, 4))
+    small, long, packed = (selection_config(132, *one) for one in sizes)
+    assert (small.grid, small.pair, small.shared_units) == (3, 1, 32) and (long.grid, long.pair) == (132, 1)
+    assert long.shared_units % 32 == packed.shared_units % 32 == 0 and long.shared_units > packed.shared_units > 0
+    assert small.shared_bytes < packed.shared_bytes <= 232448 and long.shared_bytes <= 232448
 
 
 def test_launch_choices() -> None:

@@ -1,18 +1,23 @@
 """`routed_attention` through the fused operator: the plan's translation on the CPU, the kernels on a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import elastic
-from elastic.attention import backend_for, fused, routed_attention
-from elastic.backbone import override_routes
+from elastic.attention import _StraightThrough, backend_for, choose_blocks, fused, routed_attention
+from elastic.backbone import override_routes, routers, routing
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.head_plan import HeadPlan, Layout, batch_layout, packed_layout
 from elastic.kernels import devices, jit
+from elastic.kernels.block_bits import mask_from_bits
+from elastic.selection import density, with_blocks
 from elastic.torch_attention import attend
-from tests.kernels.gpu import needs_gpu
+from tests.kernels.gpu import HAS_GPU, needs_gpu
 from tests.models import left_padded, random_ids, tiny_model, varied_routers
 
+HAS_BACKWARD = HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
 SPARSE = SparseConfig(sink=64, window=64, block=64)
 TOKENS = SparseConfig(sink=64, window=128, block=64, granule="token")
 BOUNDS = [0, 1, 130, 300]
@@ -64,6 +69,9 @@ def test_a_gpu_without_backward_kernels_says_so(monkeypatch):
     monkeypatch.setattr(jit, "is_installed", lambda: True)
     ampere = torch.device("cuda", 63)  # the answers are cached by device
     assert backend_for(ampere, torch.bfloat16, 128) == "attention_forward_sm80 (sm_80)"
+    chosen = backend_for(ampere, torch.bfloat16, 128, sparse=SparseConfig(route1="xattention"))
+    assert chosen.endswith("(sm_80); key blocks are chosen in torch: the selection kernel needs compute capability 9.0")
+    assert backend_for(ampere, torch.bfloat16, 128, sparse=SPARSE) == "attention_forward_sm80 (sm_80)"
     named = backend_for(ampere, torch.bfloat16, 128, training=True)
     assert named == "torch (cuda; the backward kernels need compute capability 9.0)"
 
@@ -85,6 +93,100 @@ def test_the_kernel_runs_where_no_gradient_is_wanted(name, head_dim):
     error, allowed = (valid(layout, out - exact).abs().max() for out in (got, same))
     assert error <= 2 * allowed + torch.finfo(torch.bfloat16).eps
     assert routed_attention(q.requires_grad_(), k, v, route, plan, 0.125).requires_grad
+
+
+XA_MODES = {"FA-XA": ("full", "xattention"), "XA-SSA": ("xattention", "streaming")}
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.skipif(not HAS_BACKWARD, reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("name", ["rows", "left", "chunk", "packed"])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("configuration", XA_MODES)
+def test_chosen_blocks_go_through_the_kernels(name, block, configuration):
+    """Output and all gradients, the routes' too, against the PyTorch path in fp64 under the same block choice."""
+    device = torch.device("cuda", 0)
+    layout = layouts(device)[name]
+    sizes = {"sink": block, "window": block, "block": block, "stride": 8, "threshold": 0.5}
+    sparse = SparseConfig(*XA_MODES[configuration], **sizes)
+    q, k, v, route = problem(layout, torch.bfloat16, device)
+    q, k = 2 * q, 2 * k
+    plan = HeadPlan.build(route, sparse, layout)
+    plan = with_blocks(q, k, plan, 0.125, fused=False, both=True)
+    weight = torch.randn(
+        layout.rows, layout.queries, 4, 64, generator=torch.Generator(device).manual_seed(1), device=device
+    )
+    results = []
+    for run, dtype in ((fused, torch.bfloat16), (twin, torch.bfloat16), (twin, torch.float64)):
+        operands = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        routes = route.clone().requires_grad_()
+        out = valid(layout, run(*operands, routes, plan, 0.125))
+        gradients = torch.autograd.grad((out * valid(layout, weight)).sum(), (*operands, routes))
+        results.append([x.double() for x in (out, *gradients)])
+    for kernel, same, exact in zip(*results, strict=True):
+        error, allowed = (kernel - exact).norm(), (same - exact).norm()
+        assert error <= 2 * allowed + 1e-2 * exact.norm(), (float(error), float(allowed), float(exact.norm()))
+    if (name, block) != ("packed", 128):  # samples of two blocks: every mode sees all of them
+        assert float(results[-1][-1].norm()) > 0
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.skipif(not HAS_BACKWARD, reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("name", ["rows", "left", "chunk", "packed"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_blocks_are_chosen_on_the_gpu(name, head_dim):
+    """With nothing chosen in advance: the operator's bits, nearly the oracle's, and the output under just these."""
+    device = torch.device("cuda", 0)
+    layout = layouts(device)[name]
+    sparse = SparseConfig("full", "xattention", sink=64, window=64, block=64, stride=8, threshold=0.5)
+    q, k, v, route = problem(layout, torch.bfloat16, device, head_dim)
+    q, k = 2 * q, 2 * k
+    plan = HeadPlan.build(route, sparse, layout)
+    chosen = choose_blocks(q, k, v, route, plan, 0.125)
+    slow = with_blocks(q, k, plan, 0.125, fused=False, both=False)
+    differ = (mask_from_bits(chosen.bits) != mask_from_bits(slow.bits)).any(-1)
+    assert float(differ.float().mean()) <= 0.05  # masses on the threshold fall to either side
+    assert (density(chosen) - density(slow)).abs().max() < 0.02
+    out = valid(layout, routed_attention(q, k, v, route, plan, 0.125))
+    assert torch.equal(out, valid(layout, fused(q, k, v, route, chosen, 0.125)))
+    exact = valid(layout, attend(*(x.double() for x in (q, k, v)), chosen, 0.125))
+    assert (out - exact).abs().max() < 2e-2 * exact.abs().max()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.skipif(not HAS_BACKWARD, reason="needs a GPU of compute capability 9.0")
+def test_a_model_with_xattention_heads_trains_and_generates_on_the_gpu():
+    """At threshold 1 it is the dense model; below, fewer pairs are visited, and the routers get a gradient."""
+    ids, mask = left_padded(random_ids(2, 400), [0, 130])
+    ids, mask = ids.cuda(), mask.cuda()
+    model = tiny_model(hidden_size=256, head_dim=64).bfloat16()
+    sparse = SparseConfig("xattention", "streaming", sink=64, window=64, block=64, stride=16, threshold=1.0)
+    elastic.attach(model, ElasticConfig(RouterConfig(pool_tokens=8), sparse)).cuda()
+    with torch.no_grad():
+        with override_routes(model, 0):
+            whole = model(ids, attention_mask=mask).logits[mask.bool()]
+        with override_routes(model, 0, sparse.dense):
+            dense = model(ids, attention_mask=mask).logits[mask.bool()]
+        torch.testing.assert_close(whole, dense, rtol=0, atol=0.05)
+        with override_routes(model, 0, replace(sparse, threshold=0.3)):
+            model(ids, attention_mask=mask)
+            assert float(routing(model).density.max()) < 0.9
+            tokens = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert tokens.shape == (2, 404)
+    varied_routers(model)
+    model.train()(ids, attention_mask=mask).logits.float().square().mean().backward()
+    assert all(router.head[-1].bias.grad.abs().sum() > 0 for router in routers(model))
+
+
+def twin(q, k, v, route, plan, scale):
+    """`routed_attention` of the PyTorch path, on any device."""
+    out = attend(q, k, v, plan, scale)
+    with torch.no_grad():
+        other = attend(q, k, v, plan.flipped(), scale)
+    return _StraightThrough.apply(out, other, route, plan.layout)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,88 @@
+"""Ways to run attention beside each other on held-out data, as records and tables: scores and ESR by source, and what
+XAttention heads visit by layer. `tests/bench/methods.py` measures them.
+"""
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from elastic.bench.records import Record
+from elastic.bench.runs import RETRIEVAL, generator_of, score_of
+
+SCORES = {"exact": "share", "accuracy": "share", "loss": "nats a token"}
+RATIOS = ("msr", "esr_last", "esr_all")
+DENSITY = "density by layer"  # the case that is no source
+NOTES = """Answers teacher-forced on held-out samples; exact: all answer tokens right. ± half a 95 % interval over
+samples, then ESR over all layers. Every method runs the same backbone: dense, streaming and xattention:<threshold> with
+all heads in that mode, elastic:<configuration> with the decisions of one checkpoint's routers between the modes of that
+configuration; they were trained for full against streaming attention (fa-ssa) only."""
+
+
+def records(results: dict[str, Any]) -> list[Record]:
+    """Records of what `elastic test` measured.
+
+    Args:
+        results: as in `results_test.json`.
+    """
+    found: list[Record] = []
+    for source, row in results["sources"].items():
+        for method in results["methods"]:
+            ratios = {name: _ratio(row, method, name) for name in RATIOS}
+            for metric, unit in SCORES.items():
+                value, half = row[f"{method}_{metric}"], row[f"{method}_{metric}_95"]
+                record = {"case": source, "who": method, "metric": metric, "value": value, "unit": unit, "half": half}
+                found.append({**record, "n": row["n"], **ratios})
+    for method, layers in results["xattention_density_by_layer"].items():
+        known = [share for share in layers if share is not None]
+        record = {"case": DENSITY, "who": method, "metric": "pairs visited", "value": fmean(known), "unit": "share"}
+        found.append({**record, "by_layer": layers})
+    return found
+
+
+def score_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a line per source with the score that counts there, after the means over the retrieval sources
+    and over the text sources; a column per method, `score ± half (ESR)`.
+    """
+    shown = [record for record in found if record["case"] != DENSITY and record["metric"] == score_of(record["case"])]
+    methods = list(dict.fromkeys(record["who"] for record in shown))
+    cells: dict[str, dict[str, Record]] = {}
+    for record in shown:
+        cells.setdefault(record["case"], {})[record["who"]] = record
+    rows = []
+    for title, sources in (
+        ("mean of retrieval", [source for source in cells if generator_of(source) in RETRIEVAL]),
+        ("mean of text", [source for source in cells if score_of(source) == "loss"]),
+    ):
+        if sources:
+            of_method = [[cells[source][method] for source in sources] for method in methods]
+            count = sum(cells[source][methods[0]]["n"] for source in sources)
+            rows.append([title, "", str(count), *(_mean_cell(records) for records in of_method)])
+    for source, of_source in cells.items():
+        first = of_source[methods[0]]
+        rows.append([source, first["metric"], str(first["n"]), *(_cell(of_source[method]) for method in methods)])
+    return ["source", "score", "n", *methods], rows
+
+
+def density_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a line per method with XAttention heads; mean over layers, then every layer."""
+    shown = [record for record in found if record["case"] == DENSITY]
+    layers = len(shown[0]["by_layer"]) if shown else 0
+    rows = [
+        [record["who"], f"{record['value']:.2f}", *("" if x is None else f"{x:.2f}" for x in record["by_layer"])]
+        for record in shown
+    ]
+    return ["pairs visited", "mean", *map(str, range(layers))], rows
+
+
+def _ratio(row: dict[str, float], method: str, name: str) -> float:
+    """MSR or ESR of a method in a row of results; dense has none."""
+    return 0.0 if method == "dense" else row[name if method == "elastic" else f"{method}_{name}"]
+
+
+def _mean_cell(same: Sequence[Record]) -> str:
+    value, esr = (fmean(record[name] for record in same) for name in ("value", "esr_all"))
+    return f"{value:.3f} ({esr:.2f})"
+
+
+def _cell(record: Record) -> str:
+    return f"{record['value']:.3f} ± {record['half']:.3f} ({record['esr_all']:.2f})"

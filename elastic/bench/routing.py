@@ -1,0 +1,223 @@
+"""`elastic bench routing`: tables and pictures of trained routers, from the files of a study (`elastic.bench.runs`)."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from elastic.bench.records import Record, save
+from elastic.bench.runs import Point, Run, Study, read_study, score_of
+from elastic.console import say, table
+from elastic.plots import Panel, panels_figure, save_png, share_figure, smooth
+from elastic.tasks import ROBUST, SENSITIVE
+
+SUMMARY = "what trained routers keep of the dense model's quality, from recorded runs"
+HEADLINE, POINT = "headline", "point"  # cases of records that are about no single source
+KEPT, RISE = 0.97, 0.02  # equal quality: share of dense retrieval that must stay, rise of loss that may be
+NOTES = f"""Answers teacher-forced on held-out samples (other seeds, wording and texts than in training); exact: all
+answer tokens right, which is what greedy decoding would give. ± half a 95 % interval: over seeds by Student's t in the
+first table, over samples in the second, where seeds are averaged. Retrieval: mean of the exact and accuracy rows but
+many_shot; loss: mean of the loss rows. MSR at equal quality: the largest mean MSR along a run's operating points
+(`sparsity_bias`) that keeps {KEPT:.0%} of dense retrieval and loses at most {RISE:.0%} on text."""
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % quantiles by number of seeds
+HEADLINES = (  # all shares
+    "retrieval of dense",
+    "needles of dense",
+    "text loss of dense",
+    "mean MSR",
+    "MSR robust - sensitive",
+    "MSR at equal quality",
+)
+MEASURES = {"retrieval": Point.retrieval, "needles": Point.needles, "text loss": Point.loss}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the files are, and where tables and pictures go."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a study, as tests/bench/routing.py writes it")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default runs/bench")
+    parser.add_argument("--tag", default="routing", metavar="NAME", help="name of the files (default routing)")
+    parser.add_argument("--main", metavar="RUN", help="run whose curves and heads are drawn (default the first)")
+
+
+def run(args: argparse.Namespace, _command: str) -> int:
+    """Write records and pictures; print the headline figures."""
+    study = read_study(args.folder)
+    chosen = study.runs[0] if args.main is None else _named(study, args.main)
+    found = list(records(study))
+    save(args.out / f"{args.tag}.json", found)
+    save_png(quality_figure(study), args.out / f"{args.tag}.png")
+    save_png(training_figure(chosen), args.out / f"{args.tag}-curves.png")
+    shares = {task: torch.tensor(share) for task, share in chosen.results["routes"].items()}
+    save_png(share_figure(shares, f"{chosen.name}: share of held-out inputs on SA"), args.out / f"{args.tag}-heads.png")
+    say(table(*headline_cells(found)))
+    say(f"\nwrote {args.out / args.tag}.json, .png, -curves.png, -heads.png")
+    return 0
+
+
+def headlines(point: Point, dense: Point) -> dict[str, float]:
+    """The figures of one operating point that the study is judged by."""
+    msr = point.msr_by_task
+    return {
+        **{f"{name} of dense": measure(point)[0] / measure(dense)[0] for name, measure in MEASURES.items()},
+        "mean MSR": point.mean_msr,
+        "MSR robust - sensitive": fmean(msr[t] for t in ROBUST) - fmean(msr[t] for t in SENSITIVE),
+    }
+
+
+def slack(point: Point, dense: Point) -> float:
+    """How far inside both bounds of equal quality a point is: 1 = as good as dense, 0 = on a bound, below 0 = worse."""
+    kept, rise = point.retrieval()[0] / dense.retrieval()[0], point.loss()[0] / dense.loss()[0] - 1
+    return min((kept - KEPT) / (1 - KEPT), (RISE - rise) / RISE)
+
+
+def equal_quality(points: Sequence[Point], dense: Point) -> float | None:
+    """Largest mean MSR within the bounds of equal quality along a run's operating points, straight between them; None
+    where every point is worse.
+    """
+    inside = [i for i, point in enumerate(points) if slack(point, dense) >= 0]
+    if not inside:
+        return None
+    here = points[inside[-1]]
+    if inside[-1] + 1 == len(points):
+        return here.mean_msr
+    beyond = points[inside[-1] + 1]
+    near, far = slack(here, dense), slack(beyond, dense)
+    return here.mean_msr + (beyond.mean_msr - here.mean_msr) * near / (near - far)
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and the half width of its 95 % interval by Student's t; None for a single seed."""
+    half = STUDENT[len(values)] * stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return fmean(values), half
+
+
+def records(study: Study) -> Iterator[Record]:
+    """Headlines of every group of seeds, then every operating point, then the scores by source."""
+    dense = study.dense
+    for (router, objective), runs in study.groups().items():
+        facts = {"who": f"{router}, {objective}", "seeds": [run.seed for run in runs], "steps": runs[0].recipe["step"]}
+        for name in HEADLINES:
+            values = [_headline(run, dense, name) for run in runs]
+            known = [value for value in values if value is not None]
+            mean, half = over_seeds(known) if len(known) == len(values) else (None, None)
+            yield _record(study, HEADLINE, name, mean, half=half, by_seed=values, **facts)
+    for point, facts in _points(study):
+        for metric, measure in MEASURES.items():
+            (value, half), base = measure(point), measure(dense)[0]
+            extra = {"of_dense": value / base, "mean_msr": point.mean_msr, "msr": point.msr_by_task}
+            yield _record(study, POINT, metric, value, half=half, **extra, **facts)
+    for point, facts in _points(study):
+        if point.method == "elastic" or facts["router"] == "none":
+            for source, row in point.sources.items():
+                value, half = point.value(source, score_of(source))
+                extra = {name: point.ratio(row, name) for name in ("msr", "esr_last", "esr_all")}
+                yield _record(study, source, score_of(source), value, half=half, n=row["n"], **extra, **facts)
+
+
+def quality_figure(study: Study) -> Any:
+    """Quality kept against mean MSR: a line per run, baselines as points; a matplotlib `Figure`."""
+    dense = study.dense
+    panels = []
+    for title, measure in MEASURES.items():
+        lines: dict[str, list[tuple[float, float]]] = {}
+        halves: dict[str, list[float]] = {}
+        for name, points in _lines(study).items():
+            base = measure(dense)[0]
+            lines[name] = [(point.mean_msr, measure(point)[0] / base) for point in points]
+            halves[name] = [measure(point)[1] / base for point in points]
+        panels.append(Panel(f"{title}, share of dense", lines, "mean MSR", marker="o", halves=halves))
+    return panels_figure([panels])
+
+
+def training_figure(run: Run) -> Any:
+    """Objective, MSR, divergence or regulariser, and multipliers over the steps; a matplotlib `Figure`."""
+    curves = run.curves()
+
+    def by_task(kind: str, smoothed: bool) -> dict[str, Any]:
+        found = {name.removeprefix(f"{kind}/"): line for name, line in curves.items() if name.startswith(f"{kind}/")}
+        return {task: smooth(line, 0.9) if smoothed else line for task, line in found.items()}
+
+    quality = run.objective == "quality"
+    panels = [
+        Panel("objective" if quality else "language loss", {"loss": smooth(curves["loss"], 0.9)}),
+        Panel("divergence from dense, nats", by_task("kl", True), yscale="log")
+        if quality
+        else Panel("regulariser", {"regulariser": smooth(curves["regulariser"], 0.9)}),
+        Panel("MSR by task", by_task("msr", True)),
+        Panel("multiplier by task", by_task("l" if quality else "l1", False)),
+    ]
+    return panels_figure([panels])
+
+
+def headline_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a line per group of runs."""
+    shown = [record for record in found if record["case"] == HEADLINE]
+    value = {(record["who"], record["metric"]): record for record in shown}
+    groups = dict.fromkeys(record["who"] for record in shown)
+    rows = [
+        [who, str(len(value[who, "mean MSR"]["seeds"])), *(_cell(value[who, name]) for name in HEADLINES)]
+        for who in groups
+    ]
+    return ["router, objective", "seeds", *HEADLINES], rows
+
+
+def source_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a line per source, a column per method, seeds averaged: `score ± half @ MSR`."""
+    shown = [record for record in found if record["case"] not in (HEADLINE, POINT)]
+    cells: dict[tuple[str, str], list[Record]] = {}
+    for record in shown:
+        cells.setdefault((record["case"], record["method"]), []).append(record)
+    methods = list(dict.fromkeys(record["method"] for record in shown))
+
+    def cell(same: Sequence[Record]) -> str:
+        value, half, msr = (fmean(record[key] for record in same) for key in ("value", "half", "msr"))
+        return f"{value:.3f} ± {half:.3f}" + ("" if same[0]["method"] == "dense" else f" @ {msr:.2f}")
+
+    rows = []
+    for source in dict.fromkeys(record["case"] for record in shown):
+        first = next(record for record in shown if record["case"] == source)
+        own = [cell(cells[source, method]) for method in methods]
+        rows.append([source, first["metric"], str(first["n"]), *own])
+    return ["source", "score", "n", *methods], rows
+
+
+def _points(study: Study) -> Iterator[tuple[Point, dict[str, Any]]]:
+    """Every point with the facts of its records."""
+    for method, point in study.baselines.items():
+        yield point, {"who": method, "method": method.rpartition(":")[0] or method, "router": "none"}
+    for run in study.runs:
+        method = f"{run.router}, {run.objective}"
+        for point in run.points:
+            facts = {"who": run.name, "method": method, "router": run.router, "objective": run.objective}
+            yield point, {**facts, "seed": run.seed, "bias": point.bias}
+
+
+def _lines(study: Study) -> dict[str, list[Point]]:
+    return {**{run.name: run.points for run in study.runs}, **{n: [p] for n, p in study.baselines.items()}}
+
+
+def _headline(run: Run, dense: Point, name: str) -> float | None:
+    if name == "MSR at equal quality":
+        return equal_quality(run.points, dense)
+    return headlines(run.own, dense)[name]
+
+
+def _cell(record: Record) -> str:
+    if record["value"] is None:
+        return "not reached"
+    return f"{record['value']:.3f}" + ("" if record["half"] is None else f" ± {record['half']:.3f}")
+
+
+def _record(study: Study, case: str, metric: str, value: float | None, **facts: Any) -> Record:
+    unit = "nats a token" if metric in ("loss", "text loss") else "share"
+    return {"case": case, "metric": metric, "value": value, "unit": unit, **facts, **study.stamp}
+
+
+def _named(study: Study, name: str) -> Run:
+    found = [run for run in study.runs if run.name == name]
+    if not found:
+        raise ValueError(f"the study has no run {name!r}; it has {', '.join(run.name for run in study.runs)}")
+    return found[0]

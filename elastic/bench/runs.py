@@ -1,0 +1,198 @@
+"""Evaluated router runs as files: what `elastic fit` and `elastic test` left, read back for tables and pictures.
+
+A study is a folder: `stamp.json` (GPU, versions, commit, command) and a folder for each run with `results_test.json`,
+`metrics.csv` and `elastic.json` (its checkpoint's).
+"""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+Row = dict[str, float]
+FILES = ("results_test.json", "metrics.csv", "elastic.json")
+# What counts in a source: answers right in every token, share of right tokens where answers are long, or loss.
+EXACT = ("needle_single", "needle_multi_key", "needle_multi_value", "needle_multi_query", "passage_qa", "fact_chain")
+ACCURACY = ("variable_tracking", "verbatim_copy")
+LOSS = ("continuation", "summary", "code_completion")
+RETRIEVAL = (*EXACT, *ACCURACY)
+
+
+def generator_of(source: str) -> str:
+    """`needle_single` of `needle_single-4096`."""
+    return source.partition("-")[0]
+
+
+def score_of(source: str) -> str:
+    """Name of the score that counts: `exact`, `accuracy` or `loss`."""
+    name = generator_of(source)
+    return "loss" if name in LOSS else "accuracy" if name in ACCURACY else "exact"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method's results: an operating point of a run, or a baseline.
+
+    Attributes:
+        method: `elastic`, `elastic:<bias>`, `dense`, `streaming`, `random:...`.
+        sources, tasks: rows of the results file.
+    """
+
+    method: str
+    sources: dict[str, Row]
+    tasks: dict[str, Row]
+
+    @property
+    def bias(self) -> float:
+        """`sparsity_bias` of the point."""
+        return float(self.method.partition(":")[2] or 0.0)
+
+    def value(self, source: str, score: str) -> tuple[float, float]:
+        """A score of a source, and the half width of its 95 % interval."""
+        row = self.sources[source]
+        return row[f"{self.method}_{score}"], row[f"{self.method}_{score}_95"]
+
+    def ratio(self, row: Row, name: str = "msr") -> float:
+        """MSR or ESR of a source's or task's row; dense has none."""
+        return 0.0 if self.method == "dense" else row[name if self.method == "elastic" else f"{self.method}_{name}"]
+
+    @property
+    def msr_by_task(self) -> dict[str, float]:
+        """MSR of every task."""
+        return {task: self.ratio(row) for task, row in self.tasks.items()}
+
+    @property
+    def mean_msr(self) -> float:
+        """Mean of the tasks' MSR, every task of the same weight."""
+        return fmean(self.msr_by_task.values())
+
+    def retrieval(self) -> tuple[float, float]:
+        """Mean score of the retrieval sources, and the half width of its 95 % interval."""
+        return self._mean([source for source in self.sources if generator_of(source) in RETRIEVAL])
+
+    def needles(self) -> tuple[float, float]:
+        """The same for the needles alone."""
+        return self._mean([source for source in self.sources if source.startswith("needle")])
+
+    def loss(self) -> tuple[float, float]:
+        """Mean loss of the text sources, and the half width of its 95 % interval."""
+        return self._mean([source for source in self.sources if generator_of(source) in LOSS])
+
+    def _mean(self, sources: Sequence[str]) -> tuple[float, float]:
+        values, halves = zip(*(self.value(source, score_of(source)) for source in sources), strict=True)
+        return fmean(values), sum(half**2 for half in halves) ** 0.5 / len(halves)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run and what was measured of it.
+
+    Attributes:
+        folder: holds `FILES`.
+        results: contents of `results_test.json`.
+        recipe: how it was trained, from `elastic.json`.
+    """
+
+    folder: Path
+    results: dict[str, Any]
+    recipe: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.folder.name
+
+    @property
+    def router(self) -> str:
+        """`elastic` (decides from the input) or `static`."""
+        return "static" if self.results["elastic"]["router"]["kind"] == "static" else "elastic"
+
+    @property
+    def objective(self) -> str:
+        """`quality` or `target`."""
+        return self.recipe["objective"]["kind"]
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return self.recipe["seed"]
+
+    @cached_property
+    def points(self) -> list[Point]:
+        """Its operating points, by rising bias."""
+        found = [self._point(name) for name in self.results["methods"] if name.partition(":")[0] == "elastic"]
+        return sorted(found, key=lambda point: point.bias)
+
+    @cached_property
+    def baselines(self) -> list[Point]:
+        """Methods without training that were measured beside it."""
+        return [self._point(name) for name in self.results["methods"] if name.partition(":")[0] != "elastic"]
+
+    @property
+    def own(self) -> Point:
+        """The operating point of bias 0."""
+        return next(point for point in self.points if point.method == "elastic")
+
+    def curves(self) -> dict[str, list[tuple[float, float]]]:
+        """Scalars of the training steps by name, such as `msr/code`."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        with open(self.folder / "metrics.csv", encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if name and name.startswith("train/") and value:
+                        found.setdefault(name.removeprefix("train/"), []).append((float(row["step"]), float(value)))
+        return found
+
+    def _point(self, method: str) -> Point:
+        return Point(method, self.results["sources"], self.results["tasks"])
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs on the same data, with the baselines that any of them was measured beside."""
+
+    stamp: dict[str, Any]
+    runs: list[Run]
+
+    @cached_property
+    def baselines(self) -> dict[str, Point]:
+        """By method."""
+        return {point.method: point for run in self.runs for point in run.baselines}
+
+    @property
+    def dense(self) -> Point:
+        """What quality is measured against."""
+        return self.baselines["dense"]
+
+    def group(self, router: str, objective: str) -> list[Run]:
+        """Runs that differ in their seed only."""
+        return [run for run in self.runs if (run.router, run.objective) == (router, objective)]
+
+    def groups(self) -> dict[tuple[str, str], list[Run]]:
+        """All groups, by (router, objective)."""
+        keys = dict.fromkeys((run.router, run.objective) for run in self.runs)
+        return {key: self.group(*key) for key in keys}
+
+
+def read_study(folder: Path) -> Study:
+    """Read a study; runs without all of their files (not finished) are left out.
+
+    Raises:
+        FileNotFoundError: no `stamp.json`.
+        ValueError: no finished run, or none that the dense model was measured beside.
+    """
+    stamp = folder / "stamp.json"
+    if not stamp.is_file():
+        raise FileNotFoundError(f"no study at {folder}: {stamp.name} is missing; tests/bench/routing.py writes one")
+    runs = []
+    for sub in sorted(path for path in folder.iterdir() if all((path / name).is_file() for name in FILES)):
+        results, meta = (json.loads((sub / name).read_text(encoding="utf-8")) for name in (FILES[0], FILES[2]))
+        runs.append(Run(sub, results, meta["recipe"]))
+    study = Study(json.loads(stamp.read_text(encoding="utf-8")), runs)
+    if not runs or "dense" not in study.baselines:
+        raise ValueError(f"{folder} holds {len(runs)} finished runs, none beside the dense model; run it to its end")
+    return study

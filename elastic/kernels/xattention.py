@@ -1,0 +1,115 @@
+"""`select_blocks`: the key blocks that XAttention heads visit, as the bits that `attention_forward` takes.
+
+The operator is `torch.ops.elastic.xattention_select`; `xattention_oracle` states what it computes. On compute
+capability 9.0 one kernel estimates and chooses: modes and sample ranges are read on the device, the host never waits.
+Other GPUs and the CPU run the oracle, which does wait. Legend: B batch rows, N samples, S tokens, H query heads, K KV
+heads, D head dim.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from elastic.kernels.block_bits import query_block
+from elastic.kernels.checks import check_alignment, check_cuda, check_metadata, check_tensors
+from elastic.kernels.devices import device_facts
+from elastic.kernels.params import Ranges
+from elastic.kernels.selection import BLOCKS, STRIDES, launch_selection
+from elastic.kernels.xattention_oracle import select_oracle
+
+_Optional = Tensor | None
+
+
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    mode: Tensor,
+    *,
+    stride: int,
+    threshold: float,
+    block: int,
+    scale: float | None = None,
+    begin_q: Tensor | None = None,
+    end_q: Tensor | None = None,
+    begin_k: Tensor | None = None,
+    end_k: Tensor | None = None,
+    row: Tensor | None = None,
+) -> Tensor:
+    """Key blocks of the heads in mode 2; other heads are not estimated. A constant for autograd.
+
+    Args:
+        q: [B, Sq, H, D] after RoPE; k: [B, Sk, K, D]; query head h reads KV head h // (H / K).
+        mode: int32 [N, K], as for `attention_forward`.
+        stride: tokens of an antidiagonal cell, a divisor of `block`; the CUDA kernel takes 8 and 16.
+        threshold: share of the estimated mass that the visited blocks hold, in (0, 1].
+        block: keys of a block, 64 or 128; the CPU also takes smaller powers of two (see `query_block`).
+        scale: softmax scale, default D ** -0.5.
+        begin_q, end_q, begin_k, end_k, row: int32 [N] sample ranges, as for `attention_forward`.
+
+    Returns:
+        bits, int32 [N, H, ceil(Sq / 128), ceil(Sk / (32 * block))], see `block_bits`.
+
+    Raises:
+        ValueError: arguments that do not fit, with the way out.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.no_grad():
+        return torch.ops.elastic.xattention_select(
+            q, k, mode, stride, threshold, block, scale, begin_q, end_q, begin_k, end_k, row
+        )
+
+
+def check_selection(
+    q: Tensor, k: Tensor, mode: Tensor, stride: int, threshold: float, block: int, scale: float, ranges: Ranges
+) -> None:
+    """What every implementation needs of its arguments; reads shapes and types only."""
+    check_tensors(q, k, k)
+    check_metadata(q, k, mode, ranges, None, block)
+    if block < 1 or block > 128 or block & (block - 1):
+        raise ValueError(f"block={block}; expected a power of two up to 128, and 64 or 128 on a GPU")
+    if stride < 1 or block % stride:
+        raise ValueError(f"stride={stride} does not divide block={block}; use {min(16, block)}")
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold={threshold} is not in (0, 1]; 0.9 is usual")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale} is not positive and finite; the usual value is head_dim ** -0.5")
+
+
+def _select_cpu(
+    q: Tensor, k: Tensor, mode: Tensor, stride: int, threshold: float, block: int, scale: float, *spans: _Optional
+) -> Tensor:
+    ranges = Ranges(*spans)
+    check_selection(q, k, mode, stride, threshold, block, scale, ranges)
+    return select_oracle(q, k, mode, stride, threshold, block, scale, ranges)
+
+
+def _select_cuda(
+    q: Tensor, k: Tensor, mode: Tensor, stride: int, threshold: float, block: int, scale: float, *spans: _Optional
+) -> Tensor:
+    ranges = Ranges(*spans)
+    check_selection(q, k, mode, stride, threshold, block, scale, ranges)
+    if device_facts(q.device.index)[0] != (9, 0):
+        return select_oracle(q, k, mode, stride, threshold, block, scale, ranges)
+    if stride not in STRIDES or block not in BLOCKS:
+        raise ValueError(f"stride={stride}, block={block}; the CUDA kernel takes strides {STRIDES} and blocks {BLOCKS}")
+    check_cuda(q, k, k)
+    check_alignment(q, k, k)
+    return launch_selection(q, k, mode, stride, threshold, block, scale, ranges)
+
+
+def _select_fake(
+    q: Tensor, k: Tensor, mode: Tensor, stride: int, threshold: float, block: int, scale: float, *spans: _Optional
+) -> Tensor:
+    shape = (mode.shape[0], q.shape[2], -(-q.shape[1] // query_block(block)), -(-k.shape[1] // (32 * block)))
+    return torch.empty(shape, dtype=torch.int32, device=q.device)
+
+
+_library = torch.library.Library("elastic", "FRAGMENT")
+_library.define(
+    "xattention_select(Tensor q, Tensor k, Tensor mode, int stride, float threshold, int block, float scale, "
+    "Tensor? begin_q, Tensor? end_q, Tensor? begin_k, Tensor? end_k, Tensor? row) -> Tensor"
+)
+_library.impl("xattention_select", _select_cuda, "CUDA")
+_library.impl("xattention_select", _select_cpu, "CPU")
+torch.library.register_fake("elastic::xattention_select", _select_fake, lib=_library)

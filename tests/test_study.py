@@ -1,0 +1,168 @@
+"""The routing study: its figures from files, the bounds of equal quality, and the driver that makes the files."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from elastic import cli
+from elastic.bench.records import load
+from elastic.bench.routing import equal_quality, over_seeds, slack
+from elastic.bench.runs import Point, read_study, score_of
+from elastic.tasks import TASKS
+from tests.training import ROOT, build_data, command_environment
+
+STAMP = {"gpu": "cpu", "kernel": "torch", "versions": {"torch": "0"}, "commit": "abc", "command": "by hand"}
+SOURCES = ("needle_single-1024", "needle_single-2048", "verbatim_copy", "many_shot", "continuation")
+WORSE = {"elastic:-2": 0.0, "elastic": 0.02, "elastic:2": 0.1}  # loss of retrieval, rise of loss
+MSR = {"elastic:-2": 0.3, "elastic": 0.6, "elastic:2": 0.9}
+
+
+def results(kind, baselines=()):
+    """A results file whose figures follow from WORSE and MSR."""
+    methods = [*WORSE, *baselines]
+
+    def row(source):
+        found = {"n": 100}
+        for method in methods:
+            worse = WORSE.get(method, 0.0)
+            for score in ("exact", "accuracy", "loss"):
+                found[f"{method}_{score}"] = 2.0 * (1 + worse) if score == "loss" else 0.8 * (1 - worse)
+                found[f"{method}_{score}_95"] = 0.05
+            prefix = "" if method == "elastic" else f"{method}_"
+            found |= {f"{prefix}{ratio}": MSR.get(method, 1.0) for ratio in ("msr", "esr_last", "esr_all")}
+        return found
+
+    tasks = {task: row(task) for task in TASKS}
+    tasks["code"]["msr"] = 0.9  # of the three robust tasks, at bias 0
+    share = [[0.0, 0.5], [1.0, 0.25]]
+    return {
+        "methods": methods,
+        "elastic": {"router": {"kind": kind}},
+        "routes": dict.fromkeys(TASKS, share),
+        "tasks": tasks,
+        "sources": {source: row(source) for source in SOURCES},
+    }
+
+
+def write_run(folder, kind, seed, baselines=()):
+    folder.mkdir(parents=True)
+    (folder / "results_test.json").write_text(json.dumps(results(kind, baselines)))
+    recipe = {"objective": {"kind": "quality"}, "seed": seed, "step": 300}
+    (folder / "elastic.json").write_text(json.dumps({"recipe": recipe}))
+    header = "step,train/loss,train/msr/code,train/kl/code,train/l/code,val/x"
+    (folder / "metrics.csv").write_text(f"{header}\n1,0.5,0.5,0.02,0.0,\n2,,,,,1\n2,0.4,0.6,0.03,0.1,\n")
+
+
+@pytest.fixture
+def study(tmp_path):
+    folder = tmp_path / "study"
+    for seed in (0, 1, 2):
+        write_run(folder / f"elastic-{seed}", "input", seed, ("dense", "streaming") if seed == 0 else ())
+    write_run(folder / "static-0", "static", 0)
+    (folder / "unfinished").mkdir()
+    (folder / "stamp.json").write_text(json.dumps(STAMP))
+    return folder
+
+
+def test_a_study_is_read_back(study):
+    found = read_study(study)
+    assert [(run.name, run.router, run.seed) for run in found.runs] == [
+        *((f"elastic-{seed}", "elastic", seed) for seed in (0, 1, 2)),
+        ("static-0", "static", 0),
+    ]
+    run = found.runs[0]
+    assert [point.bias for point in run.points] == [-2, 0, 2] and run.own.method == "elastic"
+    assert set(found.baselines) == {"dense", "streaming"} and found.dense.mean_msr == 0
+    assert run.own.mean_msr == pytest.approx((4 * 0.6 + 0.9) / 5)
+    assert run.own.retrieval()[0] == pytest.approx(0.8 * 0.98)  # two needles and a copy; many_shot is none
+    assert run.own.retrieval()[1] == pytest.approx(0.05 / 3**0.5)
+    assert run.curves()["msr/code"] == [(1, 0.5), (2, 0.6)]
+    assert [score_of(source) for source in SOURCES] == ["exact", "exact", "accuracy", "exact", "loss"]
+
+
+def test_equal_quality_lies_between_the_points_around_the_bound(study):
+    found = read_study(study)
+    points, dense = found.runs[1].points, found.dense
+    assert [round(slack(point, dense), 3) for point in points] == [1.0, 0.0, -4.0]
+    assert equal_quality(points[::2], dense) == pytest.approx(0.3 + 0.6 * 1 / 5)  # a fifth of the way
+    assert equal_quality(points[:1], dense) == pytest.approx(0.3)  # never left: the last point
+    assert equal_quality(points[2:], dense) is None
+
+
+def test_intervals_over_seeds():
+    assert over_seeds([0.5]) == (0.5, None)
+    mean, half = over_seeds([0.1, 0.2, 0.3])
+    assert (mean, half) == (pytest.approx(0.2), pytest.approx(4.30 * 0.1 / 3**0.5))
+
+
+def test_the_command_writes_records_pictures_and_the_table(study, tmp_path, capsys):
+    out = tmp_path / "bench"
+    assert cli.main(["bench", "routing", str(study), "--out", str(out), "--main", "elastic-1"]) == 0
+    assert "elastic, quality" in capsys.readouterr().out
+    records = load(out / "routing.json")
+    assert {file.name for file in out.iterdir()} == {
+        "routing.json",
+        "routing.png",
+        "routing-curves.png",
+        "routing-heads.png",
+    }
+    headline = {(r["who"], r["metric"]): r for r in records if r["case"] == "headline"}
+    kept = headline["elastic, quality", "retrieval of dense"]
+    assert kept["value"] == pytest.approx(0.98) and kept["half"] == 0 and kept["seeds"] == [0, 1, 2]
+    assert headline["elastic, quality", "MSR robust - sensitive"]["value"] == pytest.approx(0.1)
+    assert headline["static, quality", "mean MSR"]["half"] is None
+    needle = [r for r in records if r["case"] == "needle_single-1024"]
+    assert {r["who"] for r in needle} == {"dense", "streaming", "elastic-0", "elastic-1", "elastic-2", "static-0"}
+    assert all(r["n"] == 100 and r["half"] == 0.05 for r in needle)
+    assert len([r for r in records if r["case"] == "point" and r["metric"] == "needles"]) == 2 + 4 * 3
+    assert cli.main(["bench", "table", str(out), "--out", str(tmp_path / "RESULTS.md")]) == 0
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "| continuation | loss | 100 | 2.000 ± 0.050 | 2.000 ± 0.050 @ 1.00 | 2.040 ± 0.050 @ 0.60 |" in page
+    assert all(f"](bench/routing{part}.png)" in page for part in ("", "-curves", "-heads"))
+
+
+def test_studies_that_say_nothing_are_refused(study, tmp_path, capsys):
+    assert cli.main(["bench", "routing", str(study), "--out", str(tmp_path), "--main", "nobody"]) == 2
+    assert "no run 'nobody'; it has elastic-0" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="no study at"):
+        read_study(tmp_path)
+    for name in ("results_test.json", "metrics.csv"):
+        (study / "elastic-0" / name).unlink()
+    with pytest.raises(ValueError, match="holds 3 finished runs, none beside the dense model"):
+        read_study(study)
+
+
+def test_operating_points_read_their_own_columns():
+    row = {"msr": 0.5, "elastic:-1_msr": 0.2, "dense_loss": 1.0, "dense_loss_95": 0.1}
+    points = [Point(method, {}, {"code": row}) for method in ("dense", "elastic", "elastic:-1")]
+    assert [point.mean_msr for point in points] == [0.0, 0.5, 0.2] and points[2].bias == -1
+
+
+def test_the_driver_trains_evaluates_and_skips_what_is_done(tmp_path):
+    build_data(tmp_path / "packed")
+    (tmp_path / "data").mkdir()
+    for name in ("train", "heldout"):
+        os.symlink(tmp_path / "packed" / "data", tmp_path / "data" / name)
+    small = ["backbone=tiny", "dtype=float32", "elastic.sparse.sink=4", "elastic.sparse.window=16"]
+    flags = [f"--model.{flag}" for flag in (*small, "elastic.sparse.block=4")]
+    flags += ["--trainer.max_steps=2", "--trainer.accelerator=cpu", "--data.rows_per_step=2", "--data.num_workers=0"]
+    words = ["--out", "out", "--work", "work", "--data", "data", "--routers", "static", "--objectives", "target"]
+    words += ["--seeds", "5", "--biases", "2", "--checkpoints", "5", "--", *flags, "--data.micro_batch_rows=2"]
+
+    def drive():
+        command = [sys.executable, str(ROOT / "tests" / "bench" / "routing.py"), *words]
+        return subprocess.run(
+            command, cwd=tmp_path, env=command_environment(), capture_output=True, text=True, timeout=300
+        )
+
+    done = drive()
+    assert done.returncode == 0 and "static-target-5: fit" in done.stdout, done.stdout + done.stderr
+    run = read_study(tmp_path / "out").runs[0]
+    assert (run.router, run.objective, run.seed) == ("static", "target", 5)
+    assert run.results["methods"] == ["elastic", "elastic:2.0", "dense", "streaming", "random:0.8", "random:0.8:1"]
+    assert run.recipe["step"] == 2 and len(run.curves()["loss"]) == 2
+    assert (run.folder / "checkpoint" / "router.safetensors").is_file()
+    assert "static-target-5: was there" in drive().stdout
