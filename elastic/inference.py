@@ -18,7 +18,6 @@ from elastic.prompts import Prompts, check_length, encode, left_pad, single_prom
 from elastic.report import RouteReport, route_reports
 
 _OWN = ("input_ids", "inputs_embeds", "attention_mask", "past_key_values", "return_dict_in_generate", "max_length")
-_GRAPH_PAYS = 16  # new tokens that are worth capturing a decode step
 _REFUSED = {
     "prefill_chunk_size": "the route is decided from the whole prompt, so it must be read in one pass",
     "assistant_model": "assisted decoding re-reads several tokens at once, which would route again",
@@ -99,8 +98,8 @@ def generate(
         streamer: a transformers streamer, for one prompt.
         chat_template: put texts into the tokenizer's chat template as the user's message, as in training; False takes
             them as they are.
-        **options: passed to `model.generate`; `cuda_graph` says whether decode steps replay a CUDA graph where the
-            decode kernel runs, never with beams (default: from 16 new tokens on).
+        **options: passed to `model.generate`; with `cuda_graph=True` decode steps replay a CUDA graph where the decode
+            kernel runs, never with beams.
 
     Returns:
         One `Generation` per prompt, in order.
@@ -127,7 +126,7 @@ def answer_tokens(
     max_new_tokens: int,
     sparsity_bias: float | None = None,
     kv_cache: str | None = None,
-    cuda_graph: bool | None = None,
+    cuda_graph: bool = False,
     **options: Any,
 ) -> list[Generation]:
     """Answer prompts that are token ids already, as one left-padded batch; `generate` says the rest.
@@ -137,8 +136,6 @@ def answer_tokens(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids, mask = left_pad(encoded, pad, model.device)
     cache = new_cache(model, max_new_tokens, kv_cache)
-    if cuda_graph is None:
-        cuda_graph = max_new_tokens >= _GRAPH_PAYS
     graph = cuda_graph and options.get("num_beams", 1) == 1 and can_graph(model, architecture(model)["head_dim"])
     options.setdefault("do_sample", False)
     options |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad}

@@ -22,7 +22,7 @@ def e2e_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a line per shape, length and contestant, with the factor over the best stock model. Below 1 the
     stock model is faster.
     """
-    header = ["case", "first token s", "x dense", "decode tok/s", "with graph", "x dense", "KV GB", "of dense",
+    header = ["case", "first token s", "x dense", "decode tok/s", "with graph", "best x dense", "KV GB", "of dense",
               "peak GB", "attention s", "router s", "rest s"]  # fmt: skip
     rows = []
     for key in dict.fromkeys((r["shape"], r["length"], r["who"], r["msr"]) for r in found):
