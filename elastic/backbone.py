@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic.chunking import chunk, unchunk
+from elastic.chunking import Chunked, chunk, unchunk
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.context import Context
 from elastic.elastic_cache import ElasticCache
@@ -71,7 +71,7 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
         weight = attn.k_proj.weight
         router = build_router(weight.shape[0] // attn.head_dim, attn.head_dim, config.router)
         attn.router = router.to(weight.device).train(model.training)
-    handle.hook_attention(layers, handle.before_attention)
+        handle.hooks.append(attn.register_forward_pre_hook(handle.before_attention, with_kwargs=True))
     chunk(model.get_decoder(), handle.chunk_tokens)
     handle.hooks.append(model.get_decoder().register_forward_pre_hook(handle.before_decoder, with_kwargs=True))
     model.set_attn_implementation(IMPLEMENTATION)
@@ -82,13 +82,13 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
 def detach(model: Any) -> Any:
     """Remove the routers and restore the stock model exactly, `requires_grad` flags included."""
     handle = _handle(model)
-    for hook in (*handle.hooks, *handle.attention_hooks):
+    for hook in handle.hooks:
         hook.remove()
     for attn in handle.attention_layers(model):
         del attn.router
     unchunk(model.get_decoder())
     for part in handle.compiled:
-        part._compiled_call_impl = None
+        del part.forward
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(handle.trainable[name])
     model.set_attn_implementation(handle.implementation)
@@ -204,12 +204,18 @@ def compile_layers(model: Any, **settings: Any) -> Any:
         settings: of `torch.compile`, such as `backend` or `mode`; `dynamic=True` unless given.
     """
     handle, settings = _handle(model), {"dynamic": True, **settings}
-    handle.hook_attention(handle.attention_layers(model), torch.compiler.disable(handle.before_attention))
     register(torch.compiler.disable(attention_function))
-    for layer in model.get_decoder().layers:  # parts, because checkpointing a compiled layer would not compile it
+    # Parts of a layer, because checkpointing a compiled layer would not compile it; and their forward alone, because
+    # the hook that routes is not for the compiler.
+    for layer in model.get_decoder().layers:
         for part in layer.children():
-            part.compile(**settings)
-            handle.compiled.append(part)
+            if part in handle.compiled:
+                continue
+            if isinstance(part.forward, Chunked):
+                part.forward.compile(**settings)
+            else:
+                part.forward = torch.compile(part.forward, **settings)
+                handle.compiled.append(part)
     return model
 
 
@@ -220,8 +226,7 @@ class _Handle:
         self.implementation = model.config._attn_implementation
         self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.hooks: list[Any] = []
-        self.attention_hooks: list[Any] = []
-        self.compiled: list[nn.Module] = []
+        self.compiled: list[Any] = []
         self.routing = Routing(config)
         model.requires_grad_(False)
 
@@ -231,12 +236,6 @@ class _Handle:
     def chunk_tokens(self) -> int:
         """Tokens that an MLP or norm works on at a time."""
         return self.routing.config.chunk_tokens
-
-    def hook_attention(self, layers: list[Any], hook: Any) -> None:
-        """Let `hook` route the layers, in place of what did."""
-        for old in self.attention_hooks:
-            old.remove()
-        self.attention_hooks = [attn.register_forward_pre_hook(hook, with_kwargs=True) for attn in layers]
 
     def before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Lay out the batch's samples once per forward pass and hand the layout to the layers as a keyword."""

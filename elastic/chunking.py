@@ -21,14 +21,19 @@ class Chunked:
 
     def __init__(self, module: nn.Module, size: Callable[[], int]) -> None:
         self.inner, self.size = module.forward, size
+        self.run: Callable[..., Any] = self.inner
+
+    def compile(self, **settings: Any) -> None:
+        """Let `torch.compile` with these settings run the module's work on a chunk."""
+        self.run = torch.compile(self.inner, **settings)
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         size = self.size()
         if hidden.dim() < 3 or not 0 < size < hidden.shape[1] or torch.is_grad_enabled():
-            return self.inner(hidden, *args, **kwargs)
+            return self.run(hidden, *args, **kwargs)
         out = torch.empty_like(hidden)
         for start in range(0, hidden.shape[1], size):
-            out[:, start : start + size] = self.inner(hidden[:, start : start + size], *args, **kwargs)
+            out[:, start : start + size] = self.run(hidden[:, start : start + size], *args, **kwargs)
         return out
 
 

@@ -22,13 +22,13 @@ def widths(model):
     """Tokens of every call that reaches an MLP's or norm's own forward, recorded while the model runs."""
     seen = []
     for module in token_modules(model.get_decoder()):
-        inner = module.forward.inner
+        inner = module.forward.run
 
         def record(hidden, *args, inner=inner):
             seen.append(hidden.shape[1])
             return inner(hidden, *args)
 
-        module.forward.inner = record
+        module.forward.run = record
     return seen
 
 
