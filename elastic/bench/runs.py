@@ -180,8 +180,12 @@ class Study:
 
     @property
     def dense(self) -> Point:
-        """What quality is measured against."""
-        return self.baselines["dense"]
+        """What quality is measured against: dense, or an operating point at which every head stays full, which is the
+        same model.
+        """
+        if "dense" in self.baselines:
+            return self.baselines["dense"]
+        return next(point for run in self.runs for point in run.points if point.mean_msr == 0)
 
     def group(self, router: str, objective: str) -> list[Run]:
         """Runs that differ in their seed only."""
@@ -209,6 +213,7 @@ def read_study(folder: Path) -> Study:
         full = json.loads((sub / FULL).read_text(encoding="utf-8")) if (sub / FULL).is_file() else None
         runs.append(Run(sub, results, meta["recipe"], full))
     study = Study(json.loads(stamp.read_text(encoding="utf-8")), runs)
-    if not runs or "dense" not in study.baselines:
+    points = [point for run in runs for point in (*run.baselines, *run.points)]
+    if not any(point.method == "dense" or point.mean_msr == 0 for point in points):
         raise ValueError(f"{folder} holds {len(runs)} finished runs, none beside the dense model; run it to its end")
     return study
