@@ -8,6 +8,9 @@ from typing import Any, Literal, get_args
 
 from elastic.tasks import task_index
 
+# Of a training process, unless it is set: without it a 64K-token step of an 8B backbone leaves a fifth of 80 GB in
+# fragments.
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 ObjectiveKind = Literal["target", "quality"]
 
 
