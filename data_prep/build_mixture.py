@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data_prep import generators, tiny_language
 from data_prep.draw import token_count, word_count
 from elastic.records import Record, write_records
-from elastic.shards import SPLITS
+from elastic.shards import SPLITS, put_in_place
 from elastic.tasks import TASKS
 
 RECIPE = "mixture.json"
@@ -113,9 +113,7 @@ def _write(
                 counts.setdefault(split, {})[task] = count
                 bar.update()
     (scratch / RECIPE).write_text(json.dumps({**recipe, "records": counts}, indent=1) + "\n", encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    scratch.rename(out)
+    put_in_place(scratch, out)
     return counts
 
 

@@ -35,7 +35,7 @@ class Mixture:
     Attributes:
         backbone: whose tokenizer and chat template to use.
         seq_length: tokens of a packed row.
-        tokens: budget per split.
+        tokens: budget per split; room that is then left in rows is filled up by the generators among the sources.
         sources: by name; a name without `path` is a generator's.
         context: shortest and longest generated context, in tokens. Short ones fill the rows up.
         seed: seed of everything drawn.
@@ -87,6 +87,11 @@ class Mixture:
     def parts(self, split: str) -> int:
         """Number of shards of a split, all of about the same size."""
         return max(1, round(self.tokens[split] / self.part_tokens))
+
+    @property
+    def folders(self) -> tuple[Path | None, Path | None]:
+        """Where generators draw text and code from."""
+        return Path(self.text) if self.text else None, Path(self.code) if self.code else None
 
     def share(self, name: str) -> float:
         """A source's share of the tokens."""

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -19,12 +20,14 @@ import yaml
 from tqdm import tqdm
 
 from data_prep.draw import token_count
+from data_prep.fill import FULL, fill_up
 from data_prep.generators import generate
 from data_prep.mixture_config import Mixture, read_mixture
 from elastic.backbones import load_tokenizer
-from elastic.packed import Sample, pack, tokenise
-from elastic.records import ReadReport, Record, read_records
-from elastic.shards import FORMAT, MANIFEST, SPLITS, tokenizer_hash, write_shard
+from elastic.packed import Sample, best_fit, packed_row, tokenise
+from elastic.records import Record, read_records
+from elastic.rows import ReadReport
+from elastic.shards import FORMAT, MANIFEST, SPLITS, put_in_place, tokenizer_hash, write_shard
 
 RECIPE, TRAIN_CONFIG = "recipe.json", "train.yaml"
 ENDLESS = 1 << 40
@@ -39,7 +42,7 @@ def pack_mixture(mixture: Mixture, out: str | Path, workers: int = 2) -> dict[st
     Raises:
         ValueError: `out` holds something else, or a source that gives no sample.
         FileNotFoundError: record files, or text, that are missing.
-        OSError: the disk is full; what was finished stays.
+        OSError: the disk is full, or a worker died; what was finished stays.
     """
     out = Path(out)
     if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
@@ -61,14 +64,11 @@ def pack_mixture(mixture: Mixture, out: str | Path, workers: int = 2) -> dict[st
     for split, part in jobs:
         splits.setdefault(split, {})[_name(part)] = entries[split, part]
     manifest = {"format": FORMAT, **_facts(mixture), "splits": splits}
-    (scratch / RECIPE).unlink()
-    for file in scratch.glob("*/*.json"):
-        file.unlink()
     _write(scratch / TRAIN_CONFIG, yaml.safe_dump(_training(mixture, out), sort_keys=False))
     _write(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    if out.exists():
-        shutil.rmtree(out)
-    scratch.rename(out)
+    put_in_place(scratch, out)
+    for file in (out / RECIPE, *out.glob("*/*.json")):  # what resuming needs, to the last moment
+        file.unlink()
     return manifest
 
 
@@ -80,6 +80,11 @@ def _run(mixture: Mixture, scratch: Path, jobs: list[tuple[str, int]], workers: 
         futures = [pool.submit(pack_part, mixture, scratch, split, part) for split, part in jobs]
         try:
             yield from (future.result() for future in futures)
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                f"a worker process died ({error}); finished shards stay, so run the same command again, with fewer "
+                "--workers or a smaller part_tokens if memory ran out"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -92,10 +97,11 @@ def pack_part(mixture: Mixture, scratch: Path, split: str, part: int) -> dict[st
     samples: list[Sample] = []
     for name in mixture.sources:
         samples += _drawn(mixture, name, split, part, budget * mixture.share(name), report)
+    rows = fill_up(best_fit(samples, mixture.seq_length), mixture, split, part, *_tokenizer(mixture.backbone))
     file = scratch / split / f"{_name(part)}.arrow"
     file.parent.mkdir(exist_ok=True)
     writing = file.with_suffix(".writing")
-    entry = write_shard(writing, pack(samples, mixture.seq_length, buffer=len(samples) + 1))
+    entry = write_shard(writing, map(packed_row, rows))
     entry["skipped"] = report.bad
     os.replace(writing, file)
     _write(file.with_suffix(".json"), json.dumps(entry))
@@ -132,10 +138,10 @@ def _records(mixture: Mixture, name: str, split: str, part: int, measure: Any, r
     if source.path is not None:
         yield from read_records(source.path.format(split=split), report, every=mixture.parts(split), first=part)
         return
-    text, code = (Path(folder) if folder else None for folder in (mixture.text, mixture.code))
     shortest, longest = source.context or mixture.context
     seed = mixture.seed * 1_000_003 + part
-    yield from generate(source.generator or name, split, ENDLESS, longest, seed, measure, text, code, shortest)
+    generator = source.generator or name
+    yield from generate(generator, split, ENDLESS, longest, seed, measure, *mixture.folders, shortest)
 
 
 @lru_cache(maxsize=1)
@@ -155,8 +161,11 @@ def _facts(mixture: Mixture) -> dict[str, Any]:
 
 
 def _begin(scratch: Path, mixture: Mixture) -> None:
-    """Keep the parts of a killed run of the same mixture, tokenizer and versions; clear those of another."""
-    recipe = json.dumps(_facts(mixture), sort_keys=True)
+    """Keep the parts of a killed run of the same mixture, records, tokenizer and versions; clear those of another."""
+    named = (s.path.format(split=split) for s in mixture.sources.values() if s.path for split in mixture.tokens)
+    states = {path: Path(path).stat() for path in named if Path(path).is_file()}
+    files = {path: [state.st_size, state.st_mtime_ns] for path, state in states.items()}
+    recipe = json.dumps({**_facts(mixture), "records": files}, sort_keys=True)
     if not (scratch / RECIPE).is_file() or (scratch / RECIPE).read_text(encoding="utf-8") != recipe:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
@@ -200,6 +209,8 @@ def main(argv: list[str] | None = None) -> int:
         skipped = sum(len(entry["skipped"]) for entry in parts.values())
         fill = tokens / (rows * manifest["seq_length"])
         sys.stdout.write(f"{split}: {rows} rows, {tokens} tokens, {fill:.1%} full, {skipped} records left out\n")
+        if fill < FULL:
+            sys.stdout.write("  fuller rows: let a generator make short contexts, or raise part_tokens\n")
     return 0
 
 

@@ -1,6 +1,8 @@
-"""Published data sets as common records: MuSiQue, GovReport, XSum, from the hub or local files in their own format.
+"""Published data sets as common records, from the hub or from local files in their own format, and any other file whose
+columns you name.
 
 python -m data_prep.published musique --path musique_ans_v1.0_train.jsonl --out data/records/train/musique.jsonl
+python -m data_prep.published mine --fields context=text,question=ask,answer=reply --task code --path my.parquet ...
 """
 
 import argparse
@@ -12,136 +14,165 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_prep.formats import CONVERTERS, Converter, mapped
 from elastic.records import Record, write_records
+from elastic.rows import ReadReport, files_of, read_rows
+from elastic.tasks import TASKS
 
-HUB = {
-    "musique": "dgslibisey/MuSiQue",
-    "govreport": "ccdv/govreport-summarization",
-    "xsum": "EdinburghNLP/xsum",
+HUB: dict[str, tuple[tuple[str, str | None], ...]] = {
+    "chatqa2": (
+        ("nvidia/ChatQA2-Long-SFT-data", "long_sft"),
+        ("nvidia/ChatQA2-Long-SFT-data", "NarrativeQA_131072"),
+    ),
+    "musique": (("dgslibisey/MuSiQue", None),),
+    "govreport": (("ccdv/govreport-summarization", None),),
+    "xsum": (("EdinburghNLP/xsum", None),),
 }
-NOT_YET = ("chatqa2", "colt")
+ELSEWHERE = {"colt": "CoLT-132K.zip at zenodo.org/records/15019938"}
 
 
 @dataclass
 class Left:
-    """Rows that gave no record, by reason."""
+    """Rows that gave no record: how many by reason, and where the first of each stood; lines that were unreadable."""
 
     reasons: dict[str, int] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    unread: ReadReport = field(default_factory=ReadReport)
 
-    def out(self, reason: str) -> None:
+    def out(self, reason: str, where: str) -> None:
         """Count one row."""
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        self.places.setdefault(reason, where)
+
+    def __str__(self) -> str:
+        told = [f"{n} {reason} (first: {self.places[reason]})" for reason, n in self.reasons.items()]
+        shown = self.unread.bad[:20]
+        told += [f"{len(self.unread.bad)} unreadable:\n  " + "\n  ".join(shown)] if shown else []
+        return ", ".join(told) or "none"
 
 
-def musique(row: dict[str, Any]) -> Record:
-    """All paragraphs of a question, numbered with their titles; unanswerable questions are refused."""
-    if not row.get("answerable", True):
-        raise ValueError("not answerable")
-    paragraphs = [f"Passage {i}: {p['title']}\n{p['paragraph_text']}" for i, p in enumerate(row["paragraphs"], 1)]
-    question = f"Answer the question from the passages, as briefly as possible. Question: {row['question']}"
-    return Record("multihop_qa", "\n\n".join(paragraphs), question, row["answer"], f"musique/{row['id']}")
+def converter(name: str, fields: str | None, task: str | None) -> Converter:
+    """The converter of a known data set, or of the columns `fields` ("context=a,question=b,answer=c").
 
-
-def govreport(row: dict[str, Any]) -> Record:
-    """A government report and its summary."""
-    return Record(
-        "summarization", row["report"], "Write a one-page summary of the report.", row["summary"], "govreport"
-    )
-
-
-def xsum(row: dict[str, Any]) -> Record:
-    """A news article and its one-sentence summary."""
-    question = "Summarise the article in one sentence."
-    return Record("summarization", row["document"], question, row["summary"], f"xsum/{row['id']}")
-
-
-CONVERTERS: dict[str, Callable[[dict[str, Any]], Record]] = {"musique": musique, "govreport": govreport, "xsum": xsum}
+    Raises:
+        ValueError: an unknown data set, or fields that are not understood.
+    """
+    if fields is not None:
+        pairs = [pair.split("=", 1) for pair in fields.split(",")]
+        if task is None or any(len(pair) < 2 for pair in pairs):
+            raise ValueError(
+                f"--fields {fields} {'needs --task' if task is None else 'is not understood'}; expected "
+                f"context=COLUMN,question=COLUMN,answer=COLUMN and a task class out of {', '.join(TASKS)}"
+            )
+        return mapped(name, task, {pair[0]: pair[1] for pair in pairs})
+    if name not in CONVERTERS:
+        raise ValueError(
+            f"data set {name!r} is unknown; expected one of {', '.join(CONVERTERS)}, or name the columns with --fields"
+        )
+    if task is None:
+        return CONVERTERS[name]
+    return lambda row: Record(**{**vars(CONVERTERS[name](row)), "task": task})
 
 
 def convert(
-    name: str, rows: Iterable[dict[str, Any]], measure: Callable[[str], int], shortest: int, longest: int, left: Left
+    make: Converter,
+    rows: Iterable[tuple[str, Any]],
+    measure: Callable[[str], int],
+    shortest: int,
+    longest: int,
+    left: Left,
 ) -> Iterator[Record]:
     """Records of a data set, without repeats, whose prompts have `shortest` to `longest` units of `measure`.
 
     Raises:
-        ValueError: a data set that is not known.
+        ValueError: lengths in the wrong order.
     """
-    if name not in CONVERTERS:
-        reason = "is not converted yet" if name in NOT_YET else "is unknown"
-        raise ValueError(f"data set {name!r} {reason}; expected one of {', '.join(CONVERTERS)}")
     if not 0 <= shortest <= longest:
         raise ValueError(f"lengths from {shortest} to {longest}; expected 0 <= shortest <= longest")
     seen: set[int] = set()
-    for row in rows:
+    for where, row in rows:
         try:
-            record = CONVERTERS[name](row)
-        except (KeyError, TypeError, ValueError) as error:
-            left.out(f"{type(error).__name__}: {error}")
+            record = make(row)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            left.out(f"without {error}" if isinstance(error, KeyError) else str(error), where)
             continue
         key = hash((" ".join(record.context.split()), record.question))
         if key in seen:
-            left.out("repeated")
+            left.out("repeated", where)
         elif not shortest <= measure(record.prompt) <= longest:
-            left.out("length")
+            left.out("too short or too long", where)
         else:
             seen.add(key)
             yield record
 
 
-def rows_of(name: str, path: Path | None, split: str) -> Iterator[dict[str, Any]]:
-    """Rows of a local file or folder (.jsonl, .json, .parquet), or of the hub, streamed.
+def rows_of(name: str, path: Path | None, split: str, left: Left) -> Iterator[tuple[str, Any]]:
+    """Where a row stands, and the row: of a local file or folder (.jsonl, .json, .parquet), or of the hub, streamed.
 
     Raises:
         FileNotFoundError: nothing at `path`.
-        ValueError: files that cannot be read.
+        ValueError: a data set that is not on the hub, or files that cannot be read.
+        ConnectionError: the hub cannot be reached, or does not have it.
     """
+    if path is not None:
+        for file in files_of(path):
+            yield from read_rows(file, left.unread)
+        return
+    if name not in HUB:
+        found = f"fetch {ELSEWHERE[name]}, unpack it" if name in ELSEWHERE else "put it on this disk"
+        raise ValueError(f"data set {name!r} has no place on the hub; {found} and name the file or folder with --path")
     from datasets import load_dataset
 
-    if path is None:
-        yield from load_dataset(HUB[name], split=split, streaming=True)
-        return
-    files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in _KINDS)
-    if not files:
-        raise FileNotFoundError(f"nothing to read at {path}; expected files ending in {', '.join(_KINDS)}")
-    for file in files:
-        if file.suffix not in _KINDS:
-            raise ValueError(f"{file} ends in {file.suffix!r}; expected {', '.join(_KINDS)}")
+    for repository, part in HUB[name]:
+        where = f"{repository} {part or ''}".strip()
         try:
-            yield from load_dataset(_KINDS[file.suffix], data_files=str(file), split="train", streaming=True)
-        except Exception as error:  # arrow, json and codec errors share no base
-            raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error}); fetch it again") from error
-
-
-_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+            for number, row in enumerate(load_dataset(repository, part, split=split, streaming=True), 1):
+                yield f"{where}: row {number}", row
+        except Exception as error:  # the hub's client, arrow and json share no base
+            raise ConnectionError(
+                f"{where} cannot be had from the hub ({type(error).__name__}: {error}); fetch it by other means and "
+                "name the file or folder with --path"
+            ) from error
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.published", description="published data as records")
-    parser.add_argument("name", help=", ".join(CONVERTERS))
-    parser.add_argument("--path", type=Path, help="local file or folder (default: the hub)")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.published",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", help=f"{', '.join(CONVERTERS)}, or any name with --fields")
+    parser.add_argument("--path", type=Path, help="local file or folder: .jsonl, .json, .parquet (default: the hub)")
     parser.add_argument("--split", default="train", help="of the hub's data set (default train)")
+    parser.add_argument("--fields", help="columns of a file of your own: context=A,question=B,answer=C")
+    parser.add_argument("--task", choices=TASKS, help="task class (default: the data set's own)")
     parser.add_argument("--out", type=Path, required=True, help="JSON Lines file to write")
     parser.add_argument("--backbone", default="smollm2-135m", help="whose tokens count (default smollm2-135m)")
     parser.add_argument("--shortest", type=int, default=8192, help="tokens of a prompt (default 8192)")
     parser.add_argument("--longest", type=int, default=65536, help="tokens of a prompt (default 65536)")
     args = parser.parse_args(argv)
-    from data_prep.draw import token_count
-    from elastic.backbones import load_tokenizer
-
     left = Left()
     writing = args.out.with_name(f".{args.out.name}.writing")
     try:
+        make = converter(args.name, args.fields, args.task)
+        from data_prep.draw import token_count
+        from elastic.backbones import load_tokenizer
+
         measure = token_count(load_tokenizer(args.backbone))
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        rows = tqdm(rows_of(args.name, args.path, args.split), desc=args.name, unit="row")
-        count = write_records(writing, convert(args.name, rows, measure, args.shortest, args.longest, left))
+        rows = tqdm(rows_of(args.name, args.path, args.split, left), desc=args.name, unit="row")
+        count = write_records(writing, convert(make, rows, measure, args.shortest, args.longest, left))
+        if not count:
+            raise ValueError(
+                f"no record came out of {args.path or args.name} with --shortest {args.shortest} and --longest "
+                f"{args.longest}; left out: {left}"
+            )
         writing.replace(args.out)
     except (ValueError, OSError) as error:
         writing.unlink(missing_ok=True)
         parser.error(str(error))
-    told = ", ".join(f"{n} {reason}" for reason, n in left.reasons.items()) or "none"
-    sys.stdout.write(f"{args.out}: {count} records; left out: {told}\n")
+    sys.stdout.write(f"{args.out}: {count} records; left out: {left}\n")
     return 0
 
 

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from data_prep.build_mixture import RECIPE
 from elastic.packed import Sample, pack, tokenise
-from elastic.records import ReadReport, read_records
+from elastic.records import read_records
+from elastic.rows import ReadReport
 from elastic.shards import SPLITS, DataWriter, tokenizer_hash
 
 

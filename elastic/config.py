@@ -25,16 +25,16 @@ class RouterConfig:
         pool_tokens: P of the boundary pooling: the first P and last P prompt tokens are averaged (P >= 1).
         feature_norm: `running` standardises the pooled keys with statistics gathered in training; `none` is the
             paper's router.
-        head_offset: add learned logits of each KV head to the router's. Standardising takes away what tells the heads
-            of a layer apart, so without it a router that they share cannot say "this head, always".
         kind: `input` decides from the keys; `static` learns one pattern for every input, the rival that elastic
             routing is measured against. A static router reads none of the other settings.
+        head_offset: add learned logits of each KV head to the router's. Standardising takes away what tells the heads
+            of a layer apart, so without it a router that they share cannot say "this head, always".
     """
 
     pool_tokens: int = 100
     feature_norm: FeatureNorm = "running"
-    head_offset: bool = False
     kind: RouterKind = "input"
+    head_offset: bool = False
 
     def __post_init__(self) -> None:
         _check_int("router.pool_tokens", self.pool_tokens, minimum=1)

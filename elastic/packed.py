@@ -112,12 +112,15 @@ def pack(samples: Iterable[Sample], seq_length: int, buffer: int = 1024) -> Iter
             )
         waiting.append(sample)
         if len(waiting) >= buffer:
-            yield from _pack_buffer(waiting, seq_length)
+            yield from map(packed_row, best_fit(waiting, seq_length))
             waiting = []
-    yield from _pack_buffer(waiting, seq_length)
+    yield from map(packed_row, best_fit(waiting, seq_length))
 
 
-def _pack_buffer(samples: list[Sample], seq_length: int) -> Iterator[PackedRow]:
+def best_fit(samples: Iterable[Sample], seq_length: int) -> list[list[Sample]]:
+    """Samples by row: the longest first, each into the row that it leaves the least room in; none may be longer than a
+    row.
+    """
     rows: list[list[Sample]] = []
     room: list[int] = []
     for sample in sorted(samples, key=lambda s: -len(s.input_ids)):
@@ -130,11 +133,11 @@ def _pack_buffer(samples: list[Sample], seq_length: int) -> Iterator[PackedRow]:
         else:
             rows.append([sample])
             room.append(seq_length - size)
-    for row in rows:
-        yield _row(row)
+    return rows
 
 
-def _row(samples: list[Sample]) -> PackedRow:
+def packed_row(samples: list[Sample]) -> PackedRow:
+    """Samples one after the other in one row."""
     row = PackedRow(input_ids=[], labels=[], cu_seq_lens=[0], prompt_spans=[], task_id=[], source=[])
     for sample in samples:
         start = len(row["input_ids"])

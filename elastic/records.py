@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from elastic.rows import ReadReport, read_rows
 from elastic.tasks import task_index
 
 
@@ -71,23 +72,10 @@ class Record:
         return cls(**values)
 
 
-@dataclass
-class ReadReport:
-    """What reading a file or folder met: good records, and for each bad one where it stood and why."""
-
-    good: int = 0
-    bad: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        shown = "".join(f"\n  {line}" for line in self.bad[:20])
-        more = f"\n  … and {len(self.bad) - 20} more" if len(self.bad) > 20 else ""
-        return f"{self.good} records read, {len(self.bad)} skipped{shown}{more}"
-
-
 def read_records(
     path: str | Path, report: ReadReport | None = None, every: int = 1, first: int = 0
 ) -> Iterator[Record]:
-    """Records of a `.jsonl` or `.parquet` file, in order; bad ones go to `report` and are skipped.
+    """Records of a `.jsonl`, `.json` or `.parquet` file, in order; bad ones go to `report` and are skipped.
 
     Args:
         path: the file.
@@ -96,16 +84,13 @@ def read_records(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another file type, a parquet file that cannot be read, or a file without one good record.
+        ValueError: another file type, a parquet or JSON file that cannot be read, or a file without one good record.
     """
     path, report = Path(path), report if report is not None else ReadReport()
     if not path.is_file():
         raise FileNotFoundError(f"no record file at {path}; data_prep.build_mixture writes them")
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"{path} has the ending {path.suffix!r}; expected .jsonl or .parquet")
     before = report.good
-    reader = _rows_jsonl(path, report, every, first) if path.suffix == ".jsonl" else _rows_parquet(path, every, first)
-    for where, values in reader:
+    for where, values in read_rows(path, report, every, first):
         try:
             record = Record.from_dict(values)
         except ValueError as error:
@@ -125,34 +110,3 @@ def write_records(path: str | Path, records: Iterable[Record]) -> int:
             file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
             count += 1
     return count
-
-
-def _rows_jsonl(path: Path, report: ReadReport, every: int, first: int) -> Iterator[tuple[str, Any]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            if (number - 1) % every != first or not line.strip():
-                continue
-            try:
-                yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                report.bad.append(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8")
-            except json.JSONDecodeError as error:
-                report.bad.append(f"{where}: not JSON ({error.msg} at column {error.colno})")
-            except RecursionError:
-                report.bad.append(f"{where}: nested too deeply for a record")
-
-
-def _rows_parquet(path: Path, every: int, first: int) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256):
-            for row in batch.to_pylist():
-                number += 1
-                if (number - 1) % every == first:
-                    yield f"{path}: row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as parquet ({error}); write or fetch it again") from error

@@ -69,9 +69,19 @@ class DataWriter:
             shutil.rmtree(self.scratch, ignore_errors=True)
             return
         (self.scratch / MANIFEST).write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
-        if self.out.exists():
-            shutil.rmtree(self.out)
-        self.scratch.rename(self.out)
+        put_in_place(self.scratch, self.out)
+
+
+def put_in_place(made: Path, out: Path) -> None:
+    """Give a finished folder its final name. What it replaces is set aside first and deleted last, so that a kill in
+    between loses neither.
+    """
+    aside = out.with_name(f".{out.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if out.exists():
+        out.rename(aside)
+    made.rename(out)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_shard(file: Path, rows: Iterable[PackedRow]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Tiny random backbones of every supported family, and inputs for them. Nothing is downloaded."""
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,3 +73,25 @@ def left_padded(ids: Tensor, pads: list[int]) -> tuple[Tensor, Tensor]:
         mask[row, :pad] = 0
         padded[row, :pad] = 0
     return padded, mask
+
+
+@functools.cache
+def small_bpe():
+    """A fast byte-level BPE tokenizer of 6,000 tokens, trained on this repository's README and wonderwords' nouns."""
+    import wonderwords
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=6000, special_tokens=["<e>"], initial_alphabet=alphabet, show_progress=False
+    )
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    nouns = wonderwords.RandomWord()._categories["nouns"]
+    made.train_from_iterator([readme, *(f" {noun}" for noun in nouns)], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<e>", eos_token="<e>")
+    fast.padding_side = "left"
+    return fast

@@ -88,6 +88,7 @@ BAD = {
     ),
     "threshold": (lambda: SparseConfig(threshold=1.5), r"sparse\.threshold=1\.5 is not in \(0, 1\]"),
     "pool": (lambda: RouterConfig(pool_tokens=0), r"router\.pool_tokens=0 is below 1"),
+    "offset": (lambda: RouterConfig(head_offset="yes"), r"router\.head_offset='yes' is not true or false"),
     "norm": (
         lambda: RouterConfig(feature_norm="batch"),
         r"router\.feature_norm='batch' is not known; use one of running, none",

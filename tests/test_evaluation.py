@@ -7,14 +7,17 @@ import torch
 
 from elastic.backbone import attach, override_routes
 from elastic.backbones import load_backbone
+from elastic.bench.records import load_folder
+from elastic.bench.tables import markdown
 from elastic.evaluation.methods import Method, read_pattern
 from tests.models import random_ids, small_config, tiny_model, varied_routers
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 pytest.importorskip("wonderwords", reason="the extra `eval` is not installed")
 from elastic.config import SparseConfig
-from elastic.evaluation import ruler, runner, summary
+from elastic.evaluation import ruler, ruler_samples, runner, summary
 from elastic.evaluation.routed_lm import RoutedLM, cut_middle
+from tests.bench import evaluation as collect
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,10 @@ def model():
         ("random:half", "'half' is no number; expected an MSR from 0 to 1"),
         ("random:1.5", "1.5 is not an MSR from 0 to 1"),
         ("elastic:absent", "absent does not exist"),
+        ("elastic:.@more", "'more' behind the @ is no number"),
+        ("elastic:.@nan", "nan is not finite"),
+        ("static:README.md@2", "2 is not an MSR from 0 to 1"),
+        ("static:absent.tsv@0.5", "absent.tsv does not exist"),
     ],
 )
 def test_unknown_methods_are_refused(name, message):
@@ -67,6 +74,12 @@ def test_routes_of_the_methods(tmp_path):
     file = tmp_path / "heads.tsv"
     file.write_text("0.9\t0.1\n0.0\t0.5\n")
     assert Method.parse(f"static:{file}").route(2, 2, 0).tolist() == [[0, 1], [1, 0]]
+    assert Method.parse(f"static:{file}@0.75").route(2, 2, 0).tolist() == [[0, 1], [1, 1]]
+    assert Method.parse(f"static:{file}@0.25").route(2, 2, 0).tolist() == [[0, 0], [1, 0]]
+    assert (Method.parse(f"elastic:{tmp_path}@-1.5").argument, Method.parse(f"elastic:{tmp_path}@-1.5").knob) == (
+        str(tmp_path),
+        -1.5,
+    )
     with pytest.raises(ValueError, match=r"has 2 lines of \[2\] numbers; this backbone needs 3 lines"):
         read_pattern(file, 3, 2)
     file.write_text("a b\n")
@@ -104,6 +117,51 @@ def test_dense_scores_are_those_of_the_plain_harness(model, tokenizer):
                 assert two == pytest.approx(one, abs=1e-3) and greedy == same
 
 
+def test_scores_of_whole_tasks_are_those_of_the_plain_harness(model, tokenizer):
+    """A task that generates and one that ranks continuations, through `simple_evaluate`: plain HFLM on the stock model,
+    ours on the attached one, every head full.
+    """
+    import lm_eval
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
+
+    docs = [{"text": f"document {i} says {'ab' * (3 * i + 2)}", "choices": ["one", "two words", "3"]} for i in range(7)]
+    plain = HFLM(pretrained=tiny_model(), tokenizer=tokenizer, batch_size=1)
+    common = {
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
+        "dataset_path": "",
+        "test_split": "test",
+        "doc_to_text": "{{text}}",
+        "metadata": {"version": 1.0},
+    }
+    kinds = {
+        "generate_until": {
+            "doc_to_target": "{{choices[0]}}",
+            "generation_kwargs": {"do_sample": False, "max_gen_toks": 5, "until": []},
+            "process_results": lambda doc, results: {"score": float(len(set(results[0])))},
+            "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
+        },
+        "multiple_choice": {
+            "doc_to_target": 1,
+            "doc_to_choice": "{{choices}}",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        },
+    }
+    for kind, own in kinds.items():
+        found = []
+        for lm in (plain, RoutedLM(model, tokenizer, 0, batch_size=3)):
+            task = ConfigurableTask(config={"task": f"own_{kind}", "output_type": kind, **common, **own})
+            options = {"log_samples": True, "bootstrap_iters": 0, "verbosity": "ERROR"}
+            found.append(lm_eval.simple_evaluate(model=lm, tasks=[task], **options))
+        one, other = (result["results"][f"own_{kind}"] for result in found)
+        scores = [key for key in one if key.startswith(("score", "acc"))]
+        assert scores and all(one[key] == other[key] for key in scores)
+        if kind == "generate_until":
+            texts = [[s["resps"][0][0] for s in result["samples"][f"own_{kind}"]] for result in found]
+            assert texts[0] == texts[1] and any(texts[0])
+
+
 def test_routes_follow_from_the_context_alone(model, tokenizer):
     lm = RoutedLM(model, tokenizer, None, batch_size=3)
     context = "a context of some length to be routed"
@@ -129,35 +187,12 @@ def test_generation_leaves_facts_and_cuts_the_middle(model, tokenizer):
         assert model(random_ids(1, 5)).logits.shape[1] == 5  # the override is gone with the call
 
 
-@pytest.mark.parametrize("task", ["niah_single_1", "ruler_vt", "ruler_cwe", "ruler_fwe"])
-def test_samples_fit_their_length_and_are_cached(task, tmp_path, monkeypatch):
-    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path))
-    _, words = load_backbone("tiny")
-    made = ruler.documents(task, 1024, 3, words, seed=1)
-    assert len(made) == 3 and made == ruler.documents(task, 1024, 3, words, seed=1)
-    assert len(list(tmp_path.rglob("*.jsonl"))) == 1
-    for doc in made:
-        prompt = words(f"{doc['input']} {doc['gen_prefix']}")["input_ids"]
-        assert 0.8 * 1024 < len(prompt) + ruler.new_tokens(task) <= 1024
-    assert task != "ruler_cwe" or made[0]["input"].count("numbered list of words") == 2
-    assert made != ruler.documents(task, 1024, 3, words, seed=2)
-
-
-def test_tasks_without_their_data_are_named(tokenizer):
-    with pytest.raises(ValueError, match="task ruler_qa_squad needs SQuAD, which this version cannot read"):
-        ruler.documents("ruler_qa_squad", 1024, 1, tokenizer, 0)
-    with pytest.raises(ValueError, match="unknown RULER task 'niah'"):
-        ruler.documents("niah", 1024, 1, tokenizer, 0)
-    with pytest.raises(ValueError, match="length 64 is too short"):
-        ruler.documents("ruler_vt", 64, 1, tokenizer, 0)
-
-
 def test_one_command_compares_methods_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(ruler, "NEW_TOKENS", {"ruler_fwe": 4})
+    monkeypatch.setitem(ruler_samples.NEW_TOKENS, "ruler_fwe", 4)
     model, words = load_backbone("tiny")
     model.config.max_position_embeddings = 2048
-    monkeypatch.setattr(runner, "_load", lambda *_: (attach(model, small_config()), words))
+    monkeypatch.setattr(runner, "load_model", lambda *_: (attach(model, small_config()), words))
     plan = runner.Plan(
         "tiny",
         "cpu",
@@ -185,11 +220,67 @@ def test_one_command_compares_methods_and_goes_on(tmp_path, monkeypatch):
     assert (stored["sparse"]["route1"], stored["sparse"]["threshold"]) == ("xattention", 0.5)
     with pytest.raises(ValueError, match="not all different"):
         runner.run(plan, [methods[0]] * 2, tmp_path / "out")
+    collected_as_records(tmp_path / "out", tmp_path / "records", rows)
+
+
+def collected_as_records(out, folder, rows):
+    """The results in `out` as records that `elastic bench table` reads, and as pictures."""
+    options = [str(out), "--out", str(folder), "--gpu", "a GPU", "--commit", "abc"]
+    assert collect.main([*options, "--names", "xattention=XA"]) == 0
+    assert collect.main([*options, "--sweep", "--tag", "sweep", "--methods", "dense", "streaming"]) == 0
+    assert all((folder / name).stat().st_size > 5000 for name in ("ruler.png", "ruler-tasks.png", "sweep.png"))
+    runs = load_folder(folder)
+    assert {r["who"] for r in runs["ruler"]} == {"dense", "streaming", "xattention:0.5", "XA"}
+    assert {r["who"] for r in runs["sweep"]} == {"dense", "streaming"}
+    dense = next(r for r in runs["ruler"] if r["who"] == "dense")
+    assert (dense["case"], dense["value"], dense["n"]) == ("ruler_fwe@1024", rows[0]["score"], 2)
+    assert dense["versions"].keys() == {"elastic-attention", "lm_eval", "torch", "transformers"}
+    page = markdown(runs, ["results/ruler.png", "results/ruler-tasks.png"])
+    assert "| task | length | n | dense" in page and "mean of 1 tasks" in page
+    assert "(results/ruler.png)" in page and "(results/ruler-tasks.png)" in page
+    with pytest.raises(ValueError, match="holds no results; run `elastic eval --out"):
+        runner.read_rows(folder)
+
+
+def test_tasks_that_fit_into_a_batch_are_evaluated_together(tmp_path, monkeypatch):
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
+    for task in ("ruler_fwe", "ruler_vt"):
+        monkeypatch.setitem(ruler_samples.NEW_TOKENS, task, 4)
+    model, words = load_backbone("tiny")
+    model.config.max_position_embeddings = 2048
+    loaded = attach(model, small_config())
+    monkeypatch.setattr(runner, "load_model", lambda *_: (loaded, words))
+    family, sparse = ruler.Ruler(), SparseConfig(sink=4, window=16, block=4, stride=4)
+    asked = ((family, "ruler_fwe"), (family, "ruler_vt"))
+
+    def plan(batch):
+        return runner.Plan("tiny", "cpu", "float32", asked, (1024, 1536), 1, batch, False, sparse, 0)
+
+    assert [[c.label for c in cells] for cells in plan(3).batches()] == [
+        ["ruler_fwe@1024", "ruler_vt@1024"],
+        ["ruler_fwe@1536", "ruler_vt@1536"],
+    ]
+    assert [len(cells) for cells in plan(1).batches()] == [1, 1, 1, 1]
+    streaming = [Method.parse("streaming")]
+    together = runner.run(plan(2), streaming, tmp_path / "together")
+    apart = runner.run(plan(1), streaming, tmp_path / "apart")
+    assert [(r["task"], r["length"], r["score"]) for r in together] == [
+        (r["task"], r["length"], r["score"])
+        for r in sorted(apart, key=lambda r: (r["length"], r["task"] == "ruler_vt"))
+    ]
+    for file in (tmp_path / "together" / "samples").iterdir():
+        one, other = (
+            [json.loads(line)["prediction"] for line in (tmp_path / out / "samples" / file.name).open().readlines()[1:]]
+            for out in ("together", "apart")
+        )
+        assert one == other and one
 
 
 def test_intervals_and_means():
     rows = [{"score": s} for s in (0.0, 1.0, 1.0, 0.0)]
     assert runner.interval(rows) == pytest.approx(1.96 * (1 / 3 / 4) ** 0.5)
     assert runner.interval(rows[:1]) == 0
-    both = summary._mean([{"score": 1.0, "n": 1}, {"score": 0.0, "n": 3}])
-    assert both == {"plain": 0.5, "weighted": 0.25, "n": 4}
+    rows = [{"score": 1.0, "n": 1, "half_width": 0.3}, {"score": 0.0, "n": 3, "half_width": 0.4}]
+    assert summary.mean(rows) == {"score": 0.5, "half_width": pytest.approx(0.25), "n": 4}
+    weighted = summary.mean(rows, by_samples=True)
+    assert weighted == {"score": 0.25, "half_width": pytest.approx((0.075**2 + 0.3**2) ** 0.5), "n": 4}

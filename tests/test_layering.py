@@ -16,7 +16,7 @@ IDS = [str(path.relative_to(ROOT)) for path in SOURCES]
 # Lower layers never import higher ones; modules of one layer may import each other where there is no cycle.
 LAYERS = {
     0: ("config", "training_config", "tasks", "visibility", "reference", "console", "cache", "kernels", "schedules"),
-    1: ("records", "router", "relaxation", "patterns", "families"),
+    1: ("rows", "records", "router", "relaxation", "patterns", "families"),
     2: ("packed", "shards", "head_plan", "sparsity"),
     3: ("selection", "torch_attention", "attention", "context", "deciding", "routing"),
     4: ("backbone", "backbones", "plots"),

@@ -62,11 +62,8 @@ def test_budget_shares_and_fill(packed, mixture):
     for split, budget in mixture.tokens.items():
         parts = manifest["splits"][split].values()
         tokens, rows = sum(e["tokens"] for e in parts), sum(e["rows"] for e in parts)
-        assert abs(tokens - budget) < 0.05 * budget and sources_of(manifest, split) == (
-            "fact_chain",
-            "needle_single",
-            "own",
-        )
+        assert -0.05 * budget < tokens - budget < 2 * len(parts) * mixture.seq_length
+        assert sources_of(manifest, split) == ("fact_chain", "needle_single", "own")
         assert split != "train" or tokens >= 0.97 * rows * mixture.seq_length
         for entry in parts:
             assert sum(sum(found.values()) for found in entry["lengths"].values()) == entry["samples"]
@@ -78,6 +75,21 @@ def test_budget_shares_and_fill(packed, mixture):
                 by_source[name] = by_source.get(name, 0) + b - a
     for name in mixture.sources:
         assert by_source[name] / sum(by_source.values()) == pytest.approx(mixture.share(name), abs=0.03)
+
+
+def test_rows_of_long_records_are_filled_up(mixture, tmp_path):
+    """Records of six tenths of a row leave four tenths, which generators fill; without one the rows stay as they are,
+    and the command says so.
+    """
+    write_records(tmp_path / "long.jsonl", [Record("code", f"f{i} " * 1200, "count", f"{i}") for i in range(40)])
+    own = {"own": Source(1.0, str(tmp_path / "long.jsonl"))}
+    long = replace(mixture, seq_length=2048, tokens={"train": 24_000}, part_tokens=24_000, context=(64, 1900))
+    for sources, low, high in ((own, 0.55, 0.65), ({**own, "many_shot": Source(0.01)}, pack_mixture.FULL, 1)):
+        made = pack_mixture.pack_mixture(replace(long, sources=sources), tmp_path / "data", 1)["splits"]["train"]
+        entry = made["part-00000"]
+        assert low <= entry["tokens"] / (entry["rows"] * 2048) <= high and entry["sources"]["own"] >= 19
+    again = pack_mixture.pack_mixture(replace(long, sources=sources), tmp_path / "again", 1)
+    assert again["splits"]["train"] == made  # what fills is a function of seed and part too
 
 
 def test_training_reads_it_and_results_can_be_told_by_source(packed):

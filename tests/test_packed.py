@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from data_prep.tiny_language import build_tokenizer
 from elastic.packed import IGNORE, Sample, collate, pack, tokenise
-from elastic.records import ReadReport, Record, read_records, write_records
+from elastic.records import Record, read_records, write_records
+from elastic.rows import ReadReport
 from elastic.tasks import ROBUST, SENSITIVE, TASKS, task_index
 
 GOOD = {"task": "code", "context": "some context", "question": "next?", "answer": "yes", "source": "here"}
@@ -184,7 +185,7 @@ def test_unusable_record_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no record file at .*absent.jsonl; data_prep.build_mixture writes"):
         list(read_records(tmp_path / "absent.jsonl"))
     for name, content, message in (
-        ("a.csv", b"x", r"has the ending '.csv'; expected .jsonl or .parquet"),
+        ("a.csv", b"x", r"has the ending '.csv'; expected .jsonl, .json, .parquet"),
         ("a.parquet", b"PAR1 no", r"cannot be read as parquet .*; write or fetch it again"),
         ("empty.jsonl", b"", r"empty.jsonl holds no usable record; 0 records read, 0 skipped"),
         (

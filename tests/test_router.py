@@ -76,3 +76,23 @@ def test_routers_can_begin_near_the_dense_model(kind):
     router.begin_at(-2.0)
     logits = router(torch.randn(5, 3, 16))
     assert torch.equal(logits, torch.tensor([0.0, -2.0]).expand(5, 3, 2))
+
+
+def test_head_offsets_tell_heads_apart_that_standardised_features_cannot():
+    """The same features for both heads: only offsets of their own let one head stay full and the other run sparse."""
+    torch.manual_seed(0)
+    features = torch.randn(32, 1, 8).expand(-1, 2, -1)
+    wanted = torch.tensor([0.0, 1.0]).expand(32, 2)
+    found = {}
+    for offset in (False, True):
+        router = build_router(2, 8, RouterConfig(feature_norm="none", head_offset=offset))
+        assert [p.shape for p in router.head_logits()] == ([torch.Size([2, 2])] if offset else [])
+        optimiser = torch.optim.Adam(router.parameters(), lr=3e-2)
+        for _ in range(60):
+            optimiser.zero_grad()
+            logits = router(features)
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits[..., 1] - logits[..., 0], wanted)
+            loss.backward()
+            optimiser.step()
+        found[offset] = loss.item()
+    assert found[False] == pytest.approx(math.log(2), abs=1e-2) and found[True] < 0.3

@@ -6,9 +6,14 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from elastic.config import SparseConfig
 from elastic.console import Parser, complain, say
+
+if TYPE_CHECKING:
+    from elastic.evaluation.benchmark import Benchmark
+    from elastic.evaluation.runner import Plan
 
 SUMMARY = "compare dense, streaming, static, random and trained routing on long-context benchmarks"
 
@@ -16,23 +21,51 @@ SUMMARY = "compare dense, streaming, static, random and trained routing on long-
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     parser = Parser(prog="elastic eval", description=SUMMARY)
-    parser.add_argument("--tasks", nargs="+", default=["ruler"], metavar="TASK", help="ruler (default) or its tasks")
+    tasks = "ruler (default), ruler-paper, longbench_e, longbench2, or their tasks"
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=tasks)
+    parser.add_argument(
+        "--preset",
+        choices=("official", "paper"),
+        help="RULER's thirteen tasks with 500 samples, or the paper's eleven with 50, instead of --tasks and --limit",
+    )
     parser.add_argument("--lengths", default="1024,2048", help="tokens of prompt and answer (default 1024,2048)")
-    parser.add_argument("--limit", type=int, default=50, metavar="N", help="samples per task and length (default 50)")
+    limit = "samples per task and length (default: 50 with RULER, else all)"
+    parser.add_argument("--limit", type=int, metavar="N", help=limit)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="official LongBench files (default: the hub)")
+    for name, ways in (
+        ("essays", "haystack of five RULER tasks: text file, folder or PaulGrahamEssays.json, or hub"),
+        ("squad", "dev-v2.0.json, or hub"),
+        ("hotpotqa", "hotpot_dev_distractor_v1.json, or hub"),
+        ("words", "RULER's english_words.json or a list of words, for ruler_cwe over about 64K"),
+    ):
+        parser.add_argument(f"--{name}", metavar="PATH", help=ways)
     parser.add_argument(
         "--methods",
         nargs="+",
         default=["dense", "streaming"],
         metavar="METHOD",
-        help="dense, streaming, xattention[:<threshold>], random:<msr>, static:<pattern file>, elastic:<checkpoint> "
+        help="dense, streaming, xattention[:<threshold>], random:<msr>, static:<pattern file>[@<msr>], "
+        "elastic:<checkpoint>[@<bias>] "
         "(default: dense streaming)",
     )
+    parser.add_argument(
+        "--sweep",
+        type=Path,
+        metavar="FILE.tsv",
+        help="instead of --methods: the pattern file's heads streaming from none to all, by score; a file that is not "
+        "there is made first, by ranking the backbone's heads by retrieval score",
+    )
+    parser.add_argument("--points", type=int, default=9, metavar="N", help="of a sweep (default 9)")
     parser.add_argument(
         "--backbone", default="smollm2-135m", help="of methods without checkpoint (default smollm2-135m)"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/eval"), metavar="DIR", help="default runs/eval")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples in a forward pass (default 8)")
-    parser.add_argument("--chat", action="store_true", help="put prompts into the chat template")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="samples in a forward pass (default 16)"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="put prompts into the chat template, where the benchmark allows it"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default float32)")
     parser.add_argument("--sink", type=int, default=64, help="of methods without checkpoint, in tokens (default 64)")
@@ -63,42 +96,60 @@ def run(args: argparse.Namespace) -> None:
     for package in ("lm_eval", "wonderwords"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the package {package} is missing; run `pip install 'elastic-attention[eval]'`")
-    from elastic.evaluation.benchmark import choose
-    from elastic.evaluation.ruler import Ruler
-    from elastic.evaluation.runner import Plan, run
-    from elastic.evaluation.summary import summary_table, write_summary
+    from elastic.evaluation.benchmark import choose, reasons
+    from elastic.evaluation.longbench import TASKS, LongBench
+    from elastic.evaluation.ruler import PRESETS, Ruler
+    from elastic.evaluation.ruler_data import RulerData
+    from elastic.evaluation.runner import run
+    from elastic.evaluation.summary import group_table, summary_table, write_summary
+    from elastic.evaluation.sweep import make_ranking, sweep_methods, write_sweep
 
-    benchmarks = [Ruler()]
-    tasks = tuple(choose(benchmarks, args.tasks))
+    data = RulerData(args.essays, args.squad, args.hotpotqa, args.words)
+    longbench = [LongBench(name, args.data) for name in TASKS]
+    benchmarks: list[Benchmark] = [Ruler(data), Ruler(data, paper=True), *longbench]
+    family, samples = PRESETS.get(args.preset, ("ruler", None))
+    asked = args.tasks or [family]
+    plan = _plan(args, choose(benchmarks, asked), samples if args.limit is None else args.limit)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its notes on things that are meant
+    began = time.perf_counter()
+    if args.sweep is not None:
+        make_ranking(plan, args.sweep)
+        methods = sweep_methods(args.sweep, args.points)
+    rows = run(plan, methods, args.out)
+    tables = "\n\n".join(filter(None, (summary_table(rows), group_table(rows))))
+    say(f"\nscore ± half of the 95 % interval @ MSR\n\n{tables}\n")
+    for benchmark in dict.fromkeys(benchmark for benchmark, _ in plan.tasks):
+        if benchmark.name in asked and benchmark.left_out():
+            say(f"Not in the means of {benchmark.name}: {reasons(benchmark.left_out())}")
+        for correction in benchmark.corrections:
+            say(f"Corrected: {correction}")
+    for row in (row for benchmark in longbench for row in benchmark.skipped):
+        say(f"Not a usable document: {row}")
+    written = write_summary(rows, args.out) + (write_sweep(rows, args.out) if args.sweep else [])
+    say(f"Written: {args.out / 'samples'}, {args.out / 'summary'}.{{json,txt}}, {', '.join(map(str, written))}")
+    say(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes.")
+
+
+def _plan(args: argparse.Namespace, tasks: list[tuple["Benchmark", str]], samples: int | None) -> "Plan":
+    from elastic.evaluation.runner import Plan
+
     try:
         lengths = tuple(int(length) for length in args.lengths.split(","))
     except ValueError as error:
         raise ValueError(
             f"--lengths {args.lengths!r}: expected numbers divided by commas, such as 1024,2048"
         ) from error
-    sparse = SparseConfig(sink=args.sink, window=args.window, block=args.block, stride=args.stride)
-    plan = Plan(
+    if samples is None and any(benchmark.by_length for benchmark, _ in tasks):
+        samples = 50
+    return Plan(
         args.backbone,
         args.device,
         args.dtype,
-        tasks,
+        tuple(tasks),
         lengths,
-        args.limit,
+        samples,
         args.batch_size,
         args.chat,
-        sparse,
+        SparseConfig(sink=args.sink, window=args.window, block=args.block, stride=args.stride),
         args.seed,
     )
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its notes on things that are meant
-    began = time.perf_counter()
-    rows = run(plan, methods, args.out)
-    say(f"\nscore ± half of the 95 % interval @ MSR\n\n{summary_table(rows)}\n")
-    for benchmark in dict.fromkeys(benchmark for benchmark, _ in tasks):
-        if benchmark.name in args.tasks and benchmark.left_out():
-            left_out = "; ".join(f"{task} ({reason})" for task, reason in benchmark.left_out().items())
-            say(f"Not in the means of {benchmark.name}: {left_out}")
-        for correction in benchmark.corrections:
-            say(f"Corrected: {correction}")
-    files = ", ".join(str(path) for path in write_summary(rows, args.out))
-    say(f"Written: {args.out / 'samples'}, {args.out / 'summary.json'}, {files}")
-    say(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes.")

@@ -33,12 +33,15 @@ class Benchmark(Protocol):
         name: `--tasks` takes it for all tasks that can run.
         by_length: whether every task runs once per length; otherwise once, its documents as they are, prompts over the
             model's limit cut in the middle.
-        corrections: where its tasks differ from the harness' own, one sentence each.
     """
 
     name: str
     by_length: bool
-    corrections: tuple[str, ...]
+
+    @property
+    def corrections(self) -> tuple[str, ...]:
+        """Where its tasks differ from the harness' own, one sentence each."""
+        ...
 
     def tasks(self) -> Sequence[str]:
         """Names of all its tasks, in the order of the table."""
@@ -86,8 +89,7 @@ def choose(benchmarks: Sequence[Benchmark], names: Sequence[str]) -> list[tuple[
         if family is not None:
             found = [(family, task) for task in family.tasks() if task not in family.left_out()]
             if not found:
-                needs = "; ".join(f"{task} {reason}" for task, reason in family.left_out().items())
-                raise ValueError(f"no task of {name} can run here: {needs}")
+                raise ValueError(f"no task of {name} can run here: {reasons(family.left_out())}")
         elif owner is None:
             known = ", ".join([b.name for b in benchmarks] + [task for b in benchmarks for task in b.tasks()])
             raise ValueError(f"unknown task {name!r}; expected some of {known}")
@@ -97,3 +99,11 @@ def choose(benchmarks: Sequence[Benchmark], names: Sequence[str]) -> list[tuple[
             found = [(owner, name)]
         chosen += [pair for pair in found if pair not in chosen]
     return chosen
+
+
+def reasons(left_out: Mapping[str, str]) -> str:
+    """Tasks and what they need, those with the same reason together."""
+    together: dict[str, list[str]] = {}
+    for task, reason in left_out.items():
+        together.setdefault(reason, []).append(task)
+    return "; ".join(f"{', '.join(tasks)} ({reason})" for reason, tasks in together.items())

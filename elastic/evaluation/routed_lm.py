@@ -59,7 +59,12 @@ class RoutedLM(HFLM):
     ) -> None:
         limit = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
         super().__init__(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=limit, backend="causal"
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            max_length=limit,
+            backend="causal",
+            enable_thinking=False,  # answers are short and begin at once; templates without such a switch ignore it
         )
         self.route, self.sparse = route, sparse or elastic_config(model).sparse
         self.facts: dict[str, SampleFacts] = {}

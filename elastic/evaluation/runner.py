@@ -12,9 +12,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from elastic import __version__
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.evaluation.benchmark import Benchmark, Request
 from elastic.evaluation.methods import Method
+
+_BY = " by lm-evaluation-harness"
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,17 @@ class Plan:
             for length in (self.lengths if benchmark.by_length else (None,))
         ]
 
+    def batches(self) -> list[list[Cell]]:
+        """Cells that are evaluated together: at one length, and few enough samples for one forward pass, in which
+        answers of equal length limit are then generated side by side. Otherwise each by itself.
+        """
+        together = 1 if self.samples is None else max(1, self.batch_size // self.samples)
+        alike: dict[Any, list[Cell]] = {}
+        for cell in self.cells():
+            key = (cell.benchmark.name, cell.length, cell.benchmark.takes_chat(cell.task))
+            alike.setdefault(key if cell.length is not None else cell.label, []).append(cell)
+        return [group[i : i + together] for group in alike.values() for i in range(0, len(group), together)]
+
 
 def run(plan: Plan, methods: Sequence[Method], out: Path) -> list[dict[str, Any]]:
     """Evaluate what is missing in `out/samples` and return one row per method, task and length.
@@ -80,31 +94,49 @@ def run(plan: Plan, methods: Sequence[Method], out: Path) -> list[dict[str, Any]
     Raises:
         ValueError: a length over the model's limit, or tasks that cannot be had.
     """
-    todo = [(method, cell) for method in methods for cell in plan.cells()]
     names = {_slug(method.name) for method in methods}
     if len(names) < len(methods):
         raise ValueError(f"methods {', '.join(m.name for m in methods)} are not all different; name each once")
     (out / "samples").mkdir(parents=True, exist_ok=True)
     loaded: tuple[str, Any, Any] = ("", None, None)
     rows = []
-    with tqdm(total=len(todo), desc="evaluation", unit="task") as bar:
-        for method, cell in todo:
-            file = out / "samples" / f"{_slug(method.name)}.{cell.label.replace('@', '.')}.jsonl"
-            facts = _facts(plan, method, cell)
-            samples = _read(file, facts)
-            if samples is None:
-                source = method.argument if method.kind == "elastic" else plan.backbone
-                if loaded[0] != source:
-                    loaded = (source, *_load(plan, method))
-                samples = _evaluate(plan, method, cell, *loaded[1:])
-                _write(file, facts, samples)
-            rows.append(_row(method.name, cell, samples))
-            bar.set_postfix_str(f"{method.name} {cell.label} {rows[-1]['score']:.2f}", refresh=False)
-            bar.update()
+    with tqdm(total=len(methods) * len(plan.cells()), desc="evaluation", unit="task") as bar:
+        for method in methods:
+            source = method.argument if method.kind == "elastic" else plan.backbone
+            for cells in plan.batches():
+                files = [out / "samples" / f"{_slug(method.name)}.{c.label.replace('@', '.')}.jsonl" for c in cells]
+                facts = [_facts(plan, method, cell) for cell in cells]
+                samples = [_read(file, fact) for file, fact in zip(files, facts, strict=True)]
+                missing = [i for i, found in enumerate(samples) if found is None]
+                if missing and loaded[0] != source:
+                    loaded = (source, *load_model(plan, method))
+                made = _evaluate(plan, method, [cells[i] for i in missing], *loaded[1:]) if missing else []
+                for i, new in zip(missing, made, strict=True):
+                    samples[i] = new
+                    _write(files[i], facts[i], new)
+                rows += [_row(fact, found or []) for fact, found in zip(facts, samples, strict=True)]
+                bar.set_postfix_str(f"{method.name} {cells[-1].label} {rows[-1]['score']:.2f}", refresh=False)
+                bar.update(len(cells))
     return rows
 
 
-def _load(plan: Plan, method: Method) -> tuple[Any, Any]:
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """Rows of everything that runs into this folder have finished, whichever processes and machines they ran on.
+
+    Raises:
+        ValueError: no finished results.
+    """
+    rows = []
+    for file in sorted((out / "samples").glob("*.jsonl")):
+        facts, *samples = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        rows.append({**_row(facts, samples), "facts": facts})
+    if not rows:
+        raise ValueError(f"{out / 'samples'} holds no results; run `elastic eval --out {out}` first")
+    return rows
+
+
+def load_model(plan: Plan, method: Method) -> tuple[Any, Any]:
+    """The method's model, attached and in eval mode, and its tokenizer."""
     if method.kind == "elastic":
         from elastic.inference import load
 
@@ -116,42 +148,51 @@ def _load(plan: Plan, method: Method) -> tuple[Any, Any]:
     return attach(model, ElasticConfig(sparse=plan.sparse)).eval(), tokenizer
 
 
-def _evaluate(plan: Plan, method: Method, cell: Cell, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    """Per sample: prediction, references, score, MSR, ESR, prefill seconds and tokens."""
+def _evaluate(
+    plan: Plan, method: Method, cells: Sequence[Cell], model: Any, tokenizer: Any
+) -> list[list[dict[str, Any]]]:
+    """Per cell and sample: prediction, references, score, MSR, ESR, prefill seconds and tokens."""
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
     from elastic.backbones import architecture
     from elastic.evaluation.routed_lm import RoutedLM
+    from elastic.inference import biased
 
-    limit = model.config.max_position_embeddings
-    if cell.length is not None and cell.length > limit:
-        raise ValueError(f"length {cell.length} is over the {limit} tokens that {plan.backbone} reads; take it out")
-    chat = plan.chat and cell.benchmark.takes_chat(cell.task)
-    task = cell.benchmark.harness_task(Request(cell.task, cell.length, plan.samples, tokenizer, plan.seed, chat))
+    limit, first = model.config.max_position_embeddings, cells[0]
+    if first.length is not None and first.length > limit:
+        raise ValueError(f"length {first.length} is over the {limit} tokens that {plan.backbone} reads; take it out")
+    chat = plan.chat and first.benchmark.takes_chat(first.task)
+    requests = [Request(cell.task, cell.length, plan.samples, tokenizer, plan.seed, chat) for cell in cells]
+    tasks = [cell.benchmark.harness_task(request) for cell, request in zip(cells, requests, strict=True)]
     shape = architecture(model)
     route = method.route(shape["num_layers"], shape["num_kv_heads"], plan.seed)
     sparse = None if method.kind == "elastic" else method.sparse(plan.sparse)
     lm = RoutedLM(model, tokenizer, route, plan.batch_size, sparse=sparse)
     started = time.perf_counter()
-    results: Any = lm_eval.simple_evaluate(
-        model=lm,
-        tasks=[task],
-        apply_chat_template=chat,
-        log_samples=True,
-        bootstrap_iters=0,
-        verbosity="ERROR",
-    )
-    seconds = time.perf_counter() - started
-    (made,) = results["samples"].values()
+    with biased(model, method.knob if method.kind == "elastic" else None):
+        results: Any = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=tasks,
+            apply_chat_template=chat,
+            log_samples=True,
+            bootstrap_iters=0,
+            task_manager=TaskManager(include_defaults=False),  # whose thousands of task files take 20 s to read
+            verbosity="ERROR",
+        )
+    seconds = (time.perf_counter() - started) / len(cells)
     return [
-        {
-            **cell.benchmark.describe(sample["doc"]),
-            "prediction": sample["resps"][0][0],
-            "score": sample["score"],
-            **asdict(lm.facts[sample["arguments"][0][0]]),
-            "task_seconds": seconds,
-        }
-        for sample in made
+        [
+            {
+                **cell.benchmark.describe(sample["doc"]),
+                "prediction": sample["resps"][0][0],
+                "score": sample["score"],
+                **asdict(lm.facts[sample["arguments"][0][0]]),
+                "task_seconds": seconds,
+            }
+            for sample in results["samples"][task.config.task]
+        ]
+        for cell, task in zip(cells, tasks, strict=True)
     ]
 
 
@@ -171,8 +212,11 @@ def _facts(plan: Plan, method: Method, cell: Cell) -> dict[str, Any]:
         "sparse": asdict(method.sparse(plan.sparse)),
         "checkpoint": _stamp(method),
         "documents": cell.benchmark.identity(cell.task),
-        "protocol": [f"{cell.benchmark.name} by lm-evaluation-harness", *cell.benchmark.corrections],
-        "versions": {name: version(name) for name in ("elastic-attention", "lm_eval", "torch", "transformers")},
+        "protocol": [f"{cell.benchmark.name}{_BY}", *cell.benchmark.corrections],
+        "versions": {
+            "elastic-attention": __version__,  # also where the package runs uninstalled
+            **{name: version(name) for name in ("lm_eval", "torch", "transformers")},
+        },
     }
 
 
@@ -188,28 +232,35 @@ def _stamp(method: Method) -> str | None:
 
 
 def _read(file: Path, facts: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Samples of an earlier run of the same evaluation; None where there is none."""
+    """Samples of an earlier run of the same evaluation; None where there is none, or only a damaged file."""
     if not file.is_file():
         return None
-    first, *lines = file.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines] if json.loads(first) == facts else None
+    try:
+        first, *samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except ValueError:  # cut, or empty
+        return None
+    return samples if first == {**facts, "count": len(samples)} else None
 
 
 def _write(file: Path, facts: dict[str, Any], samples: list[dict[str, Any]]) -> None:
     writing = file.with_name(f".{file.name}.writing")
-    writing.write_text("".join(json.dumps(line) + "\n" for line in (facts, *samples)), encoding="utf-8")
-    os.replace(writing, file)
+    lines = ({**facts, "count": len(samples)}, *samples)
+    try:
+        writing.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(writing, file)
+    except OSError:
+        writing.unlink(missing_ok=True)
+        raise
 
 
-def _row(method: str, cell: Cell, samples: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(facts: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
     mean = {
         name: sum(sample[name] for sample in samples) / len(samples)
         for name in ("score", "msr", "esr_last", "esr_all", "prefill_seconds", "tokens")
     }
     return {
-        "method": method,
-        "task": cell.task,
-        "length": cell.length,
+        "benchmark": facts["protocol"][0].removesuffix(_BY),
+        **{name: facts[name] for name in ("method", "task", "length")},
         "n": len(samples),
         **mean,
         "half_width": interval(samples),
@@ -218,12 +269,15 @@ def _row(method: str, cell: Cell, samples: list[dict[str, Any]]) -> dict[str, An
 
 
 def _groups(samples: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Score and number of the samples of each group, such as a difficulty."""
-    groups: dict[str, list[float]] = {}
+    """Score, number and half interval of the samples of each group, such as a difficulty, in alphabetical order."""
+    groups: dict[str, list[dict[str, Any]]] = {}
     for sample in samples:
         for group in sample.get("groups", ()):
-            groups.setdefault(group, []).append(sample["score"])
-    return {name: {"score": sum(scores) / len(scores), "n": len(scores)} for name, scores in sorted(groups.items())}
+            groups.setdefault(group, []).append(sample)
+    return {
+        name: {"score": sum(s["score"] for s in found) / len(found), "n": len(found), "half_width": interval(found)}
+        for name, found in sorted(groups.items())
+    }
 
 
 def interval(samples: list[dict[str, Any]]) -> float:

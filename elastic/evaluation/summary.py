@@ -1,7 +1,6 @@
 """Table and pictures of an evaluation."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,55 +11,100 @@ Rows = list[dict[str, Any]]
 
 
 def summary_table(rows: Rows) -> str:
-    """Score by task and length, one column per method, and the means over tasks and over samples."""
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    """Score by task and length, one column per method, and each benchmark's means over tasks and over samples."""
+    lines = [line for benchmark in _values(rows, "benchmark") for line in _lines(rows, benchmark, "length")]
+    return table(["task", "length", "n", *_values(rows, "method")], lines)
+
+
+def group_table(rows: Rows) -> str:
+    """The same by group (length in words, difficulty); empty where no task has groups."""
+    parts = grouped(rows)
+    lines = [line for benchmark in _values(parts, "benchmark") for line in _lines(parts, benchmark, "group")]
+    return table(["task", "group", "n", *_values(parts, "method")], lines) if parts else ""
+
+
+def _lines(rows: Rows, benchmark: str, part: str) -> list[list[str]]:
+    """Lines of a benchmark's tasks by `part` (length or group), then of their means."""
+    methods, own = _values(rows, "method"), [row for row in rows if row["benchmark"] == benchmark]
     lines = []
-    for key in dict.fromkeys((row["task"], row["length"]) for row in rows):
-        found = {row["method"]: row for row in rows if (row["task"], row["length"]) == key}
-        cells = [f"{found[m]['score']:.3f} ±{found[m]['half_width']:.2f} @{found[m]['msr']:.2f}" for m in methods]
-        lines.append([key[0], str(key[1] or "all"), str(found[methods[0]]["n"]), *cells])
-    for length in sorted({row["length"] for row in rows}, key=lambda length: length or 0):
-        means = [_mean([r for r in rows if r["method"] == m and r["length"] == length]) for m in methods]
-        lines.append(["mean of tasks", str(length or "all"), "", *(f"{m['plain']:.3f}" for m in means)])
-    total = [_mean([r for r in rows if r["method"] == m]) for m in methods]
-    lines.append(["mean of samples", "all", str(total[0]["n"]), *(f"{m['weighted']:.3f}" for m in total)])
-    return table(["task", "length", "n", *methods], lines)
+    for task, name in dict.fromkeys((row["task"], row[part]) for row in own):
+        found = [next(r for r in own if (r["method"], r["task"], r[part]) == (m, task, name)) for m in methods]
+        cells = [_score(row) + (f" @{row['msr']:.2f}" if part == "length" else "") for row in found]
+        lines.append([task, str(name or "all"), str(found[0]["n"]), *cells])
+    if _values(own, "task") == [benchmark]:
+        return lines
+    names = sorted(_values(own, part), key=lambda name: name or 0) if part == "length" else sorted(_values(own, part))
+    for label, by_samples in (("tasks", False), ("samples", True)):
+        for name in names:
+            means = [mean([r for r in own if (r["method"], r[part]) == (m, name)], by_samples) for m in methods]
+            scores = [_score(found) for found in means]
+            lines.append([f"{benchmark}: mean of {label}", str(name or "all"), str(means[0]["n"]), *scores])
+    return lines
+
+
+def _values(rows: Rows, key: str) -> list[Any]:
+    return list(dict.fromkeys(row[key] for row in rows))
 
 
 def write_summary(rows: Rows, out: Path) -> list[Path]:
-    """`summary.json` and the pictures: score against length and against MSR, MSR per task."""
+    """`summary.json`, the tables as `summary.txt`, and the pictures: score against length (in tokens, or by group) and
+    against MSR, MSR and score per task.
+    """
     (out / "summary.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    tables = filter(None, (summary_table(rows), group_table(rows)))
+    (out / "summary.txt").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
+    methods, tasks = _values(rows, "method"), _values(rows, "task")
     lengths = sorted({row["length"] for row in rows}, key=lambda length: length or 0)
 
-    def points(of: str, x: Callable[[Rows, int], float]) -> list[tuple[float, float]]:
-        groups = [(length, [r for r in rows if r["method"] == of and r["length"] == length]) for length in lengths]
-        return [(x(group, length or 0), _mean(group)["plain"]) for length, group in groups]
+    def cells(method: str, length: int | None) -> Rows:
+        return [row for row in rows if (row["method"], row["length"]) == (method, length)]
 
-    by_length = {method: points(method, lambda _, length: length) for method in methods}
+    def average(method: str, task: str, name: str) -> float:
+        found = [row[name] for row in rows if (row["method"], row["task"]) == (method, task)]
+        return sum(found) / len(found)
+
+    figures = {}
+    if known := [length for length in lengths if length is not None]:
+        by_length = {m: [(length, mean(cells(m, length))["score"]) for length in known] for m in methods}
+        figures["score_by_length"] = curves_figure({"score": by_length}, "length in tokens", "o")
+    if parts := grouped(rows):
+        groups = sorted({part["group"] for part in parts})
+        by_group = {
+            m: {g: mean([p for p in parts if (p["method"], p["group"]) == (m, g)])["score"] for g in groups}
+            for m in methods
+        }
+        figures["score_by_group"] = bars_figure({"score": by_group})
     by_msr = {
-        method: sorted(points(method, lambda group, _: sum(r["msr"] for r in group) / len(group))) for method in methods
+        m: sorted((sum(r["msr"] for r in cells(m, n)) / len(cells(m, n)), mean(cells(m, n))["score"]) for n in lengths)
+        for m in methods
     }
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-
-    def per_task(name: str) -> dict[str, dict[str, float]]:
-        def mean(method: str, task: str) -> float:
-            found = [r[name] for r in rows if (r["method"], r["task"]) == (method, task)]
-            return sum(found) / len(found)
-
-        return {method: {task: mean(method, task) for task in tasks} for method in methods}
-
-    return [
-        save_png(curves_figure({"score": by_length}, "length in tokens", "o"), out / "score_by_length.png"),
-        save_png(curves_figure({"score": by_msr}, "MSR", "o"), out / "score_by_msr.png"),
-        save_png(bars_figure({"MSR": per_task("msr"), "score": per_task("score")}), out / "by_task.png"),
-    ]
+    figures["score_by_msr"] = curves_figure({"score": by_msr}, "MSR", "o")
+    figures["by_task"] = bars_figure(
+        {
+            title: {method: {task: average(method, task, name) for task in tasks} for method in methods}
+            for title, name in (("MSR", "msr"), ("score", "score"))
+        }
+    )
+    return [save_png(figure, out / f"{name}.png") for name, figure in figures.items()]
 
 
-def _mean(rows: Rows) -> dict[str, float]:
+def grouped(rows: Rows) -> Rows:
+    """One row for each group of each row."""
+    return [{**row, "group": name, **part} for row in rows for name, part in row.get("groups", {}).items()]
+
+
+def mean(rows: Rows, by_samples: bool = False) -> dict[str, float]:
+    """Mean score of tasks, each alike or by its samples, with half of its 95 % interval, which follows from the tasks'
+    own since their samples are independent.
+    """
     n = sum(row["n"] for row in rows)
+    shares = [row["n"] / n if by_samples else 1 / len(rows) for row in rows]
     return {
-        "plain": sum(row["score"] for row in rows) / len(rows),
-        "weighted": sum(row["score"] * row["n"] for row in rows) / n,
+        "score": sum(share * row["score"] for share, row in zip(shares, rows, strict=True)),
+        "half_width": sum((share * row["half_width"]) ** 2 for share, row in zip(shares, rows, strict=True)) ** 0.5,
         "n": n,
     }
+
+
+def _score(row: dict[str, Any]) -> str:
+    return f"{row['score']:.3f} ±{row['half_width']:.2f}"

@@ -16,7 +16,7 @@ from elastic.kernels import jit
 from elastic.kernels.devices import device_facts, why_not
 
 _ROWS, _CLUSTER, _THREADS = 8, 8, 256
-_PARAMS = struct.Struct("<23Q5if")
+_PARAMS = struct.Struct("<24Q5if")
 
 
 class RoutedPrompt(NamedTuple):
@@ -39,11 +39,6 @@ class RoutedPrompt(NamedTuple):
     mode: Tensor
 
 
-def why_not_routed(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the fused router cannot run on keys of this kind, in a few words; None if it can."""
-    return why_not(device, dtype, head_dim)
-
-
 def route_prompt(
     keys: Tensor,
     weight: Tensor,
@@ -52,6 +47,7 @@ def route_prompt(
     statistics: tuple[Tensor, Tensor, Tensor] | None,
     *,
     earlier: Tensor | None = None,
+    offset: Tensor | None = None,
     bias: float = 0.0,
     modes: tuple[int, int] = (0, 1),
 ) -> RoutedPrompt:
@@ -65,13 +61,14 @@ def route_prompt(
         parameters: weight and bias of the five linear layers in their order, fp32, contiguous.
         statistics: mean and var, fp32 [K, D], and the number of samples behind them, fp64 []; None: raw features.
         earlier: fp32 [N, K, D]; sum of the first P keys pooled in an earlier turn.
+        offset: fp32 [K, 2]; added to the logits.
         bias: added to the SA logit.
         modes: of route 0 and of route 1 in the head plan.
 
     Raises:
         ValueError: tensors of another shape, type or layout.
     """
-    _check(keys, weight, count, parameters, statistics, earlier)
+    _check(keys, weight, count, parameters, statistics, earlier, offset)
     samples, slots, kv_heads, dim = keys.shape
     device, index = keys.device, keys.device.index
     shape = (samples, kv_heads)
@@ -85,13 +82,19 @@ def route_prompt(
     )
     if samples == 0:
         return out
-    read = (keys, weight, count, earlier, *parameters, *(statistics or (None, None, None)))
+    read = (keys, weight, count, earlier, *parameters, offset, *(statistics or (None, None, None)))
     addresses = (0 if x is None else x.data_ptr() for x in (*read, *out))
     params = _PARAMS.pack(*addresses, samples, kv_heads, slots, *modes, bias)
     kernel, parts = _kernel(index, dim, keys.dtype == torch.bfloat16)
     grid = parts * -(-samples * kv_heads // _ROWS)
-    jit.launch(kernel, (grid,), _THREADS, params, 4 * _ROWS * 11 * dim, index)
+    jit.launch(kernel, (grid,), _THREADS, params, _shared_bytes(dim, parts), index)
     return out
+
+
+def _shared_bytes(head_dim: int, parts: int) -> int:
+    """Activations of a tile of rows and, where a cluster shares the weights, one CTA's slice of them."""
+    activations = 4 * (_ROWS + 1) * 11 * head_dim
+    return activations + (0 if parts == 1 else 4 * 4 * (head_dim * head_dim // 2 + head_dim // 2))
 
 
 @cache
@@ -105,14 +108,14 @@ def _kernel(index: int, head_dim: int, bf16: bool) -> tuple[Any, int]:
 
 def _check(
     keys: Tensor, weight: Tensor, count: Tensor, parameters: Sequence[Tensor],
-    statistics: tuple[Tensor, Tensor, Tensor] | None, earlier: Tensor | None,
+    statistics: tuple[Tensor, Tensor, Tensor] | None, earlier: Tensor | None, offset: Tensor | None,
 ) -> None:  # fmt: skip
     if keys.dim() != 4 or keys.shape[1] % 2 or not keys.is_contiguous() or keys.data_ptr() % 16:
         raise ValueError(
             f"keys {list(keys.shape)} with strides {list(keys.stride())}; expected contiguous [N, 2P, K, D] that "
             "starts on a 16-byte boundary"
         )
-    reason = why_not_routed(keys.device, keys.dtype, keys.shape[3])
+    reason = why_not(keys.device, keys.dtype, keys.shape[3])
     if reason is not None:
         raise ValueError(f"the fused router cannot run here: {reason}; use elastic.router.AttentionRouter")
     samples, slots, kv_heads, dim = keys.shape
@@ -124,6 +127,8 @@ def _check(
     wanted += [(f"parameter {i}", x, shape) for i, (x, shape) in enumerate(zip(parameters, shapes, strict=True))]
     if earlier is not None:
         wanted.append(("earlier", earlier, (samples, kv_heads, dim)))
+    if offset is not None:
+        wanted.append(("offset", offset, (kv_heads, 2)))
     if statistics is not None:
         wanted += [("mean", statistics[0], (kv_heads, dim)), ("var", statistics[1], (kv_heads, dim))]
         if statistics[2].dtype != torch.float64 or statistics[2].numel() != 1 or statistics[2].device != keys.device:

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from elastic.config import RouterConfig
+from elastic.backbone import attach, pooled_keys, routers, routing
+from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.kernels.route_prompt import RoutedPrompt, route_prompt
 from elastic.relaxation import decide
 from elastic.router import AttentionRouter
 from tests.kernels.gpu import needs_gpu
+from tests.models import tiny_model, varied_routers
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 
@@ -75,6 +77,17 @@ def test_the_twins_agree(samples: int, kv_heads: int, dim: int, dtype: torch.dty
         assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
 
 
+def test_offsets_of_the_heads_are_added() -> None:
+    torch.manual_seed(0)
+    router = AttentionRouter(8, 128, RouterConfig(head_offset=True)).cuda()
+    nn.init.normal_(router.offset)
+    keys, weight, count = operands(3, 8, 128, torch.bfloat16)
+    statistics = (router.mean, router.var, router.count)
+    found = route_prompt(keys, weight, count, linears(router), statistics, offset=router.offset.detach())
+    agree(found, twin(router, keys, weight, count, None, 0.0), 0.0, (0, 1))
+    assert torch.equal(found.route, (router.offset[:, 1] > router.offset[:, 0]).float().expand(3, -1))
+
+
 def test_few_samples_behind_the_statistics_leave_features_raw() -> None:
     router = trained_router(8, 128, samples=7)
     keys, weight, count = operands(2, 8, 128, torch.bfloat16)
@@ -86,6 +99,37 @@ def test_an_undecided_router_chooses_full_attention() -> None:
     router = AttentionRouter(8, 128, RouterConfig()).cuda()
     found = route_prompt(*operands(2, 8, 128, torch.bfloat16), linears(router), (router.mean, router.var, router.count))
     assert not found.route.any() and not found.mode.any() and not found.logits.any()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_model_routes_as_in_pytorch(family: str) -> None:
+    """Left-padded prompts and a later turn on the same cache; both ways decide alike wherever the logits are apart."""
+    from transformers import DynamicCache
+
+    model = tiny_model(family, hidden_size=256, head_dim=64).bfloat16()
+    attach(model, ElasticConfig(RouterConfig(pool_tokens=16), SparseConfig(sink=128, window=128)))
+    varied_routers(model)
+    model.cuda()
+    ids = torch.randint(1, 90, (3, 300), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :250], mask[2, :290] = 0, 0
+    turn = torch.ones(3, 350, dtype=torch.long, device="cuda")
+    turn[:, :300] = mask
+    found = []
+    for fused in (True, False):
+        model._elastic_handle.routing.fused = fused
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids, attention_mask=mask, past_key_values=cache)
+            first = routing(model)
+            model(ids[:, :50], attention_mask=turn, past_key_values=cache)
+        kernel = all(router.last.mode_NK is not None for router in routers(model))
+        assert kernel == fused
+        found.append((first, routing(model), pooled_keys(model)))
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-2, atol=1e-2)
+    for one, other in zip(found[0][:2], found[1][:2], strict=True):
+        sure = (other.logits[..., 1] - other.logits[..., 0]).abs() > 0.05  # later layers read bf16 outputs of earlier
+        assert sure.any() and torch.equal(one.route[sure], other.route[sure])
 
 
 def test_what_does_not_fit_is_named() -> None:

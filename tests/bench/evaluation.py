@@ -1,0 +1,106 @@
+"""Collect the results of `elastic eval` runs in one folder, from several processes perhaps, as records for
+`elastic bench table`, with pictures.
+
+    elastic eval --methods dense streaming --lengths 1024,2048 --limit 100 --out runs/ruler
+    python tests/bench/evaluation.py runs/ruler --tag ruler --gpu "NVIDIA H100" --out tests/bench/results
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from elastic.bench.evaluation import records, score_cells
+from elastic.bench.records import git_commit, save
+from elastic.console import say, table
+from elastic.evaluation.runner import read_rows
+from elastic.plots import bars_figure, curves_figure, save_png
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Where results are, and what they do not say themselves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="--out of `elastic eval`")
+    parser.add_argument("--gpu", default="cpu", help="what they ran on (default cpu)")
+    parser.add_argument("--kernel", default="torch (cpu)", help="what ran attention (default torch on the CPU)")
+    parser.add_argument("--command", default="elastic eval", help="how to repeat them")
+    parser.add_argument("--methods", nargs="+", help="order of the columns; default all, as found")
+    parser.add_argument("--names", nargs="*", default=[], metavar="METHOD=NAME", help="what to call methods instead")
+    parser.add_argument("--commit", help="commit to state where git is not at hand")
+    parser.add_argument("--sweep", action="store_true", help="draw score against MSR instead of against length")
+    parser.add_argument("--tag", default="ruler", help="name of the files")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Read, write records and pictures, print the table."""
+    args = build_parser().parse_args(argv)
+    names = dict(pair.split("=", 1) for pair in args.names)
+    rows = read_rows(args.folder)
+    order = args.methods or list(dict.fromkeys(row["method"] for row in rows))
+    rows = [row for row in rows if row["method"] in order]
+    places = ["niah", "ruler"]  # needles first
+    rows.sort(
+        key=lambda r: (r["length"] or 0, places.index(r["task"].split("_")[0]), r["task"], order.index(r["method"]))
+    )
+    rows = [{**row, "method": names.get(row["method"], row["method"])} for row in rows]
+    facts = {"gpu": args.gpu, "kernel": args.kernel, "commit": args.commit or git_commit(), "command": args.command}
+    found = [
+        {**record, **facts, "versions": row["facts"]["versions"], "sparse": row["facts"]["sparse"]}
+        for record, row in zip(records(rows), rows, strict=True)
+    ]
+    say(table(*score_cells(found)))
+    written = [save(args.out / f"{args.tag}.json", found), *pictures(rows, args)]
+    say(f"wrote {', '.join(map(str, written))}")
+    return 0
+
+
+def pictures(rows: list[dict], args: argparse.Namespace) -> list[Path]:
+    """Mean score against length and scores by task; of a sweep, the score of every task against MSR."""
+    lengths, tasks, methods = (list(dict.fromkeys(row[key] for row in rows)) for key in ("length", "task", "method"))
+
+    def rows_of(**wanted: object) -> list[dict]:
+        return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+    if args.sweep:
+        panels = {
+            f"score at {length} tokens": {
+                task: sorted((row["msr"], row["score"]) for row in rows_of(task=task, length=length)) for task in tasks
+            }
+            for length in lengths
+        }
+        return [save_png(curves_figure(panels, "MSR", "o"), args.out / f"{args.tag}.png")]
+
+    def mean(found: list[dict]) -> float:
+        return sum(row["score"] for row in found) / len(found)
+
+    whole = {  # tasks that every method was measured on
+        length: [t for t in tasks if all(rows_of(length=length, task=t, method=m) for m in methods)]
+        for length in lengths
+    }
+    curves = {
+        method: [
+            (length, mean([row for row in rows_of(length=length, method=method) if row["task"] in whole[length]]))
+            for length in lengths
+            if whole[length]
+        ]
+        for method in methods
+    }
+    bars = {
+        f"score at {length} tokens": {
+            method: {task: mean(rows_of(length=length, task=task, method=method)) for task in whole[length]}
+            for method in methods
+        }
+        for length in lengths
+        if whole[length]
+    }
+    return [
+        save_png(
+            curves_figure({"mean score of the tasks": curves}, "length in tokens", "o"), args.out / f"{args.tag}.png"
+        ),
+        save_png(bars_figure(bars), args.out / f"{args.tag}-tasks.png"),
+    ]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
