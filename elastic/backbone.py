@@ -214,6 +214,7 @@ def compile_layers(model: Any, **settings: Any) -> Any:
             if isinstance(part.forward, Chunked):
                 part.forward.compile(**settings)
             else:
+                unchunk(part)  # a chunked norm inside would make every layer a graph of its own
                 part.forward = torch.compile(part.forward, **settings)
                 handle.compiled.append(part)
     return model

@@ -49,9 +49,11 @@ def chunk(decoder: Any, size: Callable[[], int]) -> None:
         module.forward = Chunked(module, size)
 
 
-def unchunk(decoder: Any) -> None:
-    """Undo `chunk`."""
-    for module in token_modules(decoder):
+def unchunk(root: nn.Module) -> None:
+    """Undo `chunk` on a module and everything inside it."""
+    for module in root.modules():
+        if not isinstance(vars(module).get("forward"), Chunked):
+            continue
         inner = vars(module).pop("forward").inner
         if getattr(inner, "__func__", None) is not type(module).forward:
             module.forward = inner  # somebody else's, from before
