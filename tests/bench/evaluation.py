@@ -12,7 +12,7 @@ from pathlib import Path
 from elastic.bench.evaluation import records, score_cells
 from elastic.bench.records import git_commit, save
 from elastic.console import say, table
-from elastic.evaluation.runner import read_rows
+from elastic.evaluation.scores import read_rows
 from elastic.plots import bars_figure, curves_figure, save_png
 
 
