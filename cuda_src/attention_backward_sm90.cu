@@ -21,7 +21,7 @@ struct Consumer {
   // Hands back what the barrier guards: every lane is done with it when lane 0 says so.
   ELASTIC_FN void release(u64* bar) const {
     __syncwarp();
-    if (lane == 0) arrive(bar);
+    if (kArrivals == 32 || lane == 0) arrive(bar);
   }
 
   // s[64 keys x kRows queries] = A B^T: K Q^T or V dO^T.
@@ -226,7 +226,7 @@ struct Consumer {
       }
       store(dv, p.dv, p.stride_dv, 1.0f);
       store(dk, p.dk, p.stride_dk, p.f.scale);
-      arrive(&c.empty_kv);
+      release(&c.empty_kv);
     }
     wait(&c.sum_empty[group], sum_phase);
     if (warp == 0 && lane == 0) c.job[group].target = nullptr;
@@ -252,13 +252,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   }
   if (threadIdx.x == 32) {
     barrier_init(&control.full_kv, 1);
-    barrier_init(&control.empty_kv, kConsumerWarps * 32);
+    barrier_init(&control.empty_kv, kConsumerWarps * kArrivals);
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&control.full[i], 1);
-      barrier_init(&control.empty[i], kConsumerWarps);
+      barrier_init(&control.empty[i], kConsumerWarps * kArrivals);
     }
     for (int w = 0; w < 2; ++w) {
-      barrier_init(&control.sum_full[w], 4);
+      barrier_init(&control.sum_full[w], 4 * kArrivals);
       barrier_init(&control.sum_empty[w], 1);
     }
     fence_barrier_init();

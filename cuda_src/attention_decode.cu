@@ -2,19 +2,14 @@
 // tokens of all heads form one list of units that the CTAs share equally; a head cut by a CTA's end is put together by
 // the last CTA that finishes it. The query heads of a group are the rows of one mma tile, so K and V are read once.
 // Compile-time: ELASTIC_HEAD_DIM (64, 128), ELASTIC_BF16 (1, else fp16), ELASTIC_WARPS, ELASTIC_STAGES.
-#include "elastic/decode_list.cuh"
-#include "elastic/ptx_sm80.cuh"
-#include "elastic/softmax.cuh"
+#include "elastic/decode_merge.cuh"
 
 namespace elastic {
 
-constexpr int kD = ELASTIC_HEAD_DIM, kWarps = ELASTIC_WARPS, kStages = ELASTIC_STAGES;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kTokens = 16;                  // of a warp's tile: its keys and values are one stage of its own ring
-constexpr int kStep = kWarps * kTokens;      // the warps take turns
-constexpr int kRows = 16;                    // query heads of an mma tile
+constexpr int kStages = ELASTIC_STAGES;
+constexpr int kTokens = 16;              // of a warp's tile: its keys and values are one stage of its own ring
+constexpr int kStep = kWarps * kTokens;  // the warps take turns
 constexpr int kRowBytes = 2 * kD, kChunks = kD / 8, kTileBytes = kTokens * kRowBytes;
-constexpr int kPitch = kD + 8;               // floats from one output row to the next in shared memory
 
 // offset[h] = units before head h, for all heads and the end; a head that sees nothing has one empty unit.
 ELASTIC_FN Share build_list(const DecodeParams& p, int* offset, int* totals) {
@@ -141,140 +136,9 @@ ELASTIC_FN void attend(float (&o)[kD / 2], Softmax& softmax, const u32 (&q)[kD /
   }
 }
 
-struct Shared {          // dynamic shared memory behind the rings
-  float peak[kWarps][kRows], sum[kWarps][kRows];
-  int totals[kWarps];
-  int last;
-};
-
-ELASTIC_FN float weight_of(float peak, float top, float scale_log2) {
-  return peak == minus_infinity() ? 0.0f : exp2_approx((peak - top) * scale_log2);
-}
-
-ELASTIC_FN void store_pair(const DecodeParams& p, int head, int row, int column, float x, float y) {
-  const int group = p.heads / p.kv_heads;
-  const i64 element = (i64(head) * group + row) * kD + column;  // [B, K, G, D] is [B, H, D]
-  *(u32*)(p.out + 2 * element) = pack(x, y);
-}
-
-// Outputs of the warps, each scaled to the CTA's maximum, in `rows` [warp][G][kPitch].
-ELASTIC_FN void gather_warps(float* rows, Shared& shared, float (&o)[kD / 2], Softmax& softmax, int group,
-                             float scale_log2, int warp, int lane) {
-#pragma unroll
-  for (int y = 0; y < 2; ++y) {
-    const float sum = quad_sum(softmax.row_sum[y]);
-    const int row = lane / 4 + 8 * y;
-    if (lane % 4 == 0) shared.peak[warp][row] = softmax.row_max[y], shared.sum[warp][row] = sum;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int y = 0; y < 2; ++y) {
-    const int row = lane / 4 + 8 * y;
-    float top = minus_infinity();
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, shared.peak[w][row]);
-    const float weight = weight_of(softmax.row_max[y], top, scale_log2);
-    if (row >= group) continue;
-    float2* out = (float2*)(rows + (warp * group + row) * kPitch) + lane % 4;
-#pragma unroll
-    for (int j = 0; j < kD / 8; ++j) out[4 * j] = make_float2(o[4 * j + 2 * y] * weight, o[4 * j + 2 * y + 1] * weight);
-  }
-  __syncthreads();
-}
-
-// Maximum and sum of a row over the warps.
-ELASTIC_FN float2 total_of(const Shared& shared, int row, float scale_log2) {
-  float top = minus_infinity(), sum = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) top = fmaxf(top, shared.peak[w][row]);
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) sum += shared.sum[w][row] * weight_of(shared.peak[w][row], top, scale_log2);
-  return make_float2(top, sum);
-}
-
-ELASTIC_FN float* peaks_of(const DecodeParams& p, int group) { return p.partial + i64(2) * gridDim.x * group * kD; }
-
-// The CTA's part of a head: to the output if it is the whole head, else to slot `slot` of the partial results.
-ELASTIC_FN void store_item(const DecodeParams& p, const float* rows, const Shared& shared, const Item& item, int slot) {
-  const int group = p.heads / p.kv_heads;
-  for (int i = threadIdx.x; i < group * kD / 2; i += kThreads) {
-    const int row = i / (kD / 2), column = 2 * (i % (kD / 2));
-    const float2 total = total_of(shared, row, p.scale_log2);
-    float x = 0.0f, y = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float2 part = *(const float2*)(rows + (w * group + row) * kPitch + column);
-      x += part.x, y += part.y;
-    }
-    if (item.whole) {
-      const float factor = total.y == 0.0f ? 0.0f : 1.0f / total.y;
-      store_pair(p, item.head, row, column, x * factor, y * factor);
-    } else {
-      *(float2*)(p.partial + (i64(slot) * group + row) * kD + column) = make_float2(x, y);
-      if (column == 0) *(float2*)(peaks_of(p, group) + (i64(slot) * group + row) * 2) = total;
-    }
-  }
-}
-
-// The last CTA of a head adds up its parts, always in the order of the list. Every thread adds some of the parts of one
-// output column; `rows` holds first the parts' weights [parts, G], then the threads' sums.
-ELASTIC_FN void merge(const DecodeParams& p, const Parts& parts, int head, float* rows) {
-  const int group = p.heads / p.kv_heads, columns = group * kD / 4;
-  const float2* peaks = (const float2*)peaks_of(p, group);
-  float2* weights = (float2*)rows;
-  for (int i = threadIdx.x; i < parts.count * group; i += kThreads) {
-    weights[i] = __ldcg(peaks + parts.slot(i / group) * group + i % group);
-  }
-  __syncthreads();
-  int each = min_i(16, max_i(1, kThreads / columns));  // threads to a column, in one warp: a power of two
-  while (each & (each - 1)) each &= each - 1;
-  const int turn = threadIdx.x / 2 % each, mine = threadIdx.x / (2 * each) * 2 + threadIdx.x % 2;  // pairs: 32 bytes
-  for (int first = 0; first < columns; first += kThreads / each) {
-    const int index = first + mine, row = index / (kD / 4);
-    float top = minus_infinity(), sum = 0.0f;
-    float4 all = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (index < columns) {
-      for (int part = 0; part < parts.count; ++part) top = fmaxf(top, weights[part * group + row].x);
-#pragma unroll 16
-      for (int part = turn; part < parts.count; part += each) {
-        const float2 one = weights[part * group + row];
-        const float4 o = __ldcg((const float4*)(p.partial + (i64(parts.slot(part)) * group) * kD) + index);
-        const float weight = weight_of(one.x, top, p.scale_log2);
-        sum = fmaf(weight, one.y, sum);
-        all.x = fmaf(weight, o.x, all.x), all.y = fmaf(weight, o.y, all.y);
-        all.z = fmaf(weight, o.z, all.z), all.w = fmaf(weight, o.w, all.w);
-      }
-    }
-    for (int step = 2; step < 2 * each; step *= 2) {
-      sum += __shfl_xor_sync(~0u, sum, step);
-      all.x += __shfl_xor_sync(~0u, all.x, step), all.y += __shfl_xor_sync(~0u, all.y, step);
-      all.z += __shfl_xor_sync(~0u, all.z, step), all.w += __shfl_xor_sync(~0u, all.w, step);
-    }
-    if (index >= columns || turn != 0) continue;
-    const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
-    store_pair(p, head, row, 4 * index % kD, all.x * factor, all.y * factor);
-    store_pair(p, head, row, 4 * index % kD + 2, all.z * factor, all.w * factor);
-  }
-}
-
-// Says that this CTA's part of a head is stored; the CTA that finds all parts stored merges them.
-ELASTIC_FN void arrive(const DecodeParams& p, const Share& share, const int* offset, int head, Shared& shared,
-                       float* rows) {
-  const Parts parts = parts_of(share, offset, head);
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    shared.last = atomicAdd(p.arrived + head, 1) == parts.count - 1;
-    if (shared.last) p.arrived[head] = 0;
-    __threadfence();
-  }
-  __syncthreads();
-  if (shared.last) merge(p, parts, head, rows);
-}
-
 }  // namespace elastic
 
-extern "C" __global__ void __launch_bounds__(elastic::kThreads)
+extern "C" __global__ void __launch_bounds__(elastic::kThreads, 1)
     attention_decode(const __grid_constant__ elastic::DecodeParams p) {
   using namespace elastic;
   extern __shared__ __align__(128) char memory[];
@@ -283,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(elastic::kThreads)
   float* rows = (float*)(memory + kWarps * kStages * 2 * kTileBytes);
   Shared& shared = *(Shared*)(rows + kWarps * group * kPitch);
   int* offset = (int*)(&shared + 1);
-  const Share share = build_list(p, offset, shared.totals);
+  const Share share = build_list(p, offset, shared.units);
   if (share.first >= share.last) return;
   int head = head_at(offset, p.samples * p.kv_heads, share.first);
   const int first_head = head;
@@ -315,8 +179,6 @@ extern "C" __global__ void __launch_bounds__(elastic::kThreads)
     gather_warps(rows, shared, o, softmax, group, p.scale_log2, warp, lane);
     store_item(p, rows, shared, item, slot_of(blockIdx.x, head != first_head));
     __syncthreads();  // everyone is done with the rows
-    if (item.whole) continue;
-    arrive(p, share, offset, head, shared, rows);
-    __syncthreads();
   }
+  finish_shared(p, share, offset, first_head, head - 1, shared, (float*)memory, kWarps * kStages * 2 * kTileBytes, rows);
 }

@@ -4,7 +4,7 @@
 // exponentials into scratch. After a tile's last key tile the softmax's denominators are known; each warp then turns
 // its own 16 rows of scratch into block masses and chooses. No warp reads another warp's scratch.
 // Compile-time: ELASTIC_HEAD_DIM (64, 128), ELASTIC_BF16 (1, else fp16), ELASTIC_STRIDE (8, 16), ELASTIC_BLOCK (64,
-// 128), ELASTIC_PAIR (1, 2: CTAs that share what they load of K).
+// 128).
 #include "elastic/block_choice.cuh"
 #include "elastic/block_sums.cuh"
 #include "elastic/select_pipeline_sm90.cuh"
@@ -23,10 +23,6 @@ struct SelectConsumer {
 
   ELASTIC_FN void release(u64* bar) const {
     if (lane == 0) arrive(bar);
-  }
-  ELASTIC_FN void release_stage(int slot) const {  // to all producers that write into it
-    if (kPair == 1) return release(&c.empty[slot]);
-    if (lane < kPair) arrive_in(&c.empty[slot], lane);
   }
 
   // A row or cell that the sample's end cuts is filled with zeros; what lies behind belongs to others.
@@ -55,13 +51,13 @@ struct SelectConsumer {
       for (int kk = 0; kk < 4; ++kk) wgmma_wide(s, desc_rows + 2 * kk, desc_cells + 2 * kk, step + kk);
       wgmma_commit();
       wgmma_wait<1>();
-      if (step > 0) release_stage(before);
+      if (step > 0) release(&c.empty[before]);
       before = stage.slot;
       stage.advance();
     }
     wgmma_wait<0>();
     pin(s);
-    release_stage(before);
+    release(&c.empty[before]);
   }
 
   // Mass of the key blocks of one query block, as units; the forced ones count apart and leave a zero.
@@ -147,7 +143,7 @@ struct SelectConsumer {
 
 }  // namespace elastic
 
-extern "C" __global__ void __cluster_dims__(elastic::kPair, 1, 1) __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
     xattention_select_sm90(const __grid_constant__ elastic::SelectParams p) {
   using namespace elastic;
   extern __shared__ char shared_raw[];
@@ -160,15 +156,13 @@ extern "C" __global__ void __cluster_dims__(elastic::kPair, 1, 1) __launch_bound
   if (threadIdx.x < 32) build_schedule<RowTiles>(p.f, segments, &control.size, threadIdx.x);
   if (threadIdx.x == 32) control.init();
   __syncthreads();
-  if (kPair == 2) cluster_sync();
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == 0) SelectProducer{p, control, base, kPair == 2 ? cluster_rank() : 0}.run(segments);
+    if (threadIdx.x == 0) SelectProducer{p, control, base}.run(segments);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int group = __shfl_sync(~0u, warpgroup - 1, 0), warp = __shfl_sync(~0u, int(threadIdx.x / 32 % 4), 0);
     u32* own = units + (group * 4 + warp) * p.shared_units;
     SelectConsumer{p, control, base, own, group, warp, int(threadIdx.x % 32)}.run();
   }
-  if (kPair == 2) cluster_sync();  // neither leaves while the other may write into it
 }

@@ -68,7 +68,7 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
         weight = attn.k_proj.weight
         router = build_router(weight.shape[0] // attn.head_dim, attn.head_dim, config.router)
         attn.router = router.to(weight.device).train(model.training)
-    handle.hook_attention(layers, handle.before_attention)
+        handle.hooks.append(attn.register_forward_pre_hook(handle.before_attention, with_kwargs=True))
     handle.hooks.append(model.get_decoder().register_forward_pre_hook(handle.before_decoder, with_kwargs=True))
     model.set_attn_implementation(_IMPLEMENTATION)
     setattr(model, _HANDLE, handle)
@@ -78,12 +78,12 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
 def detach(model: Any) -> Any:
     """Remove the routers and restore the stock model exactly, `requires_grad` flags included."""
     handle = _handle(model)
-    for hook in (*handle.hooks, *handle.attention_hooks):
+    for hook in handle.hooks:
         hook.remove()
     for attn in handle.attention_layers(model):
         del attn.router
     for part in handle.compiled:
-        part._compiled_call_impl = None
+        del part.forward
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(handle.trainable[name])
     model.set_attn_implementation(handle.implementation)
@@ -199,12 +199,14 @@ def compile_layers(model: Any, **settings: Any) -> Any:
         settings: of `torch.compile`, such as `backend` or `mode`; `dynamic=True` unless given.
     """
     handle, settings = _handle(model), {"dynamic": True, **settings}
-    handle.hook_attention(handle.attention_layers(model), torch.compiler.disable(handle.before_attention))
     _register(torch.compiler.disable(_attention_function))
-    for layer in model.get_decoder().layers:  # parts, because checkpointing a compiled layer would not compile it
+    # Parts of a layer, because checkpointing a compiled layer would not compile it; and their forward alone, because
+    # the hook that routes is not for the compiler.
+    for layer in model.get_decoder().layers:
         for part in (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp):
-            part.compile(**settings)
-            handle.compiled.append(part)
+            if part not in handle.compiled:
+                part.forward = torch.compile(part.forward, **settings)
+                handle.compiled.append(part)
     return model
 
 
@@ -215,19 +217,12 @@ class _Handle:
         self.implementation = model.config._attn_implementation
         self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.hooks: list[Any] = []
-        self.attention_hooks: list[Any] = []
-        self.compiled: list[nn.Module] = []
+        self.compiled: list[Any] = []
         self.routing = Routing(config)
         model.requires_grad_(False)
 
     def attention_layers(self, model: Any) -> list[Any]:
         return [layer.self_attn for layer in model.get_decoder().layers]
-
-    def hook_attention(self, layers: list[Any], hook: Any) -> None:
-        """Let `hook` route the layers, in place of what did."""
-        for old in self.attention_hooks:
-            old.remove()
-        self.attention_hooks = [attn.register_forward_pre_hook(hook, with_kwargs=True) for attn in layers]
 
     def before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Lay out the batch's samples once per forward pass and hand the layout to the layers as a keyword."""

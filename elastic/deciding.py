@@ -8,13 +8,13 @@ D head dim.
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from elastic.config import ElasticConfig
 from elastic.context import Context
 from elastic.head_plan import Layout
-from elastic.kernels.route_prompt import route_prompt, why_not_routed
+from elastic.kernels import why_not
+from elastic.kernels.route_prompt import route_prompt
 from elastic.patterns import mode_ids
 from elastic.relaxation import decide, sample_route
 from elastic.router import AttentionRouter, BoundarySlots, LayerState, Router, half_sums
@@ -85,19 +85,13 @@ def decide_from_keys(
     return LayerState(route, logits, pooled.detach()), first
 
 
-def router_backend(device: torch.device, dtype: torch.dtype, head_dim: int, kind: str = "input") -> str:
-    """What decides the routes at inference on such tensors, for reports."""
-    if kind != "input":
-        return f"torch ({kind} router)"
-    reason = why_not_routed(device, dtype, head_dim)
-    return "route_prompt" if reason is None else f"torch ({reason})"
-
-
 def is_fused(router: Router, keys_N2PKD: Tensor) -> bool:
-    """Whether the kernel decides for this router on these keys."""
+    """Whether the kernel decides for this router on these keys: in inference, wherever the attention kernel runs, which
+    is what reports state.
+    """
     if router.training or not isinstance(router, AttentionRouter):
         return False
-    return why_not_routed(keys_N2PKD.device, keys_N2PKD.dtype, keys_N2PKD.shape[3]) is None
+    return why_not(keys_N2PKD.device, keys_N2PKD.dtype, keys_N2PKD.shape[3]) is None
 
 
 def fused_decision(
@@ -113,8 +107,8 @@ def fused_decision(
         pooling.count_N11.flatten(),
         [parameter for layer in layers for parameter in (layer.weight, layer.bias)],
         statistics,
-        offset=router.offset,
         earlier=earlier_NKD,
+        offset=router.offset,
         bias=config.sparsity_bias,
         modes=mode_ids(sparse),
     )

@@ -57,6 +57,7 @@ class ElasticModule(RoutedModule):
         loss_chunk: positions whose logits exist at a time.
         compiled: torch.compile what surrounds attention in the backbone's layers (`elastic.backbone.compile_layers`).
         methods: what evaluation compares: dense, elastic (default: these two), streaming, random:<msr>[:<seed>].
+        routers: checkpoint folder that training or evaluation begins with; None: fresh routers.
     """
 
     def __init__(
@@ -73,8 +74,9 @@ class ElasticModule(RoutedModule):
         loss_chunk: int = 1024,
         compiled: bool = False,
         methods: list[str] | None = None,
+        routers: str | None = None,
     ) -> None:
-        super().__init__(backbone, elastic, dtype, gguf_file, loss_chunk, methods or list(DEFAULT_METHODS))
+        super().__init__(backbone, elastic, dtype, gguf_file, loss_chunk, methods or list(DEFAULT_METHODS), routers)
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights are not in the checkpoint; on_load_checkpoint checks the rest
         self.optimiser, self.annealing = optimiser, temperature
@@ -89,7 +91,7 @@ class ElasticModule(RoutedModule):
         if fresh and self.compiled and self.device_mesh is not None:
             raise ValueError("model.compiled does not go with a sharded backbone yet; set model.compiled: false")
         super().configure_model()
-        for router in routers(self.model) if fresh else ():
+        for router in routers(self.model) if fresh and self.begins_with is None else ():
             router.begin_at(self.optimiser.start)
         if fresh and self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})

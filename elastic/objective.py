@@ -125,13 +125,6 @@ def quality_loss(
     return cost * full + (multipliers.l * (divergence_T - budget_T.to(divergence_T)) * present_T).sum()
 
 
-def softened(divergence_N: Tensor, scale: float) -> Tensor:
-    """scale * log(1 + KL / scale): KL itself where it is small against the scale, and a bounded pull where it is not. A
-    scale of 0 leaves it.
-    """
-    return scale * torch.log1p(divergence_N / scale) if scale else divergence_N
-
-
 def mean_per_task(values_N: Tensor, task_N: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over each task's samples, [T] (0 where a task has none), and whether it has any, bool [T]."""
     count_T = torch.bincount(task_N, minlength=len(TASKS))
@@ -231,14 +224,12 @@ class QualityObjective:
         divergence_P = chunked_divergence(hidden_PE, routed.dense_PE, routed.lm_head, routed.chunk)
         divergence_N = divergence_P.new_zeros(count_N.shape).index_add(0, sample_P, divergence_P) / count_N
         budget_T = torch.tensor(list(self.budgets.values()))
-        counted_N = softened(divergence_N, self.config.soft)
-        loss = quality_loss(routed.msr_N, counted_N, task, budget_T, self.config.cost, self.multipliers)
+        loss = quality_loss(routed.msr_N, divergence_N, task, budget_T, self.config.cost, self.multipliers)
         return Judgement(loss, {"loss": loss.detach()}, {"kl": divergence_N.detach()})
 
     def facts(self) -> dict[str, Any]:
         """Kind, cost and budgets."""
-        names = ("cost", "price", "soft")
-        return {"kind": "quality", "budgets": self.budgets, **{name: getattr(self.config, name) for name in names}}
+        return {"kind": "quality", "cost": self.config.cost, "budgets": self.budgets, "price": self.config.price}
 
 
 Objective = TargetObjective | QualityObjective

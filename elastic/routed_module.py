@@ -6,8 +6,9 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from elastic.backbone import attach, override_routes, routing
+from elastic.backbone import attach, override_routes, routing, set_config
 from elastic.backbones import DTYPES, architecture, load_backbone
+from elastic.checkpoint import load_into, read_elastic
 from elastic.config import ElasticConfig
 from elastic.distributed import ShardedBackbone, shard_backbone
 from elastic.inference import biased
@@ -32,6 +33,7 @@ class RoutedModule(LightningModule):
         gguf_file: file name where the backbone's weights are in GGUF format.
         loss_chunk: positions whose logits exist at a time.
         methods: what evaluation compares, see `elastic.methods`.
+        routers: checkpoint folder that they begin with; None: fresh ones.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class RoutedModule(LightningModule):
         gguf_file: str | None,
         loss_chunk: int,
         methods: list[str],
+        routers: str | None,
     ) -> None:
         super().__init__()
         if loss_chunk < 1:
@@ -49,7 +52,7 @@ class RoutedModule(LightningModule):
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}")
         self.backbone, self.elastic, self.dtype_name, self.gguf_file = backbone, elastic, dtype, gguf_file
-        self.loss_chunk, self.methods = loss_chunk, parse_methods(methods)
+        self.loss_chunk, self.methods, self.begins_with = loss_chunk, parse_methods(methods), routers
         self.model: Any = None
         self.tokenizer: Any = None
         self.results: dict[str, dict[str, float]] = {}
@@ -71,7 +74,7 @@ class RoutedModule(LightningModule):
         data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
         if getattr(data, "manifest", None) is not None:
             check_data(data.manifest, model, self.tokenizer, self.backbone)
-        self.model = attach(model, self.elastic).train()  # routers sample in training mode only
+        self.model = self._attached(model).train()  # routers sample in training mode only
         self.shape = architecture(model)
         if self.device_mesh is not None:
             if not isinstance(self.trainer.strategy, ShardedBackbone):
@@ -87,6 +90,20 @@ class RoutedModule(LightningModule):
         self.source_means = TaskMeans(self.columns, tuple(sorted(sources)))
         self.route_share = RouteShare(self.shape["num_layers"], self.shape["num_kv_heads"])
         self.density = LayerDensity(tuple(method.name for method in self.methods), self.shape["num_layers"])
+
+    def _attached(self, model: Any) -> Any:
+        if self.begins_with is None:
+            return attach(model, self.elastic)
+        theirs, mine = read_elastic(self.begins_with)["config"], self.elastic.to_dict()
+        for name in ("router", "sparse"):
+            if theirs[name] != mine[name]:
+                raise ValueError(
+                    f"the routers in {self.begins_with} were trained with {name} settings {theirs[name]}, but this run "
+                    f"has {mine[name]}; give the run the same"
+                )
+        load_into(model, self.begins_with)
+        set_config(model, self.elastic)
+        return model
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final hidden states [1, S, E] of a packed batch; the routes are then in `routing(self.model)`."""

@@ -89,7 +89,7 @@ class Router(nn.Module):
 
     def begin_at(self, _sparse_logit: float) -> None:
         """Let every head begin with this logit for SA (and 0 for FA) instead of undecided."""
-        raise NotImplementedError(f"{type(self).__name__} cannot begin at a logit of {_sparse_logit}")
+        raise NotImplementedError
 
     def head_logits(self) -> list[nn.Parameter]:
         """Logits [K, 2] of their own that KV heads have; they learn at another rate than shared weights."""

@@ -1,6 +1,7 @@
 """`elastic fit | validate | test | predict`: LightningCLI with this project's module, data and callbacks."""
 
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from elastic.data import MixtureDataModule
 from elastic.lit_module import ElasticModule
 from elastic.results import PredictionFile, ResultsFile
 from elastic.resumable import AtomicCheckpointIO
+from elastic.training_config import ALLOCATOR
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,
@@ -87,6 +89,7 @@ def run(command: str, arguments: list[str]) -> int:
         SystemExit: `--help`, `--print_config`, or arguments that do not parse.
     """
     _quieten()
+    os.environ.setdefault(*ALLOCATOR)
     try:
         command_line(ElasticCLI, command, arguments)
     except MisconfigurationException as error:

@@ -73,7 +73,7 @@ def test_copies_take_turns():
 
 def test_router_records(on_cpu, monkeypatch):
     """All four ways run on the CPU, where the kernel's two are PyTorch's as well."""
-    monkeypatch.setattr(router, "host_microseconds", lambda call: call() and 7.0)
+    monkeypatch.setattr(router, "host_microseconds", lambda call, rounds: call() and 7.0)
     monkeypatch.setattr(router, "launches", lambda call: call() and 3)
     monkeypatch.setattr(router, "LAYERS", 2)
     case = RouteCase(300, 2, 32, 2, 64, "bf16")
@@ -81,6 +81,8 @@ def test_router_records(on_cpu, monkeypatch):
     found = router.run_case(case, ElasticConfig(), 400.0, "cpu")
     assert [r["who"] for r in found if r["metric"] == "time"] == ["fused", "torch", "fused-keys", "torch-keys"]
     assert {r["metric"]: r["value"] for r in found} == {"time": 2.0, "host time": 7.0, "launches": 3}
+    again = router.run_case(case, ElasticConfig(), 400.0, "cpu", count=False)
+    assert [r["metric"] for r in again] == ["time", "host time"] * 4
 
 
 def test_keys_at_hand_are_the_gathered_ones():
@@ -97,7 +99,7 @@ def test_keys_at_hand_are_the_gathered_ones():
 
 
 def test_a_kernel_that_decides_otherwise_is_left_out(on_cpu, monkeypatch):
-    monkeypatch.setattr(router, "host_microseconds", lambda call: 7.0)
+    monkeypatch.setattr(router, "host_microseconds", lambda call, rounds: 7.0)
     monkeypatch.setattr(router, "launches", lambda call: 3)
     monkeypatch.setattr(router, "disagreement", lambda *_: "its output differs from ours in layer 0")
     monkeypatch.setattr(router, "LAYERS", 1)

@@ -58,7 +58,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
         for name, value in {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 99}.items():
             monkeypatch.setitem(shape, name, value)
     monkeypatch.setattr(training, "LAYERS", 1)
-    monkeypatch.setattr(training, "measure", lambda call, _budget: (call(), Timing(2.0, 1))[1])
+    monkeypatch.setattr(training, "measure", lambda call, **_: (call(), Timing(2.0, 1))[1])
+    monkeypatch.setattr(training, "timed_steps", lambda call, *_: (call(), Timing(2.0, 1))[1])
     parser = argparse.ArgumentParser()
     training.add_arguments(parser)
     return parser.parse_args(["--length", "2304", "--layers", "2", "--msr", "0.5"])

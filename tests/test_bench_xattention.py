@@ -60,7 +60,11 @@ def test_figures_of_a_run(small_on_cpu, tmp_path, capsys):
         assert value[name, "ours", "eff"] == pytest.approx(work / 2.0 / 1e9)
     layer = "layer-s16-b128-512"
     assert value[layer, "ours", "speed over cudnn"] == 1.0 and 0.4 <= value[layer, "ours", "density"] <= 1.0
-    assert value["layer-s16-b128-256", "ours", "extra memory"] == 256 * 4 * 128 / 1e6
+    bits = 4 * 2 * 4  # heads, query blocks, bytes of the one word
+    assert (
+        value["layer-s16-b128-256", "ours", "extra memory, selection"] == (4 * 2 + bits) / 1e6
+    )  # the stand-in: numbers
+    assert value["layer-s16-b128-256", "ours", "extra memory, attention"] == (256 * 4 * 128 + bits) / 1e6
     assert all(r["commit"] == "abc" and r["kernel"].startswith("xattention_select") for r in found)
     assert "speed over cudnn: 1 x" in capsys.readouterr()[0] and "density" in tables.terminal(found)
 

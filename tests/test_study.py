@@ -150,7 +150,19 @@ def test_the_driver_trains_evaluates_and_skips_what_is_done(tmp_path):
     flags = [f"--model.{flag}" for flag in (*small, "elastic.sparse.block=4")]
     flags += ["--trainer.max_steps=2", "--trainer.accelerator=cpu", "--data.rows_per_step=2", "--data.num_workers=0"]
     words = ["--out", "out", "--work", "work", "--data", "data", "--routers", "static", "--objectives", "target"]
-    words += ["--seeds", "5", "--biases", "2", "--checkpoints", "5", "--", *flags, "--data.micro_batch_rows=2"]
+    words += [
+        "--seeds",
+        "5",
+        "--biases",
+        "2",
+        "--thorough",
+        "5",
+        "--checkpoints",
+        "5",
+        "--",
+        *flags,
+        "--data.micro_batch_rows=2",
+    ]
 
     def drive():
         command = [sys.executable, str(ROOT / "tests" / "bench" / "routing.py"), *words]
@@ -162,7 +174,9 @@ def test_the_driver_trains_evaluates_and_skips_what_is_done(tmp_path):
     assert done.returncode == 0 and "static-target-5: fit" in done.stdout, done.stdout + done.stderr
     run = read_study(tmp_path / "out").runs[0]
     assert (run.router, run.objective, run.seed) == ("static", "target", 5)
-    assert run.results["methods"] == ["elastic", "elastic:2.0", "dense", "streaming", "random:0.8", "random:0.8:1"]
+    assert run.results["methods"] == ["elastic", "elastic:2", "dense", "streaming", "random:0.8", "random:0.8:1"]
     assert run.recipe["step"] == 2 and len(run.curves()["loss"]) == 2
     assert (run.folder / "checkpoint" / "router.safetensors").is_file()
+    assert run.full["methods"] == ["elastic", "dense", "streaming", "random:0.8", "random:0.8:1"]
+    assert [point.method for point in run.thorough] == [*run.full["methods"][1:], "elastic"]
     assert "static-target-5: was there" in drive().stdout

@@ -27,7 +27,7 @@ from elastic.config import ElasticConfig
 from elastic.console import say
 from elastic.deciding import Pooling, decide_from_keys, prerope_keys
 from elastic.head_plan import HeadPlan, Layout, batch_layout
-from elastic.kernels.route_prompt import why_not_routed
+from elastic.kernels import why_not
 from elastic.router import AttentionRouter
 from elastic.routing import Routing, route_layer
 
@@ -131,8 +131,8 @@ def disagreement(layers: list[Any], hidden: Tensor, layout: Layout, config: Elas
     return None
 
 
-def run_case(case: RouteCase, config: ElasticConfig, budget_ms: float, device: str) -> list[Record]:
-    """Device time, host time and launches of all contestants on one prompt."""
+def run_case(case: RouteCase, config: ElasticConfig, budget_ms: float, device: str, count: bool = True) -> list[Record]:
+    """Device time and host time of all contestants on one prompt, and their launches if `count`."""
     layers = layers_of(case, config, device)
     hidden = torch.randn(case.batch, case.length, case.hidden, device=device, dtype=DTYPES[case.dtype])
     layout = batch_layout(case.batch, case.length, 0, hidden.device)
@@ -151,9 +151,9 @@ def run_case(case: RouteCase, config: ElasticConfig, budget_ms: float, device: s
             routing.fused = fused
             call = in_turn(calls_of(layers, hidden, layout, routing))
             found += replayed(case.name, case.facts(), who, call, budget_ms)
-            for metric, value, unit in (
-                ("host time", host_microseconds(call), "us"), ("launches", launches(call), "a layer"),
-            ):  # fmt: skip
+            figures = [("host time", host_microseconds(call, rounds=12), "us")]
+            figures += [("launches", float(launches(call)), "a layer")] if count else []
+            for metric, value, unit in figures:
                 found.append({**shared, "who": who, "metric": metric, "value": value, "unit": unit})
                 say(f"{case.name:28s} {who:10s} {metric}: {value:.4g} {unit}")
     return found
@@ -182,13 +182,13 @@ def run(args: argparse.Namespace, command: str) -> int:
     """
     if min(*args.lengths, args.batch, args.hidden, args.kv_heads) < 1:
         raise ValueError("--lengths, --batch, --hidden and --kv-heads must be at least 1")
-    device, config = kernel_device(args, why_not_routed), ElasticConfig()
+    device, config = kernel_device(args, why_not), ElasticConfig()
     stamp, path = records.stamp(command, args.commit, device), Path(args.out) / f"{args.tag}.json"
     stamp["kernel"] = "route_prompt"
     found: list[Record] = []
-    for length in args.lengths:
+    for number, length in enumerate(args.lengths):
         case = RouteCase(length, args.batch, args.hidden, args.kv_heads, args.head_dim, args.dtype)
-        found += [{**record, **stamp} for record in run_case(case, config, args.budget_ms, str(device))]
+        found += [{**record, **stamp} for record in run_case(case, config, args.budget_ms, str(device), number == 0)]
         records.save(path, found)  # after every length: a long run that is stopped leaves what it has
         torch.cuda.empty_cache()
     say(f"\n{tables.terminal(found)}\n\nWritten: {path}")

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, _command: str) -> int:
     """Write records and pictures; print the headline figures."""
     study = read_study(args.folder)
     chosen = study.runs[0] if args.main is None else _named(study, args.main)
-    found = list(records(study))
+    found = records(study)
     save(args.out / f"{args.tag}.json", found)
     save_png(quality_figure(study), args.out / f"{args.tag}.png")
     save_png(training_figure(chosen), args.out / f"{args.tag}-curves.png")
@@ -94,23 +94,41 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
     return fmean(values), half
 
 
-def records(study: Study) -> Iterator[Record]:
+def records(study: Study) -> list[Record]:
     """Headlines of every group of seeds, then every operating point, then the scores by source."""
-    dense = study.dense
+    return [*_headlines(study), *_curve(study), *_by_source(study)]
+
+
+def _headlines(study: Study) -> Iterator[Record]:
     for (router, objective), runs in study.groups().items():
-        facts = {"who": f"{router}, {objective}", "seeds": [run.seed for run in runs], "steps": runs[0].recipe["step"]}
-        for name in HEADLINES:
-            values = [_headline(run, dense, name) for run in runs]
-            known = [value for value in values if value is not None]
-            mean, half = over_seeds(known) if len(known) == len(values) else (None, None)
-            yield _record(study, HEADLINE, name, mean, half=half, by_seed=values, **facts)
+        biases = dict.fromkeys(point.bias for run in runs for point in run.thorough if point.is_elastic)
+        for bias in sorted(biases, key=abs):
+            chosen = [run for run in runs if any(p.is_elastic and p.bias == bias for p in run.thorough)]
+            who, seeds, steps = _label(router, objective, bias), [run.seed for run in chosen], chosen[0].recipe["step"]
+            for name in HEADLINES:
+                values = [_headline(run, study.dense, bias, name) for run in chosen]
+                known = [value for value in values if value is not None]
+                mean, half = over_seeds(known) if len(known) == len(values) else (None, None)
+                facts = {"half": half, "by_seed": values, "seeds": seeds, "steps": steps}
+                yield _record(study, HEADLINE, name, mean, who=who, **facts)
+
+
+def _curve(study: Study) -> Iterator[Record]:
     for point, facts in _points(study):
         for metric, measure in MEASURES.items():
-            (value, half), base = measure(point), measure(dense)[0]
+            (value, half), base = measure(point), measure(study.dense)[0]
             extra = {"of_dense": value / base, "mean_msr": point.mean_msr, "msr": point.msr_by_task}
             yield _record(study, POINT, metric, value, half=half, **extra, **facts)
-    for point, facts in _points(study):
-        if point.method == "elastic" or facts["router"] == "none":
+
+
+def _by_source(study: Study) -> Iterator[Record]:
+    """Baselines of the full evaluations only, where there are any: they have the most samples."""
+    full = any(run.full for run in study.runs)
+    for run in study.runs:
+        for point in run.thorough:
+            if full and not run.full and not point.is_elastic:
+                continue
+            facts = _facts(run if point.is_elastic else None, point)
             for source, row in point.sources.items():
                 value, half = point.value(source, score_of(source))
                 extra = {name: point.ratio(row, name) for name in ("msr", "esr_last", "esr_all")}
@@ -172,37 +190,57 @@ def source_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
         cells.setdefault((record["case"], record["method"]), []).append(record)
     methods = list(dict.fromkeys(record["method"] for record in shown))
 
-    def cell(same: Sequence[Record]) -> str:
+    def cell(same: Sequence[Record], n: int) -> str:
         value, half, msr = (fmean(record[key] for record in same) for key in ("value", "half", "msr"))
-        return f"{value:.3f} ± {half:.3f}" + ("" if same[0]["method"] == "dense" else f" @ {msr:.2f}")
+        text = f"{value:.3f} ± {half:.3f}" + ("" if same[0]["method"] == "dense" else f" @ {msr:.2f}")
+        return text if same[0]["n"] == n else f"{text}, n {same[0]['n']}"
 
     rows = []
     for source in dict.fromkeys(record["case"] for record in shown):
-        first = next(record for record in shown if record["case"] == source)
-        own = [cell(cells[source, method]) for method in methods]
-        rows.append([source, first["metric"], str(first["n"]), *own])
+        here = [record for record in shown if record["case"] == source]
+        n = max(record["n"] for record in here)
+        own = [cell(cells[source, method], n) for method in methods]
+        rows.append([source, here[0]["metric"], str(n), *own])
     return ["source", "score", "n", *methods], rows
 
 
 def _points(study: Study) -> Iterator[tuple[Point, dict[str, Any]]]:
     """Every point with the facts of its records."""
-    for method, point in study.baselines.items():
-        yield point, {"who": method, "method": method.rpartition(":")[0] or method, "router": "none"}
+    for point in study.baselines.values():
+        yield point, _facts(None, point)
     for run in study.runs:
-        method = f"{run.router}, {run.objective}"
         for point in run.points:
-            facts = {"who": run.name, "method": method, "router": run.router, "objective": run.objective}
-            yield point, {**facts, "seed": run.seed, "bias": point.bias}
+            yield point, _facts(run, point)
+
+
+def _facts(run: Run | None, point: Point) -> dict[str, Any]:
+    """Who a record is about: a run, or a baseline."""
+    if run is None:
+        kind, _, number = point.method.partition(":")
+        return {"who": point.method, "method": f"{kind}:{number.partition(':')[0]}" if number else kind}
+    facts: dict[str, Any] = {
+        "who": run.name,
+        "method": _label(run.router, run.objective, point.bias),
+        "router": run.router,
+    }
+    return {**facts, "objective": run.objective, "seed": run.seed, "bias": point.bias}
+
+
+def _label(router: str, objective: str, bias: float) -> str:
+    return f"{router}, {objective}" + (f", bias {bias:g}" if bias else "")
 
 
 def _lines(study: Study) -> dict[str, list[Point]]:
     return {**{run.name: run.points for run in study.runs}, **{n: [p] for n, p in study.baselines.items()}}
 
 
-def _headline(run: Run, dense: Point, name: str) -> float | None:
+def _headline(run: Run, dense: Point, bias: float, name: str) -> float | None:
+    """A headline of a run at an operating point, beside the dense model on the same rows."""
     if name == "MSR at equal quality":
         return equal_quality(run.points, dense)
-    return headlines(run.own, dense)[name]
+    point = next(point for point in run.thorough if point.is_elastic and point.bias == bias)
+    beside = {point.method: point for point in run.thorough}
+    return headlines(point, beside.get("dense", dense))[name]
 
 
 def _cell(record: Record) -> str:

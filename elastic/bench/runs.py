@@ -1,7 +1,7 @@
 """Evaluated router runs as files: what `elastic fit` and `elastic test` left, read back for tables and pictures.
 
 A study is a folder: `stamp.json` (GPU, versions, commit, command) and a folder for each run with `results_test.json`,
-`metrics.csv` and `elastic.json` (its checkpoint's).
+`metrics.csv` and `elastic.json` (its checkpoint's); `results_full.json` where all held-out rows were read too.
 """
 
 import csv
@@ -15,6 +15,7 @@ from typing import Any
 
 Row = dict[str, float]
 FILES = ("results_test.json", "metrics.csv", "elastic.json")
+FULL = "results_full.json"  # the same as results_test.json, of all held-out rows at bias 0, where the other has fewer
 # What counts in a source: answers right in every token, share of right tokens where answers are long, or loss.
 EXACT = ("needle_single", "needle_multi_key", "needle_multi_value", "needle_multi_query", "passage_qa", "fact_chain")
 ACCURACY = ("variable_tracking", "verbatim_copy")
@@ -45,6 +46,11 @@ class Point:
     method: str
     sources: dict[str, Row]
     tasks: dict[str, Row]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether routers (or a learned static pattern) decide; else it is a baseline."""
+        return self.method.partition(":")[0] == "elastic"
 
     @property
     def bias(self) -> float:
@@ -95,11 +101,13 @@ class Run:
         folder: holds `FILES`.
         results: contents of `results_test.json`.
         recipe: how it was trained, from `elastic.json`.
+        full: contents of `results_full.json`, if there is one.
     """
 
     folder: Path
     results: dict[str, Any]
     recipe: dict[str, Any]
+    full: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -124,13 +132,19 @@ class Run:
     @cached_property
     def points(self) -> list[Point]:
         """Its operating points, by rising bias."""
-        found = [self._point(name) for name in self.results["methods"] if name.partition(":")[0] == "elastic"]
-        return sorted(found, key=lambda point: point.bias)
+        return sorted((p for p in _points(self.results) if p.is_elastic), key=lambda point: point.bias)
 
     @cached_property
     def baselines(self) -> list[Point]:
         """Methods without training that were measured beside it."""
-        return [self._point(name) for name in self.results["methods"] if name.partition(":")[0] != "elastic"]
+        return [point for point in _points(self.results) if not point.is_elastic]
+
+    @cached_property
+    def thorough(self) -> list[Point]:
+        """All methods of the full results, the run's own last; of the others the baselines and bias 0."""
+        if self.full is None:
+            return [*self.baselines, self.own]
+        return sorted(_points(self.full), key=lambda point: point.is_elastic)
 
     @property
     def own(self) -> Point:
@@ -147,8 +161,9 @@ class Run:
                         found.setdefault(name.removeprefix("train/"), []).append((float(row["step"]), float(value)))
         return found
 
-    def _point(self, method: str) -> Point:
-        return Point(method, self.results["sources"], self.results["tasks"])
+
+def _points(results: dict[str, Any]) -> list[Point]:
+    return [Point(method, results["sources"], results["tasks"]) for method in results["methods"]]
 
 
 @dataclass(frozen=True)
@@ -191,7 +206,8 @@ def read_study(folder: Path) -> Study:
     runs = []
     for sub in sorted(path for path in folder.iterdir() if all((path / name).is_file() for name in FILES)):
         results, meta = (json.loads((sub / name).read_text(encoding="utf-8")) for name in (FILES[0], FILES[2]))
-        runs.append(Run(sub, results, meta["recipe"]))
+        full = json.loads((sub / FULL).read_text(encoding="utf-8")) if (sub / FULL).is_file() else None
+        runs.append(Run(sub, results, meta["recipe"], full))
     study = Study(json.loads(stamp.read_text(encoding="utf-8")), runs)
     if not runs or "dense" not in study.baselines:
         raise ValueError(f"{folder} holds {len(runs)} finished runs, none beside the dense model; run it to its end")

@@ -41,17 +41,17 @@ def measure(call: Callable[[], Any], budget_ms: float = 400.0) -> Timing:
     return Timing(statistics.median(first.elapsed_time(last) for first, last in pairs), repeats)
 
 
-def host_microseconds(call: Callable[[], Any]) -> float:
+def host_microseconds(call: Callable[[], Any], rounds: int = 75) -> float:
     """Host time of one call while the GPU is busy with earlier ones: the launch path alone, everything cached."""
     calls, times = 20, []
-    for _ in range(75):
+    for _ in range(rounds):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(calls):
             call()
         times.append((time.perf_counter() - start) / calls * 1e6)
     torch.cuda.synchronize()
-    return statistics.median(times[25:])
+    return statistics.median(times[rounds // 3 :])
 
 
 def extra_bytes(call: Callable[[], tuple[torch.Tensor, ...]]) -> int:

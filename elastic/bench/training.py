@@ -8,7 +8,9 @@ Legend: S tokens, N samples, H query heads, K KV heads, D head dim.
 """
 
 import argparse
-from collections.abc import Callable
+import gc
+import os
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,17 @@ from elastic.bench.options import kernel_device
 from elastic.bench.race import TOLERANCE, largest_difference
 from elastic.bench.records import Record
 from elastic.bench.step import HEAD_DIM, HEADS, KV_HEADS, SHAPES, Step, bounds_of, random_backbone, random_row
-from elastic.bench.timing import measure
+from elastic.bench.timing import Timing, measure
 from elastic.config import SparseConfig
 from elastic.console import say
 from elastic.context import Context
 from elastic.head_plan import HeadPlan, packed_layout
 from elastic.kernels import why_no_backward
+from elastic.training_config import ALLOCATOR
 
 SUMMARY = "a routed training step beside the recipe that runs both modes; memory of a step of a whole backbone"
+PARTS = ("attention", "whole", "step")
+WARM_UP = 4096  # tokens of the step before a timed one
 LAYERS = 5  # of the attention case; 5 * 8 KV heads hold every tenth of an MSR
 
 
@@ -42,10 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=(1.0, 0.125), metavar="F",
                         help="gradient shares of routed training (default 1 0.125)")  # fmt: skip
     parser.add_argument("--layers", type=int, default=4, metavar="L",
-                        help="layers of backbones whose step is timed by both; 0: none (default 4)")  # fmt: skip
+                        help="layers of backbones whose step is timed in both recipes (default 4)")  # fmt: skip
     parser.add_argument("--backbones", nargs="*", choices=list(SHAPES), default=list(SHAPES), metavar="NAME",
                         help=f"shapes of the backbones, of {', '.join(SHAPES)} (default all)")  # fmt: skip
-    parser.add_argument("--no-whole", action="store_true", help="leave out the steps of whole backbones")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+                        help=f"what to run, of {', '.join(PARTS)} (default all)")  # fmt: skip
     parser.add_argument("--memory-gb", type=float, default=80.0, metavar="GB", help="limit on memory (default 80)")
     parser.add_argument("--compile", action="store_true", help="torch.compile what surrounds attention")
     parser.add_argument("--budget-ms", type=float, default=400.0, metavar="MS", help="time for repeats (default 400)")
@@ -69,23 +75,27 @@ def run(args: argparse.Namespace, command: str) -> int:
             f"--msr {args.msr:g} --samples {args.samples} --length {args.length}: expected an MSR in (0, 1) and a "
             "length that is a multiple of 128 per sample"
         )
+    os.environ.setdefault(*ALLOCATOR)
     device = kernel_device(args, why_no_backward)
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gb * 1e9 / total), device)
     stamp, path = records.stamp(command, args.commit, device), args.out / f"{args.tag}.json"
     stamp["kernel"] = "attention_backward_sm90 (sm_90a)"
-    parts: list[Callable[[], list[Record]]] = [partial(attention_records, args, device)]
-    if args.layers:
-        parts += [partial(step_records, args, device, name) for name in args.backbones]
-    if not args.no_whole:
-        parts += [partial(whole_records, args, device, name) for name in args.backbones]
+    parts: list[Callable[[], list[Record]]] = []
+    if "attention" in args.parts:
+        parts.append(partial(attention_records, args, device))
+    for name in args.backbones:
+        parts += [partial(whole_records, args, device, name)] if "whole" in args.parts else []
+        parts += [partial(step_records, args, device, name)] if "step" in args.parts else []
     found: list[Record] = []
     for part in parts:
         found += [{**record, "length": args.length, "samples": args.samples, **stamp} for record in part()]
         records.save(path, found)
+        gc.collect()  # a model and its hooks refer to each other
         torch.cuda.empty_cache()
-    say(f"\n{tables.terminal(found)}\n\nWritten: {path}")
-    return int(any(r["metric"] == "largest difference" and not r["value"] <= TOLERANCE for r in found))
+    say("\n".join(["", *tables.remarks(found), "", f"Written: {path}"]))
+    wrong = [r["metric"] == "largest difference" and not r["value"] <= TOLERANCE for r in found]
+    return int(any(wrong) or any(r["metric"] == records.LEFT_OUT for r in found))
 
 
 def both_modes(
@@ -138,8 +148,9 @@ def attention_records(args: argparse.Namespace, device: torch.device) -> list[Re
     different = max(largest_difference(tuple(got), tuple(want)), relative(got_route, want_route))
     del want, got
     case = f"attention-{LAYERS}l-{args.length // 1024}k"
-    found = [{"case": case, "who": "routed", "metric": "largest difference", "value": different, "unit": ""}]
-    return found + compare(case, {name: partial(_all, call, routes) for name, call in recipes.items()}, args.budget_ms)
+    found = [{"case": case, "who": "routed", "metric": "largest difference", "value": different, "unit": "relative"}]
+    calls = {name: partial(_all, call, routes) for name, call in recipes.items()}
+    return found + compare(case, calls, partial(measure, budget_ms=args.budget_ms))
 
 
 def _all(call: Callable[[Tensor], Any], routes: Tensor) -> None:
@@ -157,11 +168,13 @@ def relative(got: Tensor, want: Tensor) -> float:
     return ((got - want).abs().amax() / want.abs().amax()).item()
 
 
-def compare(case: str, calls: dict[str, Callable[[], Any]], budget_ms: float) -> list[Record]:
+def compare(
+    case: str, calls: Mapping[str, Callable[[], Any]], timer: Callable[[Callable[[], Any]], Timing]
+) -> list[Record]:
     """Times of the recipes, and how much faster the others are than the first one."""
     found: list[Record] = []
     for who, call in calls.items():
-        timing = measure(call, budget_ms)
+        timing = timer(call)
         say(f"{case:28s} {who:22s} {timing.ms:10.1f} ms  {timing.repeats} repeats")
         shared = {"case": case, "who": who, "repeats": timing.repeats}
         found.append({**shared, "metric": "step time", "value": timing.ms, "unit": "ms"})
@@ -169,6 +182,19 @@ def compare(case: str, calls: dict[str, Callable[[], Any]], budget_ms: float) ->
             speed = found[0]["value"] / timing.ms
             found.append({**shared, "metric": f"speed over {found[0]['who']}", "value": speed, "unit": "x"})
     return found
+
+
+def timed_steps(call: Callable[[], Any], warm: int = 1, repeats: int = 2) -> Timing:
+    """Mean time of a call that takes seconds."""
+    for _ in range(warm):
+        call()
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    for _ in range(repeats):
+        call()
+    last.record()
+    torch.cuda.synchronize()
+    return Timing(first.elapsed_time(last) / repeats, repeats)
 
 
 def step_records(args: argparse.Namespace, device: torch.device, name: str) -> list[Record]:
@@ -185,7 +211,7 @@ def step_records(args: argparse.Namespace, device: torch.device, name: str) -> l
     calls: dict[str, Callable[[], Any]] = {"both modes": both}
     calls |= {named(share): Step(model, batch, share) for share in args.shares}
     case = f"{name}-{args.layers}l-{args.length // 1024}k"
-    found = compare(case, calls, args.budget_ms)
+    found = compare(case, calls, timed_steps)
     ratio = routing(model).route.mean().item()
     return [*found, {"case": case, "who": "routed", "metric": "MSR", "value": ratio, "unit": ""}]
 
@@ -195,20 +221,19 @@ def whole_records(args: argparse.Namespace, device: torch.device, name: str) -> 
     torch.cuda.reset_peak_memory_stats(device)
     model = random_backbone(name, None, args.msr, args.compile, device)
     batch = random_row(args.length, args.samples, SHAPES[name]["vocab_size"], device)
-    call, case = Step(model, batch, min(args.shares)), f"{name}-{args.length // 1024}k"
-    call()
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    call()
-    last.record()
-    torch.cuda.synchronize(device)
+    case, who, share = f"{name}-{args.length // 1024}k", named(min(args.shares)), min(args.shares)
+    try:
+        Step(model, random_row(WARM_UP, 1, SHAPES[name]["vocab_size"], device), share)()
+        timing = timed_steps(Step(model, batch, share), 0, 1)
+    except torch.OutOfMemoryError as error:
+        why = " ".join(str(error).split())[:300]
+        return [{"case": case, "who": who, "metric": records.LEFT_OUT, "value": None, "unit": "", "why": why}]
     figures = {
-        "step time": (first.elapsed_time(last), "ms"),
+        "step time": (timing.ms, "ms"),
         "peak allocated": (torch.cuda.max_memory_allocated(device) / 1e9, "GB"),
         "peak reserved": (torch.cuda.max_memory_reserved(device) / 1e9, "GB"),
         "MSR": (routing(model).route.mean().item(), ""),
     }
-    who = named(min(args.shares))
     for metric, (value, unit) in figures.items():
         say(f"{case:28s} {metric:22s} {value:10.2f} {unit}")
     return [{"case": case, "who": who, "metric": m, "value": x, "unit": unit} for m, (x, unit) in figures.items()]

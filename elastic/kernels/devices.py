@@ -63,19 +63,14 @@ class SelectionConfig:
     shared_bytes: int
     grid: int
     shared_units: int
-    pair: int  # CTAs of a cluster, each with a query head of the same KV head
 
 
-def selection_config(processors: int, samples: int, tiles: int, key_blocks: int, group: int) -> SelectionConfig:
-    """Launch choices of the block selection on compute capability 9.0; `tiles` is an upper bound of the row tiles,
-    `group` the query heads of a KV head.
-    """
-    pair = 1
-    grid = max(pair, min(processors, tiles) // pair * pair)
+def selection_config(processors: int, samples: int, tiles: int, key_blocks: int) -> SelectionConfig:
+    """Launch choices of the block selection on compute capability 9.0; `tiles` is an upper bound of the row tiles."""
     fixed = 1024 + 4 * (128 + 256) * 128 + 1024 + 16 * samples
     per_unit = 8 * 4  # warps, bytes
     units = min(-(-key_blocks // 32), (_SHARED_SM90 - fixed) // (32 * per_unit)) * 32
-    return SelectionConfig(384, fixed + per_unit * units, grid, units, pair)
+    return SelectionConfig(384, fixed + per_unit * units, max(1, min(processors, tiles)), units)
 
 
 @dataclass(frozen=True)
@@ -110,14 +105,14 @@ def decode_config(
         )
     limit = shared_limit // per_processor - 1024 * (per_processor > 1)
     while True:
-        rest = warps * (group * (head_dim + 8) * 4 + 132) + 4 + 4 * (heads + 1)
+        rest = warps * (group * (head_dim + 8) * 4 + 132) + 160 + 4 * (heads + 1)
         stage = warps * 2 * 16 * 2 * head_dim
         stages = min(most_stages, (limit - rest) // stage)
         if stages >= 2:
             break
         warps //= 2
-    # A merging CTA keeps the weights of all parts of a head where the warps' outputs lay.
-    grid = min(processors * per_processor, warps * (head_dim + 8) // 2)
+    # A merging CTA keeps three numbers for each part of a head where the warps' outputs lay, and in the rings a row.
+    grid = min(processors * per_processor, warps * (head_dim + 8) // 3, stages * stage // (4 * head_dim))
     arch = f"sm_{capability[0]}{capability[1]}"
     return DecodeConfig(arch, warps, stages, stages * stage + rest, grid)
 

@@ -39,11 +39,6 @@ class RoutedPrompt(NamedTuple):
     mode: Tensor
 
 
-def why_not_routed(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the fused router cannot run on keys of this kind, in a few words; None if it can."""
-    return why_not(device, dtype, head_dim)
-
-
 def route_prompt(
     keys: Tensor,
     weight: Tensor,
@@ -51,8 +46,8 @@ def route_prompt(
     parameters: Sequence[Tensor],
     statistics: tuple[Tensor, Tensor, Tensor] | None,
     *,
-    offset: Tensor | None = None,
     earlier: Tensor | None = None,
+    offset: Tensor | None = None,
     bias: float = 0.0,
     modes: tuple[int, int] = (0, 1),
 ) -> RoutedPrompt:
@@ -65,8 +60,8 @@ def route_prompt(
         count: fp32 [N]; tokens to divide by, at least 1.
         parameters: weight and bias of the five linear layers in their order, fp32, contiguous.
         statistics: mean and var, fp32 [K, D], and the number of samples behind them, fp64 []; None: raw features.
-        offset: fp32 [K, 2]; logits of the heads' own, added to the router's.
         earlier: fp32 [N, K, D]; sum of the first P keys pooled in an earlier turn.
+        offset: fp32 [K, 2]; added to the logits.
         bias: added to the SA logit.
         modes: of route 0 and of route 1 in the head plan.
 
@@ -92,8 +87,14 @@ def route_prompt(
     params = _PARAMS.pack(*addresses, samples, kv_heads, slots, *modes, bias)
     kernel, parts = _kernel(index, dim, keys.dtype == torch.bfloat16)
     grid = parts * -(-samples * kv_heads // _ROWS)
-    jit.launch(kernel, (grid,), _THREADS, params, 4 * _ROWS * 11 * dim, index)
+    jit.launch(kernel, (grid,), _THREADS, params, _shared_bytes(dim, parts), index)
     return out
+
+
+def _shared_bytes(head_dim: int, parts: int) -> int:
+    """Activations of a tile of rows and, where a cluster shares the weights, one CTA's slice of them."""
+    activations = 4 * (_ROWS + 1) * 11 * head_dim
+    return activations + (0 if parts == 1 else 4 * 4 * (head_dim * head_dim // 2 + head_dim // 2))
 
 
 @cache
@@ -114,7 +115,7 @@ def _check(
             f"keys {list(keys.shape)} with strides {list(keys.stride())}; expected contiguous [N, 2P, K, D] that "
             "starts on a 16-byte boundary"
         )
-    reason = why_not_routed(keys.device, keys.dtype, keys.shape[3])
+    reason = why_not(keys.device, keys.dtype, keys.shape[3])
     if reason is not None:
         raise ValueError(f"the fused router cannot run here: {reason}; use elastic.router.AttentionRouter")
     samples, slots, kv_heads, dim = keys.shape
@@ -124,10 +125,10 @@ def _check(
         raise ValueError(f"{len(parameters)} parameters; expected {len(shapes)}: weight and bias of five linear layers")
     wanted = [("weight", weight, (samples, slots)), ("count", count, (samples,))]
     wanted += [(f"parameter {i}", x, shape) for i, (x, shape) in enumerate(zip(parameters, shapes, strict=True))]
-    if offset is not None:
-        wanted.append(("offset", offset, (kv_heads, 2)))
     if earlier is not None:
         wanted.append(("earlier", earlier, (samples, kv_heads, dim)))
+    if offset is not None:
+        wanted.append(("offset", offset, (kv_heads, 2)))
     if statistics is not None:
         wanted += [("mean", statistics[0], (kv_heads, dim)), ("var", statistics[1], (kv_heads, dim))]
         if statistics[2].dtype != torch.float64 or statistics[2].numel() != 1 or statistics[2].device != keys.device:

@@ -35,7 +35,7 @@ def config_for(q: Tensor, k: Tensor, mode: Tensor, stride: int, block: int) -> S
     """Launch choices for such tensors on their GPU."""
     processors = device_facts(q.device.index)[1]
     tiles = mode.shape[0] * q.shape[2] * -(-q.shape[1] // (ROW_TILE * stride))
-    return selection_config(processors, mode.shape[0], tiles, -(-k.shape[1] // block), q.shape[2] // k.shape[2])
+    return selection_config(processors, mode.shape[0], tiles, -(-k.shape[1] // block))
 
 
 def launch_selection(
@@ -57,11 +57,11 @@ def launch_selection(
     if bits.numel() == 0:
         return bits
     scratch = torch.empty(config.grid * ROW_TILE * columns, dtype=torch.float32, device=q.device)
-    macros = (f"ELASTIC_STRIDE={stride}", f"ELASTIC_BLOCK={block}", f"ELASTIC_PAIR={config.pair}", *debug)
+    macros = (f"ELASTIC_STRIDE={stride}", f"ELASTIC_BLOCK={block}", *debug)
     variant = jit.Variant("xattention_select_sm90", "sm_90a", q.shape[3], q.dtype == torch.bfloat16, macros)
     kernel = jit.load_kernel(variant, q.device.index)
     maps_q = phase_maps(q, strides_of(q), stride, ROW_TILE)
-    maps_k = phase_maps(k, strides_of(k), stride, KEY_CELLS // config.pair)
+    maps_k = phase_maps(k, strides_of(k), stride, KEY_CELLS)
     params = b"".join(
         (
             maps_q[0], maps_k[0], maps_q[1], maps_k[1],

@@ -1,13 +1,15 @@
 """Quality of ways to run attention on held-out data: dense, XAttention, streaming, and the routers of one checkpoint
 between the modes of every configuration. Writes records for `elastic bench table`.
 
-    python -m data_prep.pack_mixture configs/mixture/heldout.yaml --out data/heldout
-    python tests/bench/methods.py --checkpoint runs/smollm2-gpu/checkpoint --data data/heldout --out tests/bench/results
+    python -m data_prep.pack_mixture configs/mixture/heldout-long.yaml --out data/heldout-long
+    python tests/bench/methods.py --checkpoint runs/smollm2-gpu/checkpoint --out tests/bench/results
 """
 
 import argparse
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 from elastic.bench.methods import density_cells, records, score_cells
 from elastic.bench.records import save, stamp
@@ -23,9 +25,10 @@ def build_parser() -> argparse.ArgumentParser:
     """What is compared on what."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="routers, as `elastic fit` leaves them")
-    parser.add_argument("--data", type=Path, default=Path("data/heldout"), help="packed data with a test split")
-    parser.add_argument("--batches", type=int, help="first ones of the data; default all")
-    parser.add_argument("--batch-rows", type=int, default=4, help="packed rows in a forward pass")
+    parser.add_argument("--data", type=Path, default=Path("data/heldout-long"), help="packed data with a test split")
+    parser.add_argument("--batches", type=int, help="so many of the shuffled data; default all")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="evaluate no further batch after these")
+    parser.add_argument("--batch-rows", type=int, default=8, help="packed rows in a forward pass")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="as for `elastic test`")
     parser.add_argument("--dtype", default="bfloat16", help="of the backbone")
     parser.add_argument("--stride", type=int, help="of XAttention; default the checkpoint's")
@@ -35,35 +38,56 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+DEFAULTS = {action.dest: action.default for action in build_parser()._actions}
+
+
 def evaluate(args: argparse.Namespace) -> dict:
     """What `elastic test` would measure with the checkpoint's routers."""
     from dataclasses import replace
 
+    import torch
     from lightning import Trainer
+    from safetensors.torch import load_file
+    from torch.utils.data import DataLoader, Subset
 
     from elastic.backbone import routers
-    from elastic.checkpoint import read_elastic
+    from elastic.checkpoint import WEIGHTS, read_elastic
     from elastic.config import ElasticConfig
     from elastic.data import MixtureDataModule
-    from elastic.inference import load
+    from elastic.packed import collate
     from elastic.results import results_of
     from elastic.routed_module import RoutedModule
 
     stored = read_elastic(args.checkpoint)
     config = ElasticConfig.from_dict(stored["config"])
     config = replace(config, sparse=replace(config.sparse, stride=args.stride or config.sparse.stride))
-    trained = [router.state_dict() for router in routers(load(args.checkpoint)[0])]
+    trained = load_file(args.checkpoint / WEIGHTS)
+    deadline = time.monotonic() + args.seconds
 
     class Trained(RoutedModule):
-        """With the checkpoint's routers."""
+        """With the checkpoint's routers, for a limited time."""
 
         def configure_model(self) -> None:
             super().configure_model()
-            for router, state in zip(routers(self.model), trained, strict=True):
-                router.load_state_dict(state)
+            for layer, router in enumerate(routers(self.model)):
+                prefix = f"layers.{layer}."
+                own = {name.removeprefix(prefix): x for name, x in trained.items() if name.startswith(prefix)}
+                router.load_state_dict(own)
+
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            if time.monotonic() < deadline:
+                super().test_step(batch, batch_idx)
+
+    class Shuffled(MixtureDataModule):
+        """Rows in a random order, the same in every run, so that any number of them is a fair sample."""
+
+        def test_dataloader(self) -> DataLoader:
+            rows = super().test_dataloader().dataset
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+            return DataLoader(Subset(rows, order), batch_size=args.batch_rows, collate_fn=collate)
 
     module = Trained(stored["backbone"], config, args.dtype, None, 1024, args.methods)
-    data = MixtureDataModule(str(args.data), rows_per_step=args.batch_rows, micro_batch_rows=args.batch_rows)
+    data = Shuffled(str(args.data), rows_per_step=args.batch_rows, micro_batch_rows=args.batch_rows)
     trainer = Trainer(
         devices=1, logger=False, enable_model_summary=False, enable_progress_bar=False, enable_checkpointing=False,
         limit_test_batches=args.batches or 1.0,
@@ -72,16 +96,27 @@ def evaluate(args: argparse.Namespace) -> dict:
     return results_of(module, "test", str(args.checkpoint))
 
 
+def recipe(checkpoint: Path) -> dict[str, Any]:
+    """How the routers were trained."""
+    from elastic.checkpoint import read_elastic
+
+    stored = read_elastic(checkpoint)
+    told = {name: stored["recipe"].get(name) for name in ("step", "seed", "objective")}
+    return {**told, "weights_sha256": stored["weights_sha256"]}
+
+
 def main(argv: list[str]) -> int:
     """Evaluate, write the records, print the tables."""
     import torch
 
     args = build_parser().parse_args(argv)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    shown = [word for word in ("--dtype", args.dtype) if args.dtype != "bfloat16"]
-    shown += [] if args.batches is None else ["--batches", str(args.batches)]
+    told = {name: getattr(args, name) for name in ("batches", "seconds", "batch_rows", "dtype", "stride", "methods")}
+    shown = [f"--{name.replace('_', '-')} {value}" for name, value in told.items() if value != DEFAULTS[name]]
     facts = stamp(" ".join(["python tests/bench/methods.py", *shown]), args.commit, device)
-    found = [{**record, **facts} for record in records(evaluate(args))]
+    results = evaluate(args)
+    sizes = {name: results["elastic"]["sparse"][name] for name in ("sink", "window", "block", "stride", "threshold")}
+    found = [{**record, **sizes, "routers": recipe(args.checkpoint), **facts} for record in records(results)]
     for header, rows in (score_cells(found), density_cells(found)):
         say(table(header, rows) + "\n")
     say(f"wrote {save(args.out / f'{args.tag}.json', found)}")

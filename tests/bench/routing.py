@@ -9,6 +9,7 @@ The same command goes on after a kill: finished runs are skipped, others resume 
 """
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 
 from elastic.bench.records import stamp
-from elastic.bench.runs import FILES
+from elastic.bench.runs import FULL
 from elastic.shards import MANIFEST
 
 ROOT = Path(__file__).parent.parent.parent
@@ -31,6 +32,13 @@ OBJECTIVES = {"quality": ["configs/objective/quality.yaml"], "target": []}
 ROUTERS = {"elastic": [], "static": ["configs/router/static.yaml"]}
 BIASES = (-4, -2, -1, 1, 2, 4)
 BASELINES = ("dense", "streaming", "random:0.8", "random:0.8:1")
+METRICS = "metrics.csv"
+DRAWN = ("loss", "regulariser", "msr/", "kl/", "l/", "l1/", "l2/", "router_entropy", "gradient_norm", "step_seconds")
+FILES_OF = {  # what each part leaves, and what it is kept as
+    "fit": {METRICS: METRICS, "checkpoint/elastic.json": "elastic.json"},
+    "sweep": {"results_test.json": "results_test.json"},
+    "full": {"results_test.json": FULL},
+}
 DATA = {"train": "configs/mixture/offline.yaml", "heldout": "configs/mixture/heldout.yaml"}
 
 
@@ -69,37 +77,60 @@ def build_data(folder: Path) -> None:
 
 
 def execute(plan: Plan, args: argparse.Namespace, deadline: float) -> str:
-    """Train and evaluate one run; keeps its files once both are done. Returns what became of it."""
+    """Train and evaluate one run; keeps the files of each part when it is done. Returns what became of it."""
     kept, folder = args.out / plan.name, args.work / plan.name
-    if all((kept / name).is_file() for name in FILES):
-        return "was there"
     folder.mkdir(parents=True, exist_ok=True)
-    logger = "--trainer.logger.init_args.save_dir"
-    fit = ["fit", *plan.arguments(folder, args.extra), f"--data.data_dir={args.data / 'train'}", f"{logger}={folder}"]
-    methods = ["elastic", *(f"elastic:{bias}" for bias in args.biases)]
-    methods += BASELINES if plan == args.first else []
-    test = ["test", *plan.arguments(folder, args.extra), f"--data.data_dir={args.data / 'heldout'}"]
-    test += [f"{logger}={folder / 'test'}", f"--model.methods={json.dumps(methods)}"]
-    seconds = []
-    for words in (fit, test):
-        left, began = deadline - time.monotonic(), time.monotonic()
-        if left < 5:
-            return f"out of time before {words[0]}"
-        try:
-            with open(folder / "log.txt", "a") as log:
-                command = [sys.executable, "-m", "elastic.cli", *words, "--ckpt_path=last"]
-                done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, timeout=left, check=False)
-        except subprocess.TimeoutExpired:
-            return f"out of time in {words[0]}"
-        if done.returncode:
-            return f"{words[0]} failed, see {folder / 'log.txt'}"
-        seconds.append(time.monotonic() - began)
     kept.mkdir(parents=True, exist_ok=True)
-    for source in (folder / "metrics.csv", folder / "checkpoint" / "elastic.json", folder / "results_test.json"):
-        shutil.copy(source, kept / source.name)
-    if plan.seed in args.checkpoints:
-        shutil.copytree(folder / "checkpoint", kept / "checkpoint", dirs_exist_ok=True)
-    return "fit {:.0f} s, test {:.0f} s".format(*seconds)
+    common, logger = plan.arguments(folder, args.extra), "--trainer.logger.init_args.save_dir"
+    baselines = list(BASELINES) if plan == args.first else []
+    sweep = ["elastic", *(f"elastic:{bias:g}" for bias in args.biases), *baselines]
+    test = ["test", *common, f"--data.data_dir={args.data / 'heldout'}", f"{logger}={folder / 'test'}"]
+    compiled = ["--model.compiled=true"] if args.compiled else []
+    parts = {
+        "fit": ["fit", *common, f"--data.data_dir={args.data / 'train'}", f"{logger}={folder}", *compiled],
+        "sweep": [*test, f"--model.methods={json.dumps(sweep)}", f"--trainer.limit_test_batches={args.share}"],
+    }
+    if plan.seed in args.thorough:
+        parts["full"] = [*test, f"--model.methods={json.dumps(['elastic', *baselines])}"]
+    done = []
+    for part, words in parts.items():
+        if all((kept / name).is_file() for name in FILES_OF[part].values()):
+            continue
+        began = time.monotonic()
+        problem = _run(words, folder / "log.txt", deadline - began)
+        if problem:
+            return ", ".join([*done, f"{part} {problem}"])
+        done.append(f"{part} {time.monotonic() - began:.0f} s")
+        for made, name in FILES_OF[part].items():
+            (thin if name == METRICS else shutil.copy)(folder / made, kept / name)
+        if part == "fit" and plan.seed in args.checkpoints:
+            shutil.copytree(folder / "checkpoint", kept / "checkpoint", dirs_exist_ok=True)
+    return ", ".join(done) or "was there"
+
+
+def thin(source: Path, target: Path) -> None:
+    """Copy the scalars of the training steps that curves are drawn from, with four digits."""
+    with open(source, encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("train/lr")]
+    names = ["step", *(name for name in rows[0] if name.startswith(tuple(f"train/{kind}" for kind in DRAWN)))]
+    with open(target, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        writer.writerows([f"{float(row[name]):.4g}" if row[name] else "" for name in names] for row in rows)
+
+
+def _run(words: list[str], log: Path, seconds: float) -> str:
+    """One command of `elastic`; what went wrong, or nothing."""
+    if seconds < 5:
+        return "not begun, out of time"
+    command = [sys.executable, "-m", "elastic.cli", *words, "--ckpt_path=last"]
+    limit = None if seconds == float("inf") else seconds
+    try:
+        with open(log, "a") as file:
+            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return "cut, out of time"
+    return f"failed, see {log}" if done.returncode else ""
 
 
 def main(argv: list[str]) -> int:
@@ -112,11 +143,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--biases", type=float, nargs="*", default=BIASES, help="operating points beside bias 0")
-    parser.add_argument("--checkpoints", type=int, nargs="*", default=[0], help="seeds whose checkpoints are kept too")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the held-out rows for the operating points")
+    parser.add_argument("--thorough", type=int, nargs="*", default=[0], help="seeds that all held-out rows are for")
+    parser.add_argument("--checkpoints", type=int, nargs="*", default=[0], help="seeds whose checkpoints are kept")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time on this GPU")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start and go on with nothing after these")
     parser.add_argument("--commit", help="commit to state where git is not at hand")
-    parser.add_argument("extra", nargs="*", help="more flags of `elastic fit`, after --")
+    parser.add_argument("--compiled", action="store_true", help="train with model.compiled (pays from a minute on)")
+    parser.add_argument("extra", nargs="*", help="flags of `elastic fit` and `elastic test`, after --")
     args = parser.parse_args(argv)
     deadline = time.monotonic() + args.seconds
     args.out, args.work, args.data = (path.resolve() for path in (args.out, args.work, args.data))

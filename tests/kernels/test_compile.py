@@ -51,13 +51,12 @@ def test_variant_compiles_clean(name: str, arch: str, head_dim: int, bf16: bool)
     compiles_clean(jit.Variant(name, arch, head_dim, bf16))
 
 
-@pytest.mark.parametrize("pair", [1, 2])
 @pytest.mark.parametrize("stride", [8, 16])
 @pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_selection_compiles_clean(head_dim: int, bf16: bool, block: int, stride: int, pair: int) -> None:
-    sizes = (f"ELASTIC_STRIDE={stride}", f"ELASTIC_BLOCK={block}", f"ELASTIC_PAIR={pair}")
+def test_selection_compiles_clean(head_dim: int, bf16: bool, block: int, stride: int) -> None:
+    sizes = (f"ELASTIC_STRIDE={stride}", f"ELASTIC_BLOCK={block}")
     compiles_clean(jit.Variant("xattention_select_sm90", "sm_90a", head_dim, bf16, sizes))
 
 
@@ -88,7 +87,7 @@ def test_the_other_gpus_compile(arch: str) -> None:
 
 @pytest.mark.parametrize("name", ["attention_forward_sm90", "attention_backward_sm90", "xattention_select_sm90"])
 def test_the_builds_of_the_race_tests_compile(name: str) -> None:
-    debug = ("ELASTIC_STRESS=1", "ELASTIC_WATCHDOG=1", "ELASTIC_STRIDE=16", "ELASTIC_BLOCK=128", "ELASTIC_PAIR=2")
+    debug = ("ELASTIC_STRESS=1", "ELASTIC_WATCHDOG=1", "ELASTIC_STRIDE=16", "ELASTIC_BLOCK=128")
     cubin, _ = jit.compile_cubin(jit.Variant(name, "sm_90a", 128, True, debug))
     assert cubin[:4] == b"\x7fELF"
 

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from elastic.config import RouterConfig
+from elastic.backbone import attach, pooled_keys, routers, routing
+from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.kernels.route_prompt import RoutedPrompt, route_prompt
 from elastic.relaxation import decide
 from elastic.router import AttentionRouter
 from tests.kernels.gpu import needs_gpu
+from tests.models import tiny_model, varied_routers
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 
@@ -16,10 +18,8 @@ pytestmark = [pytest.mark.gpu, needs_gpu]
 def trained_router(kv_heads: int, dim: int, norm: str = "running", samples: int = 20) -> AttentionRouter:
     """A router whose weights and statistics are those of no fresh one."""
     torch.manual_seed(kv_heads + dim)
-    router = AttentionRouter(kv_heads, dim, RouterConfig(feature_norm=norm, head_offset=norm == "running")).cuda()
+    router = AttentionRouter(kv_heads, dim, RouterConfig(feature_norm=norm)).cuda()
     nn.init.normal_(router.head[-1].weight)
-    if router.offset is not None:
-        nn.init.normal_(router.offset)
     with torch.no_grad():
         router.head[-1].bias.copy_(torch.tensor([0.01, -0.02]))
     router.update_statistics(0.3 * torch.randn(samples, kv_heads, dim, device="cuda") + 0.1)
@@ -70,19 +70,28 @@ def test_the_twins_agree(samples: int, kv_heads: int, dim: int, dtype: torch.dty
     statistics = None if norm == "none" else (router.mean, router.var, router.count)
     earlier = torch.randn(samples, kv_heads, dim, device="cuda") if samples == 3 else None
     bias, modes = (0.1, (0, 1)) if dim == 64 else (0.0, (1, 2))
-    settings = {"offset": router.offset, "earlier": earlier, "bias": bias, "modes": modes}
-    found = route_prompt(keys, weight, count, linears(router), statistics, **settings)
+    found = route_prompt(keys, weight, count, linears(router), statistics, earlier=earlier, bias=bias, modes=modes)
     agree(found, twin(router, keys, weight, count, earlier, bias), bias, modes)
     for _ in range(5):
-        again = route_prompt(keys, weight, count, linears(router), statistics, **settings)
+        again = route_prompt(keys, weight, count, linears(router), statistics, earlier=earlier, bias=bias, modes=modes)
         assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+def test_offsets_of_the_heads_are_added() -> None:
+    torch.manual_seed(0)
+    router = AttentionRouter(8, 128, RouterConfig(head_offset=True)).cuda()
+    nn.init.normal_(router.offset)
+    keys, weight, count = operands(3, 8, 128, torch.bfloat16)
+    statistics = (router.mean, router.var, router.count)
+    found = route_prompt(keys, weight, count, linears(router), statistics, offset=router.offset.detach())
+    agree(found, twin(router, keys, weight, count, None, 0.0), 0.0, (0, 1))
+    assert torch.equal(found.route, (router.offset[:, 1] > router.offset[:, 0]).float().expand(3, -1))
 
 
 def test_few_samples_behind_the_statistics_leave_features_raw() -> None:
     router = trained_router(8, 128, samples=7)
     keys, weight, count = operands(2, 8, 128, torch.bfloat16)
-    statistics = (router.mean, router.var, router.count)
-    found = route_prompt(keys, weight, count, linears(router), statistics, offset=router.offset)
+    found = route_prompt(keys, weight, count, linears(router), (router.mean, router.var, router.count))
     agree(found, twin(router, keys, weight, count, None, 0.0), 0.0, (0, 1))
 
 
@@ -90,6 +99,37 @@ def test_an_undecided_router_chooses_full_attention() -> None:
     router = AttentionRouter(8, 128, RouterConfig()).cuda()
     found = route_prompt(*operands(2, 8, 128, torch.bfloat16), linears(router), (router.mean, router.var, router.count))
     assert not found.route.any() and not found.mode.any() and not found.logits.any()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_model_routes_as_in_pytorch(family: str) -> None:
+    """Left-padded prompts and a later turn on the same cache; both ways decide alike wherever the logits are apart."""
+    from transformers import DynamicCache
+
+    model = tiny_model(family, hidden_size=256, head_dim=64).bfloat16()
+    attach(model, ElasticConfig(RouterConfig(pool_tokens=16), SparseConfig(sink=128, window=128)))
+    varied_routers(model)
+    model.cuda()
+    ids = torch.randint(1, 90, (3, 300), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :250], mask[2, :290] = 0, 0
+    turn = torch.ones(3, 350, dtype=torch.long, device="cuda")
+    turn[:, :300] = mask
+    found = []
+    for fused in (True, False):
+        model._elastic_handle.routing.fused = fused
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids, attention_mask=mask, past_key_values=cache)
+            first = routing(model)
+            model(ids[:, :50], attention_mask=turn, past_key_values=cache)
+        kernel = all(router.last.mode_NK is not None for router in routers(model))
+        assert kernel == fused
+        found.append((first, routing(model), pooled_keys(model)))
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-2, atol=1e-2)
+    for one, other in zip(found[0][:2], found[1][:2], strict=True):
+        sure = (other.logits[..., 1] - other.logits[..., 0]).abs() > 0.05  # later layers read bf16 outputs of earlier
+        assert sure.any() and torch.equal(one.route[sure], other.route[sure])
 
 
 def test_what_does_not_fit_is_named() -> None:
@@ -102,9 +142,5 @@ def test_what_does_not_fit_is_named() -> None:
         route_prompt(keys.float(), weight, count, linears(router), statistics)
     with pytest.raises(ValueError, match="9 parameters; expected 10"):
         route_prompt(keys, weight, count, linears(router)[:9], statistics)
-    with pytest.raises(
-        ValueError, match=r"offset is torch.float32 \[2, 8\].*expected contiguous torch.float32 \[8, 2\]"
-    ):
-        route_prompt(keys, weight, count, linears(router), statistics, offset=torch.zeros(2, 8, device="cuda"))
     with pytest.raises(ValueError, match=r"expected contiguous \[N, 2P, K, D\]"):
         route_prompt(keys.transpose(1, 2), weight, count, linears(router), statistics)

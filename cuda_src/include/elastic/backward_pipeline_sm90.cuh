@@ -1,7 +1,7 @@
 // Shared memory of a backward CTA and the protocol between its warps. Warpgroup 0: warp 0 produces (TMA), warps 1 and 2
 // add the dQ tiles of warpgroups 1 and 2 to global memory. Warpgroups 1 and 2 consume, 64 keys each.
 //
-// full_kv / empty_kv  header, K and V of a tile; 1 arrival + bytes / all consumer threads, which read the header
+// full_kv / empty_kv  header, K and V of a tile; 1 arrival + bytes / 8 consumer warps
 // full[i] / empty[i]  stage i: entry, Q, dO, their lse2 and delta; 1 arrival + bytes / 8 consumer warps
 // sum_full / _empty   dQ tile of a warpgroup and where it belongs; 4 warps / 1 arrival of the adding warp
 // kScores             named barrier: both warpgroups have written their dS
@@ -16,6 +16,13 @@ constexpr int kD = ELASTIC_HEAD_DIM;
 constexpr int kRows = kBackwardRows<kD>;  // query rows of a step: 64 at D 128, 128 at D 64
 constexpr int kKeys = 2 * kHalf;          // keys of a tile
 constexpr int kConsumerWarps = 8, kStages = 2;
+// A warp hands back by one lane after __syncwarp. ELASTIC_EVERY_LANE lets all lanes arrive, for compute-sanitizer's
+// racecheck, which does not follow other lanes' accesses through the __syncwarp.
+#if ELASTIC_EVERY_LANE
+constexpr int kArrivals = 32;
+#else
+constexpr int kArrivals = 1;
+#endif
 constexpr int kBytesKV = kKeys * kD * 2, kBytesQ = kRows * kD * 2, kBytesDS = kRows * kKeys * 2;
 constexpr int kBytesSum = kTileElements / 2 * 4;  // dQ of one warpgroup, fp32
 constexpr int kScores = 1, kClear = 2;  // named barriers of both warpgroups

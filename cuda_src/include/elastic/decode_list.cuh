@@ -34,17 +34,23 @@ ELASTIC_FN Span span_of(const DecodeParams& p, int head) {
 // A head that sees nothing has one unit too: somebody must write its zeros.
 ELASTIC_FN int units_of(int tokens) { return max_i(1, (tokens + kUnit - 1) / kUnit); }
 
-struct Share {  // of one CTA: units [first, last) of the list
-  i64 units;
-  int workers, first, last;
+struct Share {  // of one CTA: units [first, last) of the list; the first `longer` workers have one more than `each`
+  int workers, each, longer, first, last;
+
+  ELASTIC_FN int begin_of(int worker) const { return worker * each + min_i(worker, longer); }
+
+  ELASTIC_FN int worker_of(int unit) const {
+    const int past = unit - longer * (each + 1);
+    return past < 0 ? unit / (each + 1) : longer + past / each;
+  }
 };
 
-ELASTIC_FN int share_begin(i64 units, int workers, int worker) { return int(units * worker / workers); }
-ELASTIC_FN int worker_of(i64 units, int workers, int unit) { return int(((unit + 1ll) * workers - 1) / units); }
-
 ELASTIC_FN Share share_of(int units, int ctas, int cta) {
-  const int workers = min_i(ctas, max_i(1, units / kLeastUnits)), mine = min_i(cta, workers);
-  return {units, workers, share_begin(units, workers, mine), share_begin(units, workers, min_i(mine + 1, workers))};
+  Share share;
+  share.workers = min_i(ctas, max_i(1, units / kLeastUnits));
+  share.each = units / share.workers, share.longer = units % share.workers;
+  share.first = share.begin_of(min_i(cta, share.workers)), share.last = share.begin_of(min_i(cta + 1, share.workers));
+  return share;
 }
 
 // In what follows offset[h] is the number of units before head h, with one more entry for the end.
@@ -83,9 +89,8 @@ struct Parts {  // of a head that several CTAs share: CTAs first .. first + coun
 };
 
 ELASTIC_FN Parts parts_of(const Share& share, const int* offset, int head) {
-  const int first = worker_of(share.units, share.workers, offset[head]);
-  const int last = worker_of(share.units, share.workers, offset[head + 1] - 1);
-  return {first, last - first + 1, share_begin(share.units, share.workers, first) < offset[head]};
+  const int first = share.worker_of(offset[head]), last = share.worker_of(offset[head + 1] - 1);
+  return {first, last - first + 1, share.begin_of(first) < offset[head]};
 }
 
 }  // namespace elastic

@@ -1,19 +1,17 @@
-// Shared memory of a selecting CTA and the protocol between its producer lane and its two consumer warpgroups. With
-// ELASTIC_PAIR 2 two CTAs are a cluster: they take two query heads of one KV head side by side, and each loads half of
-// the cells for both.
+// Shared memory of a selecting CTA and the protocol between its producer lane and its two consumer warpgroups.
 //
 // full[i]   1 arrival + bytes   64 columns of 128 rows and of 256 cells are in place
-// empty[i]  8 arrivals a CTA    every consumer warp of the cluster is done with the stage
+// empty[i]  8 arrivals          every consumer warp is done with the stage
 // told[i]   1 arrival           header i names a tile, or the end
 // free[i]   8 arrivals          every consumer warp has read header i
 // The producer starts on phase 1 (everything is empty), the consumers on phase 0.
 #pragma once
-#include "elastic/cluster_sm90.cuh"
+#include "elastic/ptx_sm90.cuh"
 #include "elastic/xattention.cuh"
 
 namespace elastic {
 
-constexpr int kConsumerWarps = 8, kStages = 4, kPair = ELASTIC_PAIR;
+constexpr int kConsumerWarps = 8, kStages = 4;
 constexpr int kRowBytes = kRows * 128, kCellBytes = kCells * 128, kStageBytes = kRowBytes + kCellBytes;
 
 struct SelectHeader {
@@ -24,7 +22,6 @@ struct SelectHeader {
 struct SelectControl {
   u64 full[kStages], empty[kStages], told[2], free[2];
   SelectHeader header[2];
-  Mailbox next;  // the pair's next tile
   ScheduleSize size;
 
   ELASTIC_FN void init() {
@@ -34,9 +31,8 @@ struct SelectControl {
     }
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&full[i], 1);
-      barrier_init(&empty[i], kPair * kConsumerWarps);
+      barrier_init(&empty[i], kConsumerWarps);
     }
-    next.init();
     fence_barrier_init();
   }
 };
@@ -47,23 +43,14 @@ struct SelectLayout {  // offsets from a base that is a multiple of 1024
   static constexpr int units = control + 1024;  // then one segment per sample
 };
 
-// Box of a rank-5 map (head dim, phase, cell, head, batch row); with kShared, into both CTAs of the cluster.
-template <bool kShared>
-ELASTIC_FN void tma_load_phase(const TensorMap& map, u64* bar, u32 shared, int d, int phase, int cell, int head, int row) {
-  if constexpr (kShared) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-        ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %9, %8;" ::"r"(shared),
-        "l"(&map), "r"(shared_address(bar)), "r"(d), "r"(phase), "r"(cell), "r"(head), "r"(row), "l"(kEvictLast),
-        "h"(u16(3))
-        : "memory");
-  } else {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared),
-        "l"(&map), "r"(shared_address(bar)), "r"(d), "r"(phase), "r"(cell), "r"(head), "r"(row), "l"(kEvictLast)
-        : "memory");
-  }
+// Box of a rank-5 map (head dim, phase, cell, head, batch row).
+ELASTIC_FN void tma_load_phase(const TensorMap& map, u64* bar, u32 shared, int d, int phase, int cell, int head,
+                               int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared),
+      "l"(&map), "r"(shared_address(bar)), "r"(d), "r"(phase), "r"(cell), "r"(head), "r"(row), "l"(kEvictLast)
+      : "memory");
 }
 
 // One elected lane: walks the tiles and feeds the stages. Along the contraction, phase r of the cells meets phase
@@ -71,39 +58,24 @@ ELASTIC_FN void tma_load_phase(const TensorMap& map, u64* bar, u32 shared, int d
 struct SelectProducer {
   const SelectParams& p;
   SelectControl& c;
-  u32 base, rank;
+  u32 base;
 
   // Phases count from the tensor's first token, so a sample's offset turns them round.
-  template <bool kShared>
-  ELASTIC_FN static void load(const TensorMap& main, const TensorMap& tail, int tail_tokens, u64* bar, u32 shared, int d,
-                              int token, int cell, int head, int row) {
+  ELASTIC_FN static void load(const TensorMap& main, const TensorMap& tail, int tail_tokens, u64* bar, u32 shared,
+                              int d, int token, int cell, int head, int row) {
     const int phase = token & (kStride - 1), at = (token >> kLogStride) + cell;
     if (phase < tail_tokens) {
-      tma_load_phase<kShared>(tail, bar, shared, d, phase, at, head, row);
+      tma_load_phase(tail, bar, shared, d, phase, at, head, row);
     } else {
-      tma_load_phase<kShared>(main, bar, shared, d, phase - tail_tokens, at, head, row);
+      tma_load_phase(main, bar, shared, d, phase - tail_tokens, at, head, row);
     }
-  }
-
-  // The next tile of this CTA. A pair draws together: CTA 0 tells CTA 1. `turn` counts the calls.
-  ELASTIC_FN int draw(u32 turn) const {
-    if (kPair == 1) return atomicAdd(p.f.counter, 1);
-    int pair;
-    if (rank == 0) {
-      pair = atomicAdd(p.f.counter, 1);
-      c.next.send(pair, turn & 1);
-    } else {
-      pair = c.next.receive(turn & 1);
-    }
-    return pair * kPair + rank;
   }
 
   ELASTIC_FN void run(const Segment* segments) const {
     const ScheduleSize size = c.size;
     Ring<2> h{0, 1};
     Ring<kStages> stage{0, 1};
-    u32 turn = 0;
-    for (int t = draw(turn);;) {
+    for (int t = blockIdx.x;;) {
       wait(&c.free[h.slot], h.phase);
       if (t >= size.tiles) {
         c.header[h.slot].done = 1;
@@ -114,7 +86,7 @@ struct SelectProducer {
       c.header[h.slot] = SelectHeader{tile, 0};
       arrive(&c.told[h.slot]);
       h.advance();
-      t = draw(++turn);
+      t = atomicAdd(p.f.counter, 1) + gridDim.x;
       const Sample sample = read_sample(p.f, tile.sample);
       const Extent extent(sample, tile.block);
       const int kv_head = tile.head / (p.f.heads / p.f.kv_heads), key_tiles = extent.key_tiles();
@@ -126,10 +98,10 @@ struct SelectProducer {
           u64* bar = &c.full[stage.slot];
           wait(&c.empty[stage.slot], stage.phase);
           arrive_expect(bar, kStageBytes);
-          load<kPair == 2>(p.f.map_k, p.f.map_o, p.tail_k, bar, rows + kRowBytes + rank * (kCellBytes / kPair), d,
-                           sample.begin_k + phase, kt * kCells + rank * (kCells / kPair), kv_head, sample.row);
-          load<false>(p.f.map_q, p.f.map_v, p.tail_q, bar, rows, d, sample.begin_q + kStride - 1 - phase,
-                      extent.first_row, tile.head, sample.row);
+          load(p.f.map_k, p.f.map_o, p.tail_k, bar, rows + kRowBytes, d, sample.begin_k + phase, kt * kCells, kv_head,
+               sample.row);
+          load(p.f.map_q, p.f.map_v, p.tail_q, bar, rows, d, sample.begin_q + kStride - 1 - phase, extent.first_row,
+               tile.head, sample.row);
           stage.advance();
         }
       }
