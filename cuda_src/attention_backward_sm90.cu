@@ -259,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     }
     for (int w = 0; w < 2; ++w) {
       barrier_init(&control.sum_full[w], 4 * kArrivals);
-      barrier_init(&control.sum_empty[w], 1);
+      barrier_init(&control.sum_empty[w], kArrivals);
     }
     fence_barrier_init();
   }

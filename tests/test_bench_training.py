@@ -81,7 +81,7 @@ def test_a_step_of_both_recipes_has_the_same_gradients(small: argparse.Namespace
         torch.nn.init.normal_(router.head[-1].weight, std=0.1)
     found: list[list[Tensor]] = []
     for context in (BothModes(), Context()):
-        step = Step(model, batch, 1.0)
+        step = Step(model, batch, 1.0, small.msr)
         step.descent.zero_grad = lambda: None  # type: ignore[method-assign,misc,assignment]
         set_context(model, context)
         step()
@@ -94,6 +94,7 @@ def test_a_step_of_both_recipes_has_the_same_gradients(small: argparse.Namespace
 
 def test_records_of_a_step(small: argparse.Namespace) -> None:
     found = training.step_records(small, CPU, "llama-3.1-8b")
+    assert next(r["value"] for r in found if r["metric"] == "MSR") == small.msr
     assert {r["case"] for r in found} == {"llama-3.1-8b-2l-2k"}
     assert [r["who"] for r in found if r["metric"] == "step time"] == [
         "both modes", "routed, share 1", "routed, share 0.125",

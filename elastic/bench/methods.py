@@ -12,10 +12,11 @@ from elastic.bench.runs import RETRIEVAL, generator_of, score_of
 SCORES = {"exact": "share", "accuracy": "share", "loss": "nats a token"}
 RATIOS = ("msr", "esr_last", "esr_all")
 DENSITY = "density by layer"  # the case that is no source
-NOTES = """Answers teacher-forced on held-out samples; exact: all answer tokens right. ± half a 95 % interval over
-samples, then ESR over all layers. Every method runs the same backbone: dense, streaming and xattention:<threshold> with
-all heads in that mode, elastic:<configuration> with the decisions of one checkpoint's routers between the modes of that
-configuration; they were trained for full against streaming attention (fa-ssa) only."""
+NOTES = """Answers teacher-forced on held-out samples, n of each source; exact: all answer tokens right. ± half a 95 %
+interval over samples, then ESR over all layers; means are over sources. Every method runs the same backbone: dense,
+streaming and xattention:<threshold> with all heads in that mode, elastic:<configuration> with the decisions of one
+checkpoint's routers between the modes of that configuration; they were trained for full against streaming attention
+(fa-ssa) only."""
 
 
 def records(results: dict[str, Any]) -> list[Record]:

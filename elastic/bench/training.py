@@ -201,7 +201,7 @@ def step_records(args: argparse.Namespace, device: torch.device, name: str) -> l
     """A training step of a backbone of a few layers, by both recipes."""
     model = random_backbone(name, args.layers, args.msr, args.compile, device)
     batch = random_row(args.length, args.samples, SHAPES[name]["vocab_size"], device)
-    recipe = Step(model, batch, 1.0)
+    recipe = Step(model, batch, 1.0, args.msr)
 
     def both() -> None:
         previous = set_context(model, BothModes())
@@ -209,7 +209,7 @@ def step_records(args: argparse.Namespace, device: torch.device, name: str) -> l
         set_context(model, previous)
 
     calls: dict[str, Callable[[], Any]] = {"both modes": both}
-    calls |= {named(share): Step(model, batch, share) for share in args.shares}
+    calls |= {named(share): Step(model, batch, share, args.msr) for share in args.shares}
     case = f"{name}-{args.layers}l-{args.length // 1024}k"
     found = compare(case, calls, timed_steps)
     ratio = routing(model).route.mean().item()
@@ -223,8 +223,8 @@ def whole_records(args: argparse.Namespace, device: torch.device, name: str) -> 
     batch = random_row(args.length, args.samples, SHAPES[name]["vocab_size"], device)
     case, who, share = f"{name}-{args.length // 1024}k", named(min(args.shares)), min(args.shares)
     try:
-        Step(model, random_row(WARM_UP, 1, SHAPES[name]["vocab_size"], device), share)()
-        timing = timed_steps(Step(model, batch, share), 0, 1)
+        Step(model, random_row(WARM_UP, 1, SHAPES[name]["vocab_size"], device), share, args.msr)()
+        timing = timed_steps(Step(model, batch, share, args.msr), 0, 1)
     except torch.OutOfMemoryError as error:
         why = " ".join(str(error).split())[:300]
         return [{"case": case, "who": who, "metric": records.LEFT_OUT, "value": None, "unit": "", "why": why}]

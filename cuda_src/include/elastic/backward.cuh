@@ -28,7 +28,11 @@ ELASTIC_FN void number_row_tiles(const Params& p, int* first, int lane) {
   int total = 0;
   for (int n0 = 0; n0 < p.samples; n0 += 32) {
     const int n = n0 + lane, own = n < p.samples ? ceil_div(read_sample(p, n).len_q, kRows) : 0;
-    const int before = prefix_sum(own, lane);
+    int before = own;
+    for (int step = 1; step < 32; step *= 2) {
+      const int left = __shfl_up_sync(~0u, before, step);
+      if (lane >= step) before += left;
+    }
     if (n < p.samples) first[n] = total + before - own;
     total += __shfl_sync(~0u, before, 31);
   }
@@ -40,7 +44,11 @@ ELASTIC_FN int2 find_row_tile(const Params& p, int tile, int lane) {
   int total = 0;
   for (int n0 = 0; n0 < p.samples; n0 += 32) {
     const int n = n0 + lane, own = n < p.samples ? ceil_div(read_sample(p, n).len_q, kRows) : 0;
-    const int before = prefix_sum(own, lane);
+    int before = own;
+    for (int step = 1; step < 32; step *= 2) {
+      const int left = __shfl_up_sync(~0u, before, step);
+      if (lane >= step) before += left;
+    }
     const int start = total + before - own;
     const u32 here = __ballot_sync(~0u, tile >= start && tile < start + own);
     if (here) {

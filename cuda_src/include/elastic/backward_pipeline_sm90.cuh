@@ -16,8 +16,8 @@ constexpr int kD = ELASTIC_HEAD_DIM;
 constexpr int kRows = kBackwardRows<kD>;  // query rows of a step: 64 at D 128, 128 at D 64
 constexpr int kKeys = 2 * kHalf;          // keys of a tile
 constexpr int kConsumerWarps = 8, kStages = 2;
-// A warp hands back by one lane after __syncwarp. ELASTIC_EVERY_LANE lets all lanes arrive, for compute-sanitizer's
-// racecheck, which does not follow other lanes' accesses through the __syncwarp.
+// A warp hands back by one lane after __syncwarp. ELASTIC_EVERY_LANE lets all lanes arrive: compute-sanitizer's
+// racecheck does not follow other lanes' accesses through the __syncwarp.
 #if ELASTIC_EVERY_LANE
 constexpr int kArrivals = 32;
 #else
@@ -235,9 +235,8 @@ struct Adder {
     const u32 source = base + BackwardLayout::sum + group * kBytesSum;
     for (u32 phase = 0;; phase ^= 1) {
       wait(&c.sum_full[group], phase);
-      SumJob job{nullptr, nullptr, 0};
-      if (lane == 0) job = c.job[group];
-      if (!__shfl_sync(~0u, job.target != nullptr, 0)) break;
+      const SumJob job = c.job[group];
+      if (!job.target) break;
       if (lane == 0) {
         if (p.turns) await_turn(job.turn_at, job.turn);
         bulk_add(job.target, source, kBytesSum);
@@ -249,7 +248,8 @@ struct Adder {
           store_wait_read();
         }
       }
-      if (lane == 0) arrive(&c.sum_empty[group]);
+      __syncwarp();
+      if (kArrivals == 32 || lane == 0) arrive(&c.sum_empty[group]);
     }
     if (lane == 0) store_wait();
   }

@@ -62,16 +62,6 @@ ELASTIC_FN bool is_poisoned(const Params& p, int mode) {
 }
 
 #ifdef __CUDACC__
-// Sum of the values of this lane and the lanes before it. Called by one full warp.
-ELASTIC_FN int prefix_sum(int value, int lane) {
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int left = __shfl_up_sync(~0u, value, step);
-    if (lane >= step) value += left;
-  }
-  return value;
-}
-
 // Called by one full warp. `segments` holds 3 N entries.
 template <class Blocks>
 ELASTIC_FN void build_schedule(const Params& p, Segment* segments, ScheduleSize* size, int lane) {
@@ -86,7 +76,11 @@ ELASTIC_FN void build_schedule(const Params& p, Segment* segments, ScheduleSize*
         for (int k = 0; k < p.kv_heads; ++k) heads |= u64(Blocks::class_of(p.mode[n * p.kv_heads + k]) == c) << k;
         own = Blocks::count(read_sample(p, n)) * __popcll(heads) * group;
       }
-      const int before = prefix_sum(own, lane);
+      int before = own;  // inclusive prefix sum over the warp
+      for (int step = 1; step < 32; step *= 2) {
+        const int left = __shfl_up_sync(~0u, before, step);
+        if (lane >= step) before += left;
+      }
       const u32 used = __ballot_sync(~0u, own > 0);
       if (own > 0) {
         segments[count + __popc(used & ((1u << lane) - 1))] = Segment{tiles + before - own, n * 4 + c, heads};

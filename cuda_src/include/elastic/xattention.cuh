@@ -34,8 +34,12 @@ struct RowTiles {  // only block-sparse heads have tiles
   ELASTIC_FN static int class_of(int mode) { return mode == kBlockSparse ? 0 : 3; }
   ELASTIC_FN static int count(const Sample& s) { return ceil_div(s.len_q, kRows * kStride); }
   ELASTIC_FN static int heads_per_kv(const Params& p) { return p.heads / p.kv_heads; }
-  // All heads side by side, so that tiles of one length run in step; the sections of `decode_tile` were slower.
-  ELASTIC_FN static i64 row_bytes(const Sample&, int, int) { return 0; }
+  // All heads side by side, so that tiles of one length run in step, unless the keys of one head alone exceed L2: then
+  // one KV head after the other. Each is what was faster at its lengths.
+  ELASTIC_FN static i64 row_bytes(const Sample& s, int head_dim, int) {
+    const i64 bytes = i64(s.len_k) * head_dim * 2;
+    return bytes > (48 << 20) ? bytes : 0;
+  }
 };
 
 struct Extent {  // of one tile in its sample
