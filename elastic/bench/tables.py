@@ -100,4 +100,4 @@ def _line(row: Sequence[str]) -> str:
 
 def _belongs(path: str, name: str) -> bool:
     """Whether a picture is the run's: `<name>.png` or `<name>-<what>.png`, where no other run has that name."""
-    return Path(path).stem == name or Path(path).stem in (f"{name}-curves", f"{name}-heads", f"{name}-tasks")
+    return Path(path).stem == name or Path(path).stem in (f"{name}-curves", f"{name}-heads")
