@@ -78,14 +78,14 @@ def random_row(length: int, samples: int, vocabulary: int, device: torch.device)
     return Batch(**{name: x.to(device) for name, x in moved.items()}, source=["random"] * samples)  # type: ignore[typeddict-item]
 
 
-def route_seed(model: Any, ratio: float, samples: int, device: torch.device, tries: int = 64) -> int:
+def route_seed(model: Any, ratio: float, samples: int, tries: int = 64) -> int:
     """The seed among the first `tries` whose noise brings undecided routers with their bias nearest to this MSR."""
 
     def distance(seed: int) -> float:
         torch.manual_seed(seed)
         with torch.no_grad():
             routes = [
-                sample_route(router.head[-1].bias.expand(samples, router.kv_heads, 2), 1.0)  # type: ignore[index, union-attr]
+                sample_route(router.head[-1].bias.expand(samples, router.kv_heads, 2).contiguous(), 1.0)  # type: ignore[index, union-attr]
                 for router in routers(model)
             ]
         return abs(torch.stack(routes).mean().item() - ratio)
@@ -99,7 +99,7 @@ class Step:
     def __init__(self, model: Any, batch: Batch, share: float, ratio: float) -> None:
         self.model, self.batch = model, batch
         self.config = replace(elastic_config(model), gradient_share=share)
-        self.seed = route_seed(model, ratio, batch["cu_seq_lens"].shape[0] - 1, batch["input_ids"].device)
+        self.seed = route_seed(model, ratio, batch["cu_seq_lens"].shape[0] - 1)
         self.objective = TargetObjective({}, 10.0)
         self.objective.multipliers.to(batch["input_ids"].device)
         self.weights = [p for router in routers(model) for p in router.parameters()]
