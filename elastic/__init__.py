@@ -11,7 +11,7 @@ from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 if TYPE_CHECKING:
     from elastic.backbone import attach, compile_layers, detach, override_routes
     from elastic.checkpoint import save_elastic
-    from elastic.inference import generate, load
+    from elastic.inference import generate, load, new_cache, route_report
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,8 @@ _LAZY = {
     "save_elastic": "elastic.checkpoint",
     "load": "elastic.inference",
     "generate": "elastic.inference",
+    "new_cache": "elastic.inference",
+    "route_report": "elastic.inference",
 }
 
 __all__ = [
@@ -34,7 +36,9 @@ __all__ = [
     "detach",
     "generate",
     "load",
+    "new_cache",
     "override_routes",
+    "route_report",
     "save_elastic",
 ]
 

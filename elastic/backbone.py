@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic.chunking import Chunked, chunk, unchunk
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.context import Context
+from elastic.elastic_cache import ElasticCache
 from elastic.families import FAMILIES, attention_layers
 from elastic.head_plan import HeadPlan
+from elastic.interface import IMPLEMENTATION, attention_function, register
+from elastic.route_record import RouteRecord, route_of
 from elastic.router import Router, build_router
-from elastic.routing import RouteRecord, Routing, RoutingState, remember_density, route_layer, route_of
+from elastic.routing import Routing, RoutingState, route_layer
 
 __all__ = [
     "FAMILIES",
@@ -40,7 +44,6 @@ __all__ = [
     "update_statistics",
 ]
 
-_IMPLEMENTATION = "elastic"
 _HANDLE = "_elastic_handle"
 
 
@@ -62,15 +65,16 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
     if is_attached(model):
         raise ValueError("this model already has routers; call elastic.detach(model) first")
     layers = attention_layers(model)
-    _register()
+    register()
     handle = _Handle(model, config)
     for attn in layers:
         weight = attn.k_proj.weight
         router = build_router(weight.shape[0] // attn.head_dim, attn.head_dim, config.router)
         attn.router = router.to(weight.device).train(model.training)
         handle.hooks.append(attn.register_forward_pre_hook(handle.before_attention, with_kwargs=True))
+    chunk(model.get_decoder(), handle.chunk_tokens)
     handle.hooks.append(model.get_decoder().register_forward_pre_hook(handle.before_decoder, with_kwargs=True))
-    model.set_attn_implementation(_IMPLEMENTATION)
+    model.set_attn_implementation(IMPLEMENTATION)
     setattr(model, _HANDLE, handle)
     return model
 
@@ -82,6 +86,7 @@ def detach(model: Any) -> Any:
         hook.remove()
     for attn in handle.attention_layers(model):
         del attn.router
+    unchunk(model.get_decoder())
     for part in handle.compiled:
         del part.forward
     for name, parameter in model.named_parameters():
@@ -199,12 +204,16 @@ def compile_layers(model: Any, **settings: Any) -> Any:
         settings: of `torch.compile`, such as `backend` or `mode`; `dynamic=True` unless given.
     """
     handle, settings = _handle(model), {"dynamic": True, **settings}
-    _register(torch.compiler.disable(_attention_function))
+    register(torch.compiler.disable(attention_function))
     # Parts of a layer, because checkpointing a compiled layer would not compile it; and their forward alone, because
     # the hook that routes is not for the compiler.
     for layer in model.get_decoder().layers:
-        for part in (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp):
-            if part not in handle.compiled:
+        for part in layer.children():
+            if part in handle.compiled:
+                continue
+            if isinstance(part.forward, Chunked):
+                part.forward.compile(**settings)
+            else:
                 part.forward = torch.compile(part.forward, **settings)
                 handle.compiled.append(part)
     return model
@@ -224,9 +233,16 @@ class _Handle:
     def attention_layers(self, model: Any) -> list[Any]:
         return [layer.self_attn for layer in model.get_decoder().layers]
 
+    def chunk_tokens(self) -> int:
+        """Tokens that an MLP or norm works on at a time."""
+        return self.routing.config.chunk_tokens
+
     def before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Lay out the batch's samples once per forward pass and hand the layout to the layers as a keyword."""
-        return args, self.routing.lay_out(args, kwargs)
+        kwargs, cache = self.routing.lay_out(args, kwargs), kwargs.get("past_key_values")
+        if isinstance(cache, ElasticCache):
+            cache.begin_pass(kwargs.get("elastic_modes"), self.routing.override, self.routing.config)
+        return args, kwargs
 
     def before_attention(self, attn: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Route the layer's heads and hand the route to the attention function as a keyword."""
@@ -234,51 +250,21 @@ class _Handle:
         layout = kwargs.get("elastic_layout")
         if layout is None:
             raise ValueError("this layer was called outside the attached model's decoder; call the whole model")
-        cache = kwargs.get("past_key_values")
-        route = route_layer(attn, hidden, layout, cache, self.routing)
-        config, context = self.routing.config, self.routing.context
-        state = attn.router.last
-        mode = None if state is None or state.route_NK is not route else state.mode_NK
-        plan = HeadPlan.build(route, config.sparse, layout, config.gradient_share, mode)
-        own = {"elastic_route": route, "elastic_plan": plan, "elastic_context": context, "elastic_cache": cache}
-        return args, {**kwargs, **own}
-
-
-def _attention_function(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: q [B, H, Lq, D], k and v [B, K, Lk, D] after RoPE -> [B, Lq, H, D]."""
-    plan, route, context = (kwargs.get(f"elastic_{name}") for name in ("plan", "route", "context"))
-    if plan is None or route is None or context is None:
-        raise ValueError(
-            "attention implementation 'elastic' was chosen without routers; call elastic.attach(model, config)"
-        )
-    keys = plan.layout.keys  # a static cache hands out its whole allocation
-    if torch.is_autocast_enabled(query.device.type):  # RoPE and norms leave queries and keys in fp32
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out, density = context.attend(query, key[:, :, :keys], value[:, :, :keys], route, plan, scale)
-    remember_density(module, density, kwargs.get("elastic_cache"))
-    return out, None
-
-
-def _no_mask(**kwargs: Any) -> None:
-    """The layout carries padding and packing; no [S, S] mask is ever built for the whole batch."""
-
-
-def _register(attention: Any = _attention_function) -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(_IMPLEMENTATION, attention)
-    AttentionMaskInterface.register(_IMPLEMENTATION, _no_mask)
+        routing, cache, modes = self.routing, kwargs.get("past_key_values"), kwargs.get("elastic_modes")
+        elastic = cache if isinstance(cache, ElasticCache) else None
+        if modes is not None:
+            plan = HeadPlan(modes[attn.layer_idx], routing.config.sparse, layout)
+            route = plan.mode_NK
+        else:
+            dropped = None if elastic is None else elastic.dropped(attn.layer_idx)
+            route = route_layer(attn, hidden, layout, cache, routing, dropped)
+            state, config = attn.router.last, routing.config
+            mode = None if state is None or state.route_NK is not route else state.mode_NK
+            plan = HeadPlan.build(route, config.sparse, layout, config.gradient_share, mode)
+        if elastic is not None:
+            elastic.layers[attn.layer_idx].plan = plan
+        own = {"elastic_route": route, "elastic_plan": plan, "elastic_context": routing.context}
+        return args, {**kwargs, **own, "elastic_cache": cache}
 
 
 def _handle(model: Any) -> _Handle:

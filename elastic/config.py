@@ -13,6 +13,7 @@ Mode = Literal["full", "streaming", "xattention"]
 Granule = Literal["token", "block"]
 FeatureNorm = Literal["running", "none"]
 RouterKind = Literal["input", "static"]
+CacheKind = Literal["full", "elastic"]
 
 BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
 
@@ -121,6 +122,11 @@ class ElasticConfig:
         dense_decode: after the prefill, every head attends to the whole cache; by default heads keep their route.
         gradient_share: training on a GPU: share of the queries from which the gradient of the routes is estimated
             (unbiased); 1, 1/2, 1/3, ..., and 1 is exact.
+        kv_cache: what `generate` keeps of a prompt: `full`, every token of every head; `elastic`, sink + window of the
+            streaming heads and everything of the others, the same answers from less memory. A later turn on an elastic
+            cache cannot route heads back that have dropped tokens.
+        chunk_tokens: at inference, tokens that an MLP or a norm works on at a time, which bounds the memory of long
+            prompts; 0 is all at once.
     """
 
     router: RouterConfig = field(default_factory=RouterConfig)
@@ -128,6 +134,8 @@ class ElasticConfig:
     sparsity_bias: float = 0.0
     dense_decode: bool = False
     gradient_share: float = 1.0
+    kv_cache: CacheKind = "full"
+    chunk_tokens: int = 16384
 
     def __post_init__(self) -> None:
         for name, value, kind in (("router", self.router, RouterConfig), ("sparse", self.sparse, SparseConfig)):
@@ -139,6 +147,13 @@ class ElasticConfig:
         if not isinstance(self.dense_decode, bool):
             raise ValueError(
                 f"dense_decode={self.dense_decode!r} is a {type(self.dense_decode).__name__}, expected true or false"
+            )
+        _check_choice("kv_cache", self.kv_cache, get_args(CacheKind))
+        _check_int("chunk_tokens", self.chunk_tokens, minimum=0)
+        if self.dense_decode and self.kv_cache == "elastic":
+            raise ValueError(
+                "dense_decode=True needs every token of every head, but kv_cache='elastic' drops those of streaming "
+                "heads; use kv_cache='full' or dense_decode=False"
             )
         share = self.gradient_share
         if not _is_number(share) or not 0.0 < share <= 1.0 or abs(share * round(1 / share) - 1) > 1e-3:

@@ -20,14 +20,6 @@ from elastic.relaxation import decide, sample_route
 from elastic.router import AttentionRouter, BoundarySlots, LayerState, Router, half_sums
 
 
-def prerope_keys(attn: Any, hidden_E: Tensor) -> Tensor:
-    """Keys before RoPE, after the model's own k-norm where it has one: [..., E] -> [..., K, D]."""
-    keys = attn.k_proj(hidden_E)
-    keys = keys.view(*keys.shape[:-1], -1, attn.head_dim)
-    norm = getattr(attn, "k_norm", None)
-    return keys if norm is None else norm(keys)
-
-
 @dataclass(frozen=True)
 class Pooling:
     """Which of the tokens here are pooled; the same in all layers.
@@ -35,29 +27,40 @@ class Pooling:
     Attributes:
         token_M: place of the N * 2P pooled tokens among all tokens here.
         weight_N2P: 1.0 for those that count, else 0.0.
+        first_N: number of tokens among the first P that were pooled so far, in earlier turns and other slices too.
         count_N11: number of pooled tokens per sample, those of earlier turns and other slices included; at least 1.
     """
 
     token_M: Tensor
     weight_N2P: Tensor
+    first_N: Tensor
     count_N11: Tensor
 
     @classmethod
-    def shared(cls, layout: Layout, pool_tokens: int, here: int, context: Context) -> "Pooling":
+    def shared(
+        cls, layout: Layout, pool_tokens: int, here: int, context: Context, earlier_N: Tensor | None = None
+    ) -> "Pooling":
         """The pooling of all layers of a forward pass, made by the first of them."""
-        return layout.once(("pooling", pool_tokens, here), lambda: cls.of(layout, pool_tokens, here, context))
+        return layout.once(
+            ("pooling", pool_tokens, here), lambda: cls.of(layout, pool_tokens, here, context, earlier_N)
+        )
 
     @classmethod
-    def of(cls, layout: Layout, pool_tokens: int, here: int, context: Context) -> "Pooling":
-        """For a slice of `here` tokens of every row."""
+    def of(
+        cls, layout: Layout, pool_tokens: int, here: int, context: Context, earlier_N: Tensor | None = None
+    ) -> "Pooling":
+        """For a slice of `here` tokens of every row; `earlier_N` is `first_N` of the turn before. Generated tokens
+        among the first P were never pooled and do not count.
+        """
         slots = BoundarySlots.of(layout.begin_N, layout.prompt_end_N, pool_tokens)
         position = slots.index_N2P - layout.past - context.rank * here
         weight = slots.weight_N2P * ((position >= 0) & (position < here))
         token = layout.row_N[:, None] * here + position.clamp(0, here - 1)
         counted = slots.weight_N2P * (slots.index_N2P >= layout.past)
-        if layout.past:  # the first ones of earlier turns stand in the record
-            counted[:, :pool_tokens] = slots.weight_N2P[:, :pool_tokens]
-        return cls(token.flatten(), weight, counted.sum(1).clamp_min(1.0)[:, None, None])
+        first = counted[:, :pool_tokens].sum(1)
+        first = first if earlier_N is None else first + earlier_N
+        count = first + counted[:, pool_tokens:].sum(1)
+        return cls(token.flatten(), weight, first, count.clamp_min(1.0)[:, None, None])
 
 
 def decide_from_keys(

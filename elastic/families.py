@@ -1,8 +1,22 @@
-"""Which models can be routed: the families whose attention layers `elastic.backbone` knows."""
+"""Which model families can be routed, and the little in which they differ (spec section 6; docs/porting.md)."""
 
 from typing import Any
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+from torch import Tensor
+
+FAMILIES = ("granite", "llama", "mistral", "olmo2", "qwen2", "qwen3")
+
+
+def prerope_keys(attn: Any, hidden_E: Tensor) -> Tensor:
+    """Keys before RoPE, after the model's own k-norm where it has one: [..., E] -> [..., K, D].
+
+    A norm over D numbers acts on every head by itself (Qwen3), one over K * D on all heads before they part (OLMo 2).
+    """
+    keys, norm = attn.k_proj(hidden_E), getattr(attn, "k_norm", None)
+    if norm is not None and norm.weight.shape[-1] == keys.shape[-1]:
+        keys, norm = norm(keys), None
+    keys = keys.view(*keys.shape[:-1], -1, attn.head_dim)
+    return keys if norm is None else norm(keys)
 
 
 def attention_layers(model: Any) -> list[Any]:

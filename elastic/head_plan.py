@@ -56,6 +56,18 @@ class Layout:
         """Keys that were in the cache before this forward pass."""
         return self.keys - self.queries
 
+    @property
+    def decoding(self) -> bool:
+        """Whether this is one more token of samples whose routes are decided."""
+        return self.queries == 1 and self.past > 0
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every sample on the host; only padded or packed layouts must read them from a GPU."""
+        if self.padded or self.packed:
+            return [end - begin for _, begin, end in self.spans]
+        return [self.keys] * self.rows
+
     @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
         """(row, begin, end) of every sample on the host; unless they are packed, synchronises once per forward pass
@@ -114,11 +126,7 @@ def batch_layout(
     padded = False
     if attention_mask is not None:
         if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < keys:
-            raise ValueError(
-                f"attention_mask has shape {list(attention_mask.shape)}, expected [{rows}, {keys}] (rows, cached + "
-                "new tokens); "
-                "pass the tokenizer's 2D mask"
-            )
+            raise _bad_mask(attention_mask, rows, keys)
         valid = attention_mask[:, :keys].to(device).bool()
         count = valid.sum(1)
         begin = valid.int().argmax(1)
@@ -134,6 +142,42 @@ def batch_layout(
                 raise ValueError("attention_mask has padding between valid tokens; pad on one side only")
     prompt_end = end if prompt_end is None else prompt_end.to(device)
     return Layout(row, begin, end, prompt_end, rows, queries, keys, packed=False, padded=padded)
+
+
+def decode_layout(prefill: Layout, rows: int, past: int, attention_mask: Tensor | None = None) -> Layout:
+    """The layout of one more token on top of `past` cached ones. Nothing is read back from a GPU: there the mask must
+    go on as the prompt's did, which is checked on the CPU only.
+
+    Raises:
+        ValueError: another number of rows or a mask of another shape than the prompt's, or a prompt padded on the
+            right, behind which a new token would stand.
+    """
+    keys, begin = past + 1, prefill.begin_N
+    if begin.shape[0] != rows:
+        raise ValueError(
+            f"a token for {rows} rows came with a cache of {begin.shape[0]}; was it filled by another batch?"
+        )
+    if attention_mask is not None:
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < keys:
+            raise _bad_mask(attention_mask, rows, keys)
+        if attention_mask.device.type == "cpu":
+            expected = torch.arange(keys) >= begin.cpu()[:, None]
+            if not torch.equal(attention_mask[:, :keys].bool(), expected):
+                raise ValueError(
+                    "attention_mask does not go on as the prompt's did: padding on its left, then valid tokens only; "
+                    "pad prompts on the left"
+                )
+    return Layout(
+        prefill.row_N, begin, torch.full_like(begin, keys), torch.full_like(begin, keys), rows, 1, keys,
+        packed=False, padded=prefill.padded,
+    )  # fmt: skip
+
+
+def _bad_mask(mask: Tensor, rows: int, keys: int) -> ValueError:
+    return ValueError(
+        f"attention_mask has shape {list(mask.shape)}, expected [{rows}, {keys}] (rows, cached + new tokens); "
+        "pass the tokenizer's 2D mask"
+    )
 
 
 def packed_layout(cu_seq_lens: Tensor, prompt_end: Tensor | None, length: int, device: torch.device) -> Layout:

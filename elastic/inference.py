@@ -1,28 +1,32 @@
 """Load routers onto their backbone and generate text (spec section 7), through the ordinary `model.generate`."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from elastic.attention import backend_for
 from elastic.backbone import elastic_config, is_attached, route_of, set_config
 from elastic.backbones import architecture, load_backbone
 from elastic.checkpoint import load_into, read_elastic
-from elastic.packed import encode_prompt
+from elastic.decode_graph import can_graph, graphed
+from elastic.elastic_cache import ElasticCache
+from elastic.prompts import Prompts, check_length, encode, left_pad, single_prompts
 from elastic.report import RouteReport, route_reports
 
-Message = Mapping[str, str]
-Prompts = str | Sequence[str] | Sequence[Message]
 _OWN = ("input_ids", "inputs_embeds", "attention_mask", "past_key_values", "return_dict_in_generate", "max_length")
 _REFUSED = {
     "prefill_chunk_size": "the route is decided from the whole prompt, so it must be read in one pass",
     "assistant_model": "assisted decoding re-reads several tokens at once, which would route again",
+    "assistant_early_exit": "assisted decoding re-reads several tokens at once, which would route again",
     "prompt_lookup_num_tokens": "prompt lookup re-reads several tokens at once, which would route again",
+    "penalty_alpha": "contrastive search runs code from a hub on its own cache",
+    "dola_layers": "contrasting layers needs code from a hub",
+    "custom_generate": "foreign code may not keep the routes of a prompt",
+    "cache_implementation": "the cache holds the routes; kv_cache='full' or 'elastic' chooses what it keeps",
 }
 
 
@@ -47,6 +51,7 @@ def load(
     device: str = "cpu",
     dtype: str = "float32",
     gguf_file: str | None = None,
+    kv_cache: str | None = None,
 ) -> tuple[Any, Any]:
     """A backbone with the routers of a checkpoint, frozen and in eval mode, and its tokenizer.
 
@@ -56,6 +61,7 @@ def load(
         device: a torch device.
         dtype: of the backbone's weights; routers stay fp32.
         gguf_file: file name where the backbone's weights are in GGUF format.
+        kv_cache: what `generate` keeps of a prompt, `full` or `elastic`; default: as the checkpoint says.
 
     Raises:
         FileNotFoundError: no checkpoint, or no such backbone.
@@ -64,6 +70,8 @@ def load(
     name = backbone or read_elastic(path)["backbone"]
     model, tokenizer = load_backbone(name, dtype=dtype, device=device, gguf_file=gguf_file)
     load_into(model, path)
+    if kv_cache is not None:
+        set_config(model, replace(elastic_config(model), kv_cache=kv_cache))  # type: ignore[arg-type]
     return model.requires_grad_(False).eval(), tokenizer
 
 
@@ -74,6 +82,7 @@ def generate(
     max_new_tokens: int = 64,
     *,
     sparsity_bias: float | None = None,
+    kv_cache: str | None = None,
     streamer: Any = None,
     chat_template: bool = True,
     **options: Any,
@@ -84,10 +93,13 @@ def generate(
         prompt: a text, a list of texts, or one conversation as a list of {"role", "content"} messages.
         max_new_tokens: length limit of an answer.
         sparsity_bias: for this call only, instead of the configuration's: above 0 more heads run SA.
+        kv_cache: for this call only: `full` keeps every token of every head, `elastic` only sink + window of streaming
+            heads; the answers are the same.
         streamer: a transformers streamer, for one prompt.
         chat_template: put texts into the tokenizer's chat template as the user's message, as in training; False takes
             them as they are.
-        **options: passed to `model.generate`.
+        **options: passed to `model.generate`; with `cuda_graph=True` decode steps replay a CUDA graph where the decode
+            kernel runs, never with beams.
 
     Returns:
         One `Generation` per prompt, in order.
@@ -98,21 +110,12 @@ def generate(
     """
     _check_model(model)
     _check_options(options, max_new_tokens)
-    encoded = [_encode(item, tokenizer, chat_template) for item in _prompts(prompt)]
+    encoded = [encode(item, tokenizer, chat_template) for item in single_prompts(prompt)]
     if streamer is not None and len(encoded) != 1:
         raise ValueError(f"a streamer shows one answer but {len(encoded)} prompts were given; pass one prompt")
     check_length(encoded, model, max_new_tokens)
     options |= {"max_new_tokens": max_new_tokens, "streamer": streamer}
-    return answer_tokens(model, tokenizer, encoded, sparsity_bias=sparsity_bias, **options)
-
-
-def encode_messages(messages: Sequence[Message], tokenizer: Any) -> list[int]:
-    """Token ids of a conversation in the tokenizer's chat template, ready for the answer.
-
-    Raises:
-        ValueError: a message without text, or a tokenizer without a template.
-    """
-    return _encode(list(messages), tokenizer, chat_template=True)
+    return answer_tokens(model, tokenizer, encoded, sparsity_bias=sparsity_bias, kv_cache=kv_cache, **options)
 
 
 def answer_tokens(
@@ -122,6 +125,8 @@ def answer_tokens(
     *,
     max_new_tokens: int,
     sparsity_bias: float | None = None,
+    kv_cache: str | None = None,
+    cuda_graph: bool = False,
     **options: Any,
 ) -> list[Generation]:
     """Answer prompts that are token ids already, as one left-padded batch; `generate` says the rest.
@@ -129,34 +134,61 @@ def answer_tokens(
     Their length is not checked: rows that a stopping criterion ends may share a batch with longer answers.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids, mask = _left_pad(encoded, pad, model.device)
-    with biased(model, sparsity_bias):
-        output, record = _run(model, ids, mask, pad, max_new_tokens=max_new_tokens, **options)
-    stride = record.route.shape[1] // len(encoded)  # beams of a prompt share its route
-    sparse, head_dim = elastic_config(model).sparse, architecture(model)["head_dim"]
-    reports = route_reports(
-        record.route[:, ::stride],
-        record.prompt_lengths[::stride],
-        sparse,
-        head_dim=head_dim,
-        element_size=model.dtype.itemsize,
-        backend=backend_for(model.device, model.dtype, head_dim, sparse=sparse),
-        density_LNK=None if record.density is None else record.density[:, ::stride],
-    )
+    ids, mask = left_pad(encoded, pad, model.device)
+    cache = new_cache(model, max_new_tokens, kv_cache)
+    graph = cuda_graph and options.get("num_beams", 1) == 1 and can_graph(model, architecture(model)["head_dim"])
+    options.setdefault("do_sample", False)
+    options |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
+    with torch.no_grad(), biased(model, sparsity_bias), graphed(model, cache) if graph else nullcontext():
+        output = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+    reports = route_report(model, cache)[:: len(cache.counts) // len(encoded)]  # beams of a prompt share its route
     answers = [_answer(row[ids.shape[1] :].tolist(), ends_of(model), pad) for row in output]
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
     return [Generation(*parts) for parts in zip(texts, answers, reports, strict=True)]
 
 
-@torch.no_grad()
-def _run(model: Any, ids: Tensor, mask: Tensor, pad: int, **options: Any) -> tuple[Tensor, Any]:
-    """Token ids of `model.generate`, and the route record of the cache that this call alone uses."""
-    from transformers import DynamicCache
+def new_cache(model: Any, max_new_tokens: int = 0, kv_cache: str | None = None) -> ElasticCache:
+    """An empty KV cache for `model.generate(..., past_key_values=cache)`; it also remembers the routes.
 
-    cache = DynamicCache(config=model.config)
-    options.setdefault("do_sample", False)
-    output = model.generate(ids, attention_mask=mask, past_key_values=cache, pad_token_id=pad, **options)
-    return output, route_of(cache)
+    Args:
+        model: an attached model.
+        max_new_tokens: tokens to have room for beyond the prompt, so that no decode step moves memory.
+        kv_cache: `full` or `elastic`; default: as the model's configuration says.
+
+    Raises:
+        ValueError: a model without routers, or an unknown kind of cache.
+    """
+    config = elastic_config(model)
+    if kv_cache is not None:
+        config = replace(config, kv_cache=kv_cache)  # type: ignore[arg-type]
+    return ElasticCache(len(model.get_decoder().layers), config, max_new_tokens)
+
+
+def route_report(model: Any, cache: Any) -> list[RouteReport]:
+    """What the routers decided for every sample of a cache that a generation filled: the one given to `model.generate`,
+    or the `past_key_values` of what it returns with `return_dict_in_generate=True`.
+
+    Raises:
+        ValueError: a cache without routes, or a model without routers.
+    """
+    record, sparse, head_dim = route_of(cache), elastic_config(model).sparse, architecture(model)["head_dim"]
+    samples = record.route.shape[1]
+    if isinstance(cache, ElasticCache):
+        kind, held = cache.config.kv_cache, cache.sample_bytes()
+    else:
+        kind = "full"
+        held = [sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // samples] * samples
+    return route_reports(
+        record.route,
+        record.prompt_lengths,
+        sparse,
+        head_dim=head_dim,
+        element_size=model.dtype.itemsize,
+        backend=backend_for(model.device, model.dtype, head_dim, sparse=sparse),
+        density_LNK=record.density,
+        kv_cache=kind,
+        held_N=held,
+    )
 
 
 @contextmanager
@@ -171,48 +203,6 @@ def biased(model: Any, sparsity_bias: float | None) -> Iterator[None]:
         yield
     finally:
         set_config(model, config)
-
-
-def _prompts(prompt: Any) -> list[str | list[Message]]:
-    """The single prompts: texts, or one conversation."""
-    if isinstance(prompt, str):
-        return [prompt]
-    items = list(prompt)
-    if not items:
-        raise ValueError("the list of prompts is empty; pass at least one prompt")
-    if all(isinstance(item, str) for item in items):
-        return items
-    if all(isinstance(item, Mapping) for item in items):
-        return [items]
-    kinds = ", ".join(sorted({type(item).__name__ for item in items}))
-    raise ValueError(f"prompt is a list of {kinds}; expected texts, or one conversation of role/content messages")
-
-
-def _encode(item: str | list[Message], tokenizer: Any, chat_template: bool) -> list[int]:
-    if isinstance(item, str):
-        if not item.strip():
-            raise ValueError("the prompt is empty; write at least one word")
-        if not chat_template:
-            return tokenizer(item)["input_ids"]
-        item = [{"role": "user", "content": item}]
-    for message in item:
-        if not {"role", "content"} <= message.keys() or not str(message["content"]).strip():
-            raise ValueError(f"message {dict(message)} has no role or no content; expected both, not empty")
-    if not chat_template or tokenizer.chat_template is None:
-        raise ValueError(
-            "messages need a chat template, "
-            + ("but chat_template=False was given" if not chat_template else "which this tokenizer does not have")
-            + "; pass a text with chat_template=False"
-        )
-    return encode_prompt([dict(message) for message in item], tokenizer)
-
-
-def _left_pad(encoded: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, both [B, S], with the padding on the left."""
-    longest = max(map(len, encoded))
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded], device=device)
-    return ids, mask
 
 
 def ends_of(model: Any) -> list[int]:
@@ -253,16 +243,3 @@ def _check_options(options: dict[str, Any], max_new_tokens: int) -> None:
         raise ValueError(
             f"num_return_sequences={options['num_return_sequences']}; expected 1: repeat the prompt instead"
         )
-
-
-def check_length(encoded: list[list[int]], model: Any, max_new_tokens: int) -> None:
-    """Refuse prompts that are empty or leave no room for the new tokens."""
-    limit = model.config.max_position_embeddings
-    for number, ids in enumerate(encoded):
-        if not ids:
-            raise ValueError(f"prompt {number} has no tokens; write at least one word")
-        if len(ids) + max_new_tokens > limit:
-            raise ValueError(
-                f"prompt {number} has {len(ids)} tokens and {max_new_tokens} new ones were asked for, but the model "
-                f"reads at most {limit}; shorten the prompt or max_new_tokens to {max(0, limit - len(ids))}"
-            )

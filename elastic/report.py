@@ -4,6 +4,7 @@ Legend: L layers, N samples, K KV heads.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ class RouteReport:
         kv_bytes_kept: what the cache of the prompt needs under these routes.
         kv_bytes_full: what the ordinary cache of the prompt holds.
         backend: the attention implementation that ran.
+        kv_cache: what the cache keeps: full or elastic.
+        kv_bytes_held: what the cache holds for this sample, generated tokens and reserved room included.
         density: by layer, share of the query-key pairs that its XAttention heads computed; None in a layer without
             such heads, and empty if the configuration has none.
     """
@@ -51,6 +54,8 @@ class RouteReport:
     kv_bytes_kept: int
     kv_bytes_full: int
     backend: str
+    kv_cache: str
+    kv_bytes_held: int
     density: tuple[float | None, ...]
 
     def __str__(self) -> str:
@@ -78,7 +83,8 @@ class RouteReport:
             f"{full} {modes[one]}   {sparse} {modes[two]}",
             f"{self.prompt_tokens} prompt tokens, backend {self.backend}",
             f"MSR {self.msr:.3f}   ESR {self.esr_last:.3f} last layer, {self.esr_all:.3f} all layers",
-            f"KV cache: routes need {_size(self.kv_bytes_kept)} of {_size(self.kv_bytes_full)}",
+            f"KV cache: routes need {_size(self.kv_bytes_kept)} of {_size(self.kv_bytes_full)}, the {self.kv_cache} "
+            f"cache holds {_size(self.kv_bytes_held)}",
         ]
         found = [share for share in self.density if share is not None]
         if found:
@@ -113,6 +119,8 @@ def route_reports(
     head_dim: int,
     element_size: int,
     backend: str,
+    kv_cache: str,
+    held_N: Sequence[int],
     density_LNK: Tensor | None = None,
 ) -> list[RouteReport]:
     """One report per sample.
@@ -124,6 +132,8 @@ def route_reports(
         head_dim: D.
         element_size: bytes of one number in the KV cache.
         backend: name of the attention implementation.
+        kv_cache: full or elastic.
+        held_N: bytes that the cache holds for every sample.
         density_LNK: what XAttention heads visited, see `elastic.sparsity.esr`.
 
     Raises:
@@ -154,6 +164,8 @@ def route_reports(
             kv_bytes_kept=int(kept[n]),
             kv_bytes_full=heads * int(lengths_N[n]) * 2 * head_dim * element_size,
             backend=backend,
+            kv_cache=kv_cache,
+            kv_bytes_held=held_N[n],
             density=tuple(density[n]),
         )
         for n in range(route.shape[1])

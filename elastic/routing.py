@@ -7,7 +7,7 @@ Legend: L layers, N samples, B rows, S tokens, K KV heads, D head dim, P pooled 
 hidden size.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,38 +15,11 @@ from torch import Tensor
 
 from elastic.config import ElasticConfig
 from elastic.context import Context
-from elastic.deciding import Pooling, decide_from_keys, prerope_keys
-from elastic.head_plan import Layout, batch_layout, packed_layout
+from elastic.deciding import Pooling, decide_from_keys
+from elastic.families import prerope_keys
+from elastic.head_plan import Layout, batch_layout, decode_layout, packed_layout
+from elastic.route_record import RouteRecord, find_record, new_record, route_of
 from elastic.router import LayerState
-
-_RECORD = "_elastic_record"
-
-
-@dataclass
-class RouteRecord:
-    """Decisions of one generation, kept on its KV cache.
-
-    Attributes:
-        layers: route [N, K] by layer.
-        heads: by layer, sum [N, K, D] of the conversation's first P keys, for routing a later turn.
-        prompt_lengths: int64 [N]; tokens of the prompt that the routes were decided on.
-        densities: by layer, what XAttention heads visited [N, K], see `elastic.selection.density`.
-    """
-
-    layers: dict[int, Tensor] = field(default_factory=dict)
-    heads: dict[int, Tensor] = field(default_factory=dict)
-    prompt_lengths: Tensor | None = None
-    densities: dict[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def route(self) -> Tensor:
-        """int8 [L, N, K] on the CPU."""
-        return torch.stack([self.layers[i].cpu() for i in sorted(self.layers)])
-
-    @property
-    def density(self) -> Tensor | None:
-        """float64 [L, N, K] on the CPU; None if the configuration has no XAttention heads."""
-        return torch.stack([self.densities[i].cpu() for i in sorted(self.densities)]) if self.densities else None
 
 
 @dataclass(frozen=True)
@@ -78,18 +51,6 @@ class RoutingState:
             lengths,
             torch.stack(density) if len(density) == len(states) else None,
         )
-
-
-def route_of(cache: Any) -> RouteRecord:
-    """The decisions stored on a KV cache by the prefill that filled it.
-
-    Raises:
-        ValueError: a cache that no attached model filled.
-    """
-    record = getattr(cache, _RECORD, None)
-    if record is None:
-        raise ValueError(f"this {type(cache).__name__} holds no routes; it was not filled by a model with routers")
-    return record
 
 
 class Routing:
@@ -126,7 +87,11 @@ class Routing:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         bounds, spans = kwargs.pop("cu_seq_lens", None), kwargs.pop("prompt_spans", None)
         prompt_end = None if spans is None else _prompt_end(spans)
-        if bounds is not None:
+        record = find_record(cache)
+        if past and queries == 1 and bounds is None and record is not None and record.layout is not None:
+            layout = decode_layout(record.layout, rows, past, mask)
+            kwargs["elastic_modes"] = record.modes(self.override, self.config.dense_decode, self.config.sparse)
+        elif bounds is not None:
             if rows != 1 or past or mask is not None:
                 raise ValueError(
                     f"packed input (cu_seq_lens) came with {rows} rows, {past} cached tokens and "
@@ -161,24 +126,28 @@ class Routing:
             raise ValueError(f"route={route!r}; expected 0, 1, a tensor of 0 and 1, or None")
 
 
-def route_layer(attn: Any, hidden_BSE: Tensor, layout: Layout, cache: Any, routing: Routing) -> Tensor:
-    """Route [N, K] of one layer: given from outside, reused while decoding, or decided from the layer's own keys."""
+def route_layer(
+    attn: Any, hidden_BSE: Tensor, layout: Layout, cache: Any, routing: Routing, dropped_NK: Tensor | None = None
+) -> Tensor:
+    """Route [N, K] of one layer for a prompt or a new turn: given from outside, or decided from the layer's own keys.
+
+    Args:
+        dropped_NK: bool; heads whose cached keys allow streaming attention only.
+    """
     router, samples = attn.router, layout.row_N.shape[0]
     record = _record(cache, layout, attn.layer_idx)
-    decided = None if record is None else record.layers.get(attn.layer_idx)
-    decoding = decided is not None and layout.past > 0 and layout.queries == 1
     if routing.override is not None:
         route = _given(routing.override, attn.layer_idx, samples, router.kv_heads, hidden_BSE.device)
-        if not decoding:
-            router.last = LayerState(route, None, None)
-    elif decided is not None and decoding:
-        route = torch.zeros_like(decided) if routing.config.dense_decode else decided
+        router.last = LayerState(route, None, None)
     else:
         router.last = _decide(attn, hidden_BSE, layout, routing, record)
         route = router.last.route_NK
-    if record is not None and not decoding:
-        record.layers[attn.layer_idx] = route.detach().to(torch.int8)
-        record.prompt_lengths = (layout.prompt_end_N - layout.begin_N).cpu()
+    if dropped_NK is not None:
+        route = torch.where(dropped_NK, float(routing.config.sparse.route1 == "streaming"), route)
+        router.last = replace(router.last, route_NK=route, mode_NK=None)
+    if record is not None:
+        record.set_route(attn.layer_idx, route)
+        record.layout, record.override = layout, routing.override
     return route.to(hidden_BSE.device)
 
 
@@ -194,15 +163,17 @@ def _decide(attn: Any, hidden_BSE: Tensor, layout: Layout, routing: Routing, rec
     """The router's decision on the prompt's boundaries. On a later turn the first P keys come from the record, the
     last P from the new tokens.
     """
-    pooling = Pooling.shared(layout, routing.config.router.pool_tokens, hidden_BSE.shape[1], routing.context)
+    pooled_N = record.pooled_N if record is not None and layout.past else None
+    pool_tokens, here = routing.config.router.pool_tokens, hidden_BSE.shape[1]
+    pooling = Pooling.shared(layout, pool_tokens, here, routing.context, pooled_N)
     keys = prerope_keys(attn, hidden_BSE.flatten(0, 1).index_select(0, pooling.token_M))
-    earlier = record.heads[attn.layer_idx] if record is not None and layout.past else None
+    earlier = record.heads.get(attn.layer_idx) if record is not None and layout.past else None
     state, first = decide_from_keys(
         attn.router, keys.unflatten(0, pooling.weight_N2P.shape), pooling, routing.config, earlier,
         context=routing.context, temperature=routing.temperature, fused=routing.fused,
     )  # fmt: skip
     if record is not None:
-        record.heads[attn.layer_idx] = first.detach()
+        record.heads[attn.layer_idx], record.pooled_N = first.detach(), pooling.first_N
     return state
 
 
@@ -210,11 +181,10 @@ def _record(cache: Any, layout: Layout, layer: int) -> RouteRecord | None:
     """The cache's record, created at its first prefill."""
     if cache is None:
         return None
-    record = getattr(cache, _RECORD, None)
+    record = find_record(cache)
     if layout.past == 0:
         if record is None or layer == 0:
-            record = RouteRecord()
-            setattr(cache, _RECORD, record)
+            record = new_record(cache)
     elif record is None or layer not in record.layers:
         raise ValueError(
             f"the cache holds {layout.past} tokens but no route for layer {layer}; it was filled by a model without "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 
-FAMILIES = ("llama", "qwen3", "qwen2", "mistral")
+FAMILIES = ("llama", "qwen3", "qwen2", "mistral", "olmo2", "granite")
 VOCAB = 97
 LAYERS, KV_HEADS = 3, 2
 

@@ -23,6 +23,7 @@ from elastic.backbone import (
 )
 from elastic.backbones import load_backbone
 from elastic.config import ElasticConfig, RouterConfig
+from elastic.families import prerope_keys
 from tests.models import FAMILIES, KV_HEADS, LAYERS, left_padded, random_ids, small_config, tiny_model, varied_routers
 
 
@@ -135,6 +136,18 @@ def test_a_new_turn_routes_again_over_the_whole_conversation():
     model(torch.cat([first, second], 1), use_cache=False)
     torch.testing.assert_close(turn, routers(model)[0].last.pooled_NKD, rtol=0, atol=1e-6)
     assert route_of(cache).prompt_lengths.tolist() == [70]
+
+
+def test_generated_tokens_are_never_pooled():
+    """A prompt shorter than P, two generated tokens, a turn: the first P slots hold those two, which nobody pooled."""
+    model, ids = routed_model(), random_ids(1, 37)
+    cache = DynamicCache(config=model.config)
+    for part in (ids[:, :5], ids[:, 5:6], ids[:, 6:7], ids[:, 7:]):
+        model(part, past_key_values=cache)
+    layer = model.model.layers[0]
+    keys = prerope_keys(layer.self_attn, layer.input_layernorm(model.model.embed_tokens(ids)))
+    expected = keys[:, [*range(5), 7, *range(29, 37)]].mean(1)
+    torch.testing.assert_close(routers(model)[0].last.pooled_NKD, expected, rtol=0, atol=1e-6)
 
 
 def test_static_cache_generates_the_same_tokens():

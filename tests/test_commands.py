@@ -50,6 +50,31 @@ def test_all_outputs(checkpoint, tmp_path, capsys):
     assert out.count("\n") == 2  # the routed and the dense answer
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_reading_a_prompt_shows_progress_on_a_terminal(checkpoint, capsys, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert run(checkpoint, "--prompt", PROMPT) == 0
+    assert "reading the prompt:   0%|" in terminal.getvalue() and "/3 [" in terminal.getvalue()
+    monkeypatch.undo()
+    assert run(checkpoint, "--prompt", PROMPT) == 0
+    assert "reading the prompt" not in capsys.readouterr().err
+
+
+def test_both_kinds_of_cache_give_the_same_answer(checkpoint, capsys):
+    said = {}
+    for kind in ("full", "elastic"):
+        assert run(checkpoint, "--prompt", PROMPT, "--kv-cache", kind) == 0
+        out, err = capsys.readouterr()
+        assert f"the {kind} cache holds" in err
+        said[kind] = out
+    assert said["full"] == said["elastic"]
+
+
 @pytest.mark.parametrize("options", [["-"], ["--prompt", "-"]])
 def test_prompt_from_standard_input(checkpoint, capsys, monkeypatch, options):
     run(checkpoint, "--prompt", PROMPT)

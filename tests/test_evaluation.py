@@ -15,7 +15,7 @@ from tests.models import random_ids, small_config, tiny_model, varied_routers
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 pytest.importorskip("wonderwords", reason="the extra `eval` is not installed")
 from elastic.config import SparseConfig
-from elastic.evaluation import ruler, ruler_samples, runner, summary
+from elastic.evaluation import ruler, ruler_samples, runner, scores, summary
 from elastic.evaluation.routed_lm import RoutedLM, cut_middle
 from tests.bench import evaluation as collect
 
@@ -228,18 +228,36 @@ def collected_as_records(out, folder, rows):
     options = [str(out), "--out", str(folder), "--gpu", "a GPU", "--commit", "abc"]
     assert collect.main([*options, "--names", "xattention=XA"]) == 0
     assert collect.main([*options, "--sweep", "--tag", "sweep", "--methods", "dense", "streaming"]) == 0
-    assert all((folder / name).stat().st_size > 5000 for name in ("ruler.png", "ruler-tasks.png", "sweep.png"))
+    assert all((folder / name).stat().st_size > 5000 for name in ("ruler.png", "sweep.png"))
     runs = load_folder(folder)
     assert {r["who"] for r in runs["ruler"]} == {"dense", "streaming", "xattention:0.5", "XA"}
     assert {r["who"] for r in runs["sweep"]} == {"dense", "streaming"}
     dense = next(r for r in runs["ruler"] if r["who"] == "dense")
     assert (dense["case"], dense["value"], dense["n"]) == ("ruler_fwe@1024", rows[0]["score"], 2)
     assert dense["versions"].keys() == {"elastic-attention", "lm_eval", "torch", "transformers"}
-    page = markdown(runs, ["results/ruler.png", "results/ruler-tasks.png"])
+    page = markdown(runs, ["results/ruler.png"])
     assert "| task | length | n | dense" in page and "mean of 1 tasks" in page
-    assert "(results/ruler.png)" in page and "(results/ruler-tasks.png)" in page
+    assert "(results/ruler.png)" in page
     with pytest.raises(ValueError, match="holds no results; run `elastic eval --out"):
-        runner.read_rows(folder)
+        scores.read_rows(folder)
+
+
+def test_too_large_a_batch_is_named(tmp_path, monkeypatch):
+    import lm_eval
+
+    def overrun(**_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(lm_eval, "simple_evaluate", overrun)
+    model, words = load_backbone("tiny")
+    model.config.max_position_embeddings = 2048
+    monkeypatch.setattr(runner, "load_model", lambda *_: (attach(model, small_config()), words))
+    sparse = SparseConfig(sink=4, window=16, block=4, stride=4)
+    asked = ((ruler.Ruler(), "ruler_fwe"),)
+    plan = runner.Plan("tiny", "cpu", "float32", asked, (1024,), 1, 2, False, sparse, 0)
+    with pytest.raises(ValueError, match=r"ruler_fwe@1024 ran out of the memory of cpu with --batch-size 2"):
+        runner.run(plan, [Method.parse("dense")], tmp_path / "out")
 
 
 def test_tasks_that_fit_into_a_batch_are_evaluated_together(tmp_path, monkeypatch):
@@ -278,8 +296,8 @@ def test_tasks_that_fit_into_a_batch_are_evaluated_together(tmp_path, monkeypatc
 
 def test_intervals_and_means():
     rows = [{"score": s} for s in (0.0, 1.0, 1.0, 0.0)]
-    assert runner.interval(rows) == pytest.approx(1.96 * (1 / 3 / 4) ** 0.5)
-    assert runner.interval(rows[:1]) == 0
+    assert scores.interval(rows) == pytest.approx(1.96 * (1 / 3 / 4) ** 0.5)
+    assert scores.interval(rows[:1]) == 0
     rows = [{"score": 1.0, "n": 1, "half_width": 0.3}, {"score": 0.0, "n": 3, "half_width": 0.4}]
     assert summary.mean(rows) == {"score": 0.5, "half_width": pytest.approx(0.25), "n": 4}
     weighted = summary.mean(rows, by_samples=True)

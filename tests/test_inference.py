@@ -1,14 +1,16 @@
 """`elastic.load` and `elastic.generate`: equality with plain generation, batches, interleaving, refused requests."""
 
+from dataclasses import replace
 from threading import Thread
 
 import pytest
+from transformers import DynamicCache
 
 from elastic import backbones, inference
 from elastic.backbone import attach, elastic_config, override_routes
 from elastic.checkpoint import save_elastic
 from elastic.config import ElasticConfig
-from elastic.inference import generate, load
+from elastic.inference import generate, load, new_cache, route_report
 from tests.models import KV_HEADS, LAYERS, small_config, tiny_model, varied_routers
 
 SHORT = "key k1 5 4 3 2 " + "f1 f2 f3 " * 6 + "find k1"
@@ -143,6 +145,37 @@ class _Turns:
             self.condition.notify_all()
 
 
+def test_both_kinds_of_cache_answer_alike_and_say_what_they_hold(model, tokenizer):
+    prompts = [SHORT, LONG, OTHER]
+    full, elastic = (generate(model, tokenizer, prompts, 8, kv_cache=kind) for kind in ("full", "elastic"))
+    assert [g.token_ids for g in full] == [g.token_ids for g in elastic]
+    assert {g.report.kv_cache for g in full} == {"full"} and {g.report.kv_cache for g in elastic} == {"elastic"}
+    assert sum(g.report.kv_bytes_held for g in elastic) < sum(g.report.kv_bytes_held for g in full)
+    assert generate(model, tokenizer, prompts, 8) == full  # the configuration's default
+    with pytest.raises(ValueError, match="kv_cache='half' is not known; use one of full, elastic"):
+        generate(model, tokenizer, SHORT, kv_cache="half")
+
+
+def test_a_report_for_an_ordinary_call(model, tokenizer):
+    ids = tokenizer(f"<user> {LONG} <assistant>", return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    expected = generate(model, tokenizer, LONG, max_new_tokens=3)[0].report
+    plain = route_report(model, model.generate(ids, **options).past_key_values)[0]
+    heads = LAYERS * KV_HEADS
+    assert plain == replace(expected, kv_bytes_held=heads * (ids.shape[1] + 2) * 2 * 16 * 4)
+    cache = new_cache(model, 3)
+    model.generate(ids, past_key_values=cache, **options)
+    assert route_report(model, cache)[0] == expected
+    with pytest.raises(ValueError, match="DynamicCache holds no routes"):
+        route_report(model, DynamicCache(config=model.config))
+
+
+def test_load_sets_the_kind_of_cache(trained, tokenizer):
+    model, _ = load(trained[0], kv_cache="elastic")
+    assert elastic_config(model).kv_cache == "elastic"
+    assert generate(model, tokenizer, LONG, 4)[0].report.kv_cache == "elastic"
+
+
 def test_sparsity_bias_moves_every_head_and_is_put_back(model, tokenizer):
     reports = [generate(model, tokenizer, LONG, 1, sparsity_bias=b)[0].report for b in (-1e6, 1e6)]
     assert [r.msr for r in reports] == [0.0, 1.0]
@@ -207,6 +240,11 @@ def test_prompts_that_are_refused(model, tokenizer, prompt, message):
         ({"max_new_tokens": 500}, "has 90 tokens and 500 new ones.*at most 512; shorten.*max_new_tokens to 422"),
         ({"past_key_values": None}, "generate sets past_key_values itself; for full control call model.generate"),
         ({"prefill_chunk_size": 16}, "prefill_chunk_size=16 is not supported: the route is decided from the whole"),
+        ({"assistant_model": object()}, "assisted decoding re-reads several tokens at once"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt lookup re-reads several tokens at once"),
+        ({"penalty_alpha": 0.6}, "penalty_alpha=0.6 is not supported: contrastive search"),
+        ({"custom_generate": "x/y"}, "foreign code may not keep the routes"),
+        ({"cache_implementation": "static"}, "kv_cache='full' or 'elastic' chooses what it keeps"),
         ({"use_cache": False}, "use_cache=False is not supported: routes live on the cache"),
         ({"num_return_sequences": 2}, "num_return_sequences=2; expected 1"),
     ],

@@ -16,11 +16,14 @@ IDS = [str(path.relative_to(ROOT)) for path in SOURCES]
 # Lower layers never import higher ones; modules of one layer may import each other where there is no cycle.
 LAYERS = {
     0: ("config", "training_config", "tasks", "visibility", "reference", "console", "cache", "kernels", "schedules"),
-    1: ("rows", "records", "router", "relaxation", "patterns", "families"),
-    2: ("packed", "shards", "head_plan", "sparsity"),
-    3: ("selection", "torch_attention", "attention", "context", "deciding", "routing"),
-    4: ("backbone", "backbones", "plots"),
-    5: ("losses", "objective", "checkpoint", "report", "bench"),
+    1: ("chunking", "families", "rows", "records", "router", "relaxation", "patterns"),
+    2: ("packed", "shards", "head_plan", "sparsity", "kv_pool", "route_record"),
+    3: (
+        *("selection", "torch_attention", "attention", "cache_layer", "context", "deciding", "decoding", "prompts"),
+        "routing",
+    ),
+    4: ("elastic_cache", "interface", "backbone", "backbones", "plots"),
+    5: ("decode_graph", "losses", "objective", "checkpoint", "report", "bench"),
     6: ("context_parallel", "distributed", "inference", "data", "methods", "metrics", "resumable"),
     7: ("routed_module", "lit_module", "callbacks", "results", "serving"),
     8: ("cli", "commands", "training_cli", "__main__", "evaluation"),

@@ -19,7 +19,9 @@ LENGTHS = torch.tensor([100, 12])
 
 
 def reports(route=ROUTE, lengths=LENGTHS, sparse=SPARSE):
-    return route_reports(route, lengths, sparse, head_dim=8, element_size=2, backend="torch (cpu)")
+    held = [2048 * (n + 1) for n in range(route.shape[1])]
+    facts = {"backend": "torch (cpu)", "kv_cache": "elastic", "held_N": held}
+    return route_reports(route, lengths, sparse, head_dim=8, element_size=2, **facts)
 
 
 def test_figures():
@@ -46,7 +48,7 @@ def test_picture():
     ]
     assert lines[4] == "100 prompt tokens, backend torch (cpu)"
     assert lines[5].startswith("MSR 0.333   ESR 0.")
-    assert lines[6] == "KV cache: routes need 13.8 KiB of 18.8 KiB"
+    assert lines[6] == "KV cache: routes need 13.8 KiB of 18.8 KiB, the elastic cache holds 2.0 KiB"
     assert one.render(unicode=False).splitlines()[1] == "head 0  ##."
     assert one.render(unicode=False).isascii()
 

@@ -8,7 +8,8 @@ from elastic.bench.records import Record
 
 SCORE = "task score"
 FACTS = ("task", "length", "n", "msr", "esr_last", "esr_all", "prefill_seconds", "tokens")
-NOTES = "Score of generated answers, ± half a 95 % interval over samples, @ MSR; every method on the same samples."
+NOTES = """Score of generated answers, ± half a 95 % interval over samples, @ MSR; every method on the same samples.
+An empty cell was not measured."""
 
 
 def records(rows: Sequence[dict[str, Any]]) -> list[Record]:

@@ -25,7 +25,8 @@ from elastic.bench.replay import in_turn, replayed
 from elastic.bench.timing import host_microseconds
 from elastic.config import ElasticConfig
 from elastic.console import say
-from elastic.deciding import Pooling, decide_from_keys, prerope_keys
+from elastic.deciding import Pooling, decide_from_keys
+from elastic.families import prerope_keys
 from elastic.head_plan import HeadPlan, Layout, batch_layout
 from elastic.kernels import why_not
 from elastic.router import AttentionRouter

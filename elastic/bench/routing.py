@@ -21,7 +21,8 @@ NOTES = f"""Answers teacher-forced on held-out samples (other seeds, wording and
 answer tokens right, which is what greedy decoding would give. ± half a 95 % interval: over seeds by Student's t in the
 first table, over samples in the second, where seeds are averaged. Retrieval: mean of the exact and accuracy rows but
 many_shot; loss: mean of the loss rows. MSR at equal quality: the largest mean MSR along a run's operating points
-(`sparsity_bias`) that keeps {KEPT:.0%} of dense retrieval and loses at most {RISE:.0%} on text."""
+(`sparsity_bias`) that keeps {KEPT:.0%} of dense retrieval and loses at most {RISE:.0%} on text. Cells with an n of
+their own come from fewer of the same rows; compare runs only where the seeds and steps of the first table allow it."""
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % quantiles by number of seeds
 HEADLINES = (  # all shares
     "retrieval of dense",
@@ -110,21 +111,25 @@ def _headlines(study: Study) -> Iterator[Record]:
                 known = [value for value in values if value is not None]
                 mean, half = over_seeds(known) if len(known) == len(values) else (None, None)
                 facts = {"half": half, "by_seed": values, "seeds": seeds, "steps": steps}
-                yield _record(study, HEADLINE, name, mean, who=who, **facts)
+                yield _record(study.stamp | (chosen[0].stamp or {}), HEADLINE, name, mean, who=who, **facts)
 
 
 def _curve(study: Study) -> Iterator[Record]:
-    for point, facts in _points(study):
-        for metric, measure in MEASURES.items():
-            (value, half), base = measure(point), measure(study.dense)[0]
-            extra = {"of_dense": value / base, "mean_msr": point.mean_msr, "msr": point.msr_by_task}
-            yield _record(study, POINT, metric, value, half=half, **extra, **facts)
+    for run in study.runs:
+        stamp = study.stamp | (run.stamp or {})
+        for point in (*run.baselines, *run.points):
+            facts = _facts(run if point.is_elastic else None, point)
+            for metric, measure in MEASURES.items():
+                (value, half), base = measure(point), measure(study.dense)[0]
+                extra = {"of_dense": value / base, "mean_msr": point.mean_msr, "msr": point.msr_by_task}
+                yield _record(stamp, POINT, metric, value, half=half, **extra, **facts)
 
 
 def _by_source(study: Study) -> Iterator[Record]:
     """Baselines of the full evaluations only, where there are any: they have the most samples."""
     full = any(run.full for run in study.runs)
     for run in study.runs:
+        stamp = study.stamp | (run.stamp or {})
         for point in run.thorough:
             if full and not run.full and not point.is_elastic:
                 continue
@@ -132,7 +137,7 @@ def _by_source(study: Study) -> Iterator[Record]:
             for source, row in point.sources.items():
                 value, half = point.value(source, score_of(source))
                 extra = {name: point.ratio(row, name) for name in ("msr", "esr_last", "esr_all")}
-                yield _record(study, source, score_of(source), value, half=half, n=row["n"], **extra, **facts)
+                yield _record(stamp, source, score_of(source), value, half=half, n=row["n"], **extra, **facts)
 
 
 def quality_figure(study: Study) -> Any:
@@ -176,10 +181,14 @@ def headline_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]
     value = {(record["who"], record["metric"]): record for record in shown}
     groups = dict.fromkeys(record["who"] for record in shown)
     rows = [
-        [who, str(len(value[who, "mean MSR"]["seeds"])), *(_cell(value[who, name]) for name in HEADLINES)]
+        [who, *(str(x) for x in _size(value[who, "mean MSR"])), *(_cell(value[who, name]) for name in HEADLINES)]
         for who in groups
     ]
-    return ["router, objective", "seeds", *HEADLINES], rows
+    return ["router, objective", "seeds", "steps", *HEADLINES], rows
+
+
+def _size(record: Record) -> tuple[int, int]:
+    return len(record["seeds"]), record["steps"]
 
 
 def source_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
@@ -202,15 +211,6 @@ def source_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
         own = [cell(cells[source, method], n) for method in methods]
         rows.append([source, here[0]["metric"], str(n), *own])
     return ["source", "score", "n", *methods], rows
-
-
-def _points(study: Study) -> Iterator[tuple[Point, dict[str, Any]]]:
-    """Every point with the facts of its records."""
-    for point in study.baselines.values():
-        yield point, _facts(None, point)
-    for run in study.runs:
-        for point in run.points:
-            yield point, _facts(run, point)
 
 
 def _facts(run: Run | None, point: Point) -> dict[str, Any]:
@@ -249,9 +249,9 @@ def _cell(record: Record) -> str:
     return f"{record['value']:.3f}" + ("" if record["half"] is None else f" ± {record['half']:.3f}")
 
 
-def _record(study: Study, case: str, metric: str, value: float | None, **facts: Any) -> Record:
+def _record(stamp: dict[str, Any], case: str, metric: str, value: float | None, **facts: Any) -> Record:
     unit = "nats a token" if metric in ("loss", "text loss") else "share"
-    return {"case": case, "metric": metric, "value": value, "unit": unit, **facts, **study.stamp}
+    return {"case": case, "metric": metric, "value": value, "unit": unit, **facts, **stamp}
 
 
 def _named(study: Study, name: str) -> Run:

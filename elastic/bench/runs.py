@@ -1,7 +1,8 @@
 """Evaluated router runs as files: what `elastic fit` and `elastic test` left, read back for tables and pictures.
 
 A study is a folder: `stamp.json` (GPU, versions, commit, command) and a folder for each run with `results_test.json`,
-`metrics.csv` and `elastic.json` (its checkpoint's); `results_full.json` where all held-out rows were read too.
+`metrics.csv` and `elastic.json` (its checkpoint's); `results_full.json` where more held-out rows were read too, and
+`stamp.json` where the run came from another command than the study.
 """
 
 import csv
@@ -15,6 +16,7 @@ from typing import Any
 
 Row = dict[str, float]
 FILES = ("results_test.json", "metrics.csv", "elastic.json")
+STAMP = "stamp.json"
 FULL = "results_full.json"  # the same as results_test.json, of all held-out rows at bias 0, where the other has fewer
 # What counts in a source: answers right in every token, share of right tokens where answers are long, or loss.
 EXACT = ("needle_single", "needle_multi_key", "needle_multi_value", "needle_multi_query", "passage_qa", "fact_chain")
@@ -102,12 +104,14 @@ class Run:
         results: contents of `results_test.json`.
         recipe: how it was trained, from `elastic.json`.
         full: contents of `results_full.json`, if there is one.
+        stamp: what differs from the study's stamp, where the run was made by another command.
     """
 
     folder: Path
     results: dict[str, Any]
     recipe: dict[str, Any]
     full: dict[str, Any] | None = None
+    stamp: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -180,8 +184,12 @@ class Study:
 
     @property
     def dense(self) -> Point:
-        """What quality is measured against."""
-        return self.baselines["dense"]
+        """What quality is measured against: dense, or an operating point at which every head stays full, which is the
+        same model.
+        """
+        if "dense" in self.baselines:
+            return self.baselines["dense"]
+        return next(point for run in self.runs for point in run.points if point.mean_msr == 0)
 
     def group(self, router: str, objective: str) -> list[Run]:
         """Runs that differ in their seed only."""
@@ -200,15 +208,19 @@ def read_study(folder: Path) -> Study:
         FileNotFoundError: no `stamp.json`.
         ValueError: no finished run, or none that the dense model was measured beside.
     """
-    stamp = folder / "stamp.json"
+    stamp = folder / STAMP
     if not stamp.is_file():
         raise FileNotFoundError(f"no study at {folder}: {stamp.name} is missing; tests/bench/routing.py writes one")
     runs = []
     for sub in sorted(path for path in folder.iterdir() if all((path / name).is_file() for name in FILES)):
         results, meta = (json.loads((sub / name).read_text(encoding="utf-8")) for name in (FILES[0], FILES[2]))
-        full = json.loads((sub / FULL).read_text(encoding="utf-8")) if (sub / FULL).is_file() else None
-        runs.append(Run(sub, results, meta["recipe"], full))
+        full, own = (
+            json.loads((sub / name).read_text(encoding="utf-8")) if (sub / name).is_file() else None
+            for name in (FULL, STAMP)
+        )
+        runs.append(Run(sub, results, meta["recipe"], full, own))
     study = Study(json.loads(stamp.read_text(encoding="utf-8")), runs)
-    if not runs or "dense" not in study.baselines:
+    points = [point for run in runs for point in (*run.baselines, *run.points)]
+    if not any(point.method == "dense" or point.mean_msr == 0 for point in points):
         raise ValueError(f"{folder} holds {len(runs)} finished runs, none beside the dense model; run it to its end")
     return study

@@ -9,7 +9,7 @@ from elastic.console import Parser, say
 
 SUMMARY = "time the kernels on this GPU beside their competitors; show recorded timings"
 # Modules of `elastic.bench` with SUMMARY, add_arguments and run.
-BENCHMARKS = ("attention", "backward", "decode", "router", "routing", "training", "xattention")
+BENCHMARKS = ("attention", "backward", "decode", "e2e", "router", "routing", "training", "xattention")
 
 
 def main(argv: list[str]) -> int:

@@ -1,7 +1,11 @@
-"""`elastic generate`: answer one prompt with the routed model. Text goes to stdout, the route report to stderr."""
+"""`elastic generate`: answer one prompt with the routed model. Text goes to stdout as it is made; the progress of
+reading the prompt (on a terminal) and the route report go to stderr.
+"""
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
     parser.add_argument(
         "--sparsity-bias", type=float, metavar="X", help="above 0 more heads run sparse, below 0 fewer (default: 0)"
+    )
+    parser.add_argument(
+        "--kv-cache",
+        choices=("full", "elastic"),
+        help="keep all tokens, or only sink + window of streaming heads (default: as the checkpoint says)",
     )
     parser.add_argument("--dense", action="store_true", help="answer with all heads full as well, to compare")
     parser.add_argument("--report-json", type=Path, metavar="FILE", help="write the route report as JSON")
@@ -68,17 +77,18 @@ def _answer(args: argparse.Namespace, prompt: str) -> None:
     from elastic.backbone import elastic_config, override_routes
     from elastic.inference import generate, load
 
-    model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype)
+    model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype, kv_cache=args.kv_cache)
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "chat_template": not args.raw}
 
     def stream() -> Any:
         return _streamer(tokenizer)
 
-    result = generate(model, tokenizer, prompt, sparsity_bias=args.sparsity_bias, streamer=stream(), **options)[0]
+    with prompt_progress(model):
+        result = generate(model, tokenizer, prompt, sparsity_bias=args.sparsity_bias, streamer=stream(), **options)[0]
     say(result.report.render(supports_unicode(sys.stderr)), stream=sys.stderr)
     if args.dense:
         say("\nall heads full:", stream=sys.stderr)
-        with override_routes(model, 0, elastic_config(model).sparse.dense):
+        with override_routes(model, 0, elastic_config(model).sparse.dense), prompt_progress(model):
             dense = generate(model, tokenizer, prompt, streamer=stream(), **options)[0]
         same = sum(a == b for a, b in zip(result.token_ids, dense.token_ids, strict=False))
         longest = max(len(result.token_ids), len(dense.token_ids))
@@ -87,6 +97,29 @@ def _answer(args: argparse.Namespace, prompt: str) -> None:
         result.report.to_json(args.report_json)
     if args.heatmap is not None:
         result.report.save_heatmap(args.heatmap)
+
+
+@contextmanager
+def prompt_progress(model: Any) -> Iterator[None]:
+    """While a prompt is read, a bar on stderr that counts layers, where stderr is a terminal."""
+    from tqdm import tqdm
+
+    layers = model.get_decoder().layers
+    bar = tqdm(total=len(layers), desc="reading the prompt", unit="layer", leave=False, disable=None)
+
+    def after_layer(_layer: Any, args: tuple, _output: Any) -> None:
+        if args[0].shape[1] > 1 and not bar.disable:
+            bar.update()
+            if bar.n >= len(layers):
+                bar.close()
+
+    hooks = [layer.register_forward_hook(after_layer) for layer in layers]
+    try:
+        yield
+    finally:
+        bar.close()
+        for hook in hooks:
+            hook.remove()
 
 
 def _streamer(tokenizer: Any) -> Any:

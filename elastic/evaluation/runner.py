@@ -1,7 +1,6 @@
 """Several methods on several tasks: one JSON Lines file for each pair, kept where it is complete, then the summary."""
 
 import json
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -16,8 +15,7 @@ from elastic import __version__
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.evaluation.benchmark import Benchmark, Request
 from elastic.evaluation.methods import Method
-
-_BY = " by lm-evaluation-harness"
+from elastic.evaluation.scores import BY, row_of
 
 
 @dataclass(frozen=True)
@@ -114,24 +112,9 @@ def run(plan: Plan, methods: Sequence[Method], out: Path) -> list[dict[str, Any]
                 for i, new in zip(missing, made, strict=True):
                     samples[i] = new
                     _write(files[i], facts[i], new)
-                rows += [_row(fact, found or []) for fact, found in zip(facts, samples, strict=True)]
+                rows += [row_of(fact, found or []) for fact, found in zip(facts, samples, strict=True)]
                 bar.set_postfix_str(f"{method.name} {cells[-1].label} {rows[-1]['score']:.2f}", refresh=False)
                 bar.update(len(cells))
-    return rows
-
-
-def read_rows(out: Path) -> list[dict[str, Any]]:
-    """Rows of everything that runs into this folder have finished, whichever processes and machines they ran on.
-
-    Raises:
-        ValueError: no finished results.
-    """
-    rows = []
-    for file in sorted((out / "samples").glob("*.jsonl")):
-        facts, *samples = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-        rows.append({**_row(facts, samples), "facts": facts})
-    if not rows:
-        raise ValueError(f"{out / 'samples'} holds no results; run `elastic eval --out {out}` first")
     return rows
 
 
@@ -153,6 +136,7 @@ def _evaluate(
 ) -> list[list[dict[str, Any]]]:
     """Per cell and sample: prediction, references, score, MSR, ESR, prefill seconds and tokens."""
     import lm_eval
+    import torch
     from lm_eval.tasks import TaskManager
 
     from elastic.backbones import architecture
@@ -170,16 +154,22 @@ def _evaluate(
     sparse = None if method.kind == "elastic" else method.sparse(plan.sparse)
     lm = RoutedLM(model, tokenizer, route, plan.batch_size, sparse=sparse)
     started = time.perf_counter()
-    with biased(model, method.knob if method.kind == "elastic" else None):
-        results: Any = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=tasks,
-            apply_chat_template=chat,
-            log_samples=True,
-            bootstrap_iters=0,
-            task_manager=TaskManager(include_defaults=False),  # whose thousands of task files take 20 s to read
-            verbosity="ERROR",
-        )
+    try:
+        with biased(model, method.knob if method.kind == "elastic" else None):
+            results: Any = lm_eval.simple_evaluate(
+                model=lm,
+                tasks=tasks,
+                apply_chat_template=chat,
+                log_samples=True,
+                bootstrap_iters=0,
+                task_manager=TaskManager(include_defaults=False),  # whose thousands of task files take 20 s to read
+                verbosity="ERROR",
+            )
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{first.label} ran out of the memory of {plan.device} with --batch-size {plan.batch_size}; use a smaller "
+            "one (finished results stay)"
+        ) from error
     seconds = (time.perf_counter() - started) / len(cells)
     return [
         [
@@ -212,7 +202,7 @@ def _facts(plan: Plan, method: Method, cell: Cell) -> dict[str, Any]:
         "sparse": asdict(method.sparse(plan.sparse)),
         "checkpoint": _stamp(method),
         "documents": cell.benchmark.identity(cell.task),
-        "protocol": [f"{cell.benchmark.name}{_BY}", *cell.benchmark.corrections],
+        "protocol": [f"{cell.benchmark.name}{BY}", *cell.benchmark.corrections],
         "versions": {
             "elastic-attention": __version__,  # also where the package runs uninstalled
             **{name: version(name) for name in ("lm_eval", "torch", "transformers")},
@@ -251,41 +241,6 @@ def _write(file: Path, facts: dict[str, Any], samples: list[dict[str, Any]]) -> 
     except OSError:
         writing.unlink(missing_ok=True)
         raise
-
-
-def _row(facts: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
-    mean = {
-        name: sum(sample[name] for sample in samples) / len(samples)
-        for name in ("score", "msr", "esr_last", "esr_all", "prefill_seconds", "tokens")
-    }
-    return {
-        "benchmark": facts["protocol"][0].removesuffix(_BY),
-        **{name: facts[name] for name in ("method", "task", "length")},
-        "n": len(samples),
-        **mean,
-        "half_width": interval(samples),
-        "groups": _groups(samples),
-    }
-
-
-def _groups(samples: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Score, number and half interval of the samples of each group, such as a difficulty, in alphabetical order."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for sample in samples:
-        for group in sample.get("groups", ()):
-            groups.setdefault(group, []).append(sample)
-    return {
-        name: {"score": sum(s["score"] for s in found) / len(found), "n": len(found), "half_width": interval(found)}
-        for name, found in sorted(groups.items())
-    }
-
-
-def interval(samples: list[dict[str, Any]]) -> float:
-    """Half of the 95 % interval of the mean score, by the normal approximation; 0 for a single sample."""
-    n = len(samples)
-    mean = sum(sample["score"] for sample in samples) / n
-    variance = sum((sample["score"] - mean) ** 2 for sample in samples) / max(1, n - 1)
-    return 1.96 * math.sqrt(variance / n)
 
 
 def _slug(name: str) -> str:

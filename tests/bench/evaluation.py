@@ -12,8 +12,8 @@ from pathlib import Path
 from elastic.bench.evaluation import records, score_cells
 from elastic.bench.records import git_commit, save
 from elastic.console import say, table
-from elastic.evaluation.runner import read_rows
-from elastic.plots import bars_figure, curves_figure, save_png
+from elastic.evaluation.scores import read_rows
+from elastic.plots import Panel, panels_figure, save_png
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,50 +56,20 @@ def main(argv: list[str]) -> int:
 
 
 def pictures(rows: list[dict], args: argparse.Namespace) -> list[Path]:
-    """Mean score against length and scores by task; of a sweep, the score of every task against MSR."""
+    """Score of every task against length, a line per method; of a sweep, against MSR, a line per task."""
     lengths, tasks, methods = (list(dict.fromkeys(row[key] for row in rows)) for key in ("length", "task", "method"))
 
-    def rows_of(**wanted: object) -> list[dict]:
-        return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    def line(x: str, **wanted: object) -> list[tuple[float, float]]:
+        return sorted((r[x], r["score"]) for r in rows if all(r[key] == value for key, value in wanted.items()))
 
     if args.sweep:
-        panels = {
-            f"score at {length} tokens": {
-                task: sorted((row["msr"], row["score"]) for row in rows_of(task=task, length=length)) for task in tasks
-            }
-            for length in lengths
-        }
-        return [save_png(curves_figure(panels, "MSR", "o"), args.out / f"{args.tag}.png")]
-
-    def mean(found: list[dict]) -> float:
-        return sum(row["score"] for row in found) / len(found)
-
-    whole = {  # tasks that every method was measured on
-        length: [t for t in tasks if all(rows_of(length=length, task=t, method=m) for m in methods)]
-        for length in lengths
-    }
-    curves = {
-        method: [
-            (length, mean([row for row in rows_of(length=length, method=method) if row["task"] in whole[length]]))
-            for length in lengths
-            if whole[length]
-        ]
-        for method in methods
-    }
-    bars = {
-        f"score at {length} tokens": {
-            method: {task: mean(rows_of(length=length, task=task, method=method)) for task in whole[length]}
-            for method in methods
-        }
-        for length in lengths
-        if whole[length]
-    }
-    return [
-        save_png(
-            curves_figure({"mean score of the tasks": curves}, "length in tokens", "o"), args.out / f"{args.tag}.png"
-        ),
-        save_png(bars_figure(bars), args.out / f"{args.tag}-tasks.png"),
-    ]
+        titles = [(f"score at {n} tokens", {t: line("msr", task=t, length=n) for t in tasks}) for n in lengths]
+    else:
+        titles = [(task, {m: line("length", task=task, method=m) for m in methods}) for task in tasks]
+    label = "MSR" if args.sweep else "length in tokens"
+    panels = [Panel(title, lines, label, "score", marker="o") for title, lines in titles]
+    figure = panels_figure([panels[i : i + 3] for i in range(0, len(panels), 3)])
+    return [save_png(figure, args.out / f"{args.tag}.png")]
 
 
 if __name__ == "__main__":

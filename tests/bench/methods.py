@@ -47,11 +47,9 @@ def evaluate(args: argparse.Namespace) -> dict:
 
     import torch
     from lightning import Trainer
-    from safetensors.torch import load_file
     from torch.utils.data import DataLoader, Subset
 
-    from elastic.backbone import routers
-    from elastic.checkpoint import WEIGHTS, read_elastic
+    from elastic.checkpoint import read_elastic
     from elastic.config import ElasticConfig
     from elastic.data import MixtureDataModule
     from elastic.packed import collate
@@ -61,18 +59,10 @@ def evaluate(args: argparse.Namespace) -> dict:
     stored = read_elastic(args.checkpoint)
     config = ElasticConfig.from_dict(stored["config"])
     config = replace(config, sparse=replace(config.sparse, stride=args.stride or config.sparse.stride))
-    trained = load_file(args.checkpoint / WEIGHTS)
     deadline = time.monotonic() + args.seconds
 
-    class Trained(RoutedModule):
-        """With the checkpoint's routers, for a limited time."""
-
-        def configure_model(self) -> None:
-            super().configure_model()
-            for layer, router in enumerate(routers(self.model)):
-                prefix = f"layers.{layer}."
-                own = {name.removeprefix(prefix): x for name, x in trained.items() if name.startswith(prefix)}
-                router.load_state_dict(own)
+    class Timed(RoutedModule):
+        """For a limited time."""
 
         def test_step(self, batch: Any, batch_idx: int) -> None:
             if time.monotonic() < deadline:
@@ -86,7 +76,7 @@ def evaluate(args: argparse.Namespace) -> dict:
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
             return DataLoader(Subset(rows, order), batch_size=args.batch_rows, collate_fn=collate)
 
-    module = Trained(stored["backbone"], config, args.dtype, None, 1024, args.methods)
+    module = Timed(stored["backbone"], config, args.dtype, None, 1024, args.methods, str(args.checkpoint))
     data = Shuffled(str(args.data), rows_per_step=args.batch_rows, micro_batch_rows=args.batch_rows)
     trainer = Trainer(
         devices=1, logger=False, enable_model_summary=False, enable_progress_bar=False, enable_checkpointing=False,

@@ -1,0 +1,90 @@
+"""Models of `elastic bench e2e`: random weights in the shape of published models, with routes of a given MSR.
+
+Legend: L layers, K KV heads, D head dim, N samples.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic.backbone import attach, routers
+from elastic.config import ElasticConfig
+from elastic.router import MIN_STATISTICS, AttentionRouter
+
+_SHARED: dict[str, Any] = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 1 << 19}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-3.1-8b": (
+        "llama",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        },
+    ),
+    "qwen3-8b": (
+        "qwen3",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "head_dim": 128,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        },
+    ),
+    "tiny": (
+        "llama",
+        {
+            "vocab_size": 97,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
+    ),
+}
+
+
+def random_model(shape: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> Any:
+    """A stock causal LM of this shape in eval mode, with all or so many of its layers; nothing is downloaded."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family, sizes = SHAPES[shape]
+    sizes = sizes if layers is None else {**sizes, "num_hidden_layers": layers}
+    config = AutoConfig.for_model(family, **{**_SHARED, **sizes}, pad_token_id=0, eos_token_id=None)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def force(router: Any, route_K: Tensor) -> None:
+    """Let a router do all of its work and then decide `route_K` on any input: statistics far from every key push all
+    features of a head to +10 or -10, and the first of them runs through the MLPs to the SA logit.
+    """
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.zero_()
+        for linear in (router.task[0], router.task[2], router.head[0], router.head[2]):
+            linear.weight[0, 0] = 1.0
+        router.head[4].weight[1, 0] = 1.0
+        router.head[4].bias[0] = 1.0  # the FA logit; the SA logit is about 10 or 0
+        router.mean.copy_((1.0 - 2.0 * route_K)[:, None].expand_as(router.mean) * 1e6)
+        router.count.fill_(MIN_STATISTICS)
+
+
+def route_at_random(model: Any, msr: float, config: ElasticConfig, seed: int = 0) -> float:
+    """Attach routers that send a random share `msr` of all (layer, KV head) pairs to SA; returns the exact share."""
+    found = routers(attach(model, config))
+    pairs = len(found) * found[0].kv_heads
+    chosen = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed))[: round(msr * pairs)]
+    route = torch.zeros(pairs)
+    route[chosen] = 1.0
+    for router, route_K in zip(found, route.view(len(found), -1), strict=True):
+        assert isinstance(router, AttentionRouter)
+        force(router, route_K.to(model.device))
+    return len(chosen) / pairs

@@ -1,0 +1,203 @@
+"""One case of `elastic bench e2e`: a prompt and some decode steps, timed and weighed."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from elastic import backbone
+from elastic.backbone import elastic_config, route_of, set_context
+from elastic.bench.records import Record
+from elastic.context import Context
+from elastic.decode_graph import DecodeGraph
+from elastic.elastic_cache import ElasticCache
+
+Run = list[Record]
+STOCK = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
+_WARM_STEPS = 3
+_TIMED_SDPA = "elastic-bench-sdpa"
+
+
+def elastic_runs(model: Any, length: int, new_tokens: int, repeats: int) -> Run:
+    """The attached model over an elastic cache; decode steps, if any, launched one by one and, on a GPU, as a CUDA
+    graph.
+    """
+    layers = len(model.get_decoder().layers)
+
+    def new_cache() -> ElasticCache:
+        return ElasticCache(layers, elastic_config(model), reserve=2 * (new_tokens + _WARM_STEPS))
+
+    with _timed_elastic(model) as clock:
+        found, cache, token = _prefills(model, new_cache, length, repeats, clock)
+    found.append(_record("MSR", float(route_of(cache).route.float().mean()), ""))
+    if new_tokens == 0:
+        return found
+    found.append(_decode("decode", _stepper(model, cache), token, new_tokens))
+    if model.device.type == "cuda":
+        found.append(_decode("decode graph", DecodeGraph(model, cache).step, token, new_tokens))
+    return found
+
+
+def stock_runs(model: Any, name: str, length: int, new_tokens: int, repeats: int) -> Run:
+    """The stock model over transformers' DynamicCache; the prompt by one SDPA backend, decode steps by the fastest of
+    all.
+    """
+    from transformers import DynamicCache
+
+    with _timed_stock(model) as clock, _only(model, name):
+        found, cache, token = _prefills(model, lambda: DynamicCache(config=model.config), length, repeats, clock)
+    if new_tokens == 0:
+        return found
+    rates = []
+    for backend in STOCK:
+        with _only(model, backend):
+            rates.append(_decode(f"decode {backend}", _stepper(model, cache), token, new_tokens))
+    best = max(rates, key=lambda record: record["value"])
+    return [*found, *rates, {**best, "metric": "decode"}]
+
+
+def _only(model: Any, name: str) -> AbstractContextManager[Any]:
+    """Stock attention by one SDPA backend; the CPU has but one."""
+    return sdpa_kernel(STOCK[name]) if model.device.type == "cuda" else nullcontext()
+
+
+def _record(metric: str, value: float, unit: str) -> Record:
+    return {"metric": metric, "value": value, "unit": unit}
+
+
+def _ids(model: Any, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(1, model.config.vocab_size, (1, length), generator=generator).to(model.device)
+
+
+@torch.no_grad()
+def _prefill(model: Any, cache: Any, ids: Tensor) -> Tensor:
+    """Next token [1, 1] of a prompt."""
+    return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+
+
+def _prefills(
+    model: Any, new_cache: Callable[[], Any], length: int, repeats: int, clock: "_Clock"
+) -> tuple[Run, Any, Tensor]:
+    """Time to first token (median, as the user waits for it), where it goes (attention, router with its pooling, the
+    rest: device time of the last run) and peak memory; the last run's cache and token.
+    """
+    _prefill(model, new_cache(), _ids(model, min(length, 4096)))  # kernels compiled, workspaces there
+    ids, times, cache, token, before = _ids(model, length), [], None, torch.zeros(0), 0
+    for _ in range(repeats):
+        del cache
+        cache = new_cache()
+        clock.spans.clear()
+        before = _reset_peak(model.device)
+        start = time.perf_counter()
+        token = clock.timed("all", _prefill)(model, cache, ids)
+        _wait(model.device)
+        times.append((time.perf_counter() - start) * 1e3)
+    peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else 0
+    attention, router, everything = (clock.total(part) for part in ("attention", "router", "all"))
+    found = [_record("first token", statistics.median(times), "ms"), _record("peak memory", peak, "bytes")]
+    found.append(_record("KV cache", _cache_bytes(cache, model.device, before), "bytes"))
+    found += [_record("attention", attention, "ms"), _record("router", router, "ms")]
+    return [*found, _record("rest", everything - attention - router, "ms")], cache, token
+
+
+def _cache_bytes(cache: Any, device: torch.device, before: int) -> int:
+    """What the prompt left allocated on a GPU; on the CPU, the size of the cache's tensors."""
+    held = cache.nbytes if isinstance(cache, ElasticCache) else 0  # gives every layer its storage
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) - before
+    return held or sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def _reset_peak(device: torch.device) -> int:
+    """Start measuring the peak; returns the bytes allocated now."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _stepper(model: Any, cache: Any) -> Callable[[Tensor], Tensor]:
+    @torch.no_grad()
+    def step(token_B1: Tensor) -> Tensor:
+        return model(token_B1, past_key_values=cache, use_cache=True).logits
+
+    return step
+
+
+def _decode(metric: str, step: Callable[[Tensor], Tensor], token_B1: Tensor, new_tokens: int) -> Record:
+    """Tokens a second of greedy decoding, batch 1."""
+    for _ in range(_WARM_STEPS):
+        token_B1 = step(token_B1)[:, -1:].argmax(-1)
+    _wait(token_B1.device)
+    start = time.perf_counter()
+    for _ in range(new_tokens):
+        token_B1 = step(token_B1)[:, -1:].argmax(-1)
+    _wait(token_B1.device)
+    return _record(metric, new_tokens / (time.perf_counter() - start), "tokens/s")
+
+
+class _Clock:
+    """Device time of calls, by CUDA events; on the CPU by the clock."""
+
+    def __init__(self) -> None:
+        self.spans: dict[str, list[tuple[Any, Any]]] = {}
+
+    def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            first = self.now()
+            result = call(*args, **kwargs)
+            self.spans.setdefault(part, []).append((first, self.now()))
+            return result
+
+        return run
+
+    @staticmethod
+    def now() -> Any:
+        if not torch.cuda.is_available():
+            return time.perf_counter() * 1e3
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def total(self, part: str) -> float:
+        """Milliseconds."""
+        pairs = self.spans.get(part, [])
+        return sum(last - first if isinstance(first, float) else first.elapsed_time(last) for first, last in pairs)
+
+
+@contextmanager
+def _timed_elastic(model: Any) -> Iterator[_Clock]:
+    context, clock = Context(), _Clock()
+    context.attend = clock.timed("attention", context.attend)  # type: ignore[method-assign]
+    previous = set_context(model, context)
+    with patch.object(backbone, "route_layer", clock.timed("router", backbone.route_layer)):
+        yield clock
+    set_context(model, previous)
+
+
+@contextmanager
+def _timed_stock(model: Any) -> Iterator[_Clock]:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    clock = _Clock()
+    AttentionInterface.register(_TIMED_SDPA, clock.timed("attention", sdpa_attention_forward))
+    AttentionMaskInterface.register(_TIMED_SDPA, sdpa_mask)
+    model.set_attn_implementation(_TIMED_SDPA)
+    yield clock
+    model.set_attn_implementation("sdpa")

@@ -1,0 +1,91 @@
+"""Table and picture of `elastic bench e2e`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from elastic.bench.records import LEFT_OUT, Record
+from elastic.console import table
+from elastic.plots import Panel, panels_figure
+
+FIRST_TOKEN = "first token"
+METRICS = (FIRST_TOKEN, "decode", "decode graph", "KV cache", "peak memory", "attention", "router", "rest")
+
+PANELS = {
+    "first token": ("s", 1e-3),
+    "decode": ("tokens/s", 1.0),
+    "KV cache": ("GB", 1e-9),
+    "peak memory": ("GB", 1e-9),
+}
+
+
+def e2e_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a line per shape, length and contestant, with the factor over the best stock model. Below 1 the
+    stock model is faster.
+    """
+    header = ["case", "first token s", "x dense", "decode tok/s", "with graph", "best x dense", "KV GB", "of dense",
+              "peak GB", "attention s", "router s", "rest s"]  # fmt: skip
+    rows = []
+    for key in dict.fromkeys((r["shape"], r["length"], r["who"], r["msr"]) for r in found):
+        shape, length, who, msr = key
+        mine = _values(found, *key)
+        name = f"{shape} {_size(length)} {who}" + ("" if msr is None else f" MSR {msr:.2f}")
+        if LEFT_OUT in mine:
+            rows.append([name, LEFT_OUT, *[""] * (len(header) - 2)])
+            continue
+        dense = _dense(found, shape, length)
+        best = mine.get("decode graph", mine.get("decode"))
+        graph = f"{mine['decode graph']:.1f}" if "decode graph" in mine else ""
+        cells = [f"{mine['first token'] / 1e3:.3f}", _ratio(dense.get("first token"), mine["first token"])]
+        cells += [f"{mine['decode']:.1f}" if "decode" in mine else "", graph, _ratio(best, dense.get("decode"))]
+        cells += [f"{mine['KV cache'] / 1e9:.3f}", _ratio(mine["KV cache"], dense.get("KV cache"), 3)]
+        cells += [f"{mine['peak memory'] / 1e9:.1f}", *(f"{mine[p] / 1e3:.3f}" for p in METRICS[-3:])]
+        rows.append([name, *cells])
+    return header, rows
+
+
+def e2e_table(found: Sequence[Record]) -> str:
+    """Table for the terminal."""
+    return table(*e2e_cells(found))
+
+
+def e2e_figure(found: Sequence[Record]) -> Any:
+    """A row of panels per shape: speed-up of the first token, decode tokens/s and KV bytes against length."""
+    rows = []
+    for shape in dict.fromkeys(r["shape"] for r in found):
+        of_shape = [r for r in found if r["shape"] == shape and r["value"] is not None]
+        ticks = {r["length"]: _size(r["length"]) for r in of_shape}
+        panels = []
+        for metric, (label, scale) in PANELS.items():
+            lines: dict[str, list[tuple[float, float]]] = {}
+            for r in of_shape:
+                if r["metric"] in (metric, f"{metric} graph") and r["value"] > 0:
+                    who = r["who"] if r["msr"] is None else f"{r['who']} MSR {r['msr']:.2f}"
+                    name = f"{who}, graph" if r["metric"].endswith("graph") else who
+                    lines.setdefault(name, []).append((r["length"], r["value"] * scale))
+            panels.append(Panel(f"{shape}: {metric}", {k: sorted(v) for k, v in lines.items()}, "tokens", label, "log",
+                                "log", ticks, "o"))  # fmt: skip
+        rows.append(panels)
+    return panels_figure(rows)
+
+
+def _dense(found: Sequence[Record], shape: str, length: int) -> dict[str, float]:
+    """The best figure of any stock model, which the others are compared with: the least, of rates the greatest."""
+    best: dict[str, float] = {}
+    for r in found:
+        if (r["shape"], r["length"], r["msr"]) == (shape, length, None) and r["value"] is not None:
+            pick = max if r["unit"] == "tokens/s" else min
+            best[r["metric"]] = pick(r["value"], best.get(r["metric"], r["value"]))
+    return best
+
+
+def _values(found: Sequence[Record], shape: str, length: int, who: str, msr: float | None) -> dict[str, Any]:
+    wanted = (shape, length, who, msr)
+    return {r["metric"]: r["value"] for r in found if (r["shape"], r["length"], r["who"], r["msr"]) == wanted}
+
+
+def _ratio(one: float | None, other: float | None, digits: int = 2) -> str:
+    return f"{one / other:.{digits}f}" if one is not None and other else ""
+
+
+def _size(length: int) -> str:
+    return f"{length // 1024}K" if length % 1024 == 0 else str(length)

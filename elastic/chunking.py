@@ -1,0 +1,57 @@
+"""Long prompts: a layer's MLP and norms work on a bounded number of tokens at a time (spec section 7).
+
+Attention needs the whole prompt, because routing needs its end; these modules treat every token alone, so their large
+intermediate results (an MLP's is 3.5 times as wide as the model, a norm's is in fp32) never exist for all tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Chunked:
+    """A module's forward, `size()` tokens at a time. Callable in place of the method; copies with its model.
+
+    Args:
+        module: maps [B, S, ...] to the same shape and dtype, every token alone.
+        size: tokens at a time; 0 is all at once.
+    """
+
+    def __init__(self, module: nn.Module, size: Callable[[], int]) -> None:
+        self.inner, self.size = module.forward, size
+        self.run: Callable[..., Any] = self.inner
+
+    def compile(self, **settings: Any) -> None:
+        """Let `torch.compile` with these settings run the module's work on a chunk."""
+        self.run = torch.compile(self.inner, **settings)
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        size = self.size()
+        if hidden.dim() < 3 or not 0 < size < hidden.shape[1] or torch.is_grad_enabled():
+            return self.run(hidden, *args, **kwargs)
+        out = torch.empty_like(hidden)
+        for start in range(0, hidden.shape[1], size):
+            out[:, start : start + size] = self.run(hidden[:, start : start + size], *args, **kwargs)
+        return out
+
+
+def token_modules(decoder: Any) -> list[nn.Module]:
+    """The MLPs and norms of a decoder: what treats every token alone and needs memory."""
+    found = [layer.mlp for layer in decoder.layers]
+    return found + [module for name, module in decoder.named_modules() if name.rpartition(".")[2].endswith("norm")]
+
+
+def chunk(decoder: Any, size: Callable[[], int]) -> None:
+    """Chunk a decoder's MLPs and norms from outside."""
+    for module in token_modules(decoder):
+        module.forward = Chunked(module, size)
+
+
+def unchunk(decoder: Any) -> None:
+    """Undo `chunk`."""
+    for module in token_modules(decoder):
+        inner = vars(module).pop("forward").inner
+        if getattr(inner, "__func__", None) is not type(module).forward:
+            module.forward = inner  # somebody else's, from before

@@ -1,0 +1,95 @@
+"""Decode steps replayed as one CUDA graph: no Python, no launches, the same numbers.
+
+A decode step over an `ElasticCache` has fixed shapes and reads nothing back, so it is captured once and replayed until
+the cache grows.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic.attention import backend_for
+from elastic.elastic_cache import ElasticCache
+
+
+class DecodeGraph:
+    """Runs decode steps of one generation.
+
+    Args:
+        model: an attached model in eval mode on a GPU that the decode kernel runs on.
+        cache: filled by the prompt; routes, overrides and settings must stay as they are.
+    """
+
+    def __init__(self, model: Any, cache: ElasticCache) -> None:
+        self.forward, self.cache = model.forward, cache
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.version = -1
+        self.token_B1 = self.logits_B1V = torch.zeros(0)
+
+    @torch.no_grad()
+    def step(self, token_B1: Tensor) -> Tensor:
+        """Append a token [B, 1] and return the logits [B, 1, V] that follow it; the next step overwrites them."""
+        if self.cache.steps_left < 1 or self.version != self.cache.version:
+            self.graph = None
+            logits = self._run(token_B1)  # grows the storage, and warms up what a capture must find in place
+            self.version = self.cache.version
+            return logits
+        if self.graph is None:
+            self._capture(token_B1)
+        else:
+            self.token_B1.copy_(token_B1)
+            self.cache.advance()
+        assert self.graph is not None
+        self.graph.replay()
+        return self.logits_B1V
+
+    def _run(self, token_B1: Tensor) -> Tensor:
+        position = self.cache.count_B[:, None].clone()
+        return self.forward(token_B1, position_ids=position, past_key_values=self.cache, use_cache=True).logits
+
+    def _capture(self, token_B1: Tensor) -> None:
+        """Record a step without running it; on the host it counts, the replay does the rest."""
+        self.token_B1, self.graph = token_B1.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits_B1V = self._run(self.token_B1)
+
+
+class _Graphed:
+    """A model's forward that replays the decode steps of one cache; other calls go to the model as before."""
+
+    def __init__(self, graph: DecodeGraph) -> None:
+        self.graph = graph
+        self.__wrapped__ = graph.forward  # `generate` reads the signature
+
+    def __call__(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        cache = self.graph.cache
+        ours = kwargs.get("past_key_values") is cache and cache.seen > 0
+        if not ours or input_ids is None or input_ids.shape[1] != 1:
+            return self.graph.forward(input_ids, **kwargs)
+        return CausalLMOutputWithPast(logits=self.graph.step(input_ids), past_key_values=cache)
+
+
+@contextmanager
+def graphed(model: Any, cache: ElasticCache) -> Iterator[None]:
+    """Inside the context, `model.generate` over `cache` replays its decode steps as CUDA graphs.
+
+    Positions are those of `generate`: a sample's tokens counted from its first valid one.
+    """
+    before = vars(model).get("forward")
+    model.forward = _Graphed(DecodeGraph(model, cache))
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
+
+
+def can_graph(model: Any, head_dim: int) -> bool:
+    """Whether decode steps of this model run through the decode kernel, as a graph needs."""
+    return not backend_for(model.device, model.dtype, head_dim).startswith("torch")

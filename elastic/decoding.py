@@ -1,0 +1,70 @@
+"""Attention of one new token per sample, over an ordinary cache or an elastic one (spec section 7).
+
+On a GPU both go through the decode kernel, which reads only what the heads see; everything else takes PyTorch's
+attention over the keys laid out by position.
+Legend: B samples, H query heads, K KV heads, T allocated tokens, D head dim, R rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elastic.attention import routed_attention
+from elastic.head_plan import HeadPlan
+from elastic.kernels import attention_decode, why_not
+from elastic.kv_pool import KVPool, Visible, visible_slots
+from elastic.patterns import STREAMING
+from elastic.torch_attention import attend
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One layer of an elastic cache in a decode step, the new token included.
+
+    Attributes:
+        pool: the layer's keys and values.
+        visible: what its heads see, [B, K].
+        begin_B, count_B: padding before, and valid tokens of every sample.
+    """
+
+    pool: KVPool
+    visible: Visible
+    begin_B: Tensor
+    count_B: Tensor
+
+
+def decode_attention(
+    q_BH1D: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, plan: HeadPlan, scale: float, stored: Stored | None
+) -> Tensor:
+    """Output [B, 1, H, D] of one query per head.
+
+    Args:
+        k_BKTD, v_BKTD: keys and values of an ordinary cache, the new token at `plan.layout.keys - 1`; not read where
+            `stored` is given.
+    """
+    kernel = why_not(q_BH1D.device, q_BH1D.dtype, q_BH1D.shape[-1]) is None
+    if stored is not None:
+        q_BH1D = q_BH1D.to(stored.pool.keys.dtype)  # under autocast the cache holds what the model stored
+        if kernel:
+            return _launch(q_BH1D, stored.pool.keys, stored.pool.values, stored.pool.base_BK, stored.visible, scale)
+        k, v = stored.pool.dense(stored.begin_B, stored.count_B, plan.layout.keys)
+        return attend(q_BH1D, k, v, plan, scale)
+    if kernel and k_BKTD.is_contiguous() and v_BKTD.is_contiguous():
+        return _launch(q_BH1D, k_BKTD, v_BKTD, *_dense_rows(k_BKTD, plan), scale)
+    keys = plan.layout.keys  # a static cache hands out its whole allocation
+    return routed_attention(q_BH1D, k_BKTD[:, :, :keys], v_BKTD[:, :, :keys], plan.mode_NK, plan, scale)
+
+
+def _dense_rows(k_BKTD: Tensor, plan: HeadPlan) -> tuple[Tensor, Visible]:
+    """First row of every head's first valid token, and what it sees, for a cache [B, K, T, D]."""
+    (batch, kv_heads, length), layout = k_BKTD.shape[:3], plan.layout
+    head = torch.arange(batch * kv_heads, device=k_BKTD.device).view(batch, kv_heads)
+    streaming = plan.mode_NK == STREAMING
+    count = (layout.end_N - layout.begin_N)[:, None].expand(batch, kv_heads)
+    visible = visible_slots(count, streaming, torch.zeros_like(streaming), plan.sparse)
+    return head * length + layout.begin_N[:, None], visible
+
+
+def _launch(q_BH1D: Tensor, keys: Tensor, values: Tensor, base_BK: Tensor, visible: Visible, scale: float) -> Tensor:
+    return attention_decode(q_BH1D[:, :, 0], keys, values, base_BK, *visible, scale=scale)[:, None]

@@ -1,0 +1,274 @@
+"""A transformers cache whose streaming heads keep only sink + window tokens (spec section 7).
+
+`kv_cache="elastic"` stores what the routes need; `"full"` keeps every token of every head in the same storage, so that
+a new turn may route again freely. Decoding appends in place: nothing is copied, no shape changes and nothing is read
+back until a step grows the storage, so a decode step can be captured in a CUDA graph.
+
+A layer's routes decide how much storage it gets, so they must reach the host. They are copied there asynchronously
+when the layer is routed and read two layers later, when the GPU still has the work of those layers queued: it never
+waits. Until then the layer's keys and values stay as the model made them.
+Legend: L layers, B samples, K KV heads, S tokens, D head dim.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from elastic.cache_layer import ElasticLayer
+from elastic.config import ElasticConfig
+from elastic.decoding import Stored
+from elastic.head_plan import Layout
+from elastic.kv_pool import KVPool, Visible, slot_of, upload, visible_slots
+from elastic.patterns import STREAMING
+from elastic.route_record import find_record, new_record, same_override
+
+STEP = 1024  # tokens by which heads that keep everything grow
+_BEHIND = 2  # layers whose routes may still be on their way to the host
+
+
+class ElasticCache(Cache):
+    """Keys and values of a generation, by the routes of its prefill.
+
+    Args:
+        num_layers: decoder layers.
+        config: the attached model's configuration; `kv_cache` says what streaming heads keep.
+        reserve: tokens that the storage has room for beyond a prompt, before it grows by `step`; give the number of
+            tokens to be generated and no step will move memory.
+        step: tokens by which the storage grows.
+
+    Attributes:
+        version: changes when the storage does; a CUDA graph of a decode step lives until then.
+        counts: valid tokens by sample.
+    """
+
+    layers: list[ElasticLayer]  # type: ignore[assignment]
+
+    def __init__(self, num_layers: int, config: ElasticConfig, reserve: int = 0, step: int = STEP) -> None:
+        if reserve < 0 or step < 1:
+            raise ValueError(f"reserve={reserve}, step={step}; expected 0 or more and 1 or more tokens")
+        super().__init__(layers=[ElasticLayer() for _ in range(num_layers)])
+        self.config, self.reserve, self.step, self.version = config, reserve, step, 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        self.counts, self.pooled = list[int](), list[int]()
+        self.begin_B = self.count_B = torch.zeros(0, dtype=torch.int64)
+        self.visible_LBK: Visible | None = None
+        self.rows_LBK = self.base_LBK = self.ring_LBK = torch.zeros(0)
+        for layer in self.layers:
+            layer.reset()
+        new_record(self)
+
+    @property
+    def seen(self) -> int:
+        """Tokens in the cache, padding included."""
+        return self.layers[-1].seen
+
+    # -- one forward pass
+
+    def dropped(self, index: int) -> Tensor | None:
+        """Heads [B, K] of a layer that have dropped keys; None while the cache is empty."""
+        if self.seen == 0:
+            return None
+        self.settle()
+        sparse = self.config.sparse
+        return self.layers[index].held().ring_BK & (self.count_B > sparse.sink + sparse.window)[:, None]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take in a layer's new tokens; see `ElasticLayer.update`."""
+        layer = self.layers[layer_idx]
+        rows_BK = self.rows_LBK[layer_idx] if self.rows_LBK.numel() else self.rows_LBK
+        held = layer.update(key_states, value_states, rows_BK, self.begin_B, self.count_B)
+        assert layer.plan is not None
+        if not layer.plan.layout.decoding:
+            if layer_idx >= _BEHIND:
+                self._settle(self.layers[layer_idx - _BEHIND], layer.plan.layout)
+            if layer_idx == len(self.layers) - 1:
+                self._finish(layer.plan.layout)
+        return held
+
+    def _finish(self, layout: Layout) -> None:
+        """The last layer has taken in a prompt or a turn."""
+        if not layout.past:
+            self.pooled = [min(count, self.config.router.pool_tokens) for count in layout.lengths]
+        self.counts = layout.lengths
+        self.begin_B, self.count_B = layout.begin_N, layout.end_N - layout.begin_N
+        self._forget_rows()
+
+    def begin_pass(self, mode_LBK: Tensor | None, override: int | Tensor | None, config: ElasticConfig) -> None:
+        """Before the layers run. For a decode step: room for one token, where it goes, and which slots its query sees,
+        for all layers at once, as device work of fixed shapes.
+
+        Args:
+            mode_LBK: modes of `elastic.patterns` in a decode step; None for a prompt or a turn.
+            override: routes given from outside.
+            config: what the model runs with now.
+
+        Raises:
+            ValueError: other modes or sizes than the cache was made for, or a decode step under other routes than those
+                that the storage was made for.
+        """
+        if config.sparse != self.config.sparse:
+            raise ValueError(
+                f"the cache was made for {self.config.sparse}, but the model runs with {config.sparse}; make a new "
+                "cache with elastic.new_cache(model)"
+            )
+        self.settle()
+        if mode_LBK is None:
+            return
+        self._check_kept(override, config.dense_decode)
+        if any(count >= room for count, room in zip(self.counts, self.layers[0].held().capacity, strict=True)):
+            self._resize(list(range(len(self.counts))), [self._room(count + 1) for count in self.counts])
+        if self.base_LBK.numel() == 0:
+            pools = [layer.held() for layer in self.layers]
+            self.base_LBK = torch.stack([pool.base_BK for pool in pools])
+            self.ring_LBK = torch.stack([pool.ring_BK for pool in pools])
+        sparse, count = self.config.sparse, self.count_B[:, None]
+        self.rows_LBK = self.base_LBK + slot_of(count, self.ring_LBK, sparse)
+        self.visible_LBK = visible_slots(count + 1, mode_LBK == STREAMING, self.ring_LBK, sparse)
+        self.count_B += 1
+        self.counts = [count + 1 for count in self.counts]
+
+    def _check_kept(self, override: int | Tensor | None, dense: bool) -> None:
+        record = find_record(self)
+        if self.config.kv_cache == "full" or record is None:
+            return
+        if dense or not same_override(override, record.override):
+            what = "dense_decode was set" if dense else "override_routes changed"
+            raise ValueError(
+                f"{what} after the prompt was read into an elastic KV cache, whose streaming heads have dropped keys; "
+                'read the prompt again, or use kv_cache="full"'
+            )
+
+    def advance(self) -> None:
+        """Count a step that a CUDA graph replayed: everything on the device has moved already."""
+        self._lengthen(1)
+        self.counts = [count + 1 for count in self.counts]
+
+    def _lengthen(self, tokens: int) -> None:
+        for layer in self.layers:
+            layer.seen += tokens
+
+    def _forget_rows(self) -> None:
+        self.base_LBK, self.version = torch.zeros(0), self.version + 1
+
+    def stored(self, index: int) -> Stored:
+        """A layer in the present decode step."""
+        assert self.visible_LBK is not None
+        visible = Visible(*(part[index] for part in self.visible_LBK))
+        return Stored(self.layers[index].held(), visible, self.begin_B, self.count_B)
+
+    @property
+    def steps_left(self) -> int:
+        """Decode steps before the storage grows."""
+        return min(room - count for room, count in zip(self.layers[0].held().capacity, self.counts, strict=True))
+
+    # -- storage
+
+    def settle(self) -> None:
+        """Give every layer that still waits its storage."""
+        for layer in self.layers:
+            if layer.waiting is not None and layer.plan is not None:
+                self._settle(layer, layer.plan.layout)
+
+    def _settle(self, layer: ElasticLayer, layout: Layout) -> None:
+        if layer.waiting is None:
+            return
+        k, v, mode = layer.waiting
+        rings = mode.get() == STREAMING if self.config.kv_cache == "elastic" else torch.zeros(mode.host.shape)
+        capacity = [self._room(count) for count in layout.lengths]
+        begin, count = layout.begin_N, layout.end_N - layout.begin_N
+        layer.waiting = None
+        layer.pool = KVPool.build(k, v, begin, count, rings.bool().tolist(), capacity, self.config.sparse)
+
+    def _room(self, count: int) -> int:
+        return -(-(count + self.reserve) // self.step) * self.step
+
+    def _resize(self, samples: list[int], capacity: list[int]) -> None:
+        for layer in self.layers:
+            layer.pool = layer.held().rebuilt(samples, capacity)
+        self._forget_rows()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, reserved room included."""
+        self.settle()
+        return sum(layer.held().nbytes for layer in self.layers)
+
+    def sample_bytes(self) -> list[int]:
+        """`nbytes` by sample."""
+        self.settle()
+        pools = [layer.held() for layer in self.layers]
+        return [sum(pool.sample_bytes(b) for pool in pools) for b in range(len(self.counts))]
+
+    # -- batch and length
+
+    def _select(self, samples: Sequence[int]) -> None:
+        chosen = list(samples)
+        if self.seen == 0 or chosen == list(range(len(self.counts))):
+            return
+        self.settle()
+        self._resize(chosen, [self.layers[0].held().capacity[b] for b in chosen])
+        index = upload(chosen, self.count_B.device)
+        self.begin_B, self.count_B = self.begin_B[index], self.count_B[index]
+        self.counts, self.pooled = [self.counts[b] for b in chosen], [self.pooled[b] for b in chosen]
+        record = find_record(self)
+        if record is not None:
+            record.select(index)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sample b becomes a copy of sample `beam_idx[b]`, its routes included."""
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sample `repeats` times."""
+        self._select([b for b in range(len(self.counts)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these samples (indices, or a bool mask)."""
+        chosen = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self._select(chosen.tolist())
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens: -n removes n; a positive number is the length to keep (transformers before 5.20).
+
+        Raises:
+            ValueError: keys that streaming heads have dropped would be visible again, or a prompt's start that the
+                router has pooled would be cut.
+        """
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
+        if removed == 0 or self.seen == 0:
+            return
+        self.settle()
+        left = [count - removed for count in self.counts]
+        if any(kept < pooled for kept, pooled in zip(left, self.pooled, strict=True)):
+            raise ValueError(
+                f"cropping {removed} tokens leaves {left} by sample, fewer than the first {self.pooled} that the "
+                "routes were decided on; start from an empty cache"
+            )
+        sparse = self.config.sparse
+        for sample, (count, kept) in enumerate(zip(self.counts, left, strict=True)):
+            lost = range(max(sparse.sink, kept - sparse.window), min(kept, count - sparse.window))
+            if lost and any(any(layer.held().ring[sample]) for layer in self.layers):
+                raise ValueError(
+                    f"cropping {removed} tokens would make keys visible that streaming heads have dropped (sample "
+                    f'{sample} holds {count} tokens); use kv_cache="full", or copy.deepcopy the cache before'
+                )
+        self._lengthen(-removed)
+        self.counts = left
+        self.count_B = self.count_B - removed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ElasticCache":
+        """A copy that shares nothing: prefix reuse."""
+        self.settle()
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        for name, value in self.__dict__.items():
+            setattr(twin, name, copy.deepcopy(value, memo))
+        return twin

@@ -1,0 +1,59 @@
+"""What the samples of a task come to: mean score with its interval, routes, groups; one row of the tables."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+BY = " by lm-evaluation-harness"  # ends the first line of a result's protocol, behind the benchmark's name
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """Rows of everything that runs into this folder have finished, whichever processes and machines they ran on.
+
+    Raises:
+        ValueError: no finished results.
+    """
+    rows = []
+    for file in sorted((out / "samples").glob("*.jsonl")):
+        facts, *samples = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        rows.append({**row_of(facts, samples), "facts": facts})
+    if not rows:
+        raise ValueError(f"{out / 'samples'} holds no results; run `elastic eval --out {out}` first")
+    return rows
+
+
+def row_of(facts: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Row of a task: means over its samples, by the facts of its result file."""
+    mean = {
+        name: sum(sample[name] for sample in samples) / len(samples)
+        for name in ("score", "msr", "esr_last", "esr_all", "prefill_seconds", "tokens")
+    }
+    return {
+        "benchmark": facts["protocol"][0].removesuffix(BY),
+        **{name: facts[name] for name in ("method", "task", "length")},
+        "n": len(samples),
+        **mean,
+        "half_width": interval(samples),
+        "groups": _groups(samples),
+    }
+
+
+def _groups(samples: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Score, number and half interval of the samples of each group, such as a difficulty, in alphabetical order."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for sample in samples:
+        for group in sample.get("groups", ()):
+            groups.setdefault(group, []).append(sample)
+    return {
+        name: {"score": sum(s["score"] for s in found) / len(found), "n": len(found), "half_width": interval(found)}
+        for name, found in sorted(groups.items())
+    }
+
+
+def interval(samples: list[dict[str, Any]]) -> float:
+    """Half of the 95 % interval of the mean score, by the normal approximation; 0 for a single sample."""
+    n = len(samples)
+    mean = sum(sample["score"] for sample in samples) / n
+    variance = sum((sample["score"] - mean) ** 2 for sample in samples) / max(1, n - 1)
+    return 1.96 * math.sqrt(variance / n)

@@ -1,0 +1,137 @@
+"""What a KV cache remembers about its routes, so that decoding, beams and later turns follow the prefill's decisions.
+
+Legend: L layers, N samples, K KV heads, D head dim.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic.config import SparseConfig
+from elastic.head_plan import Layout
+from elastic.patterns import mode_ids
+
+_RECORD = "_elastic_record"
+
+
+@dataclass
+class RouteRecord:
+    """Decisions of one generation, kept on its KV cache.
+
+    Attributes:
+        layers: route [N, K] by layer.
+        heads: by layer, sum [N, K, D] of those of the conversation's first P keys that were pooled, for routing a
+            later turn.
+        pooled_N: how many keys those sums hold.
+        densities: by layer, what XAttention heads visited [N, K], see `elastic.selection.density`.
+        layout: of the prompt or turn that the routes were decided on.
+        override: what `override_routes` gave at that time.
+    """
+
+    layers: dict[int, Tensor] = field(default_factory=dict)
+    heads: dict[int, Tensor] = field(default_factory=dict)
+    pooled_N: Tensor | None = None
+    densities: dict[int, Tensor] = field(default_factory=dict)
+    layout: Layout | None = None
+    override: int | Tensor | None = None
+    _modes: tuple[int | Tensor | None, tuple[bool, SparseConfig], Tensor] | None = None
+
+    @property
+    def route(self) -> Tensor:
+        """int8 [L, N, K] on the CPU."""
+        return torch.stack([self.layers[i] for i in sorted(self.layers)]).cpu()
+
+    @property
+    def density(self) -> Tensor | None:
+        """float64 [L, N, K] on the CPU; None if the configuration has no XAttention heads."""
+        return torch.stack([self.densities[i].cpu() for i in sorted(self.densities)]) if self.densities else None
+
+    @property
+    def prompt_lengths(self) -> Tensor:
+        """int64 [N] on the CPU; tokens of the prompt that the routes were decided on."""
+        assert self.layout is not None
+        return (self.layout.prompt_end_N - self.layout.begin_N).cpu()
+
+    def set_route(self, layer: int, route_NK: Tensor) -> None:
+        """Remember a layer's decision."""
+        self.layers[layer] = route_NK.detach().to(torch.int8)
+        self._modes = None
+
+    def modes(self, override: int | Tensor | None, dense: bool, sparse: SparseConfig) -> Tensor:
+        """int32 [L, N, K]: what every head does in a decode step; made once and kept until something changes.
+
+        Args:
+            override: routes to use instead of the recorded ones.
+            dense: every head in route 0's mode.
+        """
+        if self._modes is not None:
+            earlier, settings, modes = self._modes
+            if same_override(earlier, override) and settings == (dense, sparse):
+                return modes
+        route = torch.stack([self.layers[i] for i in sorted(self.layers)])
+        if override is not None:
+            route = given_routes(override, route)
+        elif dense:
+            route = torch.zeros_like(route)
+        zero, one = mode_ids(sparse, queries=1)
+        modes = torch.where(route > 0.5, one, zero).to(torch.int32)
+        self._modes = (override, (dense, sparse), modes)
+        return modes
+
+    def select(self, index: Tensor) -> None:
+        """Follow a cache whose samples became `index`, int64 on the device."""
+        self.layers = {layer: route[index] for layer, route in self.layers.items()}
+        self.heads = {layer: total[index] for layer, total in self.heads.items()}
+        self.densities = {layer: density[index] for layer, density in self.densities.items()}
+        self.pooled_N = None if self.pooled_N is None else self.pooled_N[index]
+        layout = self.layout
+        if layout is not None:
+            begin, end, prompt_end = (x[index] for x in (layout.begin_N, layout.end_N, layout.prompt_end_N))
+            row = torch.arange(index.shape[0], device=begin.device)
+            self.layout = replace(
+                layout, row_N=row, begin_N=begin, end_N=end, prompt_end_N=prompt_end, rows=index.shape[0]
+            )
+        self._modes = None
+
+
+def given_routes(override: int | Tensor, like_LNK: Tensor) -> Tensor:
+    """The override's routes of all layers, [L, N, K] on the device of `like_LNK`."""
+    if not isinstance(override, Tensor):
+        return torch.full_like(like_LNK, override)
+    if override.dim() == 3 and override.shape != like_LNK.shape:
+        raise ValueError(f"routes of shape {list(override.shape)} do not fit a cache of {list(like_LNK.shape)}")
+    route = override.to(like_LNK.device)
+    return (route if route.dim() == 3 else route[:, None]).expand_as(like_LNK)
+
+
+def same_override(one: int | Tensor | None, two: int | Tensor | None) -> bool:
+    """Whether `override_routes` gave the same thing twice; tensors are compared by identity, without reading them."""
+    if isinstance(one, Tensor) or isinstance(two, Tensor):
+        return one is two
+    return one == two
+
+
+def find_record(cache: Any) -> RouteRecord | None:
+    """The record on a cache, if there is one."""
+    return getattr(cache, _RECORD, None)
+
+
+def new_record(cache: Any) -> RouteRecord:
+    """Give the cache an empty record."""
+    record = RouteRecord()
+    setattr(cache, _RECORD, record)
+    return record
+
+
+def route_of(cache: Any) -> RouteRecord:
+    """The decisions stored on a KV cache by the prefill that filled it.
+
+    Raises:
+        ValueError: a cache that no attached model filled.
+    """
+    record = find_record(cache)
+    if record is None or not record.layers:
+        raise ValueError(f"this {type(cache).__name__} holds no routes; it was not filled by a model with routers")
+    return record
