@@ -85,7 +85,7 @@ def route_seed(model: Any, ratio: float, samples: int, tries: int = 64) -> int:
         torch.manual_seed(seed)
         with torch.no_grad():
             routes = [
-                sample_route(router.head[-1].bias.expand(samples, router.kv_heads, 2), 1.0)  # type: ignore[index, union-attr]
+                sample_route(router.head[-1].bias.expand(samples, router.kv_heads, 2).contiguous(), 1.0)  # type: ignore[index, union-attr]
                 for router in routers(model)
             ]
         return abs(torch.stack(routes).mean().item() - ratio)
