@@ -2,6 +2,7 @@
 RULER (arXiv 2404.06654), with wording of our own.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from data_prep import wording
@@ -43,11 +44,11 @@ def multi_value(draw: Draw) -> Parts:
     of several a model names first says little about what it found.
     """
     kind, (key, other) = _kind(draw), _keys(draw, 2)
-    values = [_value(draw, kind) for _ in range(draw.rng.randint(2, 2 + min(1, draw.length // 100)))]
+    values = _values(draw, kind, draw.rng.randint(2, 2 + min(1, draw.length // 100)))
     facts = [_fact(draw, kind, key, value) for value in values]
     question = draw.pick(wording.MANY_VALUES).format(kind=kind, key=key)
     prefix = draw.pick(wording.MANY_VALUES_ANSWERS).format(kind=kind, key=key, given=", ".join(values[:-1]))
-    decoy = _fact(draw, kind, other, _value(draw, kind))
+    decoy = _fact(draw, kind, other, _value(draw, kind, values))
     place = draw.rng.randrange(len(facts) + 1)
     facts = [*facts[:place], decoy, *facts[place:]]
     return Parts(_hidden(draw, facts, question, ordered=True), question, values[-1], prefix)
@@ -57,7 +58,7 @@ def multi_query(draw: Draw) -> Parts:
     """The values of several keys out of more. The answer begins with all but the last."""
     kind = _kind(draw)
     keys = _keys(draw, 4 + min(4, draw.length // 100))
-    values = {key: _value(draw, kind) for key in keys}
+    values = dict(zip(keys, _values(draw, kind, len(keys)), strict=True))
     asked = keys[: draw.rng.randint(2, 3 + min(1, draw.length // 200))]
     question = draw.pick(wording.MANY_KEYS).format(kind=kind, keys=", ".join(asked))
     facts = {key: _fact(draw, kind, key, value) for key, value in values.items()}
@@ -136,13 +137,23 @@ def _kind(draw: Draw) -> str:
     return draw.rng.choices(("number", "code", "word"), (6, 2, 1))[0]
 
 
-def _value(draw: Draw, kind: str) -> str:
-    """A number of seven digits, a code of eight hexadecimal ones, or two joined words."""
+def _value(draw: Draw, kind: str, taken: Sequence[str] = ()) -> str:
+    """A number of seven digits, a code of eight hexadecimal ones, or two joined words; none of those taken."""
     if kind == "number":
-        return str(draw.rng.randint(1_000_000, 9_999_999))
-    if kind == "code":
-        return f"{draw.rng.getrandbits(32):08x}"
-    return f"{draw.pick(wording.THINGS)}-{draw.pick(wording.THINGS)}"
+        value = str(draw.rng.randint(1_000_000, 9_999_999))
+    elif kind == "code":
+        value = f"{draw.rng.getrandbits(32):08x}"
+    else:
+        value = f"{draw.pick(wording.THINGS)}-{draw.pick(wording.THINGS)}"
+    return _value(draw, kind, taken) if value in taken else value
+
+
+def _values(draw: Draw, kind: str, count: int) -> list[str]:
+    """Different values: two keys with the same one would have two right places."""
+    values: list[str] = []
+    while len(values) < count:
+        values.append(_value(draw, kind, values))
+    return values
 
 
 def _keys(draw: Draw, count: int) -> list[str]:
