@@ -8,10 +8,15 @@ import sys
 import pytest
 
 from elastic import cli
+from elastic.backbone import attach
 from elastic.bench.records import load
-from elastic.bench.routing import equal_quality, over_seeds, slack
-from elastic.bench.runs import Point, read_study, score_of
+from elastic.bench.routing import equal_quality, over_seeds
+from elastic.bench.runs import Point, read_study, score_of, slack
+from elastic.checkpoint import read_elastic, save_elastic
+from elastic.config import ElasticConfig
 from elastic.tasks import TASKS
+from tests.bench import ship
+from tests.models import tiny_model
 from tests.training import ROOT, build_data, command_environment
 
 STAMP = {"gpu": "cpu", "kernel": "torch", "versions": {"torch": "0"}, "commit": "abc", "command": "by hand"}
@@ -20,14 +25,14 @@ WORSE = {"elastic:-2": 0.0, "elastic": 0.02, "elastic:2": 0.1}  # loss of retrie
 MSR = {"elastic:-2": 0.3, "elastic": 0.6, "elastic:2": 0.9}
 
 
-def results(kind, baselines=()):
-    """A results file whose figures follow from WORSE and MSR."""
+def results(kind, baselines=(), worse_of=WORSE):
+    """A results file whose figures follow from `worse_of` and MSR."""
     methods = [*WORSE, *baselines]
 
     def row(source):
         found = {"n": 100}
         for method in methods:
-            worse = WORSE.get(method, 0.0)
+            worse = worse_of.get(method, 0.0)
             for score in ("exact", "accuracy", "loss"):
                 found[f"{method}_{score}"] = 2.0 * (1 + worse) if score == "loss" else 0.8 * (1 - worse)
                 found[f"{method}_{score}_95"] = 0.05
@@ -50,6 +55,8 @@ def results(kind, baselines=()):
 def write_run(folder, kind, seed, baselines=()):
     folder.mkdir(parents=True)
     (folder / "results_test.json").write_text(json.dumps(results(kind, baselines)))
+    better = {method: worse / 2 for method, worse in WORSE.items()}  # the validation rows need not say the same
+    (folder / "results_validation.json").write_text(json.dumps(results(kind, ("dense",), better)))
     recipe = {"objective": {"kind": "quality"}, "seed": seed, "step": 300}
     (folder / "elastic.json").write_text(json.dumps({"recipe": recipe}))
     header = "step,train/loss,train/msr/code,train/kl/code,train/l/code,val/x"
@@ -92,6 +99,14 @@ def test_equal_quality_lies_between_the_points_around_the_bound(study):
     assert equal_quality(points[2:], dense) is None
 
 
+def test_the_validation_rows_choose_the_operating_point(study):
+    assert read_study(study).runs[1].chosen_bias == 0.0 and read_study(study).runs[1].chosen.mean_msr > 0.6
+    path = study / "elastic-1" / "results_validation.json"
+    for worse, bias in (({}, 2.0), ({"elastic": 0.05, "elastic:2": 0.1}, -2.0), (dict.fromkeys(WORSE, 0.5), -2.0)):
+        path.write_text(json.dumps(results("input", ("dense",), worse)))
+        assert read_study(study).runs[1].chosen_bias == bias
+
+
 def test_intervals_over_seeds():
     assert over_seeds([0.5]) == (0.5, None)
     mean, half = over_seeds([0.1, 0.2, 0.3])
@@ -114,6 +129,7 @@ def test_the_command_writes_records_pictures_and_the_table(study, tmp_path, caps
     assert kept["value"] == pytest.approx(0.98) and kept["half"] == 0 and kept["seeds"] == [0, 1, 2]
     assert headline["elastic, quality", "MSR robust - sensitive"]["value"] == pytest.approx(0.1)
     assert headline["static, quality", "mean MSR"]["half"] is None
+    assert headline["elastic, quality, chosen", "mean MSR"]["biases"] == [0, 0, 0]
     needle = [r for r in records if r["case"] == "needle_single-1024"]
     assert {r["who"] for r in needle} == {"dense", "streaming", "elastic-0", "elastic-1", "elastic-2", "static-0"}
     assert all(r["n"] == 100 and r["half"] == 0.05 for r in needle)
@@ -155,8 +171,6 @@ def test_the_driver_trains_evaluates_and_skips_what_is_done(tmp_path):
         "5",
         "--biases",
         "2",
-        "--thorough",
-        "5",
         "--checkpoints",
         "5",
         "--",
@@ -174,9 +188,22 @@ def test_the_driver_trains_evaluates_and_skips_what_is_done(tmp_path):
     assert done.returncode == 0 and "static-target-5: fit" in done.stdout, done.stdout + done.stderr
     run = read_study(tmp_path / "out").runs[0]
     assert (run.router, run.objective, run.seed) == ("static", "target", 5)
-    assert run.results["methods"] == ["elastic", "elastic:2", "dense", "streaming", "random:0.8", "random:0.8:1"]
+    assert run.test["methods"] == ["elastic", "elastic:2", "dense", "streaming", "random:0.7", "random:0.7:1"]
+    assert run.validation["methods"] == ["elastic", "elastic:2", "dense"]
+    assert run.validation["split"] == "validation" and run.test["split"] == "test"
     assert run.recipe["step"] == 2 and len(run.curves()["loss"]) == 2
     assert (run.folder / "checkpoint" / "router.safetensors").is_file()
-    assert run.full["methods"] == ["elastic", "dense", "streaming", "random:0.8", "random:0.8:1"]
-    assert [point.method for point in run.thorough] == [*run.full["methods"][1:], "elastic"]
     assert "static-target-5: was there" in drive().stdout
+
+
+def test_the_shipped_checkpoint_stands_at_the_chosen_point(study, tmp_path):
+    source = study / "elastic-1" / "checkpoint"
+    model = tiny_model()
+    attach(model, ElasticConfig())
+    save_elastic(source, model, "tiny", recipe={"step": 300})
+    words = [str(study), "elastic-1", str(tmp_path / "shipped")]
+    assert ship.main(words) == 0 and ship.main(words) == 0  # over what is there
+    found = read_elastic(tmp_path / "shipped")
+    assert found["config"]["sparsity_bias"] == 0 and found["recipe"]["commit"] == "abc"
+    assert found["metrics"]["retrieval of dense"] == pytest.approx(0.98)
+    assert found["metrics"]["rows"].startswith("500 samples of the test split")

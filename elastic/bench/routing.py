@@ -9,20 +9,21 @@ from typing import Any
 import torch
 
 from elastic.bench.records import Record, save
-from elastic.bench.runs import Point, Run, Study, read_study, score_of
+from elastic.bench.runs import KEPT, RISE, Point, Run, Study, read_study, score_of, slack
 from elastic.console import say, table
 from elastic.plots import Panel, panels_figure, save_png, share_figure, smooth
 from elastic.tasks import ROBUST, SENSITIVE
 
 SUMMARY = "what trained routers keep of the dense model's quality, from recorded runs"
 HEADLINE, POINT = "headline", "point"  # cases of records that are about no single source
-KEPT, RISE = 0.97, 0.02  # equal quality: share of dense retrieval that must stay, rise of loss that may be
+CHOSEN = "chosen"  # operating point that the validation rows chose
 NOTES = f"""Answers teacher-forced on held-out samples (other seeds, wording and texts than in training); exact: all
 answer tokens right, which is what greedy decoding would give. ± half a 95 % interval: over seeds by Student's t in the
 first table, over samples in the second, where seeds are averaged. Retrieval: mean of the exact and accuracy rows but
-many_shot; loss: mean of the loss rows. MSR at equal quality: the largest mean MSR along a run's operating points
-(`sparsity_bias`) that keeps {KEPT:.0%} of dense retrieval and loses at most {RISE:.0%} on text. Cells with an n of
-their own come from fewer of the same rows; compare runs only where the seeds and steps of the first table allow it."""
+many_shot; loss: mean of the loss rows. Equal quality keeps {KEPT:.0%} of dense retrieval and loses at most {RISE:.0%}
+on text. Chosen: the `sparsity_bias` that is the sparsest of equal quality on validation rows, none of which are in
+these tables; the second table is at this bias. MSR at equal quality: the largest mean MSR of equal quality on the rows
+of these tables, between a run's operating points by straight lines."""
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % quantiles by number of seeds
 HEADLINES = (  # all shares
     "retrieval of dense",
@@ -46,13 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, _command: str) -> int:
     """Write records and pictures; print the headline figures."""
     study = read_study(args.folder)
-    chosen = study.runs[0] if args.main is None else _named(study, args.main)
+    drawn = study.runs[0] if args.main is None else named(study, args.main)
     found = records(study)
     save(args.out / f"{args.tag}.json", found)
     save_png(quality_figure(study), args.out / f"{args.tag}.png")
-    save_png(training_figure(chosen), args.out / f"{args.tag}-curves.png")
-    shares = {task: torch.tensor(share) for task, share in chosen.results["routes"].items()}
-    save_png(share_figure(shares, f"{chosen.name}: share of held-out inputs on SA"), args.out / f"{args.tag}-heads.png")
+    save_png(training_figure(drawn), args.out / f"{args.tag}-curves.png")
+    shares = {task: torch.tensor(share) for task, share in drawn.test["routes"].items()}
+    save_png(share_figure(shares, f"{drawn.name}: share of held-out inputs on SA"), args.out / f"{args.tag}-heads.png")
     say(table(*headline_cells(found)))
     say(f"\nwrote {args.out / args.tag}.json, .png, -curves.png, -heads.png")
     return 0
@@ -66,12 +67,6 @@ def headlines(point: Point, dense: Point) -> dict[str, float]:
         "mean MSR": point.mean_msr,
         "MSR robust - sensitive": fmean(msr[t] for t in ROBUST) - fmean(msr[t] for t in SENSITIVE),
     }
-
-
-def slack(point: Point, dense: Point) -> float:
-    """How far inside both bounds of equal quality a point is: 1 = as good as dense, 0 = on a bound, below 0 = worse."""
-    kept, rise = point.retrieval()[0] / dense.retrieval()[0], point.loss()[0] / dense.loss()[0] - 1
-    return min((kept - KEPT) / (1 - KEPT), (RISE - rise) / RISE)
 
 
 def equal_quality(points: Sequence[Point], dense: Point) -> float | None:
@@ -102,42 +97,47 @@ def records(study: Study) -> list[Record]:
 
 def _headlines(study: Study) -> Iterator[Record]:
     for (router, objective), runs in study.groups().items():
-        biases = dict.fromkeys(point.bias for run in runs for point in run.thorough if point.is_elastic)
-        for bias in sorted(biases, key=abs):
-            chosen = [run for run in runs if any(p.is_elastic and p.bias == bias for p in run.thorough)]
-            who, seeds, steps = _label(router, objective, bias), [run.seed for run in chosen], chosen[0].recipe["step"]
-            for name in HEADLINES:
-                values = [_headline(run, study.dense, bias, name) for run in chosen]
-                known = [value for value in values if value is not None]
-                mean, half = over_seeds(known) if len(known) == len(values) else (None, None)
-                facts = {"half": half, "by_seed": values, "seeds": seeds, "steps": steps}
-                yield _record(study.stamp | (chosen[0].stamp or {}), HEADLINE, name, mean, who=who, **facts)
+        for which in ("", CHOSEN):
+            points = [run.chosen if which else run.own for run in runs]
+            facts = {
+                "who": _label(router, objective, which),
+                "seeds": [run.seed for run in runs],
+                "steps": runs[0].recipe["step"],
+                "biases": [point.bias for point in points],
+            }
+            found = [headlines(point, study.dense) for point in points]
+            for name in HEADLINES[:-1]:
+                yield _over_seeds(study, name, [of_run[name] for of_run in found], facts)
+            if which:
+                continue
+            yield _over_seeds(study, HEADLINES[-1], [equal_quality(run.points, study.dense) for run in runs], facts)
+
+
+def _over_seeds(study: Study, name: str, values: Sequence[float | None], facts: dict[str, Any]) -> Record:
+    """Mean and interval, or no value where a seed has none."""
+    known = [value for value in values if value is not None]
+    mean, half = over_seeds(known) if len(known) == len(values) else (None, None)
+    return _record(study.stamp, HEADLINE, name, mean, half=half, by_seed=list(values), **facts)
 
 
 def _curve(study: Study) -> Iterator[Record]:
     for run in study.runs:
-        stamp = study.stamp | (run.stamp or {})
         for point in (*run.baselines, *run.points):
             facts = _facts(run if point.is_elastic else None, point)
             for metric, measure in MEASURES.items():
                 (value, half), base = measure(point), measure(study.dense)[0]
                 extra = {"of_dense": value / base, "mean_msr": point.mean_msr, "msr": point.msr_by_task}
-                yield _record(stamp, POINT, metric, value, half=half, **extra, **facts)
+                yield _record(study.stamp, POINT, metric, value, half=half, **extra, **facts)
 
 
 def _by_source(study: Study) -> Iterator[Record]:
-    """Baselines of the full evaluations only, where there are any: they have the most samples."""
-    full = any(run.full for run in study.runs)
     for run in study.runs:
-        stamp = study.stamp | (run.stamp or {})
-        for point in run.thorough:
-            if full and not run.full and not point.is_elastic:
-                continue
+        for point in (*run.baselines, run.chosen):
             facts = _facts(run if point.is_elastic else None, point)
             for source, row in point.sources.items():
                 value, half = point.value(source, score_of(source))
                 extra = {name: point.ratio(row, name) for name in ("msr", "esr_last", "esr_all")}
-                yield _record(stamp, source, score_of(source), value, half=half, n=row["n"], **extra, **facts)
+                yield _record(study.stamp, source, score_of(source), value, half=half, n=row["n"], **extra, **facts)
 
 
 def quality_figure(study: Study) -> Any:
@@ -180,15 +180,12 @@ def headline_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]
     shown = [record for record in found if record["case"] == HEADLINE]
     value = {(record["who"], record["metric"]): record for record in shown}
     groups = dict.fromkeys(record["who"] for record in shown)
-    rows = [
-        [who, *(str(x) for x in _size(value[who, "mean MSR"])), *(_cell(value[who, name]) for name in HEADLINES)]
-        for who in groups
-    ]
-    return ["router, objective", "seeds", "steps", *HEADLINES], rows
-
-
-def _size(record: Record) -> tuple[int, int]:
-    return len(record["seeds"]), record["steps"]
+    rows = []
+    for who in groups:
+        about = value[who, HEADLINES[0]]
+        size = [str(len(about["seeds"])), str(about["steps"]), ", ".join(f"{bias:g}" for bias in about["biases"])]
+        rows.append([who, *size, *(_cell(value.get((who, name))) for name in HEADLINES)])
+    return ["router, objective", "seeds", "steps", "bias", *HEADLINES], rows
 
 
 def source_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
@@ -199,17 +196,14 @@ def source_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
         cells.setdefault((record["case"], record["method"]), []).append(record)
     methods = list(dict.fromkeys(record["method"] for record in shown))
 
-    def cell(same: Sequence[Record], n: int) -> str:
+    def cell(same: Sequence[Record]) -> str:
         value, half, msr = (fmean(record[key] for record in same) for key in ("value", "half", "msr"))
-        text = f"{value:.3f} ± {half:.3f}" + ("" if same[0]["method"] == "dense" else f" @ {msr:.2f}")
-        return text if same[0]["n"] == n else f"{text}, n {same[0]['n']}"
+        return f"{value:.3f} ± {half:.3f}" + ("" if same[0]["method"] == "dense" else f" @ {msr:.2f}")
 
     rows = []
     for source in dict.fromkeys(record["case"] for record in shown):
-        here = [record for record in shown if record["case"] == source]
-        n = max(record["n"] for record in here)
-        own = [cell(cells[source, method], n) for method in methods]
-        rows.append([source, here[0]["metric"], str(n), *own])
+        here = next(record for record in shown if record["case"] == source)
+        rows.append([source, here["metric"], str(here["n"]), *(cell(cells[source, method]) for method in methods)])
     return ["source", "score", "n", *methods], rows
 
 
@@ -220,30 +214,23 @@ def _facts(run: Run | None, point: Point) -> dict[str, Any]:
         return {"who": point.method, "method": f"{kind}:{number.partition(':')[0]}" if number else kind}
     facts: dict[str, Any] = {
         "who": run.name,
-        "method": _label(run.router, run.objective, point.bias),
+        "method": _label(run.router, run.objective),
         "router": run.router,
     }
     return {**facts, "objective": run.objective, "seed": run.seed, "bias": point.bias}
 
 
-def _label(router: str, objective: str, bias: float) -> str:
-    return f"{router}, {objective}" + (f", bias {bias:g}" if bias else "")
+def _label(router: str, objective: str, which: str = "") -> str:
+    return f"{router}, {objective}" + (f", {which}" if which else "")
 
 
 def _lines(study: Study) -> dict[str, list[Point]]:
     return {**{run.name: run.points for run in study.runs}, **{n: [p] for n, p in study.baselines.items()}}
 
 
-def _headline(run: Run, dense: Point, bias: float, name: str) -> float | None:
-    """A headline of a run at an operating point, beside the dense model on the same rows."""
-    if name == "MSR at equal quality":
-        return equal_quality(run.points, dense)
-    point = next(point for point in run.thorough if point.is_elastic and point.bias == bias)
-    beside = {point.method: point for point in run.thorough}
-    return headlines(point, beside.get("dense", dense))[name]
-
-
-def _cell(record: Record) -> str:
+def _cell(record: Record | None) -> str:
+    if record is None:
+        return ""
     if record["value"] is None:
         return "not reached"
     return f"{record['value']:.3f}" + ("" if record["half"] is None else f" ± {record['half']:.3f}")
@@ -254,7 +241,12 @@ def _record(stamp: dict[str, Any], case: str, metric: str, value: float | None, 
     return {"case": case, "metric": metric, "value": value, "unit": unit, **facts, **stamp}
 
 
-def _named(study: Study, name: str) -> Run:
+def named(study: Study, name: str) -> Run:
+    """The run of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
     found = [run for run in study.runs if run.name == name]
     if not found:
         raise ValueError(f"the study has no run {name!r}; it has {', '.join(run.name for run in study.runs)}")

@@ -1,8 +1,7 @@
 """Evaluated router runs as files: what `elastic fit` and `elastic test` left, read back for tables and pictures.
 
-A study is a folder: `stamp.json` (GPU, versions, commit, command) and a folder for each run with `results_test.json`,
-`metrics.csv` and `elastic.json` (its checkpoint's); `results_full.json` where more held-out rows were read too, and
-`stamp.json` where the run came from another command than the study.
+A study is a folder: `stamp.json` (GPU, versions, commit, command) and a folder for each run with
+`results_validation.json`, `results_test.json`, `metrics.csv` and `elastic.json` (its checkpoint's).
 """
 
 import csv
@@ -15,9 +14,9 @@ from statistics import fmean
 from typing import Any
 
 Row = dict[str, float]
-FILES = ("results_test.json", "metrics.csv", "elastic.json")
+FILES = ("results_validation.json", "results_test.json", "elastic.json", "metrics.csv")
 STAMP = "stamp.json"
-FULL = "results_full.json"  # the same as results_test.json, of all held-out rows at bias 0, where the other has fewer
+KEPT, RISE = 0.97, 0.02  # equal quality: share of dense retrieval that must stay, rise of loss that may be
 # What counts in a source: answers right in every token, share of right tokens where answers are long, or loss.
 EXACT = ("needle_single", "needle_multi_key", "needle_multi_value", "needle_multi_query", "passage_qa", "fact_chain")
 ACCURACY = ("variable_tracking", "verbatim_copy")
@@ -95,23 +94,27 @@ class Point:
         return fmean(values), sum(half**2 for half in halves) ** 0.5 / len(halves)
 
 
+def slack(point: Point, dense: Point) -> float:
+    """How far inside both bounds of equal quality a point is: 1 = as good as dense, 0 = on a bound, below 0 = worse."""
+    kept, rise = point.retrieval()[0] / dense.retrieval()[0], point.loss()[0] / dense.loss()[0] - 1
+    return min((kept - KEPT) / (1 - KEPT), (RISE - rise) / RISE)
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run and what was measured of it.
 
     Attributes:
         folder: holds `FILES`.
-        results: contents of `results_test.json`.
+        validation: contents of `results_validation.json`, dense among its methods.
+        test: contents of `results_test.json`.
         recipe: how it was trained, from `elastic.json`.
-        full: contents of `results_full.json`, if there is one.
-        stamp: what differs from the study's stamp, where the run was made by another command.
     """
 
     folder: Path
-    results: dict[str, Any]
+    validation: dict[str, Any]
+    test: dict[str, Any]
     recipe: dict[str, Any]
-    full: dict[str, Any] | None = None
-    stamp: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -121,7 +124,7 @@ class Run:
     @property
     def router(self) -> str:
         """`elastic` (decides from the input) or `static`."""
-        return "static" if self.results["elastic"]["router"]["kind"] == "static" else "elastic"
+        return "static" if self.test["elastic"]["router"]["kind"] == "static" else "elastic"
 
     @property
     def objective(self) -> str:
@@ -136,24 +139,36 @@ class Run:
     @cached_property
     def points(self) -> list[Point]:
         """Its operating points, by rising bias."""
-        return sorted((p for p in _points(self.results) if p.is_elastic), key=lambda point: point.bias)
+        return _by_bias(self.test)
 
     @cached_property
     def baselines(self) -> list[Point]:
         """Methods without training that were measured beside it."""
-        return [point for point in _points(self.results) if not point.is_elastic]
-
-    @cached_property
-    def thorough(self) -> list[Point]:
-        """All methods of the full results, the run's own last; of the others the baselines and bias 0."""
-        if self.full is None:
-            return [*self.baselines, self.own]
-        return sorted(_points(self.full), key=lambda point: point.is_elastic)
+        return [point for point in _points(self.test) if not point.is_elastic]
 
     @property
     def own(self) -> Point:
         """The operating point of bias 0."""
-        return next(point for point in self.points if point.method == "elastic")
+        return self.at(0.0)
+
+    @property
+    def chosen(self) -> Point:
+        """The operating point that the validation rows, not these, chose: see `chosen_bias`."""
+        return self.at(self.chosen_bias)
+
+    @cached_property
+    def chosen_bias(self) -> float:
+        """The sparsest bias within the bounds of equal quality on the validation rows, or the best where none is."""
+        dense = next(point for point in _points(self.validation) if point.method == "dense")
+        points = [point for point in _by_bias(self.validation) if any(p.bias == point.bias for p in self.points)]
+        inside = [point for point in points if slack(point, dense) >= 0]
+        if inside:
+            return max(inside, key=lambda point: point.mean_msr).bias
+        return max(points, key=lambda point: slack(point, dense)).bias
+
+    def at(self, bias: float) -> Point:
+        """The operating point of a bias."""
+        return next(point for point in self.points if point.bias == bias)
 
     def curves(self) -> dict[str, list[tuple[float, float]]]:
         """Scalars of the training steps by name, such as `msr/code`."""
@@ -164,6 +179,10 @@ class Run:
                     if name and name.startswith("train/") and value:
                         found.setdefault(name.removeprefix("train/"), []).append((float(row["step"]), float(value)))
         return found
+
+
+def _by_bias(results: dict[str, Any]) -> list[Point]:
+    return sorted((point for point in _points(results) if point.is_elastic), key=lambda point: point.bias)
 
 
 def _points(results: dict[str, Any]) -> list[Point]:
@@ -213,12 +232,8 @@ def read_study(folder: Path) -> Study:
         raise FileNotFoundError(f"no study at {folder}: {stamp.name} is missing; tests/bench/routing.py writes one")
     runs = []
     for sub in sorted(path for path in folder.iterdir() if all((path / name).is_file() for name in FILES)):
-        results, meta = (json.loads((sub / name).read_text(encoding="utf-8")) for name in (FILES[0], FILES[2]))
-        full, own = (
-            json.loads((sub / name).read_text(encoding="utf-8")) if (sub / name).is_file() else None
-            for name in (FULL, STAMP)
-        )
-        runs.append(Run(sub, results, meta["recipe"], full, own))
+        validation, test, meta = (json.loads((sub / name).read_text(encoding="utf-8")) for name in FILES[:3])
+        runs.append(Run(sub, validation, test, meta["recipe"]))
     study = Study(json.loads(stamp.read_text(encoding="utf-8")), runs)
     points = [point for run in runs for point in (*run.baselines, *run.points)]
     if not any(point.method == "dense" or point.mean_msr == 0 for point in points):

@@ -1,7 +1,8 @@
 """The study behind the routing table of RESULTS.md: trains elastic and static routers by `elastic fit`, evaluates each
-at several operating points by `elastic test`, and keeps their small files in one folder for `elastic bench routing`.
+at several operating points by `elastic validate` (rows that choose the operating point) and `elastic test` (rows that
+it is judged on), and keeps their small files in one folder for `elastic bench routing`.
 
-    python tests/bench/routing.py --out runs/routing --parallel 4
+    python tests/bench/routing.py --out runs/routing --parallel 3 --compiled
     elastic bench routing runs/routing --out tests/bench/results
     elastic bench table tests/bench/results --out tests/bench/RESULTS.md
 
@@ -19,25 +20,25 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 
 from elastic.bench.records import stamp
-from elastic.bench.runs import FULL
 from elastic.shards import MANIFEST
 
 ROOT = Path(__file__).parent.parent.parent
 LAYERS = ("configs/train.yaml", "configs/smollm2-gpu.yaml", "configs/logger/csv.yaml")
 OBJECTIVES = {"quality": ["configs/objective/quality.yaml"], "target": []}
 ROUTERS = {"elastic": [], "static": ["configs/router/static.yaml"]}
-BIASES = (-4, -2, -1, 1, 2, 4)
-BASELINES = ("dense", "streaming", "random:0.8", "random:0.8:1")
+BIASES = (-4, -2, 2, 4)
+BASELINES = ("dense", "streaming", "random:0.7", "random:0.7:1")
 METRICS = "metrics.csv"
 DRAWN = ("loss", "regulariser", "msr/", "kl/", "l/", "l1/", "l2/", "router_entropy", "gradient_norm", "step_seconds")
 FILES_OF = {  # what each part leaves, and what it is kept as
     "fit": {METRICS: METRICS, "checkpoint/elastic.json": "elastic.json"},
-    "sweep": {"results_test.json": "results_test.json"},
-    "full": {"results_test.json": FULL},
+    "validate": {"results_validation.json": "results_validation.json"},
+    "test": {"results_test.json": "results_test.json"},
 }
 DATA = {"train": "configs/mixture/offline.yaml", "heldout": "configs/mixture/heldout.yaml"}
 
@@ -59,7 +60,7 @@ class Plan:
         """Of `elastic fit` and `elastic test` alike."""
         layers = [*LAYERS, *OBJECTIVES[self.objective], *ROUTERS[self.router]]
         flags = [f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false"]
-        flags += ["--trainer.limit_val_batches=0", f"--seed_everything={self.seed}", f"--data.seed={self.seed}"]
+        flags += [f"--seed_everything={self.seed}", f"--data.seed={self.seed}"]
         return [*(word for layer in layers for word in ("-c", str(ROOT / layer))), *flags, *extra]
 
 
@@ -76,36 +77,45 @@ def build_data(folder: Path) -> None:
             subprocess.run([sys.executable, *words], check=True, cwd=ROOT)
 
 
-def execute(plan: Plan, args: argparse.Namespace, deadline: float) -> str:
-    """Train and evaluate one run; keeps the files of each part when it is done. Returns what became of it."""
-    kept, folder = args.out / plan.name, args.work / plan.name
-    folder.mkdir(parents=True, exist_ok=True)
-    kept.mkdir(parents=True, exist_ok=True)
-    common, logger = plan.arguments(folder, args.extra), "--trainer.logger.init_args.save_dir"
-    baselines = list(BASELINES) if plan == args.first else []
-    sweep = ["elastic", *(f"elastic:{bias:g}" for bias in args.biases), *baselines]
-    test = ["test", *common, f"--data.data_dir={args.data / 'heldout'}", f"{logger}={folder / 'test'}"]
-    compiled = ["--model.compiled=true"] if args.compiled else []
-    parts = {
-        "fit": ["fit", *common, f"--data.data_dir={args.data / 'train'}", f"{logger}={folder}", *compiled],
-        "sweep": [*test, f"--model.methods={json.dumps(sweep)}", f"--trainer.limit_test_batches={args.share}"],
-    }
-    if plan.seed in args.thorough:
-        parts["full"] = [*test, f"--model.methods={json.dumps(['elastic', *baselines])}"]
+def execute(plan: Plan, args: argparse.Namespace, gpus: SimpleQueue, deadline: float) -> str:
+    """Train and evaluate one run on a free GPU; keeps the files of each part when it is done. Returns what became of
+    it.
+    """
+    kept, folder, gpu = args.out / plan.name, args.work / plan.name, gpus.get()
+    for path in (kept, folder):
+        path.mkdir(parents=True, exist_ok=True)
     done = []
-    for part, words in parts.items():
-        if all((kept / name).is_file() for name in FILES_OF[part].values()):
-            continue
-        began = time.monotonic()
-        problem = _run(words, folder / "log.txt", deadline - began)
-        if problem:
-            return ", ".join([*done, f"{part} {problem}"])
-        done.append(f"{part} {time.monotonic() - began:.0f} s")
-        for made, name in FILES_OF[part].items():
-            (thin if name == METRICS else shutil.copy)(folder / made, kept / name)
-        if part == "fit" and plan.seed in args.checkpoints:
-            shutil.copytree(folder / "checkpoint", kept / "checkpoint", dirs_exist_ok=True)
+    try:
+        for part, words in parts(plan, folder, args).items():
+            if all((kept / name).is_file() for name in FILES_OF[part].values()):
+                continue
+            began = time.monotonic()
+            problem = _run(words, folder / "log.txt", deadline - began, gpu)
+            if problem:
+                return ", ".join([*done, f"{part} {problem}"])
+            done.append(f"{part} {time.monotonic() - began:.0f} s")
+            for made, name in FILES_OF[part].items():
+                (thin if name == METRICS else shutil.copy)(folder / made, kept / name)
+            if part == "fit" and plan.seed in args.checkpoints:
+                shutil.copytree(folder / "checkpoint", kept / "checkpoint", dirs_exist_ok=True)
+    finally:
+        gpus.put(gpu)
     return ", ".join(done) or "was there"
+
+
+def parts(plan: Plan, folder: Path, args: argparse.Namespace) -> dict[str, list[str]]:
+    """Arguments of `elastic` for every part of a run."""
+    common, logger = plan.arguments(folder, args.extra), "--trainer.logger.init_args.save_dir"
+    biases = [f"elastic:{bias:g}" for bias in args.biases]
+    methods = {"validate": ["elastic", *biases, "dense"]}
+    methods["test"] = ["elastic", *biases, *(BASELINES if plan == args.first else [])]
+    compiled = ["--model.compiled=true"] if args.compiled else []
+    train = [f"--data.data_dir={args.data / 'train'}", f"{logger}={folder}", "--trainer.limit_val_batches=0"]
+    judge = [f"--data.data_dir={args.data / 'heldout'}", f"{logger}={folder / 'judged'}"]
+    return {
+        "fit": ["fit", *common, *train, *compiled],
+        **{part: [part, *common, *judge, f"--model.methods={json.dumps(names)}"] for part, names in methods.items()},
+    }
 
 
 def thin(source: Path, target: Path) -> None:
@@ -119,18 +129,28 @@ def thin(source: Path, target: Path) -> None:
         writer.writerows([f"{float(row[name]):.4g}" if row[name] else "" for name in names] for row in rows)
 
 
-def _run(words: list[str], log: Path, seconds: float) -> str:
+def _run(words: list[str], log: Path, seconds: float, gpu: str | None) -> str:
     """One command of `elastic`; what went wrong, or nothing."""
     if seconds < 5:
         return "not begun, out of time"
     command = [sys.executable, "-m", "elastic.cli", *words, "--ckpt_path=last"]
     limit = None if seconds == float("inf") else seconds
+    environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
     try:
         with open(log, "a") as file:
-            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, timeout=limit, check=False)
+            done = subprocess.run(
+                command, cwd=ROOT, stdout=file, stderr=file, timeout=limit, check=False, env=environment
+            )
     except subprocess.TimeoutExpired:
         return "cut, out of time"
     return f"failed, see {log}" if done.returncode else ""
+
+
+def visible_gpus() -> list[str | None]:
+    """As CUDA_VISIBLE_DEVICES names them; one None without a GPU."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
+    return [*names] or [None]
 
 
 def main(argv: list[str]) -> int:
@@ -143,10 +163,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--biases", type=float, nargs="*", default=BIASES, help="operating points beside bias 0")
-    parser.add_argument("--share", type=float, default=1.0, help="share of the held-out rows for the operating points")
-    parser.add_argument("--thorough", type=int, nargs="*", default=[0], help="seeds that all held-out rows are for")
     parser.add_argument("--checkpoints", type=int, nargs="*", default=[0], help="seeds whose checkpoints are kept")
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time on this GPU")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time on each visible GPU")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start and go on with nothing after these")
     parser.add_argument("--commit", help="commit to state where git is not at hand")
     parser.add_argument("--compiled", action="store_true", help="train with model.compiled (pays from a minute on)")
@@ -162,8 +180,12 @@ def main(argv: list[str]) -> int:
     todo = plans(args.routers, args.objectives, args.seeds)
     args.first = todo[0]
     os.environ.setdefault("OMP_NUM_THREADS", "2")
-    with ThreadPoolExecutor(args.parallel) as pool:
-        for plan, outcome in zip(todo, pool.map(lambda plan: execute(plan, args, deadline), todo), strict=True):
+    gpus: SimpleQueue = SimpleQueue()
+    for gpu in visible_gpus() * args.parallel:
+        gpus.put(gpu)
+    with ThreadPoolExecutor(gpus.qsize()) as pool:
+        outcomes = pool.map(lambda plan: execute(plan, args, gpus, deadline), todo)
+        for plan, outcome in zip(todo, outcomes, strict=True):
             sys.stdout.write(f"{plan.name}: {outcome}\n")
             sys.stdout.flush()
     return 0
