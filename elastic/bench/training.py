@@ -12,7 +12,6 @@ import gc
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from elastic.attention import fused, routed_attention
 from elastic.backbone import routing, set_context
 from elastic.bench import records, tables
-from elastic.bench.options import kernel_device
+from elastic.bench.options import add_record_options, kernel_device
 from elastic.bench.race import TOLERANCE, largest_difference
 from elastic.bench.records import Record
 from elastic.bench.step import HEAD_DIM, HEADS, KV_HEADS, SHAPES, Step, bounds_of, random_backbone, random_row
@@ -54,10 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"what to run, of {', '.join(PARTS)} (default all)")  # fmt: skip
     parser.add_argument("--memory-gb", type=float, default=80.0, metavar="GB", help="limit on memory (default 80)")
     parser.add_argument("--compile", action="store_true", help="torch.compile what surrounds attention")
-    parser.add_argument("--budget-ms", type=float, default=400.0, metavar="MS", help="time for repeats (default 400)")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default runs/bench")
-    parser.add_argument("--tag", default="training", metavar="NAME", help="name of the file (default training)")
-    parser.add_argument("--commit", metavar="HASH", help="commit to state where git is not at hand")
+    add_record_options(parser, "training")
     parser.set_defaults(dtype="bf16", head_dim=HEAD_DIM)
 
 

@@ -7,7 +7,6 @@ on and below the diagonal, those of a layer the blocks that it visits.
 import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from elastic.bench import records, tables
 from elastic.bench.cases import BLOCK, DTYPES
-from elastic.bench.options import kernel_device
+from elastic.bench.options import add_record_options, kernel_device
 from elastic.bench.race import timed
 from elastic.bench.records import Record
 from elastic.bench.structured import structured
@@ -45,10 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="tokens of the layers: selection and attention beside cuDNN (default 128K)")  # fmt: skip
     parser.add_argument("--memory", type=int, default=262144, metavar="S",
                         help="tokens of the layer whose memory is measured; 0: none (default 256K)")  # fmt: skip
-    parser.add_argument("--budget-ms", type=float, default=400.0, metavar="MS", help="time for repeats (default 400)")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default runs/bench")
-    parser.add_argument("--tag", default="xattention", metavar="NAME", help="name of the file (default xattention)")
-    parser.add_argument("--commit", metavar="HASH", help="commit to state where git is not at hand")
+    add_record_options(parser, "xattention")
     parser.set_defaults(dtype="bf16", head_dim=HEAD_DIM)
 
 
