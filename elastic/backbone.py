@@ -5,9 +5,10 @@ every attention module routes them, and an attention function registered with tr
 of a generation live on its KV cache, so interleaved requests never mix.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -198,7 +199,8 @@ def compile_layers(model: Any, **settings: Any) -> Any:
     """`torch.compile` what surrounds attention in every decoder layer (norms, projections, RoPE, MLP), in place.
 
     Routing and attention stay outside, where the kernels are launched as before. Works under training, gradient
-    checkpointing and for any sequence length; `detach` undoes it.
+    checkpointing and for any sequence length; `detach` undoes it. Where a KV cache comes along, only MLPs and norms run
+    compiled: a cache talks to the host, and the number of the layer that it wants would make each layer a graph.
 
     Args:
         settings: of `torch.compile`, such as `backend` or `mode`; `dynamic=True` unless given.
@@ -215,9 +217,19 @@ def compile_layers(model: Any, **settings: Any) -> Any:
                 part.forward.compile(**settings)
             else:
                 unchunk(part)  # a chunked norm inside would make every layer a graph of its own
-                part.forward = torch.compile(part.forward, **settings)
+                part.forward = _compiled_without_cache(part.forward, settings)
                 handle.compiled.append(part)
     return model
+
+
+def _compiled_without_cache(plain: Callable[..., Any], settings: dict[str, Any]) -> Callable[..., Any]:
+    compiled = torch.compile(plain, **settings)
+
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if kwargs.get("past_key_values") is None else plain)(*args, **kwargs)
+
+    return forward
 
 
 class _Handle:

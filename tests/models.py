@@ -54,10 +54,10 @@ def varied_routers(model: Any, seed: int = 0) -> None:
         last = router.head[-1]
         with torch.no_grad():
             last.weight.copy_(torch.randn(last.weight.shape, generator=generator))
-            probe = torch.randn(64, *router.mean.shape, generator=generator)
+            probe = torch.randn(64, *router.mean.shape, generator=generator).to(router.mean.device)
             router.update_statistics(probe * 0.3)
             gap = router(probe * 0.3)[..., 1] - router(probe * 0.3)[..., 0]
-            last.bias.copy_(torch.stack([gap.median(), torch.zeros(())]))
+            last.bias.copy_(torch.stack([gap.median(), gap.new_zeros(())]))
 
 
 def random_ids(rows: int, length: int, seed: int = 0) -> Tensor:

@@ -17,14 +17,14 @@ from tests.models import random_ids, small_config, tiny_model, varied_routers
 LENGTHS = (120, 133, 171)
 
 
-def step(model: Any, length: int, device: str = "cpu") -> tuple[Tensor, list[Tensor]]:
+def step(model: Any, length: int, device: str = "cpu", seed: int = 3) -> tuple[Tensor, list[Tensor]]:
     """Final hidden states of a packed row in training mode, and the routers' gradients (the routes' seed is fixed)."""
     batch = {
         "input_ids": random_ids(1, length),
         "cu_seq_lens": torch.tensor([0, 50, length], dtype=torch.int32),
         "prompt_spans": torch.tensor([[0, 30], [50, 90]]),
     }
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     inputs: dict[str, Any] = {name: x.to(device) for name, x in batch.items()}
     hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
     weights = [p for router in routers(model) for p in router.parameters()]
@@ -60,7 +60,7 @@ def test_training_is_the_same(family: str, checkpointing: bool) -> None:
 
 
 def test_generation_is_the_same_and_detach_undoes_it() -> None:
-    plain = tiny_model()
+    plain = tiny_model(num_hidden_layers=10)
     ids = random_ids(2, 60)
     with torch.no_grad():
         stock = plain(ids).logits
@@ -71,7 +71,8 @@ def test_generation_is_the_same_and_detach_undoes_it() -> None:
     torch.compiler.reset()
     backend = CompileCounterWithBackend("aot_eager")
     compile_layers(model, backend=backend)
-    assert torch.equal(model.generate(ids, **settings), expected) and backend.frame_count
+    assert torch.equal(model.generate(ids, **settings), expected)
+    assert 0 < backend.frame_count < 10, "layers share their graphs"
     frames, restored = backend.frame_count, detach(model)
     with torch.no_grad():
         assert torch.equal(restored(ids).logits, stock) and backend.frame_count == frames
@@ -95,24 +96,37 @@ def test_a_model_without_routers_is_refused() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_inductor_trains_through_the_kernels(family: str, checkpointing: bool) -> None:
-    """Hidden states and router gradients as close to fp32 as those of the uncompiled model in bf16."""
-    sparse = SparseConfig(sink=64, window=64, block=64)
-    results: dict[str, tuple[Tensor, list[Tensor]]] = {}
+    """Two steps of different lengths: hidden states and router gradients as close to fp32 as those of the uncompiled
+    model in bf16. Roundings may turn a route that is drawn near its threshold; other noise is taken then.
+    """
+    models = {}
     for name, dtype in (("exact", torch.float32), ("eager", torch.bfloat16), ("compiled", torch.bfloat16)):
         model = tiny_model(family, hidden_size=256, head_dim=64).to(dtype)
-        attach(model, ElasticConfig(RouterConfig(pool_tokens=8), sparse)).train()
+        attach(model, ElasticConfig(RouterConfig(pool_tokens=8), SparseConfig(sink=64, window=64, block=64))).train()
         varied_routers(model)
-        model.to("cuda")
+        models[name] = model.to("cuda")
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        if name == "compiled":
-            torch.compiler.reset()
-            compile_layers(model)
-            step(model, 700, "cuda")  # another length first
-        results[name] = step(model, 900, "cuda")
-    hidden = {name: value[0].float() for name, value in results.items()}
-    error, allowed = ((hidden[name] - hidden["exact"]).abs().max() for name in ("compiled", "eager"))
-    assert error <= 2 * allowed
-    flat = {name: torch.cat([g.flatten() for g in value[1]]) for name, value in results.items()}
-    error, allowed = ((flat[name] - flat["exact"]).norm() for name in ("compiled", "eager"))
-    assert error <= 2 * allowed + 1e-3 * flat["exact"].norm()
+    torch.compiler.reset()
+    compile_layers(models["compiled"])
+    for length in (700, 900):
+        hidden, gradients = like_routes(models, length)
+        error, allowed = ((hidden[name] - hidden["exact"]).abs().max() for name in ("compiled", "eager"))
+        assert error <= 2 * allowed
+        error, allowed = ((gradients[name] - gradients["exact"]).norm() for name in ("compiled", "eager"))
+        assert error <= 2 * allowed + 1e-3 * gradients["exact"].norm()
+
+
+def like_routes(models: dict[str, Any], length: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Hidden states and flat gradients of one step by model, with noise under which all take the same routes."""
+    for seed in range(3, 13):
+        results, routes = {}, []
+        for name, model in models.items():
+            results[name] = step(model, length, "cuda", seed)
+            routes.append(routing(model).route > 0.5)
+        if all(torch.equal(route, routes[0]) for route in routes):
+            return (
+                {name: hidden.float() for name, (hidden, _) in results.items()},
+                {name: torch.cat([g.flatten() for g in grads]) for name, (_, grads) in results.items()},
+            )
+    raise AssertionError("the models take different routes under every noise tried")

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from elastic import decoding
-from elastic.backbone import attach, elastic_config, override_routes, route_of, set_config
+from elastic.backbone import attach, compile_layers, elastic_config, override_routes, route_of, set_config
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.decode_graph import DecodeGraph, graphed
 from elastic.elastic_cache import ElasticCache
@@ -19,7 +19,7 @@ CONFIG = ElasticConfig(RouterConfig(pool_tokens=8), SparseConfig(sink=64, window
 
 
 def gpu_model(granule="token", kind="elastic"):
-    model = tiny_model(hidden_size=512, head_dim=128, initializer_range=0.1).to(torch.bfloat16)
+    model = tiny_model(hidden_size=512, head_dim=128, initializer_range=0.05).to(torch.bfloat16)
     attach(model, replace(CONFIG, kv_cache=kind, sparse=replace(CONFIG.sparse, granule=granule)))
     varied_routers(model)
     return model.to("cuda")
@@ -60,6 +60,7 @@ def test_decode_kernel_equals_pytorch(granule, kind, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(decoding, "why_not", lambda *_: "the test asks for PyTorch")
         expected, _ = decode(model, cache(), ids, mask, 40, tokens)
+    assert (found - expected).norm() < 0.02 * expected.norm()
     assert (found - expected).abs().max() < 0.03 * expected.abs().max()
 
 
@@ -87,6 +88,25 @@ def test_generate_over_a_graph_equals_generate_without():
     assert "forward" not in vars(model) and cache.seen == 339
 
 
+@pytest.mark.parametrize("kind", ["elastic", "full"])
+def test_compiled_layers_change_no_more_than_rounding(kind):
+    """`compile_layers` with its own compiler: the prompt, decode steps, and those steps as a CUDA graph."""
+    model = gpu_model(kind=kind)
+    ids, mask = (x.cuda() for x in left_padded(random_ids(2, 300), [0, 90]))
+    with override_routes(model, torch.tensor([[0, 1], [1, 0], [1, 1]], device="cuda")):
+        expected, tokens = decode(model, new_cache(model, step=16), ids, mask, 20)
+        torch.compiler.reset()
+        compile_layers(model)
+        found, _ = decode(model, new_cache(model, step=16), ids, mask, 20, tokens)
+        cache = new_cache(model, step=16)
+        with torch.no_grad():
+            model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        graph = DecodeGraph(model, cache)
+        replayed = torch.stack([graph.step(token)[:, -1].float() for token in tokens])
+    assert 0 < (found - expected).norm() < 0.02 * expected.norm()
+    assert (replayed - found).norm() < 1e-3 * found.norm()
+
+
 def test_neither_prefill_nor_decode_waits_for_the_gpu():
     model, ids = gpu_model(), random_ids(1, 700).cuda()
     decode(model, new_cache(model), ids, torch.ones_like(ids), 2)  # kernels compiled
@@ -104,16 +124,23 @@ def test_neither_prefill_nor_decode_waits_for_the_gpu():
 
 
 def test_all_heads_full_give_the_stock_models_tokens():
-    """fp16 has the mantissa to tell the best token from the next where sums are ordered differently."""
-    model = tiny_model(hidden_size=512, head_dim=128, initializer_range=0.1, eos_token_id=None).to(
-        "cuda", torch.float16
-    )
+    """fp16 has the mantissa to tell the best token from the next where sums are ordered differently. A row may part
+    from the stock model only where that model's two best tokens are as good as equal.
+    """
+    settings = {"hidden_size": 512, "head_dim": 128, "initializer_range": 0.05, "eos_token_id": None}
+    model = tiny_model(**settings).to("cuda", torch.float16)
     ids, mask = (x.cuda() for x in left_padded(random_ids(8, 300), [0, 90, 10, 200, 5, 250, 0, 1]))
     options = {"attention_mask": mask, "max_new_tokens": 32, "do_sample": False}
-    stock = model.generate(ids, **options)
+    stock = model.generate(ids, **options, return_dict_in_generate=True, output_logits=True)
     attach(model, replace(CONFIG, kv_cache="elastic"))
     with override_routes(model, 0):
-        assert torch.equal(model.generate(ids, past_key_values=new_cache(model), **options), stock)
+        found = model.generate(ids, past_key_values=new_cache(model), **options)
+    best = torch.stack(stock.logits, 1).float().topk(2).values
+    differ = found[:, 300:] != stock.sequences[:, 300:]
+    rows = differ.any(1)
+    first = differ.int().argmax(1)[rows]
+    margin = (best[..., 0] - best[..., 1])[rows, first]
+    assert rows.sum() <= 4 and (margin < 0.01).all(), margin
 
 
 def test_memory_falls_with_the_routes():

@@ -5,67 +5,121 @@ compute-sanitizer --tool racecheck --kernel-name kns=attention_ --print-limit 10
 compute-sanitizer --tool initcheck --print-limit 100000 python -m tests.kernels.sanitize run > log
 python -m tests.kernels.sanitize count log
 compute-sanitizer --kernel-name-exclude kns=at:: python -m tests.kernels.sanitize decode
+compute-sanitizer --tool racecheck --kernel-name kns=xattention python -m tests.kernels.sanitize select
 
 The kernels are compiled with line numbers. initcheck must see all kernels, because PyTorch's write what ours read;
-`count` then tells whose reads it reports. `decode` runs decode attention and the router instead.
+`count` then tells whose reads it reports. `run` is forward, backward and the route's gap, `decode` decode attention and
+the router, `select` XAttention's choice of key blocks. memcheck sees an overrun of a tensor only where PyTorch does not
+cut tensors out of larger blocks: set PYTORCH_NO_CUDA_MEMORY_CACHING=1.
 """
 
 import re
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from elastic.kernels import jit, route_gap
+from elastic.kernels.params import Ranges
 from elastic.kernels.route_prompt import route_prompt
-from tests.kernels.generators import random_problem
+from tests.kernels.generators import placed, random_problem, tensor
 from tests.kernels.gpu import run
 from tests.kernels.gpu_backward import forward_exact, run_backward, upstream
 from tests.kernels.gpu_decode import configs, random_decode, run_decode
+from tests.kernels.gpu_selection import Selection, judge_selection, run_selection
 from tests.kernels.test_router_gpu import linears, operands, trained_router
 
 SEEDS = (2, 232, 157, 182, 221, 0, 1)  # small; tails, packing, every mode, both head dims
-OURS = re.compile(r"attention_\w+|route_prompt")
+OURS = re.compile(r"attention_\w+|route_prompt|xattention_\w+")
 DECODE_SEEDS = (1, 3, 9, 11, 16)
 
 
 def main() -> None:
     """Run the problems, or count the reports of a log by kernel."""
-    if sys.argv[1] == "count":
-        for name, number in count(Path(sys.argv[2]).read_text()).most_common():
-            sys.stdout.write(f"{number:8d} {name}\n")
+    part, *rest = sys.argv[1:]
+    if part == "count":
+        for name, number in count(Path(rest[0]).read_text()).most_common():
+            say(f"{number:8d} {name}")
         return
     options = jit.Variant.options
     jit.Variant.options = property(lambda self: (*options.fget(self), "-lineinfo"))  # type: ignore[method-assign,assignment]
-    if sys.argv[1] == "decode":
-        return decode_and_route()
+    PARTS[part](tuple(rest))
+    say(f"{part}: all done")
+
+
+def say(line: str) -> None:
+    """A line at once: a run that is stopped must show how far it came."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def done(what: str, started: float) -> None:
+    """Wait for the GPU and tell what ran."""
+    torch.cuda.synchronize()
+    say(f"{what} done in {time.perf_counter() - started:.1f} s")
+
+
+def attention(debug: tuple[str, ...]) -> None:
+    """Forward, backward in both orders of addition, and the route's gap on the small random problems."""
     for seed in SEEDS:
+        started = time.perf_counter()
         problem = random_problem(seed)
         grad, (out, lse) = upstream(problem, seed), forward_exact(problem)
         run(problem, "sm90")
         for deterministic in (False, True):
-            run_backward(problem, grad, out, lse, deterministic=deterministic, debug=tuple(sys.argv[2:]))
+            run_backward(problem, grad, out, lse, deterministic=deterministic, debug=debug)
         if problem.bits is None:
             q, k, v, mode, pattern, ranges, _ = problem.args()
             route_gap(grad, out, q, k, v, 1 - mode, share=0.5, **pattern._asdict(), **ranges.named())
-        torch.cuda.synchronize()
-        sys.stdout.write(f"seed {seed} done\n")
+        done(f"seed {seed} {list(problem.q.shape)} {problem.q.dtype}", started)
 
 
-def decode_and_route() -> None:
+def decode_and_route(_debug: tuple[str, ...]) -> None:
     """Decode problems in several launch shapes, and the router on a few samples."""
     for seed in DECODE_SEEDS:
+        started = time.perf_counter()
         problem = random_decode(seed)
         for config in configs(problem):
             run_decode(problem, config)
-        sys.stdout.write(f"decode seed {seed} {list(problem.q.shape)} done\n")
+        done(f"decode seed {seed} {list(problem.q.shape)}", started)
     for kv_heads, dim in ((8, 128), (3, 64)):
+        started = time.perf_counter()
         router = trained_router(kv_heads, dim)
         keys = operands(2, kv_heads, dim, torch.bfloat16, pool=20)
         route_prompt(*keys, linears(router), (router.mean, router.var, router.count))
-        torch.cuda.synchronize()
-        sys.stdout.write(f"router {kv_heads} heads, D {dim} done\n")
+        done(f"router {kv_heads} heads, D {dim}", started)
+
+
+def small_selections() -> list[Selection]:
+    """One row tile and several, one key tile and two, tails that are cleared, packed samples, masses in the scratch."""
+    gen = torch.Generator("cuda").manual_seed(0)
+    found = []
+    for tokens, past, heads, dim, stride, block in (
+        (100, 0, 1, 64, 8, 64),
+        (1300, 0, 1, 64, 8, 128),
+        (300, 2100, 2, 64, 8, 64),
+        (2100, 0, 1, 128, 16, 128),
+    ):
+        q = tensor(gen, (1, tokens, heads, dim), "plain", torch.bfloat16)
+        k = tensor(gen, (1, tokens + past, 1, dim), "plain", torch.bfloat16)
+        mode = torch.full((1, 1), 2, dtype=torch.int32, device="cuda")
+        found.append(Selection(q, k, mode, stride, 0.9, block, dim**-0.5, Ranges()))
+    q, k = (tensor(gen, (1, 700, 2, 64), "plain", torch.float16) for _ in range(2))
+    cuts = {"begin_q": [0, 301], "end_q": [301, 690], "begin_k": [0, 301], "end_k": [301, 690], "row": [0, 0]}
+    mode = torch.tensor([[2, 0], [1, 2]], dtype=torch.int32, device="cuda")
+    return [*found, Selection(q, k, mode, 8, 0.9, 64, 0.125, placed(cuts, q, k))]
+
+
+def select(debug: tuple[str, ...]) -> None:
+    """The choice of key blocks on the smallest problems, judged too: racecheck needs a minute for larger ones."""
+    for problem in small_selections():
+        started = time.perf_counter()
+        judge_selection(*run_selection(problem, debug), problem)
+        what = f"q {list(problem.q.shape)} k {list(problem.k.shape)} stride {problem.stride} block {problem.block}"
+        done(f"select {what}", started)
 
 
 def count(log: str) -> Counter[str]:
@@ -78,6 +132,12 @@ def count(log: str) -> Counter[str]:
             found[ours[0] if ours else "other kernels (PyTorch)"] += 1
     return found
 
+
+PARTS: dict[str, Callable[[tuple[str, ...]], None]] = {
+    "run": attention,
+    "decode": decode_and_route,
+    "select": select,
+}
 
 if __name__ == "__main__":
     main()
