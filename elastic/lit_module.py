@@ -103,13 +103,19 @@ class ElasticModule(RoutedModule):
         own = [p for router in routers(self.model) for p in router.head_logits()]
         shared = [p for router in routers(self.model) for p in router.parameters() if all(p is not o for o in own)]
         settings = self.optimiser
+        if settings.heads_first and not own:
+            raise ValueError(
+                f"optimiser.heads_first={settings.heads_first} trains nothing at first, because no head has logits of "
+                "its own; set elastic.router.head_offset: true, or heads_first: 0"
+            )
+        late = {"peak": settings.lr, "begin": settings.heads_first}
         groups = [
-            {"params": [p for p in shared if p.dim() > 1], "weight_decay": settings.weight_decay, "peak": settings.lr},
-            {"params": [p for p in shared if p.dim() == 1], "weight_decay": 0.0, "peak": settings.lr},
-            {"params": own, "weight_decay": 0.0, "peak": settings.head_lr},
+            {"params": [p for p in shared if p.dim() > 1], "weight_decay": settings.weight_decay, **late},
+            {"params": [p for p in shared if p.dim() == 1], "weight_decay": 0.0, **late},
+            {"params": own, "weight_decay": 0.0, "peak": settings.head_lr, "begin": 0.0},
         ]
         descent = torch.optim.AdamW([group for group in groups if group["params"]], betas=settings.betas)
-        prices = [{"params": list(self.multipliers.parameters()), "peak": settings.multiplier_lr}]
+        prices = [{"params": list(self.multipliers.parameters()), "peak": settings.multiplier_lr, "begin": 0.0}]
         return [descent, torch.optim.SGD(prices, maximize=True)]
 
     def on_fit_start(self) -> None:
@@ -208,7 +214,7 @@ class ElasticModule(RoutedModule):
         """Learning rates of the step about to be taken; neither the first nor the last is 0."""
         progress = (self.global_step + 1) / (self.total_steps + 1)
         for group in (group for optimiser in optimisers for group in optimiser.param_groups):
-            group["lr"] = schedules.learning_rate(progress, group["peak"], self.optimiser.warmup)
+            group["lr"] = schedules.learning_rate(progress, group["peak"], self.optimiser.warmup, group["begin"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep routers and multipliers only, and what a resumed run must agree on."""

@@ -29,6 +29,9 @@ class OptimiserConfig:
             steps; short runs need 2e-2 or more.
         multiplier_limit: bound on |l1| and l2.
         warmup: share of the steps with linearly rising rates, in which the feature statistics are gathered.
+        heads_first: share of the steps in which only logits of single heads learn (`router.head_offset`), before the
+            shared router begins with a warm-up of its own: which heads matter is found first, by what their absence
+            costs, then how many of them an input needs. 0 lets both begin together.
         start: SA logit of every head before the first step. 0 is the paper's, undecided; below 0 training begins near
             the dense model, where dropping one head shows: with half of the heads dropped at random retrieval is gone
             whatever the rest do, and its gradient says nothing.
@@ -42,6 +45,7 @@ class OptimiserConfig:
     multiplier_lr: float = 1e-3
     multiplier_limit: float = 10.0
     warmup: float = 0.2
+    heads_first: float = 0.0
     start: float = 0.0
 
     def __post_init__(self) -> None:
@@ -60,6 +64,8 @@ class OptimiserConfig:
         _number("optimiser.start", self.start)
         if not 0 < _number("optimiser.warmup", self.warmup) < 1:
             raise ValueError(f"optimiser.warmup={self.warmup} is not in (0, 1); it is a share of the steps")
+        if not 0 <= _number("optimiser.heads_first", self.heads_first) < 1:
+            raise ValueError(f"optimiser.heads_first={self.heads_first} is not in [0, 1); it is a share of the steps")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """ElasticModule: what is trained, what is logged, evaluation, checkpoints and refusals."""
 
+import copy
 import hashlib
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -201,6 +203,21 @@ def test_a_gradient_that_is_not_finite_names_step_and_task(data, tmp_path):
         trainer.fit(Broken(elastic=SMALL), loader)
 
 
+def test_heads_first_leaves_the_shared_router_as_it_is(data, tmp_path):
+    elastic = replace(SMALL, router=replace(SMALL.router, head_offset=True))
+    module, loader, trainer = small_run(data, tmp_path, fit=False)
+    module = ElasticModule(elastic=elastic, optimiser=OptimiserConfig(heads_first=0.99))
+    before = {}
+    module.on_train_start = lambda: before.update(copy.deepcopy(routers(module.model)[0].state_dict()))
+    trainer.fit(module, loader)
+    router = routers(module.model)[0]
+    changed = {name for name, value in router.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"offset", "mean", "var", "count"}
+    trainer = small_run(data, tmp_path / "other", fit=False)[2]
+    with pytest.raises(ValueError, match=r"heads_first=0\.5 trains nothing at first"):
+        trainer.fit(ElasticModule(elastic=SMALL, optimiser=OptimiserConfig(heads_first=0.5)), loader)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -212,6 +229,7 @@ def test_a_gradient_that_is_not_finite_names_step_and_task(data, tmp_path):
         (lambda: OptimiserConfig(betas=(0.9, 1.0)), "is not a pair of numbers in \\[0, 1\\)"),
         (lambda: OptimiserConfig(weight_decay=-1), "weight_decay=-1 is below 0; 0 switches it off"),
         (lambda: OptimiserConfig(warmup=1.0), "optimiser.warmup=1.0 is not in \\(0, 1\\)"),
+        (lambda: OptimiserConfig(heads_first=1.0), "optimiser.heads_first=1.0 is not in \\[0, 1\\)"),
         (lambda: TemperatureConfig(initial=0.1, final=0.3), "expected 0 < final <= initial"),
         (lambda: TemperatureConfig(reached=0), "temperature.reached=0 is not in \\(0, 1\\]"),
     ],

@@ -141,8 +141,11 @@ def test_learning_rate_warms_up_linearly_and_decays_by_a_cosine():
     assert schedules.learning_rate(0.2, 1.0, 0.2) == pytest.approx(1.0)
     assert schedules.learning_rate(0.6, 1.0, 0.2) == pytest.approx(0.5)
     assert schedules.learning_rate(1.0, 1.0, 0.2) == pytest.approx(0.0)
+    for progress, same in ((0.3, 0.0), (0.5, 0.0), (0.55, 0.1), (0.8, 0.6), (1.0, 1.0)):
+        late = schedules.learning_rate(progress, 1.0, 0.2, begin=0.5)
+        assert late == pytest.approx(schedules.learning_rate(same, 1.0, 0.2))
 
 
-@given(st.floats(0, 1), st.floats(0.01, 0.99))
-def test_learning_rate_stays_in_range(progress, warmup):
-    assert -1e-12 <= schedules.learning_rate(progress, 3.0, warmup) <= 3.0 + 1e-12
+@given(st.floats(0, 1), st.floats(0.01, 0.99), st.floats(0, 0.99))
+def test_learning_rate_stays_in_range(progress, warmup, begin):
+    assert -1e-12 <= schedules.learning_rate(progress, 3.0, warmup, begin) <= 3.0 + 1e-12
