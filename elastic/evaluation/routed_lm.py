@@ -3,6 +3,7 @@ prompts are cut in the middle, and every sample leaves its MSR, ESR, prefill tim
 """
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,13 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from elastic.backbone import elastic_config, override_routes, route_of, routing
+from elastic.backbones import architecture
 from elastic.config import SparseConfig
+from elastic.decode_graph import can_graph, graphed
+from elastic.inference import ends_of, new_cache
 from elastic.sparsity import esr, msr
 
 
@@ -86,18 +90,18 @@ class RoutedLM(HFLM):
 
     @torch.no_grad()
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation: Any) -> Tensor:
-        from transformers import DynamicCache
-
-        cache, clock = DynamicCache(config=self.model.config), _Clock(self.device)
+        """Ids [B, prompt + answer]; where the decode kernel runs, decode steps replay a CUDA graph."""
+        if self.eot_token_id in ends_of(self.model):  # where `generate` ends by itself, without decoding every step
+            stop = [text for text in stop if text != self.tok_decode(self.eot_token_id, skip_special_tokens=False)]
+        clock, graph = _Clock(self.device), can_graph(self.model, architecture(self.model)["head_dim"])
+        generation |= {"stop": stop, "logits_processor": LogitsProcessorList([clock])}
         with override_routes(self.model, self.route, self.sparse):
-            output = super()._model_generate(
-                context,
-                max_length,
-                stop,
-                past_key_values=cache,
-                logits_processor=LogitsProcessorList([clock]),
-                **generation,
-            )
+            if graph:
+                cache: Any = new_cache(self.model, max_length - context.shape[1], "full")
+            else:
+                cache = DynamicCache(config=self.model.config)
+            with graphed(self.model, cache) if graph else nullcontext():
+                output = super()._model_generate(context, max_length, past_key_values=cache, **generation)
         record = route_of(cache)
         assert record.prompt_lengths is not None and clock.seconds is not None  # the prefill has just run
         self._keep(record.route, record.density, record.prompt_lengths, clock.seconds)
