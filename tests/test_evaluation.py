@@ -125,7 +125,7 @@ def test_too_large_a_batch_is_named(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(lm_eval, "simple_evaluate", overrun)
+    monkeypatch.setattr(lm_eval, "evaluate", overrun)
     model, words = load_backbone("tiny")
     model.config.max_position_embeddings = 2048
     monkeypatch.setattr(runner, "load_model", lambda *_: (attach(model, small_config()), words))

@@ -15,20 +15,24 @@ from elastic.evaluation import routed_lm
 from elastic.evaluation.routed_lm import RoutedLM, cut_middle
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    """One token a character, so that lengths are easy to see."""
+def letters():
+    """A tokenizer with one token a character, so that lengths are easy to see."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    letters = [chr(i) for i in range(32, 127)]
+    characters = [chr(i) for i in range(32, 127)]
     made = Tokenizer(
-        models.WordLevel({c: i + 2 for i, c in enumerate(letters)} | {"<pad>": 0, "<e>": 1}, unk_token=" ")
+        models.WordLevel({c: i + 2 for i, c in enumerate(characters)} | {"<pad>": 0, "<e>": 1}, unk_token=" ")
     )
     made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     fast = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<e>", unk_token=" ")
     fast.padding_side = "left"
     return fast
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return letters()
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +91,9 @@ def test_scores_of_whole_tasks_are_those_of_the_plain_harness(model, tokenizer):
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
+    manager = TaskManager(include_defaults=False)  # whose thousands of task files take long to read
     docs = [{"text": f"document {i} says {'ab' * (3 * i + 2)}", "choices": ["one", "two words", "3"]} for i in range(7)]
     plain = HFLM(pretrained=tiny_model(), tokenizer=tokenizer, batch_size=1)
     common = {
@@ -114,7 +120,7 @@ def test_scores_of_whole_tasks_are_those_of_the_plain_harness(model, tokenizer):
         found = []
         for lm in (plain, RoutedLM(model, tokenizer, 0, batch_size=3)):
             task = ConfigurableTask(config={"task": f"own_{kind}", "output_type": kind, **common, **own})
-            options = {"log_samples": True, "bootstrap_iters": 0, "verbosity": "ERROR"}
+            options = {"log_samples": True, "bootstrap_iters": 0, "verbosity": "ERROR", "task_manager": manager}
             found.append(lm_eval.simple_evaluate(model=lm, tasks=[task], **options))
         one, other = (result["results"][f"own_{kind}"] for result in found)
         scores = [key for key in one if key.startswith(("score", "acc"))]
@@ -182,3 +188,14 @@ def test_answers_end_without_reading_every_step(model, tokenizer, monkeypatch):
         with pytest.raises(KeyError):
             lm._model_generate(random_ids(1, 4), 6, ["<e>", "stop"], x=None)
     assert asked == [["stop"], ["<e>", "stop"]]
+
+
+def test_prompts_are_encoded_at_once_as_the_harness_encodes_them(model, tokenizer, monkeypatch):
+    texts, options, seen = ["a short text", "<e>begun", "x" * 70], {"until": [], "max_gen_toks": 2}, {}
+    lm = RoutedLM(model, tokenizer, 0, batch_size=2)
+    wanted = {text: routed_lm.HFLM.tok_encode(lm, text) for text in texts}
+    monkeypatch.setattr(RoutedLM, "_keep", lambda self, *_: seen.update(self._encoded))
+    generated(lm, texts, options)
+    assert seen == {text: wanted[text] for text in texts if text != "<e>begun"}
+    assert not lm._encoded and lm.tok_encode(texts[0]) == wanted[texts[0]]
+    assert lm.tok_encode(texts[0], left_truncate_len=3) == wanted[texts[0]][-3:]

@@ -73,6 +73,23 @@ class RoutedLM(HFLM):
         self.route, self.sparse = route, sparse or elastic_config(model).sparse
         self.facts: dict[str, SampleFacts] = {}
         self._waiting: list[tuple[str, int, int]] = []
+        self._encoded: dict[str, list[int]] = {}
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Answers; the prompts are encoded all at once, on all cores, where the harness encodes each one twice."""
+        start = self.tokenizer.decode(self.prefix_token_id)
+        texts = list(dict.fromkeys(r.args[0] for r in requests if not r.args[0].startswith(start)))
+        if texts and self.add_bos_token is None:
+            self._encoded = dict(zip(texts, self.tokenizer(texts)["input_ids"], strict=True))
+        try:
+            return super().generate_until(requests, disable_tqdm)
+        finally:
+            self._encoded = {}
+
+    def tok_encode(self, string: str, *arguments: Any, **options: Any) -> list[int]:
+        """Ids of a text."""
+        known = None if arguments or options else self._encoded.get(string)
+        return super().tok_encode(string, *arguments, **options) if known is None else known
 
     def tok_batch_encode(
         self, strings: Any, padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False

@@ -138,9 +138,7 @@ def _evaluate(
     plan: Plan, method: Method, cells: Sequence[Cell], model: Any, tokenizer: Any
 ) -> list[list[dict[str, Any]]]:
     """Per cell and sample: prediction, references, score, MSR, ESR, prefill seconds and tokens."""
-    import lm_eval
     import torch
-    from lm_eval.tasks import TaskManager
 
     from elastic.backbones import architecture
     from elastic.evaluation.routed_lm import RoutedLM
@@ -159,15 +157,7 @@ def _evaluate(
     started = time.perf_counter()
     try:
         with biased(model, method.knob if method.kind == "elastic" else None):
-            results: Any = lm_eval.simple_evaluate(
-                model=lm,
-                tasks=tasks,
-                apply_chat_template=chat,
-                log_samples=True,
-                bootstrap_iters=0,
-                task_manager=TaskManager(include_defaults=False),  # whose thousands of task files take 20 s to read
-                verbosity="ERROR",
-            )
+            results = _by_harness(lm, tasks, chat)
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"{first.label} ran out of the memory of {plan.device} with --batch-size {plan.batch_size}; use a smaller "
@@ -187,6 +177,21 @@ def _evaluate(
         ]
         for cell, task in zip(cells, tasks, strict=True)
     ]
+
+
+def _by_harness(lm: Any, tasks: list[Any], chat: bool) -> dict[str, Any]:
+    """What its `simple_evaluate` does between reading thousands of task files (20 s) and collecting facts on the machine
+    (seconds for every task, by calling pip and asking the hub).
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    for task in tasks:
+        task.set_config(key="num_fewshot", value=0)
+    loaded = TaskManager(include_defaults=False).load(tasks)
+    return lm_eval.evaluate(  # type: ignore[no-any-return]
+        lm=lm, task_dict=loaded, bootstrap_iters=0, apply_chat_template=chat, log_samples=True, verbosity="ERROR"
+    )
 
 
 def _facts(plan: Plan, method: Method, cell: Cell) -> dict[str, Any]:
