@@ -1,11 +1,10 @@
-"""The model under lm-evaluation-harness: equal to the plain one where every head is full, routed on contexts alone, with
-or without the cache that CUDA graphs need.
+"""The model under lm-evaluation-harness: equal to the plain one where every head is full, routed on contexts alone,
+with or without the cache that CUDA graphs need.
 """
 
 from contextlib import nullcontext
 
 import pytest
-import torch
 
 from elastic.backbone import attach, override_routes
 from tests.models import random_ids, small_config, tiny_model, varied_routers

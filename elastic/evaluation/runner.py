@@ -180,8 +180,8 @@ def _evaluate(
 
 
 def _by_harness(lm: Any, tasks: list[Any], chat: bool) -> dict[str, Any]:
-    """What its `simple_evaluate` does between reading thousands of task files (20 s) and collecting facts on the machine
-    (seconds for every task, by calling pip and asking the hub).
+    """What its `simple_evaluate` does between reading thousands of task files (20 s) and collecting facts about the
+    machine (seconds for every task, by calling pip and asking the hub).
     """
     import lm_eval
     from lm_eval.tasks import TaskManager
