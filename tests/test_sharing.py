@@ -1,7 +1,11 @@
 """Several `elastic eval` commands at a time: one folder of results, one cache of samples, one ranking of heads."""
 
+import errno
 import json
 import multiprocessing
+import os
+import signal
+from pathlib import Path
 
 import pytest
 
@@ -99,3 +103,29 @@ def test_commands_that_share_a_folder_are_summed_up_by_a_last_one(tmp_path, monk
     monkeypatch.setattr(runner, "load_model", lambda *_: (None, None))
     with pytest.raises(pytest.fail.Exception):  # another seed asks for other samples
         runner.run(replace(plan, seed=1), methods, tmp_path)
+
+
+def dying(_, lock):
+    with alone(lock):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_does_not_keep_the_others_out(tmp_path):
+    assert together(dying, tmp_path / ".lock") == [-signal.SIGKILL] * PROCESSES
+    with alone(tmp_path / ".lock"):
+        write_whole(tmp_path / "result", "whole")
+    assert (tmp_path / "result").read_text() == "whole"
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "result"
+    write_whole(file, "before")
+
+    def full(path, *_, **__):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_whole(file, "after")
+    assert file.read_text() == "before" and [path.name for path in tmp_path.iterdir()] == ["result"]

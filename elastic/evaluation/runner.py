@@ -189,7 +189,7 @@ def _by_harness(lm: Any, tasks: list[Any], chat: bool) -> dict[str, Any]:
     for task in tasks:
         task.set_config(key="num_fewshot", value=0)
     loaded = TaskManager(include_defaults=False).load(tasks)
-    return lm_eval.evaluate(  # type: ignore[no-any-return]
+    return lm_eval.evaluate(
         lm=lm, task_dict=loaded, bootstrap_iters=0, apply_chat_template=chat, log_samples=True, verbosity="ERROR"
     )
 
