@@ -83,7 +83,8 @@ def graphed(model: Any, cache: ElasticCache) -> Iterator[None]:
     before = vars(model).get("forward")
     model.forward = _Graphed(DecodeGraph(model, cache))
     try:
-        yield
+        with torch.cuda.device(model.device):  # whose stream is captured
+            yield
     finally:
         del model.forward
         if before is not None:

@@ -239,6 +239,8 @@ def test_the_official_array_of_version_two_is_read(tmp_path):
 
 
 def test_what_cannot_be_had_is_named(tmp_path, monkeypatch):
+    from datasets import Dataset
+
     bench = longbench.LongBench(longbench.E, tmp_path)
     write(tmp_path / "trec_e.jsonl", [{}])
     assert len(bench.left_out()) == 12 and of_set("trec") not in bench.left_out()
@@ -247,9 +249,13 @@ def test_what_cannot_be_had_is_named(tmp_path, monkeypatch):
         read("longbench2", tmp_path)
     with pytest.raises(ValueError, match="task longbench_trec_e has no usable row; 0 records read, 1 skipped"):
         read(of_set("trec"), tmp_path)
-    (tmp_path / "lcc_e.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(ValueError, match="cannot be read as parquet"):
-        read(of_set("lcc"), tmp_path)
+    file = tmp_path / "lcc_e.parquet"
+    Dataset.from_list([record()] * 50).to_parquet(str(file))
+    whole = file.read_bytes()
+    for part in (whole[: len(whole) // 2], whole[:-1], b"PAR1 and no more", b""):  # as a broken download leaves it
+        file.write_bytes(part)
+        with pytest.raises(ValueError, match="cannot be read as parquet"):
+            read(of_set("lcc"), tmp_path)
     monkeypatch.setattr(longbench, "PACKAGES", ("rouge", "no_such_package"))
     reason = longbench.LongBench(longbench.V2, tmp_path).left_out()["longbench2"]
     assert reason == "needs no_such_package: pip install 'elastic-attention[eval]'"

@@ -157,7 +157,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(tmp_path, short_answers,
         def third(source, target):  # killed with its result in the scratch file
             os.kill(os.getpid(), signal.SIGKILL) if next(written, None) is None else replace(source, target)
 
-        monkeypatch.setattr(runner.os, "replace", third)
+        monkeypatch.setattr(os, "replace", third)
         small_run(data, out)
 
     process = multiprocessing.get_context("fork").Process(target=dying)

@@ -117,7 +117,7 @@ def test_every_length_is_filled(ruler, name, length, monkeypatch):
     else:
         monkeypatch.delenv("ELASTIC_CACHE")
         tokenizer = smollm2()
-    for task in SYNTHETIC:
+    for task in (*SYNTHETIC, "ruler_qa_squad"):
         for doc in samples(ruler, task, length, 2, tokenizer, seed=11):
             assert 0.97 * length <= prompt_tokens(doc, task, tokenizer, False) + new_tokens(task) <= length, task
 

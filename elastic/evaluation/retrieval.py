@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elastic.backbone import override_routes, set_context
 from elastic.context import Context
+from elastic.evaluation.sharing import write_whole
 from elastic.head_plan import HeadPlan
 from elastic.reference import attention, dense_mask
 
@@ -91,6 +92,6 @@ def write_ranking(score_LK: Tensor, file: Path, facts: dict[str, Any]) -> None:
     place[score_LK.flatten().argsort(stable=True)] = (torch.arange(heads) + 0.5) / heads
     file.parent.mkdir(parents=True, exist_ok=True)
     details = {**facts, "score": [[round(x, 6) for x in row] for row in score_LK.tolist()]}
-    file.with_suffix(".json").write_text(json.dumps(details, indent=1) + "\n", encoding="utf-8")
+    write_whole(file.with_suffix(".json"), json.dumps(details, indent=1) + "\n")
     lines = ["\t".join(f"{x:.5f}" for x in row) for row in place.view_as(score_LK).tolist()]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(file, "\n".join(lines) + "\n")

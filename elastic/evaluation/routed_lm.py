@@ -3,6 +3,7 @@ prompts are cut in the middle, and every sample leaves its MSR, ESR, prefill tim
 """
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,13 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from elastic.backbone import elastic_config, override_routes, route_of, routing
+from elastic.backbones import architecture
 from elastic.config import SparseConfig
+from elastic.decode_graph import can_graph, graphed
+from elastic.inference import ends_of, new_cache
 from elastic.sparsity import esr, msr
 
 
@@ -69,6 +73,23 @@ class RoutedLM(HFLM):
         self.route, self.sparse = route, sparse or elastic_config(model).sparse
         self.facts: dict[str, SampleFacts] = {}
         self._waiting: list[tuple[str, int, int]] = []
+        self._encoded: dict[str, list[int]] = {}
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Answers; the prompts are encoded all at once, on all cores, where the harness encodes each one twice."""
+        start = self.tokenizer.decode(self.prefix_token_id)
+        texts = list(dict.fromkeys(r.args[0] for r in requests if not r.args[0].startswith(start)))
+        if texts and self.add_bos_token is None:
+            self._encoded = dict(zip(texts, self.tokenizer(texts)["input_ids"], strict=True))
+        try:
+            return super().generate_until(requests, disable_tqdm)
+        finally:
+            self._encoded = {}
+
+    def tok_encode(self, string: str, *arguments: Any, **options: Any) -> list[int]:
+        """Ids of a text."""
+        known = None if arguments or options else self._encoded.get(string)
+        return super().tok_encode(string, *arguments, **options) if known is None else known
 
     def tok_batch_encode(
         self, strings: Any, padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False
@@ -86,18 +107,18 @@ class RoutedLM(HFLM):
 
     @torch.no_grad()
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation: Any) -> Tensor:
-        from transformers import DynamicCache
-
-        cache, clock = DynamicCache(config=self.model.config), _Clock(self.device)
+        """Ids [B, prompt + answer]; where the decode kernel runs, decode steps replay a CUDA graph."""
+        if self.eot_token_id in ends_of(self.model):  # where `generate` ends by itself, without decoding every step
+            stop = [text for text in stop if text != self.tok_decode(self.eot_token_id, skip_special_tokens=False)]
+        clock, graph = _Clock(self.device), can_graph(self.model, architecture(self.model)["head_dim"])
+        generation |= {"stop": stop, "logits_processor": LogitsProcessorList([clock])}
         with override_routes(self.model, self.route, self.sparse):
-            output = super()._model_generate(
-                context,
-                max_length,
-                stop,
-                past_key_values=cache,
-                logits_processor=LogitsProcessorList([clock]),
-                **generation,
-            )
+            if graph:
+                cache: Any = new_cache(self.model, max_length - context.shape[1], "full")
+            else:
+                cache = DynamicCache(config=self.model.config)
+            with graphed(self.model, cache) if graph else nullcontext():
+                output = super()._model_generate(context, max_length, past_key_values=cache, **generation)
         record = route_of(cache)
         assert record.prompt_lengths is not None and clock.seconds is not None  # the prefill has just run
         self._keep(record.route, record.density, record.prompt_lengths, clock.seconds)

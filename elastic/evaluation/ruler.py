@@ -4,13 +4,13 @@ length, tokenizer, data, seed and number.
 
 import hashlib
 import json
-import os
 from typing import Any
 
 from elastic.cache import cache_folder
 from elastic.evaluation.benchmark import Request
 from elastic.evaluation.ruler_data import RulerData
 from elastic.evaluation.ruler_samples import NEEDLES, Doc, generate, new_tokens
+from elastic.evaluation.sharing import alone, write_whole
 from elastic.shards import tokenizer_hash
 
 QA = {"ruler_qa_squad": "squad", "ruler_qa_hotpot": "hotpotqa"}
@@ -90,22 +90,25 @@ class Ruler:
         key = hashlib.sha256(json.dumps([*asked, request.chat, self.identity(task)]).encode()).hexdigest()[:24]
         file = cache_folder() / "ruler" / f"{task}-{length}-{key}.jsonl"
         if not file.is_file():
-            tokenizer = request.tokenizer
-            made = generate(
-                task,
-                length,
-                request.samples,
-                lambda doc: prompt_tokens(doc, task, tokenizer, request.chat),
-                tokenizer,
-                self.data,
-                request.seed,
-            )
-            self._check_words(task, length, made)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            writing = file.with_name(f".{file.name}.{os.getpid()}")
-            writing.write_text("".join(json.dumps(doc) + "\n" for doc in made), encoding="utf-8")
-            os.replace(writing, file)
+            with alone(file.with_name(f".{file.name}.lock")):
+                if not file.is_file():  # another process may have made it meanwhile
+                    made = self._generate(request, length, request.samples)
+                    write_whole(file, "".join(json.dumps(doc) + "\n" for doc in made))
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+    def _generate(self, request: Request, length: int, count: int) -> list[Doc]:
+        task, tokenizer = request.task, request.tokenizer
+        made = generate(
+            task,
+            length,
+            count,
+            lambda doc: prompt_tokens(doc, task, tokenizer, request.chat),
+            tokenizer,
+            self.data,
+            request.seed,
+        )
+        self._check_words(task, length, made)
+        return made
 
     def _check_words(self, task: str, length: int, made: list[Doc]) -> None:
         short = min(doc["length"] for doc in made)

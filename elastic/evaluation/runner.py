@@ -1,7 +1,6 @@
 """Several methods on several tasks: one JSON Lines file for each pair, kept where it is complete, then the summary."""
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,8 @@ from elastic import __version__
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.evaluation.benchmark import Benchmark, Request
 from elastic.evaluation.methods import Method
-from elastic.evaluation.scores import BY, row_of
+from elastic.evaluation.scores import BY, LOCK, row_of
+from elastic.evaluation.sharing import alone, write_whole
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class Plan:
 
 
 def run(plan: Plan, methods: Sequence[Method], out: Path) -> list[dict[str, Any]]:
-    """Evaluate what is missing in `out/samples` and return one row per method, task and length.
+    """Evaluate what is missing in `out/samples` and return one row per method, task and length. Several processes may
+    share the folder.
 
     Raises:
         ValueError: a length over the model's limit, or tasks that cannot be had.
@@ -111,7 +112,9 @@ def run(plan: Plan, methods: Sequence[Method], out: Path) -> list[dict[str, Any]
                 made = _evaluate(plan, method, [cells[i] for i in missing], *loaded[1:]) if missing else []
                 for i, new in zip(missing, made, strict=True):
                     samples[i] = new
-                    _write(files[i], facts[i], new)
+                    lines = ({**facts[i], "count": len(new)}, *new)
+                    with alone(out / LOCK):
+                        write_whole(files[i], "".join(json.dumps(line) + "\n" for line in lines))
                 rows += [row_of(fact, found or []) for fact, found in zip(facts, samples, strict=True)]
                 bar.set_postfix_str(f"{method.name} {cells[-1].label} {rows[-1]['score']:.2f}", refresh=False)
                 bar.update(len(cells))
@@ -135,9 +138,7 @@ def _evaluate(
     plan: Plan, method: Method, cells: Sequence[Cell], model: Any, tokenizer: Any
 ) -> list[list[dict[str, Any]]]:
     """Per cell and sample: prediction, references, score, MSR, ESR, prefill seconds and tokens."""
-    import lm_eval
     import torch
-    from lm_eval.tasks import TaskManager
 
     from elastic.backbones import architecture
     from elastic.evaluation.routed_lm import RoutedLM
@@ -156,15 +157,7 @@ def _evaluate(
     started = time.perf_counter()
     try:
         with biased(model, method.knob if method.kind == "elastic" else None):
-            results: Any = lm_eval.simple_evaluate(
-                model=lm,
-                tasks=tasks,
-                apply_chat_template=chat,
-                log_samples=True,
-                bootstrap_iters=0,
-                task_manager=TaskManager(include_defaults=False),  # whose thousands of task files take 20 s to read
-                verbosity="ERROR",
-            )
+            results = _by_harness(lm, tasks, chat)
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"{first.label} ran out of the memory of {plan.device} with --batch-size {plan.batch_size}; use a smaller "
@@ -186,8 +179,23 @@ def _evaluate(
     ]
 
 
+def _by_harness(lm: Any, tasks: list[Any], chat: bool) -> dict[str, Any]:
+    """What its `simple_evaluate` does between reading thousands of task files (20 s) and collecting facts about the
+    machine (seconds for every task, by calling pip and asking the hub).
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    for task in tasks:
+        task.set_config(key="num_fewshot", value=0)
+    loaded = TaskManager(include_defaults=False).load(tasks)
+    return lm_eval.evaluate(
+        lm=lm, task_dict=loaded, bootstrap_iters=0, apply_chat_template=chat, log_samples=True, verbosity="ERROR"
+    )
+
+
 def _facts(plan: Plan, method: Method, cell: Cell) -> dict[str, Any]:
-    """What a result file depends on; it is used again only where all of it agrees."""
+    """What a result file depends on and how it was made; it is used again only where all but the batch size agrees."""
     return {
         "method": method.name,
         "task": cell.task,
@@ -197,7 +205,7 @@ def _facts(plan: Plan, method: Method, cell: Cell) -> dict[str, Any]:
         "chat_template": plan.chat and cell.benchmark.takes_chat(cell.task),
         "backbone": plan.backbone,
         "dtype": plan.dtype,
-        "device": plan.device,
+        "device": plan.device.partition(":")[0],  # any GPU's results are as good as another's
         "batch_size": plan.batch_size,
         "sparse": asdict(method.sparse(plan.sparse)),
         "checkpoint": _stamp(method),
@@ -229,18 +237,10 @@ def _read(file: Path, facts: dict[str, Any]) -> list[dict[str, Any]] | None:
         first, *samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except ValueError:  # cut, or empty
         return None
-    return samples if first == {**facts, "count": len(samples)} else None
-
-
-def _write(file: Path, facts: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-    writing = file.with_name(f".{file.name}.writing")
-    lines = ({**facts, "count": len(samples)}, *samples)
-    try:
-        writing.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(writing, file)
-    except OSError:
-        writing.unlink(missing_ok=True)
-        raise
+    if not isinstance(first, dict):
+        return None
+    wanted = {**facts, "count": len(samples), "batch_size": first.get("batch_size")}
+    return samples if first == wanted else None
 
 
 def _slug(name: str) -> str:

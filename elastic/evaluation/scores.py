@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+LOCK = ".lock"  # of whoever writes into the folder of an evaluation
 BY = " by lm-evaluation-harness"  # ends the first line of a result's protocol, behind the benchmark's name
 
 

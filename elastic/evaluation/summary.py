@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from elastic.console import table
+from elastic.evaluation.scores import LOCK
+from elastic.evaluation.sharing import alone, write_whole
 from elastic.plots import bars_figure, curves_figure, save_png
 
 Rows = list[dict[str, Any]]
@@ -50,9 +52,14 @@ def write_summary(rows: Rows, out: Path) -> list[Path]:
     """`summary.json`, the tables as `summary.txt`, and the pictures: score against length (in tokens, or by group) and
     against MSR, MSR and score per task.
     """
-    (out / "summary.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     tables = filter(None, (summary_table(rows), group_table(rows)))
-    (out / "summary.txt").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
+    with alone(out / LOCK):
+        write_whole(out / "summary.json", json.dumps(rows, indent=1) + "\n")
+        write_whole(out / "summary.txt", "\n\n".join(tables) + "\n")
+        return [save_png(figure, out / f"{name}.png") for name, figure in _figures(rows).items()]
+
+
+def _figures(rows: Rows) -> dict[str, Any]:
     methods, tasks = _values(rows, "method"), _values(rows, "task")
     lengths = sorted({row["length"] for row in rows}, key=lambda length: length or 0)
 
@@ -85,7 +92,7 @@ def write_summary(rows: Rows, out: Path) -> list[Path]:
             for title, name in (("MSR", "msr"), ("score", "score"))
         }
     )
-    return [save_png(figure, out / f"{name}.png") for name, figure in figures.items()]
+    return figures
 
 
 def grouped(rows: Rows) -> Rows:

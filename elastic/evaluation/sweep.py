@@ -11,6 +11,8 @@ from elastic.evaluation.methods import Method
 from elastic.evaluation.retrieval import NEEDLE_TASKS, retrieval_scores, write_ranking
 from elastic.evaluation.ruler import Ruler
 from elastic.evaluation.runner import Plan, load_model
+from elastic.evaluation.scores import LOCK
+from elastic.evaluation.sharing import alone, write_whole
 from elastic.plots import curves_figure, save_png
 
 RANK_SAMPLES = 8  # of each needle task
@@ -28,7 +30,8 @@ def sweep_methods(pattern: Path, points: int) -> list[Method]:
 
 
 def make_ranking(plan: Plan, pattern: Path) -> None:
-    """Rank the backbone's heads by retrieval score and write the pattern file; a file that is there stays.
+    """Rank the backbone's heads by retrieval score and write the pattern file; a file that is there stays, also one
+    that another process is just making.
 
     Raises:
         ValueError: a name that does not end in .tsv, or a length too short for the needle tasks.
@@ -37,6 +40,12 @@ def make_ranking(plan: Plan, pattern: Path) -> None:
         raise ValueError(f"--sweep {pattern}: the ranking is written as a pattern file; expected a name ending in .tsv")
     if pattern.exists():
         return
+    with alone(pattern.with_name(f".{pattern.name}.lock")):
+        if not pattern.exists():
+            _rank(plan, pattern)
+
+
+def _rank(plan: Plan, pattern: Path) -> None:
     model, tokenizer = load_model(plan, Method.parse("dense"))
     length, seed = plan.lengths[0], plan.seed + 1  # not the samples that are evaluated
     docs = [
@@ -70,11 +79,11 @@ def write_sweep(rows: list[dict[str, Any]], out: Path) -> list[Path]:
         }
         for length in lengths
     }
-    file = out / "sweep.json"
-    file.write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
     panels = {
         f"score at {length} tokens": {task: [(x, y) for x, y, _ in points] for task, points in lines.items()}
         for length, lines in curves.items()
     }
-    figure = curves_figure(panels, "MSR", "o")
-    return [file, save_png(figure, out / "sweep.png")]
+    file, figure = out / "sweep.json", curves_figure(panels, "MSR", "o")
+    with alone(out / LOCK):
+        write_whole(file, json.dumps(curves, indent=1) + "\n")
+        return [file, save_png(figure, out / "sweep.png")]
