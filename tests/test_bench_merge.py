@@ -2,9 +2,6 @@
 
 from elastic import cli
 from elastic.bench import records, tables
-from elastic.bench.methods import score_cells
-
-FACTS = {"gpu": "g", "kernel": "k", "versions": {"torch": "2"}, "commit": "c"}
 
 
 def bench(tmp_path, tag, *options):
@@ -32,19 +29,3 @@ def test_lengths_and_ratios_of_several_runs_stand_in_one_table(tmp_path, capsys)
     assert page.count("- `elastic bench e2e") == 3 and page.count(", commit abc") == 1 and "![Timings of e2e]" in page
     timed = {r["value"] for r in records.load(long) if r["metric"] == "first token" and r["who"] == "cudnn"}
     assert timed < {r["value"] for r in found if r["metric"] == "first token"}
-
-
-def test_methods_of_several_processes_stand_side_by_side():
-    def run(source, **exact):
-        shared = {"case": source, "metric": "exact", "unit": "share", "half": 0.1, "n": 5, "esr_all": 0.5, **FACTS}
-        return [{**shared, "who": who, "value": value, "command": f"c {who}"} for who, value in exact.items()]
-
-    one = [*run("needle_single", elastic=0.5, dense=0.9), *run("code_completion", elastic=0.4, dense=0.8)]
-    two = [*run("needle_single", elastic=0.5, streaming=0.2), *run("code_completion", streaming=0.1)]
-    found, repeated = records.merge([one, two, run("needle_single", **{"fa-xa": 0.7})])
-    assert repeated == 1 and len(found) == 7
-    header, rows = score_cells(found)
-    assert header[3:] == ["elastic", "dense", "streaming", "fa-xa"]
-    cells = {row[0]: row[3:] for row in rows}
-    assert cells["needle_single"][3] == "0.700 ± 0.100 (0.50)"
-    assert cells["mean of retrieval"] == ["0.500 (0.50)", "0.900 (0.50)", "0.200 (0.50)", "0.700 (0.50)"]

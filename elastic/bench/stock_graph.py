@@ -21,6 +21,9 @@ _UNMASKED_SDPA = "elastic-bench-unmasked"
 class LastPlaceLayer(DynamicLayer):
     """Keys and values [B, K, S + 1, D] of a filled layer; the token that comes goes to place S."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, filled: Any) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = filled.keys.dtype, filled.keys.device, True
