@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from elastic import cli
 from elastic.backbone import detach, elastic_config, route_of, routers, routing, set_config
 from elastic.bench import e2e, e2e_runs, records, tables
 from elastic.bench.e2e_models import random_model, route_at_random
 from elastic.bench.e2e_tables import e2e_cells
+from elastic.bench.stock_graph import give_room, in_place_step
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.elastic_cache import ElasticCache
 from tests.models import random_ids
@@ -80,7 +82,7 @@ def test_factors_are_over_the_best_stock_model():
         *row("cudnn", None, {**base, "first token": 1000.0, "decode": 40.0, "KV cache": 1e10}),
         *row("flash2", None, {**base, "first token": 2000.0, "decode": 60.0, "KV cache": 1e10}),
         {"case": "c", "shape": "s", "length": 1024, "who": "other", "msr": None, "metric": records.LEFT_OUT,
-         "value": None, "unit": "", "why": "no memory"},
+         "value": None, "unit": "", "why": "no time"},
     ]  # fmt: skip
     header, rows = e2e_cells(found)
     shown = [dict(zip(header, cells, strict=True)) for cells in rows]
@@ -88,6 +90,11 @@ def test_factors_are_over_the_best_stock_model():
     assert [rows[n][2] for n in range(3)] == ["2.00", "1.00", "0.50"]
     assert [rows[n][5] for n in range(3)] == ["1.50", "0.67", "1.00"]
     assert shown[0]["with graph"] == "90.0" and shown[0]["of dense"] == "0.300"
+    graphed = [
+        {**r, "metric": "decode graph", "value": 120.0} for r in found if r["metric"] == "decode" and r["msr"] is None
+    ]
+    failed = {**graphed[0], "value": None, "why": "cannot be captured", "metric": "decode graph flash2"}
+    assert [cells[5] for cells in e2e_cells([*found, graphed[0], failed])[1][:3]] == ["0.75", "1.00", "0.50"]
 
 
 def test_cases_after_the_time_limit_and_failures_are_records(tmp_path, capsys, monkeypatch):
@@ -100,8 +107,9 @@ def test_cases_after_the_time_limit_and_failures_are_records(tmp_path, capsys, m
     monkeypatch.setattr(e2e, "stock_runs", fails)
     assert bench(tmp_path, "--lengths", "64", "--msr", "0.5", "--contestants", "cudnn") == 0
     left = [r for r in records.load(tmp_path / "e2e.json") if r["metric"] == records.LEFT_OUT]
-    assert [(r["who"], r["why"]) for r in left] == [("cudnn", "OutOfMemoryError: CUDA out of memory")]
-    assert "left out" in capsys.readouterr().out
+    assert [(r["who"], r["why"]) for r in left] == [("cudnn", "out of memory: CUDA out of memory")]
+    out = capsys.readouterr().out
+    assert "left out: out of memory" in out and "tiny 64 cudnn             out of memory" in out
 
 
 @pytest.mark.parametrize(
@@ -128,6 +136,37 @@ def test_long_prompts_without_decode_steps_and_fewer_layers(tmp_path, capsys):
     assert {r["length"] for r in found if r["metric"] == "first token"} == {64, 128}
     assert {r["case"] for r in found if r["msr"] is None} == {"tiny-2layers-64", "tiny-2layers-128"}
     assert "tiny-2layers 128 elastic MSR 0.50" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_steps_in_place_are_steps_of_the_stock_model():
+    model, ids = random_model("tiny", torch.device("cpu"), torch.float32), random_ids(1, 40)
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    for cache in caches:
+        model(ids, past_key_values=cache, use_cache=True)
+    give_room(caches[1])
+    step = in_place_step(model, caches[1])
+    step(ids[:, 7:8])  # another token in the same place
+    wanted = model(ids[:, :1], past_key_values=caches[0], use_cache=True).logits
+    torch.testing.assert_close(step(ids[:, :1]), wanted, rtol=0, atol=1e-6)
+    assert model.config._attn_implementation == "sdpa" and caches[1].get_seq_length() == 40
+
+
+def test_a_backend_that_cannot_decode_is_named(monkeypatch):
+    def decode(metric, *_):
+        if metric.endswith("flash2"):
+            raise RuntimeError("no\nkernel")
+        return e2e_runs._record(metric, 5.0, "tokens/s")
+
+    monkeypatch.setattr(e2e_runs, "_decode", decode)
+    model = random_model("tiny", torch.device("cpu"), torch.float32)
+    found = e2e_runs.stock_runs(model, "cudnn", 64, 2, 1)[-3:]
+    assert [(r["metric"], r["value"]) for r in found] == [
+        ("decode cudnn", 5.0),
+        ("decode flash2", None),
+        ("decode", 5.0),
+    ]
+    assert found[1]["why"] == "RuntimeError: no kernel"
 
 
 @torch.no_grad()

@@ -1,10 +1,8 @@
 """The elastic KV cache against the oracle that keeps every key and masks (tests/masked.py): decoding, beams, batches,
-turns, prefix reuse, cropping, storage.
+turns, prefix reuse, cropping.
 """
 
 import copy
-import gc
-import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,36 +10,10 @@ import torch
 from transformers import DynamicCache
 
 from elastic import decoding
-from elastic.backbone import attach, compile_layers, elastic_config, override_routes, route_of, set_config
-from elastic.elastic_cache import ElasticCache
+from elastic.backbone import attach, compile_layers, override_routes, route_of
+from tests.cached import KINDS, generate, new_cache, routed, same
 from tests.masked import masked_oracle
 from tests.models import KV_HEADS, LAYERS, left_padded, random_ids, small_config, tiny_model, varied_routers
-
-KINDS = ["full", "elastic"]
-
-
-def routed(family="llama", kind="elastic", granule="token", seed=0):
-    model = tiny_model(family, eos_token_id=None, initializer_range=0.3)
-    attach(model, replace(small_config(granule=granule), kv_cache=kind))
-    varied_routers(model, seed)
-    return model
-
-
-def new_cache(model, step=8, reserve=0):
-    return ElasticCache(LAYERS, elastic_config(model), reserve, step)
-
-
-def generate(model, ids, mask=None, cache=None, steps=40, **options):
-    """Tokens and logits [steps, B, V]."""
-    options = {"do_sample": False, "max_new_tokens": steps, **options}
-    out = model.generate(ids, attention_mask=mask, past_key_values=cache, output_logits=True,
-                         return_dict_in_generate=True, **options)  # fmt: skip
-    return out.sequences, torch.stack(out.logits)
-
-
-def same(found, expected, tolerance=2e-5):
-    assert torch.equal(found[0], expected[0])
-    torch.testing.assert_close(found[1], expected[1], rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture(params=["pytorch", "operator"])
@@ -215,10 +187,10 @@ def test_repeat_and_select_follow_the_samples():
         expected = step_logits(model, cache, token, mask)
         wide.batch_repeat_interleave(2)
         found = step_logits(model, wide, token.repeat_interleave(2, 0), mask.repeat_interleave(2, 0))
-        torch.testing.assert_close(found, expected.repeat_interleave(2, 0), rtol=0, atol=1e-5)
+        torch.testing.assert_close(found, expected.repeat_interleave(2, 0), rtol=2e-5, atol=2e-5)
         few.batch_select_indices(torch.tensor([2, 0]))
         found = step_logits(model, few, token[[2, 0]], mask[[2, 0]])
-        torch.testing.assert_close(found, expected[[2, 0]], rtol=0, atol=1e-5)
+        torch.testing.assert_close(found, expected[[2, 0]], rtol=2e-5, atol=2e-5)
         masked.batch_select_indices(torch.tensor([False, True, True]))
         assert masked.counts == [30, 42] and route_of(masked).route.shape == (LAYERS, 2, KV_HEADS)
 
@@ -254,122 +226,3 @@ def test_crop_goes_back_exactly_or_refuses(kind):
         cache.crop(-3)
         assert cache.counts == [27]
     cache.crop(0)
-
-
-def test_storage_is_what_the_routes_need_and_grows_in_steps():
-    model = routed()
-    ids, mask = left_padded(random_ids(2, 50), [0, 21])
-    cache = new_cache(model, step=8)
-    with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-    sparse_heads = route_of(cache).route.sum((0, 2)).tolist()
-    head_bytes = 2 * 16 * 4
-    expected = [
-        (streaming * 20 + (LAYERS * KV_HEADS - streaming) * room) * head_bytes
-        for streaming, room in zip(sparse_heads, (56, 32), strict=True)
-    ]
-    assert cache.sample_bytes() == expected and cache.nbytes == sum(expected)
-    assert cache.steps_left == 3
-    version, held = cache.version, cache.nbytes
-    token = random_ids(2, 1)
-    for step in range(4):
-        mask = torch.cat([mask, torch.ones_like(token)], 1)
-        with torch.no_grad():
-            model(token, attention_mask=mask, past_key_values=cache, use_cache=True)
-        assert (cache.version == version) == (step < 3)
-    assert cache.nbytes > held and cache.steps_left == 2
-
-
-def test_reserve_lets_no_step_move_memory():
-    model = routed()
-    cache = new_cache(model, step=1, reserve=12)
-    with torch.no_grad():
-        model(random_ids(1, 50), past_key_values=cache, use_cache=True)
-        cache.settle()
-        addresses = [layer.pool.keys.data_ptr() for layer in cache.layers]
-        for _ in range(12):
-            model(random_ids(1, 1), past_key_values=cache, use_cache=True)
-    assert [layer.pool.keys.data_ptr() for layer in cache.layers] == addresses
-
-
-def test_a_cache_is_freed_when_it_is_dropped():
-    """No reference cycle keeps gigabytes until the garbage collector comes."""
-    model = routed()
-    cache = new_cache(model)
-    with torch.no_grad():
-        model(random_ids(1, 40), past_key_values=cache, use_cache=True)
-        model(random_ids(1, 1), past_key_values=cache, use_cache=True)
-    alive = weakref.ref(cache)
-    gc.disable()
-    try:
-        del cache
-        assert alive() is None
-    finally:
-        gc.enable()
-
-
-def test_reset_empties():
-    model = routed()
-    cache, ids = new_cache(model), random_ids(1, 40)
-    first = generate(model, ids, None, cache, steps=5)
-    cache.reset()
-    assert cache.get_seq_length() == 0
-    same(generate(model, ids, None, cache, steps=5), first)
-
-
-def without_routers(model):
-    from elastic.backbone import detach
-
-    cache = new_cache(model)
-    detach(model)(random_ids(1, 9), past_key_values=cache, use_cache=True)
-
-
-def other_routes(model):
-    cache = new_cache(model)
-    model(random_ids(1, 40), past_key_values=cache, use_cache=True)
-    with override_routes(model, 0):
-        model(random_ids(1, 1), past_key_values=cache, use_cache=True)
-
-
-def dense_later(model):
-    cache = new_cache(model)
-    model(random_ids(1, 40), past_key_values=cache, use_cache=True)
-    set_config(model, replace(elastic_config(model), kv_cache="full", dense_decode=True))
-    model(random_ids(1, 1), past_key_values=cache, use_cache=True)
-
-
-def other_batch(model):
-    cache = new_cache(model)
-    model(random_ids(2, 40), past_key_values=cache, use_cache=True)
-    model(random_ids(3, 1), past_key_values=cache, use_cache=True)
-
-
-def right_padded(model):
-    ids, mask = random_ids(2, 20), torch.ones(2, 20, dtype=torch.int64)
-    mask[1, 15:] = 0
-    model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, past_key_values=new_cache(model))
-
-
-def other_sizes(model):
-    cache = new_cache(model)
-    set_config(model, replace(elastic_config(model), sparse=replace(elastic_config(model).sparse, window=20)))
-    model(random_ids(1, 40), past_key_values=cache, use_cache=True)
-
-
-REFUSED = {
-    "other sizes": (other_sizes, "the cache was made for SparseConfig.*; make a new cache with elastic.new_cache"),
-    "a model without routers": (without_routers, "an ElasticCache was given to a model without routers"),
-    "other routes while decoding": (other_routes, "override_routes changed after the prompt was read into an elastic"),
-    "dense decode": (dense_later, "dense_decode was set after the prompt was read into an elastic KV cache"),
-    "another batch": (other_batch, "a token for 3 rows came with a cache of 2"),
-    "right padding": (right_padded, "pad prompts on the left"),
-    "a negative reserve": (lambda m: ElasticCache(3, elastic_config(m), -1), "reserve=-1, step=1024; expected 0 or"),
-    "bytes of an empty cache": (lambda m: new_cache(m).nbytes, "the cache is empty; run the prompt"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused(case):
-    call, message = REFUSED[case]
-    with pytest.raises(ValueError, match=message), torch.no_grad():
-        call(routed())

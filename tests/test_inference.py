@@ -12,6 +12,7 @@ from elastic.checkpoint import save_elastic
 from elastic.config import ElasticConfig
 from elastic.inference import generate, load, new_cache, route_report
 from tests.models import KV_HEADS, LAYERS, small_config, tiny_model, varied_routers
+from tests.turns import Turns
 
 SHORT = "key k1 5 4 3 2 " + "f1 f2 f3 " * 6 + "find k1"
 LONG = "f4 f5 " * 30 + "key k3 1 2 3 4 " + "f6 " * 20 + "find k3"
@@ -95,7 +96,7 @@ def test_two_interleaved_requests_do_not_mix(model, tokenizer):
 
     alone = [generate(model, tokenizer, prompt, max_new_tokens=6)[0] for prompt in (LONG, OTHER)]
     assert alone[0].report.route != alone[1].report.route
-    order, found, turns = [], [None, None], _Turns()
+    order, found, turns = [], [None, None], Turns()
 
     class InTurn(BaseStreamer):
         def __init__(self, me):
@@ -120,29 +121,6 @@ def test_two_interleaved_requests_do_not_mix(model, tokenizer):
         thread.join(timeout=60)
     assert order[:8] == [0, 1, 0, 1, 0, 1, 0, 1]
     assert found == alone
-
-
-class _Turns:
-    """Hands the right to run from one thread to the other."""
-
-    def __init__(self):
-        from threading import Condition
-
-        self.condition, self.turn, self.done = Condition(), 0, set()
-
-    def wait(self, me):
-        with self.condition:
-            self.condition.wait_for(lambda: self.turn == me or 1 - me in self.done, timeout=30)
-
-    def give(self, other):
-        with self.condition:
-            self.turn = other
-            self.condition.notify_all()
-
-    def finish(self, me):
-        with self.condition:
-            self.done.add(me)
-            self.condition.notify_all()
 
 
 def test_both_kinds_of_cache_answer_alike_and_say_what_they_hold(model, tokenizer):

@@ -13,21 +13,20 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
-import uvicorn
 
 from elastic import backbones
 from elastic.backbone import attach
 from elastic.checkpoint import save_elastic
 from elastic.inference import generate
-from elastic.serving.app import ServerLimits, build_app
+from elastic.serving.app import ServerLimits
 from elastic.serving.engine import Engine
 from elastic.serving.text import TextCutter
 from tests.models import small_config, varied_routers
+from tests.server import ask, body_of, events_of, get, post, serving
 
 PROMPTS = [f"key k{n % 4} 1 2 {n % 6} 4 " + f"f{n % 5} f2 " * (3 + 5 * n) + f"find k{n % 4}" for n in range(12)]
 
@@ -41,65 +40,10 @@ def model():
     return model, tokenizer
 
 
-@contextmanager
-def serving(model, limits=None, **engine):
-    settings = {"max_batch": 4, "max_queue": 64, "batch_seconds": 0.05, **engine}
-    app = build_app(
-        "tiny", limits or ServerLimits(grace=60), lambda metrics: Engine(*model, metrics=metrics, **settings)
-    )
-    with socket.socket() as chosen:
-        chosen.bind(("127.0.0.1", 0))
-        port = chosen.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(60)
-        assert not thread.is_alive()
-
-
 @pytest.fixture(scope="module")
 def server(model):
     with serving(model) as address:
         yield address
-
-
-def body_of(prompt, **more):
-    return {"model": "tiny", "messages": [{"role": "user", "content": prompt}], "temperature": 0, **more}
-
-
-def post(address, body, raw=None):
-    data = json.dumps(body).encode() if raw is None else raw
-    request = urllib.request.Request(
-        f"{address}/v1/chat/completions", data=data, headers={"content-type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=120) as response:
-            return response.status, response.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read()
-
-
-def ask(address, body):
-    status, answer = post(address, body)
-    return status, json.loads(answer)
-
-
-def get(address, path):
-    try:
-        with urllib.request.urlopen(address + path, timeout=30) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
-def events_of(answer):
-    return [line.removeprefix("data: ") for line in answer.decode().split("\n\n") if line]
 
 
 def test_concurrent_answers_are_those_of_generate(model, server):

@@ -1,39 +1,24 @@
-"""XAttention heads from the plan to a trained run: FA-XA and XA-SSA against the oracle, what they visit, decoding."""
+"""XAttention heads in a plan: FA-XA and XA-SSA against the oracle, and what they visit."""
 
 import importlib
 import itertools
-import json
 
 import pytest
 import torch
 
 from elastic import reference
 from elastic.attention import choose_blocks, fused, routed_attention
-from elastic.backbone import attach, override_routes, route_of, routing
-from elastic.checkpoint import save_elastic
-from elastic.config import ElasticConfig, SparseConfig
 from elastic.head_plan import HeadPlan, batch_layout, packed_layout
-from elastic.inference import generate, load
 from elastic.kernels.block_bits import count_bits, mask_from_bits, query_block
 from elastic.kernels.params import Ranges
 from elastic.kernels.xattention_oracle import select_oracle
 from elastic.patterns import BLOCK_SPARSE, FULL, STREAMING
 from elastic.selection import BlockPairs, density
-from elastic.sparsity import density_by_layer, esr, visited_pairs
-from tests.models import KV_HEADS, LAYERS, left_padded, random_ids, small_config, tiny_model, varied_routers
-from tests.training import ROOT, build_data, small_run
+from tests.xattention import sparse_of
 
 CPU = torch.device("cpu")
 SCALE = 0.25
-MODES = {"FA-XA": ("full", "xattention"), "XA-SSA": ("xattention", "streaming"), "SSA-XA": ("streaming", "xattention")}
 BOUNDS = [0, 1, 130, 300]
-
-
-def sparse_of(name: str, block: int = 4, **sizes) -> SparseConfig:
-    """A configuration whose XAttention heads leave out much."""
-    route0, route1 = MODES[name]
-    sizes = {"sink": block, "window": 2 * block, "stride": min(4, block), "threshold": 0.5, **sizes}
-    return SparseConfig(route0, route1, block=block, **sizes)
 
 
 def inputs(rows, queries, keys, heads=4, kv_heads=2, seed=0):
@@ -194,194 +179,3 @@ def test_single_queries_attend_in_full():
         assert not plan.chooses_blocks and density(plan) is None
     plan = HeadPlan.build(torch.tensor([[0.0, 1.0]]), sparse_of("XA-SSA"), batch_layout(1, 5, 80, CPU))
     assert plan.mode_NK.tolist() == [[BLOCK_SPARSE, STREAMING]] and plan.flipped().mode_NK.tolist() == [[1, 2]]
-
-
-def xa_model(name: str, family: str = "llama", **sizes):
-    model = attach(tiny_model(family), small_config(**vars(sparse_of(name, **sizes))))
-    varied_routers(model)
-    return model
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_threshold_of_one_is_the_dense_model(family):
-    model, ids = tiny_model(family), random_ids(2, 90)
-    with torch.no_grad():
-        dense = model(ids).logits
-        attach(model, small_config(**vars(sparse_of("FA-XA", threshold=1.0))))
-        with override_routes(model, 1):
-            torch.testing.assert_close(model(ids).logits, dense, rtol=1e-4, atol=1e-5)
-            assert routing(model).density.shape == (LAYERS, 2, KV_HEADS)
-            torch.testing.assert_close(routing(model).density, torch.ones(LAYERS, 2, KV_HEADS, dtype=torch.float64))
-        sparser = sparse_of("FA-XA", threshold=0.3)
-        with override_routes(model, 1, sparser):
-            assert not torch.allclose(model(ids).logits, dense, rtol=1e-3)
-            state = routing(model)
-        assert bool((state.density < 0.9).all())
-        with override_routes(model, 0, sparse_of("FA-XA")):
-            assert torch.equal(model(ids).logits, dense)
-
-
-@pytest.mark.parametrize("name", ["FA-XA", "XA-SSA"])
-def test_batches_decode_as_their_samples_alone(name):
-    """Prefill with mixed routes, left padding, then cached steps in which XAttention heads see the whole cache."""
-    model = xa_model(name)
-    ids, mask = left_padded(random_ids(2, 70), [0, 23])
-    alone = [model.generate(ids[row : row + 1, pad:], max_new_tokens=5, do_sample=False, eos_token_id=None,
-                            pad_token_id=0)[0, -5:].tolist() for row, pad in ((0, 0), (1, 23))]  # fmt: skip
-    both = model.generate(
-        ids, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    assert both[:, -5:].tolist() == alone
-
-
-@pytest.mark.parametrize("name", ["FA-XA", "XA-SSA"])
-def test_ratios_come_from_what_was_visited(name):
-    model = xa_model(name)
-    ids, mask = left_padded(random_ids(2, 90), [0, 40])
-    with torch.no_grad():
-        model(ids, attention_mask=mask)
-    state, sparse = routing(model), model._elastic_handle.routing.config.sparse
-    assert set(state.route.unique().tolist()) == {0.0, 1.0}
-    last, overall = esr(state.route, state.lengths, sparse, state.density)
-    pruned = torch.empty(LAYERS, 2, KV_HEADS, dtype=torch.float64)
-    for layer, n, head in itertools.product(range(LAYERS), range(2), range(KV_HEADS)):
-        mode, length = MODES[name][int(state.route[layer, n, head])], int(state.lengths[n])
-        share = 2 * visited_pairs(length, mode, sparse) / length / (length + 1) if mode != "xattention" else None
-        pruned[layer, n, head] = 1 - (state.density[layer, n, head] if share is None else share)
-    torch.testing.assert_close(overall, pruned.mean((0, 2)))
-    torch.testing.assert_close(last, pruned[-1].mean(-1))
-    with pytest.raises(ValueError, match=f"what the xattention heads of {name} visit depends on the input"):
-        esr(state.route, state.lengths, sparse)
-
-
-def test_density_by_layer_looks_at_xattention_heads_only():
-    route = torch.tensor([[[1.0, 0.0]], [[0.0, 0.0]]])  # [L 2, N 1, K 2]
-    share = torch.tensor([[[0.25, 0.5]], [[0.75, 0.25]]], dtype=torch.float64)
-    assert density_by_layer(route, sparse_of("FA-XA"), share) == [[0.25, None]]
-    assert density_by_layer(route, sparse_of("XA-SSA"), share) == [[0.5, 0.5]]
-    assert density_by_layer(route, sparse_of("XA-SSA"), None) == [[]]
-
-
-def test_generation_reports_what_was_visited(tmp_path):
-    from elastic import backbones
-
-    model, tokenizer = backbones.load_backbone("tiny")
-    attach(model, small_config(**vars(sparse_of("XA-SSA"))))
-    varied_routers(model)
-    path = save_elastic(tmp_path / "ck", model, "tiny")
-    assert json.loads((path / "elastic.json").read_text())["config"]["sparse"]["route0"] == "xattention"
-    prompt = "f4 f5 " * 30 + "key k3 1 2 3 4 " + "f6 " * 20 + "find k3"
-    result = generate(model, tokenizer, prompt, max_new_tokens=3)[0]
-    assert generate(load(path)[0], tokenizer, prompt, max_new_tokens=3)[0] == result
-    report = result.report
-    layers = [share for share, layer in zip(report.density, report.route, strict=True) if 0 in layer]
-    assert layers and all(0 < share < 1 for share in layers)
-    assert all(share is None for share, layer in zip(report.density, report.route, strict=True) if 0 not in layer)
-    assert f"xattention heads compute {sum(layers) / len(layers):.3f} of the pairs" in report.render()
-    assert "█ xattention (stride 4, threshold 0.5)   ░ streaming (sink 4, window 8)" in report.render()
-    assert 0 < report.esr_all < 1
-    one_token = generate(model, tokenizer, "f4", max_new_tokens=2, chat_template=False)[0].report
-    assert one_token.esr_all == 0.0 and set(one_token.density) <= {1.0, None}
-
-
-def test_interleaved_requests_keep_their_own_counts():
-    from transformers import DynamicCache
-
-    model, caches, shares = xa_model("FA-XA"), [], []
-    with torch.no_grad(), override_routes(model, 1):
-        for seed in (1, 2):
-            cache = DynamicCache(config=model.config)
-            model(random_ids(1, 80, seed), past_key_values=cache, use_cache=True)
-            caches.append(cache)
-            shares.append(routing(model).density)
-        for cache in caches:
-            model(random_ids(1, 1), past_key_values=cache, use_cache=True)
-    assert not torch.equal(*shares)
-    for cache, share in zip(caches, shares, strict=True):
-        assert torch.equal(route_of(cache).density, share)
-
-
-@pytest.mark.parametrize("name", ["FA-XA", "XA-SSA"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_moves_the_routers(name, checkpointing, tmp_path):
-    data = build_data(tmp_path)
-    config = ElasticConfig(small_config().router, sparse_of(name))
-    settings = {"backbone": "tiny", "elastic": config, "gradient_checkpointing": checkpointing}
-    before, _, _ = small_run(data, tmp_path, fit=False, **settings)
-    before.configure_model()
-    module, _, trainer = small_run(data, tmp_path, **settings)
-    assert trainer.global_step == 2
-    assert 0 < float(trainer.callback_metrics["train/esr/single_qa"]) < 1
-    moved = [
-        not torch.equal(a, b) for a, b in zip(before.parameters(), module.parameters(), strict=True) if b.requires_grad
-    ]
-    assert sum(moved) > len(moved) // 2
-
-
-@pytest.mark.parametrize("file", ["fa_xa", "xa_ssa"])
-def test_the_shipped_configuration_trains(file, tmp_path, monkeypatch):
-    from elastic import cli
-
-    data = build_data(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    files = [f for path in ("debug.yaml", f"sparse/{file}.yaml") for f in ("-c", str(ROOT / "configs" / path))]
-    words = ["--model.elastic.sparse.stride=4", f"--data.data_dir={data}", "--trainer.max_steps=2"]
-    words += ["--trainer.enable_progress_bar=false"]
-    assert cli.main(["fit", *files, *words]) == 0
-    stored = json.loads((tmp_path / "runs" / "debug" / "checkpoint" / "elastic.json").read_text())["config"]["sparse"]
-    assert (stored["route0"], stored["route1"]) == MODES[file.upper().replace("_", "-")]
-
-
-def test_the_quality_script_writes_records_and_tables(tmp_path, capsys):
-    from elastic import backbones
-    from elastic.bench.methods import DENSITY
-    from elastic.bench.records import load as load_records
-    from elastic.bench.tables import markdown
-    from tests.bench.methods import main
-
-    model, _ = backbones.load_backbone("tiny")
-    attach(model, ElasticConfig(small_config().router, sparse_of("FA-XA")))
-    varied_routers(model)
-    checkpoint = save_elastic(tmp_path / "ck", model, "tiny")
-    names = ["elastic", "dense", "xattention:0.3", "streaming", "elastic:xa-ssa"]
-    words = ["--checkpoint", str(checkpoint), "--data", str(build_data(tmp_path)), "--out", str(tmp_path)]
-    assert main([*words, "--dtype", "float32", "--batch-rows", "1", "--batches", "6", "--methods", *names]) == 0
-    found = load_records(tmp_path / "methods.json")
-    ratio = {(r["who"], r["metric"]): r["esr_all"] for r in found if r["case"] != DENSITY}
-    assert {who for who, _ in ratio} == set(names) and ratio["dense", "exact"] == 0.0
-    assert 0 < ratio["elastic", "loss"] < ratio["xattention:0.3", "loss"] < 1
-    layers = {r["who"]: r["by_layer"] for r in found if r["case"] == DENSITY}
-    assert set(layers) == {"elastic", "xattention:0.3", "elastic:xa-ssa"}
-    assert all(0 < share < 1 for share in layers["xattention:0.3"])
-    printed, page = capsys.readouterr().out, markdown({"methods": found})
-    for text in (printed, page):
-        assert all(name in text for name in (*names, "pairs visited", *{r["case"] for r in found} - {DENSITY}))
-    loss = next(r for r in found if (r["who"], r["metric"]) == ("dense", "loss"))
-    assert loss["unit"] == "nats a token" and loss["n"] > 0 and loss["half"] >= 0
-
-
-def test_the_quality_table_means_what_counts_in_a_source():
-    from elastic.bench.methods import score_cells
-
-    def record(case, who, metric, value, esr):
-        return {"case": case, "who": who, "metric": metric, "value": value, "half": 0.1, "n": 5, "esr_all": esr}
-
-    found = [
-        record(case, who, metric, value * (2 if who == "streaming" else 1), 0.5 if who == "streaming" else 0.0)
-        for who in ("dense", "streaming")
-        for case, metric, value in (
-            ("needle_single-4096", "exact", 0.3),
-            ("needle_single-4096", "loss", 9.0),
-            ("verbatim_copy", "accuracy", 0.1),
-            ("continuation", "loss", 2.0),
-        )
-    ]
-    header, rows = score_cells(found)
-    assert header == ["source", "score", "n", "dense", "streaming"]
-    assert rows == [
-        ["mean of retrieval", "", "10", "0.200 (0.00)", "0.400 (0.50)"],
-        ["mean of text", "", "5", "2.000 (0.00)", "4.000 (0.50)"],
-        ["needle_single-4096", "exact", "5", "0.300 ± 0.100 (0.00)", "0.600 ± 0.100 (0.50)"],
-        ["verbatim_copy", "accuracy", "5", "0.100 ± 0.100 (0.00)", "0.200 ± 0.100 (0.50)"],
-        ["continuation", "loss", "5", "2.000 ± 0.100 (0.00)", "4.000 ± 0.100 (0.50)"],
-    ]

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from elastic import backbone
 from elastic.backbone import elastic_config, route_of, set_context
 from elastic.bench.records import Record
+from elastic.bench.stock_graph import captured, give_room, in_place_step
 from elastic.context import Context
 from elastic.decode_graph import DecodeGraph
 from elastic.elastic_cache import ElasticCache
@@ -46,7 +47,7 @@ def elastic_runs(model: Any, length: int, new_tokens: int, repeats: int) -> Run:
 
 def stock_runs(model: Any, name: str, length: int, new_tokens: int, repeats: int) -> Run:
     """The stock model over transformers' DynamicCache; the prompt by one SDPA backend, decode steps by the fastest of
-    all.
+    all, launched one by one and, on a GPU, as a CUDA graph over the same cache written in place.
     """
     from transformers import DynamicCache
 
@@ -54,12 +55,28 @@ def stock_runs(model: Any, name: str, length: int, new_tokens: int, repeats: int
         found, cache, token = _prefills(model, lambda: DynamicCache(config=model.config), length, repeats, clock)
     if new_tokens == 0:
         return found
-    rates = []
+    found += _fastest(model, "decode", lambda: _stepper(model, cache), token, new_tokens)
+    if model.device.type == "cuda":
+        give_room(cache)
+        step = in_place_step(model, cache)
+        found += _fastest(model, "decode graph", lambda: captured(step, token), token, new_tokens)
+    return found
+
+
+def _fastest(
+    model: Any, metric: str, make: Callable[[], Callable[[Tensor], Tensor]], token_B1: Tensor, new_tokens: int
+) -> Run:
+    """Decode steps by every SDPA backend, and once more the fastest; a backend that fails says why."""
+    found = []
     for backend in STOCK:
         with _only(model, backend):
-            rates.append(_decode(f"decode {backend}", _stepper(model, cache), token, new_tokens))
-    best = max(rates, key=lambda record: record["value"])
-    return [*found, *rates, {**best, "metric": "decode"}]
+            try:
+                found.append(_decode(f"{metric} {backend}", make(), token_B1, new_tokens))
+            except RuntimeError as error:
+                why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                found.append({**_record(f"{metric} {backend}", None, "tokens/s"), "why": why})
+    timed = [record for record in found if record["value"] is not None]
+    return [*found, *({**max(timed, key=lambda r: r["value"]), "metric": metric} for _ in timed[:1])]
 
 
 def _only(model: Any, name: str) -> AbstractContextManager[Any]:
@@ -67,7 +84,7 @@ def _only(model: Any, name: str) -> AbstractContextManager[Any]:
     return sdpa_kernel(STOCK[name]) if model.device.type == "cuda" else nullcontext()
 
 
-def _record(metric: str, value: float, unit: str) -> Record:
+def _record(metric: str, value: float | None, unit: str) -> Record:
     return {"metric": metric, "value": value, "unit": unit}
 
 
@@ -184,9 +201,11 @@ def _timed_elastic(model: Any) -> Iterator[_Clock]:
     context, clock = Context(), _Clock()
     context.attend = clock.timed("attention", context.attend)  # type: ignore[method-assign]
     previous = set_context(model, context)
-    with patch.object(backbone, "route_layer", clock.timed("router", backbone.route_layer)):
-        yield clock
-    set_context(model, previous)
+    try:
+        with patch.object(backbone, "route_layer", clock.timed("router", backbone.route_layer)):
+            yield clock
+    finally:
+        set_context(model, previous)
 
 
 @contextmanager
@@ -199,5 +218,7 @@ def _timed_stock(model: Any) -> Iterator[_Clock]:
     AttentionInterface.register(_TIMED_SDPA, clock.timed("attention", sdpa_attention_forward))
     AttentionMaskInterface.register(_TIMED_SDPA, sdpa_mask)
     model.set_attn_implementation(_TIMED_SDPA)
-    yield clock
-    model.set_attn_implementation("sdpa")
+    try:
+        yield clock
+    finally:
+        model.set_attn_implementation("sdpa")

@@ -7,8 +7,9 @@ from elastic.bench.records import LEFT_OUT, Record
 from elastic.console import table
 from elastic.plots import Panel, panels_figure
 
-FIRST_TOKEN = "first token"
-METRICS = (FIRST_TOKEN, "decode", "decode graph", "KV cache", "peak memory", "attention", "router", "rest")
+FIRST_TOKEN, OUT_OF_MEMORY = "first token", "out of memory"
+DECODE = ("decode", "decode graph")
+METRICS = (FIRST_TOKEN, *DECODE, "KV cache", "peak memory", "attention", "router", "rest")
 
 PANELS = {
     "first token": ("s", 1e-3),
@@ -19,24 +20,25 @@ PANELS = {
 
 
 def e2e_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a line per shape, length and contestant, with the factor over the best stock model. Below 1 the
-    stock model is faster.
+    """Header and rows: a line per shape, length and contestant, with the factor over the best stock model, of tokens a
+    second over its best way to decode, as a CUDA graph or not. Below 1 the stock model is faster.
     """
     header = ["case", "first token s", "x dense", "decode tok/s", "with graph", "best x dense", "KV GB", "of dense",
               "peak GB", "attention s", "router s", "rest s"]  # fmt: skip
     rows = []
-    for key in dict.fromkeys((r["shape"], r["length"], r["who"], r["msr"]) for r in found):
+    for key in dict.fromkeys(map(_key, found)):
         shape, length, who, msr = key
         mine = _values(found, *key)
         name = f"{shape} {_size(length)} {who}" + ("" if msr is None else f" MSR {msr:.2f}")
         if LEFT_OUT in mine:
-            rows.append([name, LEFT_OUT, *[""] * (len(header) - 2)])
+            why = next(r["why"] for r in found if r["metric"] == LEFT_OUT and _key(r) == key)
+            short = OUT_OF_MEMORY if why.startswith(OUT_OF_MEMORY) else LEFT_OUT
+            rows.append([name, short, *[""] * (len(header) - 2)])
             continue
         dense = _dense(found, shape, length)
-        best = mine.get("decode graph", mine.get("decode"))
-        graph = f"{mine['decode graph']:.1f}" if "decode graph" in mine else ""
         cells = [f"{mine['first token'] / 1e3:.3f}", _ratio(dense.get("first token"), mine["first token"])]
-        cells += [f"{mine['decode']:.1f}" if "decode" in mine else "", graph, _ratio(best, dense.get("decode"))]
+        cells += [f"{mine[way]:.1f}" if way in mine else "" for way in DECODE]
+        cells.append(_ratio(_best_rate(mine), _best_rate(dense)))
         cells += [f"{mine['KV cache'] / 1e9:.3f}", _ratio(mine["KV cache"], dense.get("KV cache"), 3)]
         cells += [f"{mine['peak memory'] / 1e9:.1f}", *(f"{mine[p] / 1e3:.3f}" for p in METRICS[-3:])]
         rows.append([name, *cells])
@@ -80,7 +82,20 @@ def _dense(found: Sequence[Record], shape: str, length: int) -> dict[str, float]
 
 def _values(found: Sequence[Record], shape: str, length: int, who: str, msr: float | None) -> dict[str, Any]:
     wanted = (shape, length, who, msr)
-    return {r["metric"]: r["value"] for r in found if (r["shape"], r["length"], r["who"], r["msr"]) == wanted}
+    return {
+        r["metric"]: r["value"]
+        for r in found
+        if _key(r) == wanted and (r["value"] is not None or r["metric"] == LEFT_OUT)
+    }
+
+
+def _key(record: Record) -> tuple[str, int, str, float | None]:
+    return record["shape"], record["length"], record["who"], record["msr"]
+
+
+def _best_rate(values: dict[str, Any]) -> float | None:
+    """Tokens a second of the fastest way to decode."""
+    return max((values[way] for way in DECODE if way in values), default=None)
 
 
 def _ratio(one: float | None, other: float | None, digits: int = 2) -> str:

@@ -14,9 +14,9 @@ RATIOS = ("msr", "esr_last", "esr_all")
 DENSITY = "density by layer"  # the case that is no source
 NOTES = """Answers teacher-forced on held-out samples, n of each source; exact: all answer tokens right. ± half a 95 %
 interval over samples, then ESR over all layers; means are over sources. Every method runs the same backbone: dense,
-streaming and xattention:<threshold> with all heads in that mode, elastic:<configuration> with the decisions of one
-checkpoint's routers between the modes of that configuration; they were trained for full against streaming attention
-(fa-ssa) only."""
+streaming and xattention:<threshold> with all heads in that mode, elastic with the decisions of routers trained for full
+against streaming attention (fa-ssa), elastic:<configuration> with the same decisions between the modes of that
+configuration. Routers trained for another configuration stand under a name of their own (fa-xa, xa-ssa)."""
 
 
 def records(results: dict[str, Any]) -> list[Record]:
@@ -55,12 +55,12 @@ def score_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
         ("mean of text", [source for source in cells if score_of(source) == "loss"]),
     ):
         if sources:
-            of_method = [[cells[source][method] for source in sources] for method in methods]
-            count = sum(cells[source][methods[0]]["n"] for source in sources)
-            rows.append([title, "", str(count), *(_mean_cell(records) for records in of_method)])
+            of_method = [[cells[source].get(method) for source in sources] for method in methods]
+            count = sum(next(iter(cells[source].values()))["n"] for source in sources)
+            rows.append([title, "", str(count), *map(_mean_cell, of_method)])
     for source, of_source in cells.items():
-        first = of_source[methods[0]]
-        rows.append([source, first["metric"], str(first["n"]), *(_cell(of_source[method]) for method in methods)])
+        first = next(iter(of_source.values()))
+        rows.append([source, first["metric"], str(first["n"]), *(_cell(of_source.get(method)) for method in methods)])
     return ["source", "score", "n", *methods], rows
 
 
@@ -80,10 +80,14 @@ def _ratio(row: dict[str, float], method: str, name: str) -> float:
     return 0.0 if method == "dense" else row[name if method == "elastic" else f"{method}_{name}"]
 
 
-def _mean_cell(same: Sequence[Record]) -> str:
-    value, esr = (fmean(record[name] for record in same) for name in ("value", "esr_all"))
+def _mean_cell(same: Sequence[Record | None]) -> str:
+    """Empty where some source is missing: another mean would not be comparable."""
+    there = [record for record in same if record is not None]
+    if len(there) < len(same):
+        return ""
+    value, esr = (fmean(record[name] for record in there) for name in ("value", "esr_all"))
     return f"{value:.3f} ({esr:.2f})"
 
 
-def _cell(record: Record) -> str:
-    return f"{record['value']:.3f} ± {record['half']:.3f} ({record['esr_all']:.2f})"
+def _cell(record: Record | None) -> str:
+    return "" if record is None else f"{record['value']:.3f} ± {record['half']:.3f} ({record['esr_all']:.2f})"

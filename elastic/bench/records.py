@@ -88,6 +88,18 @@ def save(path: Path, found: Sequence[Record]) -> Path:
     return path
 
 
+def merge(runs: Sequence[Sequence[Record]]) -> tuple[list[Record], int]:
+    """Records of several runs as those of one, and how many were left out because an earlier run has that figure. Cases
+    stand by shape and length where they have them, else in the order of the runs.
+    """
+    found: dict[tuple[Any, ...], Record] = {}
+    for record in (record for run in runs for record in run):
+        found.setdefault((record["case"], record["who"], record["metric"]), record)
+    shapes = list(dict.fromkeys(record.get("shape") for record in found.values()))
+    merged = sorted(found.values(), key=lambda r: (shapes.index(r.get("shape")), r.get("length") or 0))
+    return merged, sum(map(len, runs)) - len(merged)
+
+
 def load(path: Path) -> list[Record]:
     """Read the records of one run.
 

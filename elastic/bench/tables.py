@@ -60,11 +60,9 @@ def markdown(runs: dict[str, list[Record]], pictures: Sequence[str] = ()) -> str
     """The page of a folder of runs; `pictures` are paths by the side of it."""
     lines = [HEADING]
     for name, found in runs.items():
-        first = found[0]
-        stated = ", ".join(f"{package} {number}" for package, number in first["versions"].items())
-        lines += ["", f"## {name}", "", f"{first['gpu']}, {first['kernel']}, {stated}, commit {first['commit']}"]
         shapes = dict.fromkeys(shape_of(record) for record in found if "heads" in record)
-        lines += ["", f"`{first['command']}`", "", *([f"{'; '.join(shapes)}.", ""] if shapes else [])]
+        lines += ["", f"## {name}", "", *dict.fromkeys(map(stated, found)), ""]
+        lines += [*commands(found), "", *([f"{'; '.join(shapes)}.", ""] if shapes else [])]
         if any(record["case"] == HEADLINE for record in found):
             lines += quality(found)
         elif any(record["case"] == methods.DENSITY for record in found):
@@ -78,6 +76,18 @@ def markdown(runs: dict[str, list[Record]], pictures: Sequence[str] = ()) -> str
             lines += [*_table(*cells(found)), *(f"- {remark}" for remark in remarks(found))]
         lines += [f"\n![Timings of {name}]({path})" for path in pictures if _belongs(path, name)]
     return "\n".join(lines) + "\n"
+
+
+def stated(record: Record) -> str:
+    """GPU, kernel, versions and commit of a record."""
+    packages = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
+    return f"{record['gpu']}, {record['kernel']}, {packages}, commit {record['commit']}"
+
+
+def commands(found: Sequence[Record]) -> list[str]:
+    """Lines with the commands of all runs that the records are of."""
+    given = list(dict.fromkeys(f"`{record['command']}`" for record in found))
+    return given if len(given) == 1 else [f"- {command}" for command in given]
 
 
 def quality(found: Sequence[Record]) -> list[str]:

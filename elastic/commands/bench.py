@@ -1,4 +1,4 @@
-"""`elastic bench`: timings beside competitors, and the table of recorded ones."""
+"""`elastic bench`: timings beside competitors; recorded ones merged and as tables."""
 
 import argparse
 import importlib
@@ -22,9 +22,13 @@ def main(argv: list[str]) -> int:
     page = chosen.add_parser("table", help="Markdown of a folder of records", description=write_table.__doc__)
     page.add_argument("folder", type=Path, metavar="DIR", help="holds the *.json of earlier runs")
     page.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
+    merge = chosen.add_parser("merge", help="one record file of several runs", description=merge_files.__doc__)
+    merge.add_argument("files", type=Path, nargs="+", metavar="FILE", help="*.json of runs of one benchmark, in order")
+    merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the merged file")
+    merge.add_argument("--tag", required=True, metavar="NAME", help="name of the merged file")
     args = parser.parse_args(argv)
-    if args.benchmark == "table":
-        return write_table(args)
+    if args.benchmark in OTHERS:
+        return OTHERS[args.benchmark](args)
     from elastic.bench.records import command_line
 
     return importlib.import_module(f"elastic.bench.{args.benchmark}").run(args, command_line(argv))
@@ -46,3 +50,22 @@ def write_table(args: argparse.Namespace) -> int:
         args.out.write_text(text)
         say(f"wrote {args.out}")
     return 0
+
+
+def merge_files(args: argparse.Namespace) -> int:
+    """Write the records of several runs of one benchmark as one file, and for e2e their picture. What was measured more
+    than once counts as in the first file that has it.
+    """
+    from elastic.bench.e2e_tables import FIRST_TOKEN, e2e_figure
+    from elastic.bench.records import load, merge, save
+    from elastic.plots import save_png
+
+    found, repeated = merge([load(file) for file in args.files])
+    path = save(args.out / f"{args.tag}.json", found)
+    say(f"wrote {path}: {len(found)} records of {len(args.files)} files, {repeated} measured again left out")
+    if any(record["metric"] == FIRST_TOKEN for record in found):
+        say(f"wrote {save_png(e2e_figure(found), path.with_suffix('.png'))}")
+    return 0
+
+
+OTHERS = {"table": write_table, "merge": merge_files}

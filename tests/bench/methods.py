@@ -3,6 +3,12 @@ between the modes of every configuration. Writes records for `elastic bench tabl
 
     python -m data_prep.pack_mixture configs/mixture/heldout-long.yaml --out data/heldout-long
     python tests/bench/methods.py --checkpoint runs/smollm2-gpu/checkpoint --out tests/bench/results
+
+Several processes may share the methods, and routers trained for other configurations stand beside them:
+
+    python tests/bench/methods.py --checkpoint runs/fa-ssa/checkpoint --methods elastic dense --tag methods-1
+    python tests/bench/methods.py --checkpoint runs/fa-xa/checkpoint --methods elastic --name fa-xa --tag methods-2
+    elastic bench merge runs/bench/methods-*.json --out tests/bench/results --tag methods
 """
 
 import argparse
@@ -30,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="evaluate no further batch after these")
     parser.add_argument("--batch-rows", type=int, default=8, help="packed rows in a forward pass")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="as for `elastic test`")
+    parser.add_argument("--name", default="elastic", help="what the records call the checkpoint's routers")
     parser.add_argument("--dtype", default="bfloat16", help="of the backbone")
     parser.add_argument("--stride", type=int, help="of XAttention; default the checkpoint's")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
@@ -95,18 +102,32 @@ def recipe(checkpoint: Path) -> dict[str, Any]:
     return {**told, "weights_sha256": stored["weights_sha256"]}
 
 
+def repeat(args: argparse.Namespace) -> str:
+    """The command, without folders."""
+    words = ["python", "tests/bench/methods.py"]
+    for name in ("batches", "seconds", "batch_rows", "methods", "name", "dtype", "stride"):
+        value = getattr(args, name)
+        if value != DEFAULTS[name]:
+            words += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])]
+    return " ".join(words)
+
+
+def own_name(method: str, name: str) -> str:
+    """A method of these routers under the name that their records have: `elastic:xa-ssa` as `<name>:xa-ssa`."""
+    return name + method.removeprefix("elastic") if method.split(":")[0] == "elastic" else method
+
+
 def main(argv: list[str]) -> int:
     """Evaluate, write the records, print the tables."""
     import torch
 
     args = build_parser().parse_args(argv)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    told = {name: getattr(args, name) for name in ("batches", "seconds", "batch_rows", "dtype", "stride", "methods")}
-    shown = [f"--{name.replace('_', '-')} {value}" for name, value in told.items() if value != DEFAULTS[name]]
-    facts = stamp(" ".join(["python tests/bench/methods.py", *shown]), args.commit, device)
+    facts = stamp(repeat(args), args.commit, device)
     results = evaluate(args)
     sizes = {name: results["elastic"]["sparse"][name] for name in ("sink", "window", "block", "stride", "threshold")}
-    found = [{**record, **sizes, "routers": recipe(args.checkpoint), **facts} for record in records(results)]
+    told = {**sizes, "routers": recipe(args.checkpoint), **facts}
+    found = [{**record, "who": own_name(record["who"], args.name), **told} for record in records(results)]
     for header, rows in (score_cells(found), density_cells(found)):
         say(table(header, rows) + "\n")
     say(f"wrote {save(args.out / f'{args.tag}.json', found)}")

@@ -4,13 +4,14 @@ compute-sanitizer --tool racecheck --kernel-name kns=attention_ --print-limit 10
   python -m tests.kernels.sanitize run ELASTIC_EVERY_LANE=1
 compute-sanitizer --tool initcheck --print-limit 100000 python -m tests.kernels.sanitize run > log
 python -m tests.kernels.sanitize count log
-compute-sanitizer --kernel-name-exclude kns=at:: python -m tests.kernels.sanitize decode
+compute-sanitizer --kernel-name kns=attention_decode python -m tests.kernels.sanitize decode
+compute-sanitizer --kernel-name kns=route_prompt python -m tests.kernels.sanitize router
 compute-sanitizer --tool racecheck --kernel-name kns=xattention python -m tests.kernels.sanitize select
 
 The kernels are compiled with line numbers. initcheck must see all kernels, because PyTorch's write what ours read;
-`count` then tells whose reads it reports. `run` is forward, backward and the route's gap, `decode` decode attention and
-the router, `select` XAttention's choice of key blocks. memcheck sees an overrun of a tensor only where PyTorch does not
-cut tensors out of larger blocks: set PYTORCH_NO_CUDA_MEMORY_CACHING=1.
+`count` then tells whose reads it reports. `run` is forward, backward and the route's gap, `decode` decode attention,
+`router` the router, `select` XAttention's choice of key blocks. memcheck sees an overrun of a tensor only where PyTorch
+does not cut tensors out of larger blocks: set PYTORCH_NO_CUDA_MEMORY_CACHING=1.
 """
 
 import re
@@ -77,14 +78,18 @@ def attention(debug: tuple[str, ...]) -> None:
         done(f"seed {seed} {list(problem.q.shape)} {problem.q.dtype}", started)
 
 
-def decode_and_route(_debug: tuple[str, ...]) -> None:
-    """Decode problems in several launch shapes, and the router on a few samples."""
+def decode(_debug: tuple[str, ...]) -> None:
+    """Decode problems in several launch shapes."""
     for seed in DECODE_SEEDS:
         started = time.perf_counter()
         problem = random_decode(seed)
         for config in configs(problem):
             run_decode(problem, config)
         done(f"decode seed {seed} {list(problem.q.shape)}", started)
+
+
+def route(_debug: tuple[str, ...]) -> None:
+    """The router on a few samples."""
     for kv_heads, dim in ((8, 128), (3, 64)):
         started = time.perf_counter()
         router = trained_router(kv_heads, dim)
@@ -135,7 +140,8 @@ def count(log: str) -> Counter[str]:
 
 PARTS: dict[str, Callable[[tuple[str, ...]], None]] = {
     "run": attention,
-    "decode": decode_and_route,
+    "decode": decode,
+    "router": route,
     "select": select,
 }
 

@@ -1,0 +1,69 @@
+"""A real `elastic serve` on the loopback address, and requests to it."""
+
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+
+import uvicorn
+
+from elastic.serving.app import ServerLimits, build_app
+from elastic.serving.engine import Engine
+
+
+@contextmanager
+def serving(model, limits=None, **engine):
+    settings = {"max_batch": 4, "max_queue": 64, "batch_seconds": 0.05, **engine}
+    app = build_app(
+        "tiny", limits or ServerLimits(grace=60), lambda metrics: Engine(*model, metrics=metrics, **settings)
+    )
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        port = chosen.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def body_of(prompt, **more):
+    return {"model": "tiny", "messages": [{"role": "user", "content": prompt}], "temperature": 0, **more}
+
+
+def post(address, body, raw=None):
+    data = json.dumps(body).encode() if raw is None else raw
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions", data=data, headers={"content-type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def ask(address, body):
+    status, answer = post(address, body)
+    return status, json.loads(answer)
+
+
+def get(address, path):
+    try:
+        with urllib.request.urlopen(address + path, timeout=30) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def events_of(answer):
+    return [line.removeprefix("data: ") for line in answer.decode().split("\n\n") if line]
