@@ -55,7 +55,7 @@ def speed_and_fill(folder: Path, tokens: int, workers: int) -> list[tuple[str, s
     base = yaml.safe_load(OFFLINE.read_text())
     found = []
     for name, changes in (
-        ("offline-4k", {}),
+        ("offline-4k", {"seq_length": 4096, "context": [512, 3000]}),
         ("offline-64k", {"seq_length": 65536, "context": [64, 60000]}),
     ):
         settings = {**base, **changes, "tokens": {"train": tokens}}

@@ -29,9 +29,9 @@ from elastic.shards import MANIFEST
 
 ROOT = Path(__file__).parent.parent.parent
 LAYERS = ("configs/train.yaml", "configs/smollm2-gpu.yaml", "configs/logger/csv.yaml")
-OBJECTIVES = {"quality": ["configs/objective/quality.yaml"], "target": []}
-ROUTERS = {"elastic": [], "static": ["configs/router/static.yaml"]}
-BIASES = (-4, -2, 2, 4)
+OBJECTIVES = {"target": [], "quality": ["configs/objective/quality.yaml"]}
+ROUTERS = {"static": ["configs/router/static.yaml"], "elastic": []}
+BIASES = (-4, -2, -1, 1)
 BASELINES = ("dense", "streaming", "random:0.7", "random:0.7:1")
 METRICS = "metrics.csv"
 DRAWN = ("loss", "regulariser", "msr/", "kl/", "l/", "l1/", "l2/", "router_entropy", "gradient_norm", "step_seconds")
