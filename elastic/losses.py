@@ -35,6 +35,21 @@ def summed_cross_entropy(hidden_PE: Tensor, target_P: Tensor, lm_head: nn.Module
     return total
 
 
+def answer_losses(hidden_1SE: Tensor, lm_head: nn.Module, labels_1S: Tensor, cu_seq_lens: Tensor, chunk: int) -> Tensor:
+    """Mean next-token cross-entropy of each sample's answer, fp32 [N], `chunk` positions of logits at a time.
+
+    Raises:
+        ValueError: a sample without a labelled token, or a chunk below 1.
+    """
+    hidden_PE, target_P = labelled_positions(hidden_1SE, labels_1S)
+    sample_P, count_N = labelled_samples(labels_1S, cu_seq_lens)
+    parts = [
+        _recomputed(_position_losses, hidden_PE[part], target_P[part], lm_head)
+        for part in _chunks(target_P.shape[0], chunk)
+    ]
+    return torch.zeros_like(count_N).index_add(0, sample_P, torch.cat(parts)) / count_N
+
+
 def chunked_divergence(routed_PE: Tensor, dense_PE: Tensor, lm_head: nn.Module, chunk: int) -> Tensor:
     """KL(dense || routed) of the next-token distributions in nats, fp32 [P], `chunk` positions at a time.
 
@@ -91,6 +106,10 @@ def _recomputed(function: Callable[..., Tensor], *arguments: object) -> Tensor:
 
 def _summed_loss(hidden_PE: Tensor, target_P: Tensor, lm_head: nn.Module) -> Tensor:
     return F.cross_entropy(lm_head(hidden_PE).float(), target_P, reduction="sum")
+
+
+def _position_losses(hidden_PE: Tensor, target_P: Tensor, lm_head: nn.Module) -> Tensor:
+    return F.cross_entropy(lm_head(hidden_PE).float(), target_P, reduction="none")
 
 
 def _divergence(routed_PE: Tensor, dense_PE: Tensor, lm_head: nn.Module) -> Tensor:

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elastic.losses import chunked_cross_entropy, chunked_divergence, labelled_positions, labelled_samples
+from elastic.losses import (
+    answer_losses,
+    chunked_cross_entropy,
+    chunked_divergence,
+    labelled_positions,
+    labelled_samples,
+)
 from elastic.packed import Batch
 from elastic.tasks import SENSITIVE, TASKS, task_index
 from elastic.training_config import ObjectiveConfig
@@ -175,25 +181,34 @@ class TargetObjective:
     Args:
         targets: wanted MSR per task class, see `target_intervals`.
         limit: bound on the multipliers.
+        average: what cross-entropy is the mean over: answer `tokens`, or answers within a task, then `tasks`.
     """
 
     needs_dense = False
 
-    def __init__(self, targets: Mapping[str, Interval], limit: float) -> None:
-        self.intervals = target_intervals(targets)
+    def __init__(self, targets: Mapping[str, Interval], limit: float, average: str = "tokens") -> None:
+        self.intervals, self.average = target_intervals(targets), average
         self.multipliers = LagrangeMultipliers(limit)
 
     def judge(self, routed: RoutedPass) -> Judgement:
         """Cross-entropy of the answers, and the price of MSR outside its targets."""
         batch = routed.batch
-        language = chunked_cross_entropy(routed.hidden_1SE, routed.lm_head, batch["labels"], routed.chunk)
+        language = self._language(routed)
         regulariser = sparsity_loss(routed.msr_N, batch["task_id"], self.intervals, self.multipliers)
         facts = {"loss": language.detach(), "regulariser": regulariser.detach()}
         return Judgement(language + regulariser, facts, {})
 
+    def _language(self, routed: RoutedPass) -> Tensor:
+        batch, answers = routed.batch, (routed.hidden_1SE, routed.lm_head, routed.batch["labels"])
+        if self.average == "tokens":
+            return chunked_cross_entropy(*answers, routed.chunk)
+        loss_N = answer_losses(*answers, batch["cu_seq_lens"], routed.chunk)
+        loss_T, present_T = mean_per_task(loss_N, batch["task_id"])
+        return loss_T.sum() / present_T.sum()
+
     def facts(self) -> dict[str, Any]:
-        """Kind and targets."""
-        return {"kind": "target", "targets": dict(zip(TASKS, self.intervals, strict=True))}
+        """Kind, targets, and what cross-entropy is averaged over."""
+        return {"kind": "target", "targets": dict(zip(TASKS, self.intervals, strict=True)), "average": self.average}
 
 
 class QualityObjective:
@@ -238,7 +253,7 @@ Objective = TargetObjective | QualityObjective
 def build_objective(config: ObjectiveConfig, targets: Mapping[str, Interval], limit: float) -> Objective:
     """The objective that a configuration names; targets are read by `target` only."""
     kinds: dict[str, Callable[[], Objective]] = {
-        "target": lambda: TargetObjective(targets, limit),
+        "target": lambda: TargetObjective(targets, limit, config.average),
         "quality": lambda: QualityObjective(config, limit),
     }
     return kinds[config.kind]()

@@ -12,6 +12,7 @@ from elastic.tasks import task_index
 # fragments.
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 ObjectiveKind = Literal["target", "quality"]
+Average = Literal["tokens", "tasks"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class ObjectiveConfig:
         budget: quality: KL(dense || routed) that answers may have, in nats per answer token.
         budgets: quality: budget per task class, where it differs from `budget`.
         price: quality: what every multiplier begins at.
+        average: target: cross-entropy is the mean over answer `tokens` (the paper), or over the answers of each task
+            and then over `tasks`. By tokens, a continuation of 256 tokens weighs as much as fifty answers of five.
     """
 
     kind: ObjectiveKind = "target"
@@ -111,11 +114,16 @@ class ObjectiveConfig:
     budget: float = 0.02
     budgets: dict[str, float] = field(default_factory=dict)
     price: float = 0.0
+    average: Average = "tokens"
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ObjectiveKind):
             raise ValueError(
                 f"objective.kind={self.kind!r} is not known; use one of {', '.join(get_args(ObjectiveKind))}"
+            )
+        if self.average not in get_args(Average):
+            raise ValueError(
+                f"objective.average={self.average!r} is not known; use one of {', '.join(get_args(Average))}"
             )
         if not _number("objective.cost", self.cost) > 0:
             raise ValueError(f"objective.cost={self.cost} is not positive; 1.0 is usual")

@@ -1,6 +1,7 @@
 """The objective: targets, multipliers, regulariser, chunked language loss, schedules."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,14 +11,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from elastic import schedules
-from elastic.losses import chunked_cross_entropy, labelled_positions
+from elastic.losses import answer_losses, chunked_cross_entropy, labelled_positions
 from elastic.objective import (
     LagrangeMultipliers,
+    RoutedPass,
+    TargetObjective,
     signed_distance,
     sparsity_loss,
     target_intervals,
 )
 from elastic.tasks import ROBUST, SENSITIVE, TASKS, task_index
+from elastic.training_config import ObjectiveConfig
 
 
 def test_default_targets_are_the_papers():
@@ -104,6 +108,41 @@ def test_chunked_cross_entropy_equals_the_plain_one_with_its_gradients(chunk):
     torch.testing.assert_close(loss, plain, rtol=0, atol=1e-6)
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def packed_answers():
+    """Hidden states, labels and bounds of four answers of 1, 2, 6 and 3 tokens; the task of each."""
+    torch.manual_seed(0)
+    labels = torch.full((1, 24), -100)
+    bounds = torch.tensor([0, 4, 9, 18, 24])
+    for end, length in zip(bounds[1:].tolist(), (1, 2, 6, 3), strict=True):
+        labels[0, end - length : end] = torch.randint(0, 31, (length,))
+    return torch.randn(1, 24, 8, requires_grad=True), labels, bounds, torch.tensor([1, 1, 3, 0])
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_losses_of_answers_equal_the_plain_ones(chunk):
+    hidden, labels, bounds, _ = packed_answers()
+    head = nn.Linear(8, 31, bias=False)
+    found = answer_losses(hidden, head, labels, bounds, chunk)
+    for i, (begin, end) in enumerate(pairwise(bounds.tolist())):
+        alone = chunked_cross_entropy(hidden[:, begin:end], head, labels[:, begin:end], 1000)
+        torch.testing.assert_close(found[i], alone)
+    (gradient,) = torch.autograd.grad(found.sum(), hidden)
+    assert gradient[0, 17].abs().sum() == 0 < gradient[0, 16].abs().sum()  # the last position predicts nothing
+
+
+def test_an_average_over_tasks_lets_short_answers_count():
+    hidden, labels, bounds, task = packed_answers()
+    head = nn.Linear(8, 31, bias=False)
+    batch = {"labels": labels, "cu_seq_lens": bounds, "task_id": task}
+    routed = RoutedPass(batch, hidden, torch.full((4,), 0.7), None, head, 4)
+    by = {name: TargetObjective({}, 10.0, name).judge(routed).facts["loss"] for name in ("tokens", "tasks")}
+    one, two, six, three = answer_losses(hidden, head, labels, bounds, 4).detach()
+    torch.testing.assert_close(by["tokens"], (one + 2 * two + 6 * six + 3 * three) / 12)
+    torch.testing.assert_close(by["tasks"], ((one + two) / 2 + six + three) / 3)
+    with pytest.raises(ValueError, match=r"objective\.average='rows' is not known; use one of tokens, tasks"):
+        ObjectiveConfig(average="rows")
 
 
 def test_only_labelled_positions_reach_the_head_a_chunk_at_a_time():
