@@ -9,13 +9,14 @@ import pytest
 
 from elastic import cli
 from elastic.backbone import attach
+from elastic.bench.ablation import records
 from elastic.bench.records import load
 from elastic.bench.routing import equal_quality, over_seeds
 from elastic.bench.runs import Point, read_study, score_of, slack
 from elastic.checkpoint import read_elastic, save_elastic
 from elastic.config import ElasticConfig
 from elastic.tasks import TASKS
-from tests.bench import ship
+from tests.bench import ablation, ship
 from tests.models import tiny_model
 from tests.training import ROOT, build_data, command_environment
 
@@ -94,9 +95,9 @@ def test_equal_quality_lies_between_the_points_around_the_bound(study):
     found = read_study(study)
     points, dense = found.runs[1].points, found.dense
     assert [round(slack(point, dense), 3) for point in points] == [1.0, 0.0, -4.0]
-    assert equal_quality(points[::2], dense) == pytest.approx(0.3 + 0.6 * 1 / 5)  # a fifth of the way
-    assert equal_quality(points[:1], dense) == pytest.approx(0.3)  # never left: the last point
-    assert equal_quality(points[2:], dense) is None
+    assert equal_quality(points[::2], dense) == (pytest.approx(0.3 + 0.6 * 1 / 5), False)  # a fifth of the way
+    assert equal_quality(points[:1], dense) == (pytest.approx(0.3), True)  # never left: the last point
+    assert equal_quality(points[2:], dense) == (None, False)
 
 
 def test_the_validation_rows_choose_the_operating_point(study):
@@ -157,26 +158,27 @@ def test_operating_points_read_their_own_columns():
     assert [point.mean_msr for point in points] == [0.0, 0.5, 0.2] and points[2].bias == -1
 
 
-def test_the_driver_trains_evaluates_and_skips_what_is_done(tmp_path):
-    build_data(tmp_path / "packed")
-    (tmp_path / "data").mkdir()
+SMALL_RUN = [
+    *(f"--model.{flag}" for flag in ("backbone=tiny", "dtype=float32", "elastic.sparse.sink=4")),
+    *(f"--model.elastic.sparse.{flag}" for flag in ("window=16", "block=4")),
+    *("--trainer.max_steps=2", "--trainer.accelerator=cpu", "--data.rows_per_step=2", "--data.micro_batch_rows=2"),
+    "--data.num_workers=0",
+]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A folder with data for both drivers."""
+    folder = tmp_path_factory.mktemp("packed")
+    build_data(folder)
     for name in ("train", "heldout"):
-        os.symlink(tmp_path / "packed" / "data", tmp_path / "data" / name)
-    small = ["backbone=tiny", "dtype=float32", "elastic.sparse.sink=4", "elastic.sparse.window=16"]
-    flags = [f"--model.{flag}" for flag in (*small, "elastic.sparse.block=4")]
-    flags += ["--trainer.max_steps=2", "--trainer.accelerator=cpu", "--data.rows_per_step=2", "--data.num_workers=0"]
-    words = ["--out", "out", "--work", "work", "--data", "data", "--routers", "static", "--objectives", "target"]
-    words += [
-        "--seeds",
-        "5",
-        "--biases",
-        "2",
-        "--checkpoints",
-        "5",
-        "--",
-        *flags,
-        "--data.micro_batch_rows=2",
-    ]
+        os.symlink(folder / "data", folder / name)
+    return folder
+
+
+def test_the_driver_trains_evaluates_and_skips_what_is_done(tmp_path, packed):
+    words = ["--out", "out", "--work", "work", "--data", str(packed), "--routers", "static", "--objectives", "target"]
+    words += ["--seeds", "5", "--biases", "2", "--checkpoints", "5", "--", *SMALL_RUN]
 
     def drive():
         command = [sys.executable, str(ROOT / "tests" / "bench" / "routing.py"), *words]
@@ -207,3 +209,36 @@ def test_the_shipped_checkpoint_stands_at_the_chosen_point(study, tmp_path):
     assert found["config"]["sparsity_bias"] == 0 and found["recipe"]["commit"] == "abc"
     assert found["metrics"]["retrieval of dense"] == pytest.approx(0.98)
     assert found["metrics"]["rows"].startswith("500 samples of the test split")
+
+
+def test_variants_are_trained_judged_and_told_apart(tmp_path, packed, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    variants = tmp_path / "variants.yaml"
+    variants.write_text("plain: []\nslow: [--model.optimiser.lr=1e-4]\nbroken: [--model.optimiser.lr=-1]\n")
+    monkeypatch.setattr(ablation, "METHODS", ["elastic", "elastic:2", "dense"])
+    words = [
+        "--variants",
+        str(variants),
+        "--data",
+        str(packed),
+        "--kept",
+        str(tmp_path / "kept"),
+        "--work",
+        str(tmp_path / "work"),
+    ]
+    for name in ("plain", "broken"):  # plain was judged before; broken fails
+        (tmp_path / "kept" / name).mkdir(parents=True)
+    (tmp_path / "kept" / "plain" / "results_validation.json").write_text(json.dumps(results("input", ("dense",))))
+    (tmp_path / "kept" / "plain" / "variant.json").write_text(json.dumps({"flags": "", **STAMP}))
+    monkeypatch.setattr(ablation, "records", lambda found, *rest: records({"plain": found["plain"]}, *rest))
+    assert ablation.main([*words, "--out", str(tmp_path / "bench"), "--", *SMALL_RUN]) == 1
+    said = capsys.readouterr().out
+    assert "plain: was there" in said and "slow: done" in said and "broken: fit failed, see " in said
+    judged = json.loads((tmp_path / "kept" / "slow" / "results_validation.json").read_text())
+    assert judged["methods"] == ["elastic", "elastic:2", "dense"] and judged["split"] == "validation"
+    assert json.loads((tmp_path / "kept" / "slow" / "variant.json").read_text())["flags"] == "--model.optimiser.lr=1e-4"
+    found = {(r["who"], r["metric"]): r for r in load(tmp_path / "bench" / "ablation.json")}
+    assert found["bias 2", "retrieval of dense"]["value"] == pytest.approx(0.9)
+    assert found["bias 0", "retrieval of dense"]["half"] == pytest.approx(0.05 / 3**0.5 / 0.8)
+    assert cli.main(["bench", "table", str(tmp_path / "bench")]) == 0
+    assert "| plain | `` | abc | 1.000 ± 0.036 / 1.000 ± 0.025 @ 0.30 (0.00) |" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from elastic.tasks import ROBUST, SENSITIVE
 
 SUMMARY = "what trained routers keep of the dense model's quality, from recorded runs"
 HEADLINE, POINT = "headline", "point"  # cases of records that are about no single source
+AT_LEAST = "at_least"  # in records of MSR at equal quality: some seed's sparsest point is of equal quality still
 CHOSEN = "chosen"  # operating point that the validation rows chose
 NOTES = f"""Answers teacher-forced on held-out samples (other seeds, wording and texts than in training); exact: all
 answer tokens right, which is what greedy decoding would give. ± half a 95 % interval: over seeds by Student's t in the
@@ -23,7 +24,8 @@ first table, over samples in the second, where seeds are averaged. Retrieval: me
 many_shot; loss: mean of the loss rows. Equal quality keeps {KEPT:.0%} of dense retrieval and loses at most {RISE:.0%}
 on text. Chosen: the `sparsity_bias` that is the sparsest of equal quality on validation rows, none of which are in
 these tables; the second table is at this bias. MSR at equal quality: the largest mean MSR of equal quality on the rows
-of these tables, between a run's operating points by straight lines."""
+of these tables, between a run's operating points by straight lines; ≥ where the sparsest point of a seed is of equal
+quality still."""
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % quantiles by number of seeds
 HEADLINES = (  # all shares
     "retrieval of dense",
@@ -69,19 +71,19 @@ def headlines(point: Point, dense: Point) -> dict[str, float]:
     }
 
 
-def equal_quality(points: Sequence[Point], dense: Point) -> float | None:
+def equal_quality(points: Sequence[Point], dense: Point) -> tuple[float | None, bool]:
     """Largest mean MSR within the bounds of equal quality along a run's operating points, straight between them; None
-    where every point is worse.
+    where every point is worse. And whether the sparsest point is within them, so that the MSR is a lower bound.
     """
     inside = [i for i, point in enumerate(points) if slack(point, dense) >= 0]
     if not inside:
-        return None
+        return None, False
     here = points[inside[-1]]
     if inside[-1] + 1 == len(points):
-        return here.mean_msr
+        return here.mean_msr, True
     beyond = points[inside[-1] + 1]
     near, far = slack(here, dense), slack(beyond, dense)
-    return here.mean_msr + (beyond.mean_msr - here.mean_msr) * near / (near - far)
+    return here.mean_msr + (beyond.mean_msr - here.mean_msr) * near / (near - far), False
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
@@ -110,7 +112,8 @@ def _headlines(study: Study) -> Iterator[Record]:
                 yield _over_seeds(study, name, [of_run[name] for of_run in found], facts)
             if which:
                 continue
-            yield _over_seeds(study, HEADLINES[-1], [equal_quality(run.points, study.dense) for run in runs], facts)
+            reached, open_ended = zip(*(equal_quality(run.points, study.dense) for run in runs), strict=True)
+            yield _over_seeds(study, HEADLINES[-1], reached, {**facts, AT_LEAST: any(open_ended)})
 
 
 def _over_seeds(study: Study, name: str, values: Sequence[float | None], facts: dict[str, Any]) -> Record:
@@ -233,7 +236,11 @@ def _cell(record: Record | None) -> str:
         return ""
     if record["value"] is None:
         return "not reached"
-    return f"{record['value']:.3f}" + ("" if record["half"] is None else f" ± {record['half']:.3f}")
+    return (
+        ("≥ " if record.get(AT_LEAST) else "")
+        + f"{record['value']:.3f}"
+        + ("" if record["half"] is None else f" ± {record['half']:.3f}")
+    )
 
 
 def _record(stamp: dict[str, Any], case: str, metric: str, value: float | None, **facts: Any) -> Record:

@@ -139,12 +139,12 @@ class Run:
     @cached_property
     def points(self) -> list[Point]:
         """Its operating points, by rising bias."""
-        return _by_bias(self.test)
+        return by_bias(self.test)
 
     @cached_property
     def baselines(self) -> list[Point]:
         """Methods without training that were measured beside it."""
-        return [point for point in _points(self.test) if not point.is_elastic]
+        return [point for point in points_of(self.test) if not point.is_elastic]
 
     @property
     def own(self) -> Point:
@@ -159,8 +159,8 @@ class Run:
     @cached_property
     def chosen_bias(self) -> float:
         """The sparsest bias within the bounds of equal quality on the validation rows, or the best where none is."""
-        dense = next(point for point in _points(self.validation) if point.method == "dense")
-        points = [point for point in _by_bias(self.validation) if any(p.bias == point.bias for p in self.points)]
+        dense = next(point for point in points_of(self.validation) if point.method == "dense")
+        points = [point for point in by_bias(self.validation) if any(p.bias == point.bias for p in self.points)]
         inside = [point for point in points if slack(point, dense) >= 0]
         if inside:
             return max(inside, key=lambda point: point.mean_msr).bias
@@ -181,11 +181,13 @@ class Run:
         return found
 
 
-def _by_bias(results: dict[str, Any]) -> list[Point]:
-    return sorted((point for point in _points(results) if point.is_elastic), key=lambda point: point.bias)
+def by_bias(results: dict[str, Any]) -> list[Point]:
+    """Operating points of a results file, by rising bias."""
+    return sorted((point for point in points_of(results) if point.is_elastic), key=lambda point: point.bias)
 
 
-def _points(results: dict[str, Any]) -> list[Point]:
+def points_of(results: dict[str, Any]) -> list[Point]:
+    """All methods of a results file."""
     return [Point(method, results["sources"], results["tasks"]) for method in results["methods"]]
 
 

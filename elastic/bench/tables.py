@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from elastic.bench import evaluation, methods
+from elastic.bench import ablation, evaluation, methods
 from elastic.bench.e2e_tables import FIRST_TOKEN, e2e_cells
 from elastic.bench.records import LEFT_OUT, Record
 from elastic.bench.routing import HEADLINE, NOTES, headline_cells, source_cells
@@ -65,6 +65,8 @@ def markdown(runs: dict[str, list[Record]], pictures: Sequence[str] = ()) -> str
         lines += [*commands(found), "", *([f"{'; '.join(shapes)}.", ""] if shapes else [])]
         if any(record["case"] == HEADLINE for record in found):
             lines += quality(found)
+        elif ablation.FLAGS in found[0]:
+            lines += [ablation.NOTES, "", *_table(*ablation.cells(found))]
         elif any(record["case"] == methods.DENSITY for record in found):
             lines += [methods.NOTES, "", *_table(*methods.score_cells(found)), *_table(*methods.density_cells(found))]
         elif found[0]["metric"] == evaluation.SCORE:

@@ -17,16 +17,19 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from typing import TypeVar
 
 import torch
 
 from elastic.bench.records import stamp
 from elastic.shards import MANIFEST
 
+T = TypeVar("T")
 ROOT = Path(__file__).parent.parent.parent
 LAYERS = ("configs/train.yaml", "configs/smollm2-gpu.yaml", "configs/logger/csv.yaml")
 OBJECTIVES = {"target": [], "quality": ["configs/objective/quality.yaml"]}
@@ -77,29 +80,24 @@ def build_data(folder: Path) -> None:
             subprocess.run([sys.executable, *words], check=True, cwd=ROOT)
 
 
-def execute(plan: Plan, args: argparse.Namespace, gpus: SimpleQueue, deadline: float) -> str:
-    """Train and evaluate one run on a free GPU; keeps the files of each part when it is done. Returns what became of
-    it.
-    """
-    kept, folder, gpu = args.out / plan.name, args.work / plan.name, gpus.get()
+def execute(plan: Plan, args: argparse.Namespace, gpu: str | None, deadline: float) -> str:
+    """Train and evaluate one run; keeps the files of each part when it is done. Returns what became of it."""
+    kept, folder = args.out / plan.name, args.work / plan.name
     for path in (kept, folder):
         path.mkdir(parents=True, exist_ok=True)
     done = []
-    try:
-        for part, words in parts(plan, folder, args).items():
-            if all((kept / name).is_file() for name in FILES_OF[part].values()):
-                continue
-            began = time.monotonic()
-            problem = _run(words, folder / "log.txt", deadline - began, gpu)
-            if problem:
-                return ", ".join([*done, f"{part} {problem}"])
-            done.append(f"{part} {time.monotonic() - began:.0f} s")
-            for made, name in FILES_OF[part].items():
-                (thin if name == METRICS else shutil.copy)(folder / made, kept / name)
-            if part == "fit" and plan.seed in args.checkpoints:
-                shutil.copytree(folder / "checkpoint", kept / "checkpoint", dirs_exist_ok=True)
-    finally:
-        gpus.put(gpu)
+    for part, words in parts(plan, folder, args).items():
+        if all((kept / name).is_file() for name in FILES_OF[part].values()):
+            continue
+        began = time.monotonic()
+        problem = elastic_command(words, folder / "log.txt", deadline - began, gpu)
+        if problem:
+            return ", ".join([*done, f"{part} {problem}"])
+        done.append(f"{part} {time.monotonic() - began:.0f} s")
+        for made, name in FILES_OF[part].items():
+            (thin if name == METRICS else shutil.copy)(folder / made, kept / name)
+        if part == "fit" and plan.seed in args.checkpoints:
+            shutil.copytree(folder / "checkpoint", kept / "checkpoint", dirs_exist_ok=True)
     return ", ".join(done) or "was there"
 
 
@@ -129,8 +127,8 @@ def thin(source: Path, target: Path) -> None:
         writer.writerows([f"{float(row[name]):.4g}" if row[name] else "" for name in names] for row in rows)
 
 
-def _run(words: list[str], log: Path, seconds: float, gpu: str | None) -> str:
-    """One command of `elastic`; what went wrong, or nothing."""
+def elastic_command(words: list[str], log: Path, seconds: float, gpu: str | None) -> str:
+    """One command of `elastic`, resumed from its run's last checkpoint; what went wrong, or nothing."""
     if seconds < 5:
         return "not begun, out of time"
     command = [sys.executable, "-m", "elastic.cli", *words, "--ckpt_path=last"]
@@ -151,6 +149,24 @@ def visible_gpus() -> list[str | None]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
     return [*names] or [None]
+
+
+def over_gpus(todo: Sequence[T], work: Callable[[T, str | None], str], parallel: int) -> Iterator[tuple[T, str]]:
+    """`work(item, gpu)` of every item, `parallel` at a time on each visible GPU; items and outcomes, in order."""
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    free: SimpleQueue = SimpleQueue()
+    for gpu in visible_gpus() * parallel:
+        free.put(gpu)
+
+    def on_a_free_one(item: T) -> str:
+        gpu = free.get()
+        try:
+            return work(item, gpu)
+        finally:
+            free.put(gpu)
+
+    with ThreadPoolExecutor(free.qsize()) as pool:
+        yield from zip(todo, pool.map(on_a_free_one, todo), strict=True)
 
 
 def main(argv: list[str]) -> int:
@@ -179,15 +195,9 @@ def main(argv: list[str]) -> int:
     (args.out / "stamp.json").write_text(json.dumps(stamp(command, args.commit, device), indent=1) + "\n")
     todo = plans(args.routers, args.objectives, args.seeds)
     args.first = todo[0]
-    os.environ.setdefault("OMP_NUM_THREADS", "2")
-    gpus: SimpleQueue = SimpleQueue()
-    for gpu in visible_gpus() * args.parallel:
-        gpus.put(gpu)
-    with ThreadPoolExecutor(gpus.qsize()) as pool:
-        outcomes = pool.map(lambda plan: execute(plan, args, gpus, deadline), todo)
-        for plan, outcome in zip(todo, outcomes, strict=True):
-            sys.stdout.write(f"{plan.name}: {outcome}\n")
-            sys.stdout.flush()
+    for plan, outcome in over_gpus(todo, lambda plan, gpu: execute(plan, args, gpu, deadline), args.parallel):
+        sys.stdout.write(f"{plan.name}: {outcome}\n")
+        sys.stdout.flush()
     return 0
 
 
