@@ -53,8 +53,8 @@ def judge(name: str, flags: list[str], args: argparse.Namespace, gpu: str | None
 def main(argv: list[str]) -> int:
     """Run what is missing, write the records of all, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", type=Path, default=Path(__file__).with_name("variants.yaml"),
-                        help="YAML: name -> list of flags of `elastic fit` (default variants.yaml beside this file)")  # fmt: skip
+    listed = Path(__file__).with_name("variants.yaml")
+    parser.add_argument("--variants", type=Path, default=listed, help="YAML: name -> flags (default: those beside this)")
     parser.add_argument("--kept", type=Path, default=Path("runs/ablation"), help="results of finished variants")
     parser.add_argument("--work", type=Path, default=Path("runs/ablation-work"), help="folders of the runs")
     parser.add_argument("--data", type=Path, default=Path("data/routing"), help="packed data, built if missing")
