@@ -54,7 +54,9 @@ def main(argv: list[str]) -> int:
     """Run what is missing, write the records of all, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     listed = Path(__file__).with_name("variants.yaml")
-    parser.add_argument("--variants", type=Path, default=listed, help="YAML: name -> flags (default: those beside this)")
+    parser.add_argument(
+        "--variants", type=Path, default=listed, help="YAML: name -> flags (default: those beside this)"
+    )
     parser.add_argument("--kept", type=Path, default=Path("runs/ablation"), help="results of finished variants")
     parser.add_argument("--work", type=Path, default=Path("runs/ablation-work"), help="folders of the runs")
     parser.add_argument("--data", type=Path, default=Path("data/routing"), help="packed data, built if missing")
