@@ -21,7 +21,7 @@ def test_it_says_where_it_comes_from():
     recipe = found["recipe"]
     assert found["backbone"] == "smollm2-135m" and recipe["step"] == recipe["steps"] >= 300
     assert {"seed", "objective", "optimiser", "temperature", "data"} <= set(recipe)
-    assert recipe["data"]["seq_length"] == 4096 and len(recipe["data"]["mixture"]["sources"]) == 12
+    assert recipe["data"]["seq_length"] == 8192 and len(recipe["data"]["mixture"]["sources"]) == 12
     assert "/" not in json.dumps(found["config"])
 
 
