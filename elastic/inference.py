@@ -98,8 +98,8 @@ def generate(
         streamer: a transformers streamer, for one prompt.
         chat_template: put texts into the tokenizer's chat template as the user's message, as in training; False takes
             them as they are.
-        **options: passed to `model.generate`; with `cuda_graph=True` decode steps replay a CUDA graph where the decode
-            kernel runs, never with beams.
+        **options: passed to `model.generate`. Decode steps replay a CUDA graph where the decode kernel runs and there
+            are no beams, with the same numbers; `cuda_graph=False` launches them one by one.
 
     Returns:
         One `Generation` per prompt, in order.
@@ -126,7 +126,7 @@ def answer_tokens(
     max_new_tokens: int,
     sparsity_bias: float | None = None,
     kv_cache: str | None = None,
-    cuda_graph: bool = False,
+    cuda_graph: bool = True,
     **options: Any,
 ) -> list[Generation]:
     """Answer prompts that are token ids already, as one left-padded batch; `generate` says the rest.
