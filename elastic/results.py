@@ -75,7 +75,7 @@ def _report(trainer: Trainer, module: Any, split: str) -> None:
     if not trainer.is_global_zero:
         return
     path = run_folder(trainer) / f"results_{split}.json"
-    checkpoint = str(trainer.ckpt_path) if trainer.ckpt_path else None
+    checkpoint = os.path.relpath(trainer.ckpt_path, path.parent) if trainer.ckpt_path else None
     _write_json(path, results_of(module, split, checkpoint))
     methods = [method.name for method in module.methods]
     say(results_table(module.results, methods))
