@@ -30,6 +30,7 @@ def generate(model, ids, mask=None, cache=None, steps=40, **options):
     return out.sequences, torch.stack(out.logits)
 
 
-def same(found, expected, tolerance=2e-5):
+def same(found, expected, tolerance=1e-4):
+    """The same tokens; logits, some units large, apart by rounding alone, which differs from processor to processor."""
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], rtol=tolerance, atol=tolerance)
