@@ -154,6 +154,8 @@ class AttentionRouter(Router):
             nn.SiLU(),
             undecided,
         )
+        for layer in (self.task[0], self.task[2], self.head[0], self.head[2]):
+            _keep_variance(layer)
         self.offset = nn.Parameter(torch.zeros(num_kv_heads, 2)) if config.head_offset else None
         self.register_buffer("mean", torch.zeros(num_kv_heads, head_dim))
         self.register_buffer("var", torch.ones(num_kv_heads, head_dim))
@@ -208,6 +210,17 @@ class AttentionRouter(Router):
         self.mean.copy_(self.mean.double() + delta * added / total)
         self.var.copy_(var)
         self.count.copy_(total)
+
+
+def _keep_variance(layer: nn.Module) -> None:
+    """He's initialisation: differences between inputs reach the last layer as large as they came in.
+
+    Under PyTorch's default they shrink to a sixtieth over the four layers, and the router stays a static pattern for
+    most of a short training.
+    """
+    assert isinstance(layer, nn.Linear)
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    nn.init.zeros_(layer.bias)
 
 
 def build_router(num_kv_heads: int, head_dim: int, config: RouterConfig) -> Router:
