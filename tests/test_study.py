@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from data_prep.mixture_config import Mixture, Source
+from data_prep.pack_mixture import pack_mixture
 from elastic import cli
 from elastic.backbone import attach
 from elastic.bench.ablation import records
@@ -15,10 +17,11 @@ from elastic.bench.routing import equal_quality, over_seeds
 from elastic.bench.runs import Point, read_study, score_of, slack
 from elastic.checkpoint import read_elastic, save_elastic
 from elastic.config import ElasticConfig
+from elastic.shards import SPLITS
 from elastic.tasks import TASKS
 from tests.bench import ablation, ship
 from tests.models import tiny_model
-from tests.training import ROOT, build_data, command_environment
+from tests.training import ROOT, command_environment
 
 STAMP = {"gpu": "cpu", "kernel": "torch", "versions": {"torch": "0"}, "commit": "abc", "command": "by hand"}
 SOURCES = ("needle_single-1024", "needle_single-2048", "verbatim_copy", "many_shot", "continuation")
@@ -26,9 +29,9 @@ WORSE = {"elastic:-2": 0.0, "elastic": 0.02, "elastic:2": 0.1}  # loss of retrie
 MSR = {"elastic:-2": 0.3, "elastic": 0.6, "elastic:2": 0.9}
 
 
-def results(kind, baselines=(), worse_of=WORSE):
+def results(kind, baselines=(), worse_of=WORSE, points=tuple(WORSE)):
     """A results file whose figures follow from `worse_of` and MSR."""
-    methods = [*WORSE, *baselines]
+    methods = [*points, *baselines]
 
     def row(source):
         found = {"n": 100}
@@ -53,11 +56,12 @@ def results(kind, baselines=(), worse_of=WORSE):
     }
 
 
-def write_run(folder, kind, seed, baselines=()):
+def write_run(folder, kind, seed, baselines=(), tested=True):
     folder.mkdir(parents=True)
-    (folder / "results_test.json").write_text(json.dumps(results(kind, baselines)))
     better = {method: worse / 2 for method, worse in WORSE.items()}  # the validation rows need not say the same
     (folder / "results_validation.json").write_text(json.dumps(results(kind, ("dense",), better)))
+    if tested:
+        (folder / "results_test.json").write_text(json.dumps(results(kind, baselines, points=("elastic",))))
     recipe = {"objective": {"kind": "quality"}, "seed": seed, "step": 300}
     (folder / "elastic.json").write_text(json.dumps({"recipe": recipe}))
     header = "step,train/loss,train/msr/code,train/kl/code,train/l/code,val/x"
@@ -69,7 +73,7 @@ def study(tmp_path):
     folder = tmp_path / "study"
     for seed in (0, 1, 2):
         write_run(folder / f"elastic-{seed}", "input", seed, ("dense", "streaming") if seed == 0 else ())
-    write_run(folder / "static-0", "static", 0)
+    write_run(folder / "static-0", "static", 0, tested=False)
     (folder / "unfinished").mkdir()
     (folder / "stamp.json").write_text(json.dumps(STAMP))
     return folder
@@ -82,30 +86,33 @@ def test_a_study_is_read_back(study):
         ("static-0", "static", 0),
     ]
     run = found.runs[0]
-    assert [point.bias for point in run.points] == [-2, 0, 2] and run.own.method == "elastic"
-    assert set(found.baselines) == {"dense", "streaming"} and found.dense.mean_msr == 0
-    assert run.own.mean_msr == pytest.approx((4 * 0.6 + 0.9) / 5)
-    assert run.own.retrieval()[0] == pytest.approx(0.8 * 0.98)  # two needles and a copy; many_shot is none
-    assert run.own.retrieval()[1] == pytest.approx(0.05 / 3**0.5)
+    assert [point.bias for point in run.points] == [-2, 0, 2] and run.at(0).method == "elastic" and run.at(1) is None
+    assert set(found.baselines) == {"dense", "streaming"} and found.dense.mean_msr == run.dense.mean_msr == 0
+    assert run.at(0).mean_msr == pytest.approx((4 * 0.6 + 0.9) / 5)
+    assert run.at(0).retrieval()[0] == pytest.approx(0.8 * 0.99)  # two needles and a copy; many_shot is none
+    assert run.at(0).retrieval()[1] == pytest.approx(0.05 / 3**0.5)
+    assert run.tested.retrieval()[0] == pytest.approx(0.8 * 0.98) and found.runs[3].tested is None
     assert run.curves()["msr/code"] == [(1, 0.5), (2, 0.6)]
     assert [score_of(source) for source in SOURCES] == ["exact", "exact", "accuracy", "exact", "loss"]
 
 
 def test_equal_quality_lies_between_the_points_around_the_bound(study):
     found = read_study(study)
-    points, dense = found.runs[1].points, found.dense
-    assert [round(slack(point, dense), 3) for point in points] == [1.0, 0.0, -4.0]
-    assert equal_quality(points[::2], dense) == (pytest.approx(0.3 + 0.6 * 1 / 5), False)  # a fifth of the way
+    points, dense = found.runs[1].points, found.runs[1].dense
+    assert [round(slack(point, dense), 3) for point in points] == [1.0, 0.5, -1.5]
+    assert equal_quality(points[::2], dense) == (pytest.approx(0.3 + 0.6 * 2 / 5), False)  # two fifths of the way
     assert equal_quality(points[:1], dense) == (pytest.approx(0.3), True)  # never left: the last point
     assert equal_quality(points[2:], dense) == (None, False)
 
 
 def test_the_validation_rows_choose_the_operating_point(study):
-    assert read_study(study).runs[1].chosen_bias == 0.0 and read_study(study).runs[1].chosen.mean_msr > 0.6
+    assert read_study(study).runs[1].chosen_bias == 0.0 and read_study(study).runs[1].tested.mean_msr > 0.6
     path = study / "elastic-1" / "results_validation.json"
     for worse, bias in (({}, 2.0), ({"elastic": 0.05, "elastic:2": 0.1}, -2.0), (dict.fromkeys(WORSE, 0.5), -2.0)):
         path.write_text(json.dumps(results("input", ("dense",), worse)))
         assert read_study(study).runs[1].chosen_bias == bias
+    with pytest.raises(ValueError, match="lacks bias -2, which the validation rows chose; remove it"):
+        _ = read_study(study).runs[1].tested
 
 
 def test_intervals_over_seeds():
@@ -129,15 +136,20 @@ def test_the_command_writes_records_pictures_and_the_table(study, tmp_path, caps
     kept = headline["elastic, quality", "retrieval of dense"]
     assert kept["value"] == pytest.approx(0.98) and kept["half"] == 0 and kept["seeds"] == [0, 1, 2]
     assert headline["elastic, quality", "MSR robust - sensitive"]["value"] == pytest.approx(0.1)
-    assert headline["static, quality", "mean MSR"]["half"] is None
-    assert headline["elastic, quality, chosen", "mean MSR"]["biases"] == [0, 0, 0]
+    assert headline["elastic, quality", "mean MSR"]["biases"] == [0, 0, 0]
+    equal = headline["static, quality", "MSR at equal quality"]  # the validation rows say it; the test rows are to come
+    assert equal["value"] == pytest.approx(0.66 + 0.24 / 4) and equal["half"] is None
+    assert ("static, quality", "mean MSR") not in headline
+    curve = {(r["who"], r["bias"], r["metric"]): r for r in records if r["case"] == "curve"}
+    assert curve["elastic, quality", -2, "mean MSR"]["value"] == pytest.approx(0.3) and len(curve) == 2 * 3 * 5
     needle = [r for r in records if r["case"] == "needle_single-1024"]
-    assert {r["who"] for r in needle} == {"dense", "streaming", "elastic-0", "elastic-1", "elastic-2", "static-0"}
+    assert {r["who"] for r in needle} == {"dense", "streaming", "elastic-0", "elastic-1", "elastic-2"}
     assert all(r["n"] == 100 and r["half"] == 0.05 for r in needle)
     assert len([r for r in records if r["case"] == "point" and r["metric"] == "needles"]) == 2 + 4 * 3
     assert cli.main(["bench", "table", str(out), "--out", str(tmp_path / "RESULTS.md")]) == 0
     page = (tmp_path / "RESULTS.md").read_text()
     assert "| continuation | loss | 100 | 2.000 ± 0.050 | 2.000 ± 0.050 @ 1.00 | 2.040 ± 0.050 @ 0.60 |" in page
+    assert "| static, quality | 1 | 300 | 0.720 | 0 |  |  |" in page and "| static, quality | -2 | 1.000 |" in page
     assert all(f"](bench/routing{part}.png)" in page for part in ("", "-curves", "-heads"))
 
 
@@ -148,7 +160,7 @@ def test_studies_that_say_nothing_are_refused(study, tmp_path, capsys):
         read_study(tmp_path)
     for name in ("results_test.json", "metrics.csv"):
         (study / "elastic-0" / name).unlink()
-    with pytest.raises(ValueError, match="holds 3 finished runs, none beside the dense model"):
+    with pytest.raises(ValueError, match="holds 3 finished runs, none tested beside the dense model"):
         read_study(study)
 
 
@@ -170,9 +182,11 @@ SMALL_RUN = [
 def packed(tmp_path_factory):
     """A folder with data for both drivers."""
     folder = tmp_path_factory.mktemp("packed")
-    build_data(folder)
-    for name in ("train", "heldout"):
-        os.symlink(folder / "data", folder / name)
+    tokens = dict.fromkeys(SPLITS, 2000)
+    sources = {name: Source(1.0) for name in ("needle_single", "continuation", "many_shot")}
+    mixture = Mixture("tiny", seq_length=512, tokens=tokens, sources=sources, context=(64, 300), part_tokens=4000)
+    pack_mixture(mixture, folder / "train", 1)
+    os.symlink(folder / "train", folder / "heldout")
     return folder
 
 
@@ -191,6 +205,7 @@ def test_the_driver_trains_evaluates_and_skips_what_is_done(tmp_path, packed):
     run = read_study(tmp_path / "out").runs[0]
     assert (run.router, run.objective, run.seed) == ("static", "target", 5)
     assert run.test["methods"] == ["elastic", "elastic:2", "dense", "streaming", "random:0.7", "random:0.7:1"]
+    assert run.chosen_bias == run.tested.bias == 2  # the tiny model retrieves nothing, so nothing is lost
     assert run.validation["methods"] == ["elastic", "elastic:2", "dense"]
     assert run.validation["split"] == "validation" and run.test["split"] == "test"
     assert run.recipe["step"] == 2 and len(run.curves()["loss"]) == 2
@@ -209,6 +224,8 @@ def test_the_shipped_checkpoint_stands_at_the_chosen_point(study, tmp_path):
     assert found["config"]["sparsity_bias"] == 0 and found["recipe"]["commit"] == "abc"
     assert found["metrics"]["retrieval of dense"] == pytest.approx(0.98)
     assert found["metrics"]["rows"].startswith("500 samples of the test split")
+    with pytest.raises(SystemExit, match=r"static-0 has no results_test\.json yet"):
+        ship.main([words[0], "static-0", words[2]])
 
 
 def test_variants_are_trained_judged_and_told_apart(tmp_path, packed, monkeypatch, capsys):

@@ -15,26 +15,21 @@ from elastic.plots import Panel, panels_figure, save_png, share_figure, smooth
 from elastic.tasks import ROBUST, SENSITIVE
 
 SUMMARY = "what trained routers keep of the dense model's quality, from recorded runs"
-HEADLINE, POINT = "headline", "point"  # cases of records that are about no single source
+HEADLINE, CURVE, POINT = "headline", "curve", "point"  # cases of records that are about no single source
 AT_LEAST = "at_least"  # in records of MSR at equal quality: some seed's sparsest point is of equal quality still
-CHOSEN = "chosen"  # operating point that the validation rows chose
 NOTES = f"""Answers teacher-forced on held-out samples (other seeds, wording and texts than in training); exact: all
-answer tokens right, which is what greedy decoding would give. ± half a 95 % interval: over seeds by Student's t in the
-first table, over samples in the second, where seeds are averaged. Retrieval: mean of the exact and accuracy rows but
-many_shot; loss: mean of the loss rows. Equal quality keeps {KEPT:.0%} of dense retrieval and loses at most {RISE:.0%}
-on text. Chosen: the `sparsity_bias` that is the sparsest of equal quality on validation rows, none of which are in
-these tables; the second table is at this bias. MSR at equal quality: the largest mean MSR of equal quality on the rows
-of these tables, between a run's operating points by straight lines; ≥ where the sparsest point of a seed is of equal
-quality still."""
+answer tokens right, which is what greedy decoding would give. Retrieval: mean of the exact and accuracy rows but
+many_shot; text loss: mean of the loss rows. ± half a 95 % interval: over seeds by Student's t in the first two tables,
+over samples in the third, where seeds are averaged.
+
+Validation rows: every operating point (second table), and MSR at equal quality: the largest mean MSR that keeps
+{KEPT:.0%} of dense retrieval and loses at most {RISE:.0%} on text, by straight lines between a run's points; ≥ where
+the sparsest point of a seed is of equal quality still. They choose each run's `sparsity_bias`: the sparsest of equal
+quality, or the best where none is. Test rows, which had no part in choosing: the chosen points, in the other columns of
+the first table and in the third. An empty cell was not measured."""
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % quantiles by number of seeds
-HEADLINES = (  # all shares
-    "retrieval of dense",
-    "needles of dense",
-    "text loss of dense",
-    "mean MSR",
-    "MSR robust - sensitive",
-    "MSR at equal quality",
-)
+EQUAL = "MSR at equal quality"
+HEADLINES = ("retrieval of dense", "needles of dense", "text loss of dense", "mean MSR", "MSR robust - sensitive")
 MEASURES = {"retrieval": Point.retrieval, "needles": Point.needles, "text loss": Point.loss}
 
 
@@ -54,8 +49,9 @@ def run(args: argparse.Namespace, _command: str) -> int:
     save(args.out / f"{args.tag}.json", found)
     save_png(quality_figure(study), args.out / f"{args.tag}.png")
     save_png(training_figure(drawn), args.out / f"{args.tag}-curves.png")
-    shares = {task: torch.tensor(share) for task, share in drawn.test["routes"].items()}
-    save_png(share_figure(shares, f"{drawn.name}: share of held-out inputs on SA"), args.out / f"{args.tag}-heads.png")
+    shares = {task: torch.tensor(share) for task, share in drawn.validation["routes"].items()}
+    title = f"{drawn.name}, bias 0: share of held-out inputs on SA"
+    save_png(share_figure(shares, title), args.out / f"{args.tag}-heads.png")
     say(table(*headline_cells(found)))
     say(f"\nwrote {args.out / args.tag}.json, .png, -curves.png, -heads.png")
     return 0
@@ -93,67 +89,87 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def records(study: Study) -> list[Record]:
-    """Headlines of every group of seeds, then every operating point, then the scores by source."""
-    return [*_headlines(study), *_curve(study), *_by_source(study)]
+    """Headlines of every group of seeds, its operating points, those of every run, then the scores by source."""
+    return [*_headlines(study), *_curves(study), *_points(study), *_by_source(study)]
 
 
 def _headlines(study: Study) -> Iterator[Record]:
     for (router, objective), runs in study.groups().items():
-        for which in ("", CHOSEN):
-            points = [run.chosen if which else run.own for run in runs]
-            facts = {
-                "who": _label(router, objective, which),
-                "seeds": [run.seed for run in runs],
-                "steps": runs[0].recipe["step"],
-                "biases": [point.bias for point in points],
-            }
-            found = [headlines(point, study.dense) for point in points]
-            for name in HEADLINES[:-1]:
-                yield _over_seeds(study, name, [of_run[name] for of_run in found], facts)
-            if which:
-                continue
-            reached, open_ended = zip(*(equal_quality(run.points, study.dense) for run in runs), strict=True)
-            yield _over_seeds(study, HEADLINES[-1], reached, {**facts, AT_LEAST: any(open_ended)})
+        facts = {"who": _label(router, objective), "steps": runs[0].recipe["step"]}
+        reached, open_ended = zip(*(equal_quality(run.points, run.dense) for run in runs), strict=True)
+        about = {**facts, "seeds": [run.seed for run in runs], "biases": [run.chosen_bias for run in runs]}
+        yield _over_seeds(study, HEADLINE, EQUAL, reached, {**about, AT_LEAST: any(open_ended)})
+        tested = [(run.seed, run.tested) for run in runs if run.tested is not None]
+        found = [headlines(point, study.dense) for _, point in tested]
+        about = {**facts, "seeds": [seed for seed, _ in tested], "biases": [point.bias for _, point in tested]}
+        for name in HEADLINES if tested else ():
+            yield _over_seeds(study, HEADLINE, name, [of_run[name] for of_run in found], about)
 
 
-def _over_seeds(study: Study, name: str, values: Sequence[float | None], facts: dict[str, Any]) -> Record:
+def _curves(study: Study) -> Iterator[Record]:
+    for (router, objective), runs in study.groups().items():
+        for bias, points in _in_common(runs):
+            found = [headlines(point, run.dense) for run, point in zip(runs, points, strict=True)]
+            facts = {"who": _label(router, objective), "seeds": [run.seed for run in runs], "bias": bias}
+            for name in HEADLINES:
+                yield _over_seeds(study, CURVE, name, [of_run[name] for of_run in found], facts)
+
+
+def _in_common(runs: Sequence[Run]) -> Iterator[tuple[float, list[Point]]]:
+    """Biases that all the runs were validated at, and each run's operating point there."""
+    for bias in (point.bias for point in runs[0].points):
+        points = [point for run in runs if (point := run.at(bias)) is not None]
+        if len(points) == len(runs):
+            yield bias, points
+
+
+def _over_seeds(study: Study, case: str, name: str, values: Sequence[float | None], facts: dict[str, Any]) -> Record:
     """Mean and interval, or no value where a seed has none."""
     known = [value for value in values if value is not None]
     mean, half = over_seeds(known) if len(known) == len(values) else (None, None)
-    return _record(study.stamp, HEADLINE, name, mean, half=half, by_seed=list(values), **facts)
+    return _record(study.stamp, case, name, mean, half=half, by_seed=list(values), **facts)
 
 
-def _curve(study: Study) -> Iterator[Record]:
-    for run in study.runs:
-        for point in (*run.baselines, *run.points):
-            facts = _facts(run if point.is_elastic else None, point)
-            for metric, measure in MEASURES.items():
-                (value, half), base = measure(point), measure(study.dense)[0]
-                extra = {"of_dense": value / base, "mean_msr": point.mean_msr, "msr": point.msr_by_task}
-                yield _record(study.stamp, POINT, metric, value, half=half, **extra, **facts)
+def _points(study: Study) -> Iterator[Record]:
+    points: list[tuple[Run | None, Point, Point]]
+    points = [(None, point, study.dense) for point in study.baselines.values()]
+    points += [(one, point, one.dense) for one in study.runs for point in one.points]
+    for run, point, dense in points:
+        for metric, measure in MEASURES.items():
+            (value, half), base = measure(point), measure(dense)[0]
+            extra = {"of_dense": value / base, "mean_msr": point.mean_msr, "msr": point.msr_by_task}
+            yield _record(study.stamp, POINT, metric, value, half=half, **extra, **_facts(run, point))
 
 
 def _by_source(study: Study) -> Iterator[Record]:
-    for run in study.runs:
-        for point in (*run.baselines, run.chosen):
-            facts = _facts(run if point.is_elastic else None, point)
-            for source, row in point.sources.items():
-                value, half = point.value(source, score_of(source))
-                extra = {name: point.ratio(row, name) for name in ("msr", "esr_last", "esr_all")}
-                yield _record(study.stamp, source, score_of(source), value, half=half, n=row["n"], **extra, **facts)
+    points: list[tuple[Run | None, Point]] = [(None, point) for point in study.baselines.values()]
+    points += [(one, one.tested) for one in study.runs if one.tested is not None]
+    for run, point in points:
+        for source, row in point.sources.items():
+            value, half = point.value(source, score_of(source))
+            extra = {name: point.ratio(row, name) for name in ("msr", "esr_last", "esr_all")}
+            facts = {**extra, **_facts(run, point)}
+            yield _record(study.stamp, source, score_of(source), value, half=half, n=row["n"], **facts)
 
 
 def quality_figure(study: Study) -> Any:
-    """Quality kept against mean MSR: a line per run, baselines as points; a matplotlib `Figure`."""
-    dense = study.dense
+    """Quality kept against mean MSR, means and intervals over seeds: a line per group of runs (validation rows);
+    baselines as points (test rows); a matplotlib `Figure`.
+    """
     panels = []
     for title, measure in MEASURES.items():
         lines: dict[str, list[tuple[float, float]]] = {}
         halves: dict[str, list[float]] = {}
-        for name, points in _lines(study).items():
-            base = measure(dense)[0]
-            lines[name] = [(point.mean_msr, measure(point)[0] / base) for point in points]
-            halves[name] = [measure(point)[1] / base for point in points]
+        for group, runs in study.groups().items():
+            name, bases = _label(*group), [measure(run.dense)[0] for run in runs]
+            for _, points in _in_common(runs):
+                kept = [measure(point)[0] / base for point, base in zip(points, bases, strict=True)]
+                value, half = over_seeds(kept)
+                lines.setdefault(name, []).append((fmean(point.mean_msr for point in points), value))
+                halves.setdefault(name, []).append(half or 0.0)
+        for name, point in study.baselines.items():
+            base = measure(study.dense)[0]
+            lines[name], halves[name] = [(point.mean_msr, measure(point)[0] / base)], [measure(point)[1] / base]
         panels.append(Panel(f"{title}, share of dense", lines, "mean MSR", marker="o", halves=halves))
     return panels_figure([panels])
 
@@ -180,20 +196,27 @@ def training_figure(run: Run) -> Any:
 
 def headline_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a line per group of runs."""
-    shown = [record for record in found if record["case"] == HEADLINE]
-    value = {(record["who"], record["metric"]): record for record in shown}
-    groups = dict.fromkeys(record["who"] for record in shown)
+    value = {(record["who"], record["metric"]): record for record in found if record["case"] == HEADLINE}
     rows = []
-    for who in groups:
-        about = value[who, HEADLINES[0]]
-        size = [str(len(about["seeds"])), str(about["steps"]), ", ".join(f"{bias:g}" for bias in about["biases"])]
+    for who in dict.fromkeys(who for who, _ in value):
+        equal, tested = value[who, EQUAL], value.get((who, HEADLINES[0]))
+        size = [str(len(equal["seeds"])), str(equal["steps"]), _cell(equal), _listed(equal["biases"])]
+        size.append("" if tested is None else str(len(tested["seeds"])))
         rows.append([who, *size, *(_cell(value.get((who, name))) for name in HEADLINES)])
-    return ["router, objective", "seeds", "steps", "bias", *HEADLINES], rows
+    return ["router, objective", "seeds", "steps", EQUAL, "bias chosen", "seeds tested", *HEADLINES], rows
+
+
+def curve_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a line per group of runs and operating point."""
+    value = {(r["who"], r["bias"], r["metric"]): r for r in found if r["case"] == CURVE}
+    lines = dict.fromkeys((who, bias) for who, bias, _ in value)
+    rows = [[who, f"{bias:g}", *(_cell(value[who, bias, name]) for name in HEADLINES)] for who, bias in lines]
+    return ["router, objective", "bias", *HEADLINES], rows
 
 
 def source_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a line per source, a column per method, seeds averaged: `score ± half @ MSR`."""
-    shown = [record for record in found if record["case"] not in (HEADLINE, POINT)]
+    shown = [record for record in found if record["case"] not in (HEADLINE, CURVE, POINT)]
     cells: dict[tuple[str, str], list[Record]] = {}
     for record in shown:
         cells.setdefault((record["case"], record["method"]), []).append(record)
@@ -223,12 +246,12 @@ def _facts(run: Run | None, point: Point) -> dict[str, Any]:
     return {**facts, "objective": run.objective, "seed": run.seed, "bias": point.bias}
 
 
-def _label(router: str, objective: str, which: str = "") -> str:
-    return f"{router}, {objective}" + (f", {which}" if which else "")
+def _label(router: str, objective: str) -> str:
+    return f"{router}, {objective}"
 
 
-def _lines(study: Study) -> dict[str, list[Point]]:
-    return {**{run.name: run.points for run in study.runs}, **{n: [p] for n, p in study.baselines.items()}}
+def _listed(biases: Sequence[float]) -> str:
+    return ", ".join(f"{bias:g}" for bias in biases)
 
 
 def _cell(record: Record | None) -> str:

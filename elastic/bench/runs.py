@@ -1,7 +1,8 @@
 """Evaluated router runs as files: what `elastic fit` and `elastic test` left, read back for tables and pictures.
 
 A study is a folder: `stamp.json` (GPU, versions, commit, command) and a folder for each run with
-`results_validation.json`, `results_test.json`, `metrics.csv` and `elastic.json` (its checkpoint's).
+`results_validation.json` (all operating points; they choose one), `metrics.csv`, `elastic.json` (its checkpoint's) and,
+once it is measured, `results_test.json` (the chosen operating point, on rows that had no part in choosing).
 """
 
 import csv
@@ -14,7 +15,8 @@ from statistics import fmean
 from typing import Any
 
 Row = dict[str, float]
-FILES = ("results_validation.json", "results_test.json", "elastic.json", "metrics.csv")
+FILES = ("results_validation.json", "elastic.json", "metrics.csv")
+TEST = "results_test.json"
 STAMP = "stamp.json"
 KEPT, RISE = 0.97, 0.02  # equal quality: share of dense retrieval that must stay, rise of loss that may be
 # What counts in a source: answers right in every token, share of right tokens where answers are long, or loss.
@@ -95,9 +97,21 @@ class Point:
 
 
 def slack(point: Point, dense: Point) -> float:
-    """How far inside both bounds of equal quality a point is: 1 = as good as dense, 0 = on a bound, below 0 = worse."""
-    kept, rise = point.retrieval()[0] / dense.retrieval()[0], point.loss()[0] / dense.loss()[0] - 1
+    """How far inside both bounds of equal quality a point is: 1 = as good as dense, 0 = on a bound, below 0 = worse. A
+    dense model that retrieves nothing has nothing to lose.
+    """
+    base, rise = dense.retrieval()[0], point.loss()[0] / dense.loss()[0] - 1
+    kept = point.retrieval()[0] / base if base else 1.0
     return min((kept - KEPT) / (1 - KEPT), (RISE - rise) / RISE)
+
+
+def chosen_bias(validation: dict[str, Any]) -> float:
+    """The sparsest bias within the bounds of equal quality, or the best where none is; of `results_validation.json`."""
+    dense, points = _dense_of(validation), by_bias(validation)
+    inside = [point for point in points if slack(point, dense) >= 0]
+    if inside:
+        return max(inside, key=lambda point: point.mean_msr).bias
+    return max(points, key=lambda point: slack(point, dense)).bias
 
 
 @dataclass(frozen=True)
@@ -107,13 +121,13 @@ class Run:
     Attributes:
         folder: holds `FILES`.
         validation: contents of `results_validation.json`, dense among its methods.
-        test: contents of `results_test.json`.
+        test: contents of `results_test.json`; None before it is measured.
         recipe: how it was trained, from `elastic.json`.
     """
 
     folder: Path
     validation: dict[str, Any]
-    test: dict[str, Any]
+    test: dict[str, Any] | None
     recipe: dict[str, Any]
 
     @property
@@ -124,7 +138,7 @@ class Run:
     @property
     def router(self) -> str:
         """`elastic` (decides from the input) or `static`."""
-        return "static" if self.test["elastic"]["router"]["kind"] == "static" else "elastic"
+        return "static" if self.validation["elastic"]["router"]["kind"] == "static" else "elastic"
 
     @property
     def objective(self) -> str:
@@ -138,37 +152,38 @@ class Run:
 
     @cached_property
     def points(self) -> list[Point]:
-        """Its operating points, by rising bias."""
-        return by_bias(self.test)
+        """Its operating points on the validation rows, by rising bias."""
+        return by_bias(self.validation)
+
+    @cached_property
+    def dense(self) -> Point:
+        """The dense model on the validation rows."""
+        return _dense_of(self.validation)
+
+    @property
+    def chosen_bias(self) -> float:
+        """What the validation rows chose: see `chosen_bias`."""
+        return chosen_bias(self.validation)
+
+    @cached_property
+    def tested(self) -> Point | None:
+        """The chosen operating point on the test rows; None before it is measured."""
+        found = [] if self.test is None else [p for p in by_bias(self.test) if p.bias == self.chosen_bias]
+        if self.test is not None and not found:
+            raise ValueError(
+                f"{self.folder / TEST} lacks bias {self.chosen_bias:g}, which the validation rows chose; remove it and "
+                "run the study again"
+            )
+        return found[0] if found else None
 
     @cached_property
     def baselines(self) -> list[Point]:
-        """Methods without training that were measured beside it."""
-        return [point for point in points_of(self.test) if not point.is_elastic]
+        """Methods without training that were measured on the test rows beside it."""
+        return [] if self.test is None else [point for point in points_of(self.test) if not point.is_elastic]
 
-    @property
-    def own(self) -> Point:
-        """The operating point of bias 0."""
-        return self.at(0.0)
-
-    @property
-    def chosen(self) -> Point:
-        """The operating point that the validation rows, not these, chose: see `chosen_bias`."""
-        return self.at(self.chosen_bias)
-
-    @cached_property
-    def chosen_bias(self) -> float:
-        """The sparsest bias within the bounds of equal quality on the validation rows, or the best where none is."""
-        dense = next(point for point in points_of(self.validation) if point.method == "dense")
-        points = [point for point in by_bias(self.validation) if any(p.bias == point.bias for p in self.points)]
-        inside = [point for point in points if slack(point, dense) >= 0]
-        if inside:
-            return max(inside, key=lambda point: point.mean_msr).bias
-        return max(points, key=lambda point: slack(point, dense)).bias
-
-    def at(self, bias: float) -> Point:
-        """The operating point of a bias."""
-        return next(point for point in self.points if point.bias == bias)
+    def at(self, bias: float) -> Point | None:
+        """The operating point of a bias on the validation rows, if there is one."""
+        return next((point for point in self.points if point.bias == bias), None)
 
     def curves(self) -> dict[str, list[tuple[float, float]]]:
         """Scalars of the training steps by name, such as `msr/code`."""
@@ -200,17 +215,13 @@ class Study:
 
     @cached_property
     def baselines(self) -> dict[str, Point]:
-        """By method."""
+        """On the test rows, by method."""
         return {point.method: point for run in self.runs for point in run.baselines}
 
     @property
     def dense(self) -> Point:
-        """What quality is measured against: dense, or an operating point at which every head stays full, which is the
-        same model.
-        """
-        if "dense" in self.baselines:
-            return self.baselines["dense"]
-        return next(point for run in self.runs for point in run.points if point.mean_msr == 0)
+        """The dense model on the test rows."""
+        return self.baselines["dense"]
 
     def group(self, router: str, objective: str) -> list[Run]:
         """Runs that differ in their seed only."""
@@ -223,21 +234,30 @@ class Study:
 
 
 def read_study(folder: Path) -> Study:
-    """Read a study; runs without all of their files (not finished) are left out.
+    """Read a study; runs without `FILES` (not finished) are left out.
 
     Raises:
         FileNotFoundError: no `stamp.json`.
-        ValueError: no finished run, or none that the dense model was measured beside.
+        ValueError: no finished run, or test rows without the dense model on them.
     """
     stamp = folder / STAMP
     if not stamp.is_file():
         raise FileNotFoundError(f"no study at {folder}: {stamp.name} is missing; tests/bench/routing.py writes one")
     runs = []
     for sub in sorted(path for path in folder.iterdir() if all((path / name).is_file() for name in FILES)):
-        validation, test, meta = (json.loads((sub / name).read_text(encoding="utf-8")) for name in FILES[:3])
+        validation, meta, test = (_read(sub / name) for name in (*FILES[:2], TEST))
         runs.append(Run(sub, validation, test, meta["recipe"]))
-    study = Study(json.loads(stamp.read_text(encoding="utf-8")), runs)
-    points = [point for run in runs for point in (*run.baselines, *run.points)]
-    if not any(point.method == "dense" or point.mean_msr == 0 for point in points):
-        raise ValueError(f"{folder} holds {len(runs)} finished runs, none beside the dense model; run it to its end")
+    study = Study(_read(stamp), runs)
+    if not runs or (any(run.test for run in runs) and "dense" not in study.baselines):
+        raise ValueError(
+            f"{folder} holds {len(runs)} finished runs, none tested beside the dense model; run it to its end"
+        )
     return study
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _dense_of(results: dict[str, Any]) -> Point:
+    return next(point for point in points_of(results) if point.method == "dense")

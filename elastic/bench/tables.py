@@ -6,7 +6,7 @@ from pathlib import Path
 from elastic.bench import ablation, evaluation, methods
 from elastic.bench.e2e_tables import FIRST_TOKEN, e2e_cells
 from elastic.bench.records import LEFT_OUT, Record
-from elastic.bench.routing import HEADLINE, NOTES, headline_cells, source_cells
+from elastic.bench.routing import HEADLINE, NOTES, curve_cells, headline_cells, source_cells
 from elastic.console import table
 
 HEADING = """# Timings
@@ -94,7 +94,8 @@ def commands(found: Sequence[Record]) -> list[str]:
 
 def quality(found: Sequence[Record]) -> list[str]:
     """The part of the page about trained routers."""
-    return [NOTES, "", *_table(*headline_cells(found)), *_table(*source_cells(found))]
+    made = (headline_cells(found), curve_cells(found), source_cells(found))
+    return [NOTES, "", *(line for header, rows in made for line in _table(header, rows))]
 
 
 def shape_of(record: Record) -> str:

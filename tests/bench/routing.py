@@ -1,6 +1,6 @@
 """The study behind the routing table of RESULTS.md: trains elastic and static routers by `elastic fit`, evaluates each
-at several operating points by `elastic validate` (rows that choose the operating point) and `elastic test` (rows that
-it is judged on), and keeps their small files in one folder for `elastic bench routing`.
+at several operating points by `elastic validate`, judges the one that these rows choose by `elastic test`, and keeps
+their small files in one folder for `elastic bench routing`.
 
     python tests/bench/routing.py --out runs/routing --parallel 3 --compiled
     elastic bench routing runs/routing --out tests/bench/results
@@ -27,6 +27,7 @@ from typing import TypeVar
 import torch
 
 from elastic.bench.records import stamp
+from elastic.bench.runs import chosen_bias
 from elastic.shards import MANIFEST
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ ROOT = Path(__file__).parent.parent.parent
 LAYERS = ("configs/train.yaml", "configs/smollm2-gpu.yaml", "configs/logger/csv.yaml")
 OBJECTIVES = {"target": [], "quality": ["configs/objective/quality.yaml"]}
 ROUTERS = {"static": ["configs/router/static.yaml"], "elastic": []}
-BIASES = (-4, -2, -1, 1)
+BIASES = (-3, -1.5, 1.5, 3)
 BASELINES = ("dense", "streaming", "random:0.7", "random:0.7:1")
 METRICS = "metrics.csv"
 DRAWN = ("loss", "regulariser", "msr/", "kl/", "l/", "l1/", "l2/", "router_entropy", "gradient_norm", "step_seconds")
@@ -86,10 +87,10 @@ def execute(plan: Plan, args: argparse.Namespace, gpu: str | None, deadline: flo
     for path in (kept, folder):
         path.mkdir(parents=True, exist_ok=True)
     done = []
-    for part, words in parts(plan, folder, args).items():
+    for part in FILES_OF:
         if all((kept / name).is_file() for name in FILES_OF[part].values()):
             continue
-        began = time.monotonic()
+        began, words = time.monotonic(), words_of(part, plan, folder, args)
         problem = elastic_command(words, folder / "log.txt", deadline - began, gpu)
         if problem:
             return ", ".join([*done, f"{part} {problem}"])
@@ -101,19 +102,24 @@ def execute(plan: Plan, args: argparse.Namespace, gpu: str | None, deadline: flo
     return ", ".join(done) or "was there"
 
 
-def parts(plan: Plan, folder: Path, args: argparse.Namespace) -> dict[str, list[str]]:
-    """Arguments of `elastic` for every part of a run."""
+def words_of(part: str, plan: Plan, folder: Path, args: argparse.Namespace) -> list[str]:
+    """Arguments of `elastic` for one part of a run."""
     common, logger = plan.arguments(folder, args.extra), "--trainer.logger.init_args.save_dir"
-    biases = [f"elastic:{bias:g}" for bias in args.biases]
-    methods = {"validate": ["elastic", *biases, "dense"]}
-    methods["test"] = ["elastic", *biases, *(BASELINES if plan == args.first else [])]
-    compiled = ["--model.compiled=true"] if args.compiled else []
-    train = [f"--data.data_dir={args.data / 'train'}", f"{logger}={folder}", "--trainer.limit_val_batches=0"]
-    judge = [f"--data.data_dir={args.data / 'heldout'}", f"{logger}={folder / 'judged'}"]
-    return {
-        "fit": ["fit", *common, *train, *compiled],
-        **{part: [part, *common, *judge, f"--model.methods={json.dumps(names)}"] for part, names in methods.items()},
-    }
+    if part == "fit":
+        words = [f"--data.data_dir={args.data / 'train'}", f"{logger}={folder}", "--trainer.limit_val_batches=0"]
+        return [part, *common, *words, *(["--model.compiled=true"] if args.compiled else [])]
+    words = [f"--data.data_dir={args.data / 'heldout'}", f"{logger}={folder / 'judged'}"]
+    methods = ["elastic", *map(elastic_at, args.biases), "dense"]
+    if part == "test":
+        validation = json.loads((args.out / plan.name / FILES_OF["validate"]["results_validation.json"]).read_text())
+        chosen = dict.fromkeys(("elastic", elastic_at(chosen_bias(validation))))  # evaluation always has the first
+        methods = [*chosen, *(BASELINES if plan == args.first else [])]
+    return [part, *common, *words, f"--model.methods={json.dumps(methods)}"]
+
+
+def elastic_at(bias: float) -> str:
+    """The method's name at a `sparsity_bias`."""
+    return f"elastic:{bias:g}" if bias else "elastic"
 
 
 def thin(source: Path, target: Path) -> None:

@@ -24,13 +24,15 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     study = read_study(args.study)
     run = named(study, args.run)
+    if run.tested is None:
+        raise SystemExit(f"{run.folder} has no results_test.json yet; let tests/bench/routing.py finish")
     source = run.folder / "checkpoint"
     stored = read_elastic(source)
-    samples = sum(int(row["n"]) for row in run.chosen.sources.values())
-    stored["config"]["sparsity_bias"] = run.chosen.bias
+    samples = sum(int(row["n"]) for row in run.tested.sources.values())
+    stored["config"]["sparsity_bias"] = run.tested.bias
     stored["metrics"] = {
         "rows": f"{samples} samples of the test split; sparsity_bias chosen on the validation split",
-        **headlines(run.chosen, study.dense),
+        **headlines(run.tested, study.dense),
     }
     for key in ("gpu", "commit", "command"):
         stored["recipe"][key] = study.stamp[key]
