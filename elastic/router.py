@@ -213,10 +213,8 @@ class AttentionRouter(Router):
 
 
 def _keep_variance(layer: nn.Module) -> None:
-    """He's initialisation: differences between inputs reach the last layer as large as they came in.
-
-    Under PyTorch's default they shrink to a sixtieth over the four layers, and the router stays a static pattern for
-    most of a short training.
+    """He's initialisation: differences between inputs reach the last layer about as large as they came in. Under
+    PyTorch's default they shrink to a sixtieth over the four layers.
     """
     assert isinstance(layer, nn.Linear)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

@@ -197,7 +197,10 @@ def main(argv: list[str]) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     build_data(args.data)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    command = f"python tests/bench/routing.py {' '.join(args.extra)}".strip()
+    told = ["--compiled"] * args.compiled + [*(["--", *args.extra] if args.extra else [])]
+    if tuple(args.biases) != BIASES:
+        told = ["--biases", *map("{:g}".format, args.biases), *told]
+    command = " ".join(["python tests/bench/routing.py", *told])
     (args.out / "stamp.json").write_text(json.dumps(stamp(command, args.commit, device), indent=1) + "\n")
     todo = plans(args.routers, args.objectives, args.seeds)
     args.first = todo[0]
