@@ -43,7 +43,8 @@ def small_config(**sparse: Any) -> ElasticConfig:
 
 
 def varied_routers(model: Any, seed: int = 0) -> None:
-    """Give an attached model's routers random last layers that split near the middle of their own logits.
+    """Give an attached model's routers random last layers that split near the middle of the logits of features as small
+    as those of random tokens.
 
     Decisions then differ between layers, heads and inputs, which a test of routing needs.
     """
@@ -53,10 +54,10 @@ def varied_routers(model: Any, seed: int = 0) -> None:
     for router in routers(model):
         last = router.head[-1]
         with torch.no_grad():
-            last.weight.copy_(torch.randn(last.weight.shape, generator=generator))
+            last.weight.copy_(0.1 * torch.randn(last.weight.shape, generator=generator))
             probe = torch.randn(64, *router.mean.shape, generator=generator).to(router.mean.device)
             router.update_statistics(probe * 0.3)
-            gap = router(probe * 0.3)[..., 1] - router(probe * 0.3)[..., 0]
+            gap = router(probe * 0.05)[..., 1] - router(probe * 0.05)[..., 0]
             last.bias.copy_(torch.stack([gap.median(), gap.new_zeros(())]))
 
 

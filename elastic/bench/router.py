@@ -69,7 +69,7 @@ def layers_of(case: RouteCase, config: ElasticConfig, device: str) -> list[Any]:
         with torch.device(device):
             project = nn.Linear(case.hidden, case.kv_heads * case.head_dim, bias=False, dtype=DTYPES[case.dtype])
             router = AttentionRouter(case.kv_heads, case.head_dim, config.router).eval()
-            nn.init.normal_(router.head[-1].weight)  # type: ignore[arg-type]
+            nn.init.normal_(router.head[-1].weight, std=0.05)  # type: ignore[arg-type]
             router.update_statistics(0.2 * torch.randn(64, case.kv_heads, case.head_dim))
         attn = SimpleNamespace(k_proj=project, head_dim=case.head_dim, router=router, layer_idx=index)
         made.append(attn)

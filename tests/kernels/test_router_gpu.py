@@ -19,7 +19,7 @@ def trained_router(kv_heads: int, dim: int, norm: str = "running", samples: int 
     """A router whose weights and statistics are those of no fresh one."""
     torch.manual_seed(kv_heads + dim)
     router = AttentionRouter(kv_heads, dim, RouterConfig(feature_norm=norm)).cuda()
-    nn.init.normal_(router.head[-1].weight)
+    nn.init.normal_(router.head[-1].weight, std=0.05)  # logits of about one: tolerances below are absolute
     with torch.no_grad():
         router.head[-1].bias.copy_(torch.tensor([0.01, -0.02]))
     router.update_statistics(0.3 * torch.randn(samples, kv_heads, dim, device="cuda") + 0.1)
