@@ -35,6 +35,16 @@ def test_size_and_neutral_start():
     assert entropy(logits).item() == pytest.approx(math.log(2))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_differences_between_inputs_reach_the_last_layer(head_dim):
+    """They would come down to a sixtieth under PyTorch's default initialisation."""
+    torch.manual_seed(0)
+    router = AttentionRouter(2, head_dim, RouterConfig())
+    features = torch.randn(64, 2, head_dim)
+    spread = router.head[:-1](router.task(features)).std(0).mean() / features.std(0).mean()
+    assert 0.3 < spread < 3
+
+
 def test_statistics_equal_those_of_all_batches_at_once():
     router = AttentionRouter(2, 4, RouterConfig())
     batches = [torch.randn(n, 2, 4, generator=torch.Generator().manual_seed(n)) * 3 + 5 for n in (1, 7, 4)]
