@@ -4,7 +4,7 @@ continuations, code, and many-shot classification.
 
 import re
 
-from data_prep import sources, wording
+from data_prep import questions, sources, wording
 from data_prep.draw import Draw, Parts, cut_words, tail, word_count
 
 
@@ -20,7 +20,7 @@ def verbatim_copy(draw: Draw) -> Parts:
         return mark, f"{style.format(mark=mark)}\n{text}"
 
     mark, section = headed(wanted)
-    question = draw.pick(wording.COPY_QUESTIONS).format(mark=mark)
+    question = draw.pick(questions.COPY_QUESTIONS).format(mark=mark)
     room = draw.room_beside(section, question)
     sections: list[str] = []
     while room > size // 2:
@@ -43,11 +43,11 @@ def passage_qa(draw: Draw) -> Parts:
     gap = re.match(r"\w+(?:[-'.]\w+)*", words[longest])
     if draw.rng.random() < 0.5 and gap is not None and len(gap[0]) > 4:
         quotation = " ".join([*words[:longest], "____" + words[longest][gap.end() :], *words[longest + 1 :]])
-        question, answer = draw.pick(wording.GAPS).format(sentence=quotation), gap[0]
+        question, answer = draw.pick(questions.GAPS).format(sentence=quotation), gap[0]
         prefix = " ".join(words[:longest])
     else:
         prefix = " ".join(words[:6])
-        question, answer = draw.pick(wording.REST).format(start=prefix), " ".join(words[6:12])
+        question, answer = draw.pick(questions.REST).format(start=prefix), " ".join(words[6:12])
     others = draw.sentences(draw.room_beside(wanted, question))
     lines = draw.hide([line for line in others if line.split()[:6] != words[:6]], [wanted])
     per_passage = max(3, draw.rng.randint(4, 9))
@@ -64,14 +64,14 @@ def continuation(draw: Draw) -> Parts:
     answer = cut_words(text, -size)
     context = cut_words(text, 0, -size)
     last_words = cut_words(context, -8)
-    return Parts(_shortened(draw, context, draw.length), draw.pick(wording.CONTINUE), answer, last_words)
+    return Parts(_shortened(draw, context, draw.length), draw.pick(questions.CONTINUE), answer, last_words)
 
 
 def summary(draw: Draw) -> Parts:
     """The opening paragraph of a document, which is taken out of it; shorter documents stand behind others."""
     pairs = sources.summaries(draw.split, draw.text)
     answer, document = draw.rng.choice(pairs)
-    question = draw.pick(wording.SUMMARISE)
+    question = draw.pick(questions.SUMMARISE)
     document = _first(draw, document, draw.room_beside(question))
     room = draw.room_beside(document, question)
     before: list[str] = []
@@ -107,7 +107,7 @@ def code_completion(draw: Draw) -> Parts:
     while len(before) < room:
         other, code = others.pop(0) if others else draw.rng.choice(files)
         before = f"{head.format(name=other)}\n{code}\n\n\n{before}"
-    question = draw.pick(wording.COMPLETE)
+    question = draw.pick(questions.COMPLETE)
     context = tail(before, room)
     while draw.measure is not word_count and (found := draw.measure(context)) > draw.length:
         context = tail(context, int(len(context) * 0.99 * draw.length / found))
@@ -122,7 +122,7 @@ def many_shot(draw: Draw) -> Parts:
     labels = dict(zip(classes, classes, strict=True))
     if draw.rng.random() < 0.4:
         labels = dict(zip(classes, draw.rng.sample(draw.half(wording.LABELS), len(classes)), strict=True))
-    style = draw.rng.randrange(len(draw.half(wording.SHOTS)))
+    style = draw.rng.randrange(len(draw.half(questions.SHOTS)))
 
     def drawn() -> tuple[str, str]:
         chosen = draw.rng.choice(classes)
@@ -130,11 +130,11 @@ def many_shot(draw: Draw) -> Parts:
 
     def shot() -> str:
         word, label = drawn()
-        return draw.half(wording.SHOTS)[style].format(word=word, label=label)
+        return draw.half(questions.SHOTS)[style].format(word=word, label=label)
 
     word, label = drawn()
-    question = draw.half(wording.SHOT_QUESTIONS)[style].format(word=word)
-    prefix = draw.half(wording.SHOTS)[style].format(word=word, label="").rstrip()
+    question = draw.half(questions.SHOT_QUESTIONS)[style].format(word=word)
+    prefix = draw.half(questions.SHOTS)[style].format(word=word, label="").rstrip()
     return Parts("\n".join(draw.repeated(shot, draw.room_beside(question))), question, label, prefix)
 
 

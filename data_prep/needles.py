@@ -5,7 +5,7 @@ RULER (arXiv 2404.06654), with wording of our own.
 from collections.abc import Sequence
 from itertools import pairwise
 
-from data_prep import wording
+from data_prep import questions, wording
 from data_prep.draw import Draw, Parts
 
 
@@ -14,7 +14,7 @@ def single(draw: Draw) -> Parts:
     kind, key = _kind(draw), _keys(draw, 1)[0]
     value = _value(draw, kind)
     fact = _fact(draw, kind, key, value)
-    question = draw.pick(wording.NEEDLE_QUESTIONS).format(kind=kind, key=key)
+    question = draw.pick(questions.NEEDLE_QUESTIONS).format(kind=kind, key=key)
     return Parts(_hidden(draw, [fact], question), question, value, _before(fact, value))
 
 
@@ -25,7 +25,7 @@ def multi_key(draw: Draw) -> Parts:
     keys = _keys(draw, 2 + min(2, draw.length // 60))
     facts = {key: (value := _value(draw, kind), _fact(draw, kind, key, value)) for key in keys}
     value, fact = facts[keys[0]]
-    question = draw.pick(wording.NEEDLE_QUESTIONS).format(kind=kind, key=keys[0])
+    question = draw.pick(questions.NEEDLE_QUESTIONS).format(kind=kind, key=keys[0])
     if not everything:
         hidden = _hidden(draw, [fact for _, fact in facts.values()], question)
         return Parts(hidden, question, value, _before(fact, value))
@@ -46,7 +46,7 @@ def multi_value(draw: Draw) -> Parts:
     kind, (key, other) = _kind(draw), _keys(draw, 2)
     values = _values(draw, kind, draw.rng.randint(2, 2 + min(1, draw.length // 100)))
     facts = [_fact(draw, kind, key, value) for value in values]
-    question = draw.pick(wording.MANY_VALUES).format(kind=kind, key=key)
+    question = draw.pick(questions.MANY_VALUES).format(kind=kind, key=key)
     prefix = draw.pick(wording.MANY_VALUES_ANSWERS).format(kind=kind, key=key, given=", ".join(values[:-1]))
     decoy = _fact(draw, kind, other, _value(draw, kind, values))
     place = draw.rng.randrange(len(facts) + 1)
@@ -60,7 +60,7 @@ def multi_query(draw: Draw) -> Parts:
     keys = _keys(draw, 4 + min(4, draw.length // 100))
     values = dict(zip(keys, _values(draw, kind, len(keys)), strict=True))
     asked = keys[: draw.rng.randint(2, 3 + min(1, draw.length // 200))]
-    question = draw.pick(wording.MANY_KEYS).format(kind=kind, keys=", ".join(asked))
+    question = draw.pick(questions.MANY_KEYS).format(kind=kind, keys=", ".join(asked))
     facts = {key: _fact(draw, kind, key, value) for key, value in values.items()}
     prefix = _before(" ".join(facts[key] for key in asked), values[asked[-1]])
     return Parts(_hidden(draw, list(facts.values()), question), question, values[asked[-1]], prefix)
@@ -83,7 +83,7 @@ def variable_tracking(draw: Draw) -> Parts:
         places = sorted(draw.rng.sample(range(10**6), len(steps)))
         lines += [(place, chain, step) for place, step in zip(places, steps, strict=True)]
     facts = [step for _, _, step in sorted(lines)]
-    question = draw.pick(wording.TRACK).format(value=values[0], chain=link.join(example))
+    question = draw.pick(questions.TRACK).format(value=values[0], chain=link.join(example))
     prefix = f"{values[0]}{link}".rstrip()
     return Parts(_hidden(draw, facts, question, ordered=True), question, link.join(names[: hops + 1]), prefix)
 

@@ -1,5 +1,5 @@
-"""Words and templates of the generators. Everything is a pair of disjoint halves: the first for training, the second
-for validation and test.
+"""Words and statements of the generators; what is asked about them: questions.py. Everything is a pair of disjoint
+halves: the first for training, the second for validation and test.
 """
 
 Halves = tuple[tuple[str, ...], tuple[str, ...]]
@@ -51,44 +51,6 @@ NEEDLES: Halves = (
         "Filed as the {kind} of {key}: {value}.",
     ),
 )
-NEEDLE_QUESTIONS: Halves = (
-    (
-        "What is the {kind} for {key}? Reply with the {kind} only.",
-        "Which {kind} belongs to {key}? Give nothing else.",
-        "Look up {key} in the text: what {kind} is given for it? Answer briefly.",
-        "State the {kind} of {key} exactly as it stands in the text.",
-    ),
-    (
-        "What {kind} does {key} have? Answer with it alone.",
-        "Tell me the {kind} of {key}, just that.",
-        "Somewhere above a {kind} is recorded for {key}. Write it down.",
-        "I need the {kind} that goes with {key}; no explanation.",
-    ),
-)
-MANY_VALUES: Halves = (
-    (
-        "List all {kind}s for {key} in the order of the text, separated by commas.",
-        "Which {kind}s are given for {key}? Name every one, with commas between them.",
-        "The text gives {key} several {kind}s. Write them one after the other with commas.",
-    ),
-    (
-        "Write down each {kind} recorded for {key}, first to last, with commas.",
-        "What are all the {kind}s of {key}? Keep their order and divide them by commas.",
-        "Collect every {kind} that goes with {key} and join them by commas.",
-    ),
-)
-MANY_KEYS: Halves = (
-    (
-        "What are the {kind}s for {keys}? Answer in this order, separated by commas.",
-        "Look up {keys} and give their {kind}s in the same order with commas between.",
-        "Name the {kind} of each of these, in turn and with commas: {keys}.",
-    ),
-    (
-        "Give me the {kind} of every item here, keeping the order and using commas: {keys}.",
-        "Which {kind}s belong to {keys}, respectively? Divide them by commas.",
-        "For {keys}: write the recorded {kind}s in this sequence, comma by comma.",
-    ),
-)
 # How answers begin; those about needles begin as the needle does.
 MANY_VALUES_ANSWERS: Halves = (
     ("The {kind}s for {key} are {given} and", "For {key} the text gives the {kind}s {given} and"),
@@ -108,22 +70,10 @@ NOISE: Halves = (
         "The train stops between two fields. People look out of the windows and wait.",
     ),
 )
-# Variable tracking: how a value or variable passes on to the next one, and what is asked.
+# Variable tracking: how a value or variable passes on to the next one.
 LINKS: Halves = (
     (" => ", " is put into ", " goes to ", " feeds "),
     (" -> ", " is copied to ", " moves to ", " fills "),
-)
-TRACK: Halves = (
-    (
-        "Which variables hold {value} in the end? Write the chain as here: {chain}.",
-        "Find every variable that was given {value}, directly or through others, in the form {chain}, but for {value}.",
-        "List the way of {value} through the variables, in the manner of {chain}.",
-    ),
-    (
-        "Through which variables does {value} pass? Answer in the form of {chain}.",
-        "{value} was handed from variable to variable. Note the whole route, as was done for {chain}.",
-        "Trace {value} from its start to its last variable, as in {chain}.",
-    ),
 )
 # Generated facts: relations between two people, each as it stands and as it is asked; then where something lies.
 RELATIONS: tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]] = (
@@ -145,6 +95,11 @@ ENDS: tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]] = (
         ("The spare key is kept by {name} in the {place}.", "Where is the spare key kept by {who}?"),
         ("The bicycle was put by {name} in the {place}.", "In which place was the bicycle put by {who}?"),
         ("The evenings are spent by {name} in the {place}.", "Where are the evenings spent by {who}?"),
+        ("A letter was found by {name} in the {place}.", "Please say where a letter was found by {who}."),
+        ("The ladder is stored by {name} in the {place}.", "Name the place in which the ladder is stored by {who}."),
+        ("Breakfast is eaten by {name} in the {place}.", "Find out where breakfast is eaten by {who}."),
+        ("The meeting was held by {name} in the {place}.", "Which place was the meeting held in by {who}?"),
+        ("A coat was lost by {name} in the {place}.", "A coat was lost by {who}. Where did that happen?"),
     ),
     (
         ("The notebook was hidden by {name} in the {place}.", "In what place was the notebook hidden by {who}?"),
@@ -153,62 +108,6 @@ ENDS: tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]] = (
     ),
 )
 SECTION_MARKS: Halves = (("Section {mark}:", "[{mark}]", "== {mark} =="), ("Part {mark}.", "<{mark}>", "## {mark}"))
-COPY_QUESTIONS: Halves = (
-    (
-        "Copy the text under {mark} word for word.",
-        "Repeat exactly what stands under the mark {mark}, and nothing else.",
-        "Write out the passage marked {mark} without any change.",
-    ),
-    (
-        "Give the passage headed {mark} verbatim.",
-        "Reproduce the text that follows {mark}, letter by letter.",
-        "What precisely is written under {mark}? Quote all of it.",
-    ),
-)
-GAPS: Halves = (
-    (
-        'Which word of the passages is missing here? "{sentence}" Answer with the word.',
-        'A word was taken out of this sentence of the text: "{sentence}" Which one?',
-        'Fill the gap as in the passages: "{sentence}" Reply with one word.',
-    ),
-    (
-        'Complete this quotation by its missing word: "{sentence}" Give the word alone.',
-        'Going by the text, what stands in place of the blank? "{sentence}"',
-        'Name the word behind the blank of this quotation: "{sentence}"',
-    ),
-)
-REST: Halves = (
-    (
-        'How does the sentence go on that begins with "{start}"? Write its next words.',
-        'Go on with the sentence of the passages that starts "{start}".',
-        'Find the sentence opening with "{start}" and give what comes then.',
-    ),
-    (
-        'One sentence above has the beginning "{start}". Quote what comes after that.',
-        'Quote the words behind "{start}" in the passages.',
-        'Going by the text, what follows "{start}"?',
-    ),
-)
-CONTINUE: Halves = (
-    ("Continue the text above.", "Go on with this document.", "Write the next sentences of the document."),
-    ("Write what follows in this text.", "How does the text proceed? Write on.", "Carry this passage on."),
-)
-SUMMARISE: Halves = (
-    (
-        "Summarise the last document in a few sentences.",
-        "What is the last document about? Describe it in short.",
-        "Write an introduction to the last document.",
-    ),
-    (
-        "Give a short account of the final document.",
-        "In a few words, what does the final document deal with?",
-        "Write the paragraph that should open the final document.",
-    ),
-)
-COMPLETE: Halves = (
-    ("Write the next lines of this file.", "Complete the code.", "What are the next lines of the last file?"),
-    ("Continue this source file.", "Go on with the code where it stops.", "Extend the final file by some lines."),
-)
 FILE_HEADS: Halves = (("# file: {name}", "# ==== {name} ===="), ("# path: {name}", "# --- {name} ---"))
 CLASSES: dict[str, Halves] = {
     "animal": (
@@ -237,19 +136,3 @@ CLASSES: dict[str, Halves] = {
     ),
 }
 LABELS: Halves = (("A", "B", "C", "D", "E", "F"), ("1", "2", "3", "4", "5", "6"))  # in place of the classes' names
-SHOTS: Halves = (
-    ("Word: {word}\nClass: {label}", "{word} is of class {label}", "Input {word}, output {label}"),
-    ("Item {word} -> group {label}", "{word} | {label}", "Q: {word} A: {label}"),
-)
-SHOT_QUESTIONS: Halves = (  # the same places as in SHOTS
-    (
-        "Add the same for the word {word}.",
-        "Of what class is {word}? Say it as above.",
-        "Give the line with the input {word}.",
-    ),
-    (
-        "To which group does the item {word} belong? One line as above.",
-        "Write the line of {word}.",
-        "One more for {word}, please.",
-    ),
-)

@@ -185,7 +185,8 @@ class ElasticModule(RoutedModule):
         hidden = self.hidden_states(batch)
         state, task, head = routing(self.model), batch["task_id"], self.model.get_output_embeddings()
         ratio = msr(state.route)
-        verdict = self.objective.judge(RoutedPass(batch, hidden, ratio, dense, head, self.loss_chunk))
+        alike = self.global_step < self.optimiser.heads_first * self.total_steps
+        verdict = self.objective.judge(RoutedPass(batch, hidden, ratio, dense, head, self.loss_chunk, alike))
         self.manual_backward(verdict.loss / parts)
         for name, value in {"objective": verdict.loss, **verdict.facts}.items():
             facts.add(name, value)

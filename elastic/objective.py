@@ -150,6 +150,7 @@ class RoutedPass:
             them (`needs_dense`).
         lm_head: the output head.
         chunk: positions whose logits exist at a time.
+        alike: whether routes are learnt for all inputs alike, so that targets cannot differ by task.
     """
 
     batch: Batch
@@ -158,6 +159,7 @@ class RoutedPass:
     dense_PE: Tensor | None
     lm_head: nn.Module
     chunk: int
+    alike: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,13 +190,17 @@ class TargetObjective:
 
     def __init__(self, targets: Mapping[str, Interval], limit: float, average: str = "tokens") -> None:
         self.intervals, self.average = target_intervals(targets), average
+        self.span = (min(lo for lo, _ in self.intervals), max(hi for _, hi in self.intervals))
         self.multipliers = LagrangeMultipliers(limit)
 
     def judge(self, routed: RoutedPass) -> Judgement:
-        """Cross-entropy of the answers, and the price of MSR outside its targets."""
+        """Cross-entropy of the answers, and the price of MSR outside its targets; while all inputs are routed alike,
+        outside the interval that spans them all, so that robust tasks do not drop what sensitive ones need.
+        """
         batch = routed.batch
         language = self._language(routed)
-        regulariser = sparsity_loss(routed.msr_N, batch["task_id"], self.intervals, self.multipliers)
+        intervals = [self.span] * len(self.intervals) if routed.alike else self.intervals
+        regulariser = sparsity_loss(routed.msr_N, batch["task_id"], intervals, self.multipliers)
         facts = {"loss": language.detach(), "regulariser": regulariser.detach()}
         return Judgement(language + regulariser, facts, {})
 

@@ -32,7 +32,8 @@ class OptimiserConfig:
         warmup: share of the steps with linearly rising rates, in which the feature statistics are gathered.
         heads_first: share of the steps in which only logits of single heads learn (`router.head_offset`), before the
             shared router begins with a warm-up of its own, so that which heads matter is looked for before how many of
-            them an input needs. 0 lets both begin together.
+            them an input needs. Until then objective `target` holds all tasks to the interval that spans theirs. 0 lets
+            both begin together.
         start: SA logit of every head before the first step. 0 is the paper's, undecided; below 0 training begins near
             the dense model, where dropping one head shows: with half of the heads dropped at random retrieval is gone
             whatever the rest do, and its gradient says nothing.

@@ -145,6 +145,23 @@ def test_an_average_over_tasks_lets_short_answers_count():
         ObjectiveConfig(average="rows")
 
 
+def test_inputs_that_are_routed_alike_share_the_widest_target():
+    hidden, labels, bounds, task = packed_answers()
+    batch = {"labels": labels, "cu_seq_lens": bounds, "task_id": task}
+    targets = {"single_qa": [0.5, 0.6], "multihop_qa": [0.6, 0.7], "code": [0.9, 1.0], "summarization": 0.95}
+    objective = TargetObjective({**targets, "in_context": 1.0}, 10.0)
+    objective.multipliers = filled(l1=2.0, l2=3.0)
+    head = nn.Linear(8, 31, bias=False)
+
+    def regulariser(ratio, alike):
+        routed = RoutedPass(batch, hidden, torch.full((4,), ratio), None, head, 4, alike)
+        return float(objective.judge(routed).facts["regulariser"])
+
+    assert objective.span == (0.5, 1.0)
+    assert regulariser(0.75, alike=True) == regulariser(0.5, alike=True) == 0 != regulariser(0.75, alike=False)
+    assert regulariser(0.4, alike=True) == pytest.approx(-2.0 * 0.1 + 3.0 * 0.1**2)  # every task is below the span
+
+
 def test_only_labelled_positions_reach_the_head_a_chunk_at_a_time():
     seen = []
 

@@ -58,7 +58,7 @@ def results(kind, baselines=(), worse_of=WORSE, points=tuple(WORSE)):
 
 def write_run(folder, kind, seed, baselines=(), tested=True):
     folder.mkdir(parents=True)
-    better = {method: worse / 2 for method, worse in WORSE.items()}  # the validation rows need not say the same
+    better = {method: worse / 4 for method, worse in WORSE.items()}  # the validation rows need not say the same
     (folder / "results_validation.json").write_text(json.dumps(results(kind, ("dense",), better)))
     if tested:
         (folder / "results_test.json").write_text(json.dumps(results(kind, baselines, points=("elastic",))))
@@ -89,7 +89,7 @@ def test_a_study_is_read_back(study):
     assert [point.bias for point in run.points] == [-2, 0, 2] and run.at(0).method == "elastic" and run.at(1) is None
     assert set(found.baselines) == {"dense", "streaming"} and found.dense.mean_msr == run.dense.mean_msr == 0
     assert run.at(0).mean_msr == pytest.approx((4 * 0.6 + 0.9) / 5)
-    assert run.at(0).retrieval()[0] == pytest.approx(0.8 * 0.99)  # two needles and a copy; many_shot is none
+    assert run.at(0).retrieval()[0] == pytest.approx(0.8 * 0.995)  # two needles and a copy; many_shot is none
     assert run.at(0).retrieval()[1] == pytest.approx(0.05 / 3**0.5)
     assert run.tested.retrieval()[0] == pytest.approx(0.8 * 0.98) and found.runs[3].tested is None
     assert run.curves()["msr/code"] == [(1, 0.5), (2, 0.6)]
@@ -99,8 +99,8 @@ def test_a_study_is_read_back(study):
 def test_equal_quality_lies_between_the_points_around_the_bound(study):
     found = read_study(study)
     points, dense = found.runs[1].points, found.runs[1].dense
-    assert [round(slack(point, dense), 3) for point in points] == [1.0, 0.5, -1.5]
-    assert equal_quality(points[::2], dense) == (pytest.approx(0.3 + 0.6 * 2 / 5), False)  # two fifths of the way
+    assert [round(slack(point, dense), 3) for point in points] == [1.0, 0.75, -0.25]
+    assert equal_quality(points[::2], dense) == (pytest.approx(0.3 + 0.6 * 4 / 5), False)  # four fifths of the way
     assert equal_quality(points[:1], dense) == (pytest.approx(0.3), True)  # never left: the last point
     assert equal_quality(points[2:], dense) == (None, False)
 
@@ -108,7 +108,8 @@ def test_equal_quality_lies_between_the_points_around_the_bound(study):
 def test_the_validation_rows_choose_the_operating_point(study):
     assert read_study(study).runs[1].chosen_bias == 0.0 and read_study(study).runs[1].tested.mean_msr > 0.6
     path = study / "elastic-1" / "results_validation.json"
-    for worse, bias in (({}, 2.0), ({"elastic": 0.05, "elastic:2": 0.1}, -2.0), (dict.fromkeys(WORSE, 0.5), -2.0)):
+    lucky = {"elastic": 0.015, "elastic:2": 0.1}  # bias 0 is of equal quality, with less than the margin
+    for worse, bias in (({}, 2.0), (lucky, -2.0), (dict.fromkeys(WORSE, 0.5), -2.0)):
         path.write_text(json.dumps(results("input", ("dense",), worse)))
         assert read_study(study).runs[1].chosen_bias == bias
     with pytest.raises(ValueError, match="lacks bias -2, which the validation rows chose; remove it"):
@@ -138,7 +139,7 @@ def test_the_command_writes_records_pictures_and_the_table(study, tmp_path, caps
     assert headline["elastic, quality", "MSR robust - sensitive"]["value"] == pytest.approx(0.1)
     assert headline["elastic, quality", "mean MSR"]["biases"] == [0, 0, 0]
     equal = headline["static, quality", "MSR at equal quality"]  # the validation rows say it; the test rows are to come
-    assert equal["value"] == pytest.approx(0.66 + 0.24 / 4) and equal["half"] is None
+    assert equal["value"] == pytest.approx(0.66 + 0.24 * 3 / 4) and equal["half"] is None
     assert ("static, quality", "mean MSR") not in headline
     curve = {(r["who"], r["bias"], r["metric"]): r for r in records if r["case"] == "curve"}
     assert curve["elastic, quality", -2, "mean MSR"]["value"] == pytest.approx(0.3) and len(curve) == 2 * 3 * 5
@@ -149,7 +150,7 @@ def test_the_command_writes_records_pictures_and_the_table(study, tmp_path, caps
     assert cli.main(["bench", "table", str(out), "--out", str(tmp_path / "RESULTS.md")]) == 0
     page = (tmp_path / "RESULTS.md").read_text()
     assert "| continuation | loss | 100 | 2.000 ± 0.050 | 2.000 ± 0.050 @ 1.00 | 2.040 ± 0.050 @ 0.60 |" in page
-    assert "| static, quality | 1 | 300 | 0.720 | 0 |  |  |" in page and "| static, quality | -2 | 1.000 |" in page
+    assert "| static, quality | 1 | 300 | 0.840 | 0 |  |  |" in page and "| static, quality | -2 | 1.000 |" in page
     assert all(f"](bench/routing{part}.png)" in page for part in ("", "-curves", "-heads"))
 
 

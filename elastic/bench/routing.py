@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from elastic.bench.records import Record, save
-from elastic.bench.runs import KEPT, RISE, Point, Run, Study, read_study, score_of, slack
+from elastic.bench.runs import CHOSEN, KEPT, RISE, Point, Run, Study, read_study, score_of, slack
 from elastic.console import say, table
 from elastic.plots import Panel, panels_figure, save_png, share_figure, smooth
 from elastic.tasks import ROBUST, SENSITIVE
@@ -24,9 +24,9 @@ over samples in the third, where seeds are averaged.
 
 Validation rows: every operating point (second table), and MSR at equal quality: the largest mean MSR that keeps
 {KEPT:.0%} of dense retrieval and loses at most {RISE:.0%} on text, by straight lines between a run's points; ≥ where
-the sparsest point of a seed is of equal quality still. They choose each run's `sparsity_bias`: the sparsest of equal
-quality, or the best where none is. Test rows, which had no part in choosing: the chosen points, in the other columns of
-the first table and in the third. An empty cell was not measured."""
+the sparsest point of a seed is of equal quality still. They choose each run's `sparsity_bias`: the sparsest that keeps
+{CHOSEN:.0%} of dense retrieval at that loss, or the best where none does. Test rows, which had no part in choosing: the
+chosen points, in the other columns of the first table and in the third. An empty cell was not measured."""
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % quantiles by number of seeds
 EQUAL = "MSR at equal quality"
 HEADLINES = ("retrieval of dense", "needles of dense", "text loss of dense", "mean MSR", "MSR robust - sensitive")
