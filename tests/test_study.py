@@ -13,7 +13,7 @@ from elastic import cli
 from elastic.backbone import attach
 from elastic.bench.ablation import records
 from elastic.bench.records import load
-from elastic.bench.routing import equal_quality, over_seeds
+from elastic.bench.routing import equal_quality, lead, over_seeds
 from elastic.bench.runs import Point, read_study, score_of, slack
 from elastic.checkpoint import read_elastic, save_elastic
 from elastic.config import ElasticConfig
@@ -116,6 +116,22 @@ def test_the_validation_rows_choose_the_operating_point(study):
         _ = read_study(study).runs[1].tested
 
 
+def test_a_lead_is_a_difference_of_msr_at_equal_quality(study):
+    def judged(router, worse):
+        kind = "static" if router == "static" else "input"
+        path = study / f"{router}-0" / "results_validation.json"
+        path.write_text(json.dumps(results(kind, ("dense",), worse)))
+        return next(run for run in read_study(study).runs if run.name == f"{router}-0")
+
+    fine, lost, some = dict.fromkeys(WORSE, 0.0), dict.fromkeys(WORSE, 0.5), {"elastic": 0.005, "elastic:2": 0.025}
+    ours, rival = judged("elastic", some), judged("static", {"elastic:2": 0.03})
+    at = [equal_quality(run.points, run.dense)[0] for run in (ours, rival)]
+    assert at == pytest.approx([0.66 + 0.24 * 3 / 4, 0.66 + 0.24 * 2 / 3])
+    assert lead(ours, rival) == (pytest.approx(at[0] - at[1]), False)
+    assert lead(judged("elastic", fine), rival) == (pytest.approx(0.9 - at[1]), True)  # our sparsest is good still
+    assert lead(ours, judged("static", fine)) == lead(judged("elastic", lost), rival) == (None, False)
+
+
 def test_intervals_over_seeds():
     assert over_seeds([0.5]) == (0.5, None)
     mean, half = over_seeds([0.1, 0.2, 0.3])
@@ -140,6 +156,8 @@ def test_the_command_writes_records_pictures_and_the_table(study, tmp_path, caps
     assert headline["elastic, quality", "mean MSR"]["biases"] == [0, 0, 0]
     equal = headline["static, quality", "MSR at equal quality"]  # the validation rows say it; the test rows are to come
     assert equal["value"] == pytest.approx(0.66 + 0.24 * 3 / 4) and equal["half"] is None
+    lead = headline["elastic - static, quality", "MSR at equal quality"]
+    assert lead["value"] == lead["by_seed"][0] == pytest.approx(0.0) and lead["seeds"] == [0] and not lead["at_least"]
     assert ("static, quality", "mean MSR") not in headline
     curve = {(r["who"], r["bias"], r["metric"]): r for r in records if r["case"] == "curve"}
     assert curve["elastic, quality", -2, "mean MSR"]["value"] == pytest.approx(0.3) and len(curve) == 2 * 3 * 5

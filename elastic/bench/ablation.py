@@ -9,10 +9,11 @@ from elastic.bench.runs import Point, by_bias, points_of
 
 FLAGS = "flags"  # what sets a variant apart, in every record
 SHOWN = ("retrieval of dense", "text loss of dense", "mean MSR", "MSR robust - sensitive")
-NOTES = """Settings of routers for SmolLM2-135M, each trained once (seed 0) and judged on the validation rows of
-configs/mixture/heldout.yaml; flags over configs/train.yaml and configs/smollm2-gpu.yaml as they stood at the commit.
-Per `sparsity_bias`: retrieval and loss on text as shares of the dense model's, ± half a 95 % interval over samples,
-@ mean MSR (MSR on robust minus on sensitive tasks). One run each: differences under 0.03 say nothing."""
+NOTES = """Settings of routers for SmolLM2-135M, each trained once (seed 0 unless its flags name another) and judged on
+the validation rows of configs/mixture/heldout.yaml; flags over configs/train.yaml and configs/smollm2-gpu.yaml as they
+stood at the commit. Per `sparsity_bias`: retrieval and loss on text as shares of the dense model's, ± half a 95 %
+interval over samples, @ mean MSR (MSR on robust minus on sensitive tasks). One run each: differences under 0.03 say
+nothing."""
 
 
 def records(
@@ -50,7 +51,7 @@ def _samples(point: Point) -> int:
 def cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a line per variant, a column per operating point."""
     of = {(r["case"], r["who"], r["metric"]): r for r in found}
-    biases = list(dict.fromkeys(r["who"] for r in found))
+    biases = sorted({r["who"] for r in found}, key=lambda who: float(who.removeprefix("bias ")))
     variants = {r["case"]: r for r in found}
 
     def cell(case: str, who: str) -> str:

@@ -24,9 +24,9 @@ over samples in the third, where seeds are averaged.
 
 Validation rows: every operating point (second table), and MSR at equal quality: the largest mean MSR that keeps
 {KEPT:.0%} of dense retrieval and loses at most {RISE:.0%} on text, by straight lines between a run's points; ≥ where
-the sparsest point of a seed is of equal quality still. They choose each run's `sparsity_bias`: the sparsest that keeps
-{CHOSEN:.0%} of dense retrieval at that loss, or the best where none does. Test rows, which had no part in choosing: the
-chosen points, in the other columns of the first table and in the third. An empty cell was not measured."""
+a seed's sparsest point is of equal quality still; `elastic - static` pairs seeds. They choose `sparsity_bias`: the
+sparsest that keeps {CHOSEN:.0%} of dense retrieval at that loss, or the best where none does. Test rows, which had no
+part in choosing: the chosen points, other columns of the first table and in the third. Empty cells: not measured."""
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % quantiles by number of seeds
 EQUAL = "MSR at equal quality"
 HEADLINES = ("retrieval of dense", "needles of dense", "text loss of dense", "mean MSR", "MSR robust - sensitive")
@@ -90,7 +90,7 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
 
 def records(study: Study) -> list[Record]:
     """Headlines of every group of seeds, its operating points, those of every run, then the scores by source."""
-    return [*_headlines(study), *_curves(study), *_points(study), *_by_source(study)]
+    return [*_headlines(study), *_leads(study), *_curves(study), *_points(study), *_by_source(study)]
 
 
 def _headlines(study: Study) -> Iterator[Record]:
@@ -104,6 +104,23 @@ def _headlines(study: Study) -> Iterator[Record]:
         about = {**facts, "seeds": [seed for seed, _ in tested], "biases": [point.bias for _, point in tested]}
         for name in HEADLINES if tested else ():
             yield _over_seeds(study, HEADLINE, name, [of_run[name] for of_run in found], about)
+
+
+def _leads(study: Study) -> Iterator[Record]:
+    """By how much more MSR elastic runs keep equal quality than the static runs of the same objective and seed."""
+    for objective in dict.fromkeys(run.objective for run in study.runs):
+        rivals = {run.seed: run for run in study.group("static", objective)}
+        runs = [run for run in study.group("elastic", objective) if run.seed in rivals]
+        if leads := [lead(run, rivals[run.seed]) for run in runs]:
+            facts = {"who": f"elastic - static, {objective}", "steps": runs[0].recipe["step"], "biases": []}
+            facts |= {"seeds": [run.seed for run in runs], AT_LEAST: any(more for _, more in leads)}
+            yield _over_seeds(study, HEADLINE, EQUAL, [value for value, _ in leads], facts)
+
+
+def lead(run: Run, rival: Run) -> tuple[float | None, bool]:
+    """Difference of MSR at equal quality, and whether it is a lower bound; None where the rival's is one."""
+    (mine, more), (theirs, unknown) = (equal_quality(one.points, one.dense) for one in (run, rival))
+    return (None, False) if mine is None or theirs is None or unknown else (mine - theirs, more)
 
 
 def _curves(study: Study) -> Iterator[Record]:
