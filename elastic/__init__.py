@@ -6,14 +6,13 @@ Names are loaded on first use: `import elastic` alone imports neither torch nor 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from elastic._version import __version__
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 
 if TYPE_CHECKING:
     from elastic.backbone import attach, compile_layers, detach, override_routes
     from elastic.checkpoint import save_elastic
     from elastic.inference import generate, load, new_cache, route_report
-
-__version__ = "0.1.0"
 
 _LAZY = {
     "attach": "elastic.backbone",
@@ -31,6 +30,7 @@ __all__ = [
     "ElasticConfig",
     "RouterConfig",
     "SparseConfig",
+    "__version__",
     "attach",
     "compile_layers",
     "detach",

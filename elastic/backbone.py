@@ -30,6 +30,7 @@ __all__ = [
     "RouteRecord",
     "RoutingState",
     "attach",
+    "biased",
     "compile_layers",
     "detach",
     "elastic_config",
@@ -168,6 +169,20 @@ def override_routes(model: Any, route: int | Tensor | None, sparse: SparseConfig
         yield
     finally:
         state.override, state.config = previous, config
+
+
+@contextmanager
+def biased(model: Any, sparsity_bias: float | None) -> Iterator[None]:
+    """Inside the context, routers decide with this `sparsity_bias`; None leaves the configuration's."""
+    if sparsity_bias is None:
+        yield
+        return
+    config = elastic_config(model)
+    set_config(model, replace(config, sparsity_bias=sparsity_bias))
+    try:
+        yield
+    finally:
+        set_config(model, config)
 
 
 def set_temperature(model: Any, temperature: float) -> None:

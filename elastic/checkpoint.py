@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic import __version__
+from elastic._version import __version__
 from elastic.backbone import attach, elastic_config, routers
 from elastic.backbones import architecture, architecture_hash
 from elastic.config import ElasticConfig

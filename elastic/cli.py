@@ -5,22 +5,10 @@ import importlib
 import os
 import sys
 
+from elastic._version import __version__
+from elastic.commands.catalogue import COMMANDS, TRAINING
 from elastic.console import complain, say
 
-TRAINING = {
-    "fit": "train routers on packed data",
-    "validate": "score routers on the validation split",
-    "test": "score routers on the test split, with a table and a results file",
-    "predict": "write routes and answers per sample",
-}
-COMMANDS = {
-    "generate": "answer prompts with a routed model and show its routes",
-    "serve": "a routed model behind an OpenAI-compatible HTTP endpoint",
-    "eval": "compare dense, streaming, static, random and trained routing on RULER",
-    "demo": "the whole path on this machine: train, compare with dense, save, load, answer",
-    "bench": "time the kernels on this GPU beside their competitors",
-    "doctor": "what this machine can run, with a self-check",
-}
 NOT_FINITE = 1  # exit code of a training run that diverged
 
 
@@ -36,8 +24,6 @@ def main(argv: list[str] | None = None) -> int:
         say(usage())
         return 0
     if name == "--version":
-        from elastic import __version__
-
         say(f"elastic {__version__}")
         return 0
     if name not in {**TRAINING, **COMMANDS}:

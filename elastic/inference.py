@@ -1,7 +1,6 @@
 """Load routers onto their backbone and generate text (spec section 7), through the ordinary `model.generate`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from elastic.attention import backend_for
-from elastic.backbone import elastic_config, is_attached, route_of, set_config
+from elastic.backbone import biased, elastic_config, is_attached, route_of, set_config
 from elastic.backbones import architecture, load_backbone
 from elastic.checkpoint import load_into, read_elastic
 from elastic.decode_graph import can_graph, graphed
@@ -189,20 +188,6 @@ def route_report(model: Any, cache: Any) -> list[RouteReport]:
         kv_cache=kind,
         held_N=held,
     )
-
-
-@contextmanager
-def biased(model: Any, sparsity_bias: float | None) -> Iterator[None]:
-    """Inside the context, routers decide with this `sparsity_bias`; None leaves the configuration's."""
-    if sparsity_bias is None:
-        yield
-        return
-    config = elastic_config(model)
-    set_config(model, replace(config, sparsity_bias=sparsity_bias))
-    try:
-        yield
-    finally:
-        set_config(model, config)
 
 
 def ends_of(model: Any) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from elastic.prompts import encode_prompt
 from elastic.records import Record
 from elastic.tasks import task_index
 
@@ -89,12 +90,6 @@ def tokenise(record: Record, tokenizer: Any) -> Sample:
     end = [] if prefix else [tokenizer.eos_token_id]
     task = task_index(record.task)
     return Sample([*prompt, *given, *answer, *end], len(prompt), task, record.source_name, len(given))
-
-
-def encode_prompt(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
-    """Token ids of a chat up to and including the generation prompt."""
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def pack(samples: Iterable[Sample], seq_length: int, buffer: int = 1024) -> Iterator[PackedRow]:

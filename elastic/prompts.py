@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.packed import encode_prompt
-
 Message = Mapping[str, str]
 Prompts = str | Sequence[str] | Sequence[Message]
 
@@ -58,6 +56,12 @@ def encode_messages(messages: Sequence[Message], tokenizer: Any) -> list[int]:
         ValueError: a message without text, or a tokenizer without a template.
     """
     return encode(list(messages), tokenizer, chat_template=True)
+
+
+def encode_prompt(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
+    """Token ids of a chat up to and including the generation prompt."""
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def left_pad(encoded: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,11 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from elastic.backbone import attach, override_routes, routing, set_config
+from elastic.backbone import attach, biased, override_routes, routing, set_config
 from elastic.backbones import DTYPES, architecture, load_backbone
 from elastic.checkpoint import load_into, read_elastic
 from elastic.config import ElasticConfig
 from elastic.distributed import ShardedBackbone, shard_backbone
-from elastic.inference import biased
 from elastic.methods import columns, parse_methods
 from elastic.metrics import Answers, LayerDensity, RouteShare, TaskMeans, score_answers
 from elastic.packed import Batch

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from elastic.callbacks import LAST, ElasticCheckpoint, ResumeCheckpoint, RoutingPictures, RunProgress
-from elastic.cli import TRAINING
+from elastic.commands.catalogue import TRAINING
 from elastic.console import say
 from elastic.data import MixtureDataModule
 from elastic.lit_module import ElasticModule

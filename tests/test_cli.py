@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from elastic import cli
+from elastic.commands import catalogue
 from tests.training import ROOT, build_data, command_environment, elastic_command
 
 CONFIGS = ROOT / "configs"
@@ -39,7 +40,7 @@ def test_help_needs_neither_torch_nor_lightning():
 def test_commands_exist_and_describe_themselves():
     import importlib
 
-    for name, summary in cli.COMMANDS.items():
+    for name, summary in catalogue.COMMANDS.items():
         module = importlib.import_module(f"elastic.commands.{name}")
         assert callable(module.main)
         assert module.SUMMARY and summary

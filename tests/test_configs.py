@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from elastic.cli import TRAINING
+from elastic.commands.catalogue import TRAINING
 from tests.training import ROOT, build_data
 
 CONFIGS = ROOT / "configs"

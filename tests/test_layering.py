@@ -15,11 +15,23 @@ SOURCES = sorted((*ROOT.glob("elastic/**/*.py"), *ROOT.glob("data_prep/**/*.py")
 IDS = [str(path.relative_to(ROOT)) for path in SOURCES]
 # Lower layers never import higher ones; modules of one layer may import each other where there is no cycle.
 LAYERS = {
-    0: ("config", "training_config", "tasks", "visibility", "reference", "console", "cache", "kernels", "schedules"),
+    0: (
+        "_version",
+        "prompts",
+        "config",
+        "training_config",
+        "tasks",
+        "visibility",
+        "reference",
+        "console",
+        "cache",
+        "kernels",
+        "schedules",
+    ),
     1: ("chunking", "families", "rows", "records", "router", "relaxation", "patterns"),
     2: ("packed", "shards", "head_plan", "sparsity", "kv_pool", "route_record"),
     3: (
-        *("selection", "torch_attention", "attention", "cache_layer", "context", "deciding", "decoding", "prompts"),
+        *("selection", "torch_attention", "attention", "cache_layer", "context", "deciding", "decoding"),
         "routing",
     ),
     4: ("elastic_cache", "interface", "backbone", "backbones", "plots"),

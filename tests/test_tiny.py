@@ -15,7 +15,8 @@ from data_prep.tiny_language import (
     build_tokenizer,
 )
 from elastic.backbones import architecture, load_backbone, load_tokenizer
-from elastic.packed import encode_prompt, tokenise
+from elastic.packed import tokenise
+from elastic.prompts import encode_prompt
 from elastic.tasks import ROBUST, SENSITIVE
 
 FOLDER = make_tiny.ASSET

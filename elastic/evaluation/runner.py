@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from elastic import __version__
+from elastic._version import __version__
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.evaluation.benchmark import Benchmark, Request
 from elastic.evaluation.methods import Method
@@ -140,9 +140,9 @@ def _evaluate(
     """Per cell and sample: prediction, references, score, MSR, ESR, prefill seconds and tokens."""
     import torch
 
+    from elastic.backbone import biased
     from elastic.backbones import architecture
     from elastic.evaluation.routed_lm import RoutedLM
-    from elastic.inference import biased
 
     limit, first = model.config.max_position_embeddings, cells[0]
     if first.length is not None and first.length > limit:

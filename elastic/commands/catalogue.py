@@ -1,0 +1,16 @@
+"""The commands of `elastic`, each with the line that `elastic --help` shows."""
+
+TRAINING = {
+    "fit": "train routers on packed data",
+    "validate": "score routers on the validation split",
+    "test": "score routers on the test split, with a table and a results file",
+    "predict": "write routes and answers per sample",
+}
+COMMANDS = {
+    "generate": "answer prompts with a routed model and show its routes",
+    "serve": "a routed model behind an OpenAI-compatible HTTP endpoint",
+    "eval": "compare dense, streaming, static, random and trained routing on RULER",
+    "demo": "the whole path on this machine: train, compare with dense, save, load, answer",
+    "bench": "time the kernels on this GPU beside their competitors",
+    "doctor": "what this machine can run, with a self-check",
+}
