@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from elastic.cache import cache_folder
+from elastic.files import cache_folder
 
 TINY = "tiny"
 SMOLLM2 = "smollm2-135m"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic.evaluation.sharing import alone, write_whole
+from elastic.files import alone, write_whole
 
 PROCESSES, TIMES = 4, 25
 

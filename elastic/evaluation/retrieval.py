@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elastic.backbone import override_routes, set_context
 from elastic.context import Context
-from elastic.evaluation.sharing import write_whole
+from elastic.files import write_whole
 from elastic.head_plan import HeadPlan
 from elastic.reference import attention, dense_mask
 

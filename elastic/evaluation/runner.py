@@ -15,7 +15,7 @@ from elastic.config import ElasticConfig, SparseConfig
 from elastic.evaluation.benchmark import Benchmark, Request
 from elastic.evaluation.methods import Method
 from elastic.evaluation.scores import BY, LOCK, row_of
-from elastic.evaluation.sharing import alone, write_whole
+from elastic.files import alone, write_whole
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from elastic.console import table
 from elastic.evaluation.scores import LOCK
-from elastic.evaluation.sharing import alone, write_whole
+from elastic.files import alone, write_whole
 from elastic.plots import bars_figure, curves_figure, save_png
 
 Rows = list[dict[str, Any]]

@@ -12,7 +12,7 @@ from elastic.evaluation.retrieval import NEEDLE_TASKS, retrieval_scores, write_r
 from elastic.evaluation.ruler import Ruler
 from elastic.evaluation.runner import Plan, load_model
 from elastic.evaluation.scores import LOCK
-from elastic.evaluation.sharing import alone, write_whole
+from elastic.files import alone, write_whole
 from elastic.plots import curves_figure, save_png
 
 RANK_SAMPLES = 8  # of each needle task

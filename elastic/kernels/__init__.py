@@ -2,13 +2,13 @@
 first use.
 """
 
-from elastic.kernels.backward import attention_backward
+from elastic.kernels.attention_backward import attention_backward
+from elastic.kernels.attention_decode import attention_decode
+from elastic.kernels.attention_forward import attention_forward
 from elastic.kernels.block_bits import bits_from_indices, bits_from_mask
-from elastic.kernels.block_sparse import attention_forward
-from elastic.kernels.decode import attention_decode
 from elastic.kernels.devices import kernel_path, why_no_backward, why_no_selection, why_not
 from elastic.kernels.route_gap import period_of, route_gap, slot_table
-from elastic.kernels.xattention import select_blocks
+from elastic.kernels.xattention_select import select_blocks
 
 __all__ = [
     "attention_backward",

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from elastic.cache import cache_folder
+from elastic.files import cache_folder
 
 CUDA_SRC = Path(__file__).resolve().parents[2] / "cuda_src"
 _log = logging.getLogger("elastic.kernels")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from elastic.kernels import jit
-from elastic.kernels.backward import readable, rows_kernel
-from elastic.kernels.block_sparse import attention_forward
+from elastic.kernels.attention_backward import readable, rows_kernel
+from elastic.kernels.attention_forward import attention_forward
 from elastic.kernels.params import (
     MAP_BYTES,
     QUERY_BLOCK,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elastic.kernels import block_sparse
+from elastic.kernels import attention_forward
 from elastic.kernels.devices import LaunchConfig, launch_config
 from elastic.kernels.oracle import attention_oracle
 from tests.kernels.generators import SENTINEL, Problem, rows_written
@@ -42,8 +42,8 @@ def run(problem: Problem, path: str, debug: tuple[str, ...] = ()) -> tuple[Tenso
     out[used] = float("nan")
     lse.transpose(1, 2)[used] = float("nan")
     config, (q, k, v, mode, pattern, ranges, bits) = config_for(path, problem), problem.args()
-    plan = block_sparse.make_plan(q, k, v, out, mode, pattern, bits, config, debug)
-    block_sparse.launch_into(out, lse, q, k, v, mode, ranges, bits, plan)
+    plan = attention_forward.make_plan(q, k, v, out, mode, pattern, bits, config, debug)
+    attention_forward.launch_into(out, lse, q, k, v, mode, ranges, bits, plan)
     for store in (out_store, lse_store):
         assert (store[:guard] == SENTINEL).all() and (store[-guard:] == SENTINEL).all(), "a guard band was overwritten"
     assert (out[~used] == SENTINEL).all() and (lse.transpose(1, 2)[~used] == SENTINEL).all(), (

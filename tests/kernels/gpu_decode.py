@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elastic.kernels.decode import decode_oracle, launch_decode
+from elastic.kernels.attention_decode import decode_oracle, launch_decode
 from elastic.kernels.devices import DecodeConfig, decode_config, device_facts, shared_limit
 from tests.kernels.generators import SENTINEL
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from elastic.kernels import select_blocks
 from elastic.kernels.block_bits import mask_from_bits
 from elastic.kernels.params import BLOCK_SPARSE, Ranges
-from elastic.kernels.selection import launch_selection, mass_shape
 from elastic.kernels.xattention_oracle import block_mass, block_relations, choose
+from elastic.kernels.xattention_select import launch_selection, mass_shape
 from tests.kernels.generators import placed, random_spans, tensor
 
 LENGTHS = (1, 7, 8, 15, 16, 17, 64, 100, 127, 128, 129, 300, 1000, 2047, 2048, 2049, 3000, 4096, 4111, 6200)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from elastic.kernels import attention_decode, attention_forward
-from elastic.kernels.decode import check_decode
+from elastic.kernels.attention_decode import check_decode
 
 B, K, G, D, T = 2, 2, 3, 64, 50
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from elastic.kernels.decode import visible_tokens
+from elastic.kernels.attention_decode import visible_tokens
 from tests.kernels.host import build
 
 UNIT = 64

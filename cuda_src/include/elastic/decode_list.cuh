@@ -19,7 +19,7 @@ struct DecodeParams {
   int samples, heads, kv_heads;
   float scale_log2;
 };
-static_assert(sizeof(DecodeParams) == 120, "elastic/kernels/decode.py packs 120 bytes");
+static_assert(sizeof(DecodeParams) == 120, "elastic/kernels/attention_decode.py packs 120 bytes");
 
 struct Span {  // the visible tokens of a head, numbered 0..count: the sink, then the rest, `skip` tokens further on
   int sink, skip, count;

@@ -1,11 +1,17 @@
-"""Writing where several `elastic eval` commands work at a time: results in one folder, samples in one cache, one
-ranking of heads.
+"""Files that several processes share: the folder for what can be made again, locks, and writes that readers see whole
+or not at all. Loads neither torch nor numpy.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """`$ELASTIC_CACHE`, else `elastic` in the user's cache directory."""
+    chosen = os.environ.get("ELASTIC_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic"
 
 
 @contextmanager

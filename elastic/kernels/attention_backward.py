@@ -2,7 +2,7 @@
 
 The operator is `torch.ops.elastic.attention_backward`: CUDA kernels on compute capability 9.0, the oracle on the
 CPU. dQ is summed in fp32 in global memory, in the order in which key blocks finish, or in a fixed order when
-`deterministic`; dK and dV are always summed in a fixed order. Legend as in `block_sparse`.
+`deterministic`; dK and dV are always summed in a fixed order. Legend as in `attention_forward`.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from elastic.kernels import jit
-from elastic.kernels.block_sparse import facts_of, tile_counter
+from elastic.kernels.attention_forward import facts_of, tile_counter
 from elastic.kernels.checks import check_alignment, check_backward, check_cuda, check_metadata, check_pattern
 from elastic.kernels.devices import LaunchConfig, backward_config, device_facts
 from elastic.kernels.oracle import gradient_oracle
