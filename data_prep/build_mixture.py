@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from data_prep import generators, tiny_language
 from data_prep.draw import token_count, word_count
-from elastic.records import Record, write_records
-from elastic.shards import SPLITS, put_in_place
-from elastic.tasks import TASKS
+from elastic.data.records import Record, write_records
+from elastic.data.shards import SPLITS, put_in_place
+from elastic.data.tasks import TASKS
 
 RECIPE = "mixture.json"
 LANGUAGES: dict[str, tuple[Sequence[str], Callable[[str, str, int, int, int], Iterable[Record]]]] = {

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from elastic.records import Record
+from elastic.data.records import Record
 
 Row = Mapping[str, Any]
 Converter = Callable[[Row], Record]

@@ -9,8 +9,8 @@ from typing import Any
 
 from data_prep import documents, needles
 from data_prep.draw import Draw, Measure, Parts, word_count
-from elastic.records import Record
-from elastic.tasks import TASKS
+from elastic.data.records import Record
+from elastic.data.tasks import TASKS
 
 SHORTEST = 64
 GENERATORS: dict[str, tuple[str, Callable[[Draw], Parts]]] = {

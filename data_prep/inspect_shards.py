@@ -10,10 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from elastic.packed import IGNORE
+from elastic.data.packing import IGNORE
+from elastic.data.shards import SPLITS, open_corpus, verify
+from elastic.data.tasks import TASKS
 from elastic.plots import bars_figure, save_png
-from elastic.shards import SPLITS, open_corpus, verify
-from elastic.tasks import TASKS
 
 
 def describe(data_dir: str | Path, split: str, tokenizer: Any, samples: int) -> Iterator[str]:

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data_prep.tiny_language import TASKS, VOCABULARY, build_records, build_tokenizer
-from elastic.packed import Sample, tokenise
-from elastic.tasks import ROBUST
+from elastic.data.packing import Sample, tokenise
+from elastic.data.tasks import ROBUST
 
 ASSET = Path(__file__).parent.parent / "elastic" / "assets" / "tiny"
 SINK, WINDOW = 4, 32  # tokens, of the measured streaming attention

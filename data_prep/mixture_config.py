@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from data_prep.generators import GENERATORS, SHORTEST
-from elastic.shards import SPLITS
-from elastic.tasks import TASKS
+from elastic.data.shards import SPLITS
+from elastic.data.tasks import TASKS
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.formats import CONVERTERS, Converter, mapped
-from elastic.records import Record, write_records
-from elastic.rows import ReadReport, files_of, read_rows
-from elastic.tasks import TASKS
+from elastic.data.file_rows import ReadReport, files_of, read_rows
+from elastic.data.records import Record, write_records
+from elastic.data.tasks import TASKS
 
 HUB: dict[str, tuple[tuple[str, str | None], ...]] = {
     "chatqa2": (

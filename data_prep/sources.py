@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
-from elastic.shards import SPLITS
+from elastic.data.shards import SPLITS
 
 MIN_WORDS = 150
 PIECE = 20_000  # words; a longer document of the user is cut, so that one book fills all splits

@@ -9,7 +9,7 @@ import hashlib
 import random
 from typing import Any
 
-from elastic.records import Record
+from elastic.data.records import Record
 
 SPECIAL = ("<pad>", "<eos>", "<user>", "<assistant>")
 FILLER = tuple(f"f{i}" for i in range(16))

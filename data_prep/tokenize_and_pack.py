@@ -11,10 +11,10 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.build_mixture import RECIPE
-from elastic.packed import Sample, pack, tokenise
-from elastic.records import read_records
-from elastic.rows import ReadReport
-from elastic.shards import SPLITS, DataWriter, tokenizer_hash
+from elastic.data.file_rows import ReadReport
+from elastic.data.packing import Sample, pack, tokenise
+from elastic.data.records import read_records
+from elastic.data.shards import SPLITS, DataWriter, tokenizer_hash
 
 
 def prepare(records: str | Path, tokenizer: Any, out: str | Path, seq_length: int) -> tuple[dict[str, Any], ReadReport]:

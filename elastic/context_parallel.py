@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from elastic.attention import choose_blocks, routed_attention
 from elastic.backbone import routers, set_context
 from elastic.context import Context
+from elastic.data.packing import IGNORE, Batch
 from elastic.head_plan import HeadPlan
 from elastic.losses import chunked_divergence, labelled_positions, labelled_samples, summed_cross_entropy
-from elastic.packed import IGNORE, Batch
 from elastic.selection import density
 
 

@@ -191,7 +191,7 @@ def packed_layout(cu_seq_lens: Tensor, prompt_end: Tensor | None, length: int, d
     if bounds.dim() != 1 or len(host) < 2 or host[0] != 0 or host[-1] != length or sorted(set(host)) != host:
         raise ValueError(
             f"cu_seq_lens={host} is not an increasing run of boundaries from 0 to the row's {length} tokens; "
-            "elastic.packed.collate builds it"
+            "elastic.data.packing.collate builds it"
         )
     begin, end = bounds[:-1], bounds[1:]
     prompt_end = end if prompt_end is None else prompt_end.to(device)

@@ -26,17 +26,17 @@ from elastic.backbone import (
 from elastic.backbones import architecture_hash
 from elastic.checkpoint import is_trainable
 from elastic.config import ElasticConfig
+from elastic.data.packing import Batch
+from elastic.data.tasks import TASKS
 from elastic.distributed import ShardedBackbone, average_gradients
 from elastic.losses import labelled_positions
 from elastic.methods import DEFAULT_METHODS
 from elastic.metrics import StepFacts
 from elastic.objective import Interval, RoutedPass, build_objective
-from elastic.packed import Batch
 from elastic.resumable import check_checkpoint, noise_seed
 from elastic.routed_module import RoutedModule
 from elastic.router import entropy
 from elastic.sparsity import esr, msr
-from elastic.tasks import TASKS
 from elastic.training_config import ObjectiveConfig, OptimiserConfig, TemperatureConfig
 
 

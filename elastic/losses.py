@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from elastic.packed import IGNORE
+from elastic.data.packing import IGNORE
 
 
 def chunked_cross_entropy(hidden_1SE: Tensor, lm_head: nn.Module, labels_1S: Tensor, chunk: int) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
+from elastic.data.tasks import TASKS
 from elastic.losses import labelled_positions, labelled_samples
-from elastic.tasks import TASKS
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from elastic.data.packing import Batch
+from elastic.data.tasks import SENSITIVE, TASKS, task_index
 from elastic.losses import (
     answer_losses,
     chunked_cross_entropy,
@@ -20,8 +22,6 @@ from elastic.losses import (
     labelled_positions,
     labelled_samples,
 )
-from elastic.packed import Batch
-from elastic.tasks import SENSITIVE, TASKS, task_index
 from elastic.training_config import ObjectiveConfig
 
 Interval = float | list[float] | tuple[float, float]

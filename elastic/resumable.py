@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from elastic.shards import tokenizer_hash
+from elastic.data.shards import tokenizer_hash
 
 ALWAYS = ("architecture", "router")  # the rest must agree only where training goes on
 

@@ -10,14 +10,14 @@ from elastic.backbone import attach, biased, override_routes, routing, set_confi
 from elastic.backbones import DTYPES, architecture, load_backbone
 from elastic.checkpoint import load_into, read_elastic
 from elastic.config import ElasticConfig
+from elastic.data.packing import Batch
+from elastic.data.shards import sources_of
+from elastic.data.tasks import TASKS
 from elastic.distributed import ShardedBackbone, shard_backbone
 from elastic.methods import columns, parse_methods
 from elastic.metrics import Answers, LayerDensity, RouteShare, TaskMeans, score_answers
-from elastic.packed import Batch
 from elastic.resumable import check_data
-from elastic.shards import sources_of
 from elastic.sparsity import esr, msr, xattention_heads
-from elastic.tasks import TASKS
 
 PRECISIONS = ("32-true", "bf16-mixed")
 

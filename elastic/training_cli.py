@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from elastic.callbacks import LAST, ElasticCheckpoint, ResumeCheckpoint, RoutingPictures, RunProgress
 from elastic.commands.catalogue import TRAINING
 from elastic.console import say
-from elastic.data import MixtureDataModule
+from elastic.data.datamodule import MixtureDataModule
 from elastic.lit_module import ElasticModule
 from elastic.results import PredictionFile, ResultsFile
 from elastic.resumable import AtomicCheckpointIO

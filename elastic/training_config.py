@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from elastic.tasks import task_index
+from elastic.data.tasks import task_index
 
 # Of a training process, unless it is set: without it a 64K-token step of an 8B backbone leaves a fifth of 80 GB in
 # fragments.

@@ -169,8 +169,8 @@ def test_one_test_command_reports_every_method(data, tmp_path, capsys):
 
 
 def test_a_baseline_equals_its_override(data, tmp_path):
-    from elastic.packed import collate
-    from elastic.shards import open_corpus
+    from elastic.data.packing import collate
+    from elastic.data.shards import open_corpus
 
     module, loader, trainer = small_run(data, tmp_path, fit=False, methods=["random:0.5:2", "elastic"])
     trainer.test(module, loader, verbose=False)

@@ -16,8 +16,8 @@ from elastic.bench.step import Step, bounds_of, random_backbone, random_row
 from elastic.bench.timing import Timing
 from elastic.bench.training import BothModes, both_modes, spread_routes
 from elastic.config import SparseConfig
+from elastic.data.packing import IGNORE
 from elastic.head_plan import HeadPlan, packed_layout
-from elastic.packed import IGNORE
 from elastic.routing import Context
 
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from data_prep import build_mixture, pack_mixture, published, tokenize_and_pack
-from elastic import shards
-from elastic.records import Record, write_records
-from elastic.shards import SPLITS, verify
+from elastic.data import shards
+from elastic.data.records import Record, write_records
+from elastic.data.shards import SPLITS, verify
 
 FULL = "No space left on device"
 

@@ -10,9 +10,9 @@ from jsonargparse import ArgumentParser
 from lightning import LightningModule, Trainer
 
 from data_prep.tiny_language import build_tokenizer
-from elastic.data import MixtureDataModule, MixtureSampler, ResumableLoader
-from elastic.packed import Sample, pack
-from elastic.shards import SPLITS, DataWriter, open_corpus, read_manifest, sources_of, tokenizer_hash, verify
+from elastic.data.datamodule import MixtureDataModule, MixtureSampler, ResumableLoader
+from elastic.data.packing import Sample, pack
+from elastic.data.shards import SPLITS, DataWriter, open_corpus, read_manifest, sources_of, tokenizer_hash, verify
 
 CORPORA = {"single_qa": 12, "code": 20}  # rows of each in training
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "data").glob("*.yaml"))

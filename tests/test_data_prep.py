@@ -8,9 +8,9 @@ import pytest
 
 from data_prep import build_mixture, generators, inspect_shards, tiny_language, tokenize_and_pack
 from data_prep.tiny_language import build_tokenizer
-from elastic.records import Record, read_records, write_records
-from elastic.shards import SPLITS, open_corpus, verify
-from elastic.tasks import TASKS
+from elastic.data.records import Record, read_records, write_records
+from elastic.data.shards import SPLITS, open_corpus, verify
+from elastic.data.tasks import TASKS
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from data_prep import questions, sources, wording
 from data_prep.draw import Draw, cut_words, token_count
 from data_prep.generators import BASIC, GENERATORS, generate, generate_task
 from data_prep.tiny_language import build_tokenizer
-from elastic.shards import SPLITS
-from elastic.tasks import TASKS
+from elastic.data.shards import SPLITS
+from elastic.data.tasks import TASKS
 
 SAME_ON_PURPOSE = ("KINDS",)
 VALUE = r"\b(?:\d{7}|[0-9a-f]{8}|[a-z]+-[a-z]+)\b"

@@ -10,10 +10,10 @@ import torch
 
 from elastic.backbone import override_routes, routers
 from elastic.checkpoint import is_trainable
+from elastic.data.packing import collate
+from elastic.data.tasks import TASKS, task_index
 from elastic.lit_module import ElasticModule
 from elastic.metrics import score_answers
-from elastic.packed import collate
-from elastic.tasks import TASKS, task_index
 from elastic.training_config import OptimiserConfig, TemperatureConfig
 from tests.training import SMALL, build_data, router_tensors, small_run
 
@@ -115,7 +115,7 @@ def test_evaluation_scores_dense_and_routed_in_one_pass(trained):
 
 
 def test_scores_equal_a_plain_computation(trained, data):
-    from elastic.shards import open_corpus
+    from elastic.data.shards import open_corpus
 
     module, *_ = trained
     module.eval()

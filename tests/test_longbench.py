@@ -9,9 +9,9 @@ pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 pytest.importorskip("jieba", reason="the extra `eval` is not installed")
 pytest.importorskip("fuzzywuzzy", reason="the extra `eval` is not installed")
 pytest.importorskip("rouge", reason="the extra `eval` is not installed")
+from elastic.data.file_rows import ReadReport
 from elastic.evaluation import longbench
 from elastic.evaluation import longbench_metrics as metrics
-from elastic.rows import ReadReport
 
 CLASSES = ["Date", "Date of birth", "Other location", "location"]
 

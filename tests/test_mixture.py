@@ -13,10 +13,10 @@ import torch
 
 from data_prep import inspect_shards, pack_mixture
 from data_prep.mixture_config import Mixture, Source, read_mixture
-from elastic.data import MixtureDataModule
+from elastic.data.datamodule import MixtureDataModule
+from elastic.data.records import Record, write_records
+from elastic.data.shards import SPLITS, open_corpus, sources_of, verify
 from elastic.metrics import TaskMeans
-from elastic.records import Record, write_records
-from elastic.shards import SPLITS, open_corpus, sources_of, verify
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "mixture").glob("*.yaml"))
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from elastic import schedules
+from elastic.data.tasks import ROBUST, SENSITIVE, TASKS, task_index
 from elastic.losses import answer_losses, chunked_cross_entropy, labelled_positions
 from elastic.objective import (
     LagrangeMultipliers,
@@ -20,7 +21,6 @@ from elastic.objective import (
     sparsity_loss,
     target_intervals,
 )
-from elastic.tasks import ROBUST, SENSITIVE, TASKS, task_index
 from elastic.training_config import ObjectiveConfig
 
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.tiny_language import build_tokenizer
-from elastic.packed import IGNORE, Sample, collate, pack, tokenise
-from elastic.records import Record, read_records, write_records
-from elastic.rows import ReadReport
-from elastic.tasks import ROBUST, SENSITIVE, TASKS, task_index
+from elastic.data.file_rows import ReadReport
+from elastic.data.packing import IGNORE, Sample, collate, pack, tokenise
+from elastic.data.records import Record, read_records, write_records
+from elastic.data.tasks import ROBUST, SENSITIVE, TASKS, task_index
 
 GOOD = {"task": "code", "context": "some context", "question": "next?", "answer": "yes", "source": "here"}
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from data_prep import formats, published
-from elastic import rows
-from elastic.records import read_records
+from elastic.data import file_rows
+from elastic.data.records import read_records
 
 CHATQA2 = {
     "paragraph_id": "n7",
@@ -151,28 +151,28 @@ def test_lengths_are_filtered_and_folders_are_read(tmp_path):
 
 @pytest.mark.parametrize("piece", [1, 5, 64, 1 << 20])
 def test_arrays_are_read_in_pieces(piece, tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "PIECE", piece)
+    monkeypatch.setattr(file_rows, "PIECE", piece)
     wanted = [{"n": i, "text": '"], [{' * (i % 40), "list": [1, {"deep": "é"}]} for i in range(60)]
     for text in (json.dumps(wanted), "\ufeff \n" + json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"):
         (tmp_path / "a.json").write_text(text, encoding="utf-8")
-        found = list(rows.read_rows(tmp_path / "a.json", rows.ReadReport(), every=2, first=1))
+        found = list(file_rows.read_rows(tmp_path / "a.json", file_rows.ReadReport(), every=2, first=1))
         assert [row for _, row in found] == wanted[1::2] and found[0][0].endswith("a.json: item 2")
     (tmp_path / "a.json").write_text("[ ]")
-    assert list(rows.read_rows(tmp_path / "a.json", rows.ReadReport())) == []
+    assert list(file_rows.read_rows(tmp_path / "a.json", file_rows.ReadReport())) == []
     (tmp_path / "a.json").write_text('{"n": 1}\n{"n": 2}\n')
-    assert [row for _, row in rows.read_rows(tmp_path / "a.json", rows.ReadReport())] == [{"n": 1}, {"n": 2}]
+    assert [row for _, row in file_rows.read_rows(tmp_path / "a.json", file_rows.ReadReport())] == [{"n": 1}, {"n": 2}]
 
 
 @pytest.mark.parametrize(
     "text", ['[{"a": 1} {"a": 2}]', '[{"a": 1}, {"a": ', '[{"a": 1}', '[{"a": 1}, x]', '[{"a": 1}, "' + "x" * 99 + '"]']
 )
 def test_damaged_arrays_are_named_with_the_place(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "LONGEST", 50)
-    monkeypatch.setattr(rows, "PIECE", 16)
+    monkeypatch.setattr(file_rows, "LONGEST", 50)
+    monkeypatch.setattr(file_rows, "PIECE", 16)
     (tmp_path / "a.json").write_text(text)
     found = []
     with pytest.raises(ValueError, match=r"a.json is a damaged JSON array behind item 1 .*fetch it again"):
-        found += rows.read_rows(tmp_path / "a.json", rows.ReadReport())
+        found += file_rows.read_rows(tmp_path / "a.json", file_rows.ReadReport())
 
 
 def test_bad_lines_are_skipped_and_named(tmp_path, capsys):

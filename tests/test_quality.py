@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from elastic import cli
+from elastic.data.tasks import TASKS, task_index
 from elastic.losses import chunked_divergence, labelled_samples
 from elastic.objective import BudgetMultipliers, QualityObjective, RoutedPass, quality_loss
-from elastic.tasks import TASKS, task_index
 from elastic.training_config import ObjectiveConfig, OptimiserConfig
 from tests.training import ROOT, build_data, router_tensors, small_run
 

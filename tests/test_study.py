@@ -17,8 +17,8 @@ from elastic.bench.routing import equal_quality, lead, over_seeds
 from elastic.bench.runs import Point, read_study, score_of, slack
 from elastic.checkpoint import read_elastic, save_elastic
 from elastic.config import ElasticConfig
-from elastic.shards import SPLITS
-from elastic.tasks import TASKS
+from elastic.data.shards import SPLITS
+from elastic.data.tasks import TASKS
 from tests.bench import ablation, ship
 from tests.models import tiny_model
 from tests.training import ROOT, command_environment

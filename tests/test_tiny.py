@@ -15,9 +15,9 @@ from data_prep.tiny_language import (
     build_tokenizer,
 )
 from elastic.backbones import architecture, load_backbone, load_tokenizer
-from elastic.packed import tokenise
-from elastic.prompts import encode_prompt
-from elastic.tasks import ROBUST, SENSITIVE
+from elastic.data.packing import tokenise
+from elastic.data.prompts import encode_prompt
+from elastic.data.tasks import ROBUST, SENSITIVE
 
 FOLDER = make_tiny.ASSET
 SPLITS = ("train", "validation", "test")

@@ -13,7 +13,7 @@ import torch
 from lightning import Trainer, seed_everything
 
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
-from elastic.data import MixtureDataModule
+from elastic.data.datamodule import MixtureDataModule
 from elastic.lit_module import ElasticModule
 
 ROOT = Path(__file__).parent.parent

@@ -11,8 +11,8 @@ import torch
 from elastic.bench.records import Record, save
 from elastic.bench.runs import CHOSEN, KEPT, RISE, Point, Run, Study, read_study, score_of, slack
 from elastic.console import say, table
+from elastic.data.tasks import ROBUST, SENSITIVE
 from elastic.plots import Panel, panels_figure, save_png, share_figure, smooth
-from elastic.tasks import ROBUST, SENSITIVE
 
 SUMMARY = "what trained routers keep of the dense model's quality, from recorded runs"
 HEADLINE, CURVE, POINT = "headline", "curve", "point"  # cases of records that are about no single source

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from elastic.backbone import attach, compile_layers, elastic_config, routers, routing, set_config
 from elastic.config import ElasticConfig
+from elastic.data.packing import IGNORE, Batch
+from elastic.data.tasks import TASKS
 from elastic.objective import RoutedPass, TargetObjective
-from elastic.packed import IGNORE, Batch
 from elastic.relaxation import sample_route
 from elastic.sparsity import msr
-from elastic.tasks import TASKS
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # of all shapes
 ANSWER = 512  # labelled tokens of a sample

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic.console import Parser, complain, say, side_by_side, supports_unicode, table
-from elastic.tasks import ROBUST, SENSITIVE
+from elastic.data.tasks import ROBUST, SENSITIVE
 
 SUMMARY = "train routers for some minutes on the CPU, compare with dense, save, load and generate"
 HARDLY = 0.05  # an MSR gap below this is called no separation
@@ -134,7 +134,7 @@ def answer_two(checkpoint: Path, records: Path, tasks: tuple[str, str], new_toke
 
 def first_record(file: Path) -> Any:
     """The first record of a file that `data_prep` wrote."""
-    from elastic.records import Record
+    from elastic.data.records import Record
 
     with open(file, encoding="utf-8") as lines:
         return Record.from_dict(json.loads(next(lines)))

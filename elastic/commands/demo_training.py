@@ -16,12 +16,12 @@ from data_prep.generators import BASIC
 from data_prep.tokenize_and_pack import prepare
 from elastic.backbones import SMOLLM2, TINY, load_tokenizer
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
-from elastic.data import MixtureDataModule
+from elastic.data.datamodule import MixtureDataModule
+from elastic.data.packing import Batch
+from elastic.data.tasks import TASKS
 from elastic.lit_module import ElasticModule
 from elastic.objective import Interval
-from elastic.packed import Batch
 from elastic.plots import curves_figure, smooth
-from elastic.tasks import TASKS
 from elastic.training_config import OptimiserConfig, TemperatureConfig
 
 Points = list[tuple[float, float]]

@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from elastic.data.file_rows import ENDINGS, ReadReport, read_rows
 from elastic.evaluation.benchmark import Request
-from elastic.rows import ENDINGS, ReadReport, read_rows
 
 warnings.filterwarnings("ignore", message="Using slow pure-python SequenceMatcher")  # the official run uses it too
 CONFIGS = Path(__file__).parents[2] / "configs" / "eval"

@@ -6,11 +6,11 @@ import hashlib
 import json
 from typing import Any
 
+from elastic.data.shards import tokenizer_hash
 from elastic.evaluation.benchmark import Request
 from elastic.evaluation.ruler_data import RulerData
 from elastic.evaluation.ruler_samples import NEEDLES, Doc, generate, new_tokens
 from elastic.files import alone, cache_folder, write_whole
-from elastic.shards import tokenizer_hash
 
 QA = {"ruler_qa_squad": "squad", "ruler_qa_hotpot": "hotpotqa"}
 SYNTHETIC = (*NEEDLES, "ruler_vt", "ruler_cwe", "ruler_fwe")

@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from elastic.prompts import check_length, encode_messages
+from elastic.data.prompts import check_length, encode_messages
 from elastic.serving.engine import Engine, Event, Job, QueueFullError, Sampling
 from elastic.serving.limits import MaxBody
 from elastic.serving.metrics import Metrics

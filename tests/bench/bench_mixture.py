@@ -20,8 +20,8 @@ import yaml
 from elastic.bench import records
 from elastic.bench.records import Record
 from elastic.console import say
-from elastic.records import Record as Sample
-from elastic.records import write_records
+from elastic.data.records import Record as Sample
+from elastic.data.records import write_records
 
 OFFLINE = Path(__file__).parents[2] / "configs" / "mixture" / "offline.yaml"
 COMMAND = "python -m tests.bench.bench_mixture"

@@ -22,8 +22,8 @@ from elastic.backbones import load_backbone
 from elastic.bench import records
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.console import say
+from elastic.data.prompts import left_pad
 from elastic.inference import new_cache
-from elastic.prompts import left_pad
 from tests.masked import masked_oracle
 from tests.models import varied_routers
 

@@ -58,8 +58,8 @@ def evaluate(args: argparse.Namespace) -> dict:
 
     from elastic.checkpoint import read_elastic
     from elastic.config import ElasticConfig
-    from elastic.data import MixtureDataModule
-    from elastic.packed import collate
+    from elastic.data.datamodule import MixtureDataModule
+    from elastic.data.packing import collate
     from elastic.results import results_of
     from elastic.routed_module import RoutedModule
 

@@ -28,7 +28,7 @@ import torch
 
 from elastic.bench.records import stamp
 from elastic.bench.runs import chosen_bias
-from elastic.shards import MANIFEST
+from elastic.data.shards import MANIFEST
 
 T = TypeVar("T")
 ROOT = Path(__file__).parent.parent.parent

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from elastic.rows import ReadReport, read_rows
-from elastic.tasks import task_index
+from elastic.data.file_rows import ReadReport, read_rows
+from elastic.data.tasks import task_index
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Record:
     """One example before tokenisation.
 
     Attributes:
-        task: a name of `elastic.tasks.TASKS`.
+        task: a name of `elastic.data.tasks.TASKS`.
         context: the long input; the prompt is the context, a blank line and the question.
         question: what is asked; may be empty where the context asks it already.
         answer: what the model should say.

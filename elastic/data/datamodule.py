@@ -7,8 +7,8 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import ConcatDataset, DataLoader, Sampler
 
-from elastic.packed import Batch, PackedRow, collate
-from elastic.shards import open_corpus, verify
+from elastic.data.packing import Batch, PackedRow, collate
+from elastic.data.shards import open_corpus, verify
 
 EVALUATION = {"validate": "validation", "fit": "validation", "test": "test", "predict": "test"}
 

@@ -13,8 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from elastic.packed import PackedRow
-from elastic.tasks import TASKS
+from elastic.data.packing import PackedRow
+from elastic.data.tasks import TASKS
 
 FORMAT = 2
 SPLITS = ("train", "validation", "test")

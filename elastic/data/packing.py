@@ -11,9 +11,9 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from elastic.prompts import encode_prompt
-from elastic.records import Record
-from elastic.tasks import task_index
+from elastic.data.prompts import encode_prompt
+from elastic.data.records import Record
+from elastic.data.tasks import task_index
 
 IGNORE = -100
 

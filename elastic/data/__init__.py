@@ -1,0 +1,1 @@
+"""Text and records to packed batches: what routers are trained and judged on."""
