@@ -12,7 +12,7 @@ constexpr int kD = ELASTIC_HEAD_DIM, kParts = ELASTIC_PARTS, kWide = 4 * kD;
 constexpr int kThreads = 256, kRows = 8;
 constexpr int kLayers = 4, kSlice = kD * kWide / 8;  // layers before the logits; weights of an eighth of a layer
 constexpr int kGroups = 16, kBatch = 13;             // threads that share a row's channels; their loads under way
-constexpr float kEpsilon = 1e-5f, kLimit = 10.0f;    // elastic/router.py
+constexpr float kEpsilon = 1e-5f, kLimit = 10.0f;    // elastic/routing/router.py
 constexpr double kLeastSamples = 8.0;
 
 struct Linear {

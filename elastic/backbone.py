@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.row_slice import Context
+from elastic.cache.elastic_cache import ElasticCache
+from elastic.cache.route_record import RouteRecord, route_of
 from elastic.chunking import Chunked, chunk, unchunk
 from elastic.config import ElasticConfig, SparseConfig
-from elastic.context import Context
-from elastic.elastic_cache import ElasticCache
 from elastic.families import FAMILIES, attention_layers
-from elastic.head_plan import HeadPlan
 from elastic.interface import IMPLEMENTATION, attention_function, register
-from elastic.route_record import RouteRecord, route_of
-from elastic.router import Router, build_router
-from elastic.routing import Routing, RoutingState, route_layer
+from elastic.layer_hooks import Routing, RoutingState, route_layer
+from elastic.routing.router import Router, build_router
 
 __all__ = [
     "FAMILIES",

@@ -20,7 +20,7 @@ from elastic._version import __version__
 from elastic.backbone import attach, elastic_config, routers
 from elastic.backbones import architecture, architecture_hash
 from elastic.config import ElasticConfig
-from elastic.router import build_router
+from elastic.routing.router import build_router
 
 FORMAT = 1
 WEIGHTS, METADATA = "router.safetensors", "elastic.json"

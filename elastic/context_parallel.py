@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elastic.attention import choose_blocks, routed_attention
+from elastic.attention.block_selection import density
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.routed import choose_blocks, routed_attention
+from elastic.attention.row_slice import Context
 from elastic.backbone import routers, set_context
-from elastic.context import Context
 from elastic.data.packing import IGNORE, Batch
-from elastic.head_plan import HeadPlan
 from elastic.losses import chunked_divergence, labelled_positions, labelled_samples, summed_cross_entropy
-from elastic.selection import density
 
 
 class ContextGroup(Context):

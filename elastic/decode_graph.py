@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.attention import backend_for
-from elastic.elastic_cache import ElasticCache
+from elastic.attention.routed import backend_for
+from elastic.cache.elastic_cache import ElasticCache
 
 
 class DecodeGraph:

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic.decoding import decode_attention
-from elastic.elastic_cache import ElasticCache
-from elastic.routing import remember_density
+from elastic.cache.decode_attention import decode_attention
+from elastic.cache.elastic_cache import ElasticCache
+from elastic.layer_hooks import remember_density
 
 IMPLEMENTATION = "elastic"
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from elastic import schedules
-from elastic.attention import backend_for
+from elastic.attention.routed import backend_for
 from elastic.backbone import (
     compile_layers,
     override_routes,
@@ -30,13 +30,13 @@ from elastic.data.packing import Batch
 from elastic.data.tasks import TASKS
 from elastic.distributed import ShardedBackbone, average_gradients
 from elastic.losses import labelled_positions
-from elastic.methods import DEFAULT_METHODS
 from elastic.metrics import StepFacts
 from elastic.objective import Interval, RoutedPass, build_objective
 from elastic.resumable import check_checkpoint, noise_seed
 from elastic.routed_module import RoutedModule
-from elastic.router import entropy
-from elastic.sparsity import esr, msr
+from elastic.routing.methods import DEFAULT_METHODS
+from elastic.routing.router import entropy
+from elastic.routing.sparsity import esr, msr
 from elastic.training_config import ObjectiveConfig, OptimiserConfig, TemperatureConfig
 
 

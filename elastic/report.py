@@ -15,7 +15,7 @@ from torch import Tensor
 from elastic.config import SparseConfig
 from elastic.console import supports_unicode
 from elastic.plots import route_figure, save_png
-from elastic.sparsity import density_by_layer, esr, kv_bytes_kept, msr
+from elastic.routing.sparsity import density_by_layer, esr, kv_bytes_kept, msr
 
 GLYPHS, ASCII_GLYPHS = ("█", "░"), ("#", ".")  # FA, SA
 
@@ -134,7 +134,7 @@ def route_reports(
         backend: name of the attention implementation.
         kv_cache: full or elastic.
         held_N: bytes that the cache holds for every sample.
-        density_LNK: what XAttention heads visited, see `elastic.sparsity.esr`.
+        density_LNK: what XAttention heads visited, see `elastic.routing.sparsity.esr`.
 
     Raises:
         ValueError: shapes that do not belong together.

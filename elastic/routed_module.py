@@ -14,10 +14,10 @@ from elastic.data.packing import Batch
 from elastic.data.shards import sources_of
 from elastic.data.tasks import TASKS
 from elastic.distributed import ShardedBackbone, shard_backbone
-from elastic.methods import columns, parse_methods
 from elastic.metrics import Answers, LayerDensity, RouteShare, TaskMeans, score_answers
 from elastic.resumable import check_data
-from elastic.sparsity import esr, msr, xattention_heads
+from elastic.routing.methods import columns, parse_methods
+from elastic.routing.sparsity import esr, msr, xattention_heads
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -31,7 +31,7 @@ class RoutedModule(LightningModule):
         dtype: of the backbone's weights; routers are always float32.
         gguf_file: file name where the backbone's weights are in GGUF format.
         loss_chunk: positions whose logits exist at a time.
-        methods: what evaluation compares, see `elastic.methods`.
+        methods: what evaluation compares, see `elastic.routing.methods`.
         routers: checkpoint folder that they begin with; None: fresh ones.
     """
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from elastic.backbone import attach, elastic_config
-from elastic.elastic_cache import ElasticCache
+from elastic.cache.elastic_cache import ElasticCache
 from tests.models import LAYERS, small_config, tiny_model, varied_routers
 
 KINDS = ["full", "elastic"]

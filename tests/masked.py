@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from elastic import interface
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.modes import STREAMING
+from elastic.attention.reference import attention
+from elastic.attention.row_slice import Context
 from elastic.backbone import set_context
-from elastic.context import Context
-from elastic.head_plan import HeadPlan
-from elastic.patterns import STREAMING
-from elastic.reference import attention
 from elastic.visibility import visible
 
 

@@ -5,11 +5,12 @@ import itertools
 import pytest
 import torch
 
-from elastic import reference
-from elastic.attention import routed_attention
+from elastic.attention import reference
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.layout import batch_layout, packed_layout
+from elastic.attention.routed import routed_attention
 from elastic.config import SparseConfig
-from elastic.head_plan import HeadPlan, batch_layout, packed_layout
-from elastic.relaxation import decide, sample_route
+from elastic.routing.relaxation import decide, sample_route
 from elastic.visibility import lower_bound
 
 CPU = torch.device("cpu")
@@ -106,18 +107,18 @@ def test_window_longer_than_the_sample_is_full_attention():
 
 def test_streaming_heads_visit_only_their_blocks(monkeypatch):
     """The cost of streaming heads grows with S * (sink + window): no attention call sees more keys than that."""
-    from elastic import torch_attention
+    from elastic.attention import torch_path
 
     seen = []
-    stock = torch_attention.F.scaled_dot_product_attention
+    stock = torch_path.F.scaled_dot_product_attention
 
     def spy(q, k, v, **kwargs):
         seen.append(k.shape[-2])
         return stock(q, k, v, **kwargs)
 
-    monkeypatch.setattr(torch_attention.F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(torch_path.F, "scaled_dot_product_attention", spy)
     q, k, v = inputs(1, 2000, 2000, dtype=torch.float32)
-    torch_attention.streaming(q, k, v, SPARSE, SCALE)
+    torch_path.streaming(q, k, v, SPARSE, SCALE)
     assert max(seen) <= 4 + 16 + 64
     assert len(seen) == -(-2000 // 64)
 

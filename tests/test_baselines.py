@@ -10,9 +10,9 @@ from elastic import cli
 from elastic.backbone import attach, override_routes, routers, routing
 from elastic.checkpoint import WEIGHTS, load_into, save_elastic
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
-from elastic.methods import columns, parse_methods
 from elastic.objective import LagrangeMultipliers
-from elastic.router import StaticRouter, build_router
+from elastic.routing.methods import columns, parse_methods
+from elastic.routing.router import StaticRouter, build_router
 from elastic.training_config import OptimiserConfig
 from tests.models import KV_HEADS, LAYERS, random_ids, small_config, tiny_model
 from tests.training import ROOT, SMALL, build_data, small_run

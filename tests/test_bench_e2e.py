@@ -12,8 +12,8 @@ from elastic.bench import e2e, e2e_runs, records, tables
 from elastic.bench.e2e_models import random_model, route_at_random
 from elastic.bench.e2e_tables import e2e_cells
 from elastic.bench.stock_graph import give_room, in_place_step
+from elastic.cache.elastic_cache import ElasticCache
 from elastic.config import ElasticConfig, SparseConfig
-from elastic.elastic_cache import ElasticCache
 from tests.models import random_ids
 
 SMALL = [

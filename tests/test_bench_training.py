@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from elastic import cli
-from elastic.attention import routed_attention
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.layout import packed_layout
+from elastic.attention.routed import routed_attention
 from elastic.backbone import routers, routing, set_context
 from elastic.bench import step as step_module
 from elastic.bench import training
@@ -17,8 +19,7 @@ from elastic.bench.timing import Timing
 from elastic.bench.training import BothModes, both_modes, spread_routes
 from elastic.config import SparseConfig
 from elastic.data.packing import IGNORE
-from elastic.head_plan import HeadPlan, packed_layout
-from elastic.routing import Context
+from elastic.layer_hooks import Context
 
 CPU = torch.device("cpu")
 SPARSE = SparseConfig(sink=64, window=64, block=64)

@@ -165,7 +165,7 @@ def test_doctor_json(capsys):
 
 
 def test_doctor_finds_wrong_attention(capsys, monkeypatch):
-    from elastic import reference
+    from elastic.attention import reference
 
     right = reference.routed_attention
     monkeypatch.setattr(reference, "routed_attention", lambda *args: right(*args) * 1.01)

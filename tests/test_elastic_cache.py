@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from elastic import decoding
 from elastic.backbone import attach, compile_layers, override_routes, route_of
+from elastic.cache import decode_attention
 from tests.cached import KINDS, generate, new_cache, routed, same
 from tests.masked import masked_oracle
 from tests.models import KV_HEADS, LAYERS, left_padded, random_ids, small_config, tiny_model, varied_routers
@@ -20,7 +20,7 @@ from tests.models import KV_HEADS, LAYERS, left_padded, random_ids, small_config
 def path(request, monkeypatch):
     """Decode by PyTorch over keys laid out by position, or by the decode operator (its CPU oracle) over the pool."""
     if request.param == "operator":
-        monkeypatch.setattr(decoding, "why_not", lambda *_: None)
+        monkeypatch.setattr(decode_attention, "why_not", lambda *_: None)
     return request.param
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from elastic.backbone import elastic_config, override_routes, route_of, set_config
-from elastic.elastic_cache import ElasticCache
+from elastic.cache.elastic_cache import ElasticCache
 from tests.cached import generate, new_cache, routed, same
 from tests.models import KV_HEADS, LAYERS, left_padded, random_ids
 

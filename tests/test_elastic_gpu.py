@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from elastic import decoding
 from elastic.backbone import attach, compile_layers, elastic_config, override_routes, route_of, set_config
+from elastic.cache import decode_attention
+from elastic.cache.elastic_cache import ElasticCache
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.decode_graph import DecodeGraph, graphed
-from elastic.elastic_cache import ElasticCache
 from tests.kernels.gpu import needs_gpu
 from tests.models import LAYERS, left_padded, random_ids, tiny_model, varied_routers
 
@@ -58,7 +58,7 @@ def test_decode_kernel_equals_pytorch(granule, kind, monkeypatch):
     found, tokens = decode(model, used, ids, mask, 40)
     assert 0 < route_of(used).route.float().mean() < 1
     with monkeypatch.context() as patched:
-        patched.setattr(decoding, "why_not", lambda *_: "the test asks for PyTorch")
+        patched.setattr(decode_attention, "why_not", lambda *_: "the test asks for PyTorch")
         expected, _ = decode(model, cache(), ids, mask, 40, tokens)
     assert (found - expected).norm() < 0.02 * expected.norm()
     assert (found - expected).abs().max() < 0.03 * expected.abs().max()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from elastic.cache.kv_pool import KVPool, is_kept, position_in, slot_of, visible_slots
 from elastic.config import SparseConfig
-from elastic.kv_pool import KVPool, is_kept, position_in, slot_of, visible_slots
 from elastic.visibility import visible
 
 SIZES = [

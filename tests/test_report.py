@@ -11,7 +11,7 @@ from elastic import console
 from elastic.config import SparseConfig
 from elastic.plots import curves_figure, image_of, save_png, share_figure, smooth
 from elastic.report import heads_that_differ, route_reports
-from elastic.sparsity import esr
+from elastic.routing.sparsity import esr
 
 SPARSE = SparseConfig(sink=4, window=16, block=4)
 ROUTE = torch.tensor([[[0, 1], [1, 1]], [[0, 0], [1, 1]], [[1, 0], [1, 1]]])  # [L 3, N 2, K 2]

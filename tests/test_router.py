@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from elastic.config import RouterConfig
-from elastic.router import MIN_STATISTICS, AttentionRouter, BoundarySlots, build_router, entropy, half_sums
+from elastic.routing.pooling import BoundarySlots, half_sums
+from elastic.routing.router import MIN_STATISTICS, AttentionRouter, build_router, entropy
 
 
 def naive_pool(keys_SKD: torch.Tensor, begin: int, end: int, pool: int) -> torch.Tensor:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from elastic.attention.reference import dense_mask
 from elastic.config import SparseConfig
-from elastic.reference import dense_mask
-from elastic.sparsity import causal_pairs, esr, kv_bytes_kept, msr, visited_pairs
+from elastic.routing.sparsity import causal_pairs, esr, kv_bytes_kept, msr, visited_pairs
 
 
 def brute_force(length: int, sparse: SparseConfig) -> int:

@@ -6,14 +6,15 @@ import itertools
 import pytest
 import torch
 
-from elastic import reference
-from elastic.attention import choose_blocks, fused, routed_attention
-from elastic.head_plan import HeadPlan, batch_layout, packed_layout
+from elastic.attention import reference
+from elastic.attention.block_selection import BlockPairs, density
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.layout import batch_layout, packed_layout
+from elastic.attention.modes import BLOCK_SPARSE, FULL, STREAMING
+from elastic.attention.routed import choose_blocks, fused, routed_attention
 from elastic.kernels.block_bits import count_bits, mask_from_bits, query_block
 from elastic.kernels.params import Ranges
 from elastic.kernels.xattention_oracle import select_oracle
-from elastic.patterns import BLOCK_SPARSE, FULL, STREAMING
-from elastic.selection import BlockPairs, density
 from tests.xattention import sparse_of
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from elastic.backbone import attach, override_routes, route_of, routing
 from elastic.checkpoint import save_elastic
 from elastic.config import ElasticConfig
 from elastic.inference import generate, load
-from elastic.sparsity import density_by_layer, esr, visited_pairs
+from elastic.routing.sparsity import density_by_layer, esr, visited_pairs
 from tests.models import KV_HEADS, LAYERS, left_padded, random_ids, small_config, tiny_model, varied_routers
 from tests.training import ROOT, build_data, small_run
 from tests.xattention import MODES, sparse_of

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elastic import backbone
+from elastic.attention.row_slice import Context
 from elastic.backbone import elastic_config, route_of, set_context
 from elastic.bench.records import Record
 from elastic.bench.stock_graph import captured, give_room, in_place_step
-from elastic.context import Context
+from elastic.cache.elastic_cache import ElasticCache
 from elastic.decode_graph import DecodeGraph
-from elastic.elastic_cache import ElasticCache
 
 Run = list[Record]
 STOCK = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}

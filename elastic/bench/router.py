@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.layout import Layout, batch_layout
 from elastic.bench import records, tables
 from elastic.bench.cases import DTYPES
 from elastic.bench.options import add_record_options, kernel_device
@@ -25,12 +27,12 @@ from elastic.bench.replay import in_turn, replayed
 from elastic.bench.timing import host_microseconds
 from elastic.config import ElasticConfig
 from elastic.console import say
-from elastic.deciding import Pooling, decide_from_keys
 from elastic.families import prerope_keys
-from elastic.head_plan import HeadPlan, Layout, batch_layout
 from elastic.kernels import why_not
-from elastic.router import AttentionRouter
-from elastic.routing import Routing, route_layer
+from elastic.layer_hooks import Routing, route_layer
+from elastic.routing.decision import decide_from_keys
+from elastic.routing.pooling import Pooling
+from elastic.routing.router import AttentionRouter
 
 SUMMARY = "routing one layer at prefill: fused kernel beside PyTorch, from 512 to 1M tokens"
 LENGTHS = (512, 8192, 131_072, 1_048_576)

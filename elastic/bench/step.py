@@ -16,8 +16,8 @@ from elastic.config import ElasticConfig
 from elastic.data.packing import IGNORE, Batch
 from elastic.data.tasks import TASKS
 from elastic.objective import RoutedPass, TargetObjective
-from elastic.relaxation import sample_route
-from elastic.sparsity import msr
+from elastic.routing.relaxation import sample_route
+from elastic.routing.sparsity import msr
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # of all shapes
 ANSWER = 512  # labelled tokens of a sample

@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.attention import fused, routed_attention
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.layout import packed_layout
+from elastic.attention.routed import fused, routed_attention
+from elastic.attention.row_slice import Context
 from elastic.backbone import routing, set_context
 from elastic.bench import records, tables
 from elastic.bench.options import add_record_options, kernel_device
@@ -27,8 +30,6 @@ from elastic.bench.step import HEAD_DIM, HEADS, KV_HEADS, SHAPES, Step, bounds_o
 from elastic.bench.timing import Timing, measure
 from elastic.config import SparseConfig
 from elastic.console import say
-from elastic.context import Context
-from elastic.head_plan import HeadPlan, packed_layout
 from elastic.kernels import why_no_backward
 from elastic.training_config import ALLOCATOR
 

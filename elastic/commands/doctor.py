@@ -89,13 +89,14 @@ def _allowed(version: str, requirement: str) -> bool:
 
 
 def _self_check() -> list[Check]:
-    """Routed attention and its gradients against `elastic.reference` on random input with mixed routes."""
+    """Routed attention and its gradients against `elastic.attention.reference` on random input with mixed routes."""
     import torch
 
-    from elastic import reference
-    from elastic.attention import backend_for, routed_attention
+    from elastic.attention import reference
+    from elastic.attention.head_plan import HeadPlan
+    from elastic.attention.layout import batch_layout
+    from elastic.attention.routed import backend_for, routed_attention
     from elastic.config import SparseConfig
-    from elastic.head_plan import HeadPlan, batch_layout
 
     sparse, generator = SparseConfig(sink=16, window=64, block=16), torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 200, 32, generator=generator, requires_grad=True)

@@ -1,5 +1,5 @@
 """How much each KV head retrieves (section 2.2 of the paper ranks heads so): the attention that falls on the needle
-while its answer is emitted, computed with the oracle of `elastic.reference`.
+while its answer is emitted, computed with the oracle of `elastic.attention.reference`.
 
 Legend: L layers, H query heads, K KV heads, S tokens, A answer tokens.
 """
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.reference import attention, dense_mask
+from elastic.attention.row_slice import Context
 from elastic.backbone import override_routes, set_context
-from elastic.context import Context
 from elastic.files import write_whole
-from elastic.head_plan import HeadPlan
-from elastic.reference import attention, dense_mask
 
 NEEDLE_TASKS = ("niah_single_1", "niah_multikey_2")  # without outside data, one needle asked for
 

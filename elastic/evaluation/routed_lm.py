@@ -18,7 +18,7 @@ from elastic.backbones import architecture
 from elastic.config import SparseConfig
 from elastic.decode_graph import can_graph, graphed
 from elastic.inference import ends_of, new_cache
-from elastic.sparsity import esr, msr
+from elastic.routing.sparsity import esr, msr
 
 
 @dataclass(frozen=True)

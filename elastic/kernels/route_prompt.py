@@ -1,7 +1,8 @@
 """`route_prompt`: the route of one layer in one launch, from the gathered pre-RoPE keys to the modes of the head plan.
 
-For inference on a GPU; its slow twin is `elastic.router.AttentionRouter` with the pooling of `elastic.routing`, which
-training and the CPU keep. Legend: N samples, P pooled tokens at either end of the prompt, K KV heads, D head dim.
+For inference on a GPU; its slow twin is `elastic.routing.router.AttentionRouter` with the pooling of
+`elastic.layer_hooks`, which training and the CPU keep. Legend: N samples, P pooled tokens at either end of the prompt,
+K KV heads, D head dim.
 """
 
 import struct
@@ -117,7 +118,7 @@ def _check(
         )
     reason = why_not(keys.device, keys.dtype, keys.shape[3])
     if reason is not None:
-        raise ValueError(f"the fused router cannot run here: {reason}; use elastic.router.AttentionRouter")
+        raise ValueError(f"the fused router cannot run here: {reason}; use elastic.routing.router.AttentionRouter")
     samples, slots, kv_heads, dim = keys.shape
     wide = 4 * dim
     shapes = [(wide, dim), (wide,), (dim, wide), (dim,)] * 2 + [(2, dim), (2,)]

@@ -16,10 +16,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from elastic import decoding
 from elastic.backbone import attach, override_routes, route_of
 from elastic.backbones import load_backbone
 from elastic.bench import records
+from elastic.cache import decode_attention
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.console import say
 from elastic.data.prompts import left_pad
@@ -85,7 +85,9 @@ def main(argv: list[str]) -> int:
         for path in same:
             cache = new_cache(model, args.new_tokens)
             cache.step = 1  # no reserved room beyond the answer, so that the bytes can be compared
-            with patch.object(decoding, "why_not", (lambda *_: None) if path == "operator" else decoding.why_not):
+            with patch.object(
+                decode_attention, "why_not", (lambda *_: None) if path == "operator" else decode_attention.why_not
+            ):
                 tokens, logits = answers(model, ids, mask, pad, args.new_tokens, cache)
             same[path] += int((tokens == expected[0]).all(1).sum())
             worst[path] = max(worst[path], float((logits - expected[1]).abs().max()))

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from elastic.attention import fused, routed_attention
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.layout import batch_layout, packed_layout
+from elastic.attention.routed import fused, routed_attention
 from elastic.config import SparseConfig
-from elastic.head_plan import HeadPlan, batch_layout, packed_layout
 from elastic.kernels import attention_backward, attention_forward, route_gap
 from elastic.kernels.params import Ranges
 from elastic.kernels.route_gap import draw_slots, period_of, slot_table

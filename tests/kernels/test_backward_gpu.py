@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from elastic.attention import fused, routed_attention
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.layout import batch_layout
+from elastic.attention.routed import fused, routed_attention
 from elastic.config import SparseConfig
-from elastic.head_plan import HeadPlan, batch_layout
 from elastic.kernels import attention_backward, attention_forward, route_gap
 from elastic.kernels.block_bits import bits_from_mask
 from elastic.kernels.oracle import attention_oracle

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 import elastic
-from elastic.attention import _StraightThrough, backend_for, choose_blocks, fused, routed_attention
+from elastic.attention.block_selection import density, with_blocks
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.layout import Layout, batch_layout, packed_layout
+from elastic.attention.routed import _StraightThrough, backend_for, choose_blocks, fused, routed_attention
+from elastic.attention.torch_path import attend
 from elastic.backbone import override_routes, routers, routing
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
-from elastic.head_plan import HeadPlan, Layout, batch_layout, packed_layout
 from elastic.kernels import devices, jit
 from elastic.kernels.block_bits import mask_from_bits
-from elastic.selection import density, with_blocks
-from elastic.torch_attention import attend
 from tests.kernels.gpu import HAS_GPU, needs_gpu
 from tests.models import left_padded, random_ids, tiny_model, varied_routers
 
@@ -208,7 +209,7 @@ def test_a_routed_model_generates_through_the_kernel(monkeypatch):
     with torch.no_grad():
         tokens = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert tokens.shape == (3, 308)
-    monkeypatch.setattr("elastic.attention.why_not", lambda *_: "switched off by the test")
+    monkeypatch.setattr("elastic.attention.routed.why_not", lambda *_: "switched off by the test")
     with torch.no_grad(), override_routes(model, pattern):
         twin = model(ids, attention_mask=mask).logits.float()
     assert not torch.equal(kernel, twin)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from elastic.backbone import attach, pooled_keys, routers, routing
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.kernels.route_prompt import RoutedPrompt, route_prompt
-from elastic.relaxation import decide
-from elastic.router import AttentionRouter
+from elastic.routing.relaxation import decide
+from elastic.routing.router import AttentionRouter
 from tests.kernels.gpu import needs_gpu
 from tests.models import tiny_model, varied_routers
 

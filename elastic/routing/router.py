@@ -19,36 +19,6 @@ _EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
-class BoundarySlots:
-    """Which tokens the boundary pooling averages, per sample: P slots at the prompt's start and P at its end.
-
-    A prompt shorter than 2P counts each token once: its end slots that fall among the first P tokens weigh 0.
-
-    Attributes:
-        index_N2P: key positions in the row, clamped into it where the weight is 0.
-        weight_N2P: 1.0 for slots that count, else 0.0.
-    """
-
-    index_N2P: Tensor
-    weight_N2P: Tensor
-
-    @classmethod
-    def of(cls, begin_N: Tensor, end_N: Tensor, pool_tokens: int) -> "BoundarySlots":
-        """Slots of the prompts [begin, end), in int64 row positions; no host synchronisation."""
-        step = torch.arange(pool_tokens, device=begin_N.device)
-        first = begin_N[:, None] + step
-        last = end_N[:, None] - pool_tokens + step
-        weight = torch.cat([first < end_N[:, None], last >= begin_N[:, None] + pool_tokens], dim=1)
-        index = torch.cat([first, last], dim=1)
-        return cls(torch.where(weight, index, begin_N[:, None]), weight.float())
-
-
-def half_sums(keys_N2PKD: Tensor, weight_N2P: Tensor) -> Tensor:
-    """Sums of the P slots at the start and of the P at the end, in fp32, [N, 2, K, D]."""
-    return (keys_N2PKD.float() * weight_N2P[:, :, None, None]).unflatten(1, (2, -1)).sum(2)
-
-
-@dataclass(frozen=True)
 class LayerState:
     """A layer's last decision.
 
@@ -56,7 +26,8 @@ class LayerState:
         route_NK: in {0, 1}, with the straight-through gradient in training.
         logits_NK2, pooled_NKD: what it was decided from; None when the route was given from outside.
         mode_NK: the route in modes of the head plan, where the kernel that decided made it too.
-        density_NK: what XAttention heads then visited, see `elastic.selection.density`; None without such heads.
+        density_NK: what XAttention heads then visited, see `elastic.attention.block_selection.density`; None without
+            such heads.
     """
 
     route_NK: Tensor

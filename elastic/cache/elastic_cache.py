@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from elastic.cache_layer import ElasticLayer
+from elastic.attention.layout import Layout
+from elastic.attention.modes import STREAMING
+from elastic.cache.decode_attention import Stored
+from elastic.cache.kv_pool import KVPool, Visible, slot_of, upload, visible_slots
+from elastic.cache.layer import ElasticLayer
+from elastic.cache.route_record import find_record, new_record, same_override
 from elastic.config import ElasticConfig
-from elastic.decoding import Stored
-from elastic.head_plan import Layout
-from elastic.kv_pool import KVPool, Visible, slot_of, upload, visible_slots
-from elastic.patterns import STREAMING
-from elastic.route_record import find_record, new_record, same_override
 
 STEP = 1024  # tokens by which heads that keep everything grow
 _BEHIND = 2  # layers whose routes may still be on their way to the host
@@ -107,7 +107,7 @@ class ElasticCache(Cache):
         for all layers at once, as device work of fixed shapes.
 
         Args:
-            mode_LBK: modes of `elastic.patterns` in a decode step; None for a prompt or a turn.
+            mode_LBK: modes of `elastic.attention.modes` in a decode step; None for a prompt or a turn.
             override: routes given from outside.
             config: what the model runs with now.
 

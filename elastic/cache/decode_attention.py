@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elastic.attention import routed_attention
-from elastic.head_plan import HeadPlan
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.modes import STREAMING
+from elastic.attention.routed import routed_attention
+from elastic.attention.torch_path import attend
+from elastic.cache.kv_pool import KVPool, Visible, visible_slots
 from elastic.kernels import attention_decode, why_not
-from elastic.kv_pool import KVPool, Visible, visible_slots
-from elastic.patterns import STREAMING
-from elastic.torch_attention import attend
 
 
 @dataclass(frozen=True)

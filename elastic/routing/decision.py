@@ -5,62 +5,18 @@ Legend: N samples, B rows, S tokens, E hidden size, P pooled tokens at either en
 D head dim.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from elastic.attention.modes import mode_ids
+from elastic.attention.row_slice import Context
 from elastic.config import ElasticConfig
-from elastic.context import Context
-from elastic.head_plan import Layout
 from elastic.kernels import why_not
 from elastic.kernels.route_prompt import route_prompt
-from elastic.patterns import mode_ids
-from elastic.relaxation import decide, sample_route
-from elastic.router import AttentionRouter, BoundarySlots, LayerState, Router, half_sums
-
-
-@dataclass(frozen=True)
-class Pooling:
-    """Which of the tokens here are pooled; the same in all layers.
-
-    Attributes:
-        token_M: place of the N * 2P pooled tokens among all tokens here.
-        weight_N2P: 1.0 for those that count, else 0.0.
-        first_N: number of tokens among the first P that were pooled so far, in earlier turns and other slices too.
-        count_N11: number of pooled tokens per sample, those of earlier turns and other slices included; at least 1.
-    """
-
-    token_M: Tensor
-    weight_N2P: Tensor
-    first_N: Tensor
-    count_N11: Tensor
-
-    @classmethod
-    def shared(
-        cls, layout: Layout, pool_tokens: int, here: int, context: Context, earlier_N: Tensor | None = None
-    ) -> "Pooling":
-        """The pooling of all layers of a forward pass, made by the first of them."""
-        return layout.once(
-            ("pooling", pool_tokens, here), lambda: cls.of(layout, pool_tokens, here, context, earlier_N)
-        )
-
-    @classmethod
-    def of(
-        cls, layout: Layout, pool_tokens: int, here: int, context: Context, earlier_N: Tensor | None = None
-    ) -> "Pooling":
-        """For a slice of `here` tokens of every row; `earlier_N` is `first_N` of the turn before. Generated tokens
-        among the first P were never pooled and do not count.
-        """
-        slots = BoundarySlots.of(layout.begin_N, layout.prompt_end_N, pool_tokens)
-        position = slots.index_N2P - layout.past - context.rank * here
-        weight = slots.weight_N2P * ((position >= 0) & (position < here))
-        token = layout.row_N[:, None] * here + position.clamp(0, here - 1)
-        counted = slots.weight_N2P * (slots.index_N2P >= layout.past)
-        first = counted[:, :pool_tokens].sum(1)
-        first = first if earlier_N is None else first + earlier_N
-        count = first + counted[:, pool_tokens:].sum(1)
-        return cls(token.flatten(), weight, first, count.clamp_min(1.0)[:, None, None])
+from elastic.routing.pooling import Pooling, half_sums
+from elastic.routing.relaxation import decide, sample_route
+from elastic.routing.router import AttentionRouter, LayerState, Router
 
 
 def decide_from_keys(

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.modes import FULL, STREAMING
 from elastic.config import SparseConfig
-from elastic.head_plan import HeadPlan
 from elastic.kernels.block_bits import mask_from_bits, query_block
-from elastic.patterns import FULL, STREAMING
 from elastic.visibility import lower_bound, visible
 
 _MASK_ENTRIES = 1 << 27  # of the block mask that exists at a time, where one query block allows it
@@ -74,7 +74,7 @@ def _sample(
             if mode == STREAMING:
                 out = streaming(*own, plan.sparse, scale)
             else:
-                assert plan.bits is not None  # elastic.selection has run
+                assert plan.bits is not None  # elastic.attention.block_selection has run
                 out = block_sparse(*own, plan.bits[sample, heads], plan.sparse.block, scale)
             if not layout.packed:
                 out = F.pad(out, (0, 0, 0, 0, first, layout.queries - last))

@@ -1,8 +1,9 @@
 """`routed_attention`: every head in its routed mode, with the straight-through gradient of the route (spec section 4).
 
 This is the seam between routing and kernels: where the tensors suit them, the fused CUDA kernels run, in inference and
-in training; everything else is `elastic.torch_attention`, their slow twin. With a hard route the output is the routed
-branch, so only that branch needs a backward for q, k and v; the other branch is needed forward only, for the route's
+in training; everything else is `elastic.attention.torch_path`, their slow twin. With a hard route the output is the
+routed branch, so only that branch needs a backward for q, k and v; the other branch is needed forward only, for the
+route's
 own gradient
     d route = <dO, O_SA - O_FA> summed over the group's heads, the sample's tokens and D.
 The kernels may estimate it from a share of the queries (`HeadPlan.gradient_share`); PyTorch takes all of them.
@@ -13,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic.attention.block_selection import with_blocks
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.layout import Layout
+from elastic.attention.torch_path import attend
 from elastic.config import SparseConfig
-from elastic.head_plan import HeadPlan, Layout
 from elastic.kernels import (
     attention_backward,
     attention_forward,
@@ -27,8 +31,6 @@ from elastic.kernels import (
     why_not,
 )
 from elastic.kernels.params import Ranges
-from elastic.selection import with_blocks
-from elastic.torch_attention import attend
 
 
 def backend_for(

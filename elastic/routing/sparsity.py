@@ -102,7 +102,8 @@ def visited_pairs(length: int, mode: str, sparse: SparseConfig) -> int:
         return causal_pairs(length)
     if mode != "streaming":
         raise ValueError(
-            f"the visited blocks of mode {mode!r} depend on the input; elastic.selection.density counts them"
+            f"the visited blocks of mode {mode!r} depend on the input; "
+            "elastic.attention.block_selection.density counts them"
         )
     block = sparse.block
     pairs = 0

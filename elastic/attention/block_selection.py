@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.head_plan import HeadPlan
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.modes import BLOCK_SPARSE
 from elastic.kernels import select_blocks
 from elastic.kernels.block_bits import count_bits, query_block
 from elastic.kernels.params import Ranges
 from elastic.kernels.xattention_oracle import select_oracle
-from elastic.patterns import BLOCK_SPARSE
 
 
 def with_blocks(q_BHSD: Tensor, k_BKSD: Tensor, plan: HeadPlan, scale: float, *, fused: bool, both: bool) -> HeadPlan:

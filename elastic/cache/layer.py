@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from elastic.head_plan import HeadPlan
-from elastic.kv_pool import KVPool
+from elastic.attention.head_plan import HeadPlan
+from elastic.cache.kv_pool import KVPool
 
 
 class HostCopy:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic.attention.layout import Layout
+from elastic.attention.modes import mode_ids
 from elastic.config import SparseConfig
-from elastic.head_plan import Layout
-from elastic.patterns import mode_ids
 
 _RECORD = "_elastic_record"
 
@@ -25,7 +25,7 @@ class RouteRecord:
         heads: by layer, sum [N, K, D] of those of the conversation's first P keys that were pooled, for routing a
             later turn.
         pooled_N: how many keys those sums hold.
-        densities: by layer, what XAttention heads visited [N, K], see `elastic.selection.density`.
+        densities: by layer, what XAttention heads visited [N, K], see `elastic.attention.block_selection.density`.
         layout: of the prompt or turn that the routes were decided on.
         override: what `override_routes` gave at that time.
     """

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic.attention.layout import Layout, batch_layout, decode_layout, packed_layout
+from elastic.attention.row_slice import Context
+from elastic.cache.route_record import RouteRecord, find_record, new_record, route_of
 from elastic.config import ElasticConfig
-from elastic.context import Context
-from elastic.deciding import Pooling, decide_from_keys
 from elastic.families import prerope_keys
-from elastic.head_plan import Layout, batch_layout, decode_layout, packed_layout
-from elastic.route_record import RouteRecord, find_record, new_record, route_of
-from elastic.router import LayerState
+from elastic.routing.decision import decide_from_keys
+from elastic.routing.pooling import Pooling
+from elastic.routing.router import LayerState
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class RoutingState:
         route: [L, N, K] in {0, 1}, with the straight-through gradient in training.
         logits: [L, N, K, 2], route 0 first; None when the routes were given from outside.
         lengths: int64 [N]; tokens of each sample.
-        density: float64 [L, N, K]; share of the visible pairs that XAttention heads visited (`elastic.selection`).
-            None if the configuration has no such heads.
+        density: float64 [L, N, K]; share of the visible pairs that XAttention heads visited
+            (`elastic.attention.block_selection`). None if the configuration has no such heads.
     """
 
     route: Tensor

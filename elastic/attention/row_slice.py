@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from elastic.attention import choose_blocks, routed_attention
-from elastic.head_plan import HeadPlan
-from elastic.selection import density
+from elastic.attention.block_selection import density
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.routed import choose_blocks, routed_attention
 
 
 class Context:

@@ -1,22 +1,18 @@
-"""Where the samples lie in a batch (`Layout`) and what each of their heads does (`HeadPlan`): all that one attention
-launch reads.
+"""Where the samples lie in a batch: `Layout`, and how a batch, a packed row and a decode step get theirs.
 
-Legend: N samples, B batch rows, K KV heads. A sample is a run of tokens of one row: the whole row, the row without its
+Legend: N samples, B batch rows. A sample is a run of tokens of one row: the whole row, the row without its
 padding, or one example of a packed row. Positions count keys, the cached ones included; the queries are the last Lq
 positions of a row.
 """
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from elastic.config import SparseConfig
-from elastic.patterns import BLOCK_SPARSE, mode_ids
 
 
 @dataclass(frozen=True)
@@ -197,55 +193,3 @@ def packed_layout(cu_seq_lens: Tensor, prompt_end: Tensor | None, length: int, d
     prompt_end = end if prompt_end is None else prompt_end.to(device)
     row = torch.zeros_like(begin)
     return Layout(row, begin, end, prompt_end, 1, length, length, packed=True, padded=False, bounds=tuple(host))
-
-
-@dataclass(frozen=True)
-class HeadPlan:
-    """Metadata of one attention launch: mode per (sample, KV head), pattern sizes, and the layout.
-
-    Attributes:
-        mode_NK: int32, ids of `elastic.patterns`.
-        sparse: pattern sizes and the two modes.
-        layout: where the samples lie.
-        gradient_share: share of the queries from which the kernels estimate the route's gradient; 1 is exact.
-        bits: key blocks of the heads in mode xattention, see `elastic.kernels.block_bits`; None until
-            `elastic.selection` has chosen them from queries and keys.
-    """
-
-    mode_NK: Tensor
-    sparse: SparseConfig
-    layout: Layout
-    gradient_share: float = 1.0
-    bits: Tensor | None = None
-
-    @classmethod
-    def build(
-        cls, route_NK: Tensor, sparse: SparseConfig, layout: Layout, gradient_share: float = 1.0,
-        mode_NK: Tensor | None = None,
-    ) -> "HeadPlan":  # fmt: skip
-        """Plan of a route [N, K] in {0, 1}, on the route's device without synchronising; `mode_NK` where the modes of
-        that route are known already.
-
-        Raises:
-            ValueError: a route of another number of samples.
-        """
-        samples = layout.row_N.shape[0]
-        if route_NK.dim() != 2 or route_NK.shape[0] != samples:
-            raise ValueError(
-                f"route has shape {list(route_NK.shape)}, expected [{samples}, KV heads]: one row per sample of "
-                "this batch; "
-                "was the cache filled by another batch?"
-            )
-        if mode_NK is None or layout.queries == 1:  # which may run other modes
-            zero, one = mode_ids(sparse, layout.queries)
-            mode_NK = torch.where(route_NK.detach() > 0.5, one, zero).to(torch.int32)
-        return cls(mode_NK, sparse, layout, gradient_share)
-
-    @property
-    def chooses_blocks(self) -> bool:
-        """Whether key blocks must be chosen before some head of either mode can run."""
-        return BLOCK_SPARSE in mode_ids(self.sparse, self.layout.queries)
-
-    def flipped(self) -> "HeadPlan":
-        """The plan in which every head runs its other mode."""
-        return replace(self, mode_NK=sum(mode_ids(self.sparse, self.layout.queries)) - self.mode_NK)

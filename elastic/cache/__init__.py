@@ -1,0 +1,1 @@
+"""Keys and values of a generation, and decoding over them."""

@@ -1,0 +1,1 @@
+"""Keys to a decision, and the ratios of decisions."""
