@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, metavar="DIR", help="folder of .txt, .md or .rst files to draw prose from")
     parser.add_argument("--code", type=Path, metavar="DIR", help="source tree to draw code from")
     args = parser.parse_args(argv)
-    from elastic.backbones import load_tokenizer
+    from elastic.model.loading import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(args.backbone) if args.backbone else None

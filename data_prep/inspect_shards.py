@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=1, help="samples shown per corpus (default 1)")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="write shares and lengths as a PNG")
     args = parser.parse_args(argv)
-    from elastic.backbones import load_tokenizer
+    from elastic.model.loading import load_tokenizer
 
     try:
         for line in describe(args.data, args.split, load_tokenizer(args.backbone), args.samples):

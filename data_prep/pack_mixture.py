@@ -23,11 +23,11 @@ from data_prep.draw import token_count
 from data_prep.fill import FULL, fill_up
 from data_prep.generators import generate
 from data_prep.mixture_config import Mixture, read_mixture
-from elastic.backbones import load_tokenizer
 from elastic.data.file_rows import ReadReport
 from elastic.data.packing import Sample, best_fit, packed_row, tokenise
 from elastic.data.records import Record, read_records
 from elastic.data.shards import FORMAT, MANIFEST, SPLITS, put_in_place, tokenizer_hash, write_shard
+from elastic.model.loading import load_tokenizer
 
 RECIPE, TRAIN_CONFIG = "recipe.json", "train.yaml"
 ENDLESS = 1 << 40

@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         make = converter(args.name, args.fields, args.task)
         from data_prep.draw import token_count
-        from elastic.backbones import load_tokenizer
+        from elastic.model.loading import load_tokenizer
 
         measure = token_count(load_tokenizer(args.backbone))
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seq-length", type=int, required=True, help="tokens of a packed row")
     parser.add_argument("--out", type=Path, required=True, help="data folder to write")
     args = parser.parse_args(argv)
-    from elastic.backbones import load_tokenizer
+    from elastic.model.loading import load_tokenizer
 
     try:
         manifest, report = prepare(args.records, load_tokenizer(args.backbone), args.out, args.seq_length)

@@ -10,16 +10,17 @@ from elastic._version import __version__
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 
 if TYPE_CHECKING:
-    from elastic.backbone import attach, compile_layers, detach, override_routes
-    from elastic.checkpoint import save_elastic
     from elastic.inference import generate, load, new_cache, route_report
+    from elastic.model.attach import attach, detach, override_routes
+    from elastic.model.checkpoint import save_elastic
+    from elastic.model.compiling import compile_layers
 
 _LAZY = {
-    "attach": "elastic.backbone",
-    "compile_layers": "elastic.backbone",
-    "detach": "elastic.backbone",
-    "override_routes": "elastic.backbone",
-    "save_elastic": "elastic.checkpoint",
+    "attach": "elastic.model.attach",
+    "compile_layers": "elastic.model.compiling",
+    "detach": "elastic.model.attach",
+    "override_routes": "elastic.model.attach",
+    "save_elastic": "elastic.model.checkpoint",
     "load": "elastic.inference",
     "generate": "elastic.inference",
     "new_cache": "elastic.inference",

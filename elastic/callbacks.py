@@ -6,8 +6,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 
-from elastic.backbones import backbone_id
-from elastic.checkpoint import save_elastic
+from elastic.model.checkpoint import save_elastic
+from elastic.model.loading import backbone_id
 from elastic.plots import image_of, save_png, share_figure
 
 LAST = "last.ckpt"

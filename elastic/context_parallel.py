@@ -21,9 +21,9 @@ from elastic.attention.block_selection import density
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.routed import choose_blocks, routed_attention
 from elastic.attention.row_slice import Context
-from elastic.backbone import routers, set_context
 from elastic.data.packing import IGNORE, Batch
 from elastic.losses import chunked_divergence, labelled_positions, labelled_samples, summed_cross_entropy
+from elastic.model.attach import routers, set_context
 
 
 class ContextGroup(Context):

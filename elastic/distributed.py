@@ -11,8 +11,8 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 
-from elastic.backbone import routers
-from elastic.checkpoint import is_trainable
+from elastic.model.attach import routers
+from elastic.model.checkpoint import is_trainable
 
 
 class ShardedBackbone(ModelParallelStrategy):

@@ -14,23 +14,16 @@ from torch import Tensor
 
 from elastic import schedules
 from elastic.attention.routed import backend_for
-from elastic.backbone import (
-    compile_layers,
-    override_routes,
-    pooled_keys,
-    routers,
-    routing,
-    set_temperature,
-    update_statistics,
-)
-from elastic.backbones import architecture_hash
-from elastic.checkpoint import is_trainable
 from elastic.config import ElasticConfig
 from elastic.data.packing import Batch
 from elastic.data.tasks import TASKS
 from elastic.distributed import ShardedBackbone, average_gradients
 from elastic.losses import labelled_positions
 from elastic.metrics import StepFacts
+from elastic.model.attach import override_routes, pooled_keys, routers, routing, set_temperature, update_statistics
+from elastic.model.checkpoint import is_trainable
+from elastic.model.compiling import compile_layers
+from elastic.model.loading import architecture_hash
 from elastic.objective import Interval, RoutedPass, build_objective
 from elastic.resumable import check_checkpoint, noise_seed
 from elastic.routed_module import RoutedModule
@@ -55,7 +48,8 @@ class ElasticModule(RoutedModule):
         gguf_file: file name where the backbone's weights are in GGUF format.
         gradient_checkpointing: recompute each layer in the backward pass instead of storing its activations.
         loss_chunk: positions whose logits exist at a time.
-        compiled: torch.compile what surrounds attention in the backbone's layers (`elastic.backbone.compile_layers`).
+        compiled: torch.compile what surrounds attention in the backbone's layers
+            (`elastic.model.compiling.compile_layers`).
         methods: what evaluation compares: dense, elastic (default: these two), streaming, random:<msr>[:<seed>].
         routers: checkpoint folder that training or evaluation begins with; None: fresh routers.
     """

@@ -6,15 +6,15 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from elastic.backbone import attach, biased, override_routes, routing, set_config
-from elastic.backbones import DTYPES, architecture, load_backbone
-from elastic.checkpoint import load_into, read_elastic
 from elastic.config import ElasticConfig
 from elastic.data.packing import Batch
 from elastic.data.shards import sources_of
 from elastic.data.tasks import TASKS
 from elastic.distributed import ShardedBackbone, shard_backbone
 from elastic.metrics import Answers, LayerDensity, RouteShare, TaskMeans, score_answers
+from elastic.model.attach import attach, biased, override_routes, routing, set_config
+from elastic.model.checkpoint import load_into, read_elastic
+from elastic.model.loading import DTYPES, architecture, load_backbone
 from elastic.resumable import check_data
 from elastic.routing.methods import columns, parse_methods
 from elastic.routing.sparsity import esr, msr, xattention_heads

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from elastic.backbone import attach, elastic_config
 from elastic.cache.elastic_cache import ElasticCache
+from elastic.model.attach import attach, elastic_config
 from tests.models import LAYERS, small_config, tiny_model, varied_routers
 
 KINDS = ["full", "elastic"]

@@ -8,12 +8,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from elastic import interface
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.modes import STREAMING
 from elastic.attention.reference import attention
 from elastic.attention.row_slice import Context
-from elastic.backbone import set_context
+from elastic.model import attention_function
+from elastic.model.attach import set_context
 from elastic.visibility import visible
 
 
@@ -52,6 +52,6 @@ def masked_oracle(model: Any) -> Iterator[None]:
         assert stored is None, "the oracle keeps every key"
         return masked_attention(q, k, v, plan, scale)
 
-    with patch.object(interface, "decode_attention", decode):
+    with patch.object(attention_function, "decode_attention", decode):
         yield
     set_context(model, previous)

@@ -48,7 +48,7 @@ def varied_routers(model: Any, seed: int = 0) -> None:
 
     Decisions then differ between layers, heads and inputs, which a test of routing needs.
     """
-    from elastic.backbone import routers
+    from elastic.model.attach import routers
 
     generator = torch.Generator().manual_seed(seed)
     for router in routers(model):

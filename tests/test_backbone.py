@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from elastic.backbone import (
+from elastic.config import ElasticConfig
+from elastic.model.attach import (
     attach,
     detach,
     elastic_config,
@@ -20,9 +21,8 @@ from elastic.backbone import (
     set_config,
     update_statistics,
 )
-from elastic.backbones import load_backbone
-from elastic.config import ElasticConfig
-from elastic.families import prerope_keys
+from elastic.model.families import prerope_keys
+from elastic.model.loading import load_backbone
 from tests.models import FAMILIES, KV_HEADS, LAYERS, left_padded, random_ids, small_config, tiny_model, varied_routers
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from elastic.backbone import (
+from elastic.config import ElasticConfig, RouterConfig
+from elastic.model.attach import (
     attach,
     detach,
     elastic_config,
@@ -16,7 +17,6 @@ from elastic.backbone import (
     set_config,
     set_temperature,
 )
-from elastic.config import ElasticConfig, RouterConfig
 from tests.models import KV_HEADS, LAYERS, random_ids, small_config, tiny_model
 
 

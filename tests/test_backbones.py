@@ -10,11 +10,11 @@ import time
 import pytest
 import torch
 
-from elastic import backbones
-from elastic.backbones import architecture, architecture_hash, backbone_id, load_backbone, load_tokenizer
+from elastic.model import loading
+from elastic.model.loading import architecture, architecture_hash, backbone_id, load_backbone, load_tokenizer
 from tests.models import FAMILIES, tiny_model
 
-TINY_FOLDER = backbones.ASSETS / "tiny"
+TINY_FOLDER = loading.ASSETS / "tiny"
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def copy(tmp_path):
 def cache(tmp_path, monkeypatch):
     """An empty cache; the SmolLM2 file is replaced by a small stand-in."""
     monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(backbones, "_smollm2_file", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(loading, "_smollm2_file", lambda: tmp_path / "model.gguf")
     return tmp_path / "cache"
 
 
@@ -36,7 +36,7 @@ def edit_config(folder, **changes):
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("dtype", backbones.DTYPES)
+@pytest.mark.parametrize("dtype", loading.DTYPES)
 def test_the_tiny_backbone_loads_in_every_dtype_for_inference(dtype):
     model, tokenizer = load_backbone("tiny", dtype=dtype)
     assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
@@ -171,8 +171,8 @@ def test_smollm2_is_converted_once_however_many_ask(cache, monkeypatch):
         time.sleep(0.2)
         shutil.copytree(TINY_FOLDER, out, dirs_exist_ok=True)
 
-    monkeypatch.setattr(backbones, "_convert_gguf", convert)
-    threads = [threading.Thread(target=backbones._smollm2_folder) for _ in range(4)]
+    monkeypatch.setattr(loading, "_convert_gguf", convert)
+    threads = [threading.Thread(target=loading._smollm2_folder) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -187,7 +187,7 @@ def test_a_broken_conversion_leaves_nothing_behind_and_can_be_repeated(cache, mo
         (out / "config.json").write_text("{}")
         raise OSError("disk full")
 
-    monkeypatch.setattr(backbones, "_convert_gguf", breaks)
+    monkeypatch.setattr(loading, "_convert_gguf", breaks)
     for _ in range(2):
         with pytest.raises(OSError, match="disk full"):
             load_backbone("smollm2-135m")

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from elastic import cli
-from elastic.backbone import attach, override_routes, routers, routing
-from elastic.checkpoint import WEIGHTS, load_into, save_elastic
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
+from elastic.model.attach import attach, override_routes, routers, routing
+from elastic.model.checkpoint import WEIGHTS, load_into, save_elastic
 from elastic.objective import LagrangeMultipliers
 from elastic.routing.methods import columns, parse_methods
 from elastic.routing.router import StaticRouter, build_router

@@ -7,13 +7,13 @@ import torch
 from transformers import DynamicCache
 
 from elastic import cli
-from elastic.backbone import detach, elastic_config, route_of, routers, routing, set_config
 from elastic.bench import e2e, e2e_runs, records, tables
 from elastic.bench.e2e_models import random_model, route_at_random
 from elastic.bench.e2e_tables import e2e_cells
 from elastic.bench.stock_graph import give_room, in_place_step
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.config import ElasticConfig, SparseConfig
+from elastic.model.attach import detach, elastic_config, route_of, routers, routing, set_config
 from tests.models import random_ids
 
 SMALL = [

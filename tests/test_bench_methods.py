@@ -1,10 +1,10 @@
 """The quality table of ways to run attention: the script that measures it, what its means mean, several processes."""
 
-from elastic.backbone import attach
 from elastic.bench import records
 from elastic.bench.methods import score_cells
-from elastic.checkpoint import save_elastic
 from elastic.config import ElasticConfig
+from elastic.model.attach import attach
+from elastic.model.checkpoint import save_elastic
 from tests.models import small_config, varied_routers
 from tests.training import build_data
 from tests.xattention import sparse_of
@@ -13,13 +13,13 @@ FACTS = {"gpu": "g", "kernel": "k", "versions": {"torch": "2"}, "commit": "c"}
 
 
 def test_the_quality_script_writes_records_and_tables(tmp_path, capsys):
-    from elastic import backbones
     from elastic.bench.methods import DENSITY
     from elastic.bench.records import load as load_records
     from elastic.bench.tables import markdown
+    from elastic.model import loading
     from tests.bench.methods import main
 
-    model, _ = backbones.load_backbone("tiny")
+    model, _ = loading.load_backbone("tiny")
     attach(model, ElasticConfig(small_config().router, sparse_of("FA-XA")))
     varied_routers(model)
     checkpoint = save_elastic(tmp_path / "ck", model, "tiny")

@@ -11,7 +11,6 @@ from elastic import cli
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import packed_layout
 from elastic.attention.routed import routed_attention
-from elastic.backbone import routers, routing, set_context
 from elastic.bench import step as step_module
 from elastic.bench import training
 from elastic.bench.step import Step, bounds_of, random_backbone, random_row
@@ -19,7 +18,8 @@ from elastic.bench.timing import Timing
 from elastic.bench.training import BothModes, both_modes, spread_routes
 from elastic.config import SparseConfig
 from elastic.data.packing import IGNORE
-from elastic.layer_hooks import Context
+from elastic.model.attach import routers, routing, set_context
+from elastic.model.layer_hooks import Context
 
 CPU = torch.device("cpu")
 SPARSE = SparseConfig(sink=64, window=64, block=64)

@@ -6,9 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from elastic import checkpoint
-from elastic.backbone import attach, is_attached, override_routes, routers, routing
-from elastic.checkpoint import METADATA, WEIGHTS, is_trainable, load_into, read_elastic, router_state, save_elastic
+from elastic.model import checkpoint
+from elastic.model.attach import attach, is_attached, override_routes, routers, routing
+from elastic.model.checkpoint import (
+    METADATA,
+    WEIGHTS,
+    is_trainable,
+    load_into,
+    read_elastic,
+    router_state,
+    save_elastic,
+)
 from elastic.objective import LagrangeMultipliers
 from tests.models import LAYERS, random_ids, small_config, tiny_model, varied_routers
 

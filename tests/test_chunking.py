@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from elastic.backbone import attach, detach, elastic_config, set_config
-from elastic.chunking import token_modules
 from elastic.config import ElasticConfig
+from elastic.model.attach import attach, detach, elastic_config, set_config
+from elastic.model.chunking import token_modules
 from tests.models import FAMILIES, left_padded, random_ids, small_config, tiny_model, varied_routers
 
 

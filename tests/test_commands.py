@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from data_prep.tiny_language import TASKS
-from elastic import backbones
-from elastic.backbone import attach
-from elastic.checkpoint import METADATA, read_elastic, save_elastic
 from elastic.commands import demo, doctor, generate
+from elastic.model import loading
+from elastic.model.attach import attach
+from elastic.model.checkpoint import METADATA, read_elastic, save_elastic
 from tests.models import small_config, varied_routers
 
 PROMPT = "f4 f5 " * 30 + "key k3 1 2 3 4 " + "f6 " * 20 + "find k3"
@@ -19,7 +19,7 @@ PROMPT = "f4 f5 " * 30 + "key k3 1 2 3 4 " + "f6 " * 20 + "find k3"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    model = attach(backbones.load_backbone("tiny")[0], small_config())
+    model = attach(loading.load_backbone("tiny")[0], small_config())
     varied_routers(model)
     return save_elastic(tmp_path_factory.mktemp("ck") / "ck", model, "tiny")
 
@@ -31,9 +31,9 @@ def run(checkpoint, *options):
 def test_text_goes_to_stdout_and_the_report_to_stderr(checkpoint, capsys):
     assert run(checkpoint, "--prompt", PROMPT) == 0
     out, err = capsys.readouterr()
-    model, tokenizer = backbones.load_backbone("tiny")
-    from elastic.checkpoint import load_into
+    model, tokenizer = loading.load_backbone("tiny")
     from elastic.inference import generate as answer
+    from elastic.model.checkpoint import load_into
 
     result = answer(load_into(model, checkpoint), tokenizer, PROMPT, max_new_tokens=5)[0]
     assert out.split() == result.text.split()
@@ -195,7 +195,7 @@ def test_doctor_reports_a_crash_as_a_line(capsys, monkeypatch):
     def boom(*_):
         raise RuntimeError("no\nluck")
 
-    monkeypatch.setattr(backbones, "load_backbone", boom)
+    monkeypatch.setattr(loading, "load_backbone", boom)
     assert doctor.main([]) == 1
     assert "FAIL  stock check" in (out := capsys.readouterr().out) and "RuntimeError: no luck" in out
 

@@ -12,8 +12,8 @@ from lightning import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 import elastic
-from elastic.checkpoint import is_trainable
 from elastic.distributed import average_gradients
+from elastic.model.checkpoint import is_trainable
 from elastic.training_config import ObjectiveConfig, OptimiserConfig
 from tests.training import ROOT, build_data, command_environment, router_tensors, small_run
 

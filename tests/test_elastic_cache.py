@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from elastic.backbone import attach, compile_layers, override_routes, route_of
 from elastic.cache import decode_attention
+from elastic.model.attach import attach, override_routes, route_of
+from elastic.model.compiling import compile_layers
 from tests.cached import KINDS, generate, new_cache, routed, same
 from tests.masked import masked_oracle
 from tests.models import KV_HEADS, LAYERS, left_padded, random_ids, small_config, tiny_model, varied_routers

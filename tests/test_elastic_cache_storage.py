@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from elastic.backbone import elastic_config, override_routes, route_of, set_config
 from elastic.cache.elastic_cache import ElasticCache
+from elastic.model.attach import elastic_config, override_routes, route_of, set_config
 from tests.cached import generate, new_cache, routed, same
 from tests.models import KV_HEADS, LAYERS, left_padded, random_ids
 
@@ -75,7 +75,7 @@ def test_reset_empties():
 
 
 def without_routers(model):
-    from elastic.backbone import detach
+    from elastic.model.attach import detach
 
     cache = new_cache(model)
     detach(model)(random_ids(1, 9), past_key_values=cache, use_cache=True)

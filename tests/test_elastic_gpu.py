@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from elastic.backbone import attach, compile_layers, elastic_config, override_routes, route_of, set_config
 from elastic.cache import decode_attention
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.decode_graph import DecodeGraph, graphed
+from elastic.model.attach import attach, elastic_config, override_routes, route_of, set_config
+from elastic.model.compiling import compile_layers
 from tests.kernels.gpu import needs_gpu
 from tests.models import LAYERS, left_padded, random_ids, tiny_model, varied_routers
 

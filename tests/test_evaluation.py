@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from elastic.backbone import attach
-from elastic.backbones import load_backbone
 from elastic.bench.records import load_folder
 from elastic.bench.tables import markdown
 from elastic.evaluation.methods import Method, read_pattern
+from elastic.model.attach import attach
+from elastic.model.loading import load_backbone
 from tests.models import small_config
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from elastic.families import FAMILIES, attention_layers, prerope_keys
+from elastic.model.families import FAMILIES, attention_layers, prerope_keys
 from tests import models
 from tests.models import random_ids, tiny_model
 

@@ -6,11 +6,12 @@ from threading import Thread
 import pytest
 from transformers import DynamicCache
 
-from elastic import backbones, inference
-from elastic.backbone import attach, elastic_config, override_routes
-from elastic.checkpoint import save_elastic
+from elastic import inference
 from elastic.config import ElasticConfig
 from elastic.inference import generate, load, new_cache, route_report
+from elastic.model import loading
+from elastic.model.attach import attach, elastic_config, override_routes
+from elastic.model.checkpoint import save_elastic
 from tests.models import KV_HEADS, LAYERS, small_config, tiny_model, varied_routers
 from tests.turns import Turns
 
@@ -21,7 +22,7 @@ OTHER = "p1 p2 p3 " * 14 + "repeat on p3"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return backbones.load_tokenizer("tiny")
+    return loading.load_tokenizer("tiny")
 
 
 def random_model(family):
@@ -38,7 +39,7 @@ def model(request):
 
 @pytest.fixture
 def trained(tmp_path):
-    model, _ = backbones.load_backbone("tiny")
+    model, _ = loading.load_backbone("tiny")
     attach(model, small_config())
     varied_routers(model)
     return save_elastic(tmp_path / "ck", model, "tiny"), model
@@ -266,7 +267,7 @@ def test_load_refuses(trained, tmp_path):
     with pytest.raises(ValueError, match="dtype='int8' is not supported"):
         load(path, dtype="int8")
     tiny_model().save_pretrained(tmp_path / "other")
-    backbones.load_tokenizer("tiny").save_pretrained(tmp_path / "other")
+    loading.load_tokenizer("tiny").save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="head_dim=32, but this backbone has head_dim=16"):
         load(path, backbone=str(tmp_path / "other"))
 

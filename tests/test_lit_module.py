@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from elastic.backbone import override_routes, routers
-from elastic.checkpoint import is_trainable
 from elastic.data.packing import collate
 from elastic.data.tasks import TASKS, task_index
 from elastic.lit_module import ElasticModule
 from elastic.metrics import score_answers
+from elastic.model.attach import override_routes, routers
+from elastic.model.checkpoint import is_trainable
 from elastic.training_config import OptimiserConfig, TemperatureConfig
 from tests.training import SMALL, build_data, router_tensors, small_run
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from elastic import cli
-from elastic.backbone import attach
-from elastic.backbones import load_backbone
 from elastic.config import ElasticConfig
+from elastic.model.attach import attach
+from elastic.model.loading import load_backbone
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 pytest.importorskip("jieba", reason="the extra `eval` is not installed")

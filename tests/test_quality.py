@@ -178,7 +178,7 @@ def test_a_run_goes_on_under_its_own_objective_only(data, tmp_path):
 
 def test_two_steps_through_the_command_then_test_and_load(data, tmp_path):
     import elastic
-    from elastic.checkpoint import read_elastic
+    from elastic.model.checkpoint import read_elastic
 
     files = [word for name in ("debug.yaml", "objective/quality.yaml") for word in ("-c", str(ROOT / "configs" / name))]
     root = tmp_path / "run"

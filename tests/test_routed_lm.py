@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from elastic.backbone import attach, override_routes
+from elastic.model.attach import attach, override_routes
 from tests.models import random_ids, small_config, tiny_model, varied_routers
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")

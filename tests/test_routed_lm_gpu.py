@@ -4,10 +4,10 @@ import pytest
 import torch
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
-from elastic.backbone import attach, routers
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.decode_graph import can_graph
 from elastic.evaluation import routed_lm
+from elastic.model.attach import attach, routers
 from tests.kernels.gpu import needs_gpu
 from tests.models import tiny_model, varied_routers
 from tests.test_routed_lm import generated, letters

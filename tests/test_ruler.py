@@ -9,12 +9,12 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 pytest.importorskip("wonderwords", reason="the extra `eval` is not installed")
-from elastic.backbones import load_tokenizer
 from elastic.commands import eval as command
 from elastic.evaluation.benchmark import Request, choose
 from elastic.evaluation.ruler import PRESETS, QA, SYNTHETIC, Ruler, prompt_tokens, score
 from elastic.evaluation.ruler_data import RulerData, sentences
 from elastic.evaluation.ruler_samples import fill, new_tokens
+from elastic.model.loading import load_tokenizer
 from tests.models import small_bpe
 
 ESSAY = "A man walks home. He sees the sea! Does he stop? He does not, since it is late and 3 friends wait for him. "

@@ -18,10 +18,10 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
-from elastic import backbones
-from elastic.backbone import attach
-from elastic.checkpoint import save_elastic
 from elastic.inference import generate
+from elastic.model import loading
+from elastic.model.attach import attach
+from elastic.model.checkpoint import save_elastic
 from elastic.serving.app import ServerLimits
 from elastic.serving.engine import Engine
 from elastic.serving.text import TextCutter
@@ -33,7 +33,7 @@ PROMPTS = [f"key k{n % 4} 1 2 {n % 6} 4 " + f"f{n % 5} f2 " * (3 + 5 * n) + f"fi
 
 @pytest.fixture(scope="module")
 def model():
-    model, tokenizer = backbones.load_backbone("tiny")
+    model, tokenizer = loading.load_backbone("tiny")
     model.generation_config.eos_token_id = None  # answers of full length
     attach(model, small_config())
     varied_routers(model)
@@ -75,7 +75,7 @@ def test_concurrent_answers_are_those_of_generate(model, server):
 @pytest.mark.slow
 def test_load_on_a_real_model():
     """SmolLM2: 24 requests from 12 clients, half of them streams, each gets the answer to its own question."""
-    model, tokenizer = backbones.load_backbone("smollm2-135m")
+    model, tokenizer = loading.load_backbone("smollm2-135m")
     attach(model, small_config(sink=16, window=64, block=16))
     varied_routers(model)
     names = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn")
@@ -257,7 +257,7 @@ def test_settings_out_of_range(model):
 
 
 def test_text_cutter_holds_back_stops_and_broken_characters():
-    tokenizer = backbones.load_tokenizer("smollm2-135m")
+    tokenizer = loading.load_tokenizer("smollm2-135m")
     text = "naïve 日本語 🙂 END of it"
     cutter, out = TextCutter(tokenizer, ("ENDING", "of")), []
     for token in tokenizer(text)["input_ids"]:

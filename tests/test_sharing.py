@@ -53,9 +53,9 @@ def sampler(number, ruler, request, made):
 def test_samples_are_made_by_one_of_several_processes(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     pytest.importorskip("wonderwords", reason="the extra `eval` is not installed")
-    from elastic.backbones import load_tokenizer
     from elastic.evaluation.benchmark import Request
     from elastic.evaluation.ruler import Ruler
+    from elastic.model.loading import load_tokenizer
 
     monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
     (tmp_path / "made").mkdir()

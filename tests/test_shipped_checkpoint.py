@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from data_prep.generators import generate
-from elastic.backbone import routing
-from elastic.checkpoint import read_elastic
 from elastic.data.packing import collate, pack, tokenise
 from elastic.inference import load
+from elastic.model.attach import routing
+from elastic.model.checkpoint import read_elastic
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "smollm2-135m-fa-ssa"
 

@@ -10,15 +10,15 @@ import pytest
 from data_prep.mixture_config import Mixture, Source
 from data_prep.pack_mixture import pack_mixture
 from elastic import cli
-from elastic.backbone import attach
 from elastic.bench.ablation import records
 from elastic.bench.records import load
 from elastic.bench.routing import equal_quality, lead, over_seeds
 from elastic.bench.runs import Point, read_study, score_of, slack
-from elastic.checkpoint import read_elastic, save_elastic
 from elastic.config import ElasticConfig
 from elastic.data.shards import SPLITS
 from elastic.data.tasks import TASKS
+from elastic.model.attach import attach
+from elastic.model.checkpoint import read_elastic, save_elastic
 from tests.bench import ablation, ship
 from tests.models import tiny_model
 from tests.training import ROOT, command_environment

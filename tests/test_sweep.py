@@ -5,15 +5,15 @@ import json
 import pytest
 import torch
 
-from elastic.backbone import attach
+from elastic.model.attach import attach
 from tests.models import small_bpe, small_config, tiny_model
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 pytest.importorskip("wonderwords", reason="the extra `eval` is not installed")
-from elastic.backbones import load_backbone
 from elastic.commands import eval as command
 from elastic.evaluation import retrieval, runner, sweep
 from elastic.evaluation.methods import Method, read_pattern
+from elastic.model.loading import load_backbone
 
 
 @pytest.fixture(scope="module")

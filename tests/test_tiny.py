@@ -14,10 +14,10 @@ from data_prep.tiny_language import (
     build_records,
     build_tokenizer,
 )
-from elastic.backbones import architecture, load_backbone, load_tokenizer
 from elastic.data.packing import tokenise
 from elastic.data.prompts import encode_prompt
 from elastic.data.tasks import ROBUST, SENSITIVE
+from elastic.model.loading import architecture, load_backbone, load_tokenizer
 
 FOLDER = make_tiny.ASSET
 SPLITS = ("train", "validation", "test")

@@ -99,9 +99,9 @@ def test_predict_writes_a_line_per_sample(run, data):
 
 def test_what_fit_wrote_loads_and_generates_with_the_same_routes(run, data):
     import elastic
-    from elastic.backbone import routers, routing
     from elastic.data.packing import collate
     from elastic.data.shards import open_corpus
+    from elastic.model.attach import routers, routing
 
     model, tokenizer = elastic.load(run / "checkpoint")
     state = torch.load(run / "last.ckpt", weights_only=True)["state_dict"]

@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
-from elastic.backbone import attach, override_routes, route_of, routing
-from elastic.checkpoint import save_elastic
 from elastic.config import ElasticConfig
 from elastic.inference import generate, load
+from elastic.model.attach import attach, override_routes, route_of, routing
+from elastic.model.checkpoint import save_elastic
 from elastic.routing.sparsity import density_by_layer, esr, visited_pairs
 from tests.models import KV_HEADS, LAYERS, left_padded, random_ids, small_config, tiny_model, varied_routers
 from tests.training import ROOT, build_data, small_run
@@ -83,9 +83,9 @@ def test_density_by_layer_looks_at_xattention_heads_only():
 
 
 def test_generation_reports_what_was_visited(tmp_path):
-    from elastic import backbones
+    from elastic.model import loading
 
-    model, tokenizer = backbones.load_backbone("tiny")
+    model, tokenizer = loading.load_backbone("tiny")
     attach(model, small_config(**vars(sparse_of("XA-SSA"))))
     varied_routers(model)
     path = save_elastic(tmp_path / "ck", model, "tiny")

@@ -24,7 +24,7 @@ def build_data(folder: Path, words: int = 56, per_task: int = 32, seq_length: in
     """Packed needles and patterns; returns the data folder."""
     from data_prep.build_mixture import build_mixture
     from data_prep.tokenize_and_pack import prepare
-    from elastic.backbones import load_tokenizer
+    from elastic.model.loading import load_tokenizer
 
     build_mixture(folder / "records", per_task, words, 0, "tiny", held_out=8, tasks=["single_qa", "in_context"])
     prepare(folder / "records", load_tokenizer("tiny"), folder / "data", seq_length)
@@ -59,7 +59,7 @@ def small_run(data: Path, root: Path, steps: int = 2, seed: int = 0, fit: bool =
 
 def router_tensors(module: ElasticModule) -> dict[str, torch.Tensor]:
     """Copies of everything that training may change."""
-    from elastic.checkpoint import is_trainable
+    from elastic.model.checkpoint import is_trainable
 
     return {name: value.clone() for name, value in module.state_dict().items() if is_trainable(name)}
 

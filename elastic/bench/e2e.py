@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from elastic.backbone import detach
 from elastic.bench import records
 from elastic.bench.e2e_models import SHAPES, random_model, route_at_random
 from elastic.bench.e2e_runs import STOCK, Run, elastic_runs, stock_runs
@@ -24,6 +23,7 @@ from elastic.bench.options import LENGTHS
 from elastic.bench.records import LEFT_OUT, Record
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.console import say
+from elastic.model.attach import detach
 from elastic.plots import save_png
 
 SUMMARY = "prefill and decode of 8B-shaped models beside the same stock models"

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.backbone import attach, routers
 from elastic.config import ElasticConfig
+from elastic.model.attach import attach, routers
 from elastic.routing.router import MIN_STATISTICS, AttentionRouter
 
 _SHARED: dict[str, Any] = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 1 << 19}

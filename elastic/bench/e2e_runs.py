@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from elastic import backbone
 from elastic.attention.row_slice import Context
-from elastic.backbone import elastic_config, route_of, set_context
 from elastic.bench.records import Record
 from elastic.bench.stock_graph import captured, give_room, in_place_step
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.decode_graph import DecodeGraph
+from elastic.model import attach
+from elastic.model.attach import elastic_config, route_of, set_context
 
 Run = list[Record]
 STOCK = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
@@ -202,7 +202,7 @@ def _timed_elastic(model: Any) -> Iterator[_Clock]:
     context.attend = clock.timed("attention", context.attend)  # type: ignore[method-assign]
     previous = set_context(model, context)
     try:
-        with patch.object(backbone, "route_layer", clock.timed("router", backbone.route_layer)):
+        with patch.object(attach, "route_layer", clock.timed("router", attach.route_layer)):
             yield clock
     finally:
         set_context(model, previous)

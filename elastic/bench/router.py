@@ -27,9 +27,9 @@ from elastic.bench.replay import in_turn, replayed
 from elastic.bench.timing import host_microseconds
 from elastic.config import ElasticConfig
 from elastic.console import say
-from elastic.families import prerope_keys
 from elastic.kernels import why_not
-from elastic.layer_hooks import Routing, route_layer
+from elastic.model.families import prerope_keys
+from elastic.model.layer_hooks import Routing, route_layer
 from elastic.routing.decision import decide_from_keys
 from elastic.routing.pooling import Pooling
 from elastic.routing.router import AttentionRouter

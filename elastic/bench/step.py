@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.backbone import attach, compile_layers, elastic_config, routers, routing, set_config
 from elastic.config import ElasticConfig
 from elastic.data.packing import IGNORE, Batch
 from elastic.data.tasks import TASKS
+from elastic.model.attach import attach, elastic_config, routers, routing, set_config
+from elastic.model.compiling import compile_layers
 from elastic.objective import RoutedPass, TargetObjective
 from elastic.routing.relaxation import sample_route
 from elastic.routing.sparsity import msr

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from elastic.interface import no_mask
+from elastic.model.attention_function import no_mask
 
 _UNMASKED_SDPA = "elastic-bench-unmasked"
 

@@ -21,7 +21,6 @@ from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import packed_layout
 from elastic.attention.routed import fused, routed_attention
 from elastic.attention.row_slice import Context
-from elastic.backbone import routing, set_context
 from elastic.bench import records, tables
 from elastic.bench.options import add_record_options, kernel_device
 from elastic.bench.race import TOLERANCE, largest_difference
@@ -31,6 +30,7 @@ from elastic.bench.timing import Timing, measure
 from elastic.config import SparseConfig
 from elastic.console import say
 from elastic.kernels import why_no_backward
+from elastic.model.attach import routing, set_context
 from elastic.training_config import ALLOCATOR
 
 SUMMARY = "a routed training step beside the recipe that runs both modes; memory of a step of a whole backbone"

@@ -36,8 +36,8 @@ def main(argv: list[str]) -> int:
 
 def run(out: Path, tiny: bool, steps: int | None, seed: int) -> None:
     """All parts of the demo, one after the other; writes pictures and a checkpoint into `out`."""
-    from elastic.checkpoint import save_elastic
     from elastic.commands import demo_training as training
+    from elastic.model.checkpoint import save_elastic
     from elastic.plots import save_png, share_figure
 
     began = time.perf_counter()
@@ -107,8 +107,8 @@ def verdict(results: dict[str, dict[str, float]]) -> str:
 
 def answer_two(checkpoint: Path, records: Path, tasks: tuple[str, str], new_tokens: int) -> None:
     """Answer one held-out prompt of each task, and show how their routes differ."""
-    from elastic.backbone import override_routes
     from elastic.inference import generate, load
+    from elastic.model.attach import override_routes
     from elastic.report import heads_that_differ
 
     model, tokenizer = load(checkpoint)

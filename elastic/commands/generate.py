@@ -74,8 +74,8 @@ def _read_prompt(args: argparse.Namespace) -> str:
 
 
 def _answer(args: argparse.Namespace, prompt: str) -> None:
-    from elastic.backbone import elastic_config, override_routes
     from elastic.inference import generate, load
+    from elastic.model.attach import elastic_config, override_routes
 
     model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype, kv_cache=args.kv_cache)
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "chat_template": not args.raw}

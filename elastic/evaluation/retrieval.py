@@ -15,8 +15,8 @@ from torch import Tensor
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.reference import attention, dense_mask
 from elastic.attention.row_slice import Context
-from elastic.backbone import override_routes, set_context
 from elastic.files import write_whole
+from elastic.model.attach import override_routes, set_context
 
 NEEDLE_TASKS = ("niah_single_1", "niah_multikey_2")  # without outside data, one needle asked for
 

@@ -127,8 +127,8 @@ def load_model(plan: Plan, method: Method) -> tuple[Any, Any]:
         from elastic.inference import load
 
         return load(method.argument, device=plan.device, dtype=plan.dtype)
-    from elastic.backbone import attach
-    from elastic.backbones import load_backbone
+    from elastic.model.attach import attach
+    from elastic.model.loading import load_backbone
 
     model, tokenizer = load_backbone(plan.backbone, dtype=plan.dtype, device=plan.device)
     return attach(model, ElasticConfig(sparse=plan.sparse)).eval(), tokenizer
@@ -140,9 +140,9 @@ def _evaluate(
     """Per cell and sample: prediction, references, score, MSR, ESR, prefill seconds and tokens."""
     import torch
 
-    from elastic.backbone import biased
-    from elastic.backbones import architecture
     from elastic.evaluation.routed_lm import RoutedLM
+    from elastic.model.attach import biased
+    from elastic.model.loading import architecture
 
     limit, first = model.config.max_position_embeddings, cells[0]
     if first.length is not None and first.length > limit:
@@ -223,7 +223,7 @@ def _stamp(method: Method) -> str | None:
     import hashlib
 
     if method.kind == "elastic":
-        from elastic.checkpoint import read_elastic
+        from elastic.model.checkpoint import read_elastic
 
         return read_elastic(method.argument)["weights_sha256"]
     return hashlib.sha256(Path(method.argument).read_bytes()).hexdigest() if method.kind == "static" else None

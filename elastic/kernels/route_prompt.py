@@ -1,8 +1,8 @@
 """`route_prompt`: the route of one layer in one launch, from the gathered pre-RoPE keys to the modes of the head plan.
 
 For inference on a GPU; its slow twin is `elastic.routing.router.AttentionRouter` with the pooling of
-`elastic.layer_hooks`, which training and the CPU keep. Legend: N samples, P pooled tokens at either end of the prompt,
-K KV heads, D head dim.
+`elastic.model.layer_hooks`, which training and the CPU keep. Legend: N samples, P pooled tokens at either end of the
+prompt, K KV heads, D head dim.
 """
 
 import struct

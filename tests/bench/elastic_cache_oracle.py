@@ -16,14 +16,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from elastic.backbone import attach, override_routes, route_of
-from elastic.backbones import load_backbone
 from elastic.bench import records
 from elastic.cache import decode_attention
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.console import say
 from elastic.data.prompts import left_pad
 from elastic.inference import new_cache
+from elastic.model.attach import attach, override_routes, route_of
+from elastic.model.loading import load_backbone
 from tests.masked import masked_oracle
 from tests.models import varied_routers
 

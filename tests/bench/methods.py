@@ -56,10 +56,10 @@ def evaluate(args: argparse.Namespace) -> dict:
     from lightning import Trainer
     from torch.utils.data import DataLoader, Subset
 
-    from elastic.checkpoint import read_elastic
     from elastic.config import ElasticConfig
     from elastic.data.datamodule import MixtureDataModule
     from elastic.data.packing import collate
+    from elastic.model.checkpoint import read_elastic
     from elastic.results import results_of
     from elastic.routed_module import RoutedModule
 
@@ -95,7 +95,7 @@ def evaluate(args: argparse.Namespace) -> dict:
 
 def recipe(checkpoint: Path) -> dict[str, Any]:
     """How the routers were trained."""
-    from elastic.checkpoint import read_elastic
+    from elastic.model.checkpoint import read_elastic
 
     stored = read_elastic(checkpoint)
     told = {name: stored["recipe"].get(name) for name in ("step", "seed", "objective")}

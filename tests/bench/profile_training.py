@@ -16,10 +16,11 @@ from lightning import Callback, Trainer, seed_everything
 from torch.utils.data import DataLoader
 
 from elastic import routed_module
-from elastic.backbone import compile_layers, routers
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.data.packing import IGNORE, Batch, PackedRow, collate
 from elastic.lit_module import ElasticModule
+from elastic.model.attach import routers
+from elastic.model.compiling import compile_layers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CPU = torch.autograd.DeviceType.CPU

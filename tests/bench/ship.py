@@ -12,7 +12,7 @@ from pathlib import Path
 
 from elastic.bench.routing import headlines, named
 from elastic.bench.runs import read_study
-from elastic.checkpoint import METADATA, read_elastic
+from elastic.model.checkpoint import METADATA, read_elastic
 
 
 def main(argv: list[str]) -> int:

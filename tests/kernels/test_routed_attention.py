@@ -11,10 +11,10 @@ from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import Layout, batch_layout, packed_layout
 from elastic.attention.routed import _StraightThrough, backend_for, choose_blocks, fused, routed_attention
 from elastic.attention.torch_path import attend
-from elastic.backbone import override_routes, routers, routing
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.kernels import devices, jit
 from elastic.kernels.block_bits import mask_from_bits
+from elastic.model.attach import override_routes, routers, routing
 from tests.kernels.gpu import HAS_GPU, needs_gpu
 from tests.models import left_padded, random_ids, tiny_model, varied_routers
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from elastic.backbone import attach, pooled_keys, routers, routing
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.kernels.route_prompt import RoutedPrompt, route_prompt
+from elastic.model.attach import attach, pooled_keys, routers, routing
 from elastic.routing.relaxation import decide
 from elastic.routing.router import AttentionRouter
 from tests.kernels.gpu import needs_gpu

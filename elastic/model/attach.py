@@ -5,24 +5,21 @@ every attention module routes them, and an attention function registered with tr
 of a generation live on its KV cache, so interleaved requests never mix.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from elastic.attention.head_plan import HeadPlan
 from elastic.attention.row_slice import Context
-from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.route_record import RouteRecord, route_of
-from elastic.chunking import Chunked, chunk, unchunk
 from elastic.config import ElasticConfig, SparseConfig
-from elastic.families import FAMILIES, attention_layers
-from elastic.interface import IMPLEMENTATION, attention_function, register
-from elastic.layer_hooks import Routing, RoutingState, route_layer
+from elastic.model.attention_function import IMPLEMENTATION, register
+from elastic.model.chunking import chunk, unchunk
+from elastic.model.families import FAMILIES, attention_layers
+from elastic.model.layer_hooks import Handle, RoutingState
 from elastic.routing.router import Router, build_router
 
 __all__ = [
@@ -31,7 +28,6 @@ __all__ = [
     "RoutingState",
     "attach",
     "biased",
-    "compile_layers",
     "detach",
     "elastic_config",
     "is_attached",
@@ -46,7 +42,7 @@ __all__ = [
     "update_statistics",
 ]
 
-_HANDLE = "_elastic_handle"
+HANDLE = "_elastic_handle"
 
 
 def attach(model: Any, config: ElasticConfig | None = None) -> Any:
@@ -68,7 +64,7 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
         raise ValueError("this model already has routers; call elastic.detach(model) first")
     layers = attention_layers(model)
     register()
-    handle = _Handle(model, config)
+    handle = Handle(model, config)
     for attn in layers:
         weight = attn.k_proj.weight
         router = build_router(weight.shape[0] // attn.head_dim, attn.head_dim, config.router)
@@ -77,13 +73,13 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
     chunk(model.get_decoder(), handle.chunk_tokens)
     handle.hooks.append(model.get_decoder().register_forward_pre_hook(handle.before_decoder, with_kwargs=True))
     model.set_attn_implementation(IMPLEMENTATION)
-    setattr(model, _HANDLE, handle)
+    setattr(model, HANDLE, handle)
     return model
 
 
 def detach(model: Any) -> Any:
     """Remove the routers and restore the stock model exactly, `requires_grad` flags included."""
-    handle = _handle(model)
+    handle = handle_of(model)
     for hook in handle.hooks:
         hook.remove()
     for attn in handle.attention_layers(model):
@@ -94,18 +90,18 @@ def detach(model: Any) -> Any:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(handle.trainable[name])
     model.set_attn_implementation(handle.implementation)
-    delattr(model, _HANDLE)
+    delattr(model, HANDLE)
     return model
 
 
 def is_attached(model: Any) -> bool:
     """Whether `attach` was called on this model."""
-    return hasattr(model, _HANDLE)
+    return hasattr(model, HANDLE)
 
 
 def elastic_config(model: Any) -> ElasticConfig:
     """The configuration the model was attached with."""
-    return _handle(model).routing.config
+    return handle_of(model).routing.config
 
 
 def set_config(model: Any, config: ElasticConfig) -> None:
@@ -114,19 +110,19 @@ def set_config(model: Any, config: ElasticConfig) -> None:
         raise ValueError(
             f"router settings are fixed at attach ({elastic_config(model).router}); detach and attach again"
         )
-    _handle(model).routing.config = config
+    handle_of(model).routing.config = config
 
 
 def set_context(model: Any, context: Context) -> Context:
     """Say which part of each row this process holds; returns what was set before."""
-    state = _handle(model).routing
+    state = handle_of(model).routing
     previous, state.context = state.context, context
     return previous
 
 
 def routers(model: Any) -> list[Router]:
     """The routers in layer order."""
-    return [attn.router for attn in _handle(model).attention_layers(model)]
+    return [attn.router for attn in handle_of(model).attention_layers(model)]
 
 
 def routing(model: Any) -> RoutingState:
@@ -137,7 +133,7 @@ def routing(model: Any) -> RoutingState:
         RuntimeError: no forward pass yet, or one whose routes lost their gradient to reentrant checkpointing.
     """
     states = [router.last for router in routers(model)]
-    lengths = _handle(model).routing.lengths_N
+    lengths = handle_of(model).routing.lengths_N
     if lengths is None or any(state is None for state in states):
         raise RuntimeError("no routes yet: run a forward pass of the attached model first")
     state = RoutingState.stack([state for state in states if state is not None], lengths)
@@ -161,7 +157,7 @@ def override_routes(model: Any, route: int | Tensor | None, sparse: SparseConfig
     Raises:
         ValueError: a tensor of another shape, or values other than 0 and 1.
     """
-    state = _handle(model).routing
+    state = handle_of(model).routing
     state.check_override(route, len(routers(model)), routers(model)[0].kv_heads)
     previous, config = state.override, state.config
     state.override, state.config = route, replace(config, sparse=sparse or config.sparse)
@@ -189,7 +185,7 @@ def set_temperature(model: Any, temperature: float) -> None:
     """Temperature of the Gumbel-softmax that samples routes while the model is in training mode."""
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} is not positive; the annealing must end above 0 (tau_min)")
-    _handle(model).routing.temperature = temperature
+    handle_of(model).routing.temperature = temperature
 
 
 def pooled_keys(model: Any) -> Tensor:
@@ -210,92 +206,7 @@ def update_statistics(model: Any, pooled_LNKD: Tensor) -> None:
         router.update_statistics(pooled_NKD)
 
 
-def compile_layers(model: Any, **settings: Any) -> Any:
-    """`torch.compile` what surrounds attention in every decoder layer (norms, projections, RoPE, MLP), in place.
-
-    Routing and attention stay outside, where the kernels are launched as before. Works under training, gradient
-    checkpointing and for any sequence length; `detach` undoes it. Where a KV cache comes along, only MLPs and norms run
-    compiled: a cache talks to the host, and the number of the layer that it wants would make each layer a graph.
-
-    Args:
-        settings: of `torch.compile`, such as `backend` or `mode`; `dynamic=True` unless given.
-    """
-    handle, settings = _handle(model), {"dynamic": True, **settings}
-    register(torch.compiler.disable(attention_function))
-    # Parts of a layer, because checkpointing a compiled layer would not compile it; and their forward alone, because
-    # the hook that routes is not for the compiler.
-    for layer in model.get_decoder().layers:
-        for part in layer.children():
-            if part in handle.compiled:
-                continue
-            if isinstance(part.forward, Chunked):
-                part.forward.compile(**settings)
-            else:
-                unchunk(part)  # a chunked norm inside would make every layer a graph of its own
-                part.forward = _compiled_without_cache(part.forward, settings)
-                handle.compiled.append(part)
-    return model
-
-
-def _compiled_without_cache(plain: Callable[..., Any], settings: dict[str, Any]) -> Callable[..., Any]:
-    compiled = torch.compile(plain, **settings)
-
-    @wraps(plain)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return (compiled if kwargs.get("past_key_values") is None else plain)(*args, **kwargs)
-
-    return forward
-
-
-class _Handle:
-    """What `attach` must remember: how to undo itself, and the routing state its hooks share."""
-
-    def __init__(self, model: Any, config: ElasticConfig) -> None:
-        self.implementation = model.config._attn_implementation
-        self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self.hooks: list[Any] = []
-        self.compiled: list[Any] = []
-        self.routing = Routing(config)
-        model.requires_grad_(False)
-
-    def attention_layers(self, model: Any) -> list[Any]:
-        return [layer.self_attn for layer in model.get_decoder().layers]
-
-    def chunk_tokens(self) -> int:
-        """Tokens that an MLP or norm works on at a time."""
-        return self.routing.config.chunk_tokens
-
-    def before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Lay out the batch's samples once per forward pass and hand the layout to the layers as a keyword."""
-        kwargs, cache = self.routing.lay_out(args, kwargs), kwargs.get("past_key_values")
-        if isinstance(cache, ElasticCache):
-            cache.begin_pass(kwargs.get("elastic_modes"), self.routing.override, self.routing.config)
-        return args, kwargs
-
-    def before_attention(self, attn: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Route the layer's heads and hand the route to the attention function as a keyword."""
-        hidden = args[0] if args else kwargs["hidden_states"]
-        layout = kwargs.get("elastic_layout")
-        if layout is None:
-            raise ValueError("this layer was called outside the attached model's decoder; call the whole model")
-        routing, cache, modes = self.routing, kwargs.get("past_key_values"), kwargs.get("elastic_modes")
-        elastic = cache if isinstance(cache, ElasticCache) else None
-        if modes is not None:
-            plan = HeadPlan(modes[attn.layer_idx], routing.config.sparse, layout)
-            route = plan.mode_NK
-        else:
-            dropped = None if elastic is None else elastic.dropped(attn.layer_idx)
-            route = route_layer(attn, hidden, layout, cache, routing, dropped)
-            state, config = attn.router.last, routing.config
-            mode = None if state is None or state.route_NK is not route else state.mode_NK
-            plan = HeadPlan.build(route, config.sparse, layout, config.gradient_share, mode)
-        if elastic is not None:
-            elastic.layers[attn.layer_idx].plan = plan
-        own = {"elastic_route": route, "elastic_plan": plan, "elastic_context": routing.context}
-        return args, {**kwargs, **own, "elastic_cache": cache}
-
-
-def _handle(model: Any) -> _Handle:
+def handle_of(model: Any) -> Handle:
     if not is_attached(model):
         raise ValueError("this model has no routers; call elastic.attach(model, config) or elastic.load(path) first")
-    return getattr(model, _HANDLE)
+    return getattr(model, HANDLE)

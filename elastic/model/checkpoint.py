@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from elastic._version import __version__
-from elastic.backbone import attach, elastic_config, routers
-from elastic.backbones import architecture, architecture_hash
 from elastic.config import ElasticConfig
+from elastic.model.attach import attach, elastic_config, routers
+from elastic.model.loading import architecture, architecture_hash
 from elastic.routing.router import build_router
 
 FORMAT = 1

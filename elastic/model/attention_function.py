@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from elastic.cache.decode_attention import decode_attention
 from elastic.cache.elastic_cache import ElasticCache
-from elastic.layer_hooks import remember_density
+from elastic.model.layer_hooks import remember_density
 
 IMPLEMENTATION = "elastic"
 

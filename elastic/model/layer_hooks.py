@@ -11,13 +11,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import Layout, batch_layout, decode_layout, packed_layout
 from elastic.attention.row_slice import Context
+from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.route_record import RouteRecord, find_record, new_record, route_of
 from elastic.config import ElasticConfig
-from elastic.families import prerope_keys
+from elastic.model.families import prerope_keys
 from elastic.routing.decision import decide_from_keys
 from elastic.routing.pooling import Pooling
 from elastic.routing.router import LayerState
@@ -125,6 +127,54 @@ class Routing:
                 raise ValueError("routes hold values other than 0 (route 0's mode) and 1 (route 1's mode)")
         elif route is not None and route not in (0, 1):
             raise ValueError(f"route={route!r}; expected 0, 1, a tensor of 0 and 1, or None")
+
+
+class Handle:
+    """What `attach` must remember: how to undo itself, and the routing state its hooks share."""
+
+    def __init__(self, model: Any, config: ElasticConfig) -> None:
+        self.implementation = model.config._attn_implementation
+        self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self.hooks: list[Any] = []
+        self.compiled: list[Any] = []
+        self.routing = Routing(config)
+        model.requires_grad_(False)
+
+    def attention_layers(self, model: Any) -> list[Any]:
+        return [layer.self_attn for layer in model.get_decoder().layers]
+
+    def chunk_tokens(self) -> int:
+        """Tokens that an MLP or norm works on at a time."""
+        return self.routing.config.chunk_tokens
+
+    def before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Lay out the batch's samples once per forward pass and hand the layout to the layers as a keyword."""
+        kwargs, cache = self.routing.lay_out(args, kwargs), kwargs.get("past_key_values")
+        if isinstance(cache, ElasticCache):
+            cache.begin_pass(kwargs.get("elastic_modes"), self.routing.override, self.routing.config)
+        return args, kwargs
+
+    def before_attention(self, attn: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Route the layer's heads and hand the route to the attention function as a keyword."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        layout = kwargs.get("elastic_layout")
+        if layout is None:
+            raise ValueError("this layer was called outside the attached model's decoder; call the whole model")
+        routing, cache, modes = self.routing, kwargs.get("past_key_values"), kwargs.get("elastic_modes")
+        elastic = cache if isinstance(cache, ElasticCache) else None
+        if modes is not None:
+            plan = HeadPlan(modes[attn.layer_idx], routing.config.sparse, layout)
+            route = plan.mode_NK
+        else:
+            dropped = None if elastic is None else elastic.dropped(attn.layer_idx)
+            route = route_layer(attn, hidden, layout, cache, routing, dropped)
+            state, config = attn.router.last, routing.config
+            mode = None if state is None or state.route_NK is not route else state.mode_NK
+            plan = HeadPlan.build(route, config.sparse, layout, config.gradient_share, mode)
+        if elastic is not None:
+            elastic.layers[attn.layer_idx].plan = plan
+        own = {"elastic_route": route, "elastic_plan": plan, "elastic_context": routing.context}
+        return args, {**kwargs, **own, "elastic_cache": cache}
 
 
 def route_layer(

@@ -1,0 +1,1 @@
+"""A stock transformers model becomes a routed one, and back."""

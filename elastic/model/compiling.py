@@ -1,0 +1,48 @@
+"""`compile_layers`: torch.compile around routing and attention."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+from elastic.model.attach import handle_of
+from elastic.model.attention_function import attention_function, register
+from elastic.model.chunking import Chunked, unchunk
+
+
+def compile_layers(model: Any, **settings: Any) -> Any:
+    """`torch.compile` what surrounds attention in every decoder layer (norms, projections, RoPE, MLP), in place.
+
+    Routing and attention stay outside, where the kernels are launched as before. Works under training, gradient
+    checkpointing and for any sequence length; `detach` undoes it. Where a KV cache comes along, only MLPs and norms run
+    compiled: a cache talks to the host, and the number of the layer that it wants would make each layer a graph.
+
+    Args:
+        settings: of `torch.compile`, such as `backend` or `mode`; `dynamic=True` unless given.
+    """
+    handle, settings = handle_of(model), {"dynamic": True, **settings}
+    register(torch.compiler.disable(attention_function))
+    # Parts of a layer, because checkpointing a compiled layer would not compile it; and their forward alone, because
+    # the hook that routes is not for the compiler.
+    for layer in model.get_decoder().layers:
+        for part in layer.children():
+            if part in handle.compiled:
+                continue
+            if isinstance(part.forward, Chunked):
+                part.forward.compile(**settings)
+            else:
+                unchunk(part)  # a chunked norm inside would make every layer a graph of its own
+                part.forward = _compiled_without_cache(part.forward, settings)
+                handle.compiled.append(part)
+    return model
+
+
+def _compiled_without_cache(plain: Callable[..., Any], settings: dict[str, Any]) -> Callable[..., Any]:
+    compiled = torch.compile(plain, **settings)
+
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if kwargs.get("past_key_values") is None else plain)(*args, **kwargs)
+
+    return forward
