@@ -10,7 +10,7 @@ from elastic._version import __version__
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 
 if TYPE_CHECKING:
-    from elastic.inference import generate, load, new_cache, route_report
+    from elastic.inference.generate import generate, load, new_cache, route_report
     from elastic.model.attach import attach, detach, override_routes
     from elastic.model.checkpoint import save_elastic
     from elastic.model.compiling import compile_layers
@@ -21,10 +21,10 @@ _LAZY = {
     "detach": "elastic.model.attach",
     "override_routes": "elastic.model.attach",
     "save_elastic": "elastic.model.checkpoint",
-    "load": "elastic.inference",
-    "generate": "elastic.inference",
-    "new_cache": "elastic.inference",
-    "route_report": "elastic.inference",
+    "load": "elastic.inference.generate",
+    "generate": "elastic.inference.generate",
+    "new_cache": "elastic.inference.generate",
+    "route_report": "elastic.inference.generate",
 }
 
 __all__ = [

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         return complain(name, _unknown(name))
     try:
         if name in TRAINING:
-            return importlib.import_module("elastic.training_cli").run(name, rest)
+            return importlib.import_module("elastic.commands.training").run(name, rest)
         return importlib.import_module(f"elastic.commands.{name}").main(rest)
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         if os.environ.get("ELASTIC_TRACEBACK"):

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from elastic.serving.app import ServerLimits, build_app
-from elastic.serving.engine import Engine
+from elastic.inference.serving.app import ServerLimits, build_app
+from elastic.inference.serving.engine import Engine
 
 
 @contextmanager

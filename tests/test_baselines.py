@@ -10,10 +10,10 @@ from elastic import cli
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.model.attach import attach, override_routes, routers, routing
 from elastic.model.checkpoint import WEIGHTS, load_into, save_elastic
-from elastic.objective import LagrangeMultipliers
 from elastic.routing.methods import columns, parse_methods
 from elastic.routing.router import StaticRouter, build_router
-from elastic.training_config import OptimiserConfig
+from elastic.training.config import OptimiserConfig
+from elastic.training.objective import LagrangeMultipliers
 from tests.models import KV_HEADS, LAYERS, random_ids, small_config, tiny_model
 from tests.training import ROOT, SMALL, build_data, small_run
 

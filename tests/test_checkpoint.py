@@ -17,7 +17,7 @@ from elastic.model.checkpoint import (
     router_state,
     save_elastic,
 )
-from elastic.objective import LagrangeMultipliers
+from elastic.training.objective import LagrangeMultipliers
 from tests.models import LAYERS, random_ids, small_config, tiny_model, varied_routers
 
 

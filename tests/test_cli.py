@@ -138,11 +138,11 @@ def test_traceback_on_request(tmp_path):
 
 
 def test_a_run_that_diverges_ends_with_its_own_code(monkeypatch, capsys):
-    from elastic import training_cli
+    from elastic.commands import training
 
     def diverge(*_):
         raise FloatingPointError("the loss is nan at step 3")
 
-    monkeypatch.setattr(training_cli, "run", diverge)
+    monkeypatch.setattr(training, "run", diverge)
     assert cli.main(["fit"]) == 1
     assert capsys.readouterr().err == "elastic fit: error: the loss is nan at step 3\n"

@@ -32,7 +32,7 @@ def test_text_goes_to_stdout_and_the_report_to_stderr(checkpoint, capsys):
     assert run(checkpoint, "--prompt", PROMPT) == 0
     out, err = capsys.readouterr()
     model, tokenizer = loading.load_backbone("tiny")
-    from elastic.inference import generate as answer
+    from elastic.inference.generate import generate as answer
     from elastic.model.checkpoint import load_into
 
     result = answer(load_into(model, checkpoint), tokenizer, PROMPT, max_new_tokens=5)[0]

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
-from elastic.lit_module import ElasticModule
 from elastic.model.attach import attach, detach, routers, routing
 from elastic.model.compiling import compile_layers
 from elastic.routing.sparsity import msr
+from elastic.training.module import ElasticModule
 from tests.kernels.gpu import needs_gpu
 from tests.models import random_ids, small_config, tiny_model, varied_routers
 

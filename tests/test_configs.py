@@ -20,13 +20,13 @@ def data(tmp_path_factory):
 
 def build(*arguments):
     """An ElasticCLI that parsed and built everything but ran nothing."""
-    from elastic import training_cli
+    from elastic.commands import training
 
-    class Built(training_cli.ElasticCLI):
+    class Built(training.ElasticCLI):
         def _run_subcommand(self, subcommand):
             assert subcommand in TRAINING
 
-    return training_cli.command_line(Built, "fit", list(arguments))
+    return training.command_line(Built, "fit", list(arguments))
 
 
 def test_the_promised_files_exist():
@@ -89,7 +89,7 @@ def test_layers_combine():
 def test_defaults_named_in_the_comments_are_the_real_ones():
     """`default X` behind a key of train.yaml's model section equals the constructor's."""
     from elastic.config import ElasticConfig
-    from elastic.training_config import ObjectiveConfig, OptimiserConfig, TemperatureConfig
+    from elastic.training.config import ObjectiveConfig, OptimiserConfig, TemperatureConfig
 
     elastic = ElasticConfig()
     sections = (OptimiserConfig(), TemperatureConfig(), ObjectiveConfig(), elastic.sparse, elastic.router, elastic)

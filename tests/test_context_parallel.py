@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from elastic.attention.row_slice import Context
-from elastic.context_parallel import ContextGroup, context_parallel, divergence, language_loss, shard
 from elastic.data.packing import Sample, collate, pack
-from elastic.distributed import average_gradients
-from elastic.losses import chunked_cross_entropy
 from elastic.model.attach import attach, override_routes, pooled_keys, routers, routing, set_context
-from elastic.objective import LagrangeMultipliers, sparsity_loss, target_intervals
 from elastic.routing.sparsity import msr
+from elastic.training.context_parallel import ContextGroup, context_parallel, divergence, language_loss, shard
+from elastic.training.losses import chunked_cross_entropy
+from elastic.training.objective import LagrangeMultipliers, sparsity_loss, target_intervals
+from elastic.training.sharding import average_gradients
 from tests.models import random_ids, small_config, tiny_model, varied_routers
 
 LENGTHS = ((21, 8), (40, 31), (35, 20))  # tokens and prompt of the samples; prompts cross the slices' border

@@ -12,9 +12,9 @@ from lightning import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 import elastic
-from elastic.distributed import average_gradients
 from elastic.model.checkpoint import is_trainable
-from elastic.training_config import ObjectiveConfig, OptimiserConfig
+from elastic.training.config import ObjectiveConfig, OptimiserConfig
+from elastic.training.sharding import average_gradients
 from tests.training import ROOT, build_data, command_environment, router_tensors, small_run
 
 # Two processes on two rows a step each; the test compares with one process on four.

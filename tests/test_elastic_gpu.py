@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from elastic.cache import decode_attention
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
-from elastic.decode_graph import DecodeGraph, graphed
+from elastic.inference.decode_graph import DecodeGraph, graphed
 from elastic.model.attach import attach, elastic_config, override_routes, route_of, set_config
 from elastic.model.compiling import compile_layers
 from tests.kernels.gpu import needs_gpu

@@ -6,9 +6,8 @@ from threading import Thread
 import pytest
 from transformers import DynamicCache
 
-from elastic import inference
 from elastic.config import ElasticConfig
-from elastic.inference import generate, load, new_cache, route_report
+from elastic.inference.generate import generate, load, new_cache, route_report
 from elastic.model import loading
 from elastic.model.attach import attach, elastic_config, override_routes
 from elastic.model.checkpoint import save_elastic
@@ -281,5 +280,5 @@ def test_bfloat16_halves_the_cache(trained, tokenizer):
 def test_lazy_names():
     import elastic
 
-    assert (elastic.load, elastic.generate) == (inference.load, inference.generate)
+    assert (elastic.load, elastic.generate) == (load, generate)
     assert isinstance(small_config(), ElasticConfig)

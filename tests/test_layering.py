@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic import config, training_config
+from elastic import config
+from elastic.training import config as training_config
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((*ROOT.glob("elastic/**/*.py"), *ROOT.glob("data_prep/**/*.py")))

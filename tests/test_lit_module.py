@@ -10,11 +10,11 @@ import torch
 
 from elastic.data.packing import collate
 from elastic.data.tasks import TASKS, task_index
-from elastic.lit_module import ElasticModule
-from elastic.metrics import score_answers
 from elastic.model.attach import override_routes, routers
 from elastic.model.checkpoint import is_trainable
-from elastic.training_config import OptimiserConfig, TemperatureConfig
+from elastic.training.config import OptimiserConfig, TemperatureConfig
+from elastic.training.metrics import score_answers
+from elastic.training.module import ElasticModule
 from tests.training import SMALL, build_data, router_tensors, small_run
 
 QUICK = OptimiserConfig(lr=1e-2, multiplier_lr=0.5)

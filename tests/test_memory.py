@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elastic.losses import chunked_cross_entropy, chunked_divergence, labelled_positions
 from elastic.model.attach import attach, routers, routing
+from elastic.training.losses import chunked_cross_entropy, chunked_divergence, labelled_positions
 from tests.models import VOCAB, random_ids, small_config, tiny_model, varied_routers
 
 LENGTH, PROMPT, CHUNK, HIDDEN = 80, 24, 8, 64

@@ -16,7 +16,7 @@ from data_prep.mixture_config import Mixture, Source, read_mixture
 from elastic.data.datamodule import MixtureDataModule
 from elastic.data.records import Record, write_records
 from elastic.data.shards import SPLITS, open_corpus, sources_of, verify
-from elastic.metrics import TaskMeans
+from elastic.training.metrics import TaskMeans
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "mixture").glob("*.yaml"))
 

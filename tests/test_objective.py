@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from elastic import schedules
 from elastic.data.tasks import ROBUST, SENSITIVE, TASKS, task_index
-from elastic.losses import answer_losses, chunked_cross_entropy, labelled_positions
-from elastic.objective import (
+from elastic.training import schedules
+from elastic.training.config import ObjectiveConfig
+from elastic.training.losses import answer_losses, chunked_cross_entropy, labelled_positions
+from elastic.training.objective import (
     LagrangeMultipliers,
     RoutedPass,
     TargetObjective,
@@ -21,7 +22,6 @@ from elastic.objective import (
     sparsity_loss,
     target_intervals,
 )
-from elastic.training_config import ObjectiveConfig
 
 
 def test_default_targets_are_the_papers():

@@ -8,9 +8,9 @@ from torch import nn
 
 from elastic import cli
 from elastic.data.tasks import TASKS, task_index
-from elastic.losses import chunked_divergence, labelled_samples
-from elastic.objective import BudgetMultipliers, QualityObjective, RoutedPass, quality_loss
-from elastic.training_config import ObjectiveConfig, OptimiserConfig
+from elastic.training.config import ObjectiveConfig, OptimiserConfig
+from elastic.training.losses import chunked_divergence, labelled_samples
+from elastic.training.objective import BudgetMultipliers, QualityObjective, RoutedPass, quality_loss
 from tests.training import ROOT, build_data, router_tensors, small_run
 
 QUALITY = ObjectiveConfig("quality", budget=0.05)

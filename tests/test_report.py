@@ -9,8 +9,8 @@ import torch
 
 from elastic import console
 from elastic.config import SparseConfig
+from elastic.inference.report import heads_that_differ, route_reports
 from elastic.plots import curves_figure, image_of, save_png, share_figure, smooth
-from elastic.report import heads_that_differ, route_reports
 from elastic.routing.sparsity import esr
 
 SPARSE = SparseConfig(sink=4, window=16, block=4)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from elastic.resumable import AtomicCheckpointIO, noise_seed
+from elastic.training.resume import AtomicCheckpointIO, noise_seed
 from tests.training import ROOT, build_data, fit_process
 
 STEPS = 30

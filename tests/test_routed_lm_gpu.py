@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 from elastic.config import ElasticConfig, SparseConfig
-from elastic.decode_graph import can_graph
 from elastic.evaluation import routed_lm
+from elastic.inference.decode_graph import can_graph
 from elastic.model.attach import attach, routers
 from tests.kernels.gpu import needs_gpu
 from tests.models import tiny_model, varied_routers

@@ -18,13 +18,13 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
-from elastic.inference import generate
+from elastic.inference.generate import generate
+from elastic.inference.serving.app import ServerLimits
+from elastic.inference.serving.engine import Engine
+from elastic.inference.serving.text import TextCutter
 from elastic.model import loading
 from elastic.model.attach import attach
 from elastic.model.checkpoint import save_elastic
-from elastic.serving.app import ServerLimits
-from elastic.serving.engine import Engine
-from elastic.serving.text import TextCutter
 from tests.models import small_config, varied_routers
 from tests.server import ask, body_of, events_of, get, post, serving
 
@@ -172,7 +172,7 @@ def test_full_queue_and_timeouts(model, monkeypatch):
         gate.wait(30)
         return original(*args, **options)
 
-    from elastic.serving import engine
+    from elastic.inference.serving import engine
 
     original = engine.answer_tokens
     monkeypatch.setattr(engine, "answer_tokens", slow)
@@ -191,7 +191,7 @@ def test_full_queue_and_timeouts(model, monkeypatch):
 
 
 def test_a_failing_model_is_told_and_the_queue_goes_on(model, monkeypatch):
-    from elastic.serving import engine
+    from elastic.inference.serving import engine
 
     original, calls = engine.answer_tokens, []
 

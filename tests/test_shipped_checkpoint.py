@@ -9,7 +9,7 @@ import torch
 
 from data_prep.generators import generate
 from elastic.data.packing import collate, pack, tokenise
-from elastic.inference import load
+from elastic.inference.generate import load
 from elastic.model.attach import routing
 from elastic.model.checkpoint import read_elastic
 

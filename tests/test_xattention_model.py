@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from elastic.config import ElasticConfig
-from elastic.inference import generate, load
+from elastic.inference.generate import generate, load
 from elastic.model.attach import attach, override_routes, route_of, routing
 from elastic.model.checkpoint import save_elastic
 from elastic.routing.sparsity import density_by_layer, esr, visited_pairs

@@ -14,7 +14,7 @@ from lightning import Trainer, seed_everything
 
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.data.datamodule import MixtureDataModule
-from elastic.lit_module import ElasticModule
+from elastic.training.module import ElasticModule
 
 ROOT = Path(__file__).parent.parent
 SMALL = ElasticConfig(RouterConfig(pool_tokens=16), SparseConfig(sink=4, window=16, block=4))
@@ -89,7 +89,7 @@ def fit_process(arguments: list[str], cwd: Path, dies: tuple[str, int] | None = 
             checkpoint; None lives.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["elastic.training_cli", "tests.training"])
+    context.set_forkserver_preload(["elastic.commands.training", "tests.training"])
     return context.Process(target=_fit, args=(arguments, str(cwd), dies))
 
 
@@ -108,7 +108,7 @@ def _fit(arguments: list[str], cwd: str, dies: tuple[str, int] | None) -> None:
 
 def _arm(moment: str, count: int) -> None:
     """Make this process kill itself at a chosen moment."""
-    from elastic.resumable import AtomicCheckpointIO
+    from elastic.training.resume import AtomicCheckpointIO
 
     if moment == "save":
         save, saves = AtomicCheckpointIO.save_checkpoint, iter(range(1, count + 1))

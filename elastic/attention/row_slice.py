@@ -8,7 +8,7 @@ from elastic.attention.routed import choose_blocks, routed_attention
 
 
 class Context:
-    """Which part of each row this process holds: all of it. `elastic.context_parallel` has the other kind.
+    """Which part of each row this process holds: all of it. `elastic.training.context_parallel` has the other kind.
 
     Attributes:
         size, rank: number of equal slices of a row, and which of them is here.

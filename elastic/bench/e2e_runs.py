@@ -15,7 +15,7 @@ from elastic.attention.row_slice import Context
 from elastic.bench.records import Record
 from elastic.bench.stock_graph import captured, give_room, in_place_step
 from elastic.cache.elastic_cache import ElasticCache
-from elastic.decode_graph import DecodeGraph
+from elastic.inference.decode_graph import DecodeGraph
 from elastic.model import attach
 from elastic.model.attach import elastic_config, route_of, set_context
 

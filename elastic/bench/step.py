@@ -16,9 +16,9 @@ from elastic.data.packing import IGNORE, Batch
 from elastic.data.tasks import TASKS
 from elastic.model.attach import attach, elastic_config, routers, routing, set_config
 from elastic.model.compiling import compile_layers
-from elastic.objective import RoutedPass, TargetObjective
 from elastic.routing.relaxation import sample_route
 from elastic.routing.sparsity import msr
+from elastic.training.objective import RoutedPass, TargetObjective
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # of all shapes
 ANSWER = 512  # labelled tokens of a sample

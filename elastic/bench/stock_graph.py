@@ -1,5 +1,5 @@
 """Decode steps of a stock model that pay neither for a growing cache nor for Python: the dense rival of
-`elastic.decode_graph`.
+`elastic.inference.decode_graph`.
 
 transformers' DynamicCache copies all keys and values for every new token, and its StaticCache wants a mask, under which
 SDPA's fast backends do not run. Here a step writes its token into the last place of a cache that has room for it, and

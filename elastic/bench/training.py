@@ -31,7 +31,7 @@ from elastic.config import SparseConfig
 from elastic.console import say
 from elastic.kernels import why_no_backward
 from elastic.model.attach import routing, set_context
-from elastic.training_config import ALLOCATOR
+from elastic.training.config import ALLOCATOR
 
 SUMMARY = "a routed training step beside the recipe that runs both modes; memory of a step of a whole backbone"
 PARTS = ("attention", "whole", "step")

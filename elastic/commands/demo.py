@@ -107,9 +107,9 @@ def verdict(results: dict[str, dict[str, float]]) -> str:
 
 def answer_two(checkpoint: Path, records: Path, tasks: tuple[str, str], new_tokens: int) -> None:
     """Answer one held-out prompt of each task, and show how their routes differ."""
-    from elastic.inference import generate, load
+    from elastic.inference.generate import generate, load
+    from elastic.inference.report import heads_that_differ
     from elastic.model.attach import override_routes
-    from elastic.report import heads_that_differ
 
     model, tokenizer = load(checkpoint)
     reports = []

@@ -18,11 +18,11 @@ from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.data.datamodule import MixtureDataModule
 from elastic.data.packing import Batch
 from elastic.data.tasks import TASKS
-from elastic.lit_module import ElasticModule
 from elastic.model.loading import SMOLLM2, TINY, load_tokenizer
-from elastic.objective import Interval
 from elastic.plots import curves_figure, smooth
-from elastic.training_config import OptimiserConfig, TemperatureConfig
+from elastic.training.config import OptimiserConfig, TemperatureConfig
+from elastic.training.module import ElasticModule
+from elastic.training.objective import Interval
 
 Points = list[tuple[float, float]]
 

@@ -74,7 +74,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
 
 
 def _answer(args: argparse.Namespace, prompt: str) -> None:
-    from elastic.inference import generate, load
+    from elastic.inference.generate import generate, load
     from elastic.model.attach import elastic_config, override_routes
 
     model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype, kv_cache=args.kv_cache)

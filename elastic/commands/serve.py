@@ -52,9 +52,9 @@ def serve(args: argparse.Namespace) -> None:
             raise ValueError(f"the package {package} is missing; run `pip install 'elastic-attention[serve]'`")
     import uvicorn
 
-    from elastic.inference import load
-    from elastic.serving.app import ServerLimits, build_app
-    from elastic.serving.engine import Engine
+    from elastic.inference.generate import load
+    from elastic.inference.serving.app import ServerLimits, build_app
+    from elastic.inference.serving.engine import Engine
 
     limits = ServerLimits(args.max_new_tokens, args.timeout, args.max_body, args.grace)
     model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype)

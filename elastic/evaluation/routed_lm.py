@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from elastic.config import SparseConfig
-from elastic.decode_graph import can_graph, graphed
-from elastic.inference import ends_of, new_cache
+from elastic.inference.decode_graph import can_graph, graphed
+from elastic.inference.generate import ends_of, new_cache
 from elastic.model.attach import elastic_config, override_routes, route_of, routing
 from elastic.model.loading import architecture
 from elastic.routing.sparsity import esr, msr

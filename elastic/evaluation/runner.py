@@ -124,7 +124,7 @@ def run(plan: Plan, methods: Sequence[Method], out: Path) -> list[dict[str, Any]
 def load_model(plan: Plan, method: Method) -> tuple[Any, Any]:
     """The method's model, attached and in eval mode, and its tokenizer."""
     if method.kind == "elastic":
-        from elastic.inference import load
+        from elastic.inference.generate import load
 
         return load(method.argument, device=plan.device, dtype=plan.dtype)
     from elastic.model.attach import attach

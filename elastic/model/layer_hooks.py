@@ -104,7 +104,7 @@ class Routing:
         elif self.context.size > 1:
             raise ValueError(
                 "a slice of a sequence came without cu_seq_lens; under context_parallel, pass packed rows by "
-                "elastic.context_parallel.shard"
+                "elastic.training.context_parallel.shard"
             )
         else:
             layout = batch_layout(rows, queries, past, tokens.device, mask, prompt_end)

@@ -21,7 +21,7 @@ from elastic.cache import decode_attention
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.console import say
 from elastic.data.prompts import left_pad
-from elastic.inference import new_cache
+from elastic.inference.generate import new_cache
 from elastic.model.attach import attach, override_routes, route_of
 from elastic.model.loading import load_backbone
 from tests.masked import masked_oracle

@@ -60,8 +60,8 @@ def evaluate(args: argparse.Namespace) -> dict:
     from elastic.data.datamodule import MixtureDataModule
     from elastic.data.packing import collate
     from elastic.model.checkpoint import read_elastic
-    from elastic.results import results_of
-    from elastic.routed_module import RoutedModule
+    from elastic.training.evaluation_module import RoutedModule
+    from elastic.training.result_files import results_of
 
     stored = read_elastic(args.checkpoint)
     config = ElasticConfig.from_dict(stored["config"])

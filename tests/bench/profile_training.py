@@ -15,12 +15,12 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 from torch.utils.data import DataLoader
 
-from elastic import routed_module
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.data.packing import IGNORE, Batch, PackedRow, collate
-from elastic.lit_module import ElasticModule
 from elastic.model.attach import routers
 from elastic.model.compiling import compile_layers
+from elastic.training import evaluation_module
+from elastic.training.module import ElasticModule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CPU = torch.autograd.DeviceType.CPU
@@ -104,7 +104,7 @@ class Clock(Callback):
 def profile(micro: int, share: float, compiled: str, out: Path) -> dict[str, Any]:
     """Time and profile one setting."""
     seed_everything(0, verbose=False)
-    routed_module.load_backbone = backbone
+    evaluation_module.load_backbone = backbone
     sparse = SparseConfig(sink=128, window=512)
     module = ElasticModule("random", ElasticConfig(sparse=sparse, gradient_share=share), dtype="bfloat16")
     module.configure_model()

@@ -10,14 +10,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from elastic.callbacks import LAST, ElasticCheckpoint, ResumeCheckpoint, RoutingPictures, RunProgress
 from elastic.commands.catalogue import TRAINING
 from elastic.console import say
 from elastic.data.datamodule import MixtureDataModule
-from elastic.lit_module import ElasticModule
-from elastic.results import PredictionFile, ResultsFile
-from elastic.resumable import AtomicCheckpointIO
-from elastic.training_config import ALLOCATOR
+from elastic.training.callbacks import LAST, ElasticCheckpoint, ResumeCheckpoint, RoutingPictures, RunProgress
+from elastic.training.config import ALLOCATOR
+from elastic.training.module import ElasticModule
+from elastic.training.result_files import PredictionFile, ResultsFile
+from elastic.training.resume import AtomicCheckpointIO
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,

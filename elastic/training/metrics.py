@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from elastic.data.tasks import TASKS
-from elastic.losses import labelled_positions, labelled_samples
+from elastic.training.losses import labelled_positions, labelled_samples
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from elastic.attention.head_plan import HeadPlan
 from elastic.attention.routed import choose_blocks, routed_attention
 from elastic.attention.row_slice import Context
 from elastic.data.packing import IGNORE, Batch
-from elastic.losses import chunked_divergence, labelled_positions, labelled_samples, summed_cross_entropy
 from elastic.model.attach import routers, set_context
+from elastic.training.losses import chunked_divergence, labelled_positions, labelled_samples, summed_cross_entropy
 
 
 class ContextGroup(Context):

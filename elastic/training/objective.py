@@ -15,14 +15,14 @@ from torch.nn import functional as F
 
 from elastic.data.packing import Batch
 from elastic.data.tasks import SENSITIVE, TASKS, task_index
-from elastic.losses import (
+from elastic.training.config import ObjectiveConfig
+from elastic.training.losses import (
     answer_losses,
     chunked_cross_entropy,
     chunked_divergence,
     labelled_positions,
     labelled_samples,
 )
-from elastic.training_config import ObjectiveConfig
 
 Interval = float | list[float] | tuple[float, float]
 

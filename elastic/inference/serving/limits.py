@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from elastic.serving.protocol import error_body
+from elastic.inference.serving.protocol import error_body
 
 
 class MaxBody:

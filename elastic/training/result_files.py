@@ -8,8 +8,8 @@ from typing import Any
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from elastic.callbacks import run_folder
 from elastic.console import say, table
+from elastic.training.callbacks import run_folder
 
 
 class ResultsFile(Callback):

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from elastic.inference import answer_tokens, ends_of
-from elastic.serving.text import TextCutter
+from elastic.inference.generate import answer_tokens, ends_of
+from elastic.inference.serving.text import TextCutter
 
 
 class Sampling(NamedTuple):

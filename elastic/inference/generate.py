@@ -10,11 +10,11 @@ import torch
 from elastic.attention.routed import backend_for
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.data.prompts import Prompts, check_length, encode, left_pad, single_prompts
-from elastic.decode_graph import can_graph, graphed
+from elastic.inference.decode_graph import can_graph, graphed
+from elastic.inference.report import RouteReport, route_reports
 from elastic.model.attach import biased, elastic_config, is_attached, route_of, set_config
 from elastic.model.checkpoint import load_into, read_elastic
 from elastic.model.loading import architecture, load_backbone
-from elastic.report import RouteReport, route_reports
 
 _OWN = ("input_ids", "inputs_embeds", "attention_mask", "past_key_values", "return_dict_in_generate", "max_length")
 _REFUSED = {

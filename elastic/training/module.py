@@ -12,25 +12,25 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from elastic import schedules
 from elastic.attention.routed import backend_for
 from elastic.config import ElasticConfig
 from elastic.data.packing import Batch
 from elastic.data.tasks import TASKS
-from elastic.distributed import ShardedBackbone, average_gradients
-from elastic.losses import labelled_positions
-from elastic.metrics import StepFacts
 from elastic.model.attach import override_routes, pooled_keys, routers, routing, set_temperature, update_statistics
 from elastic.model.checkpoint import is_trainable
 from elastic.model.compiling import compile_layers
 from elastic.model.loading import architecture_hash
-from elastic.objective import Interval, RoutedPass, build_objective
-from elastic.resumable import check_checkpoint, noise_seed
-from elastic.routed_module import RoutedModule
 from elastic.routing.methods import DEFAULT_METHODS
 from elastic.routing.router import entropy
 from elastic.routing.sparsity import esr, msr
-from elastic.training_config import ObjectiveConfig, OptimiserConfig, TemperatureConfig
+from elastic.training import schedules
+from elastic.training.config import ObjectiveConfig, OptimiserConfig, TemperatureConfig
+from elastic.training.evaluation_module import RoutedModule
+from elastic.training.losses import labelled_positions
+from elastic.training.metrics import StepFacts
+from elastic.training.objective import Interval, RoutedPass, build_objective
+from elastic.training.resume import check_checkpoint, noise_seed
+from elastic.training.sharding import ShardedBackbone, average_gradients
 
 
 class ElasticModule(RoutedModule):

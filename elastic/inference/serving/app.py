@@ -18,10 +18,10 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 
 from elastic.data.prompts import check_length, encode_messages
-from elastic.serving.engine import Engine, Event, Job, QueueFullError, Sampling
-from elastic.serving.limits import MaxBody
-from elastic.serving.metrics import Metrics
-from elastic.serving.protocol import ChatRequest, Envelope, error_body
+from elastic.inference.serving.engine import Engine, Event, Job, QueueFullError, Sampling
+from elastic.inference.serving.limits import MaxBody
+from elastic.inference.serving.metrics import Metrics
+from elastic.inference.serving.protocol import ChatRequest, Envelope, error_body
 
 _KINDS = {404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error", 504: "timeout_error"}
 CHAT = "/v1/chat/completions"

@@ -10,14 +10,14 @@ from elastic.config import ElasticConfig
 from elastic.data.packing import Batch
 from elastic.data.shards import sources_of
 from elastic.data.tasks import TASKS
-from elastic.distributed import ShardedBackbone, shard_backbone
-from elastic.metrics import Answers, LayerDensity, RouteShare, TaskMeans, score_answers
 from elastic.model.attach import attach, biased, override_routes, routing, set_config
 from elastic.model.checkpoint import load_into, read_elastic
 from elastic.model.loading import DTYPES, architecture, load_backbone
-from elastic.resumable import check_data
 from elastic.routing.methods import columns, parse_methods
 from elastic.routing.sparsity import esr, msr, xattention_heads
+from elastic.training.metrics import Answers, LayerDensity, RouteShare, TaskMeans, score_answers
+from elastic.training.resume import check_data
+from elastic.training.sharding import ShardedBackbone, shard_backbone
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -79,7 +79,7 @@ class RoutedModule(LightningModule):
             if not isinstance(self.trainer.strategy, ShardedBackbone):
                 raise ValueError(
                     f"{type(self.trainer.strategy).__name__} does not know what is frozen; use "
-                    "elastic.distributed.ShardedBackbone (configs/strategy/fsdp.yaml)"
+                    "elastic.training.sharding.ShardedBackbone (configs/strategy/fsdp.yaml)"
                 )
             shard_backbone(self.model, self.device_mesh["data_parallel"])
         self.columns = columns(self.methods)

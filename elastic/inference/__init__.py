@@ -1,0 +1,1 @@
+"""Answers of a routed model: generation, reports, the HTTP endpoint."""
