@@ -1,7 +1,7 @@
 """The quality table of ways to run attention: the script that measures it, what its means mean, several processes."""
 
 from elastic.bench import records
-from elastic.bench.methods import score_cells
+from elastic.bench.studies.methods import score_cells
 from elastic.config import ElasticConfig
 from elastic.model.attach import attach
 from elastic.model.checkpoint import save_elastic
@@ -13,8 +13,8 @@ FACTS = {"gpu": "g", "kernel": "k", "versions": {"torch": "2"}, "commit": "c"}
 
 
 def test_the_quality_script_writes_records_and_tables(tmp_path, capsys):
-    from elastic.bench.methods import DENSITY
     from elastic.bench.records import load as load_records
+    from elastic.bench.studies.methods import DENSITY
     from elastic.bench.tables import markdown
     from elastic.model import loading
     from tests.bench.methods import main
@@ -46,7 +46,7 @@ def test_the_quality_script_writes_records_and_tables(tmp_path, capsys):
 
 
 def test_the_quality_table_means_what_counts_in_a_source():
-    from elastic.bench.methods import score_cells
+    from elastic.bench.studies.methods import score_cells
 
     def record(case, who, metric, value, esr):
         return {"case": case, "who": who, "metric": metric, "value": value, "half": 0.1, "n": 5, "esr_all": esr}

@@ -10,10 +10,10 @@ import pytest
 from data_prep.mixture_config import Mixture, Source
 from data_prep.pack_mixture import pack_mixture
 from elastic import cli
-from elastic.bench.ablation import records
 from elastic.bench.records import load
-from elastic.bench.routing import equal_quality, lead, over_seeds
-from elastic.bench.runs import Point, read_study, score_of, slack
+from elastic.bench.studies.ablation import records
+from elastic.bench.studies.routing import equal_quality, lead, over_seeds
+from elastic.bench.studies.runs import Point, read_study, score_of, slack
 from elastic.config import ElasticConfig
 from elastic.data.shards import SPLITS
 from elastic.data.tasks import TASKS

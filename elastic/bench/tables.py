@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from elastic.bench import ablation, evaluation, methods
 from elastic.bench.e2e_tables import FIRST_TOKEN, e2e_cells
 from elastic.bench.records import LEFT_OUT, Record
-from elastic.bench.routing import HEADLINE, NOTES, curve_cells, headline_cells, source_cells
+from elastic.bench.studies import ablation, evaluation, methods
+from elastic.bench.studies.routing import HEADLINE, NOTES, curve_cells, headline_cells, source_cells
 from elastic.console import table
 
 HEADING = """# Timings

@@ -4,12 +4,17 @@ import argparse
 import importlib
 import os
 from pathlib import Path
+from typing import Any
 
 from elastic.console import Parser, say
 
 SUMMARY = "time the kernels on this GPU beside their competitors; show recorded timings"
-# Modules of `elastic.bench` with SUMMARY, add_arguments and run.
-BENCHMARKS = ("attention", "backward", "decode", "e2e", "router", "routing", "training", "xattention")
+# Modules of `elastic.bench` with SUMMARY, add_arguments and run, by the name that is typed.
+BENCHMARKS = {
+    **{name: name for name in ("attention", "backward", "decode", "e2e", "router")},
+    "routing": "studies.routing",
+    **{name: name for name in ("training", "xattention")},
+}
 
 
 def main(argv: list[str]) -> int:
@@ -17,7 +22,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="elastic bench", description=SUMMARY)
     chosen = parser.add_subparsers(dest="benchmark", required=True, metavar="WHAT")
     for name in BENCHMARKS:
-        module = importlib.import_module(f"elastic.bench.{name}")
+        module = _benchmark(name)
         module.add_arguments(chosen.add_parser(name, help=module.SUMMARY, description=f"Times {module.SUMMARY}."))
     page = chosen.add_parser("table", help="Markdown of a folder of records", description=write_table.__doc__)
     page.add_argument("folder", type=Path, metavar="DIR", help="holds the *.json of earlier runs")
@@ -31,7 +36,11 @@ def main(argv: list[str]) -> int:
         return OTHERS[args.benchmark](args)
     from elastic.bench.records import command_line
 
-    return importlib.import_module(f"elastic.bench.{args.benchmark}").run(args, command_line(argv))
+    return _benchmark(args.benchmark).run(args, command_line(argv))
+
+
+def _benchmark(name: str) -> Any:
+    return importlib.import_module(f"elastic.bench.{BENCHMARKS[name]}")
 
 
 def write_table(args: argparse.Namespace) -> int:

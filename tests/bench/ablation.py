@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from elastic.bench.ablation import cells, records
 from elastic.bench.records import save, stamp
+from elastic.bench.studies.ablation import cells, records
 from elastic.console import say, table
 from tests.bench.routing import LAYERS, ROOT, build_data, elastic_command, over_gpus
 

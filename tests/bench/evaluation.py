@@ -9,8 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from elastic.bench.evaluation import records, score_cells
 from elastic.bench.records import git_commit, save
+from elastic.bench.studies.evaluation import records, score_cells
 from elastic.console import say, table
 from elastic.evaluation.scores import read_rows
 from elastic.plots import Panel, panels_figure, save_png

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from elastic.bench.methods import density_cells, records, score_cells
 from elastic.bench.records import save, stamp
+from elastic.bench.studies.methods import density_cells, records, score_cells
 from elastic.console import say, table
 
 METHODS = (

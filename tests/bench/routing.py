@@ -27,7 +27,7 @@ from typing import TypeVar
 import torch
 
 from elastic.bench.records import stamp
-from elastic.bench.runs import chosen_bias
+from elastic.bench.studies.runs import chosen_bias
 from elastic.data.shards import MANIFEST
 
 T = TypeVar("T")

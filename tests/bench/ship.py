@@ -10,8 +10,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from elastic.bench.routing import headlines, named
-from elastic.bench.runs import read_study
+from elastic.bench.studies.routing import headlines, named
+from elastic.bench.studies.runs import read_study
 from elastic.model.checkpoint import METADATA, read_elastic
 
 

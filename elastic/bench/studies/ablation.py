@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from elastic.bench.records import Record
-from elastic.bench.routing import headlines
-from elastic.bench.runs import Point, by_bias, points_of
+from elastic.bench.studies.routing import headlines
+from elastic.bench.studies.runs import Point, by_bias, points_of
 
 FLAGS = "flags"  # what sets a variant apart, in every record
 SHOWN = ("retrieval of dense", "text loss of dense", "mean MSR", "MSR robust - sensitive")

@@ -1,4 +1,5 @@
-"""`elastic bench routing`: tables and pictures of trained routers, from the files of a study (`elastic.bench.runs`)."""
+"""`elastic bench routing`: tables and pictures of trained routers, from the files of a study
+(`elastic.bench.studies.runs`)."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from elastic.bench.records import Record, save
-from elastic.bench.runs import CHOSEN, KEPT, RISE, Point, Run, Study, read_study, score_of, slack
+from elastic.bench.studies.runs import CHOSEN, KEPT, RISE, Point, Run, Study, read_study, score_of, slack
 from elastic.console import say, table
 from elastic.data.tasks import ROBUST, SENSITIVE
 from elastic.plots import Panel, panels_figure, save_png, share_figure, smooth

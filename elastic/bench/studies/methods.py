@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from elastic.bench.records import Record
-from elastic.bench.runs import RETRIEVAL, generator_of, score_of
+from elastic.bench.studies.runs import RETRIEVAL, generator_of, score_of
 
 SCORES = {"exact": "share", "accuracy": "share", "loss": "nats a token"}
 RATIOS = ("msr", "esr_last", "esr_all")
