@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from elastic.commands.catalogue import TRAINING
-from tests.training import ROOT, build_data
+from tests.helpers.training import ROOT, build_data
 
 CONFIGS = ROOT / "configs"
 FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("mixture", "eval"))  # tested elsewhere

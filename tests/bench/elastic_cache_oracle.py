@@ -24,8 +24,8 @@ from elastic.data.prompts import left_pad
 from elastic.inference.generate import new_cache
 from elastic.model.attach import attach, override_routes, route_of
 from elastic.model.loading import load_backbone
-from tests.masked import masked_oracle
-from tests.models import varied_routers
+from tests.helpers.masked import masked_oracle
+from tests.helpers.models import varied_routers
 
 CONFIG = ElasticConfig(RouterConfig(pool_tokens=16), SparseConfig(sink=16, window=32, block=16), kv_cache="elastic")
 ROW_BYTES = 2 * 64 * 4  # key and value of a token and head

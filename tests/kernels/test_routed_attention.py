@@ -15,8 +15,8 @@ from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.kernels import devices, jit
 from elastic.kernels.block_bits import mask_from_bits
 from elastic.model.attach import override_routes, routers, routing
+from tests.helpers.models import left_padded, random_ids, tiny_model, varied_routers
 from tests.kernels.gpu import HAS_GPU, needs_gpu
-from tests.models import left_padded, random_ids, tiny_model, varied_routers
 
 HAS_BACKWARD = HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
 SPARSE = SparseConfig(sink=64, window=64, block=64)

@@ -9,8 +9,8 @@ from elastic.kernels.route_prompt import RoutedPrompt, route_prompt
 from elastic.model.attach import attach, pooled_keys, routers, routing
 from elastic.routing.relaxation import decide
 from elastic.routing.router import AttentionRouter
+from tests.helpers.models import tiny_model, varied_routers
 from tests.kernels.gpu import needs_gpu
-from tests.models import tiny_model, varied_routers
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 

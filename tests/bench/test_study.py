@@ -1,0 +1,280 @@
+"""The routing study: its figures from files, the bounds of equal quality, and the driver that makes the files."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from data_prep.mixture_config import Mixture, Source
+from data_prep.pack_mixture import pack_mixture
+from elastic import cli
+from elastic.bench.records import load
+from elastic.bench.studies.ablation import records
+from elastic.bench.studies.routing import equal_quality, lead, over_seeds
+from elastic.bench.studies.runs import Point, read_study, score_of, slack
+from elastic.config import ElasticConfig
+from elastic.data.shards import SPLITS
+from elastic.data.tasks import TASKS
+from elastic.model.attach import attach
+from elastic.model.checkpoint import read_elastic, save_elastic
+from tests.bench import ablation, ship
+from tests.helpers.models import tiny_model
+from tests.helpers.training import ROOT, command_environment
+
+STAMP = {"gpu": "cpu", "kernel": "torch", "versions": {"torch": "0"}, "commit": "abc", "command": "by hand"}
+SOURCES = ("needle_single-1024", "needle_single-2048", "verbatim_copy", "many_shot", "continuation")
+WORSE = {"elastic:-2": 0.0, "elastic": 0.02, "elastic:2": 0.1}  # loss of retrieval, rise of loss
+MSR = {"elastic:-2": 0.3, "elastic": 0.6, "elastic:2": 0.9}
+
+
+def results(kind, baselines=(), worse_of=WORSE, points=tuple(WORSE)):
+    """A results file whose figures follow from `worse_of` and MSR."""
+    methods = [*points, *baselines]
+
+    def row(source):
+        found = {"n": 100}
+        for method in methods:
+            worse = worse_of.get(method, 0.0)
+            for score in ("exact", "accuracy", "loss"):
+                found[f"{method}_{score}"] = 2.0 * (1 + worse) if score == "loss" else 0.8 * (1 - worse)
+                found[f"{method}_{score}_95"] = 0.05
+            prefix = "" if method == "elastic" else f"{method}_"
+            found |= {f"{prefix}{ratio}": MSR.get(method, 1.0) for ratio in ("msr", "esr_last", "esr_all")}
+        return found
+
+    tasks = {task: row(task) for task in TASKS}
+    tasks["code"]["msr"] = 0.9  # of the three robust tasks, at bias 0
+    share = [[0.0, 0.5], [1.0, 0.25]]
+    return {
+        "methods": methods,
+        "elastic": {"router": {"kind": kind}},
+        "routes": dict.fromkeys(TASKS, share),
+        "tasks": tasks,
+        "sources": {source: row(source) for source in SOURCES},
+    }
+
+
+def write_run(folder, kind, seed, baselines=(), tested=True):
+    folder.mkdir(parents=True)
+    better = {method: worse / 4 for method, worse in WORSE.items()}  # the validation rows need not say the same
+    (folder / "results_validation.json").write_text(json.dumps(results(kind, ("dense",), better)))
+    if tested:
+        (folder / "results_test.json").write_text(json.dumps(results(kind, baselines, points=("elastic",))))
+    recipe = {"objective": {"kind": "quality"}, "seed": seed, "step": 300}
+    (folder / "elastic.json").write_text(json.dumps({"recipe": recipe}))
+    header = "step,train/loss,train/msr/code,train/kl/code,train/l/code,val/x"
+    (folder / "metrics.csv").write_text(f"{header}\n1,0.5,0.5,0.02,0.0,\n2,,,,,1\n2,0.4,0.6,0.03,0.1,\n")
+
+
+@pytest.fixture
+def study(tmp_path):
+    folder = tmp_path / "study"
+    for seed in (0, 1, 2):
+        write_run(folder / f"elastic-{seed}", "input", seed, ("dense", "streaming") if seed == 0 else ())
+    write_run(folder / "static-0", "static", 0, tested=False)
+    (folder / "unfinished").mkdir()
+    (folder / "stamp.json").write_text(json.dumps(STAMP))
+    return folder
+
+
+def test_a_study_is_read_back(study):
+    found = read_study(study)
+    assert [(run.name, run.router, run.seed) for run in found.runs] == [
+        *((f"elastic-{seed}", "elastic", seed) for seed in (0, 1, 2)),
+        ("static-0", "static", 0),
+    ]
+    run = found.runs[0]
+    assert [point.bias for point in run.points] == [-2, 0, 2] and run.at(0).method == "elastic" and run.at(1) is None
+    assert set(found.baselines) == {"dense", "streaming"} and found.dense.mean_msr == run.dense.mean_msr == 0
+    assert run.at(0).mean_msr == pytest.approx((4 * 0.6 + 0.9) / 5)
+    assert run.at(0).retrieval()[0] == pytest.approx(0.8 * 0.995)  # two needles and a copy; many_shot is none
+    assert run.at(0).retrieval()[1] == pytest.approx(0.05 / 3**0.5)
+    assert run.tested.retrieval()[0] == pytest.approx(0.8 * 0.98) and found.runs[3].tested is None
+    assert run.curves()["msr/code"] == [(1, 0.5), (2, 0.6)]
+    assert [score_of(source) for source in SOURCES] == ["exact", "exact", "accuracy", "exact", "loss"]
+
+
+def test_equal_quality_lies_between_the_points_around_the_bound(study):
+    found = read_study(study)
+    points, dense = found.runs[1].points, found.runs[1].dense
+    assert [round(slack(point, dense), 3) for point in points] == [1.0, 0.75, -0.25]
+    assert equal_quality(points[::2], dense) == (pytest.approx(0.3 + 0.6 * 4 / 5), False)  # four fifths of the way
+    assert equal_quality(points[:1], dense) == (pytest.approx(0.3), True)  # never left: the last point
+    assert equal_quality(points[2:], dense) == (None, False)
+
+
+def test_the_validation_rows_choose_the_operating_point(study):
+    assert read_study(study).runs[1].chosen_bias == 0.0 and read_study(study).runs[1].tested.mean_msr > 0.6
+    path = study / "elastic-1" / "results_validation.json"
+    lucky = {"elastic": 0.015, "elastic:2": 0.1}  # bias 0 is of equal quality, with less than the margin
+    for worse, bias in (({}, 2.0), (lucky, -2.0), (dict.fromkeys(WORSE, 0.5), -2.0)):
+        path.write_text(json.dumps(results("input", ("dense",), worse)))
+        assert read_study(study).runs[1].chosen_bias == bias
+    with pytest.raises(ValueError, match="lacks bias -2, which the validation rows chose; remove it"):
+        _ = read_study(study).runs[1].tested
+
+
+def test_a_lead_is_a_difference_of_msr_at_equal_quality(study):
+    def judged(router, worse):
+        kind = "static" if router == "static" else "input"
+        path = study / f"{router}-0" / "results_validation.json"
+        path.write_text(json.dumps(results(kind, ("dense",), worse)))
+        return next(run for run in read_study(study).runs if run.name == f"{router}-0")
+
+    fine, lost, some = dict.fromkeys(WORSE, 0.0), dict.fromkeys(WORSE, 0.5), {"elastic": 0.005, "elastic:2": 0.025}
+    ours, rival = judged("elastic", some), judged("static", {"elastic:2": 0.03})
+    at = [equal_quality(run.points, run.dense)[0] for run in (ours, rival)]
+    assert at == pytest.approx([0.66 + 0.24 * 3 / 4, 0.66 + 0.24 * 2 / 3])
+    assert lead(ours, rival) == (pytest.approx(at[0] - at[1]), False)
+    assert lead(judged("elastic", fine), rival) == (pytest.approx(0.9 - at[1]), True)  # our sparsest is good still
+    assert lead(ours, judged("static", fine)) == lead(judged("elastic", lost), rival) == (None, False)
+
+
+def test_intervals_over_seeds():
+    assert over_seeds([0.5]) == (0.5, None)
+    mean, half = over_seeds([0.1, 0.2, 0.3])
+    assert (mean, half) == (pytest.approx(0.2), pytest.approx(4.30 * 0.1 / 3**0.5))
+
+
+def test_the_command_writes_records_pictures_and_the_table(study, tmp_path, capsys):
+    out = tmp_path / "bench"
+    assert cli.main(["bench", "routing", str(study), "--out", str(out), "--main", "elastic-1"]) == 0
+    assert "elastic, quality" in capsys.readouterr().out
+    records = load(out / "routing.json")
+    assert {file.name for file in out.iterdir()} == {
+        "routing.json",
+        "routing.png",
+        "routing-curves.png",
+        "routing-heads.png",
+    }
+    headline = {(r["who"], r["metric"]): r for r in records if r["case"] == "headline"}
+    kept = headline["elastic, quality", "retrieval of dense"]
+    assert kept["value"] == pytest.approx(0.98) and kept["half"] == 0 and kept["seeds"] == [0, 1, 2]
+    assert headline["elastic, quality", "MSR robust - sensitive"]["value"] == pytest.approx(0.1)
+    assert headline["elastic, quality", "mean MSR"]["biases"] == [0, 0, 0]
+    equal = headline["static, quality", "MSR at equal quality"]  # the validation rows say it; the test rows are to come
+    assert equal["value"] == pytest.approx(0.66 + 0.24 * 3 / 4) and equal["half"] is None
+    lead = headline["elastic - static, quality", "MSR at equal quality"]
+    assert lead["value"] == lead["by_seed"][0] == pytest.approx(0.0) and lead["seeds"] == [0] and not lead["at_least"]
+    assert ("static, quality", "mean MSR") not in headline
+    curve = {(r["who"], r["bias"], r["metric"]): r for r in records if r["case"] == "curve"}
+    assert curve["elastic, quality", -2, "mean MSR"]["value"] == pytest.approx(0.3) and len(curve) == 2 * 3 * 5
+    needle = [r for r in records if r["case"] == "needle_single-1024"]
+    assert {r["who"] for r in needle} == {"dense", "streaming", "elastic-0", "elastic-1", "elastic-2"}
+    assert all(r["n"] == 100 and r["half"] == 0.05 for r in needle)
+    assert len([r for r in records if r["case"] == "point" and r["metric"] == "needles"]) == 2 + 4 * 3
+    assert cli.main(["bench", "table", str(out), "--out", str(tmp_path / "RESULTS.md")]) == 0
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "| continuation | loss | 100 | 2.000 ± 0.050 | 2.000 ± 0.050 @ 1.00 | 2.040 ± 0.050 @ 0.60 |" in page
+    assert "| static, quality | 1 | 300 | 0.840 | 0 |  |  |" in page and "| static, quality | -2 | 1.000 |" in page
+    assert all(f"](bench/routing{part}.png)" in page for part in ("", "-curves", "-heads"))
+
+
+def test_studies_that_say_nothing_are_refused(study, tmp_path, capsys):
+    assert cli.main(["bench", "routing", str(study), "--out", str(tmp_path), "--main", "nobody"]) == 2
+    assert "no run 'nobody'; it has elastic-0" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="no study at"):
+        read_study(tmp_path)
+    for name in ("results_test.json", "metrics.csv"):
+        (study / "elastic-0" / name).unlink()
+    with pytest.raises(ValueError, match="holds 3 finished runs, none tested beside the dense model"):
+        read_study(study)
+
+
+def test_operating_points_read_their_own_columns():
+    row = {"msr": 0.5, "elastic:-1_msr": 0.2, "dense_loss": 1.0, "dense_loss_95": 0.1}
+    points = [Point(method, {}, {"code": row}) for method in ("dense", "elastic", "elastic:-1")]
+    assert [point.mean_msr for point in points] == [0.0, 0.5, 0.2] and points[2].bias == -1
+
+
+SMALL_RUN = [
+    *(f"--model.{flag}" for flag in ("backbone=tiny", "dtype=float32", "elastic.sparse.sink=4")),
+    *(f"--model.elastic.sparse.{flag}" for flag in ("window=16", "block=4")),
+    *("--trainer.max_steps=2", "--trainer.accelerator=cpu", "--data.rows_per_step=2", "--data.micro_batch_rows=2"),
+    "--data.num_workers=0",
+]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A folder with data for both drivers."""
+    folder = tmp_path_factory.mktemp("packed")
+    tokens = dict.fromkeys(SPLITS, 2000)
+    sources = {name: Source(1.0) for name in ("needle_single", "continuation", "many_shot")}
+    mixture = Mixture("tiny", seq_length=512, tokens=tokens, sources=sources, context=(64, 300), part_tokens=4000)
+    pack_mixture(mixture, folder / "train", 1)
+    os.symlink(folder / "train", folder / "heldout")
+    return folder
+
+
+def test_the_driver_trains_evaluates_and_skips_what_is_done(tmp_path, packed):
+    words = ["--out", "out", "--work", "work", "--data", str(packed), "--routers", "static", "--objectives", "target"]
+    words += ["--seeds", "5", "--biases", "2", "--checkpoints", "5", "--", *SMALL_RUN]
+
+    def drive():
+        command = [sys.executable, str(ROOT / "tests" / "bench" / "routing.py"), *words]
+        return subprocess.run(
+            command, cwd=tmp_path, env=command_environment(), capture_output=True, text=True, timeout=300
+        )
+
+    done = drive()
+    assert done.returncode == 0 and "static-target-5: fit" in done.stdout, done.stdout + done.stderr
+    run = read_study(tmp_path / "out").runs[0]
+    assert (run.router, run.objective, run.seed) == ("static", "target", 5)
+    assert run.test["methods"] == ["elastic", "elastic:2", "dense", "streaming", "random:0.7", "random:0.7:1"]
+    assert run.chosen_bias == run.tested.bias == 2  # the tiny model retrieves nothing, so nothing is lost
+    assert run.validation["methods"] == ["elastic", "elastic:2", "dense"]
+    assert run.validation["split"] == "validation" and run.test["split"] == "test"
+    assert run.recipe["step"] == 2 and len(run.curves()["loss"]) == 2
+    assert (run.folder / "checkpoint" / "router.safetensors").is_file()
+    assert "static-target-5: was there" in drive().stdout
+
+
+def test_the_shipped_checkpoint_stands_at_the_chosen_point(study, tmp_path):
+    source = study / "elastic-1" / "checkpoint"
+    model = tiny_model()
+    attach(model, ElasticConfig())
+    save_elastic(source, model, "tiny", recipe={"step": 300})
+    words = [str(study), "elastic-1", str(tmp_path / "shipped")]
+    assert ship.main(words) == 0 and ship.main(words) == 0  # over what is there
+    found = read_elastic(tmp_path / "shipped")
+    assert found["config"]["sparsity_bias"] == 0 and found["recipe"]["commit"] == "abc"
+    assert found["metrics"]["retrieval of dense"] == pytest.approx(0.98)
+    assert found["metrics"]["rows"].startswith("500 samples of the test split")
+    with pytest.raises(SystemExit, match=r"static-0 has no results_test\.json yet"):
+        ship.main([words[0], "static-0", words[2]])
+
+
+def test_variants_are_trained_judged_and_told_apart(tmp_path, packed, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    variants = tmp_path / "variants.yaml"
+    variants.write_text("plain: []\nslow: [--model.optimiser.lr=1e-4]\nbroken: [--model.optimiser.lr=-1]\n")
+    monkeypatch.setattr(ablation, "METHODS", ["elastic", "elastic:2", "dense"])
+    words = [
+        "--variants",
+        str(variants),
+        "--data",
+        str(packed),
+        "--kept",
+        str(tmp_path / "kept"),
+        "--work",
+        str(tmp_path / "work"),
+    ]
+    for name in ("plain", "broken"):  # plain was judged before; broken fails
+        (tmp_path / "kept" / name).mkdir(parents=True)
+    (tmp_path / "kept" / "plain" / "results_validation.json").write_text(json.dumps(results("input", ("dense",))))
+    (tmp_path / "kept" / "plain" / "variant.json").write_text(json.dumps({"flags": "", **STAMP}))
+    monkeypatch.setattr(ablation, "records", lambda found, *rest: records({"plain": found["plain"]}, *rest))
+    assert ablation.main([*words, "--out", str(tmp_path / "bench"), "--", *SMALL_RUN]) == 1
+    said = capsys.readouterr().out
+    assert "plain: was there" in said and "slow: done" in said and "broken: fit failed, see " in said
+    judged = json.loads((tmp_path / "kept" / "slow" / "results_validation.json").read_text())
+    assert judged["methods"] == ["elastic", "elastic:2", "dense"] and judged["split"] == "validation"
+    assert json.loads((tmp_path / "kept" / "slow" / "variant.json").read_text())["flags"] == "--model.optimiser.lr=1e-4"
+    found = {(r["who"], r["metric"]): r for r in load(tmp_path / "bench" / "ablation.json")}
+    assert found["bias 2", "retrieval of dense"]["value"] == pytest.approx(0.9)
+    assert found["bias 0", "retrieval of dense"]["half"] == pytest.approx(0.05 / 3**0.5 / 0.8)
+    assert cli.main(["bench", "table", str(tmp_path / "bench")]) == 0
+    assert "| plain | `` | abc | 1.000 ± 0.036 / 1.000 ± 0.025 @ 0.30 (0.00) |" in capsys.readouterr().out

@@ -1,0 +1,148 @@
+"""The `elastic` command: dispatch, help, errors, configuration."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from elastic import cli
+from elastic.commands import catalogue
+from tests.helpers.training import ROOT, build_data, command_environment, elastic_command
+
+CONFIGS = ROOT / "configs"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return build_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_every_command(argv, capsys):
+    assert cli.main(argv) == 0
+    text = capsys.readouterr().out
+    for name in ("fit", "validate", "test", "predict", "generate", "bench", "doctor", "demo"):
+        assert f"\n  {name} " in text
+
+
+def test_help_needs_neither_torch_nor_lightning():
+    code = "import sys, elastic.cli; elastic.cli.main(['--help']); print(*sys.modules, file=sys.stderr)"
+    environment = command_environment()
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    seconds = time.perf_counter() - started
+    assert not {"torch", "lightning", "transformers", "jsonargparse"} & set(done.stderr.split())
+    assert seconds < 30, "two seconds in practice; the bound is loose for loaded machines"
+
+
+def test_commands_exist_and_describe_themselves():
+    import importlib
+
+    for name, summary in catalogue.COMMANDS.items():
+        module = importlib.import_module(f"elastic.commands.{name}")
+        assert callable(module.main)
+        assert module.SUMMARY and summary
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("elastic 0.")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("fti", "did you mean fit?"), ("generat", "did you mean generate?"), ("zzz", "commands are fit")]
+)
+def test_unknown_commands_get_a_suggestion(name, hint, capsys):
+    assert cli.main([name]) == 2
+    error = capsys.readouterr().err
+    assert f"there is no command {name!r}" in error and hint in error and error.count("\n") == 1
+
+
+def in_process(capsys, *arguments):
+    """(exit code, stdout, stderr) of `elastic ...` without a subprocess."""
+    try:
+        code = cli.main(list(arguments))
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_fit_help_reads_well(capsys):
+    code, text, _ = in_process(capsys, "fit", "--help")
+    assert code == 0
+    assert text.startswith("usage: elastic fit -c FILE")
+    assert "Train routers on packed data." in text
+    for setting in ("--model.optimiser.lr", "--data.data_dir", "--resume_checkpoint.every_n_steps", "--ckpt_path"):
+        assert setting in text
+    assert text.index("--model.backbone") < text.index("--trainer.max_steps")
+
+
+def test_later_files_and_flags_win(capsys):
+    tiny, debug = str(CONFIGS / "tiny.yaml"), str(CONFIGS / "debug.yaml")
+    flags = ("--model.optimiser.lr", "0.5", "--print_config")
+    code, text, _ = in_process(capsys, "fit", "-c", tiny, "--config", debug, *flags)
+    settings = yaml.safe_load(text)
+    assert code == 0
+    assert settings["trainer"]["max_steps"] == 4  # debug.yaml
+    assert settings["model"]["optimiser"]["multiplier_lr"] == 0.1  # tiny.yaml
+    assert settings["model"]["optimiser"]["lr"] == 0.5  # flag
+
+
+ERRORS = [
+    (["--model.optimiser.lr", "-1"], "optimiser.lr=-1.0 is not positive"),
+    (["--model.elastic.sparse.window", "30"], "sparse.window=30 is not a multiple of sparse.block=4"),
+    (["--model.elastic.sparse.route1", "sliding"], "sliding"),
+    (["--model.loss_chunk", "0"], "loss_chunk=0 is below 1"),
+    (["--model.targets.needle", "0.5"], "unknown task 'needle'"),
+    (["--model.backbone", "./nowhere"], "no backbone './nowhere'"),
+    (["--model.colour", "red"], "colour"),
+    (["--data.data_dir", "nowhere"], "no data at nowhere"),
+    (["--data.rows_per_step", "0"], "rows_per_step=0"),
+    (["--trainer.max_steps", "-1"], "set trainer.max_steps or trainer.max_epochs"),
+    (["--trainer.precision", "bf16-true"], "would cast routers and multipliers"),
+    (["--trainer.gradient_clip_val", "1.0"], "clip"),
+    (["--resume_checkpoint.every_n_steps", "0"], "resume_checkpoint.every_n_steps=0 is below 1"),
+    (["--elastic_checkpoint.every_n_steps", "-1"], "elastic_checkpoint.every_n_steps=-1 is below 0"),
+    (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
+    (["-c", str(CONFIGS / "sparse" / "fa_xa.yaml")], "sparse.stride=16 does not divide sparse.block=4; use 4"),
+    (["-c", "nowhere.yaml"], "nowhere.yaml"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), ERRORS, ids=[m[:40] for _, m in ERRORS])
+def test_what_the_user_can_put_right_is_said_before_training(flags, message, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["-c", str(CONFIGS / "debug.yaml"), "--data.data_dir", str(data), *flags]
+    code, _, error = in_process(capsys, "fit", *arguments)
+    assert code == 2
+    assert message in " ".join(error.split())
+    assert "Traceback" not in error
+    assert not (tmp_path / "runs" / "debug" / "checkpoint").exists()
+
+
+def test_test_without_a_run_says_so(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["-c", str(CONFIGS / "debug.yaml"), "--data.data_dir", str(data), "--ckpt_path", "last"]
+    code, _, error = in_process(capsys, "test", *arguments)
+    assert code == 2
+    assert "no checkpoint at runs/debug/last.ckpt; train first" in error and error.count("\n") == 1
+
+
+def test_traceback_on_request(tmp_path):
+    arguments = ("fit", "-c", str(CONFIGS / "debug.yaml"), "--data.data_dir", "nowhere")
+    done = elastic_command(*arguments, cwd=tmp_path, ELASTIC_TRACEBACK="1")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "no data at nowhere" in done.stderr
+
+
+def test_a_run_that_diverges_ends_with_its_own_code(monkeypatch, capsys):
+    from elastic.commands import training
+
+    def diverge(*_):
+        raise FloatingPointError("the loss is nan at step 3")
+
+    monkeypatch.setattr(training, "run", diverge)
+    assert cli.main(["fit"]) == 1
+    assert capsys.readouterr().err == "elastic fit: error: the loss is nan at step 3\n"

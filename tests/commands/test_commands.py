@@ -1,0 +1,239 @@
+"""The commands generate, doctor and demo, called as the `elastic` command calls them."""
+
+import io
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+
+from data_prep.tiny_language import TASKS
+from elastic.commands import demo, doctor, generate
+from elastic.model import loading
+from elastic.model.attach import attach
+from elastic.model.checkpoint import METADATA, read_elastic, save_elastic
+from tests.helpers.models import small_config, varied_routers
+
+PROMPT = "f4 f5 " * 30 + "key k3 1 2 3 4 " + "f6 " * 20 + "find k3"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    model = attach(loading.load_backbone("tiny")[0], small_config())
+    varied_routers(model)
+    return save_elastic(tmp_path_factory.mktemp("ck") / "ck", model, "tiny")
+
+
+def run(checkpoint, *options):
+    return generate.main(["--checkpoint", str(checkpoint), "--max-new-tokens", "5", *map(str, options)])
+
+
+def test_text_goes_to_stdout_and_the_report_to_stderr(checkpoint, capsys):
+    assert run(checkpoint, "--prompt", PROMPT) == 0
+    out, err = capsys.readouterr()
+    model, tokenizer = loading.load_backbone("tiny")
+    from elastic.inference.generate import generate as answer
+    from elastic.model.checkpoint import load_into
+
+    result = answer(load_into(model, checkpoint), tokenizer, PROMPT, max_new_tokens=5)[0]
+    assert out.split() == result.text.split()
+    assert "head 0" in err and "MSR" in err and "backend torch (cpu)" in err
+
+
+def test_all_outputs(checkpoint, tmp_path, capsys):
+    files = ("--report-json", tmp_path / "r.json", "--heatmap", tmp_path / "r.png")
+    assert run(checkpoint, "--prompt", PROMPT, "--dense", "--sparsity-bias", "1e6", *files) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["msr"] == 1.0
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    out, err = capsys.readouterr()
+    assert "all heads full:" in err and "tokens are the same with all heads full" in err
+    assert out.count("\n") == 2  # the routed and the dense answer
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_reading_a_prompt_shows_progress_on_a_terminal(checkpoint, capsys, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert run(checkpoint, "--prompt", PROMPT) == 0
+    assert "reading the prompt:   0%|" in terminal.getvalue() and "/3 [" in terminal.getvalue()
+    monkeypatch.undo()
+    assert run(checkpoint, "--prompt", PROMPT) == 0
+    assert "reading the prompt" not in capsys.readouterr().err
+
+
+def test_both_kinds_of_cache_give_the_same_answer(checkpoint, capsys):
+    said = {}
+    for kind in ("full", "elastic"):
+        assert run(checkpoint, "--prompt", PROMPT, "--kv-cache", kind) == 0
+        out, err = capsys.readouterr()
+        assert f"the {kind} cache holds" in err
+        said[kind] = out
+    assert said["full"] == said["elastic"]
+
+
+@pytest.mark.parametrize("options", [["-"], ["--prompt", "-"]])
+def test_prompt_from_standard_input(checkpoint, capsys, monkeypatch, options):
+    run(checkpoint, "--prompt", PROMPT)
+    expected = capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    assert run(checkpoint, *options) == 0
+    assert capsys.readouterr() == expected
+
+
+def test_prompt_from_a_file(checkpoint, capsys, tmp_path):
+    run(checkpoint, "--prompt", PROMPT)
+    expected = capsys.readouterr()
+    (tmp_path / "p.txt").write_text(PROMPT)
+    assert run(checkpoint, "--prompt-file", tmp_path / "p.txt") == 0
+    assert capsys.readouterr() == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", PROMPT, "--max-new-tokens", "0"], "max_new_tokens=0 is not a whole number"),
+        (["--prompt", PROMPT, "--max-new-tokens", "5000"], "the model reads at most"),
+        (["--prompt", PROMPT, "--sparsity-bias", "nan"], "sparsity_bias=nan is not a finite number"),
+        (["--prompt", PROMPT, "--dtype", "int8"], "dtype='int8' is not supported"),
+        (["--prompt", PROMPT, "--device", "toaster"], "device='toaster' is not a torch device"),
+        (["--prompt", PROMPT, "--backbone", "./none"], "no backbone './none'"),
+        (["--prompt-file", "/nonexistent/p.txt"], "--prompt-file /nonexistent/p.txt: no such file"),
+        (["--prompt", PROMPT, "--heatmap", "r.jpg"], "--heatmap r.jpg does not end in .png"),
+        (["--prompt", PROMPT, "--report-json", "/nonexistent/r.json"], "the folder /nonexistent does not exist"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_code_2(checkpoint, capsys, options, message):
+    assert run(checkpoint, *options) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("elastic generate: error: ") and message in err
+    assert err.count("\n") == 1
+    assert not out
+
+
+def test_a_missing_or_damaged_checkpoint(checkpoint, capsys, tmp_path):
+    assert run(tmp_path / "none", "--prompt", PROMPT) == 2
+    assert f"no checkpoint at {tmp_path / 'none'}" in capsys.readouterr().err
+    (tmp_path / METADATA).write_text("{")
+    (tmp_path / "router.safetensors").write_bytes(b"")
+    assert run(tmp_path, "--prompt", PROMPT) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_prompt_file_that_is_not_text(checkpoint, capsys, tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"f1 \xff")
+    assert run(checkpoint, "--prompt-file", tmp_path / "p.txt") == 2
+    assert "is not UTF-8 (byte 3); convert it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "one of the arguments --prompt --prompt-file - is required"),
+        (["--prompt", "a", "-"], "not allowed with argument"),
+        (["--prompt", "a", "--max-new-tokens", "x"], "invalid int value: 'x'"),
+        (["--prompt", "a", "--colour"], "unrecognized arguments: --colour"),
+    ],
+)
+def test_wrong_options(checkpoint, capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        run(checkpoint, *options)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and "--help" in err
+
+
+def test_doctor(capsys):
+    assert doctor.main([]) == 0
+    out = capsys.readouterr().out
+    assert "OK    self-check" in out and "of the oracle" in out
+    assert "OK    stock model" in out
+    assert "The CPU path works." in out
+
+
+def test_doctor_json(capsys):
+    assert doctor.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["cpu_path"] is True
+    names = [check["name"] for check in report["checks"]]
+    assert {"python", "torch", "transformers", "lightning", "self-check", "CuPy", "NVRTC"} <= set(names)
+    assert {check["status"] for check in report["checks"]} <= {"OK", "FAIL", "--"}
+
+
+def test_doctor_finds_wrong_attention(capsys, monkeypatch):
+    from elastic.attention import reference
+
+    right = reference.routed_attention
+    monkeypatch.setattr(reference, "routed_attention", lambda *args: right(*args) * 1.01)
+    assert doctor.main([]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL  self-check" in out and "-> allowed is 2e-05; report it" in out
+    assert "The CPU path does not work" in out
+
+
+def test_doctor_finds_a_missing_and_an_old_package(capsys, monkeypatch):
+    right = doctor.importlib.metadata.version
+
+    def version(name):
+        if name == "datasets":
+            raise doctor.importlib.metadata.PackageNotFoundError(name)
+        return "5.1.0" if name == "transformers" else right(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    assert doctor.main([]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    missing = next(i for i, line in enumerate(lines) if "datasets" in line)
+    assert lines[missing].startswith("FAIL") and "pip install 'datasets>=4'" in lines[missing + 1]
+    assert any(line.startswith("FAIL  transformers") and "5.1.0, but this project needs" in line for line in lines)
+
+
+def test_doctor_reports_a_crash_as_a_line(capsys, monkeypatch):
+    def boom(*_):
+        raise RuntimeError("no\nluck")
+
+    monkeypatch.setattr(loading, "load_backbone", boom)
+    assert doctor.main([]) == 1
+    assert "FAIL  stock check" in (out := capsys.readouterr().out) and "RuntimeError: no luck" in out
+
+
+def test_demo_end_to_end(capsys, monkeypatch, tmp_path):
+    """The tiny demo, shortened: every part runs and every file is there."""
+    from elastic.commands import demo_training
+
+    small = replace(demo_training.SMALLEST, longest=64, seq_length=160, held_out=4, new_tokens=4)
+    monkeypatch.setattr(demo_training, "SMALLEST", small)
+    assert demo.main(["--tiny", "--out", str(tmp_path), "--steps", "6", "--seed", "1"]) == 0
+    out = capsys.readouterr().out
+    for task in TASKS:
+        assert f"\n{task} " in out
+    assert "of 6 heads are routed differently" in out
+    assert "expected:" in out and "elastic:" in out
+    for name in ("heatmap.png", "curves.png"):
+        assert 1000 < (tmp_path / name).stat().st_size < 150_000
+    metadata = read_elastic(tmp_path / "checkpoint")
+    assert metadata["backbone"] == "tiny"
+    assert metadata["recipe"]["steps"] == 6 and metadata["recipe"]["seed"] == 1
+    assert set(metadata["metrics"]) == set(TASKS)
+
+
+def test_demo_refuses(capsys, tmp_path):
+    assert demo.main(["--tiny", "--steps", "2"]) == 2
+    assert "--steps 2 is below 5" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert demo.main(["--tiny", "--out", str(tmp_path / "file")]) == 2
+    assert "File exists" in capsys.readouterr().err
+
+
+def row(msr, elastic=0.5):
+    return {"msr": msr, "dense_accuracy": 0.6, "elastic_accuracy": elastic, "n": 4.0}
+
+
+def test_the_verdict_says_when_routes_hardly_differ():
+    text = demo.verdict({"single_qa": row(0.8), "code": row(0.82)})
+    assert "hardly tell the tasks apart" in text and "changes by -0.100" in text
+    text = demo.verdict({"single_qa": row(0.5), "code": row(0.9, 0.6)})
+    assert "hardly" not in text and "Sensitive tasks run 50% of their heads sparse, robust tasks 90%." in text

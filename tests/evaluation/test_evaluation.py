@@ -1,0 +1,180 @@
+"""`elastic eval`: methods by name, several in one command that goes on, results as tables, pictures and records."""
+
+import json
+
+import pytest
+import torch
+
+from elastic.bench.records import load_folder
+from elastic.bench.tables import markdown
+from elastic.evaluation.methods import Method, read_pattern
+from elastic.model.attach import attach
+from elastic.model.loading import load_backbone
+from tests.helpers.models import small_config
+
+pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+pytest.importorskip("wonderwords", reason="the extra `eval` is not installed")
+from elastic.config import SparseConfig
+from elastic.evaluation import ruler, ruler_samples, runner, scores, summary
+from tests.bench import evaluation as collect
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("xattention:0", "0.0 is not a threshold above 0, up to 1"),
+        ("xattention:most", "'most' is no number; expected a threshold above 0"),
+        ("sparse", "unknown method 'sparse'; expected one of dense, streaming"),
+        ("dense:1", "method 'dense:1' takes no argument"),
+        ("random", "method 'random' needs an argument"),
+        ("random:half", "'half' is no number; expected an MSR from 0 to 1"),
+        ("random:1.5", "1.5 is not an MSR from 0 to 1"),
+        ("elastic:absent", "absent does not exist"),
+        ("elastic:.@more", "'more' behind the @ is no number"),
+        ("elastic:.@nan", "nan is not finite"),
+        ("static:README.md@2", "2 is not an MSR from 0 to 1"),
+        ("static:absent.tsv@0.5", "absent.tsv does not exist"),
+    ],
+)
+def test_unknown_methods_are_refused(name, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Method.parse(name)
+
+
+def test_routes_of_the_methods(tmp_path):
+    assert Method.parse("dense").route(3, 2, 0) == 0 and Method.parse("streaming").route(3, 2, 0) == 1
+    route = Method.parse("random:0.5").route(4, 2, 7)
+    assert route.shape == (4, 2) and route.sum() == 4
+    assert torch.equal(route, Method.parse("random:0.5").route(4, 2, 7))
+    assert not torch.equal(route, Method.parse("random:0.5").route(4, 2, 8))
+    file = tmp_path / "heads.tsv"
+    file.write_text("0.9\t0.1\n0.0\t0.5\n")
+    assert Method.parse(f"static:{file}").route(2, 2, 0).tolist() == [[0, 1], [1, 0]]
+    assert Method.parse(f"static:{file}@0.75").route(2, 2, 0).tolist() == [[0, 1], [1, 1]]
+    assert Method.parse(f"static:{file}@0.25").route(2, 2, 0).tolist() == [[0, 0], [1, 0]]
+    assert (Method.parse(f"elastic:{tmp_path}@-1.5").argument, Method.parse(f"elastic:{tmp_path}@-1.5").knob) == (
+        str(tmp_path),
+        -1.5,
+    )
+    with pytest.raises(ValueError, match=r"has 2 lines of \[2\] numbers; this backbone needs 3 lines"):
+        read_pattern(file, 3, 2)
+    file.write_text("a b\n")
+    with pytest.raises(ValueError, match="is no table of numbers"):
+        read_pattern(file, 1, 2)
+
+
+def test_one_command_compares_methods_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(ruler_samples.NEW_TOKENS, "ruler_fwe", 4)
+    model, words = load_backbone("tiny")
+    model.config.max_position_embeddings = 2048
+    monkeypatch.setattr(runner, "load_model", lambda *_: (attach(model, small_config()), words))
+    plan = runner.Plan(
+        "tiny",
+        "cpu",
+        "float32",
+        ((ruler.Ruler(), "ruler_fwe"),),
+        (1024,),
+        2,
+        2,
+        False,
+        SparseConfig(sink=4, window=16, block=4, stride=4),
+        0,
+    )
+    methods = [Method.parse(name) for name in ("dense", "streaming", "xattention:0.5", "xattention")]
+    rows = runner.run(plan, methods, tmp_path / "out")
+    assert [(r["method"], r["n"], r["msr"]) for r in rows[:2]] == [("dense", 2, 0), ("streaming", 2, 1)]
+    assert rows[0]["esr_all"] == 0 < rows[3]["esr_all"] < rows[2]["esr_all"] < 1
+    file = tmp_path / "out" / "samples" / "dense.ruler_fwe.1024.jsonl"
+    facts, *samples = map(json.loads, file.read_text().splitlines())
+    assert facts["seed"] == 0 and set(samples[0]) >= {"prediction", "references", "score", "msr", "esr_last", "tokens"}
+    monkeypatch.setattr(runner, "_evaluate", lambda *_: pytest.fail("a finished result was made again"))
+    assert runner.run(plan, methods, tmp_path / "out") == rows
+    assert "mean of tasks" in summary.summary_table(rows) and "±" in summary.summary_table(rows)
+    assert all(path.stat().st_size > 5000 for path in summary.write_summary(rows, tmp_path / "out"))
+    stored = json.loads((tmp_path / "out" / "samples" / "xattention_0.5.ruler_fwe.1024.jsonl").open().readline())
+    assert (stored["sparse"]["route1"], stored["sparse"]["threshold"]) == ("xattention", 0.5)
+    with pytest.raises(ValueError, match="not all different"):
+        runner.run(plan, [methods[0]] * 2, tmp_path / "out")
+    collected_as_records(tmp_path / "out", tmp_path / "records", rows)
+
+
+def collected_as_records(out, folder, rows):
+    """The results in `out` as records that `elastic bench table` reads, and as pictures."""
+    options = [str(out), "--out", str(folder), "--gpu", "a GPU", "--commit", "abc"]
+    assert collect.main([*options, "--names", "xattention=XA"]) == 0
+    assert collect.main([*options, "--sweep", "--tag", "sweep", "--methods", "dense", "streaming"]) == 0
+    assert all((folder / name).stat().st_size > 5000 for name in ("ruler.png", "sweep.png"))
+    runs = load_folder(folder)
+    assert {r["who"] for r in runs["ruler"]} == {"dense", "streaming", "xattention:0.5", "XA"}
+    assert {r["who"] for r in runs["sweep"]} == {"dense", "streaming"}
+    dense = next(r for r in runs["ruler"] if r["who"] == "dense")
+    assert (dense["case"], dense["value"], dense["n"]) == ("ruler_fwe@1024", rows[0]["score"], 2)
+    assert dense["versions"].keys() == {"elastic-attention", "lm_eval", "torch", "transformers"}
+    page = markdown(runs, ["results/ruler.png"])
+    assert "| task | length | n | dense" in page and "mean of 1 tasks" in page
+    assert "(results/ruler.png)" in page
+    with pytest.raises(ValueError, match="holds no results; run `elastic eval --out"):
+        scores.read_rows(folder)
+
+
+def test_too_large_a_batch_is_named(tmp_path, monkeypatch):
+    import lm_eval
+
+    def overrun(**_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(lm_eval, "evaluate", overrun)
+    model, words = load_backbone("tiny")
+    model.config.max_position_embeddings = 2048
+    monkeypatch.setattr(runner, "load_model", lambda *_: (attach(model, small_config()), words))
+    sparse = SparseConfig(sink=4, window=16, block=4, stride=4)
+    asked = ((ruler.Ruler(), "ruler_fwe"),)
+    plan = runner.Plan("tiny", "cpu", "float32", asked, (1024,), 1, 2, False, sparse, 0)
+    with pytest.raises(ValueError, match=r"ruler_fwe@1024 ran out of the memory of cpu with --batch-size 2"):
+        runner.run(plan, [Method.parse("dense")], tmp_path / "out")
+
+
+def test_tasks_that_fit_into_a_batch_are_evaluated_together(tmp_path, monkeypatch):
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
+    for task in ("ruler_fwe", "ruler_vt"):
+        monkeypatch.setitem(ruler_samples.NEW_TOKENS, task, 4)
+    model, words = load_backbone("tiny")
+    model.config.max_position_embeddings = 2048
+    loaded = attach(model, small_config())
+    monkeypatch.setattr(runner, "load_model", lambda *_: (loaded, words))
+    family, sparse = ruler.Ruler(), SparseConfig(sink=4, window=16, block=4, stride=4)
+    asked = ((family, "ruler_fwe"), (family, "ruler_vt"))
+
+    def plan(batch):
+        return runner.Plan("tiny", "cpu", "float32", asked, (1024, 1536), 1, batch, False, sparse, 0)
+
+    assert [[c.label for c in cells] for cells in plan(3).batches()] == [
+        ["ruler_fwe@1024", "ruler_vt@1024"],
+        ["ruler_fwe@1536", "ruler_vt@1536"],
+    ]
+    assert [len(cells) for cells in plan(1).batches()] == [1, 1, 1, 1]
+    streaming = [Method.parse("streaming")]
+    together = runner.run(plan(2), streaming, tmp_path / "together")
+    apart = runner.run(plan(1), streaming, tmp_path / "apart")
+    assert [(r["task"], r["length"], r["score"]) for r in together] == [
+        (r["task"], r["length"], r["score"])
+        for r in sorted(apart, key=lambda r: (r["length"], r["task"] == "ruler_vt"))
+    ]
+    for file in (tmp_path / "together" / "samples").iterdir():
+        one, other = (
+            [json.loads(line)["prediction"] for line in (tmp_path / out / "samples" / file.name).open().readlines()[1:]]
+            for out in ("together", "apart")
+        )
+        assert one == other and one
+
+
+def test_intervals_and_means():
+    rows = [{"score": s} for s in (0.0, 1.0, 1.0, 0.0)]
+    assert scores.interval(rows) == pytest.approx(1.96 * (1 / 3 / 4) ** 0.5)
+    assert scores.interval(rows[:1]) == 0
+    rows = [{"score": 1.0, "n": 1, "half_width": 0.3}, {"score": 0.0, "n": 3, "half_width": 0.4}]
+    assert summary.mean(rows) == {"score": 0.5, "half_width": pytest.approx(0.25), "n": 4}
+    weighted = summary.mean(rows, by_samples=True)
+    assert weighted == {"score": 0.25, "half_width": pytest.approx((0.075**2 + 0.3**2) ** 0.5), "n": 4}

@@ -1,0 +1,98 @@
+"""Tiny random backbones of every supported family, and inputs for them. Nothing is downloaded."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic.config import ElasticConfig, RouterConfig, SparseConfig
+
+FAMILIES = ("llama", "qwen3", "qwen2", "mistral", "olmo2", "granite")
+VOCAB = 97
+LAYERS, KV_HEADS = 3, 2
+
+
+def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
+    """A random 3-layer causal LM in fp32 eval mode: 4 heads, 2 KV heads, head dim 16."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if family == "mistral":
+        changes.setdefault("sliding_window", None)
+    if family == "qwen3":
+        changes.setdefault("head_dim", 16)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": KV_HEADS,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        **changes,
+    }
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).eval()
+
+
+def small_config(**sparse: Any) -> ElasticConfig:
+    """Sizes at which streaming differs from full attention on short inputs."""
+    return ElasticConfig(RouterConfig(pool_tokens=8), SparseConfig(**{"sink": 4, "window": 16, "block": 4, **sparse}))
+
+
+def varied_routers(model: Any, seed: int = 0) -> None:
+    """Give an attached model's routers random last layers that split near the middle of the logits of features as small
+    as those of random tokens.
+
+    Decisions then differ between layers, heads and inputs, which a test of routing needs.
+    """
+    from elastic.model.attach import routers
+
+    generator = torch.Generator().manual_seed(seed)
+    for router in routers(model):
+        last = router.head[-1]
+        with torch.no_grad():
+            last.weight.copy_(0.1 * torch.randn(last.weight.shape, generator=generator))
+            probe = torch.randn(64, *router.mean.shape, generator=generator).to(router.mean.device)
+            router.update_statistics(probe * 0.3)
+            gap = router(probe * 0.05)[..., 1] - router(probe * 0.05)[..., 0]
+            last.bias.copy_(torch.stack([gap.median(), gap.new_zeros(())]))
+
+
+def random_ids(rows: int, length: int, seed: int = 0) -> Tensor:
+    """[rows, length] token ids without the padding id."""
+    return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(ids: Tensor, pads: list[int]) -> tuple[Tensor, Tensor]:
+    """Rows with their first `pads[b]` tokens replaced by padding, and the attention mask."""
+    mask = torch.ones_like(ids)
+    padded = ids.clone()
+    for row, pad in enumerate(pads):
+        mask[row, :pad] = 0
+        padded[row, :pad] = 0
+    return padded, mask
+
+
+@functools.cache
+def small_bpe():
+    """A fast byte-level BPE tokenizer of 6,000 tokens, trained on this repository's README and wonderwords' nouns."""
+    import wonderwords
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=6000, special_tokens=["<e>"], initial_alphabet=alphabet, show_progress=False
+    )
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    nouns = wonderwords.RandomWord()._categories["nouns"]
+    made.train_from_iterator([readme, *(f" {noun}" for noun in nouns)], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<e>", eos_token="<e>")
+    fast.padding_side = "left"
+    return fast

@@ -1,0 +1,181 @@
+"""What elastic routing is measured against: a learned static pattern, random heads, all heads streaming."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from elastic import cli
+from elastic.config import ElasticConfig, RouterConfig, SparseConfig
+from elastic.model.attach import attach, override_routes, routers, routing
+from elastic.model.checkpoint import WEIGHTS, load_into, save_elastic
+from elastic.routing.methods import columns, parse_methods
+from elastic.routing.router import StaticRouter, build_router
+from elastic.training.config import OptimiserConfig
+from elastic.training.objective import LagrangeMultipliers
+from tests.helpers.models import KV_HEADS, LAYERS, random_ids, small_config, tiny_model
+from tests.helpers.training import ROOT, SMALL, build_data, small_run
+
+STATIC = ElasticConfig(RouterConfig(kind="static"), SMALL.sparse)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return build_data(tmp_path_factory.mktemp("data"))
+
+
+def static_model(seed: int = 3):
+    """An attached model whose static pattern differs between heads."""
+    model = attach(tiny_model(), ElasticConfig(RouterConfig(kind="static"), small_config().sparse))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for router in routers(model):
+            router.logits.copy_(torch.randn(KV_HEADS, 2, generator=generator))
+    return model
+
+
+def test_a_static_router_has_two_logits_per_head_and_ignores_its_input():
+    router = build_router(4, 16, RouterConfig(kind="static"))
+    assert isinstance(router, StaticRouter)
+    assert {name: value.shape for name, value in router.state_dict().items()} == {"logits": (4, 2)}
+    with torch.no_grad():
+        router.logits.copy_(torch.randn(4, 2))
+    one, two = router(torch.randn(3, 4, 16)), router(torch.randn(3, 4, 16))
+    assert torch.equal(one, two) and torch.equal(one[0], one[2]) and one.shape == (3, 4, 2)
+    one.sum().backward()
+    assert torch.equal(router.logits.grad, torch.full((4, 2), 3.0))
+
+
+def test_static_decisions_are_the_same_for_every_sample_and_obey_the_bias():
+    model = static_model()
+    with torch.no_grad():
+        model(random_ids(3, 40))
+    route = routing(model).route
+    expected = torch.stack([(router.logits[:, 1] > router.logits[:, 0]).float() for router in routers(model)])
+    assert torch.equal(route, expected[:, None].expand(-1, 3, -1))
+    assert set(expected.unique().tolist()) == {0.0, 1.0}
+
+
+def test_a_static_pattern_trains_saves_and_loads_like_a_router(data, tmp_path):
+    quick = OptimiserConfig(lr=0.1, weight_decay=0.0, multiplier_lr=0.5)
+    module, _, trainer = small_run(data, tmp_path, 3, elastic=STATIC, optimiser=quick)
+    assert all(router.logits.abs().max() > 0 for router in routers(module.model))
+    assert set(trainer._checkpoint_connector.dump_checkpoint()["state_dict"]) == {
+        *(f"model.model.layers.{layer}.self_attn.router.logits" for layer in range(3)),
+        "multipliers.l1",
+        "multipliers.l2",
+    }
+    again, *_ = small_run(data, tmp_path, 3, elastic=STATIC, optimiser=quick)
+    for one, two in zip(routers(module.model), routers(again.model), strict=True):
+        assert torch.equal(one.logits, two.logits)
+
+
+def test_a_static_checkpoint_round_trips_and_is_refused_as_an_input_router(tmp_path):
+    model = static_model()
+    save_elastic(tmp_path / "ck", model, "tiny", LagrangeMultipliers())
+    assert set(load_file(tmp_path / "ck" / WEIGHTS)) == {
+        *(f"layers.{layer}.logits" for layer in range(LAYERS)),
+        "multipliers.l1",
+        "multipliers.l2",
+    }
+    again = load_into(tiny_model(), tmp_path / "ck")
+    ids = random_ids(2, 40)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+    metadata = json.loads((tmp_path / "ck" / "elastic.json").read_text())
+    metadata["config"]["router"]["kind"] = "input"
+    (tmp_path / "ck" / "elastic.json").write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match=r"missing tensors layers\.0\..*unexpected tensors layers\.0\.logits"):
+        load_into(tiny_model(), tmp_path / "ck")
+
+
+def test_methods_choose_their_modes():
+    own = SparseConfig("xattention", "streaming", sink=4, window=16, block=4, stride=4)
+    names = ["elastic", "dense", "streaming", "xattention", "xattention:0.5", "elastic:fa-xa", "elastic:fa-xa:1.5"]
+    names.append("random:0.5")
+    found = {method.name: method.sparse(own) for method in parse_methods(names)}
+    modes = {name: (sparse.route0, sparse.route1, sparse.threshold) for name, sparse in found.items()}
+    full, xa, ssa = "full", "xattention", "streaming"
+    assert modes == {
+        "elastic": (xa, ssa, 0.9),
+        "dense": (full, ssa, 0.9),
+        "streaming": (full, ssa, 0.9),
+        "xattention": (full, xa, 0.9),
+        "xattention:0.5": (full, xa, 0.5),
+        "elastic:fa-xa": (full, xa, 0.9),
+        "elastic:fa-xa:1.5": (full, xa, 0.9),
+        "random:0.5": (xa, ssa, 0.9),
+    }
+    assert [method.bias for method in parse_methods(names)] == [None] * 6 + [1.5, None]
+    assert all((sparse.sink, sparse.window, sparse.block, sparse.stride) == (4, 16, 4, 4) for sparse in found.values())
+
+
+def test_methods_choose_their_routes():
+    dense, elastic, streaming, random, other = parse_methods(
+        ["dense", "elastic", "streaming", "random:0.7", "random:0.7:5"]
+    )
+    assert dense.routes(4, 5).sum() == 0 and streaming.routes(4, 5).sum() == 20 and elastic.routes(4, 5) is None
+    assert random.routes(4, 5).sum() == other.routes(4, 5).sum() == 14
+    assert torch.equal(random.routes(4, 5), random.routes(4, 5))
+    assert not torch.equal(random.routes(4, 5), other.routes(4, 5))
+    names = columns([dense, elastic, random])
+    assert names[:6] == tuple(f"{m}_{s}" for m in ("dense", "elastic") for s in ("loss", "accuracy", "exact"))
+    assert names[9:] == ("msr", "esr_last", "esr_all", "random:0.7_msr", "random:0.7_esr_last", "random:0.7_esr_all")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["dense"], r"methods=\['dense'\] lacks elastic; the routers are what is evaluated"),
+        (["elastic", "elastic"], "names a method twice"),
+        (["elastic", "sparse"], "method 'sparse' is not known; use dense, elastic, elastic:<bias>, elastic:<fa-ssa,"),
+        (["elastic", "elastic:inf"], "method 'elastic:inf' is not known; .* with a number <bias>"),
+        (["elastic", "elastic:1:2"], "method 'elastic:1:2' is not known"),
+        (["elastic", "random"], "method 'random' is not known"),
+        (["elastic", "random:1.5"], r"method 'random:1.5' is not known; .* in \[0, 1\]"),
+        (["elastic", "random:nan"], "method 'random:nan' is not known"),
+        (["elastic", "random:0.5:-1"], "a whole <seed> of 0 or more"),
+        (["elastic", "random:0.5:1:2"], "is not known"),
+        (["elastic", "xattention:0"], r"method 'xattention:0' is not known; .* <threshold> in \(0, 1\]"),
+        (["elastic", "elastic:fa-xa:1:2"], "method 'elastic:fa-xa:1:2' is not known"),
+        (["elastic", "elastic:ssa-xa"], r"elastic:<fa-ssa, fa-xa, xa-ssa>\[:<bias>\]"),
+    ],
+)
+def test_unknown_methods_are_refused(names, message):
+    with pytest.raises(ValueError, match=message):
+        parse_methods(names)
+
+
+def test_one_test_command_reports_every_method(data, tmp_path, capsys):
+    root, names = tmp_path / "run", ["dense", "elastic", "elastic:-50", "elastic:50", "streaming", "random:0.5"]
+    files = [word for name in ("debug.yaml", "router/static.yaml") for word in ("-c", str(ROOT / "configs" / name))]
+    flags = [f"--data.data_dir={data}", f"--trainer.default_root_dir={root}", "--trainer.enable_progress_bar=false"]
+    assert cli.main(["fit", *files, *flags, "--trainer.max_steps=2"]) == 0
+    capsys.readouterr()
+    methods = f"--model.methods=[{', '.join(names)}]"
+    assert cli.main(["test", *files, *flags, "--trainer.limit_test_batches=1.0", methods, "--ckpt_path=last"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{name} exact" in printed for name in names)
+    results = json.loads((root / "results_test.json").read_text())
+    assert results["methods"] == names and results["elastic"]["router"]["kind"] == "static"
+    for row in results["tasks"].values():
+        assert row["streaming_msr"] == 1 and row["random:0.5_msr"] == 0.5  # of six KV heads
+        assert (row["elastic:-50_msr"], row["elastic:50_msr"]) == (0, 1)  # the ends of its operating points
+        assert row["elastic:-50_loss"] == row["dense_loss"] and row["elastic:50_loss"] == row["streaming_loss"]
+        assert row["streaming_esr_all"] > row["random:0.5_esr_all"] > 0
+    needles = results["tasks"]["single_qa"]
+    assert needles["dense_exact"] > needles["streaming_exact"]
+
+
+def test_a_baseline_equals_its_override(data, tmp_path):
+    from elastic.data.packing import collate
+    from elastic.data.shards import open_corpus
+
+    module, loader, trainer = small_run(data, tmp_path, fit=False, methods=["random:0.5:2", "elastic"])
+    trainer.test(module, loader, verbose=False)
+    batches = [collate([row]) for row in open_corpus(data, "test", "single_qa")]
+    with torch.no_grad(), override_routes(module.model, module.methods[0].routes(3, 2)):
+        losses = torch.cat([module._answers(batch).scores["loss"] for batch in batches])
+    assert module.results["single_qa"]["random:0.5:2_loss"] == pytest.approx(float(losses.double().mean()), rel=1e-6)
+    assert module.results["single_qa"]["msr"] == 0  # undecided routers keep every head full

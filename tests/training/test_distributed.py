@@ -1,0 +1,171 @@
+"""Two processes over gloo train the same routers as one: DDP and FSDP2, both objectives; and through the command."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+import elastic
+from elastic.model.checkpoint import is_trainable
+from elastic.training.config import ObjectiveConfig, OptimiserConfig
+from elastic.training.sharding import average_gradients
+from tests.helpers.training import ROOT, build_data, command_environment, router_tensors, small_run
+
+# Two processes on two rows a step each; the test compares with one process on four.
+SCRIPT = """
+import sys
+import torch
+from lightning import Trainer, seed_everything
+from torch.distributed.tensor import DTensor
+from elastic.data import MixtureDataModule
+from elastic.distributed import ShardedBackbone
+from elastic.lit_module import ElasticModule
+from elastic.training_config import ObjectiveConfig, OptimiserConfig
+from tests.helpers.training import SMALL, router_tensors
+
+
+class Watched(ElasticModule):
+    def training_step(self, batch, batch_idx):
+        self.rows = [*getattr(self, "rows", []), *(int(m["input_ids"].sum()) for m in batch)]
+        super().training_step(batch, batch_idx)
+
+
+if __name__ == "__main__":
+    data, strategy, kind = sys.argv[1:]
+    torch.set_num_threads(1)
+    seed_everything(0, verbose=False)
+    module = Watched(
+        elastic=SMALL,
+        optimiser=OptimiserConfig(lr=1e-2, multiplier_lr=0.5),
+        objective=ObjectiveConfig(kind, budget=1e-4),
+        gradient_checkpointing=kind == "quality",
+    )
+    trainer = Trainer(
+        accelerator="cpu", devices=2, max_steps=3, max_epochs=-1, logger=False,
+        strategy=ShardedBackbone() if strategy == "fsdp" else strategy,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        limit_val_batches=2, num_sanity_val_steps=0, use_distributed_sampler=False,
+    )
+    loader = MixtureDataModule(data, rows_per_step=2)
+    trainer.fit(module, loader)
+    trainer.validate(module, loader, verbose=False)
+    torch.save(
+        {
+            "state": router_tensors(module), "step": trainer.global_step, "rows": module.rows,
+            "results": module.results,
+            "sharded": sum(isinstance(p, DTensor) for p in module.parameters()),
+        },
+        f"rank{trainer.global_rank}.pt",
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return build_data(tmp_path_factory.mktemp("data"))
+
+
+def environment() -> dict[str, str]:
+    """Of a process that starts processes: nothing of the test runner's own."""
+    clean = command_environment(MASTER_ADDR="127.0.0.1")
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"):
+        clean.pop(name, None)
+    return clean
+
+
+def train(folder: Path, data: Path, strategy: str, kind: str) -> list[dict]:
+    """Run the script; what each of the two processes ended with."""
+    (folder / "train.py").write_text(SCRIPT)
+    command = [sys.executable, "train.py", str(data), strategy, kind]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(("strategy", "kind"), [("ddp", "target"), ("fsdp", "quality")])
+def test_two_processes_train_the_routers_of_one(data, tmp_path, strategy, kind):
+    one, two = train(tmp_path, data, strategy, kind)
+    settings = {
+        "optimiser": OptimiserConfig(lr=1e-2, multiplier_lr=0.5),
+        "objective": ObjectiveConfig(kind, budget=1e-4),
+    }
+    single, _, trainer = small_run(data, tmp_path, 3, rows_per_step=4, **settings)
+    assert one["step"] == two["step"] == trainer.global_step == 3
+    assert bool(one["sharded"]) == bool(two["sharded"]) == (strategy == "fsdp")
+    assert one["rows"] != two["rows"]
+    for name, value in router_tensors(single).items():
+        assert torch.equal(one["state"][name], two["state"][name]), name  # multipliers included
+        torch.testing.assert_close(one["state"][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    multipliers = [value for name, value in one["state"].items() if name.startswith("multipliers.")]
+    assert any(value.abs().max() > 1e-3 for value in multipliers)
+    assert one["state"]["model.model.layers.0.self_attn.router.head.4.weight"].abs().max() > 1e-3
+    for row in one["results"].values():
+        assert row["n"] % 2 == 0 and row["n"] > 0  # every process reads every row
+    assert one["results"] == two["results"]
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+def test_the_command_trains_on_two_processes_and_strategies_share_checkpoints(data, tmp_path):
+    """A DDP run of two steps goes on under FSDP2 from the same files."""
+    configs, ends = ROOT / "configs", []
+    fixed = [f"--data.data_dir={data}", "--trainer.devices=2", "--trainer.limit_val_batches=1", "--ckpt_path=last"]
+    for steps, strategy in (
+        (2, ["--trainer.strategy=ddp"]),
+        (4, ["-c", str(configs / "strategy" / "fsdp.yaml")]),
+    ):
+        arguments = ["fit", "-c", str(configs / "debug.yaml"), *strategy, *fixed]
+        arguments += [f"--trainer.max_steps={steps}", "--trainer.default_root_dir=run"]
+        done = subprocess.run(
+            [sys.executable, "-m", "elastic.cli", *arguments],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        ends.append(torch.load(tmp_path / "run" / "last.ckpt", weights_only=True))
+    ddp, fsdp = ends
+    assert (ddp["global_step"], fsdp["global_step"]) == (2, 4)
+    assert ddp["state_dict"].keys() == fsdp["state_dict"].keys() and all(is_trainable(n) for n in ddp["state_dict"])
+    for end, steps in ((ddp, 2), (fsdp, 4)):
+        assert {float(state["step"]) for state in end["optimizer_states"][0]["state"].values()} == {steps}
+    last = "model.model.layers.0.self_attn.router.head.4.weight"
+    assert not torch.equal(ddp["state_dict"][last], fsdp["state_dict"][last])
+    model, _ = elastic.load(tmp_path / "run" / "checkpoint")
+    for name, value in model.state_dict().items():
+        if is_trainable(name):
+            assert torch.equal(value, fsdp["state_dict"][f"model.{name}"])
+
+
+def test_gradients_are_averaged_and_a_missing_one_counts_as_zero():
+    with one_process_group():
+        present, missing = torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))
+        present.grad = torch.ones(2, 3)
+        average_gradients([present, missing])
+    assert torch.equal(present.grad, torch.ones(2, 3)) and torch.equal(missing.grad, torch.zeros(4))
+
+
+def test_lightnings_own_model_parallel_strategy_is_refused(data, tmp_path):
+    module, loader, _ = small_run(data, tmp_path, fit=False)
+    trainer = Trainer(accelerator="cpu", devices=1, strategy=ModelParallelStrategy(1, 1), logger=False, max_steps=1)
+    try:
+        with pytest.raises(ValueError, match=r"ModelParallelStrategy does not know what is frozen; use elastic\.dist"):
+            trainer.fit(module, loader)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def one_process_group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()

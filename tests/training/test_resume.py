@@ -1,0 +1,150 @@
+"""A killed run ends with the same weights as an unbroken one, and a half-written checkpoint is never picked up."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from elastic.training.resume import AtomicCheckpointIO, noise_seed
+from tests.helpers.training import ROOT, build_data, fit_process
+
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return build_data(tmp_path_factory.mktemp("data"))
+
+
+def arguments(data: Path, steps: int = STEPS) -> list[str]:
+    flags = {
+        "data.data_dir": data,
+        "trainer.max_steps": steps,
+        "trainer.val_check_interval": 7,
+        "trainer.limit_val_batches": 2,
+        "trainer.default_root_dir": "run",
+        "trainer.enable_progress_bar": "false",
+        "resume_checkpoint.every_n_steps": 4,
+        "elastic_checkpoint.every_n_steps": 9,
+        "model.optimiser.lr": 0.01,
+        "model.optimiser.multiplier_lr": 0.3,
+        "ckpt_path": "last",
+    }
+    return ["-c", str(ROOT / "configs" / "debug.yaml"), *(f"--{key}={value}" for key, value in flags.items())]
+
+
+def finish(process) -> int:
+    """Run a process to its end; its exit code (negative: the signal that killed it)."""
+    process.start()
+    process.join(timeout=900)
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail("the run hangs")
+    return process.exitcode
+
+
+def final_state(folder: Path) -> dict:
+    checkpoint = torch.load(folder / "run" / "last.ckpt", weights_only=True)
+    return {key: checkpoint[key] for key in ("global_step", "state_dict", "optimizer_states")}
+
+
+def assert_bit_equal(one, other, where="") -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_bit_equal(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_bit_equal(a, b, f"{where}/{i}")
+    else:
+        assert one == other, where
+
+
+def assert_same_end(folder: Path, reference: Path) -> None:
+    assert_bit_equal(final_state(folder), final_state(reference))
+    weights = Path("run") / "checkpoint" / "router.safetensors"
+    assert (folder / weights).read_bytes() == (reference / weights).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert finish(fit_process(arguments(data), folder)) == 0, (folder / "fit.log").read_text()
+    state = final_state(folder)
+    assert state["global_step"] == STEPS
+    moved = [value for name, value in state["state_dict"].items() if name.endswith("head.4.weight")]
+    assert all(value.abs().max() > 0 for value in moved)
+    return folder
+
+
+def test_killed_at_steps_and_in_a_save_ends_bit_equal(data, unbroken, tmp_path):
+    """Before the first save, between saves, beyond the first epoch, and half-way through writing a checkpoint."""
+    for dies in (("step", 2), ("save", 2), ("step", 23)):
+        assert finish(fit_process(arguments(data), tmp_path, dies)) == -signal.SIGKILL, (
+            tmp_path / "fit.log"
+        ).read_text()
+    assert finish(fit_process(arguments(data), tmp_path)) == 0, (tmp_path / "fit.log").read_text()
+    assert_same_end(tmp_path, unbroken)
+    log = (tmp_path / "fit.log").read_text()
+    assert log.count("does not exist yet, starting from the beginning") == 2 and log.count("checkpoint: run/last") == 4
+
+
+def test_a_finished_run_is_not_trained_further(data, unbroken):
+    before = final_state(unbroken)
+    assert finish(fit_process(arguments(data), unbroken)) == 0
+    assert_bit_equal(final_state(unbroken), before)
+
+
+def test_a_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
+    writer, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    writer.save_checkpoint({"step": 1}, path)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        writer.save_checkpoint({"step": 2}, path)
+    assert writer.load_checkpoint(path, weights_only=True) == {"step": 1}
+    with pytest.raises(ValueError, match="storage_options=\\{\\} is not supported"):
+        writer.save_checkpoint({}, path, {})
+
+
+def test_noise_seeds_differ_by_every_part_and_stay_the_same():
+    seeds = {noise_seed(a, b, c, d) for a in range(4) for b in range(4) for c in range(4) for d in range(4)}
+    assert len(seeds) == 256 and all(0 <= seed < 2**63 for seed in seeds)
+    assert noise_seed(0, 1, 2, 3) == 1600451676917365778
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_ends_bit_equal(data, tmp_path):
+    steps, rng = 250, random.Random(int(os.environ.get("KILL_SEED", "0")))
+    reference, broken = tmp_path / "reference", tmp_path / "broken"
+    reference.mkdir()
+    broken.mkdir()
+    started = time.monotonic()
+    assert finish(fit_process(arguments(data, steps), reference)) == 0
+    whole = time.monotonic() - started
+    kills = 0
+    while kills < 10:
+        process = fit_process(arguments(data, steps), broken)
+        process.start()
+        process.join(timeout=rng.uniform(0.03, 0.15) * whole)
+        if process.exitcode is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+        file = broken / "run" / "last.ckpt"
+        step = torch.load(file, weights_only=True)["global_step"] if file.is_file() else None
+        print(f"kill {kills}: {step} steps saved")  # noqa: T201 - shown with -s
+    assert finish(fit_process(arguments(data, steps), broken)) == 0
+    assert kills == 10
+    assert_same_end(broken, reference)
