@@ -29,7 +29,7 @@ def alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_atomic(file: Path, text: str) -> None:
     """Write a file, as UTF-8, that readers see whole or as it was before; inside `alone`, because the scratch file
     beside it has one name.
 

@@ -26,7 +26,6 @@ class Layout:
         packed: several samples share a row (then Lq = Lk).
         padded: some position belongs to no sample.
         bounds: the samples' boundaries in a packed row, known to the host.
-        kept: see `once`.
     """
 
     row_N: Tensor
@@ -39,13 +38,13 @@ class Layout:
     packed: bool
     padded: bool
     bounds: tuple[int, ...] = ()
-    kept: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    _memo: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    def once(self, name: Hashable, build: Callable[[], Any]) -> Any:
+    def memo(self, name: Hashable, build: Callable[[], Any]) -> Any:
         """`build()` of the first call with this name: what the layers of one forward pass share."""
-        if name not in self.kept:
-            self.kept[name] = build()
-        return self.kept[name]
+        if name not in self._memo:
+            self._memo[name] = build()
+        return self._memo[name]
 
     @property
     def past(self) -> int:

@@ -26,9 +26,9 @@ from elastic.kernels import (
     period_of,
     route_gap,
     slot_table,
-    why_no_backward,
-    why_no_selection,
-    why_not,
+    unsupported_backward,
+    unsupported_reason,
+    unsupported_selection,
 )
 from elastic.kernels.params import Ranges
 
@@ -39,9 +39,11 @@ def backend_for(
     """What runs inference (or `training`) on such tensors, as reports and logs state it: a kernel, or PyTorch and on a
     GPU the reason. With the modes of `sparse`, also where PyTorch chooses key blocks for a kernel.
     """
-    reason = (why_no_backward if training else why_not)(device, dtype, head_dim)
+    reason = (unsupported_backward if training else unsupported_reason)(device, dtype, head_dim)
     if reason is None:
-        chooser = why_no_selection(device, dtype, head_dim) if sparse is not None and sparse.has("xattention") else None
+        chooser = (
+            unsupported_selection(device, dtype, head_dim) if sparse is not None and sparse.has("xattention") else None
+        )
         return kernel_path(device) + (f"; key blocks are chosen in torch: {chooser}" if chooser else "")
     return f"torch ({device.type})" if device.type != "cuda" else f"torch (cuda; {reason})"
 
@@ -83,7 +85,7 @@ def choose_blocks(
 
 def _runs_fused(q: Tensor, k: Tensor, v: Tensor, route: Tensor) -> bool:
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, route))
-    reason = why_no_backward if differentiable else why_not
+    reason = unsupported_backward if differentiable else unsupported_reason
     return reason(q.device, q.dtype, q.shape[-1]) is None
 
 
@@ -132,7 +134,7 @@ def _slots(plan: HeadPlan) -> Tensor:
     layout, period = plan.layout, period_of(plan.gradient_share)
     ranges, sizes = Ranges(**layout.kernel_ranges), (layout.rows, layout.queries, layout.keys)
     samples, device = plan.mode_NK.shape[0], plan.mode_NK.device
-    return layout.once(("slots", period), lambda: slot_table(ranges, *sizes, samples, period, device))
+    return layout.memo(("slots", period), lambda: slot_table(ranges, *sizes, samples, period, device))
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -7,7 +7,7 @@ from elastic.attention.head_plan import HeadPlan
 from elastic.attention.routed import choose_blocks, routed_attention
 
 
-class Context:
+class RowSlice:
     """Which part of each row this process holds: all of it. `elastic.training.context_parallel` has the other kind.
 
     Attributes:

@@ -16,7 +16,7 @@ from elastic.bench.race import conclude, run_case
 from elastic.bench.records import Record
 from elastic.bench.timing import extra_bytes, host_microseconds, matmul_tflops
 from elastic.console import say
-from elastic.kernels import why_not
+from elastic.kernels import unsupported_reason
 
 SUMMARY = "the fused forward kernel beside SDPA, FlexAttention, serial dispatch and flash-attn-4"
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         ValueError: options that do not fit, or no GPU that runs the kernels.
     """
     cases, (contestants, absent) = cases_of(args), chosen(args, COMPETITORS)
-    device = kernel_device(args, why_not)
+    device = kernel_device(args, unsupported_reason)
     for name in absent:
         say(f"{name} left out: {COMPETITORS[name].package} is not installed")
     stamp, path = records.stamp(command, args.commit, device), args.out / f"{args.tag}.json"

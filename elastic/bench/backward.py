@@ -19,7 +19,7 @@ from elastic.bench.options import add_options, cases_of, chosen, kernel_device
 from elastic.bench.race import conclude, run_case
 from elastic.bench.records import Record
 from elastic.bench.timing import matmul_tflops
-from elastic.kernels import attention_backward, why_no_backward
+from elastic.kernels import attention_backward, unsupported_backward
 
 SUMMARY = "the backward kernels beside autograd of SDPA and FlexAttention"
 FORWARDS = 2.5
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         ValueError: options that do not fit, or no GPU that runs the kernels.
     """
     cases, (contestants, _) = cases_of(args), chosen(args, COMPETITORS)
-    device = kernel_device(args, why_no_backward)
+    device = kernel_device(args, unsupported_backward)
     stamp, path = records.stamp(command, args.commit, device), args.out / f"{args.tag}.json"
     stamp["kernel"] = "attention_backward_sm90 (sm_90a)"
     ceiling: Record = {"case": "matmul-8192", "who": "cublas", "metric": "eff", "value": matmul_tflops()}

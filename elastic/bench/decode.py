@@ -24,7 +24,7 @@ from elastic.bench.records import LEFT_OUT, Record
 from elastic.bench.replay import copies_beyond_cache, in_turn, replayed
 from elastic.bench.timing import host_microseconds, measure
 from elastic.console import say
-from elastic.kernels import attention_decode, why_not
+from elastic.kernels import attention_decode, unsupported_reason
 
 SUMMARY = "decode attention with an elastic cache beside dense SDPA"
 LENGTHS, RATIOS = (8192, 32768, 131072), (0.0, 0.5, 0.75, 1.0)
@@ -238,7 +238,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         ValueError: options that do not fit, or no GPU that runs the kernel.
     """
     cases = cases_of(args)
-    device = kernel_device(args, why_not)
+    device = kernel_device(args, unsupported_reason)
     stamp, path = records.stamp(command, args.commit, device), Path(args.out) / f"{args.tag}.json"
     stamp["kernel"] = "attention_decode"
     found = [{**record, **stamp} for record in machine_records(cases)]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from elastic.attention.row_slice import Context
+from elastic.attention.row_slice import RowSlice
 from elastic.bench.records import Record
 from elastic.bench.stock_graph import captured, give_room, in_place_step
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.inference.decode_graph import DecodeGraph
 from elastic.model import attach
-from elastic.model.attach import elastic_config, route_of, set_context
+from elastic.model.attach import elastic_config, route_of, set_row_slice
 
 Run = list[Record]
 STOCK = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
@@ -198,14 +198,14 @@ class _Clock:
 
 @contextmanager
 def _timed_elastic(model: Any) -> Iterator[_Clock]:
-    context, clock = Context(), _Clock()
-    context.attend = clock.timed("attention", context.attend)  # type: ignore[method-assign]
-    previous = set_context(model, context)
+    row_slice, clock = RowSlice(), _Clock()
+    row_slice.attend = clock.timed("attention", row_slice.attend)  # type: ignore[method-assign]
+    previous = set_row_slice(model, row_slice)
     try:
         with patch.object(attach, "route_layer", clock.timed("router", attach.route_layer)):
             yield clock
     finally:
-        set_context(model, previous)
+        set_row_slice(model, previous)
 
 
 @contextmanager

@@ -103,15 +103,15 @@ def chosen(args: argparse.Namespace, competitors: Mapping[str, Contestant]) -> t
 
 
 def kernel_device(
-    args: argparse.Namespace, why_not: Callable[[torch.device, torch.dtype, int], str | None]
+    args: argparse.Namespace, unsupported_reason: Callable[[torch.device, torch.dtype, int], str | None]
 ) -> torch.device:
     """The GPU that the kernels are timed on.
 
     Raises:
-        ValueError: there is none that runs them, by `why_not`.
+        ValueError: there is none that runs them, by `unsupported_reason`.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    why = why_not(device, DTYPES[args.dtype], args.head_dim)
+    why = unsupported_reason(device, DTYPES[args.dtype], args.head_dim)
     if why is not None:
         raise ValueError(
             f"timing the kernels needs an NVIDIA GPU that runs them: {why}; `elastic doctor` shows what this machine "

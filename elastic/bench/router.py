@@ -27,9 +27,9 @@ from elastic.bench.replay import in_turn, replayed
 from elastic.bench.timing import host_microseconds
 from elastic.config import ElasticConfig
 from elastic.console import say
-from elastic.kernels import why_not
+from elastic.kernels import unsupported_reason
 from elastic.model.families import prerope_keys
-from elastic.model.layer_hooks import Routing, route_layer
+from elastic.model.layer_hooks import AttachedState, route_layer
 from elastic.routing.decision import decide_from_keys
 from elastic.routing.pooling import Pooling
 from elastic.routing.router import AttentionRouter
@@ -83,7 +83,7 @@ def plan_of(attn: Any, route: Tensor, config: ElasticConfig, layout: Layout) -> 
     return HeadPlan.build(route, config.sparse, layout, mode_NK=attn.router.last.mode_NK)
 
 
-def whole(layers: list[Any], hidden: Tensor, layout: Layout, routing: Routing) -> list[Callable[[], HeadPlan]]:
+def whole(layers: list[Any], hidden: Tensor, layout: Layout, routing: AttachedState) -> list[Callable[[], HeadPlan]]:
     """Per layer: route and plan from the hidden states."""
 
     def call(attn: Any) -> HeadPlan:
@@ -92,7 +92,9 @@ def whole(layers: list[Any], hidden: Tensor, layout: Layout, routing: Routing) -
     return [lambda attn=attn: call(attn) for attn in layers]  # type: ignore[misc]
 
 
-def from_keys(layers: list[Any], hidden: Tensor, layout: Layout, routing: Routing) -> list[Callable[[], HeadPlan]]:
+def from_keys(
+    layers: list[Any], hidden: Tensor, layout: Layout, routing: AttachedState
+) -> list[Callable[[], HeadPlan]]:
     """Per layer: route and plan from keys that are gathered and projected already."""
     config, context = routing.config, routing.context
     pooling = Pooling.shared(layout, config.router.pool_tokens, hidden.shape[1], context)
@@ -123,7 +125,7 @@ def disagreement(layers: list[Any], hidden: Tensor, layout: Layout, config: Elas
     for attn in layers:
         found = []
         for fused in (True, False):
-            routing = Routing(config)
+            routing = AttachedState(config)
             routing.fused = fused
             plan = plan_of(attn, route_layer(attn, hidden, layout, None, routing), config, layout)
             found.append((plan.mode_NK, attn.router.last.logits_NK2))
@@ -150,7 +152,7 @@ def run_case(case: RouteCase, config: ElasticConfig, budget_ms: float, device: s
             if why is not None and fused:
                 found.append({**shared, "who": who, "metric": LEFT_OUT, "value": None, "unit": "", "why": why})
                 continue
-            routing = Routing(config)
+            routing = AttachedState(config)
             routing.fused = fused
             call = in_turn(calls_of(layers, hidden, layout, routing))
             found += replayed(case.name, case.facts(), who, call, budget_ms)
@@ -185,7 +187,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     """
     if min(*args.lengths, args.batch, args.hidden, args.kv_heads) < 1:
         raise ValueError("--lengths, --batch, --hidden and --kv-heads must be at least 1")
-    device, config = kernel_device(args, why_not), ElasticConfig()
+    device, config = kernel_device(args, unsupported_reason), ElasticConfig()
     stamp, path = records.stamp(command, args.commit, device), Path(args.out) / f"{args.tag}.json"
     stamp["kernel"] = "route_prompt"
     found: list[Record] = []

@@ -14,7 +14,7 @@ from torch import Tensor
 from elastic.config import ElasticConfig
 from elastic.data.packing import IGNORE, Batch
 from elastic.data.tasks import TASKS
-from elastic.model.attach import attach, elastic_config, routers, routing, set_config
+from elastic.model.attach import attach, elastic_config, last_routes, routers, set_config
 from elastic.model.compiling import compile_layers
 from elastic.routing.relaxation import sample_route
 from elastic.routing.sparsity import msr
@@ -114,7 +114,7 @@ class Step:
         names = ("input_ids", "position_ids", "cu_seq_lens", "prompt_spans")
         inputs: dict[str, Any] = {name: batch[name] for name in names}  # type: ignore[literal-required]
         hidden = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
-        ratio = msr(routing(self.model).route)
+        ratio = msr(last_routes(self.model).route)
         head = self.model.get_output_embeddings()
         self.objective.judge(RoutedPass(batch, hidden, ratio, None, head, 1024)).loss.backward()
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)

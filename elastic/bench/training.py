@@ -20,7 +20,7 @@ from torch import Tensor
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import packed_layout
 from elastic.attention.routed import fused, routed_attention
-from elastic.attention.row_slice import Context
+from elastic.attention.row_slice import RowSlice
 from elastic.bench import records, tables
 from elastic.bench.options import add_record_options, kernel_device
 from elastic.bench.race import TOLERANCE, largest_difference
@@ -29,8 +29,8 @@ from elastic.bench.step import HEAD_DIM, HEADS, KV_HEADS, SHAPES, Step, bounds_o
 from elastic.bench.timing import Timing, measure
 from elastic.config import SparseConfig
 from elastic.console import say
-from elastic.kernels import why_no_backward
-from elastic.model.attach import routing, set_context
+from elastic.kernels import unsupported_backward
+from elastic.model.attach import last_routes, set_row_slice
 from elastic.training.config import ALLOCATOR
 
 SUMMARY = "a routed training step beside the recipe that runs both modes; memory of a step of a whole backbone"
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, command: str) -> int:
             "length that is a multiple of 128 per sample"
         )
     os.environ.setdefault(*ALLOCATOR)
-    device = kernel_device(args, why_no_backward)
+    device = kernel_device(args, unsupported_backward)
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gb * 1e9 / total), device)
     stamp, path = records.stamp(command, args.commit, device), args.out / f"{args.tag}.json"
@@ -110,7 +110,7 @@ def both_modes(
     return torch.lerp(outs[0], outs[1], weight_SH[None, :, :, None].to(outs[0].dtype))
 
 
-class BothModes(Context):
+class BothModes(RowSlice):
     """Makes an attached model train by the recipe."""
 
     def attend(self, *arguments: Any) -> tuple[Tensor, None]:
@@ -201,15 +201,15 @@ def step_records(args: argparse.Namespace, device: torch.device, name: str) -> l
     recipe = Step(model, batch, 1.0, args.msr)
 
     def both() -> None:
-        previous = set_context(model, BothModes())
+        previous = set_row_slice(model, BothModes())
         recipe()
-        set_context(model, previous)
+        set_row_slice(model, previous)
 
     calls: dict[str, Callable[[], Any]] = {"both modes": both}
     calls |= {named(share): Step(model, batch, share, args.msr) for share in args.shares}
     case = f"{name}-{args.layers}l-{args.length // 1024}k"
     found = compare(case, calls, timed_steps)
-    ratio = routing(model).route.mean().item()
+    ratio = last_routes(model).route.mean().item()
     return [*found, {"case": case, "who": "routed", "metric": "MSR", "value": ratio, "unit": ""}]
 
 
@@ -229,7 +229,7 @@ def whole_records(args: argparse.Namespace, device: torch.device, name: str) -> 
         "step time": (timing.ms, "ms"),
         "peak allocated": (torch.cuda.max_memory_allocated(device) / 1e9, "GB"),
         "peak reserved": (torch.cuda.max_memory_reserved(device) / 1e9, "GB"),
-        "MSR": (routing(model).route.mean().item(), ""),
+        "MSR": (last_routes(model).route.mean().item(), ""),
     }
     for metric, (value, unit) in figures.items():
         say(f"{case:28s} {metric:22s} {value:10.2f} {unit}")

@@ -22,7 +22,7 @@ from elastic.bench.records import Record
 from elastic.bench.structured import structured
 from elastic.bench.timing import extra_bytes, matmul_tflops
 from elastic.console import say
-from elastic.kernels import attention_forward, select_blocks, why_no_selection
+from elastic.kernels import attention_forward, select_blocks, unsupported_selection
 from elastic.kernels.block_bits import count_bits
 from elastic.kernels.params import BLOCK_SPARSE, Ranges
 from elastic.kernels.xattention_oracle import select_oracle
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     for length in (*args.lengths, *args.layers, args.memory):
         if length < 0 or length % BLOCK:
             raise ValueError(f"length {length} is not a multiple of {BLOCK}; use {-(-abs(length) // BLOCK) * BLOCK}")
-    device = kernel_device(args, why_no_selection)
+    device = kernel_device(args, unsupported_selection)
     stamp, path = records.stamp(command, args.commit, device), args.out / f"{args.tag}.json"
     stamp["kernel"] = "xattention_select_sm90 (sm_90a)"
     found = [{"case": "matmul-8192", "who": "cublas", "metric": "eff", "value": matmul_tflops(), "unit": "TFLOP/s"}]

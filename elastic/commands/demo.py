@@ -12,7 +12,7 @@ from elastic.console import Parser, complain, say, side_by_side, supports_unicod
 from elastic.data.tasks import ROBUST, SENSITIVE
 
 SUMMARY = "train routers for some minutes on the CPU, compare with dense, save, load and generate"
-HARDLY = 0.05  # an MSR gap below this is called no separation
+MIN_SEPARATION = 0.05  # an MSR gap below this is called no separation
 
 
 def main(argv: list[str]) -> int:
@@ -98,7 +98,7 @@ def verdict(results: dict[str, dict[str, float]]) -> str:
     every = (*SENSITIVE, *ROBUST)
     change = mean("elastic_accuracy", every) - mean("dense_accuracy", every)
     lines = [f"Sensitive tasks run {sensitive:.0%} of their heads sparse, robust tasks {robust:.0%}."]
-    if robust - sensitive < HARDLY:
+    if robust - sensitive < MIN_SEPARATION:
         lines.append("The routers hardly tell the tasks apart after this short run; more --steps may help.")
     n = min(row["n"] for row in results.values())
     lines.append(f"Answer-token accuracy changes by {change:+.3f} on average over tasks (n = {n:.0f} a task: rough).")
@@ -128,7 +128,7 @@ def answer_two(checkpoint: Path, records: Path, tasks: tuple[str, str], new_toke
     say(side_by_side(one, two))
     differ, total = heads_that_differ(*reports), sum(map(len, reports[0].route))
     say(f"\n{differ} of {total} heads are routed differently for the two prompts.")
-    if differ < HARDLY * total:
+    if differ < MIN_SEPARATION * total:
         say("That is next to nothing: for these two prompts the routers act like one fixed pattern.")
 
 

@@ -199,7 +199,7 @@ def _kernels() -> list[Check]:
     good = error < HALF_TOLERANCE
     detail = f"{kernels.kernel_path(device)}: within {error:.1e} of the oracle (bf16)"
     checks = [Check("kernels", OK if good else FAIL, detail, "" if good else "run pytest tests/kernels and report it")]
-    missing = kernels.why_no_selection(device, q.dtype, q.shape[-1])
+    missing = kernels.unsupported_selection(device, q.dtype, q.shape[-1])
     if missing is not None:
         return [*checks, Check("block choice", ABSENT, f"{missing}; XAttention chooses in PyTorch")]
     sizes: dict[str, Any] = {"stride": 8, "threshold": 0.5, "block": 64}

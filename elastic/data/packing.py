@@ -20,28 +20,28 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Sample:
-    """One tokenised record: the first `prompt_length` tokens are the prompt, which routers see; then `given` tokens
-    with which the assistant's turn begins, which nobody has to predict; the rest is the answer. `source` names the
-    generator or data set, so that results can be told apart by it.
+    """One tokenised record: the first `prompt_length` tokens are the prompt, which routers see; then `prefix_length`
+    tokens with which the assistant's turn begins, which nobody has to predict; the rest is the answer. `source` names
+    the generator or data set, so that results can be told apart by it.
     """
 
     input_ids: list[int]
     prompt_length: int
     task_id: int
     source: str = "unknown"
-    given: int = 0
+    prefix_length: int = 0
 
     def __post_init__(self) -> None:
         if not (0 < self.prompt_length <= self.answer_start < len(self.input_ids)):
             raise ValueError(
-                f"a sample of {len(self.input_ids)} tokens has a prompt of {self.prompt_length} and {self.given} given "
-                "ones after it; it needs at least one prompt token and one answer token"
+                f"a sample of {len(self.input_ids)} tokens has a prompt of {self.prompt_length} and "
+                f"{self.prefix_length} given ones after it; it needs at least one prompt token and one answer token"
             )
 
     @property
     def answer_start(self) -> int:
         """Place of the first token that counts as the answer."""
-        return self.prompt_length + self.given
+        return self.prompt_length + self.prefix_length
 
 
 class PackedRow(TypedDict):

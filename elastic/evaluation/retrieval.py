@@ -14,14 +14,14 @@ from torch import Tensor
 
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.reference import attention, dense_mask
-from elastic.attention.row_slice import Context
-from elastic.files import write_whole
-from elastic.model.attach import override_routes, set_context
+from elastic.attention.row_slice import RowSlice
+from elastic.files import write_atomic
+from elastic.model.attach import override_routes, set_row_slice
 
 NEEDLE_TASKS = ("niah_single_1", "niah_multikey_2")  # without outside data, one needle asked for
 
 
-class _Watch(Context):
+class _Watch(RowSlice):
     """Attention as ever; on the side, the mass that each KV head's queries put on the needle."""
 
     def __init__(self, needle_S: Tensor, answers: int) -> None:
@@ -57,12 +57,12 @@ def retrieval_scores(model: Any, tokenizer: Any, docs: Sequence[dict[str, Any]])
     for doc in docs:
         ids, needle_S, answers = _tokens(doc, tokenizer)
         watch = _Watch(needle_S, answers)
-        previous = set_context(model, watch)
+        previous = set_row_slice(model, watch)
         try:
             with override_routes(model, 0):
                 model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1)
         finally:
-            set_context(model, previous)
+            set_row_slice(model, previous)
         total = total + torch.stack(watch.mass_LK)
     assert isinstance(total, Tensor)
     return total / len(docs)
@@ -92,6 +92,6 @@ def write_ranking(score_LK: Tensor, file: Path, facts: dict[str, Any]) -> None:
     place[score_LK.flatten().argsort(stable=True)] = (torch.arange(heads) + 0.5) / heads
     file.parent.mkdir(parents=True, exist_ok=True)
     details = {**facts, "score": [[round(x, 6) for x in row] for row in score_LK.tolist()]}
-    write_whole(file.with_suffix(".json"), json.dumps(details, indent=1) + "\n")
+    write_atomic(file.with_suffix(".json"), json.dumps(details, indent=1) + "\n")
     lines = ["\t".join(f"{x:.5f}" for x in row) for row in place.view_as(score_LK).tolist()]
-    write_whole(file, "\n".join(lines) + "\n")
+    write_atomic(file, "\n".join(lines) + "\n")

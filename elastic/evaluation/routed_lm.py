@@ -15,8 +15,8 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from elastic.config import SparseConfig
 from elastic.inference.decode_graph import can_graph, graphed
-from elastic.inference.generate import ends_of, new_cache
-from elastic.model.attach import elastic_config, override_routes, route_of, routing
+from elastic.inference.generate import eos_ids, new_cache
+from elastic.model.attach import elastic_config, last_routes, override_routes, route_of
 from elastic.model.loading import architecture
 from elastic.routing.sparsity import esr, msr
 
@@ -108,7 +108,7 @@ class RoutedLM(HFLM):
     @torch.no_grad()
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation: Any) -> Tensor:
         """Ids [B, prompt + answer]; where the decode kernel runs, decode steps replay a CUDA graph."""
-        if self.eot_token_id in ends_of(self.model):  # where `generate` ends by itself, without decoding every step
+        if self.eot_token_id in eos_ids(self.model):  # where `generate` ends by itself, without decoding every step
             stop = [text for text in stop if text != self.tok_decode(self.eot_token_id, skip_special_tokens=False)]
         clock, graph = _Clock(self.device), can_graph(self.model, architecture(self.model)["head_dim"])
         generation |= {"stop": stop, "logits_processor": LogitsProcessorList([clock])}
@@ -139,7 +139,7 @@ class RoutedLM(HFLM):
             rows = [kept + answer[:-1] for _, kept, _, answer in chunk]
             self._waiting = [(pair[0], len(kept), len(c) - len(kept)) for pair, kept, c, _ in chunk]
             logits, seconds = self._packed(rows, [len(kept) for _, kept, _, _ in chunk])
-            state = routing(self.model)
+            state = last_routes(self.model)
             self._keep(state.route, state.density, torch.tensor([len(kept) for _, kept, _, _ in chunk]), seconds)
             for piece, (_, _, _, answer) in zip(logits.split([len(row) for row in rows]), chunk, strict=True):
                 scores = F.log_softmax(piece[-len(answer) :].float(), dim=-1)

@@ -10,7 +10,7 @@ from elastic.data.shards import tokenizer_hash
 from elastic.evaluation.benchmark import Request
 from elastic.evaluation.ruler_data import RulerData
 from elastic.evaluation.ruler_samples import NEEDLES, Doc, generate, new_tokens
-from elastic.files import alone, cache_folder, write_whole
+from elastic.files import alone, cache_folder, write_atomic
 
 QA = {"ruler_qa_squad": "squad", "ruler_qa_hotpot": "hotpotqa"}
 SYNTHETIC = (*NEEDLES, "ruler_vt", "ruler_cwe", "ruler_fwe")
@@ -92,7 +92,7 @@ class Ruler:
             with alone(file.with_name(f".{file.name}.lock")):
                 if not file.is_file():  # another process may have made it meanwhile
                     made = self._generate(request, length, request.samples)
-                    write_whole(file, "".join(json.dumps(doc) + "\n" for doc in made))
+                    write_atomic(file, "".join(json.dumps(doc) + "\n" for doc in made))
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
     def _generate(self, request: Request, length: int, count: int) -> list[Doc]:

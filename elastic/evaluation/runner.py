@@ -15,7 +15,7 @@ from elastic.config import ElasticConfig, SparseConfig
 from elastic.evaluation.benchmark import Benchmark, Request
 from elastic.evaluation.methods import Method
 from elastic.evaluation.scores import BY, LOCK, row_of
-from elastic.files import alone, write_whole
+from elastic.files import alone, write_atomic
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What `elastic eval` is asked for.
 
     Attributes:
@@ -86,7 +86,7 @@ class Plan:
         return [group[i : i + together] for group in alike.values() for i in range(0, len(group), together)]
 
 
-def run(plan: Plan, methods: Sequence[Method], out: Path) -> list[dict[str, Any]]:
+def run(plan: EvaluationPlan, methods: Sequence[Method], out: Path) -> list[dict[str, Any]]:
     """Evaluate what is missing in `out/samples` and return one row per method, task and length. Several processes may
     share the folder.
 
@@ -114,14 +114,14 @@ def run(plan: Plan, methods: Sequence[Method], out: Path) -> list[dict[str, Any]
                     samples[i] = new
                     lines = ({**facts[i], "count": len(new)}, *new)
                     with alone(out / LOCK):
-                        write_whole(files[i], "".join(json.dumps(line) + "\n" for line in lines))
+                        write_atomic(files[i], "".join(json.dumps(line) + "\n" for line in lines))
                 rows += [row_of(fact, found or []) for fact, found in zip(facts, samples, strict=True)]
                 bar.set_postfix_str(f"{method.name} {cells[-1].label} {rows[-1]['score']:.2f}", refresh=False)
                 bar.update(len(cells))
     return rows
 
 
-def load_model(plan: Plan, method: Method) -> tuple[Any, Any]:
+def load_model(plan: EvaluationPlan, method: Method) -> tuple[Any, Any]:
     """The method's model, attached and in eval mode, and its tokenizer."""
     if method.kind == "elastic":
         from elastic.inference.generate import load
@@ -135,7 +135,7 @@ def load_model(plan: Plan, method: Method) -> tuple[Any, Any]:
 
 
 def _evaluate(
-    plan: Plan, method: Method, cells: Sequence[Cell], model: Any, tokenizer: Any
+    plan: EvaluationPlan, method: Method, cells: Sequence[Cell], model: Any, tokenizer: Any
 ) -> list[list[dict[str, Any]]]:
     """Per cell and sample: prediction, references, score, MSR, ESR, prefill seconds and tokens."""
     import torch
@@ -194,7 +194,7 @@ def _by_harness(lm: Any, tasks: list[Any], chat: bool) -> dict[str, Any]:
     )
 
 
-def _facts(plan: Plan, method: Method, cell: Cell) -> dict[str, Any]:
+def _facts(plan: EvaluationPlan, method: Method, cell: Cell) -> dict[str, Any]:
     """What a result file depends on and how it was made; it is used again only where all but the batch size agrees."""
     return {
         "method": method.name,

@@ -6,7 +6,7 @@ from typing import Any
 
 from elastic.console import table
 from elastic.evaluation.scores import LOCK
-from elastic.files import alone, write_whole
+from elastic.files import alone, write_atomic
 from elastic.plots import bars_figure, curves_figure, save_png
 
 Rows = list[dict[str, Any]]
@@ -54,8 +54,8 @@ def write_summary(rows: Rows, out: Path) -> list[Path]:
     """
     tables = filter(None, (summary_table(rows), group_table(rows)))
     with alone(out / LOCK):
-        write_whole(out / "summary.json", json.dumps(rows, indent=1) + "\n")
-        write_whole(out / "summary.txt", "\n\n".join(tables) + "\n")
+        write_atomic(out / "summary.json", json.dumps(rows, indent=1) + "\n")
+        write_atomic(out / "summary.txt", "\n\n".join(tables) + "\n")
         return [save_png(figure, out / f"{name}.png") for name, figure in _figures(rows).items()]
 
 

@@ -10,9 +10,9 @@ from elastic.evaluation.benchmark import Request
 from elastic.evaluation.methods import Method
 from elastic.evaluation.retrieval import NEEDLE_TASKS, retrieval_scores, write_ranking
 from elastic.evaluation.ruler import Ruler
-from elastic.evaluation.runner import Plan, load_model
+from elastic.evaluation.runner import EvaluationPlan, load_model
 from elastic.evaluation.scores import LOCK
-from elastic.files import alone, write_whole
+from elastic.files import alone, write_atomic
 from elastic.plots import curves_figure, save_png
 
 RANK_SAMPLES = 8  # of each needle task
@@ -29,7 +29,7 @@ def sweep_methods(pattern: Path, points: int) -> list[Method]:
     return [Method.parse(f"static:{pattern}@{i / (points - 1):.4g}") for i in range(points)]
 
 
-def make_ranking(plan: Plan, pattern: Path) -> None:
+def make_ranking(plan: EvaluationPlan, pattern: Path) -> None:
     """Rank the backbone's heads by retrieval score and write the pattern file; a file that is there stays, also one
     that another process is just making.
 
@@ -45,7 +45,7 @@ def make_ranking(plan: Plan, pattern: Path) -> None:
             _rank(plan, pattern)
 
 
-def _rank(plan: Plan, pattern: Path) -> None:
+def _rank(plan: EvaluationPlan, pattern: Path) -> None:
     model, tokenizer = load_model(plan, Method.parse("dense"))
     length, seed = plan.lengths[0], plan.seed + 1  # not the samples that are evaluated
     docs = [
@@ -85,5 +85,5 @@ def write_sweep(rows: list[dict[str, Any]], out: Path) -> list[Path]:
     }
     file, figure = out / "sweep.json", curves_figure(panels, "MSR", "o")
     with alone(out / LOCK):
-        write_whole(file, json.dumps(curves, indent=1) + "\n")
+        write_atomic(file, json.dumps(curves, indent=1) + "\n")
         return [file, save_png(figure, out / "sweep.png")]

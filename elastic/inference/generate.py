@@ -141,7 +141,7 @@ def answer_tokens(
     with torch.no_grad(), biased(model, sparsity_bias), graphed(model, cache) if graph else nullcontext():
         output = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
     reports = route_report(model, cache)[:: len(cache.counts) // len(encoded)]  # beams of a prompt share its route
-    answers = [_answer(row[ids.shape[1] :].tolist(), ends_of(model), pad) for row in output]
+    answers = [_answer(row[ids.shape[1] :].tolist(), eos_ids(model), pad) for row in output]
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
     return [Generation(*parts) for parts in zip(texts, answers, reports, strict=True)]
 
@@ -190,7 +190,7 @@ def route_report(model: Any, cache: Any) -> list[RouteReport]:
     )
 
 
-def ends_of(model: Any) -> list[int]:
+def eos_ids(model: Any) -> list[int]:
     """Tokens that end an answer."""
     ends = model.generation_config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

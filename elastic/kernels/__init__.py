@@ -6,7 +6,7 @@ from elastic.kernels.attention_backward import attention_backward
 from elastic.kernels.attention_decode import attention_decode
 from elastic.kernels.attention_forward import attention_forward
 from elastic.kernels.block_bits import bits_from_indices, bits_from_mask
-from elastic.kernels.devices import kernel_path, why_no_backward, why_no_selection, why_not
+from elastic.kernels.devices import kernel_path, unsupported_backward, unsupported_reason, unsupported_selection
 from elastic.kernels.route_gap import period_of, route_gap, slot_table
 from elastic.kernels.xattention_select import select_blocks
 
@@ -21,7 +21,7 @@ __all__ = [
     "route_gap",
     "select_blocks",
     "slot_table",
-    "why_no_backward",
-    "why_no_selection",
-    "why_not",
+    "unsupported_backward",
+    "unsupported_reason",
+    "unsupported_selection",
 ]

@@ -31,7 +31,7 @@ from elastic.kernels.tensor_map import tensor_map
 _Optional = Tensor | None
 Gradients = tuple[Tensor, Tensor, Tensor]
 _KEY_BLOCK = 128
-_PLANS: dict[tuple, "BackwardPlan"] = {}
+_PLANS: dict[tuple, "PreparedBackward"] = {}
 _MAX_PLANS = 4096
 
 
@@ -98,7 +98,7 @@ def row_tile_bound(q: Tensor, samples: int, ranges: Ranges) -> int:
 
 
 @dataclass(frozen=True)
-class BackwardPlan:
+class PreparedBackward:
     """What all calls with the same shapes, strides and pattern share: checked once, then looked up."""
 
     config: LaunchConfig
@@ -109,10 +109,10 @@ class BackwardPlan:
     row_tiles: int
 
 
-def make_backward_plan(
+def prepare_backward(
     grads: Gradients, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mode: Tensor, pattern: Pattern,
     ranges: Ranges, bits: Tensor | None, debug: tuple[str, ...] = (),
-) -> BackwardPlan:  # fmt: skip
+) -> PreparedBackward:  # fmt: skip
     """Load the kernels, and pack everything but the addresses. `debug` serves the tests."""
     index, head_dim, samples = q.device.index, q.shape[3], mode.shape[0]
     _, processors = device_facts(index)
@@ -120,7 +120,7 @@ def make_backward_plan(
     config = backward_config(processors, head_dim, samples, samples * -(-k.shape[1] // _KEY_BLOCK) * k.shape[2])
     main = jit.Variant(config.name, config.arch, head_dim, q.dtype == torch.bfloat16, debug)
     around = [rows_kernel(f"attention_backward_{entry}", q) for entry in ("prepare", "finish")]
-    return BackwardPlan(
+    return PreparedBackward(
         config,
         (around[0], jit.load_kernel(main, index), around[1]),
         pack_sizes(q, k, v, grad_out, mode, bits, pattern),
@@ -132,7 +132,7 @@ def make_backward_plan(
 
 def backward_into(
     grads: Gradients, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mode: Tensor,
-    ranges: Ranges, bits: Tensor | None, deterministic: bool, plan: BackwardPlan,
+    ranges: Ranges, bits: Tensor | None, deterministic: bool, plan: PreparedBackward,
 ) -> None:  # fmt: skip
     """Run the three kernels on checked CUDA tensors, into tensors the caller owns."""
     device, index, config, heads = q.device, q.device.index, plan.config, q.shape[2]
@@ -197,7 +197,7 @@ def _backward_cuda(
     if plan is None:
         if len(_PLANS) >= _MAX_PLANS:
             _PLANS.clear()
-        plan = _PLANS[key] = make_backward_plan(grads, grad_out, q, k, v, out, mode, pattern, ranges, bits)
+        plan = _PLANS[key] = prepare_backward(grads, grad_out, q, k, v, out, mode, pattern, ranges, bits)
     backward_into(grads, grad_out, q, k, v, out, lse, mode, ranges, bits, deterministic, plan)
     return grads
 

@@ -103,7 +103,7 @@ def _outputs(q: Tensor, ranges: Ranges) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PreparedLaunch:
     """What all calls with the same shapes, strides and pattern share: checked once, then looked up."""
 
     config: LaunchConfig
@@ -113,10 +113,10 @@ class Plan:
     maps: dict[tuple[int, ...], bytes] = field(default_factory=dict)  # tensor maps of q, k, v, out by their addresses
 
 
-def make_plan(
+def prepare_launch(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, mode: Tensor, pattern: Pattern, bits: Tensor | None,
     config: LaunchConfig | None = None, debug: tuple[str, ...] = (),
-) -> Plan:  # fmt: skip
+) -> PreparedLaunch:  # fmt: skip
     """Choose and load the kernel, and pack everything but the addresses. `config` and `debug` serve the tests."""
     samples, index = mode.shape[0], q.device.index
     if config is None:
@@ -125,10 +125,10 @@ def make_plan(
         config = launch_config(capability, processors, q.shape[3], samples, tiles)
     variant = jit.Variant(config.name, config.arch, q.shape[3], q.dtype == torch.bfloat16, debug)
     sizes = pack_sizes(q, k, v, out, mode, bits, pattern)
-    return Plan(config, jit.load_kernel(variant, index), sizes, tuple(strides_of(x) for x in (q, k, v, out)))
+    return PreparedLaunch(config, jit.load_kernel(variant, index), sizes, tuple(strides_of(x) for x in (q, k, v, out)))
 
 
-def _encode_maps(tensors: tuple[Tensor, ...], plan: Plan) -> bytes:
+def _encode_maps(tensors: tuple[Tensor, ...], plan: PreparedLaunch) -> bytes:
     if plan.config.arch != "sm_90a":
         return bytes(4 * MAP_BYTES)  # that kernel reads by address
     boxes = (QUERY_BLOCK, 64, 64, 16)
@@ -137,7 +137,7 @@ def _encode_maps(tensors: tuple[Tensor, ...], plan: Plan) -> bytes:
 
 def launch_into(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mode: Tensor, ranges: Ranges, bits: Tensor | None,
-    plan: Plan,
+    plan: PreparedLaunch,
 ) -> None:  # fmt: skip
     """Run the kernel on checked CUDA tensors, into tensors the caller owns."""
     device, config = q.device, plan.config
@@ -151,7 +151,7 @@ def launch_into(
     jit.launch(plan.kernel, (config.grid,), config.threads, params, config.shared_bytes, device.index)
 
 
-_PLANS: dict[tuple, Plan] = {}
+_PLANS: dict[tuple, PreparedLaunch] = {}
 _MAX_PLANS, _MAX_MAPS = 4096, 256
 
 
@@ -189,7 +189,7 @@ def _forward_cuda(
     if plan is None:
         if len(_PLANS) >= _MAX_PLANS:
             _PLANS.clear()
-        plan = _PLANS[key] = make_plan(q, k, v, out, mode, pattern, bits)
+        plan = _PLANS[key] = prepare_launch(q, k, v, out, mode, pattern, bits)
     check_alignment(q, k, v)
     launch_into(out, lse, q, k, v, mode, ranges, bits, plan)
     return out, lse

@@ -140,27 +140,27 @@ def shared_limit(index: int) -> int:
 
 
 @cache
-def why_no_backward(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def unsupported_backward(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the backward kernels cannot run on such tensors here, in a few words; None if they can."""
-    reason = why_not(device, dtype, head_dim)
+    reason = unsupported_reason(device, dtype, head_dim)
     if reason is None and device_facts(device.index or 0)[0] != (9, 0):
         return "the backward kernels need compute capability 9.0"
     return reason
 
 
 @cache
-def why_no_selection(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def unsupported_selection(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the kernel that chooses key blocks cannot run on such tensors here, in a few words; None if it can. Other
     GPUs choose in PyTorch.
     """
-    reason = why_not(device, dtype, head_dim)
+    reason = unsupported_reason(device, dtype, head_dim)
     if reason is None and device_facts(device.index or 0)[0] != (9, 0):
         return "the selection kernel needs compute capability 9.0"
     return reason
 
 
 @cache
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the kernels cannot run on such tensors here, in a few words; None if they can."""
     if device.type != "cuda":
         return "no CUDA device"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from elastic.kernels import jit
-from elastic.kernels.devices import device_facts, why_not
+from elastic.kernels.devices import device_facts, unsupported_reason
 
 _ROWS, _CLUSTER, _THREADS = 8, 8, 256
 _PARAMS = struct.Struct("<24Q5if")
@@ -116,7 +116,7 @@ def _check(
             f"keys {list(keys.shape)} with strides {list(keys.stride())}; expected contiguous [N, 2P, K, D] that "
             "starts on a 16-byte boundary"
         )
-    reason = why_not(keys.device, keys.dtype, keys.shape[3])
+    reason = unsupported_reason(keys.device, keys.dtype, keys.shape[3])
     if reason is not None:
         raise ValueError(f"the fused router cannot run here: {reason}; use elastic.routing.router.AttentionRouter")
     samples, slots, kv_heads, dim = keys.shape

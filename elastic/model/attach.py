@@ -13,31 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.attention.row_slice import Context
+from elastic.attention.row_slice import RowSlice
 from elastic.cache.route_record import RouteRecord, route_of
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.model.attention_function import IMPLEMENTATION, register
 from elastic.model.chunking import chunk, unchunk
 from elastic.model.families import FAMILIES, attention_layers
-from elastic.model.layer_hooks import Handle, RoutingState
+from elastic.model.layer_hooks import Handle, PassRoutes
 from elastic.routing.router import Router, build_router
 
 __all__ = [
     "FAMILIES",
+    "PassRoutes",
     "RouteRecord",
-    "RoutingState",
     "attach",
     "biased",
     "detach",
     "elastic_config",
     "is_attached",
+    "last_routes",
     "override_routes",
     "pooled_keys",
     "route_of",
     "routers",
-    "routing",
     "set_config",
-    "set_context",
+    "set_row_slice",
     "set_temperature",
     "update_statistics",
 ]
@@ -113,10 +113,10 @@ def set_config(model: Any, config: ElasticConfig) -> None:
     handle_of(model).routing.config = config
 
 
-def set_context(model: Any, context: Context) -> Context:
+def set_row_slice(model: Any, row_slice: RowSlice) -> RowSlice:
     """Say which part of each row this process holds; returns what was set before."""
     state = handle_of(model).routing
-    previous, state.context = state.context, context
+    previous, state.row_slice = state.row_slice, row_slice
     return previous
 
 
@@ -125,7 +125,7 @@ def routers(model: Any) -> list[Router]:
     return [attn.router for attn in handle_of(model).attention_layers(model)]
 
 
-def routing(model: Any) -> RoutingState:
+def last_routes(model: Any) -> PassRoutes:
     """What the routers decided in the last forward pass of this model (for training and tests; generation:
     `route_of(cache)`).
 
@@ -136,7 +136,7 @@ def routing(model: Any) -> RoutingState:
     lengths = handle_of(model).routing.lengths_N
     if lengths is None or any(state is None for state in states):
         raise RuntimeError("no routes yet: run a forward pass of the attached model first")
-    state = RoutingState.stack([state for state in states if state is not None], lengths)
+    state = PassRoutes.stack([state for state in states if state is not None], lengths)
     if state.logits is not None and model.training and torch.is_grad_enabled() and not state.route.requires_grad:
         raise RuntimeError(
             "the routes of the last forward pass have no gradient: it ran under torch.no_grad or reentrant gradient "

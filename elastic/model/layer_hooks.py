@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import Layout, batch_layout, decode_layout, packed_layout
-from elastic.attention.row_slice import Context
+from elastic.attention.row_slice import RowSlice
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.route_record import RouteRecord, find_record, new_record, route_of
 from elastic.config import ElasticConfig
 from elastic.model.families import prerope_keys
 from elastic.routing.decision import decide_from_keys
 from elastic.routing.pooling import Pooling
-from elastic.routing.router import LayerState
+from elastic.routing.router import Decision
 
 
 @dataclass(frozen=True)
-class RoutingState:
+class PassRoutes:
     """Decisions of one forward pass.
 
     Attributes:
@@ -43,7 +43,7 @@ class RoutingState:
     density: Tensor | None = None
 
     @classmethod
-    def stack(cls, states: list[LayerState], lengths: Tensor) -> "RoutingState":
+    def stack(cls, states: list[Decision], lengths: Tensor) -> "PassRoutes":
         """Collect the layers' states."""
         route = torch.stack([state.route_NK for state in states])
         logits = [state.logits_NK2 for state in states if state.logits_NK2 is not None]
@@ -56,14 +56,14 @@ class RoutingState:
         )
 
 
-class Routing:
+class AttachedState:
     """State shared by the hooks of one attached model.
 
     Attributes:
         config: the model's configuration.
         override: routes given by `override_routes`, or None.
         temperature: of the Gumbel-softmax in training.
-        context: which part of the rows is here.
+        row_slice: which part of the rows is here.
         lengths_N: tokens of the samples of the last forward pass.
         fused: whether the router may run as one kernel where it can; tests and timings compare both ways.
     """
@@ -72,7 +72,7 @@ class Routing:
         self.config = config
         self.override: int | Tensor | None = None
         self.temperature = 1.0
-        self.context = Context()
+        self.row_slice = RowSlice()
         self.lengths_N: Tensor | None = None
         self.fused = True
 
@@ -84,7 +84,7 @@ class Routing:
         )
         if tokens is None:
             raise ValueError("the model was called without input_ids and inputs_embeds; pass one of them")
-        rows, queries = tokens.shape[0], tokens.shape[1] * self.context.size
+        rows, queries = tokens.shape[0], tokens.shape[1] * self.row_slice.size
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -101,7 +101,7 @@ class Routing:
                     f"{'an' if mask is not None else 'no'} attention_mask; expected one row, no cache, no mask"
                 )
             layout = packed_layout(bounds, prompt_end, queries, tokens.device)
-        elif self.context.size > 1:
+        elif self.row_slice.size > 1:
             raise ValueError(
                 "a slice of a sequence came without cu_seq_lens; under context_parallel, pass packed rows by "
                 "elastic.training.context_parallel.shard"
@@ -137,7 +137,7 @@ class Handle:
         self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.hooks: list[Any] = []
         self.compiled: list[Any] = []
-        self.routing = Routing(config)
+        self.routing = AttachedState(config)
         model.requires_grad_(False)
 
     def attention_layers(self, model: Any) -> list[Any]:
@@ -173,12 +173,12 @@ class Handle:
             plan = HeadPlan.build(route, config.sparse, layout, config.gradient_share, mode)
         if elastic is not None:
             elastic.layers[attn.layer_idx].plan = plan
-        own = {"elastic_route": route, "elastic_plan": plan, "elastic_context": routing.context}
+        own = {"elastic_route": route, "elastic_plan": plan, "elastic_context": routing.row_slice}
         return args, {**kwargs, **own, "elastic_cache": cache}
 
 
 def route_layer(
-    attn: Any, hidden_BSE: Tensor, layout: Layout, cache: Any, routing: Routing, dropped_NK: Tensor | None = None
+    attn: Any, hidden_BSE: Tensor, layout: Layout, cache: Any, routing: AttachedState, dropped_NK: Tensor | None = None
 ) -> Tensor:
     """Route [N, K] of one layer for a prompt or a new turn: given from outside, or decided from the layer's own keys.
 
@@ -189,7 +189,7 @@ def route_layer(
     record = _record(cache, layout, attn.layer_idx)
     if routing.override is not None:
         route = _given(routing.override, attn.layer_idx, samples, router.kv_heads, hidden_BSE.device)
-        router.last = LayerState(route, None, None)
+        router.last = Decision(route, None, None)
     else:
         router.last = _decide(attn, hidden_BSE, layout, routing, record)
         route = router.last.route_NK
@@ -210,18 +210,20 @@ def remember_density(attn: Any, density_NK: Tensor | None, cache: Any) -> None:
             route_of(cache).densities[attn.layer_idx] = density_NK
 
 
-def _decide(attn: Any, hidden_BSE: Tensor, layout: Layout, routing: Routing, record: RouteRecord | None) -> LayerState:
+def _decide(
+    attn: Any, hidden_BSE: Tensor, layout: Layout, routing: AttachedState, record: RouteRecord | None
+) -> Decision:
     """The router's decision on the prompt's boundaries. On a later turn the first P keys come from the record, the
     last P from the new tokens.
     """
     pooled_N = record.pooled_N if record is not None and layout.past else None
     pool_tokens, here = routing.config.router.pool_tokens, hidden_BSE.shape[1]
-    pooling = Pooling.shared(layout, pool_tokens, here, routing.context, pooled_N)
+    pooling = Pooling.shared(layout, pool_tokens, here, routing.row_slice, pooled_N)
     keys = prerope_keys(attn, hidden_BSE.flatten(0, 1).index_select(0, pooling.token_M))
     earlier = record.heads.get(attn.layer_idx) if record is not None and layout.past else None
     state, first = decide_from_keys(
         attn.router, keys.unflatten(0, pooling.weight_N2P.shape), pooling, routing.config, earlier,
-        context=routing.context, temperature=routing.temperature, fused=routing.fused,
+        row_slice=routing.row_slice, temperature=routing.temperature, fused=routing.fused,
     )  # fmt: skip
     if record is not None:
         record.heads[attn.layer_idx], record.pooled_N = first.detach(), pooling.first_N

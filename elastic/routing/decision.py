@@ -10,19 +10,19 @@ from typing import Any
 from torch import Tensor
 
 from elastic.attention.modes import mode_ids
-from elastic.attention.row_slice import Context
+from elastic.attention.row_slice import RowSlice
 from elastic.config import ElasticConfig
-from elastic.kernels import why_not
+from elastic.kernels import unsupported_reason
 from elastic.kernels.route_prompt import route_prompt
 from elastic.routing.pooling import Pooling, half_sums
 from elastic.routing.relaxation import decide, sample_route
-from elastic.routing.router import AttentionRouter, LayerState, Router
+from elastic.routing.router import AttentionRouter, Decision, Router
 
 
 def decide_from_keys(
     router: Router, keys_N2PKD: Tensor, pooling: Pooling, config: ElasticConfig, earlier_NKD: Tensor | None, *,
-    context: Context, temperature: float = 1.0, fused: bool = True,
-) -> tuple[LayerState, Tensor]:  # fmt: skip
+    row_slice: RowSlice, temperature: float = 1.0, fused: bool = True,
+) -> tuple[Decision, Tensor]:  # fmt: skip
     """Pooling and decision from the pre-RoPE keys of the prompt's boundaries.
 
     Args:
@@ -33,15 +33,15 @@ def decide_from_keys(
     Returns:
         the decision, and the sum [N, K, D] of the first P keys.
     """
-    if fused and context.size == 1 and is_fused(router, keys_N2PKD):
+    if fused and row_slice.size == 1 and is_fused(router, keys_N2PKD):
         return fused_decision(router, keys_N2PKD, pooling, config, earlier_NKD)
-    first, last = context.sum(half_sums(keys_N2PKD, pooling.weight_N2P)).unbind(1)
+    first, last = row_slice.sum(half_sums(keys_N2PKD, pooling.weight_N2P)).unbind(1)
     first = first if earlier_NKD is None else first + earlier_NKD
     pooled = (first + last) / pooling.count_N11
     logits = router(pooled)
     bias = config.sparsity_bias
     route = sample_route(logits, temperature) if router.training else decide(logits.detach(), bias)
-    return LayerState(route, logits, pooled.detach()), first
+    return Decision(route, logits, pooled.detach()), first
 
 
 def is_fused(router: Router, keys_N2PKD: Tensor) -> bool:
@@ -50,12 +50,12 @@ def is_fused(router: Router, keys_N2PKD: Tensor) -> bool:
     """
     if router.training or not isinstance(router, AttentionRouter):
         return False
-    return why_not(keys_N2PKD.device, keys_N2PKD.dtype, keys_N2PKD.shape[3]) is None
+    return unsupported_reason(keys_N2PKD.device, keys_N2PKD.dtype, keys_N2PKD.shape[3]) is None
 
 
 def fused_decision(
     router: Any, keys_N2PKD: Tensor, pooling: Pooling, config: ElasticConfig, earlier_NKD: Tensor | None
-) -> tuple[LayerState, Tensor]:
+) -> tuple[Decision, Tensor]:
     """`decide_from_keys` in one launch, with the modes of the head plan."""
     task, head, sparse = router.task, router.head, config.sparse
     layers = (task[0], task[2], head[0], head[2], head[4])
@@ -71,4 +71,4 @@ def fused_decision(
         bias=config.sparsity_bias,
         modes=mode_ids(sparse),
     )
-    return LayerState(found.route, found.logits, found.pooled, found.mode), found.first
+    return Decision(found.route, found.logits, found.pooled, found.mode), found.first

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from elastic.attention.layout import Layout
-from elastic.attention.row_slice import Context
+from elastic.attention.row_slice import RowSlice
 
 
 @dataclass(frozen=True)
@@ -60,22 +60,22 @@ class Pooling:
 
     @classmethod
     def shared(
-        cls, layout: Layout, pool_tokens: int, here: int, context: Context, earlier_N: Tensor | None = None
+        cls, layout: Layout, pool_tokens: int, here: int, row_slice: RowSlice, earlier_N: Tensor | None = None
     ) -> "Pooling":
         """The pooling of all layers of a forward pass, made by the first of them."""
-        return layout.once(
-            ("pooling", pool_tokens, here), lambda: cls.of(layout, pool_tokens, here, context, earlier_N)
+        return layout.memo(
+            ("pooling", pool_tokens, here), lambda: cls.of(layout, pool_tokens, here, row_slice, earlier_N)
         )
 
     @classmethod
     def of(
-        cls, layout: Layout, pool_tokens: int, here: int, context: Context, earlier_N: Tensor | None = None
+        cls, layout: Layout, pool_tokens: int, here: int, row_slice: RowSlice, earlier_N: Tensor | None = None
     ) -> "Pooling":
         """For a slice of `here` tokens of every row; `earlier_N` is `first_N` of the turn before. Generated tokens
         among the first P were never pooled and do not count.
         """
         slots = BoundarySlots.of(layout.begin_N, layout.prompt_end_N, pool_tokens)
-        position = slots.index_N2P - layout.past - context.rank * here
+        position = slots.index_N2P - layout.past - row_slice.rank * here
         weight = slots.weight_N2P * ((position >= 0) & (position < here))
         token = layout.row_N[:, None] * here + position.clamp(0, here - 1)
         counted = slots.weight_N2P * (slots.index_N2P >= layout.past)

@@ -19,7 +19,7 @@ _EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
-class LayerState:
+class Decision:
     """A layer's last decision.
 
     Attributes:
@@ -45,7 +45,7 @@ class Router(nn.Module):
         last: the layer's last decision.
     """
 
-    last: LayerState | None
+    last: Decision | None
 
     def __init__(self, num_kv_heads: int) -> None:
         super().__init__()

@@ -20,13 +20,13 @@ from torch.nn import functional as F
 from elastic.attention.block_selection import density
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.routed import choose_blocks, routed_attention
-from elastic.attention.row_slice import Context
+from elastic.attention.row_slice import RowSlice
 from elastic.data.packing import IGNORE, Batch
-from elastic.model.attach import routers, set_context
+from elastic.model.attach import routers, set_row_slice
 from elastic.training.losses import chunked_divergence, labelled_positions, labelled_samples, summed_cross_entropy
 
 
-class ContextGroup(Context):
+class RowSliceGroup(RowSlice):
     """One slice of a row on each process of a group.
 
     Args:
@@ -79,40 +79,40 @@ class ContextGroup(Context):
 
 
 @contextmanager
-def context_parallel(model: Any, group: Any = None) -> Iterator[ContextGroup]:
+def context_parallel(model: Any, group: Any = None) -> Iterator[RowSliceGroup]:
     """Inside, the decoder of an attached model takes slices of packed rows, as `shard` cuts them.
 
     Raises:
         RuntimeError: no process group.
         ValueError: KV heads that the group's size does not divide.
     """
-    context, kv_heads = ContextGroup(group), routers(model)[0].kv_heads
-    if kv_heads % context.size:
+    row_slice, kv_heads = RowSliceGroup(group), routers(model)[0].kv_heads
+    if kv_heads % row_slice.size:
         fitting = [size for size in range(1, kv_heads + 1) if kv_heads % size == 0]
         raise ValueError(
-            f"{kv_heads} KV heads cannot be shared out over {context.size} processes; use a group of "
+            f"{kv_heads} KV heads cannot be shared out over {row_slice.size} processes; use a group of "
             f"{' or '.join(map(str, fitting))}"
         )
-    previous = set_context(model, context)
+    previous = set_row_slice(model, row_slice)
     try:
-        yield context
+        yield row_slice
     finally:
-        set_context(model, previous)
+        set_row_slice(model, previous)
 
 
-def shard(batch: Batch, context: Context) -> dict[str, Tensor]:
+def shard(batch: Batch, row_slice: RowSlice) -> dict[str, Tensor]:
     """What the decoder takes on this process: its slice of ids and positions, and the whole row's boundaries.
 
     Raises:
         ValueError: a row whose length the group's size does not divide.
     """
     length = batch["input_ids"].shape[1]
-    if length % context.size:
+    if length % row_slice.size:
         raise ValueError(
-            f"a row of {length} tokens cannot be cut into {context.size} equal slices; pack rows of a multiple of "
-            f"{context.size} tokens, without a shorter last one"
+            f"a row of {length} tokens cannot be cut into {row_slice.size} equal slices; pack rows of a multiple of "
+            f"{row_slice.size} tokens, without a shorter last one"
         )
-    here = slice(context.rank * (length // context.size), (context.rank + 1) * (length // context.size))
+    here = slice(row_slice.rank * (length // row_slice.size), (row_slice.rank + 1) * (length // row_slice.size))
     return {
         "input_ids": batch["input_ids"][:, here],
         "position_ids": batch["position_ids"][:, here],
@@ -121,7 +121,7 @@ def shard(batch: Batch, context: Context) -> dict[str, Tensor]:
     }
 
 
-def language_loss(hidden_1sE: Tensor, lm_head: nn.Module, labels_1S: Tensor, chunk: int, context: Context) -> Tensor:
+def language_loss(hidden_1sE: Tensor, lm_head: nn.Module, labels_1S: Tensor, chunk: int, row_slice: RowSlice) -> Tensor:
     """Mean next-token cross-entropy of the whole row, equal on all processes; `chunked_cross_entropy` of one process.
 
     Args:
@@ -135,9 +135,9 @@ def language_loss(hidden_1sE: Tensor, lm_head: nn.Module, labels_1S: Tensor, chu
     if not total:
         raise ValueError("the batch has no labelled token; every sample needs an answer")
     here = hidden_1sE.shape[1]
-    labels = F.pad(labels_1S, (0, 1), value=IGNORE)[:, context.rank * here : (context.rank + 1) * here + 1]
+    labels = F.pad(labels_1S, (0, 1), value=IGNORE)[:, row_slice.rank * here : (row_slice.rank + 1) * here + 1]
     hidden_PE, target_P = labelled_positions(F.pad(hidden_1sE, (0, 0, 0, 1)), labels)
-    return context.sum(summed_cross_entropy(hidden_PE, target_P, lm_head, chunk)) / total
+    return row_slice.sum(summed_cross_entropy(hidden_PE, target_P, lm_head, chunk)) / total
 
 
 def divergence(
@@ -147,7 +147,7 @@ def divergence(
     labels_1S: Tensor,
     cu_seq_lens: Tensor,
     chunk: int,
-    context: Context,
+    row_slice: RowSlice,
 ) -> Tensor:
     """Mean KL(dense || routed) [N] over each sample's labelled tokens, equal on all processes: what objective `quality`
     bounds.
@@ -161,12 +161,12 @@ def divergence(
     """
     sample_P, count_N = labelled_samples(labels_1S, cu_seq_lens)
     here = hidden_1sE.shape[1]
-    labels = F.pad(labels_1S, (0, 1), value=IGNORE)[:, context.rank * here : (context.rank + 1) * here + 1]
+    labels = F.pad(labels_1S, (0, 1), value=IGNORE)[:, row_slice.rank * here : (row_slice.rank + 1) * here + 1]
     routed, dense = (labelled_positions(F.pad(x, (0, 0, 0, 1)), labels)[0] for x in (hidden_1sE, dense_1sE))
     predicting_P = (labels_1S[0, 1:] != IGNORE).nonzero()[:, 0]
-    mine_P = sample_P[predicting_P // here == context.rank]
+    mine_P = sample_P[predicting_P // here == row_slice.rank]
     part_N = torch.zeros_like(count_N).index_add(0, mine_P, chunked_divergence(routed, dense, lm_head, chunk))
-    return context.sum(part_N) / count_N
+    return row_slice.sum(part_N) / count_N
 
 
 class _Exchange(torch.autograd.Function):

@@ -10,7 +10,7 @@ from elastic.config import ElasticConfig
 from elastic.data.packing import Batch
 from elastic.data.shards import sources_of
 from elastic.data.tasks import TASKS
-from elastic.model.attach import attach, biased, override_routes, routing, set_config
+from elastic.model.attach import attach, biased, last_routes, override_routes, set_config
 from elastic.model.checkpoint import load_into, read_elastic
 from elastic.model.loading import DTYPES, architecture, load_backbone
 from elastic.routing.methods import columns, parse_methods
@@ -105,7 +105,7 @@ class RoutedModule(LightningModule):
         return model
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """Final hidden states [1, S, E] of a packed batch; the routes are then in `routing(self.model)`."""
+        """Final hidden states [1, S, E] of a packed batch; the routes are then in `last_routes(self.model)`."""
         return self.model.get_decoder()(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
@@ -124,7 +124,7 @@ class RoutedModule(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Per sample: task, tokens, MSR, teacher-forced scores and answer of the routed model, route [L][K]."""
-        answers, state = self._answers(batch), routing(self.model)
+        answers, state = self._answers(batch), last_routes(self.model)
         return [
             {
                 "task": TASKS[int(batch["task_id"][n])],
@@ -149,7 +149,7 @@ class RoutedModule(LightningModule):
             sparse = method.sparse(self.elastic.sparse)
             with override_routes(self.model, routes, sparse), biased(self.model, method.bias):
                 scores = self._answers(batch).scores
-            state = routing(self.model)
+            state = last_routes(self.model)
             if state.density is not None:
                 self.density.update(method.name, state.density, xattention_heads(state.route, sparse))
             last, overall = esr(state.route, state.lengths, sparse, state.density)

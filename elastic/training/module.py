@@ -16,7 +16,7 @@ from elastic.attention.routed import backend_for
 from elastic.config import ElasticConfig
 from elastic.data.packing import Batch
 from elastic.data.tasks import TASKS
-from elastic.model.attach import override_routes, pooled_keys, routers, routing, set_temperature, update_statistics
+from elastic.model.attach import last_routes, override_routes, pooled_keys, routers, set_temperature, update_statistics
 from elastic.model.checkpoint import is_trainable
 from elastic.model.compiling import compile_layers
 from elastic.model.loading import architecture_hash
@@ -177,10 +177,10 @@ class ElasticModule(RoutedModule):
         """Forward and backward of one micro-batch out of `parts`."""
         dense = self._dense_answers(batch) if self.objective.needs_dense else None
         hidden = self.hidden_states(batch)
-        state, task, head = routing(self.model), batch["task_id"], self.model.get_output_embeddings()
+        state, task, head = last_routes(self.model), batch["task_id"], self.model.get_output_embeddings()
         ratio = msr(state.route)
-        alike = self.global_step < self.optimiser.heads_first * self.total_steps
-        verdict = self.objective.judge(RoutedPass(batch, hidden, ratio, dense, head, self.loss_chunk, alike))
+        shared_target = self.global_step < self.optimiser.heads_first * self.total_steps
+        verdict = self.objective.judge(RoutedPass(batch, hidden, ratio, dense, head, self.loss_chunk, shared_target))
         self.manual_backward(verdict.loss / parts)
         for name, value in {"objective": verdict.loss, **verdict.facts}.items():
             facts.add(name, value)

@@ -150,7 +150,7 @@ class RoutedPass:
             them (`needs_dense`).
         lm_head: the output head.
         chunk: positions whose logits exist at a time.
-        alike: whether routes are learnt for all inputs alike, so that targets cannot differ by task.
+        shared_target: whether routes are learnt for all inputs alike, so that targets cannot differ by task.
     """
 
     batch: Batch
@@ -159,7 +159,7 @@ class RoutedPass:
     dense_PE: Tensor | None
     lm_head: nn.Module
     chunk: int
-    alike: bool = False
+    shared_target: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,12 +194,12 @@ class TargetObjective:
         self.multipliers = LagrangeMultipliers(limit)
 
     def judge(self, routed: RoutedPass) -> Judgement:
-        """Cross-entropy of the answers, and the price of MSR outside its targets; while all inputs are routed alike,
+        """Cross-entropy of the answers, and the price of MSR outside its targets; while all inputs share one target,
         outside the interval that spans them all, so that robust tasks do not drop what sensitive ones need.
         """
         batch = routed.batch
         language = self._language(routed)
-        intervals = [self.span] * len(self.intervals) if routed.alike else self.intervals
+        intervals = [self.span] * len(self.intervals) if routed.shared_target else self.intervals
         regulariser = sparsity_loss(routed.msr_N, batch["task_id"], intervals, self.multipliers)
         facts = {"loss": language.detach(), "regulariser": regulariser.detach()}
         return Judgement(language + regulariser, facts, {})

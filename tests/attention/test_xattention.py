@@ -128,7 +128,7 @@ def test_a_share_of_the_slots_estimates_the_route_gradient_with_blocks(monkeypat
         chosen = choose_blocks(q, k, v, route, plan, SCALE)
         if offset is not None:
             monkeypatch.setattr(torch, "randint", lambda high, size, o=offset, **_: torch.full(size, o))
-            layout.kept.clear()
+            layout._memo.clear()
         out = fused(q, k, v, route, chosen, SCALE)
         gradients.append(torch.autograd.grad((out * torch.sin(out.detach())).sum(), route)[0])
     torch.testing.assert_close(torch.stack(gradients[1:]).mean(0), gradients[0], rtol=1e-4, atol=1e-3)

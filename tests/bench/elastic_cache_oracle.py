@@ -86,7 +86,9 @@ def main(argv: list[str]) -> int:
             cache = new_cache(model, args.new_tokens)
             cache.step = 1  # no reserved room beyond the answer, so that the bytes can be compared
             with patch.object(
-                decode_attention, "why_not", (lambda *_: None) if path == "operator" else decode_attention.why_not
+                decode_attention,
+                "unsupported_reason",
+                (lambda *_: None) if path == "operator" else decode_attention.unsupported_reason,
             ):
                 tokens, logits = answers(model, ids, mask, pad, args.new_tokens, cache)
             same[path] += int((tokens == expected[0]).all(1).sum())

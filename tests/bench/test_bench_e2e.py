@@ -13,7 +13,7 @@ from elastic.bench.e2e_tables import e2e_cells
 from elastic.bench.stock_graph import give_room, in_place_step
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.config import ElasticConfig, SparseConfig
-from elastic.model.attach import detach, elastic_config, route_of, routers, routing, set_config
+from elastic.model.attach import detach, elastic_config, last_routes, route_of, routers, set_config
 from tests.helpers.models import random_ids
 
 SMALL = [
@@ -38,7 +38,7 @@ def test_routers_decide_the_given_share_on_any_input(msr):
     decided = []
     for seed in range(3):
         model(random_ids(2, 60, seed=seed))
-        decided.append(routing(model).route)
+        decided.append(last_routes(model).route)
         assert decided[-1].mean() == pytest.approx(share)
     assert all(torch.equal(decided[0], other) for other in decided)
     assert torch.equal(model(ids).logits, stock) == (msr == 0.0)

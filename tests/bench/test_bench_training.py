@@ -11,6 +11,7 @@ from elastic import cli
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import packed_layout
 from elastic.attention.routed import routed_attention
+from elastic.attention.row_slice import RowSlice
 from elastic.bench import step as step_module
 from elastic.bench import training
 from elastic.bench.step import Step, bounds_of, random_backbone, random_row
@@ -18,8 +19,7 @@ from elastic.bench.timing import Timing
 from elastic.bench.training import BothModes, both_modes, spread_routes
 from elastic.config import SparseConfig
 from elastic.data.packing import IGNORE
-from elastic.model.attach import routers, routing, set_context
-from elastic.model.layer_hooks import Context
+from elastic.model.attach import last_routes, routers, set_row_slice
 
 CPU = torch.device("cpu")
 SPARSE = SparseConfig(sink=64, window=64, block=64)
@@ -81,14 +81,14 @@ def test_a_step_of_both_recipes_has_the_same_gradients(small: argparse.Namespace
     for router in routers(model):
         torch.nn.init.normal_(router.head[-1].weight, std=0.1)
     found: list[list[Tensor]] = []
-    for context in (BothModes(), Context()):
+    for row_slice in (BothModes(), RowSlice()):
         step = Step(model, batch, 1.0, small.msr)
         step.descent.zero_grad = lambda: None  # type: ignore[method-assign,misc,assignment]
-        set_context(model, context)
+        set_row_slice(model, row_slice)
         step()
         found.append([p.grad.clone() for p in step.weights if p.grad is not None])
         model.zero_grad()
-    assert 0 < routing(model).route.mean() < 1 and len(found[0]) == 20
+    assert 0 < last_routes(model).route.mean() < 1 and len(found[0]) == 20
     for both, routed in zip(*found, strict=True):
         torch.testing.assert_close(both, routed, rtol=1e-3, atol=1e-6 + 1e-3 * float(both.abs().max()))
 

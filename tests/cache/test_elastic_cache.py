@@ -21,7 +21,7 @@ from tests.helpers.models import KV_HEADS, LAYERS, left_padded, random_ids, smal
 def path(request, monkeypatch):
     """Decode by PyTorch over keys laid out by position, or by the decode operator (its CPU oracle) over the pool."""
     if request.param == "operator":
-        monkeypatch.setattr(decode_attention, "why_not", lambda *_: None)
+        monkeypatch.setattr(decode_attention, "unsupported_reason", lambda *_: None)
     return request.param
 
 

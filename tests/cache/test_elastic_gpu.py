@@ -59,7 +59,7 @@ def test_decode_kernel_equals_pytorch(granule, kind, monkeypatch):
     found, tokens = decode(model, used, ids, mask, 40)
     assert 0 < route_of(used).route.float().mean() < 1
     with monkeypatch.context() as patched:
-        patched.setattr(decode_attention, "why_not", lambda *_: "the test asks for PyTorch")
+        patched.setattr(decode_attention, "unsupported_reason", lambda *_: "the test asks for PyTorch")
         expected, _ = decode(model, cache(), ids, mask, 40, tokens)
     assert (found - expected).norm() < 0.02 * expected.norm()
     assert (found - expected).abs().max() < 0.03 * expected.abs().max()

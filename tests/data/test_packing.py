@@ -209,7 +209,7 @@ def test_what_cannot_be_packed_is_refused():
         with pytest.raises(ValueError, match=f"a sample of 3 tokens has a prompt of {prompt} and 0 given"):
             Sample([1, 2, 3], prompt, 0)
     with pytest.raises(ValueError, match="a prompt of 1 and 2 given ones after it; it needs at least one prompt token"):
-        Sample([1, 2, 3], 1, 0, given=2)
+        Sample([1, 2, 3], 1, 0, prefix_length=2)
     with pytest.raises(ValueError, match="no rows to collate"):
         collate([])
     tokenizer = build_tokenizer()

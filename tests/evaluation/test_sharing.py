@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic.files import alone, write_whole
+from elastic.files import alone, write_atomic
 
 PROCESSES, TIMES = 4, 25
 
@@ -28,7 +28,7 @@ def together(work, *given):
 def writer(number, file):
     for _ in range(TIMES):
         with alone(file.parent / ".lock"):
-            write_whole(file, f"{number}" * (100_000 * (number + 1)))
+            write_atomic(file, f"{number}" * (100_000 * (number + 1)))
         text = file.read_text()
         assert len(text) == 100_000 * (int(text[0]) + 1) and len(set(text)) == 1
 
@@ -113,13 +113,13 @@ def dying(_, lock):
 def test_a_killed_process_does_not_keep_the_others_out(tmp_path):
     assert together(dying, tmp_path / ".lock") == [-signal.SIGKILL] * PROCESSES
     with alone(tmp_path / ".lock"):
-        write_whole(tmp_path / "result", "whole")
+        write_atomic(tmp_path / "result", "whole")
     assert (tmp_path / "result").read_text() == "whole"
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     file = tmp_path / "result"
-    write_whole(file, "before")
+    write_atomic(file, "before")
 
     def full(path, *_, **__):
         path.touch()
@@ -127,5 +127,5 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space left on device"):
-        write_whole(file, "after")
+        write_atomic(file, "after")
     assert file.read_text() == "before" and [path.name for path in tmp_path.iterdir()] == ["result"]

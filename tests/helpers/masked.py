@@ -11,9 +11,9 @@ from torch import Tensor
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.modes import STREAMING
 from elastic.attention.reference import attention
-from elastic.attention.row_slice import Context
+from elastic.attention.row_slice import RowSlice
 from elastic.model import attention_function
-from elastic.model.attach import set_context
+from elastic.model.attach import set_row_slice
 from elastic.visibility import visible
 
 
@@ -36,7 +36,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, scale: flo
     return attention(q, k, v, mask, scale).to(q.dtype).transpose(1, 2)
 
 
-class _Masked(Context):
+class _Masked(RowSlice):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, route: Tensor, plan: HeadPlan, scale: float
     ) -> tuple[Tensor, None]:
@@ -46,7 +46,7 @@ class _Masked(Context):
 @contextmanager
 def masked_oracle(model: Any) -> Iterator[None]:
     """Inside the context, an attached model over an ordinary cache is the oracle."""
-    previous = set_context(model, _Masked())
+    previous = set_row_slice(model, _Masked())
 
     def decode(q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, scale: float, stored: Any) -> Tensor:
         assert stored is None, "the oracle keeps every key"
@@ -54,4 +54,4 @@ def masked_oracle(model: Any) -> Iterator[None]:
 
     with patch.object(attention_function, "decode_attention", decode):
         yield
-    set_context(model, previous)
+    set_row_slice(model, previous)

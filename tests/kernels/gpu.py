@@ -42,7 +42,7 @@ def run(problem: Problem, path: str, debug: tuple[str, ...] = ()) -> tuple[Tenso
     out[used] = float("nan")
     lse.transpose(1, 2)[used] = float("nan")
     config, (q, k, v, mode, pattern, ranges, bits) = config_for(path, problem), problem.args()
-    plan = attention_forward.make_plan(q, k, v, out, mode, pattern, bits, config, debug)
+    plan = attention_forward.prepare_launch(q, k, v, out, mode, pattern, bits, config, debug)
     attention_forward.launch_into(out, lse, q, k, v, mode, ranges, bits, plan)
     for store in (out_store, lse_store):
         assert (store[:guard] == SENTINEL).all() and (store[-guard:] == SENTINEL).all(), "a guard band was overwritten"

@@ -5,7 +5,7 @@ fp64.
 import torch
 from torch import Tensor
 
-from elastic.kernels.attention_backward import backward_into, make_backward_plan
+from elastic.kernels.attention_backward import backward_into, prepare_backward
 from elastic.kernels.oracle import attention_oracle, gradient_oracle
 from tests.kernels.generators import SENTINEL, Problem, keys_used, rows_written
 
@@ -35,7 +35,7 @@ def run_backward(
         stores.append(store)
     q, k, v, mode, pattern, ranges, bits = problem.args()
     own, operands = (grads[0], grads[1], grads[2]), (grad, q, k, v, out)
-    plan = make_backward_plan(own, *operands, mode, pattern, ranges, bits, debug)
+    plan = prepare_backward(own, *operands, mode, pattern, ranges, bits, debug)
     backward_into(own, *operands, lse, mode, ranges, bits, deterministic, plan)
     for store, found, mine in zip(stores, grads, used, strict=True):
         assert (store[:guard] == SENTINEL).all() and (store[-guard:] == SENTINEL).all(), "a guard band was overwritten"

@@ -14,7 +14,7 @@ from elastic.attention.torch_path import attend
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.kernels import devices, jit
 from elastic.kernels.block_bits import mask_from_bits
-from elastic.model.attach import override_routes, routers, routing
+from elastic.model.attach import last_routes, override_routes, routers
 from tests.helpers.models import left_padded, random_ids, tiny_model, varied_routers
 from tests.kernels.gpu import HAS_GPU, needs_gpu
 
@@ -174,7 +174,7 @@ def test_a_model_with_xattention_heads_trains_and_generates_on_the_gpu():
         torch.testing.assert_close(whole, dense, rtol=0, atol=0.05)
         with override_routes(model, 0, replace(sparse, threshold=0.3)):
             model(ids, attention_mask=mask)
-            assert float(routing(model).density.max()) < 0.9
+            assert float(last_routes(model).density.max()) < 0.9
             tokens = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert tokens.shape == (2, 404)
     varied_routers(model)
@@ -209,7 +209,7 @@ def test_a_routed_model_generates_through_the_kernel(monkeypatch):
     with torch.no_grad():
         tokens = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert tokens.shape == (3, 308)
-    monkeypatch.setattr("elastic.attention.routed.why_not", lambda *_: "switched off by the test")
+    monkeypatch.setattr("elastic.attention.routed.unsupported_reason", lambda *_: "switched off by the test")
     with torch.no_grad(), override_routes(model, pattern):
         twin = model(ids, attention_mask=mask).logits.float()
     assert not torch.equal(kernel, twin)

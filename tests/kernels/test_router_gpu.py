@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.kernels.route_prompt import RoutedPrompt, route_prompt
-from elastic.model.attach import attach, pooled_keys, routers, routing
+from elastic.model.attach import attach, last_routes, pooled_keys, routers
 from elastic.routing.relaxation import decide
 from elastic.routing.router import AttentionRouter
 from tests.helpers.models import tiny_model, varied_routers
@@ -121,11 +121,11 @@ def test_a_model_routes_as_in_pytorch(family: str) -> None:
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
             model(ids, attention_mask=mask, past_key_values=cache)
-            first = routing(model)
+            first = last_routes(model)
             model(ids[:, :50], attention_mask=turn, past_key_values=cache)
         kernel = all(router.last.mode_NK is not None for router in routers(model))
         assert kernel == fused
-        found.append((first, routing(model), pooled_keys(model)))
+        found.append((first, last_routes(model), pooled_keys(model)))
     torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-2, atol=1e-2)
     for one, other in zip(found[0][:2], found[1][:2], strict=True):
         sure = (other.logits[..., 1] - other.logits[..., 0]).abs() > 0.05  # later layers read bf16 outputs of earlier

@@ -13,11 +13,11 @@ from elastic.model.attach import (
     detach,
     elastic_config,
     is_attached,
+    last_routes,
     override_routes,
     pooled_keys,
     route_of,
     routers,
-    routing,
     set_config,
     update_statistics,
 )
@@ -73,7 +73,7 @@ def test_full_heads_and_detach_are_bit_identical_to_the_stock_model(family):
 def test_routes_differ_within_the_batch(family):
     model = routed_model(family)
     model(random_ids(4, 60))
-    route = routing(model).route
+    route = last_routes(model).route
     assert route.shape == (LAYERS, 4, KV_HEADS)
     assert set(route.unique().tolist()) == {0.0, 1.0}
 
@@ -96,10 +96,10 @@ def test_left_padded_batch_equals_singles(family):
     ids, pads = random_ids(3, 64), [0, 17, 30]
     padded, mask = left_padded(ids, pads)
     batch = model(padded, attention_mask=mask)
-    routes = routing(model).route
+    routes = last_routes(model).route
     for row, pad in enumerate(pads):
         single = model(ids[row : row + 1, pad:]).logits
-        assert torch.equal(routing(model).route[:, 0], routes[:, row])
+        assert torch.equal(last_routes(model).route[:, 0], routes[:, row])
         torch.testing.assert_close(batch.logits[row, pad:], single[0], rtol=0, atol=2e-6)
     together = greedy(model, padded, 6, attention_mask=mask)
     for row, pad in enumerate(pads):
@@ -186,7 +186,7 @@ def test_sparsity_bias_moves_the_decisions():
     for bias in (-100.0, 0.0, 100.0):
         set_config(model, ElasticConfig(elastic_config(model).router, elastic_config(model).sparse, sparsity_bias=bias))
         model(random_ids(4, 60))
-        ratios.append(routing(model).route.mean().item())
+        ratios.append(last_routes(model).route.mean().item())
     assert ratios[0] == 0.0 and 0.0 < ratios[1] < 1.0 and ratios[2] == 1.0
 
 
@@ -200,19 +200,19 @@ def test_packed_rows_equal_their_samples_alone():
     packed = model(
         torch.cat(parts, 1), position_ids=position, cu_seq_lens=bounds, prompt_spans=spans, use_cache=False
     ).logits
-    state = routing(model)
+    state = last_routes(model)
     assert state.lengths.tolist() == lengths
     for n, ids in enumerate(parts):
         prompt = torch.tensor([[0, int(spans[n, 1] - spans[n, 0])]])
         alone = model(ids, use_cache=False, prompt_spans=prompt).logits
-        assert torch.equal(routing(model).route[:, 0], state.route[:, n])
+        assert torch.equal(last_routes(model).route[:, 0], state.route[:, n])
         torch.testing.assert_close(packed[0, bounds[n] : bounds[n + 1]], alone[0], rtol=0, atol=2e-6)
 
 
 def router_gradients(model, ids) -> list[torch.Tensor]:
     torch.manual_seed(11)
     logits = model(ids, use_cache=False).logits
-    loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]) + routing(model).route.mean()
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]) + last_routes(model).route.mean()
     trainable = [p for p in model.parameters() if p.requires_grad]
     return list(torch.autograd.grad(loss, trainable))
 
@@ -232,7 +232,7 @@ def test_reentrant_checkpointing_is_refused():
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model(random_ids(1, 30), use_cache=False)
     with pytest.raises(RuntimeError, match=r"no gradient.*use_reentrant': False"):
-        routing(model)
+        last_routes(model)
 
 
 def test_only_routers_are_trainable_and_statistics_are_gathered():
@@ -257,7 +257,7 @@ def test_routers_take_over_training_mode_and_copy():
     assert is_attached(twin) and routers(twin)[0] is not routers(model)[0]
     with override_routes(twin, 1):
         twin(random_ids(1, 30))
-    assert routing(twin).route.mean() == 1.0
+    assert last_routes(twin).route.mean() == 1.0
 
 
 @pytest.mark.parametrize("kind", ["layers", "samples"])
@@ -267,7 +267,7 @@ def test_override_with_a_tensor(kind):
     given = route if kind == "layers" else route[:, None].expand(LAYERS, 2, KV_HEADS)
     with override_routes(model, given):
         model(random_ids(2, 30))
-        assert torch.equal(routing(model).route, route[:, None].expand(LAYERS, 2, KV_HEADS))
+        assert torch.equal(last_routes(model).route, route[:, None].expand(LAYERS, 2, KV_HEADS))
 
 
 def test_smollm2_with_full_heads_is_the_stock_model_and_only_routers_train():

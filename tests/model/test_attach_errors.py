@@ -9,11 +9,11 @@ from elastic.model.attach import (
     attach,
     detach,
     elastic_config,
+    last_routes,
     override_routes,
     pooled_keys,
     route_of,
     routers,
-    routing,
     set_config,
     set_temperature,
 )
@@ -48,7 +48,7 @@ BAD_CALLS = {
         ValueError,
         "router settings are fixed at attach",
     ),
-    "no forward yet": (routing, RuntimeError, "no routes yet: run a forward pass"),
+    "no forward yet": (last_routes, RuntimeError, "no routes yet: run a forward pass"),
     "statistics before forward": (pooled_keys, RuntimeError, "no routes yet"),
     "temperature": (lambda m: set_temperature(m, 0.0), ValueError, "temperature=0.0 is not positive"),
     "override value": (override(2), ValueError, "route=2; expected 0, 1, a tensor"),
@@ -135,6 +135,6 @@ def test_models_that_cannot_be_routed(case):
 
 
 def test_calls_without_routers_name_the_way_out():
-    for call in (detach, routing, routers, elastic_config):
+    for call in (detach, last_routes, routers, elastic_config):
         with pytest.raises(ValueError, match=r"no routers; call elastic\.attach"):
             call(tiny_model())

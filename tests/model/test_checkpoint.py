@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from elastic.model import checkpoint
-from elastic.model.attach import attach, is_attached, override_routes, routers, routing
+from elastic.model.attach import attach, is_attached, last_routes, override_routes, routers
 from elastic.model.checkpoint import (
     METADATA,
     WEIGHTS,
@@ -57,8 +57,8 @@ def test_a_loaded_model_routes_and_answers_the_same(saved):
     ids = random_ids(3, 60)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, again(ids).logits)
-    assert torch.equal(routing(model).route, routing(again).route)
-    assert set(routing(again).route.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(last_routes(model).route, last_routes(again).route)
+    assert set(last_routes(again).route.unique().tolist()) == {0.0, 1.0}
     assert all(
         torch.equal(a, b) for a, b in zip(router_state(model).values(), router_state(again).values(), strict=True)
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
-from elastic.model.attach import attach, detach, routers, routing
+from elastic.model.attach import attach, detach, last_routes, routers
 from elastic.model.compiling import compile_layers
 from elastic.routing.sparsity import msr
 from elastic.training.module import ElasticModule
@@ -29,7 +29,7 @@ def step(model: Any, length: int, device: str = "cpu", seed: int = 3) -> tuple[T
     inputs: dict[str, Any] = {name: x.to(device) for name, x in batch.items()}
     hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
     weights = [p for router in routers(model) for p in router.parameters()]
-    loss = hidden.float().square().mean() + msr(routing(model).route).mean()
+    loss = hidden.float().square().mean() + msr(last_routes(model).route).mean()
     return hidden.detach(), list(torch.autograd.grad(loss, weights))
 
 
@@ -124,7 +124,7 @@ def like_routes(models: dict[str, Any], length: int) -> tuple[dict[str, Tensor],
         results, routes = {}, []
         for name, model in models.items():
             results[name] = step(model, length, "cuda", seed)
-            routes.append(routing(model).route > 0.5)
+            routes.append(last_routes(model).route > 0.5)
         if all(torch.equal(route, routes[0]) for route in routes):
             return (
                 {name: hidden.float() for name, (hidden, _) in results.items()},

@@ -10,7 +10,7 @@ import torch
 from data_prep.generators import generate
 from elastic.data.packing import collate, pack, tokenise
 from elastic.inference.generate import load
-from elastic.model.attach import routing
+from elastic.model.attach import last_routes
 from elastic.model.checkpoint import read_elastic
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "smollm2-135m-fa-ssa"
@@ -49,7 +49,7 @@ def test_a_needle_keeps_more_full_heads_than_prose(loaded):
             prompt_spans=batch["prompt_spans"],
             use_cache=False,
         )
-    needle, prose = (routing(model).route[:, place] for place in order)
+    needle, prose = (last_routes(model).route[:, place] for place in order)
     assert needle.shape == (30, 3) and not torch.equal(needle, prose)
     assert prose.mean() - needle.mean() > 0.05
     assert 0.3 < needle.mean() < prose.mean() < 1.0

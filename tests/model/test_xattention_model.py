@@ -8,7 +8,7 @@ import torch
 
 from elastic.config import ElasticConfig
 from elastic.inference.generate import generate, load
-from elastic.model.attach import attach, override_routes, route_of, routing
+from elastic.model.attach import attach, last_routes, override_routes, route_of
 from elastic.model.checkpoint import save_elastic
 from elastic.routing.sparsity import density_by_layer, esr, visited_pairs
 from tests.helpers.models import KV_HEADS, LAYERS, left_padded, random_ids, small_config, tiny_model, varied_routers
@@ -30,12 +30,12 @@ def test_a_threshold_of_one_is_the_dense_model(family):
         attach(model, small_config(**vars(sparse_of("FA-XA", threshold=1.0))))
         with override_routes(model, 1):
             torch.testing.assert_close(model(ids).logits, dense, rtol=1e-4, atol=1e-5)
-            assert routing(model).density.shape == (LAYERS, 2, KV_HEADS)
-            torch.testing.assert_close(routing(model).density, torch.ones(LAYERS, 2, KV_HEADS, dtype=torch.float64))
+            assert last_routes(model).density.shape == (LAYERS, 2, KV_HEADS)
+            torch.testing.assert_close(last_routes(model).density, torch.ones(LAYERS, 2, KV_HEADS, dtype=torch.float64))
         sparser = sparse_of("FA-XA", threshold=0.3)
         with override_routes(model, 1, sparser):
             assert not torch.allclose(model(ids).logits, dense, rtol=1e-3)
-            state = routing(model)
+            state = last_routes(model)
         assert bool((state.density < 0.9).all())
         with override_routes(model, 0, sparse_of("FA-XA")):
             assert torch.equal(model(ids).logits, dense)
@@ -60,7 +60,7 @@ def test_ratios_come_from_what_was_visited(name):
     ids, mask = left_padded(random_ids(2, 90), [0, 40])
     with torch.no_grad():
         model(ids, attention_mask=mask)
-    state, sparse = routing(model), model._elastic_handle.routing.config.sparse
+    state, sparse = last_routes(model), model._elastic_handle.routing.config.sparse
     assert set(state.route.unique().tolist()) == {0.0, 1.0}
     last, overall = esr(state.route, state.lengths, sparse, state.density)
     pruned = torch.empty(LAYERS, 2, KV_HEADS, dtype=torch.float64)
@@ -113,7 +113,7 @@ def test_interleaved_requests_keep_their_own_counts():
             cache = DynamicCache(config=model.config)
             model(random_ids(1, 80, seed), past_key_values=cache, use_cache=True)
             caches.append(cache)
-            shares.append(routing(model).density)
+            shares.append(last_routes(model).density)
         for cache in caches:
             model(random_ids(1, 1), past_key_values=cache, use_cache=True)
     assert not torch.equal(*shares)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from elastic import cli
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
-from elastic.model.attach import attach, override_routes, routers, routing
+from elastic.model.attach import attach, last_routes, override_routes, routers
 from elastic.model.checkpoint import WEIGHTS, load_into, save_elastic
 from elastic.routing.methods import columns, parse_methods
 from elastic.routing.router import StaticRouter, build_router
@@ -51,7 +51,7 @@ def test_static_decisions_are_the_same_for_every_sample_and_obey_the_bias():
     model = static_model()
     with torch.no_grad():
         model(random_ids(3, 40))
-    route = routing(model).route
+    route = last_routes(model).route
     expected = torch.stack([(router.logits[:, 1] > router.logits[:, 0]).float() for router in routers(model)])
     assert torch.equal(route, expected[:, None].expand(-1, 3, -1))
     assert set(expected.unique().tolist()) == {0.0, 1.0}

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from elastic.attention.row_slice import Context
+from elastic.attention.row_slice import RowSlice
 from elastic.data.packing import Sample, collate, pack
-from elastic.model.attach import attach, override_routes, pooled_keys, routers, routing, set_context
+from elastic.model.attach import attach, last_routes, override_routes, pooled_keys, routers, set_row_slice
 from elastic.routing.sparsity import msr
-from elastic.training.context_parallel import ContextGroup, context_parallel, divergence, language_loss, shard
+from elastic.training.context_parallel import RowSliceGroup, context_parallel, divergence, language_loss, shard
 from elastic.training.losses import chunked_cross_entropy
 from elastic.training.objective import LagrangeMultipliers, sparsity_loss, target_intervals
 from elastic.training.sharding import average_gradients
@@ -29,23 +29,23 @@ def packed_row():
     return collate(list(pack(samples, 96)))
 
 
-def trained_pass(model, context: Context, checkpointing: bool) -> dict[str, torch.Tensor]:
+def trained_pass(model, row_slice: RowSlice, checkpointing: bool) -> dict[str, torch.Tensor]:
     """Forward, loss and backward of the row in training, with the noise of one seed."""
     batch = packed_row()
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(7)
-    hidden = model.get_decoder()(**shard(batch, context), use_cache=False).last_hidden_state
-    state, head = routing(model), model.get_output_embeddings()
+    hidden = model.get_decoder()(**shard(batch, row_slice), use_cache=False).last_hidden_state
+    state, head = last_routes(model), model.get_output_embeddings()
     multipliers = LagrangeMultipliers()
     with torch.no_grad():
         multipliers.l1.fill_(0.5)
-    language = language_loss(hidden, head, batch["labels"], 4, context)
+    language = language_loss(hidden, head, batch["labels"], 4, row_slice)
     loss = language + sparsity_loss(msr(state.route), batch["task_id"], target_intervals({}), multipliers)
     loss.backward()
     parameters = [p for router in routers(model) for p in router.parameters()]
-    if context.size > 1:
+    if row_slice.size > 1:
         average_gradients([*parameters, *multipliers.parameters()])
     return {
         "hidden": hidden.detach(),
@@ -57,18 +57,18 @@ def trained_pass(model, context: Context, checkpointing: bool) -> dict[str, torc
     }
 
 
-def quality_pass(model, context: Context) -> dict[str, torch.Tensor]:
+def quality_pass(model, row_slice: RowSlice) -> dict[str, torch.Tensor]:
     """Divergence per sample from the dense pass, and its gradient to the routers."""
     batch = packed_row()
-    inputs = {**shard(batch, context), "use_cache": False}
+    inputs = {**shard(batch, row_slice), "use_cache": False}
     with torch.no_grad(), override_routes(model, 0):
         dense = model.get_decoder()(**inputs).last_hidden_state
     torch.manual_seed(7)
     hidden, head = model.train().get_decoder()(**inputs).last_hidden_state, model.get_output_embeddings()
-    found = divergence(hidden, dense, head, batch["labels"], batch["cu_seq_lens"], 4, context)
+    found = divergence(hidden, dense, head, batch["labels"], batch["cu_seq_lens"], 4, row_slice)
     parameters = [p for router in routers(model) for p in router.parameters()]
     (found * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
-    if context.size > 1:
+    if row_slice.size > 1:
         average_gradients(parameters)
     return {"divergence": found.detach(), "gradients": torch.cat([p.grad.reshape(-1) for p in parameters])}
 
@@ -87,10 +87,10 @@ def slice_process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for family, checkpointing in (("llama", False), ("qwen3", True), ("llama+xattention", True)):
         model = routed_model(family)
-        with context_parallel(model) as context:
-            torch.save(trained_pass(model, context, checkpointing), f"{folder}/{family}.{rank}.pt")
+        with context_parallel(model) as row_slice:
+            torch.save(trained_pass(model, row_slice, checkpointing), f"{folder}/{family}.{rank}.pt")
             model.zero_grad()
-            torch.save(quality_pass(model, context), f"{folder}/{family}.quality.{rank}.pt")
+            torch.save(quality_pass(model, row_slice), f"{folder}/{family}.quality.{rank}.pt")
     model = attach(tiny_model(num_key_value_heads=1), small_config())
     with (
         pytest.raises(ValueError, match="1 KV heads cannot be shared out over 2 processes; use a group of 1"),
@@ -99,7 +99,7 @@ def slice_process(rank: int, folder: str) -> None:
         pass
     with pytest.raises(ValueError, match="a row of 95 tokens cannot be cut into 2 equal slices"):
         batch = {**packed_row(), "input_ids": torch.zeros(1, 95, dtype=torch.int64)}
-        shard(batch, ContextGroup())
+        shard(batch, RowSliceGroup())
     model = routed_model("llama")
     with pytest.raises(ValueError, match="a slice of a sequence came without cu_seq_lens"), context_parallel(model):
         model(random_ids(1, 10), use_cache=False)
@@ -115,7 +115,7 @@ def slices(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "llama+xattention"])
 def test_two_slices_equal_the_whole_row(slices, family):
-    whole = trained_pass(routed_model(family), Context(), False)
+    whole = trained_pass(routed_model(family), RowSlice(), False)
     one, two = (torch.load(slices / f"{family}.{rank}.pt", weights_only=True) for rank in (0, 1))
     assert set(whole["route"].unique().tolist()) == {0.0, 1.0}
     for part in (one, two):
@@ -128,7 +128,7 @@ def test_two_slices_equal_the_whole_row(slices, family):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_two_slices_diverge_as_the_whole_row_does(slices, family):
-    whole = quality_pass(routed_model(family), Context())
+    whole = quality_pass(routed_model(family), RowSlice())
     for rank in (0, 1):
         part = torch.load(slices / f"{family}.quality.{rank}.pt", weights_only=True)
         for name, value in whole.items():
@@ -141,15 +141,15 @@ def test_one_slice_is_the_ordinary_loss():
     batch, head = packed_row(), torch.nn.Linear(8, 11)
     labels = batch["labels"].clamp(max=10)
     hidden = torch.randn(1, 96, 8)
-    mine = language_loss(hidden, head, labels, 5, Context())
+    mine = language_loss(hidden, head, labels, 5, RowSlice())
     torch.testing.assert_close(mine, chunked_cross_entropy(hidden, head, labels, 7))
     with pytest.raises(ValueError, match="no labelled token"):
-        language_loss(hidden, head, torch.full((1, 96), -100), 5, Context())
+        language_loss(hidden, head, torch.full((1, 96), -100), 5, RowSlice())
 
 
 def test_a_context_is_restored_and_needs_a_process_group():
     model = attach(tiny_model(), small_config())
     with pytest.raises(RuntimeError, match=r"needs a process group; call torch\.distributed"), context_parallel(model):
         pass
-    own = set_context(model, Context())
-    assert own.size == 1 and set_context(model, own).size == 1
+    own = set_row_slice(model, RowSlice())
+    assert own.size == 1 and set_row_slice(model, own).size == 1

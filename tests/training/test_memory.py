@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elastic.model.attach import attach, routers, routing
+from elastic.model.attach import attach, last_routes, routers
 from elastic.training.losses import chunked_cross_entropy, chunked_divergence, labelled_positions
 from tests.helpers.models import VOCAB, random_ids, small_config, tiny_model, varied_routers
 
@@ -109,7 +109,7 @@ def router_gradients(checkpointing: bool, autocast: bool) -> list[torch.Tensor]:
     model = routed_model(checkpointing)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = loss_of(model, "cross entropy")
-    assert routing(model).route.dtype == torch.float32  # routers decide in fp32 whatever the autocast
+    assert last_routes(model).route.dtype == torch.float32  # routers decide in fp32 whatever the autocast
     loss.backward()
     return [p.grad.clone() for router in routers(model) for p in router.parameters()]
 

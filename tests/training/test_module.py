@@ -221,11 +221,11 @@ def test_heads_first_leaves_the_shared_router_as_it_is(data, tmp_path):
 def test_tasks_share_a_target_only_while_routes_are_alike(data, tmp_path):
     _, loader, trainer = small_run(data, tmp_path, steps=3, fit=False)
     elastic = replace(SMALL, router=replace(SMALL.router, head_offset=True))
-    module, alike = ElasticModule(elastic=elastic, optimiser=OptimiserConfig(heads_first=0.5)), []
+    module, seen = ElasticModule(elastic=elastic, optimiser=OptimiserConfig(heads_first=0.5)), []
     judge = module.objective.judge
-    module.objective.judge = lambda routed: (alike.append((module.global_step, routed.alike)), judge(routed))[1]
+    module.objective.judge = lambda routed: (seen.append((module.global_step, routed.shared_target)), judge(routed))[1]
     trainer.fit(module, loader)
-    assert dict(alike) == {0: True, 1: True, 2: False}
+    assert dict(seen) == {0: True, 1: True, 2: False}
 
 
 @pytest.mark.parametrize(

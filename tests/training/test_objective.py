@@ -153,13 +153,20 @@ def test_inputs_that_are_routed_alike_share_the_widest_target():
     objective.multipliers = filled(l1=2.0, l2=3.0)
     head = nn.Linear(8, 31, bias=False)
 
-    def regulariser(ratio, alike):
-        routed = RoutedPass(batch, hidden, torch.full((4,), ratio), None, head, 4, alike)
+    def regulariser(ratio, shared_target):
+        routed = RoutedPass(batch, hidden, torch.full((4,), ratio), None, head, 4, shared_target)
         return float(objective.judge(routed).facts["regulariser"])
 
     assert objective.span == (0.5, 1.0)
-    assert regulariser(0.75, alike=True) == regulariser(0.5, alike=True) == 0 != regulariser(0.75, alike=False)
-    assert regulariser(0.4, alike=True) == pytest.approx(-2.0 * 0.1 + 3.0 * 0.1**2)  # every task is below the span
+    assert (
+        regulariser(0.75, shared_target=True)
+        == regulariser(0.5, shared_target=True)
+        == 0
+        != regulariser(0.75, shared_target=False)
+    )
+    assert regulariser(0.4, shared_target=True) == pytest.approx(
+        -2.0 * 0.1 + 3.0 * 0.1**2
+    )  # every task is below the span
 
 
 def test_only_labelled_positions_reach_the_head_a_chunk_at_a_time():

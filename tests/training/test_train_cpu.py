@@ -101,7 +101,7 @@ def test_what_fit_wrote_loads_and_generates_with_the_same_routes(run, data):
     import elastic
     from elastic.data.packing import collate
     from elastic.data.shards import open_corpus
-    from elastic.model.attach import routers, routing
+    from elastic.model.attach import last_routes, routers
 
     model, tokenizer = elastic.load(run / "checkpoint")
     state = torch.load(run / "last.ckpt", weights_only=True)["state_dict"]
@@ -117,7 +117,7 @@ def test_what_fit_wrote_loads_and_generates_with_the_same_routes(run, data):
         )
     lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     for n in range(len(batch["task_id"])):
-        assert routing(model).route[:, n].int().tolist() == lines[n]["route"]
+        assert last_routes(model).route[:, n].int().tolist() == lines[n]["route"]
     generation = elastic.generate(model, tokenizer, "f1 f2 key k3 1 2 3 4 f5 f6 find k3", max_new_tokens=4)[0]
     assert generation.text and 0 <= generation.report.msr <= 1
 

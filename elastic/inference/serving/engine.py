@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from elastic.inference.generate import answer_tokens, ends_of
+from elastic.inference.generate import answer_tokens, eos_ids
 from elastic.inference.serving.text import TextCutter
 
 
@@ -166,7 +166,7 @@ class Engine:
 
     def _answer(self, batch: list[Job]) -> None:
         self.metrics.started([time.monotonic() - job.arrived for job in batch])
-        rows = _Rows(batch, self.tokenizer, ends_of(self.model))
+        rows = _Rows(batch, self.tokenizer, eos_ids(self.model))
         if batch[0].sampling.seed is not None:
             torch.manual_seed(batch[0].sampling.seed)
         try:
