@@ -16,7 +16,7 @@ from elastic.bench.records import Record
 from elastic.bench.stock_graph import captured, give_room, in_place_step
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.inference.decode_graph import DecodeGraph
-from elastic.model import attach
+from elastic.model import layer_hooks
 from elastic.model.attach import elastic_config, route_of, set_row_slice
 
 Run = list[Record]
@@ -202,7 +202,7 @@ def _timed_elastic(model: Any) -> Iterator[_Clock]:
     row_slice.attend = clock.timed("attention", row_slice.attend)  # type: ignore[method-assign]
     previous = set_row_slice(model, row_slice)
     try:
-        with patch.object(attach, "route_layer", clock.timed("router", attach.route_layer)):
+        with patch.object(layer_hooks, "route_layer", clock.timed("router", layer_hooks.route_layer)):
             yield clock
     finally:
         set_row_slice(model, previous)

@@ -96,14 +96,14 @@ def from_keys(
     layers: list[Any], hidden: Tensor, layout: Layout, routing: AttachedState
 ) -> list[Callable[[], HeadPlan]]:
     """Per layer: route and plan from keys that are gathered and projected already."""
-    config, context = routing.config, routing.context
-    pooling = Pooling.shared(layout, config.router.pool_tokens, hidden.shape[1], context)
+    config, row_slice = routing.config, routing.row_slice
+    pooling = Pooling.shared(layout, config.router.pool_tokens, hidden.shape[1], row_slice)
     pooled = hidden.flatten(0, 1).index_select(0, pooling.token_M).unflatten(0, pooling.weight_N2P.shape)
     keys = [prerope_keys(attn, pooled) for attn in layers]
 
     def call(attn: Any, key: Tensor) -> HeadPlan:
         attn.router.last, _ = decide_from_keys(
-            attn.router, key, pooling, config, None, context=context, fused=routing.fused
+            attn.router, key, pooling, config, None, row_slice=row_slice, fused=routing.fused
         )
         return plan_of(attn, attn.router.last.route_NK, routing.config, layout)
 

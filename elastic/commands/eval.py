@@ -13,7 +13,7 @@ from elastic.console import Parser, complain, say
 
 if TYPE_CHECKING:
     from elastic.evaluation.benchmark import Benchmark
-    from elastic.evaluation.runner import Plan
+    from elastic.evaluation.runner import EvaluationPlan
 
 SUMMARY = "compare dense, streaming, static, random and trained routing on long-context benchmarks"
 
@@ -130,8 +130,8 @@ def run(args: argparse.Namespace) -> None:
     say(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes.")
 
 
-def _plan(args: argparse.Namespace, tasks: list[tuple["Benchmark", str]], samples: int | None) -> "Plan":
-    from elastic.evaluation.runner import Plan
+def _plan(args: argparse.Namespace, tasks: list[tuple["Benchmark", str]], samples: int | None) -> "EvaluationPlan":
+    from elastic.evaluation.runner import EvaluationPlan
 
     try:
         lengths = tuple(int(length) for length in args.lengths.split(","))
@@ -141,7 +141,7 @@ def _plan(args: argparse.Namespace, tasks: list[tuple["Benchmark", str]], sample
         ) from error
     if samples is None and any(benchmark.by_length for benchmark, _ in tasks):
         samples = 50
-    return Plan(
+    return EvaluationPlan(
         args.backbone,
         args.device,
         args.dtype,

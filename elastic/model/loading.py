@@ -12,7 +12,7 @@ from elastic.files import cache_folder
 
 TINY = "tiny"
 SMOLLM2 = "smollm2-135m"
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -69,7 +69,7 @@ def test_one_command_compares_methods_and_goes_on(tmp_path, monkeypatch):
     model, words = load_backbone("tiny")
     model.config.max_position_embeddings = 2048
     monkeypatch.setattr(runner, "load_model", lambda *_: (attach(model, small_config()), words))
-    plan = runner.Plan(
+    plan = runner.EvaluationPlan(
         "tiny",
         "cpu",
         "float32",
@@ -131,7 +131,7 @@ def test_too_large_a_batch_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "load_model", lambda *_: (attach(model, small_config()), words))
     sparse = SparseConfig(sink=4, window=16, block=4, stride=4)
     asked = ((ruler.Ruler(), "ruler_fwe"),)
-    plan = runner.Plan("tiny", "cpu", "float32", asked, (1024,), 1, 2, False, sparse, 0)
+    plan = runner.EvaluationPlan("tiny", "cpu", "float32", asked, (1024,), 1, 2, False, sparse, 0)
     with pytest.raises(ValueError, match=r"ruler_fwe@1024 ran out of the memory of cpu with --batch-size 2"):
         runner.run(plan, [Method.parse("dense")], tmp_path / "out")
 
@@ -148,7 +148,7 @@ def test_tasks_that_fit_into_a_batch_are_evaluated_together(tmp_path, monkeypatc
     asked = ((family, "ruler_fwe"), (family, "ruler_vt"))
 
     def plan(batch):
-        return runner.Plan("tiny", "cpu", "float32", asked, (1024, 1536), 1, batch, False, sparse, 0)
+        return runner.EvaluationPlan("tiny", "cpu", "float32", asked, (1024, 1536), 1, batch, False, sparse, 0)
 
     assert [[c.label for c in cells] for cells in plan(3).batches()] == [
         ["ruler_fwe@1024", "ruler_vt@1024"],

@@ -92,7 +92,7 @@ def test_commands_that_share_a_folder_are_summed_up_by_a_last_one(tmp_path, monk
     family, methods = Ruler(), [Method.parse("dense"), Method.parse("streaming")]
     sparse = SparseConfig(sink=4, window=16, block=4, stride=4)
     asked = tuple((family, task) for task in ("ruler_vt", "ruler_fwe"))
-    plan = runner.Plan("tiny", "cuda:1", "bfloat16", asked, (1024, 2048), 5, 16, False, sparse, 0)
+    plan = runner.EvaluationPlan("tiny", "cuda:1", "bfloat16", asked, (1024, 2048), 5, 16, False, sparse, 0)
     assert together(evaluator, plan, methods, tmp_path) == [0] * PROCESSES
     monkeypatch.setattr(runner, "_evaluate", lambda *_: pytest.fail("a finished result was made again"))
     rows = runner.run(replace(plan, device="cuda", batch_size=100), methods, tmp_path)
