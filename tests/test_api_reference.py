@@ -3,6 +3,7 @@ names that docstrings and messages mention exist.
 """
 
 import ast
+import inspect
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from functools import cache, reduce
 from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -73,6 +75,22 @@ def test_every_public_name_is_explained(page):
         if isinstance(getattr(elastic, name), type) and not method.startswith("_") and callable(value)
     ]
     assert "SparseConfig.has" in methods and not [name for name in methods if not texts.get(name)]
+
+
+def classes_in(hint: Any) -> set[type]:
+    """Classes of this package in a type hint."""
+    inner = set().union(*(classes_in(part) for part in get_args(hint)))
+    own = inspect.isclass(hint) and hint.__module__.split(".")[0] == "elastic"
+    return inner | {hint} if own else inner
+
+
+def test_types_in_public_signatures_are_public():
+    """So that the page can link to them."""
+    values = {name: getattr(elastic, name) for name in PUBLIC}
+    hints = {name: get_type_hints(value) for name, value in values.items() if inspect.isfunction(value)}
+    found = {(name, cls) for name, of in hints.items() for hint in of.values() for cls in classes_in(hint)}
+    assert ("attach", elastic.ElasticConfig) in found
+    assert not [f"{name}: {cls.__qualname__}" for name, cls in found if cls not in values.values()]
 
 
 @cache

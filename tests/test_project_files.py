@@ -83,6 +83,16 @@ def test_kinds_of_a_feature_request_have_their_recipes():
     assert [kind.lower() for kind in kinds[: len(recipes)]] == recipes and len(recipes) == 5
 
 
+def test_guide_names_what_exists():
+    guide = re.sub(r"`[^`]*<name>[^`]*`", "", read("docs/CONTRIBUTING.md"))  # files that a recipe is to create
+    assert not [name for name in paths_in(guide) if not (ROOT / name).exists()]
+    assert not [link for link in re.findall(r"\]\(([\w./-]+)\)", guide) if not (ROOT / "docs" / link).exists()]
+    tests = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    assert not [name for name in re.findall(r"\btest_\w+\.py", guide) if name not in tests]
+    functions = re.findall(r"`(test_\w+)`", guide)
+    assert functions and all(any(f"def {name}(" in text for text in tests.values()) for name in functions)
+
+
 def test_wheels_hold_the_version(tmp_path):
     """setuptools reads it from the file, without importing the package."""
     config = pytest.importorskip("setuptools.config.pyprojecttoml")
