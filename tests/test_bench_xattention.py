@@ -49,7 +49,7 @@ def test_figures_of_a_run(small_on_cpu, tmp_path, capsys):
     xattention.add_arguments(parser)
     words = ["--lengths", "512", "--strides", "16", "8", "--layers", "512", "--memory", "256", "--commit", "abc"]
     assert xattention.run(parser.parse_args([*words, "--out", str(tmp_path)]), "elastic bench xattention") == 0
-    found = json.loads((tmp_path / "xattention.json").read_text())
+    found = records.load(tmp_path / "xattention.json")
     value = {(r["case"], r["who"], r["metric"]): r["value"] for r in found}
     for stride in (16, 8):
         name = f"select-s{stride}-b128-512"
