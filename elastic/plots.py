@@ -4,6 +4,8 @@ pyplot, so no global state and no display is touched.
 Legend: L layers, K KV heads.
 """
 
+import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 
 Curve = Sequence[tuple[float, float]]
+WIDTH = 9.0  # inches of a picture: at the 900 pixels that GitHub shows, text of 9 points is 12 pixels high
+LEGEND = 105  # letters in a line of a legend of that width, 7 for each line's sample
 
 
 def share_figure(shares: Mapping[str, Tensor], title: str = "") -> Any:
@@ -41,8 +45,8 @@ def share_figure(shares: Mapping[str, Tensor], title: str = "") -> Any:
         image = axis.imshow(share.float().cpu().T.numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto")
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
         axis.set_yticks(range(heads) if heads <= 4 else [0, heads - 1])
-        axis.tick_params(labelsize=7)
-        axis.set_title(f"MSR {float(share.float().mean()):.2f}", fontsize=8, loc="right", pad=2)
+        axis.tick_params(labelsize=8)
+        axis.set_title(f"MSR {float(share.float().mean()):.2f}", fontsize=9, loc="right", pad=2)
     axes[-1].set_xlabel("layer (rows of a panel: KV heads)", fontsize=9)
     axes[-1].locator_params(axis="x", integer=True)
     figure.colorbar(image, ax=list(axes), label="share of inputs on SA", fraction=0.03, pad=0.02)
@@ -73,8 +77,19 @@ class Panel:
     halves: Mapping[str, Sequence[float]] | None = None
 
 
+def in_rows(panels: Sequence[Panel], columns: int = 2) -> list[Sequence[Panel]]:
+    """Panels in rows of so many, for `panels_figure`."""
+    return [panels[start : start + columns] for start in range(0, len(panels), columns)]
+
+
+def token_ticks(lengths: Sequence[int]) -> dict[float, str]:
+    """Positions and texts of an axis of lengths in tokens, such as `8K`."""
+    return {length: f"{length // 1024}K" if length % 1024 == 0 else str(length) for length in lengths}
+
+
 def panels_figure(rows: Sequence[Sequence[Panel]]) -> Any:
-    """Line plots in rows; a label has one colour in all panels. A matplotlib `Figure`.
+    """Line plots in rows, `WIDTH` inches wide; a label has one colour in all panels and is named above them. A
+    matplotlib `Figure`.
 
     Raises:
         ValueError: no panel.
@@ -83,37 +98,58 @@ def panels_figure(rows: Sequence[Sequence[Panel]]) -> Any:
     if not panels:
         raise ValueError("no curves to draw; expected at least one panel")
     columns = max(map(len, rows))
-    figure = _figure(3.6 * columns, 2.9 * len(rows))
+    figure = _figure(max(WIDTH, 2.8 * columns), 2.6 * len(rows) + 0.4)
     grid = figure.subplots(len(rows), columns, squeeze=False)
     labels = list(dict.fromkeys(label for panel in panels for label in panel.lines))
+    named: dict[str, Any] = {}
     for axes, row in zip(grid, rows, strict=True):
         for axis, panel in zip(axes, row, strict=False):
-            _draw(axis, panel, labels)
+            drawn = _draw(axis, panel, labels)
+            if len(panel.lines) > 1:  # the title names a single line
+                named = {**drawn, **named}
         for axis in axes[len(row) :]:
             axis.set_visible(False)
+    if named:
+        shown = [label for label in labels if label in named]
+        lines = math.ceil(sum(len(label) + 7 for label in shown) / LEGEND)
+        places = {"loc": "outside upper center", "ncols": math.ceil(len(shown) / lines), "frameon": False}
+        figure.legend([named[label] for label in shown], shown, fontsize=10, **places)
     return figure
 
 
-def _draw(axis: Any, panel: Panel, labels: Sequence[str]) -> None:
+def _draw(axis: Any, panel: Panel, labels: Sequence[str]) -> dict[str, Any]:
+    """Draw a panel; its lines by label."""
+    drawn = {}
     for label, points in panel.lines.items():
         x, y = zip(*points, strict=True) if points else ((), ())
         marker = panel.marker or ("o" if panel.xticks else None)  # few points at named places
-        style = {"color": f"C{labels.index(label) % 10}", "marker": marker, "markersize": 3, "linewidth": 1.4}
-        axis.plot(x, y, label=label, **style)
+        style = {"color": f"C{labels.index(label) % 10}", "marker": marker, "markersize": 4, "linewidth": 1.5}
+        drawn[label] = axis.plot(x, y, label=label, **style)[0]
         if panel.halves:
-            axis.errorbar(x, y, panel.halves[label], fmt="none", ecolor=style["color"], elinewidth=0.7)
-    axis.set_title(panel.title, fontsize=10)
-    axis.set_xlabel(panel.xlabel, fontsize=9)
-    axis.set_ylabel(panel.ylabel, fontsize=9)
+            axis.errorbar(x, y, panel.halves[label], fmt="none", ecolor=style["color"], elinewidth=0.8)
+    axis.set_title(panel.title, fontsize=11)
+    axis.set_xlabel(panel.xlabel, fontsize=10)
+    axis.set_ylabel(panel.ylabel, fontsize=10)
     axis.set_xscale(panel.xscale)
     axis.set_yscale(panel.yscale)
     if panel.xticks:
         axis.set_xticks(list(panel.xticks), labels=list(panel.xticks.values()), minor=False)
         axis.set_xticks([], minor=True)
-    axis.tick_params(labelsize=8)
+    if panel.yscale == "log":
+        _plain_ticks(axis.yaxis)
+    axis.tick_params(labelsize=9)
     axis.grid(alpha=0.25)
-    if len(panel.lines) > 1:
-        axis.legend(fontsize=7, frameon=False)
+    return drawn
+
+
+def _plain_ticks(axis: Any) -> None:
+    """1, 2, 5 and 10 in plain numbers on a logarithmic axis, every digit where it spans little."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high > 8 * low else range(1, 10)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def curves_figure(panels: Mapping[str, Mapping[str, Curve]], xlabel: str = "step", marker: str = "") -> Any:
@@ -150,17 +186,22 @@ def bars_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Any:
     return figure
 
 
-def save_png(figure: Any, path: str | Path, dpi: int = 110) -> Path:
-    """Write a figure as PNG; the folder is made if needed.
+def save_png(figure: Any, path: str | Path, dpi: int = 150) -> Path:
+    """Write a figure as PNG with a palette of 256 colours, a third of the bytes; the folder is made if needed.
 
     Raises:
         ValueError: another file ending.
     """
+    from PIL import Image
+
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path} does not end in .png; pictures are written as PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)
+    with io.BytesIO() as drawn:
+        figure.savefig(drawn, format="png", dpi=dpi)
+        picture = Image.open(drawn).convert("RGB")
+    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     return path
 
 

@@ -15,16 +15,15 @@ from typing import Any
 
 import torch
 
-from elastic.bench import records
+from elastic.bench import drawing, records
 from elastic.bench.e2e_models import SHAPES, random_model, route_at_random
 from elastic.bench.e2e_runs import STOCK, Run, elastic_runs, stock_runs
-from elastic.bench.e2e_tables import OUT_OF_MEMORY, e2e_figure, e2e_table
+from elastic.bench.e2e_tables import OUT_OF_MEMORY, e2e_table
 from elastic.bench.options import LENGTHS
 from elastic.bench.records import LEFT_OUT, Record
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.console import say
 from elastic.model.attach import detach
-from elastic.plots import save_png
 
 SUMMARY = "prefill and decode of 8B-shaped models beside the same stock models"
 RATIOS = (0.0, 0.5, 0.7, 0.9)
@@ -83,8 +82,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     for shape in args.shapes:
         _run_shape(args, shape, device, add)
     say(f"\n{e2e_table(found)}\n")
-    written = [path, save_png(e2e_figure(found), path.with_suffix(".png"))]
-    say(f"Written: {', '.join(map(str, written))}")
+    say(f"Written: {', '.join(map(str, [path, *drawing.draw(path, found)]))}")
     return 0
 
 

@@ -5,17 +5,19 @@ from typing import Any
 
 from elastic.bench.records import LEFT_OUT, Record
 from elastic.console import table
-from elastic.plots import Panel, panels_figure
+from elastic.plots import Panel, in_rows, panels_figure, token_ticks
 
 FIRST_TOKEN, OUT_OF_MEMORY = "first token", "out of memory"
 DECODE = ("decode", "decode graph")
 METRICS = (FIRST_TOKEN, *DECODE, "KV cache", "peak memory", "attention", "router", "rest")
 
-PANELS = {
-    "first token": ("s", 1e-3),
-    "decode": ("tokens/s", 1.0),
-    "KV cache": ("GB", 1e-9),
-    "peak memory": ("GB", 1e-9),
+PANELS = {  # metric -> title, unit, scale
+    FIRST_TOKEN: ("time to the first token", "s", 1e-3),
+    "decode graph": ("decode as a CUDA graph", "tokens/s", 1.0),
+    "decode": ("decode", "tokens/s", 1.0),
+    "attention": ("attention, of the first token", "s", 1e-3),
+    "KV cache": ("KV cache", "GB", 1e-9),
+    "peak memory": ("peak memory", "GB", 1e-9),
 }
 
 
@@ -51,22 +53,21 @@ def e2e_table(found: Sequence[Record]) -> str:
 
 
 def e2e_figure(found: Sequence[Record]) -> Any:
-    """A row of panels per shape: speed-up of the first token, decode tokens/s and KV bytes against length."""
-    rows = []
+    """Two panels a row for each shape: times, decoded tokens a second and memory against length, by MSR."""
+    rows: list[Sequence[Panel]] = []
     for shape in dict.fromkeys(r["shape"] for r in found):
-        of_shape = [r for r in found if r["shape"] == shape and r["value"] is not None]
-        ticks = {r["length"]: _size(r["length"]) for r in of_shape}
+        of_shape = [r for r in found if r["shape"] == shape and r["value"]]
+        of_shape.sort(key=lambda r: (-1 if r["msr"] is None else r["msr"], r["length"]))  # the stock model first
+        ticks = token_ticks(sorted({r["length"] for r in of_shape}))
         panels = []
-        for metric, (label, scale) in PANELS.items():
+        for metric, (title, unit, scale) in PANELS.items():
             lines: dict[str, list[tuple[float, float]]] = {}
-            for r in of_shape:
-                if r["metric"] in (metric, f"{metric} graph") and r["value"] > 0:
-                    who = r["who"] if r["msr"] is None else f"{r['who']} MSR {r['msr']:.2f}"
-                    name = f"{who}, graph" if r["metric"].endswith("graph") else who
-                    lines.setdefault(name, []).append((r["length"], r["value"] * scale))
-            panels.append(Panel(f"{shape}: {metric}", {k: sorted(v) for k, v in lines.items()}, "tokens", label, "log",
-                                "log", ticks, "o"))  # fmt: skip
-        rows.append(panels)
+            for r in (r for r in of_shape if r["metric"] == metric):
+                who = r["who"] if r["msr"] is None else f"{r['who']} MSR {r['msr']:.2f}"
+                lines.setdefault(who, []).append((r["length"], r["value"] * scale))
+            if lines:
+                panels.append(Panel(f"{shape}: {title}", lines, "tokens", unit, "log", "log", ticks))
+        rows += in_rows(panels)
     return panels_figure(rows)
 
 

@@ -1,10 +1,10 @@
-"""The picture of a run: time and TFLOP/s against length, one column per MSR, and the speed-up against MSR."""
+"""The picture of a run: speed against length for each MSR, and the speed-up against MSR."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elastic.bench.records import Record
-from elastic.plots import Panel, panels_figure
+from elastic.plots import Panel, in_rows, panels_figure, token_ticks
 
 BASELINE = ("cudnn", "ours")  # dense contestants that a speed-up may refer to, the first that was timed
 
@@ -34,44 +34,31 @@ def speedups(found: Sequence[Record], length: int) -> tuple[str, dict[str, list[
 
 
 def attention_figure(found: Sequence[Record]) -> Any:
-    """Three rows of panels; a matplotlib `Figure`.
+    """Speed against length, a panel per MSR, then the speed-up against MSR, a panel per length; a matplotlib `Figure`.
 
     Raises:
-        ValueError: no timings with a length and an MSR.
+        ValueError: no speeds with a length and an MSR.
     """
     timed = [r for r in found if r["metric"] in ("time", "eff") and r.get("msr") is not None]
-    if not timed:
-        raise ValueError("no timings with a length and an MSR to draw; expected records of `elastic bench attention`")
-    ratios = sorted({r["msr"] for r in timed})
-    lengths = sorted({r["length"] for r in timed})
-    ticks = {length: f"{length // 1024}K" if length % 1024 == 0 else str(length) for length in lengths}
-    rows = []
-    for metric, kind, label, scale in (("time", "time", "ms", "log"), ("eff", "speed", "TFLOP/s", "linear")):
-        rows.append(
-            [
-                Panel(
-                    f"{kind} at MSR {msr:g}",
-                    curves(timed, metric, "length", msr=msr),
-                    "tokens",
-                    label,
-                    "log",
-                    scale,
-                    ticks,
-                )
-                for msr in ratios
-            ]
-        )
-    rows.append(_speedup_panels(timed, lengths[-len(ratios) :], ticks))
-    return panels_figure([row for row in rows if row])
+    unit = next((r["unit"] for r in timed if r["metric"] == "eff"), None)
+    if unit is None:
+        raise ValueError("no speeds with a length and an MSR to draw; expected records of `elastic bench attention`")
+    ratios, lengths = (sorted({r[name] for r in timed}) for name in ("msr", "length"))
+    ticks = token_ticks(lengths)
+    panels = [
+        Panel(f"speed at MSR {msr:g}", curves(timed, "eff", "length", msr=msr), "tokens", unit, "log", xticks=ticks)
+        for msr in ratios
+    ]
+    panels += _speedup_panels(timed, lengths[-len(ratios) :], ticks)
+    return panels_figure(in_rows(panels, 3 if len(ratios) == 3 else 2))
 
 
-def _speedup_panels(timed: Sequence[Record], lengths: Sequence[int], names: dict[int, str]) -> list[Panel]:
+def _speedup_panels(timed: Sequence[Record], lengths: Sequence[int], names: Mapping[float, str]) -> list[Panel]:
     panels = []
     for length in lengths:
         baseline, lines = speedups(timed, length)
         if lines:
-            label = f"speed-up over dense {baseline}"
             ticks = {msr: f"{msr:g}" for points in lines.values() for msr, _ in points}
             title = f"speed-up at {names[length]} tokens"
-            panels.append(Panel(title, lines, "MSR", label, yscale="log", xticks=ticks))
+            panels.append(Panel(title, lines, "MSR", f"times dense {baseline}", yscale="log", xticks=ticks))
     return panels

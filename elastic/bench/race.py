@@ -9,14 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from elastic.bench import tables
+from elastic.bench import drawing, tables
 from elastic.bench.cases import Case, Inputs
 from elastic.bench.contestants import Call, Contestant
-from elastic.bench.pictures import attention_figure
 from elastic.bench.records import LEFT_OUT, Record
 from elastic.bench.timing import measure
 from elastic.console import say
-from elastic.plots import save_png
 
 TOLERANCE = 0.05  # of the largest value, at least of 1: N(0, 1) operands in bf16, a few roundings
 CHUNK = 16384  # tokens compared at a time
@@ -30,10 +28,7 @@ def conclude(found: list[Record], path: Path) -> int:
         0, or 1 where a contestant's output differed from ours.
     """
     say(f"\n{tables.terminal(found)}\n")
-    written = [path]
-    if any(record.get("msr") is not None for record in found):
-        written.append(save_png(attention_figure(found), path.with_suffix(".png")))
-    say(f"Written: {', '.join(map(str, written))}")
+    say(f"Written: {', '.join(map(str, [path, *drawing.draw(path, found)]))}")
     return int(any(r["metric"] == LEFT_OUT and r["why"].startswith(DISAGREED) for r in found))
 
 

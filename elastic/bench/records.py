@@ -1,15 +1,20 @@
-"""Records of a benchmark run, as JSON: a list of flat objects.
+"""Records of a benchmark run: flat objects, and the JSON file that holds them.
 
-case, who (the contestant), metric, value, unit; the case's own facts (length, msr, heads, ...); and, the same in every
-record of a run, gpu, kernel, versions, commit and command. A contestant that could not run a case has a record with
-metric `left out`, value null and the reason in `why`.
+case, who (the contestant), metric, value, unit; the case's own facts (length, msr, heads, ...); and how it was run:
+gpu, kernel, versions, commit and command. A contestant that could not run a case has a record with metric `left out`,
+value null and the reason in `why`.
+
+The file is `{"format": 2, "stamps": [...], "records": [...]}`: what says how a record came about (`STAMPED`) is written
+once for all records that share it, and a record names it by its place in `stamps`. One stamp and one record a line;
+measured numbers have five significant digits. Files of the first format, a list of whole records, are read too.
 """
 
 import importlib.metadata
 import json
+import os
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,8 @@ REQUIRED: dict[str, tuple[type, ...]] = {
     "commit": (str,),
     "command": (str,),
 }
+STAMPED = ("gpu", "kernel", "versions", "commit", "command", "config", "flags", "routers", "sparse")
+FORMAT, DIGITS = 2, 5
 PACKAGES = ("elastic-attention", "cupy-cuda12x", "cupy-cuda13x", "triton", "flash-attn-4")
 
 
@@ -82,10 +89,40 @@ def stamp(command: str, commit: str | None, device: torch.device) -> Record:
 
 
 def save(path: Path, found: Sequence[Record]) -> Path:
-    """Write the records of one run."""
+    """Write the records of one run, rounded; readers see the file whole or as it was before.
+
+    Raises:
+        OSError: a full disk; the file is as it was before.
+    """
+    stamps: dict[str, int] = {}
+    lines = []
+    for record in found:
+        made = json.dumps({name: record[name] for name in STAMPED if name in record})
+        told = {name: rounded(value) for name, value in record.items() if name not in STAMPED}
+        lines.append(json.dumps({**told, "stamp": stamps.setdefault(made, len(stamps))}))
+    parts = [f'{{"format": {FORMAT}', *map(_listed, ("stamps", "records"), (stamps, lines))]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(list(found), indent=1) + "\n")
+    writing = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    try:
+        writing.write_text(",\n".join(parts) + "}\n", encoding="utf-8")
+        os.replace(writing, path)
+    except OSError:
+        writing.unlink(missing_ok=True)
+        raise
     return path
+
+
+def _listed(name: str, lines: Iterable[str]) -> str:
+    return f'"{name}": [\n' + ",\n".join(lines) + "\n]"
+
+
+def rounded(value: Any) -> Any:
+    """A number with `DIGITS` significant digits, whole numbers as they are; lists and objects likewise."""
+    if isinstance(value, float):
+        return value if value.is_integer() else float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {name: rounded(of) for name, of in value.items()}
+    return [rounded(of) for of in value] if isinstance(value, (list, tuple)) else value
 
 
 def merge(runs: Sequence[Sequence[Record]]) -> tuple[list[Record], int]:
@@ -101,23 +138,38 @@ def merge(runs: Sequence[Sequence[Record]]) -> tuple[list[Record], int]:
 
 
 def load(path: Path) -> list[Record]:
-    """Read the records of one run.
+    """Read the records of one run, each with its stamp's fields.
 
     Raises:
-        ValueError: not JSON, no records, or a record that lacks a field or holds one of another type.
+        ValueError: not JSON, another format, no records, or a record that lacks a field or holds one of another type.
     """
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    found = _stamped(content, path) if isinstance(content, dict) else content
     if not isinstance(found, list) or not found:
-        raise ValueError(f"{path} holds no records; expected a list as `elastic bench` writes it")
+        raise ValueError(f"{path} holds no records; expected them as `elastic bench` writes them")
     for number, record in enumerate(found):
         for name, types in REQUIRED.items():
             if not isinstance(record, dict) or name not in record or not isinstance(record[name], types):
                 got = repr(record[name]) if isinstance(record, dict) and name in record else "nothing"
                 wanted = " or ".join(kind.__name__ for kind in types)
                 raise ValueError(f"record {number} of {path}: {name!r} is {got}, expected {wanted}")
+    return found
+
+
+def _stamped(content: dict[str, Any], path: Path) -> list[Record]:
+    """The records of a file's content, with the fields of the stamps that they name."""
+    given = content.get("format")
+    if given != FORMAT:
+        raise ValueError(f"{path} has format {given!r}, expected {FORMAT}; a later version of elastic reads it")
+    stamps, found = content.get("stamps", []), []
+    for number, record in enumerate(content.get("records", [])):
+        place = record.pop("stamp", None) if isinstance(record, dict) else None
+        if not isinstance(place, int) or not 0 <= place < len(stamps):
+            raise ValueError(f"record {number} of {path}: 'stamp' is {place!r}, expected one of 0 to {len(stamps) - 1}")
+        found.append({**record, **stamps[place]})
     return found
 
 

@@ -31,6 +31,8 @@ def main(argv: list[str]) -> int:
     merge.add_argument("files", type=Path, nargs="+", metavar="FILE", help="*.json of runs of one benchmark, in order")
     merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the merged file")
     merge.add_argument("--tag", required=True, metavar="NAME", help="name of the merged file")
+    draw = chosen.add_parser("draw", help="the pictures of recorded runs", description=draw_files.__doc__)
+    draw.add_argument("files", type=Path, nargs="+", metavar="FILE", help="*.json of earlier runs")
     args = parser.parse_args(argv)
     if args.benchmark in OTHERS:
         return OTHERS[args.benchmark](args)
@@ -44,37 +46,51 @@ def _benchmark(name: str) -> Any:
 
 
 def write_table(args: argparse.Namespace) -> int:
-    """Write the Markdown page of a folder of records, with the pictures that lie beside them."""
+    """Write the Markdown page of a folder of records, with the pictures that lie beside them; ablations go to pages of
+    their own beside it.
+    """
     from elastic.bench.records import load_folder
-    from elastic.bench.tables import markdown
+    from elastic.bench.tables import ablation_pages, markdown
 
     runs = load_folder(args.folder)
+    apart = {name: (f"{name.upper()}.md", text) for name, text in ablation_pages(runs).items()}
     beside = Path(os.path.relpath(args.folder, args.out.parent if args.out else Path()))
     pictures = [(beside / file.name).as_posix() for file in sorted(args.folder.glob("*.png"))]
-    text = markdown(runs, pictures)
+    text = markdown(runs, pictures, [file for file, _ in apart.values()])
     if args.out is None:
-        say(text, end="")
-    else:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text)
-        say(f"wrote {args.out}")
+        say("\n".join([text, *(page for _, page in apart.values())]), end="")
+        return 0
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for path, page in ((args.out, text), *((args.out.with_name(file), page) for file, page in apart.values())):
+        path.write_text(page, encoding="utf-8")
+        say(f"wrote {path}")
     return 0
 
 
 def merge_files(args: argparse.Namespace) -> int:
-    """Write the records of several runs of one benchmark as one file, and for e2e their picture. What was measured more
-    than once counts as in the first file that has it.
+    """Write the records of several runs of one benchmark as one file, and their pictures. What was measured more than
+    once counts as in the first file that has it.
     """
-    from elastic.bench.e2e_tables import FIRST_TOKEN, e2e_figure
+    from elastic.bench.drawing import draw
     from elastic.bench.records import load, merge, save
-    from elastic.plots import save_png
 
     found, repeated = merge([load(file) for file in args.files])
     path = save(args.out / f"{args.tag}.json", found)
     say(f"wrote {path}: {len(found)} records of {len(args.files)} files, {repeated} measured again left out")
-    if any(record["metric"] == FIRST_TOKEN for record in found):
-        say(f"wrote {save_png(e2e_figure(found), path.with_suffix('.png'))}")
+    for picture in draw(path, found):
+        say(f"wrote {picture}")
     return 0
 
 
-OTHERS = {"table": write_table, "merge": merge_files}
+def draw_files(args: argparse.Namespace) -> int:
+    """Draw the pictures of recorded runs again, each beside its records."""
+    from elastic.bench.drawing import draw
+    from elastic.bench.records import load
+
+    for file in args.files:
+        pictures = draw(file, load(file))
+        say("\n".join(f"wrote {picture}" for picture in pictures) or f"{file} holds nothing to draw")
+    return 0
+
+
+OTHERS = {"table": write_table, "merge": merge_files, "draw": draw_files}

@@ -9,11 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from elastic.bench.drawing import draw
 from elastic.bench.records import git_commit, save
 from elastic.bench.studies.evaluation import records, score_cells
 from elastic.console import say, table
 from elastic.evaluation.scores import read_rows
-from elastic.plots import Panel, panels_figure, save_png
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,7 +26,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", help="order of the columns; default all, as found")
     parser.add_argument("--names", nargs="*", default=[], metavar="METHOD=NAME", help="what to call methods instead")
     parser.add_argument("--commit", help="commit to state where git is not at hand")
-    parser.add_argument("--sweep", action="store_true", help="draw score against MSR instead of against length")
     parser.add_argument("--tag", default="ruler", help="name of the files")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     return parser
@@ -50,26 +49,9 @@ def main(argv: list[str]) -> int:
         for record, row in zip(records(rows), rows, strict=True)
     ]
     say(table(*score_cells(found)))
-    written = [save(args.out / f"{args.tag}.json", found), *pictures(rows, args)]
-    say(f"wrote {', '.join(map(str, written))}")
+    path = save(args.out / f"{args.tag}.json", found)
+    say(f"wrote {', '.join(map(str, [path, *draw(path, found)]))}")
     return 0
-
-
-def pictures(rows: list[dict], args: argparse.Namespace) -> list[Path]:
-    """Score of every task against length, a line per method; of a sweep, against MSR, a line per task."""
-    lengths, tasks, methods = (list(dict.fromkeys(row[key] for row in rows)) for key in ("length", "task", "method"))
-
-    def line(x: str, **wanted: object) -> list[tuple[float, float]]:
-        return sorted((r[x], r["score"]) for r in rows if all(r[key] == value for key, value in wanted.items()))
-
-    if args.sweep:
-        titles = [(f"score at {n} tokens", {t: line("msr", task=t, length=n) for t in tasks}) for n in lengths]
-    else:
-        titles = [(task, {m: line("length", task=task, method=m) for m in methods}) for task in tasks]
-    label = "MSR" if args.sweep else "length in tokens"
-    panels = [Panel(title, lines, label, "score", marker="o") for title, lines in titles]
-    figure = panels_figure([panels[i : i + 3] for i in range(0, len(panels), 3)])
-    return [save_png(figure, args.out / f"{args.tag}.png")]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ at several operating points by `elastic validate`, judges the one that these row
 their small files in one folder for `elastic bench routing`.
 
     python tests/bench/routing.py --out runs/routing --parallel 3 --compiled
-    elastic bench routing runs/routing --out tests/bench/results
+    elastic bench routing runs/routing --main elastic-target-0 --out tests/bench/results
     elastic bench table tests/bench/results --out tests/bench/RESULTS.md
 
 The same command goes on after a kill: finished runs are skipped, others resume from their last checkpoint.

@@ -1,14 +1,13 @@
 """`elastic bench xattention` without a GPU: its inputs, its figures, its messages."""
 
 import argparse
-import json
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
 from elastic import cli
-from elastic.bench import race, tables, xattention
+from elastic.bench import race, records, tables, xattention
 from elastic.bench.structured import structured
 from elastic.bench.timing import Timing
 from elastic.kernels import bits_from_mask, select_blocks
@@ -49,7 +48,7 @@ def test_figures_of_a_run(small_on_cpu, tmp_path, capsys):
     xattention.add_arguments(parser)
     words = ["--lengths", "512", "--strides", "16", "8", "--layers", "512", "--memory", "256", "--commit", "abc"]
     assert xattention.run(parser.parse_args([*words, "--out", str(tmp_path)]), "elastic bench xattention") == 0
-    found = json.loads((tmp_path / "xattention.json").read_text())
+    found = records.load(tmp_path / "xattention.json")
     value = {(r["case"], r["who"], r["metric"]): r["value"] for r in found}
     for stride in (16, 8):
         name = f"select-s{stride}-b128-512"
@@ -57,14 +56,15 @@ def test_figures_of_a_run(small_on_cpu, tmp_path, capsys):
         assert value[name, "ours", "rows within 1 block of the oracle"] == 1.0
         rows = 512 // stride
         work = sum(2.0 * 4 * 128 * stride * (row + 1) for row in range(rows))  # row i sees i + 1 cells
-        assert value[name, "ours", "eff"] == pytest.approx(work / 2.0 / 1e9)
+        assert value[name, "ours", "eff"] == pytest.approx(work / 2.0 / 1e9, rel=1e-4)
     layer = "layer-s16-b128-512"
     assert value[layer, "ours", "speed over cudnn"] == 1.0 and 0.4 <= value[layer, "ours", "density"] <= 1.0
     bits = 4 * 2 * 4  # heads, query blocks, bytes of the one word
-    assert (
-        value["layer-s16-b128-256", "ours", "extra memory, selection"] == (4 * 2 + bits) / 1e6
+    assert value["layer-s16-b128-256", "ours", "extra memory, selection"] == pytest.approx(
+        (4 * 2 + bits) / 1e6, rel=1e-4
     )  # the stand-in: numbers
-    assert value["layer-s16-b128-256", "ours", "extra memory, attention"] == (256 * 4 * 128 + bits) / 1e6
+    beside = value["layer-s16-b128-256", "ours", "extra memory, attention"]
+    assert beside == pytest.approx((256 * 4 * 128 + bits) / 1e6, rel=1e-4)
     assert all(r["commit"] == "abc" and r["kernel"].startswith("xattention_select") for r in found)
     assert "speed over cudnn: 1 x" in capsys.readouterr()[0] and "density" in tables.terminal(found)
 

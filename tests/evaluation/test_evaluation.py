@@ -103,13 +103,14 @@ def collected_as_records(out, folder, rows):
     """The results in `out` as records that `elastic bench table` reads, and as pictures."""
     options = [str(out), "--out", str(folder), "--gpu", "a GPU", "--commit", "abc"]
     assert collect.main([*options, "--names", "xattention=XA"]) == 0
-    assert collect.main([*options, "--sweep", "--tag", "sweep", "--methods", "dense", "streaming"]) == 0
+    assert collect.main([*options, "--tag", "sweep", "--methods", "dense", "streaming"]) == 0
     assert all((folder / name).stat().st_size > 5000 for name in ("ruler.png", "sweep.png"))
     runs = load_folder(folder)
     assert {r["who"] for r in runs["ruler"]} == {"dense", "streaming", "xattention:0.5", "XA"}
     assert {r["who"] for r in runs["sweep"]} == {"dense", "streaming"}
     dense = next(r for r in runs["ruler"] if r["who"] == "dense")
-    assert (dense["case"], dense["value"], dense["n"]) == ("ruler_fwe@1024", rows[0]["score"], 2)
+    assert (dense["case"], dense["n"]) == ("ruler_fwe@1024", 2)
+    assert dense["value"] == pytest.approx(rows[0]["score"], rel=1e-4)
     assert dense["versions"].keys() == {"elastic-attention", "lm_eval", "torch", "transformers"}
     page = markdown(runs, ["results/ruler.png"])
     assert "| task | length | n | dense" in page and "mean of 1 tasks" in page

@@ -23,10 +23,10 @@ import sys
 import torch
 from lightning import Trainer, seed_everything
 from torch.distributed.tensor import DTensor
-from elastic.data import MixtureDataModule
-from elastic.distributed import ShardedBackbone
-from elastic.lit_module import ElasticModule
-from elastic.training_config import ObjectiveConfig, OptimiserConfig
+from elastic.data.datamodule import MixtureDataModule
+from elastic.training.sharding import ShardedBackbone
+from elastic.training.module import ElasticModule
+from elastic.training.config import ObjectiveConfig, OptimiserConfig
 from tests.helpers.training import SMALL, router_tensors
 
 
@@ -156,7 +156,7 @@ def test_lightnings_own_model_parallel_strategy_is_refused(data, tmp_path):
     module, loader, _ = small_run(data, tmp_path, fit=False)
     trainer = Trainer(accelerator="cpu", devices=1, strategy=ModelParallelStrategy(1, 1), logger=False, max_steps=1)
     try:
-        with pytest.raises(ValueError, match=r"ModelParallelStrategy does not know what is frozen; use elastic\.dist"):
+        with pytest.raises(ValueError, match=r"ModelParallelStrategy does not know what is frozen; use elastic\.training\.sharding"):
             trainer.fit(module, loader)
     finally:
         torch.distributed.destroy_process_group()

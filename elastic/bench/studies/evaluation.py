@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from elastic.bench.records import Record
+from elastic.plots import Panel, in_rows, panels_figure, token_ticks
 
 SCORE = "task score"
 FACTS = ("task", "length", "n", "msr", "esr_last", "esr_all", "prefill_seconds", "tokens")
@@ -54,3 +55,21 @@ def score_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
             title = f"mean of {len(whole)} tasks"
             lines.append([title, str(length or "all"), "", *(f"{score:.3f} @{msr:.2f}" for score, msr in means)])
     return ["task", "length", "n", *methods], lines
+
+
+def score_figure(found: Sequence[Record]) -> Any:
+    """Score of every task against length, a line per method; where there is one length only (a sweep), against MSR, a
+    line per task. A matplotlib `Figure`.
+    """
+    lengths, tasks, methods = (list(dict.fromkeys(r[key] for r in found)) for key in ("length", "task", "who"))
+
+    def line(x: str, **wanted: object) -> list[tuple[float, float]]:
+        return sorted((r[x], r["value"]) for r in found if all(r[key] == value for key, value in wanted.items()))
+
+    if len(lengths) == 1:
+        title = "score" if lengths[0] is None else f"score at {lengths[0]} tokens"
+        return panels_figure([[Panel(title, {task: line("msr", task=task) for task in tasks}, "MSR", marker="o")]])
+    by_task = {task: {who: line("length", task=task, who=who) for who in methods} for task in tasks}
+    ticks = token_ticks(lengths)
+    panels = [Panel(task, lines, "tokens", "score", "log", xticks=ticks) for task, lines in by_task.items()]
+    return panels_figure(in_rows(panels, 3))

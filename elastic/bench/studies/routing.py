@@ -1,5 +1,4 @@
-"""`elastic bench routing`: tables and pictures of trained routers, from the files of a study
-(`elastic.bench.studies.runs`)."""
+"""`elastic bench routing`: records of trained routers, from the files of a study (`elastic.bench.studies.runs`)."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -7,30 +6,26 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import torch
-
+from elastic.bench import drawing
 from elastic.bench.records import Record, save
-from elastic.bench.studies.runs import CHOSEN, KEPT, RISE, Point, Run, Study, read_study, score_of, slack
+from elastic.bench.studies.routing_tables import (
+    AT_LEAST,
+    CURVE,
+    EQUAL,
+    HEADLINE,
+    HEADLINES,
+    HEADS,
+    POINT,
+    TRAINING,
+    headline_cells,
+)
+from elastic.bench.studies.runs import Point, Run, Study, read_study, score_of, slack
 from elastic.console import say, table
 from elastic.data.tasks import ROBUST, SENSITIVE
-from elastic.plots import Panel, panels_figure, save_png, share_figure, smooth
 
 SUMMARY = "what trained routers keep of the dense model's quality, from recorded runs"
-HEADLINE, CURVE, POINT = "headline", "curve", "point"  # cases of records that are about no single source
-AT_LEAST = "at_least"  # in records of MSR at equal quality: some seed's sparsest point is of equal quality still
-NOTES = f"""Answers teacher-forced on held-out samples (other seeds, wording and texts than in training); exact: all
-answer tokens right, which is what greedy decoding would give. Retrieval: mean of the exact and accuracy rows but
-many_shot; text loss: mean of the loss rows. ± half a 95 % interval: over seeds by Student's t in the first two tables,
-over samples in the third, where seeds are averaged.
-
-Validation rows: every operating point (second table), and MSR at equal quality: the largest mean MSR that keeps
-{KEPT:.0%} of dense retrieval and loses at most {RISE:.0%} on text, by straight lines between a run's points; ≥ where
-a seed's sparsest point is of equal quality still; `elastic - static` pairs seeds. They choose `sparsity_bias`: the
-sparsest that keeps {CHOSEN:.0%} of dense retrieval at that loss, or the best where none does. Test rows, which had no
-part in choosing: the chosen points, other columns of the first table and in the third. Empty cells: not measured."""
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % quantiles by number of seeds
-EQUAL = "MSR at equal quality"
-HEADLINES = ("retrieval of dense", "needles of dense", "text loss of dense", "mean MSR", "MSR robust - sensitive")
+UNITS = {**dict.fromkeys(("loss", "text loss", "kl"), "nats a token"), **dict.fromkeys(("regulariser", "l", "l1"), "")}
 MEASURES = {"retrieval": Point.retrieval, "needles": Point.needles, "text loss": Point.loss}
 
 
@@ -46,15 +41,10 @@ def run(args: argparse.Namespace, _command: str) -> int:
     """Write records and pictures; print the headline figures."""
     study = read_study(args.folder)
     drawn = study.runs[0] if args.main is None else named(study, args.main)
-    found = records(study)
-    save(args.out / f"{args.tag}.json", found)
-    save_png(quality_figure(study), args.out / f"{args.tag}.png")
-    save_png(training_figure(drawn), args.out / f"{args.tag}-curves.png")
-    shares = {task: torch.tensor(share) for task, share in drawn.validation["routes"].items()}
-    title = f"{drawn.name}, bias 0: share of held-out inputs on SA"
-    save_png(share_figure(shares, title), args.out / f"{args.tag}-heads.png")
+    found = [*records(study), *run_records(study, drawn)]
+    path = save(args.out / f"{args.tag}.json", found)
     say(table(*headline_cells(found)))
-    say(f"\nwrote {args.out / args.tag}.json, .png, -curves.png, -heads.png")
+    say(f"\nwrote {', '.join(map(str, [path, *drawing.draw(path, found)]))}")
     return 0
 
 
@@ -141,6 +131,21 @@ def _in_common(runs: Sequence[Run]) -> Iterator[tuple[float, list[Point]]]:
             yield bias, points
 
 
+def run_records(study: Study, run: Run) -> Iterator[Record]:
+    """What is drawn of one run: scalars over the steps of training, and each head's share of held-out inputs on SA."""
+    quality = run.objective == "quality"
+    kinds = ("loss", "kl", "msr", "l") if quality else ("loss", "regulariser", "msr", "l1")
+    curves = run.curves()
+    for name in (name for kind in kinds for name in curves if name.partition("/")[0] == kind):
+        steps, values = zip(*curves[name], strict=True)
+        facts = {"who": run.name, "steps": [int(step) for step in steps], "values": list(values)}
+        yield _record(study.stamp, TRAINING, name, values[-1], **facts)
+    for task, share in run.validation["routes"].items():
+        mean = fmean(value for layer in share for value in layer)
+        facts = {"who": run.name, "task": task, "by_layer": share}
+        yield _record(study.stamp, HEADS, "share of inputs on SA", mean, **facts)
+
+
 def _over_seeds(study: Study, case: str, name: str, values: Sequence[float | None], facts: dict[str, Any]) -> Record:
     """Mean and interval, or no value where a seed has none."""
     known = [value for value in values if value is not None]
@@ -170,87 +175,6 @@ def _by_source(study: Study) -> Iterator[Record]:
             yield _record(study.stamp, source, score_of(source), value, half=half, n=row["n"], **facts)
 
 
-def quality_figure(study: Study) -> Any:
-    """Quality kept against mean MSR, means and intervals over seeds: a line per group of runs (validation rows);
-    baselines as points (test rows); a matplotlib `Figure`.
-    """
-    panels = []
-    for title, measure in MEASURES.items():
-        lines: dict[str, list[tuple[float, float]]] = {}
-        halves: dict[str, list[float]] = {}
-        for group, runs in study.groups().items():
-            name, bases = _label(*group), [measure(run.dense)[0] for run in runs]
-            for _, points in _in_common(runs):
-                kept = [measure(point)[0] / base for point, base in zip(points, bases, strict=True)]
-                value, half = over_seeds(kept)
-                lines.setdefault(name, []).append((fmean(point.mean_msr for point in points), value))
-                halves.setdefault(name, []).append(half or 0.0)
-        for name, point in study.baselines.items():
-            base = measure(study.dense)[0]
-            lines[name], halves[name] = [(point.mean_msr, measure(point)[0] / base)], [measure(point)[1] / base]
-        panels.append(Panel(f"{title}, share of dense", lines, "mean MSR", marker="o", halves=halves))
-    return panels_figure([panels])
-
-
-def training_figure(run: Run) -> Any:
-    """Objective, MSR, divergence or regulariser, and multipliers over the steps; a matplotlib `Figure`."""
-    curves = run.curves()
-
-    def by_task(kind: str, smoothed: bool) -> dict[str, Any]:
-        found = {name.removeprefix(f"{kind}/"): line for name, line in curves.items() if name.startswith(f"{kind}/")}
-        return {task: smooth(line, 0.9) if smoothed else line for task, line in found.items()}
-
-    quality = run.objective == "quality"
-    panels = [
-        Panel("objective" if quality else "language loss", {"loss": smooth(curves["loss"], 0.9)}),
-        Panel("divergence from dense, nats", by_task("kl", True), yscale="log")
-        if quality
-        else Panel("regulariser", {"regulariser": smooth(curves["regulariser"], 0.9)}),
-        Panel("MSR by task", by_task("msr", True)),
-        Panel("multiplier by task", by_task("l" if quality else "l1", False)),
-    ]
-    return panels_figure([panels])
-
-
-def headline_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a line per group of runs."""
-    value = {(record["who"], record["metric"]): record for record in found if record["case"] == HEADLINE}
-    rows = []
-    for who in dict.fromkeys(who for who, _ in value):
-        equal, tested = value[who, EQUAL], value.get((who, HEADLINES[0]))
-        size = [str(len(equal["seeds"])), str(equal["steps"]), _cell(equal), _listed(equal["biases"])]
-        size.append("" if tested is None else str(len(tested["seeds"])))
-        rows.append([who, *size, *(_cell(value.get((who, name))) for name in HEADLINES)])
-    return ["router, objective", "seeds", "steps", EQUAL, "bias chosen", "seeds tested", *HEADLINES], rows
-
-
-def curve_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a line per group of runs and operating point."""
-    value = {(r["who"], r["bias"], r["metric"]): r for r in found if r["case"] == CURVE}
-    lines = dict.fromkeys((who, bias) for who, bias, _ in value)
-    rows = [[who, f"{bias:g}", *(_cell(value[who, bias, name]) for name in HEADLINES)] for who, bias in lines]
-    return ["router, objective", "bias", *HEADLINES], rows
-
-
-def source_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a line per source, a column per method, seeds averaged: `score ± half @ MSR`."""
-    shown = [record for record in found if record["case"] not in (HEADLINE, CURVE, POINT)]
-    cells: dict[tuple[str, str], list[Record]] = {}
-    for record in shown:
-        cells.setdefault((record["case"], record["method"]), []).append(record)
-    methods = list(dict.fromkeys(record["method"] for record in shown))
-
-    def cell(same: Sequence[Record]) -> str:
-        value, half, msr = (fmean(record[key] for record in same) for key in ("value", "half", "msr"))
-        return f"{value:.3f} ± {half:.3f}" + ("" if same[0]["method"] == "dense" else f" @ {msr:.2f}")
-
-    rows = []
-    for source in dict.fromkeys(record["case"] for record in shown):
-        here = next(record for record in shown if record["case"] == source)
-        rows.append([source, here["metric"], str(here["n"]), *(cell(cells[source, method]) for method in methods)])
-    return ["source", "score", "n", *methods], rows
-
-
 def _facts(run: Run | None, point: Point) -> dict[str, Any]:
     """Who a record is about: a run, or a baseline."""
     if run is None:
@@ -268,24 +192,8 @@ def _label(router: str, objective: str) -> str:
     return f"{router}, {objective}"
 
 
-def _listed(biases: Sequence[float]) -> str:
-    return ", ".join(f"{bias:g}" for bias in biases)
-
-
-def _cell(record: Record | None) -> str:
-    if record is None:
-        return ""
-    if record["value"] is None:
-        return "not reached"
-    return (
-        ("≥ " if record.get(AT_LEAST) else "")
-        + f"{record['value']:.3f}"
-        + ("" if record["half"] is None else f" ± {record['half']:.3f}")
-    )
-
-
 def _record(stamp: dict[str, Any], case: str, metric: str, value: float | None, **facts: Any) -> Record:
-    unit = "nats a token" if metric in ("loss", "text loss") else "share"
+    unit = UNITS.get(metric.partition("/")[0], "share")
     return {"case": case, "metric": metric, "value": value, "unit": unit, **facts, **stamp}
 
 

@@ -1,0 +1,151 @@
+"""Tables and pictures of trained routers, from the records of `elastic bench routing`."""
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from elastic.bench.records import Record
+from elastic.bench.studies.runs import CHOSEN, KEPT, RISE
+from elastic.plots import Curve, Panel, in_rows, panels_figure, share_figure, smooth
+
+# Cases of records that are about no single source.
+HEADLINE, CURVE, POINT, TRAINING, HEADS = "headline", "curve", "point", "training", "heads"
+AT_LEAST = "at_least"  # in records of MSR at equal quality: some seed's sparsest point is of equal quality still
+NOTES = f"""Answers teacher-forced on held-out samples (other seeds, wording and texts than in training); exact: all
+answer tokens right, which is what greedy decoding would give. Retrieval: mean of the exact and accuracy rows but
+many_shot; text loss: mean of the loss rows. ± half a 95 % interval: over seeds by Student's t in the first two tables,
+over samples in the third, where seeds are averaged.
+
+Validation rows: every operating point (second table), and MSR at equal quality: the largest mean MSR that keeps
+{KEPT:.0%} of dense retrieval and loses at most {RISE:.0%} on text, by straight lines between a run's points; ≥ where
+a seed's sparsest point is of equal quality still; `elastic - static` pairs seeds. They choose `sparsity_bias`: the
+sparsest that keeps {CHOSEN:.0%} of dense retrieval at that loss, or the best where none does. Test rows, which had no
+part in choosing: the chosen points, other columns of the first table and in the third. Empty cells: not measured."""
+EQUAL = "MSR at equal quality"
+HEADLINES = ("retrieval of dense", "needles of dense", "text loss of dense", "mean MSR", "MSR robust - sensitive")
+DRAWN = ("retrieval", "needles", "text loss")  # scores that `quality_figure` draws as shares of the dense model's
+TRAINED = {  # panels of `training_figure`: kind of scalar -> title, whether it is smoothed
+    "loss": ("loss", True),
+    "regulariser": ("regulariser", True),
+    "kl": ("divergence from dense, nats", True),
+    "msr": ("MSR by task", True),
+    "l": ("multiplier by task", False),
+    "l1": ("multiplier by task", False),
+}
+
+
+def figures(found: Sequence[Record]) -> dict[str, Any]:
+    """Pictures by the ending of their file's name: quality against MSR, and of one run how it trained and which heads
+    its held-out inputs ran SA on; those that the records tell of.
+    """
+    made = {"": quality_figure(found)}
+    if training := [record for record in found if record["case"] == TRAINING]:
+        made["-curves"] = training_figure(training)
+    if heads := [record for record in found if record["case"] == HEADS]:
+        shares = {record["task"]: torch.tensor(record["by_layer"]) for record in heads}
+        made["-heads"] = share_figure(shares, f"{heads[0]['who']}, bias 0: share of held-out inputs on SA")
+    return made
+
+
+def quality_figure(found: Sequence[Record]) -> Any:
+    """Quality kept against mean MSR, a row for each objective: means and intervals over seeds, a line for each kind of
+    router (validation rows); baselines as points (test rows). A matplotlib `Figure`.
+    """
+    curves = {(r["who"], r["bias"], r["metric"]): r for r in found if r["case"] == CURVE}
+    baselines = [r for r in found if r["case"] == POINT and "bias" not in r]
+    rows = []
+    for objective in dict.fromkeys(who.partition(", ")[2] for who, _, _ in curves):
+        row = []
+        for name in DRAWN:
+            lines: dict[str, list[tuple[float, float]]] = {}
+            halves: dict[str, list[float]] = {}
+            for (who, bias, metric), record in curves.items():
+                router, _, of = who.partition(", ")
+                if of == objective and metric == f"{name} of dense":
+                    lines.setdefault(router, []).append((curves[who, bias, "mean MSR"]["value"], record["value"]))
+                    halves.setdefault(router, []).append(record["half"] or 0.0)
+            for record in baselines:
+                if record["metric"] == name:
+                    lines[record["who"]] = [(record["mean_msr"], record["of_dense"])]
+                    halves[record["who"]] = [_relative_half(record)]
+            title = f"{name}, {objective} objective"
+            row.append(Panel(title, lines, "mean MSR", "share of dense", marker="o", halves=halves))
+        rows.append(row)
+    return panels_figure(rows)
+
+
+def _relative_half(record: Record) -> float:
+    """Half width of a score's interval as a share of the dense score; none where the score is 0."""
+    return record["half"] * record["of_dense"] / record["value"] if record["value"] else 0.0
+
+
+def training_figure(found: Sequence[Record]) -> Any:
+    """Objective, MSR, divergence or regulariser, and multipliers of a run over its steps, a line for each task; a
+    matplotlib `Figure`.
+    """
+    panels: dict[str, dict[str, Curve]] = {}
+    for record in found:
+        kind, _, task = record["metric"].partition("/")
+        points = list(zip(record["steps"], record["values"], strict=True))
+        panels.setdefault(kind, {})[task or kind] = smooth(points, 0.9) if TRAINED[kind][1] else points
+    drawn = [
+        Panel(TRAINED[kind][0], lines, yscale="log" if kind == "kl" else "linear") for kind, lines in panels.items()
+    ]
+    return panels_figure(in_rows(drawn))
+
+
+def headline_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a line per group of runs."""
+    value = {(record["who"], record["metric"]): record for record in found if record["case"] == HEADLINE}
+    rows = []
+    for who in dict.fromkeys(who for who, _ in value):
+        equal, tested = value[who, EQUAL], value.get((who, HEADLINES[0]))
+        size = [str(len(equal["seeds"])), str(equal["steps"]), _cell(equal), _listed(equal["biases"])]
+        size.append("" if tested is None else str(len(tested["seeds"])))
+        rows.append([who, *size, *(_cell(value.get((who, name))) for name in HEADLINES)])
+    return ["router, objective", "seeds", "steps", EQUAL, "bias chosen", "seeds tested", *HEADLINES], rows
+
+
+def curve_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a line per group of runs and operating point."""
+    value = {(r["who"], r["bias"], r["metric"]): r for r in found if r["case"] == CURVE}
+    lines = dict.fromkeys((who, bias) for who, bias, _ in value)
+    rows = [[who, f"{bias:g}", *(_cell(value[who, bias, name]) for name in HEADLINES)] for who, bias in lines]
+    return ["router, objective", "bias", *HEADLINES], rows
+
+
+def source_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a line per source, a column per method, seeds averaged: `score ± half @ MSR`."""
+    shown = [record for record in found if record["case"] not in (HEADLINE, CURVE, POINT, TRAINING, HEADS)]
+    cells: dict[tuple[str, str], list[Record]] = {}
+    for record in shown:
+        cells.setdefault((record["case"], record["method"]), []).append(record)
+    methods = list(dict.fromkeys(record["method"] for record in shown))
+
+    def cell(same: Sequence[Record]) -> str:
+        value, half, msr = (fmean(record[key] for record in same) for key in ("value", "half", "msr"))
+        return f"{value:.3f} ± {half:.3f}" + ("" if same[0]["method"] == "dense" else f" @ {msr:.2f}")
+
+    rows = []
+    for source in dict.fromkeys(record["case"] for record in shown):
+        here = next(record for record in shown if record["case"] == source)
+        rows.append([source, here["metric"], str(here["n"]), *(cell(cells[source, method]) for method in methods)])
+    return ["source", "score", "n", *methods], rows
+
+
+def _listed(biases: Sequence[float]) -> str:
+    return ", ".join(f"{bias:g}" for bias in biases)
+
+
+def _cell(record: Record | None) -> str:
+    if record is None:
+        return ""
+    if record["value"] is None:
+        return "not reached"
+    return (
+        ("≥ " if record.get(AT_LEAST) else "")
+        + f"{record['value']:.3f}"
+        + ("" if record["half"] is None else f" ± {record['half']:.3f}")
+    )
