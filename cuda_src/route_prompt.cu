@@ -28,12 +28,11 @@ struct RouteParams {
   const float *mean, *var;        // [K, D], or null: features are the pooled keys
   const double* seen;             // samples behind the statistics
   float *pooled, *first, *logits, *route;  // [N, K, D], [N, K, D], [N, K, 2], [N, K]
-  char* record;                   // [N, K], the route as int8
   int* mode;                      // [N, K]
   int samples, kv_heads, slots, mode0, mode1;
   float bias;
 };
-static_assert(sizeof(RouteParams) == 216, "elastic/kernels/route_prompt.py packs 216 bytes");
+static_assert(sizeof(RouteParams) == 208, "elastic/kernels/route_prompt.py packs 208 bytes");
 
 // Values of all rows in the layers' order, column by column: the eight rows of a column side by side, so that a column
 // travels in two stores; a gap behind every fourth column keeps lanes that read neighbouring fours out of each other's
@@ -214,7 +213,6 @@ ELASTIC_FN void decide(const RouteParams& p, float* out, int row, int index, int
   p.logits[2 * index] = full;
   p.logits[2 * index + 1] = sparse;
   p.route[index] = routed ? 1.0f : 0.0f;
-  p.record[index] = routed;
   p.mode[index] = routed ? p.mode1 : p.mode0;
 }
 

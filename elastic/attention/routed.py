@@ -9,12 +9,12 @@ own gradient
 The kernels may estimate it from a share of the queries (`HeadPlan.gradient_share`); PyTorch takes all of them.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from elastic.attention.block_selection import with_blocks
+from elastic.attention.block_selection import density, with_blocks
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import Layout
 from elastic.attention.torch_path import attend
@@ -48,39 +48,49 @@ def backend_for(
     return f"torch ({device.type})" if device.type != "cuda" else f"torch (cuda; {reason})"
 
 
+class Routed(NamedTuple):
+    """What `routed_attention` gives.
+
+    Attributes:
+        output: [B, Lq, H, D].
+        plan: the plan that ran, with the key blocks of its XAttention heads.
+        density: float64 [N, K]; what those heads visited, see `elastic.attention.block_selection.density`.
+    """
+
+    output: Tensor
+    plan: HeadPlan
+    density: Tensor | None = None
+
+
 def routed_attention(
     q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
-) -> Tensor:
-    """Attention output [B, Lq, H, D] of a plan built from `route_NK`.
+) -> Routed:
+    """Attention under a plan built from `route_NK`.
 
     Args:
         q_BHSD: [B, H, Lq, D] after RoPE.
         k_BKSD, v_BKSD: [B, K, Lk, D], cached keys included.
         route_NK: the route; if it carries a gradient, it receives the straight-through gradient.
+        plan: may hold key blocks already; they are chosen otherwise.
         scale: softmax scale.
 
     Raises:
         ValueError: shapes that do not belong together.
     """
-    plan = choose_blocks(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale)
-    if _runs_fused(q_BHSD, k_BKSD, v_BKSD, route_NK):
-        return fused(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale)
-    out = attend(q_BHSD, k_BKSD, v_BKSD, plan, scale)
-    if not (route_NK.requires_grad and torch.is_grad_enabled()):
-        return out
-    with torch.no_grad():
-        other = attend(q_BHSD, k_BKSD, v_BKSD, plan.flipped(), scale)
-    return _StraightThrough.apply(out, other, route_NK, plan.layout)
-
-
-def choose_blocks(
-    q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
-) -> HeadPlan:
-    """The plan with the key blocks that `routed_attention` would choose for its XAttention heads; same arguments."""
     _check(q_BHSD, k_BKSD, v_BKSD, plan)
-    kernels = _runs_fused(q_BHSD, k_BKSD, v_BKSD, route_NK)
-    both = torch.is_grad_enabled() and route_NK.requires_grad
-    return with_blocks(q_BHSD, k_BKSD, plan, scale, fused=kernels, both=both)
+    kernels, routed = _runs_fused(q_BHSD, k_BKSD, v_BKSD, route_NK), torch.is_grad_enabled() and route_NK.requires_grad
+    share = None
+    if plan.sparse.has("xattention"):
+        plan = with_blocks(q_BHSD, k_BKSD, plan, scale, fused=kernels, both=routed)
+        share = density(plan)
+    if kernels:
+        return Routed(fused(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale), plan, share)
+    out = attend(q_BHSD, k_BKSD, v_BKSD, plan, scale)
+    if routed:
+        with torch.no_grad():
+            other = attend(q_BHSD, k_BKSD, v_BKSD, plan.flipped(), scale)
+        out = _StraightThrough.apply(out, other, route_NK, plan.layout)
+    return Routed(out, plan, share)
 
 
 def _runs_fused(q: Tensor, k: Tensor, v: Tensor, route: Tensor) -> bool:

@@ -106,7 +106,7 @@ def _self_check() -> list[Check]:
     weight = torch.randn(2, 200, 4, 32, generator=generator)
     results = []
     for out in (
-        routed_attention(q, k, v, route, plan, 32**-0.5),
+        routed_attention(q, k, v, route, plan, 32**-0.5).output,
         reference.routed_attention(q, k, v, route, sparse, 32**-0.5).transpose(1, 2),
     ):
         gradients = torch.autograd.grad((out * weight).sum(), (q, k, v, route))

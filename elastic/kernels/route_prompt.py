@@ -17,7 +17,7 @@ from elastic.kernels import jit
 from elastic.kernels.devices import device_facts, unsupported_reason
 
 _ROWS, _CLUSTER, _THREADS = 8, 8, 256
-_PARAMS = struct.Struct("<24Q5if")
+_PARAMS = struct.Struct("<23Q5if")
 
 
 class RoutedPrompt(NamedTuple):
@@ -28,7 +28,6 @@ class RoutedPrompt(NamedTuple):
         first: fp32 [N, K, D]; sums of the prompt's first P keys, earlier turns included.
         logits: fp32 [N, K, 2].
         route: fp32 [N, K] in {0, 1}.
-        record: int8 [N, K]; the route again.
         mode: int32 [N, K], for the head plan.
     """
 
@@ -36,7 +35,6 @@ class RoutedPrompt(NamedTuple):
     first: Tensor
     logits: Tensor
     route: Tensor
-    record: Tensor
     mode: Tensor
 
 
@@ -78,7 +76,6 @@ def route_prompt(
         torch.empty(*shape, dim, device=device),
         torch.empty(*shape, 2, device=device),
         torch.empty(shape, device=device),
-        torch.empty(shape, dtype=torch.int8, device=device),
         torch.empty(shape, dtype=torch.int32, device=device),
     )
     if samples == 0:

@@ -35,7 +35,7 @@ def test_fused_gradients_equal_the_torch_path(kind: str) -> None:
     route = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])[:samples].requires_grad_()
     plan = HeadPlan.build(route, SPARSE, layout)
     grad = torch.randn(layout.rows, 200, 4, 16, generator=gen)
-    want = torch.autograd.grad(routed_attention(q, k, v, route, plan, 0.3), (q, k, v, route), grad)
+    want = torch.autograd.grad(routed_attention(q, k, v, route, plan, 0.3).output, (q, k, v, route), grad)
     found = torch.autograd.grad(fused(q, k, v, route, plan, 0.3), (q, k, v, route), grad)
     for got, expected in zip(found, want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-4)

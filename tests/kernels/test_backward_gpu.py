@@ -147,11 +147,11 @@ def test_the_model_trains_through_the_kernels(share: float) -> None:
     route = torch.tensor([[1.0, 0.0], [0.0, 1.0]], device=device, requires_grad=True)
     plan = HeadPlan.build(route, SparseConfig(sink=64, window=256, block=64), layout, share)
     grad = torch.randn(2, 5000, 6, 64, generator=gen, device=device).bfloat16()
-    out = routed_attention(*leaves, route, plan, 0.125)
+    out = routed_attention(*leaves, route, plan, 0.125).output
     assert torch.equal(out, fused(*leaves, route, plan, 0.125))
     found = torch.autograd.grad(out, (*leaves, route), grad)
     wide = [x.detach().float().requires_grad_() for x in leaves]
-    want = torch.autograd.grad(routed_attention(*wide, route, plan, 0.125), (*wide, route), grad.float())
+    want = torch.autograd.grad(routed_attention(*wide, route, plan, 0.125).output, (*wide, route), grad.float())
     for got, expected in zip(found[:3], want[:3], strict=True):
         assert (got - expected).norm() <= 1e-2 * expected.norm()
     if share == 1.0:
