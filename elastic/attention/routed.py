@@ -30,7 +30,6 @@ from elastic.kernels import (
     unsupported_reason,
     unsupported_selection,
 )
-from elastic.kernels.params import Ranges
 
 
 def backend_for(
@@ -113,12 +112,10 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float) -> Tensor:
-        sparse = plan.sparse
-        arguments: dict[str, Any] = {"sink": sparse.sink, "window": sparse.window, "granule": sparse.granule}
-        arguments |= {"block": sparse.block, "scale": scale, "bits": plan.bits, **plan.layout.kernel_ranges}
-        out, lse = attention_forward(q, k, v, plan.mode_NK, **arguments)
+        visible = plan.pattern(scale), plan.layout.kernel_ranges, plan.bits
+        out, lse = attention_forward(q, k, v, plan.mode_NK, *visible)
         ctx.save_for_backward(q, k, v, out, lse, route_NK)
-        ctx.plan, ctx.arguments = plan, arguments
+        ctx.plan, ctx.visible = plan, visible
         return out
 
     @staticmethod
@@ -129,12 +126,12 @@ class _Fused(torch.autograd.Function):
         if any(ctx.needs_input_grad[:3]):
             deterministic = torch.are_deterministic_algorithms_enabled()
             grads = attention_backward(
-                grad, q, k, v, out, lse, ctx.plan.mode_NK, deterministic=deterministic, **ctx.arguments
+                grad, q, k, v, out, lse, ctx.plan.mode_NK, *ctx.visible, deterministic=deterministic
             )
         droute = None
         if ctx.needs_input_grad[3]:
             other, share = ctx.plan.flipped().mode_NK, ctx.plan.gradient_share
-            gap = route_gap(grad, out, q, k, v, other, share=share, table=_slots(ctx.plan), **ctx.arguments)
+            gap = route_gap(grad, out, q, k, v, other, *ctx.visible, share=share, table=_slots(ctx.plan))
             droute = (gap * (2.0 * route_NK - 1.0)).to(route_NK.dtype)
         return *grads, droute, None, None
 
@@ -142,7 +139,7 @@ class _Fused(torch.autograd.Function):
 def _slots(plan: HeadPlan) -> Tensor:
     """The layout's query slots, for the route's gradient in all layers."""
     layout, period = plan.layout, period_of(plan.gradient_share)
-    ranges, sizes = Ranges(**layout.kernel_ranges), (layout.rows, layout.queries, layout.keys)
+    ranges, sizes = layout.kernel_ranges, (layout.rows, layout.queries, layout.keys)
     samples, device = plan.mode_NK.shape[0], plan.mode_NK.device
     return layout.memo(("slots", period), lambda: slot_table(ranges, *sizes, samples, period, device))
 

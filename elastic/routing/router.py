@@ -15,7 +15,7 @@ from elastic.config import RouterConfig
 
 MIN_STATISTICS = 8  # samples before the deviation means anything
 STANDARDISED_LIMIT = 10.0  # features further out than this many deviations carry no more information than the sign
-_EPSILON = 1e-5
+EPSILON = 1e-5  # added to the variance
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class AttentionRouter(Router):
         """
         if self.config.feature_norm == "none":
             return pooled_NKD
-        features = (pooled_NKD - self.mean) * torch.rsqrt(self.var + _EPSILON)
+        features = (pooled_NKD - self.mean) * torch.rsqrt(self.var + EPSILON)
         features = features.clamp(-STANDARDISED_LIMIT, STANDARDISED_LIMIT)
         return torch.where(self.count >= MIN_STATISTICS, features, pooled_NKD)
 

@@ -13,7 +13,7 @@ from elastic.attention.layout import batch_layout, packed_layout
 from elastic.attention.modes import BLOCK_SPARSE, FULL, STREAMING
 from elastic.attention.routed import fused, routed_attention
 from elastic.kernels.block_bits import count_bits, mask_from_bits, query_block
-from elastic.kernels.params import Ranges
+from elastic.kernels.params import Pattern
 from elastic.kernels.xattention_oracle import select_oracle
 from tests.helpers.xattention import sparse_of
 
@@ -36,8 +36,9 @@ def oracle_mask(q, k, sparse):
     if queries == 1:
         return torch.ones(q.shape[0], q.shape[1], 1, keys, dtype=torch.bool)
     mode = torch.full((q.shape[0], k.shape[1]), BLOCK_SPARSE)
-    sizes = sparse.stride, sparse.threshold, sparse.block, SCALE, Ranges()
-    bits = select_oracle(q.detach().transpose(1, 2), k.detach().transpose(1, 2), mode, *sizes)
+    pattern = Pattern.without_streaming(sparse.block, SCALE)
+    sizes = {"stride": sparse.stride, "threshold": sparse.threshold}
+    bits = select_oracle(q.detach().transpose(1, 2), k.detach().transpose(1, 2), mode, pattern, **sizes)
     blocks = mask_from_bits(bits).repeat_interleave(sparse.block, -1)[..., :keys]
     rows = blocks.repeat_interleave(query_block(sparse.block), -2)[:, :, :queries]
     return rows & (torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None])
@@ -162,9 +163,8 @@ def test_left_padding_equals_the_samples_alone():
 def test_density_counts_the_pairs_in_visited_blocks(block, queries, keys):
     sparse = sparse_of("FA-XA", block)
     q, k, _ = inputs(1, queries, keys)
-    bits = select_oracle(
-        q.transpose(1, 2), k.transpose(1, 2), torch.full((1, 2), 2), 4, 0.5, block, SCALE, Ranges()
-    )  # fmt: skip
+    mode, pattern = torch.full((1, 2), 2), Pattern.without_streaming(block, SCALE)
+    bits = select_oracle(q.transpose(1, 2), k.transpose(1, 2), mode, pattern, stride=4, threshold=0.5)
     share = BlockPairs.of(torch.tensor([queries]), torch.tensor([keys]), block, bits.shape[2]).visited_share(bits)
     visible = torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None]
     expected = oracle_mask(q, k, sparse).sum((-1, -2)) / visible.sum()

@@ -66,7 +66,7 @@ def test_the_backend_is_named():
 
 
 def test_a_gpu_without_backward_kernels_says_so(monkeypatch):
-    monkeypatch.setattr(devices, "device_facts", lambda _index: ((8, 0), 108))
+    monkeypatch.setattr(devices, "capability_of", lambda _index: (8, 0))
     monkeypatch.setattr(jit, "is_installed", lambda: True)
     ampere = torch.device("cuda", 63)  # the answers are cached by device
     assert backend_for(ampere, torch.bfloat16, 128) == "attention_forward_sm80 (sm_80)"

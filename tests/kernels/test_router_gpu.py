@@ -87,7 +87,7 @@ def test_offsets_of_the_heads_are_added() -> None:
     assert torch.equal(found.route, (router.offset[:, 1] > router.offset[:, 0]).float().expand(3, -1))
 
 
-def test_few_samples_behind_the_statistics_leave_features_raw() -> None:
+def test_statistics_of_few_samples_leave_features_raw() -> None:
     router = trained_router(8, 128, samples=7)
     keys, weight, count = operands(2, 8, 128, torch.bfloat16)
     found = route_prompt(keys, weight, count, linears(router), (router.mean, router.var, router.count))
