@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from elastic.files import cache_folder
+from elastic.files import cache_folder, shipped
 
-CUDA_SRC = Path(__file__).resolve().parents[2] / "cuda_src"
+CUDA_SRC = shipped("cuda_src")
 _log = logging.getLogger("elastic.kernels")
 
 
