@@ -1,4 +1,4 @@
-"""Which model families can be routed, and the little in which they differ (docs/design.md section 6, docs/porting.md)."""
+"""Which model families can be routed, and the little in which they differ (docs/design.md section 6; porting.md)."""
 
 from typing import Any
 
