@@ -1,4 +1,6 @@
-"""Which model families can be routed, and the little in which they differ (docs/design.md section 6, docs/porting.md)."""
+"""Which model families can be routed, and the little in which they differ: docs/porting.md and docs/design.md, section
+6.
+"""
 
 from typing import Any
 
