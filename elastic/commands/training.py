@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from elastic.commands.catalogue import TRAINING
 from elastic.console import say
 from elastic.data.datamodule import MixtureDataModule
+from elastic.routing.methods import GRAMMAR
 from elastic.training.callbacks import LAST, ElasticCheckpoint, ResumeCheckpoint, RoutingPictures, RunProgress
 from elastic.training.config import ALLOCATOR
 from elastic.training.module import ElasticModule
@@ -119,7 +120,8 @@ def _help(command: str) -> dict[str, str]:
     return {
         "usage": f"elastic {command} -c FILE [-c FILE ...] [--section.key VALUE ...] [--ckpt_path last]",
         "description": f"{TRAINING[command].capitalize()}. Later files win over earlier ones, flags over files. "
-        "`--print_config` shows the settings that result.",
+        "`--print_config` shows the settings that result."
+        + ("" if command == "predict" else f" Names for `--model.methods`: {GRAMMAR}."),
     }
 
 
