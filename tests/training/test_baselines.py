@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from elastic import cli
-from elastic.config import ElasticConfig, RouterConfig, SparseConfig
+from elastic.config import ElasticConfig, RouterConfig
 from elastic.model.attach import attach, last_routes, override_routes, routers
 from elastic.model.checkpoint import WEIGHTS, load_into, save_elastic
 from elastic.routing.router import StaticRouter, build_router
@@ -91,6 +91,8 @@ def test_a_static_checkpoint_round_trips_and_is_refused_as_an_input_router(tmp_p
 
 def test_one_test_command_reports_every_method(data, tmp_path, capsys):
     root, names = tmp_path / "run", ["dense", "elastic", "elastic@-50", "elastic@50", "streaming", "random:0.5"]
+    (tmp_path / "heads.tsv").write_text("1 0\n0 0\n1 1\n")
+    names.append(f"static:{tmp_path / 'heads.tsv'}")
     files = [word for name in ("debug.yaml", "router/static.yaml") for word in ("-c", str(ROOT / "configs" / name))]
     flags = [f"--data.data_dir={data}", f"--trainer.default_root_dir={root}", "--trainer.enable_progress_bar=false"]
     assert cli.main(["fit", *files, *flags, "--trainer.max_steps=2"]) == 0
@@ -103,6 +105,7 @@ def test_one_test_command_reports_every_method(data, tmp_path, capsys):
     assert results["methods"] == names and results["elastic"]["router"]["kind"] == "static"
     for row in results["tasks"].values():
         assert row["streaming_msr"] == 1 and row["random:0.5_msr"] == 0.5  # of six KV heads
+        assert row[f"{names[-1]}_msr"] == 0.5 and row[f"{names[-1]}_loss"] != row["random:0.5_loss"]
         assert (row["elastic@-50_msr"], row["elastic@50_msr"]) == (0, 1)  # the ends of its operating points
         assert row["elastic@-50_loss"] == row["dense_loss"] and row["elastic@50_loss"] == row["streaming_loss"]
         assert row["streaming_esr_all"] > row["random:0.5_esr_all"] > 0
