@@ -1,1 +1,3 @@
-"""Subcommands of `elastic` besides training. Each module offers `SUMMARY` and `main(argv) -> exit code`."""
+"""Subcommands of `elastic` besides training. Each module offers `main(argv) -> exit code`; `catalogue`
+says what it is for.
+"""

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from elastic.commands.catalogue import COMMANDS
 from elastic.console import Parser, say
 
-SUMMARY = "time the kernels on this GPU beside their competitors; show recorded timings"
 # Modules of `elastic.bench` with SUMMARY, add_arguments and run, by the name that is typed.
 BENCHMARKS = {
     **{name: name for name in ("attention", "backward", "decode", "e2e", "router")},
@@ -19,7 +19,7 @@ BENCHMARKS = {
 
 def main(argv: list[str]) -> int:
     """Run the command."""
-    parser = Parser(prog="elastic bench", description=SUMMARY)
+    parser = Parser(prog="elastic bench", description=COMMANDS["bench"])
     chosen = parser.add_subparsers(dest="benchmark", required=True, metavar="WHAT")
     for name in BENCHMARKS:
         module = _benchmark(name)

@@ -1,4 +1,4 @@
-"""The commands of `elastic`, each with the line that `elastic --help` shows."""
+"""The commands of `elastic`, each with the line that `elastic --help` and its own `--help` show."""
 
 TRAINING = {
     "fit": "train routers on packed data",
@@ -10,8 +10,8 @@ COMMANDS = {
     "data_prep": "make training data: records from generators or published sets, packed rows",
     "generate": "answer prompts with a routed model and show its routes",
     "serve": "a routed model behind an OpenAI-compatible HTTP endpoint",
-    "eval": "compare dense, streaming, static, random and trained routing on RULER",
+    "eval": "compare dense, sparse, static, random and trained routing on RULER and LongBench",
     "demo": "the whole path on this machine: train, compare with dense, save, load, answer",
-    "bench": "time the kernels on this GPU beside their competitors",
+    "bench": "time the kernels on this GPU beside their competitors; show recorded timings",
     "doctor": "what this machine can run, with a self-check",
 }

@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from elastic.commands.catalogue import COMMANDS
 from elastic.console import Parser, complain, say, side_by_side, supports_unicode, table
 from elastic.data.tasks import ROBUST, SENSITIVE
 
-SUMMARY = "train routers for some minutes on the CPU, compare with dense, save, load and generate"
 MIN_SEPARATION = 0.05  # an MSR gap below this is called no separation
 
 
 def main(argv: list[str]) -> int:
     """Run the command."""
-    parser = Parser(prog="elastic demo", description=SUMMARY)
+    parser = Parser(prog="elastic demo", description=COMMANDS["demo"])
     parser.add_argument("--tiny", action="store_true", help="the shipped 1 MB backbone instead of SmolLM2-135M")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default runs/demo, or runs/demo-tiny")
     parser.add_argument("--steps", type=int, metavar="N", help="optimiser steps (default: what fits into the time)")

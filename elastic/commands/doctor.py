@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from elastic.commands.catalogue import COMMANDS
 from elastic.console import Parser, say
 
-SUMMARY = "show what this machine can run, and check the attention against the oracle"
 OK, FAIL, ABSENT = "OK", "FAIL", "--"
 PACKAGES = ("torch", "transformers", "lightning", "datasets", "safetensors", "matplotlib")
 TOLERANCE = 2e-5  # fp32 attention of a few hundred keys, another order of summation
@@ -30,7 +30,7 @@ class Check:
 
 def main(argv: list[str]) -> int:
     """Run the command; exit code 0 exactly if the CPU path works."""
-    parser = Parser(prog="elastic doctor", description=SUMMARY)
+    parser = Parser(prog="elastic doctor", description=COMMANDS["doctor"])
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     args = parser.parse_args(argv)
     cpu = [*_environment(), *_guarded(_self_check), *_guarded(_stock_check)]

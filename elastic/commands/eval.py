@@ -1,4 +1,4 @@
-"""`elastic eval`: several methods on RULER through lm-evaluation-harness, in one command that resumes."""
+"""`elastic eval`: several methods on RULER and LongBench through lm-evaluation-harness, in one command that resumes."""
 
 import argparse
 import importlib.util
@@ -8,19 +8,19 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from elastic.commands.catalogue import COMMANDS
 from elastic.config import SparseConfig
 from elastic.console import Parser, complain, say
+from elastic.routing.methods import GRAMMAR, parse_methods
 
 if TYPE_CHECKING:
     from elastic.evaluation.benchmark import Benchmark
     from elastic.evaluation.runner import EvaluationPlan
 
-SUMMARY = "compare dense, streaming, static, random and trained routing on long-context benchmarks"
-
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    parser = Parser(prog="elastic eval", description=SUMMARY)
+    parser = Parser(prog="elastic eval", description=COMMANDS["eval"])
     tasks = "ruler (default), ruler-paper, longbench_e, longbench2, or their tasks"
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help=tasks)
     parser.add_argument(
@@ -44,9 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["dense", "streaming"],
         metavar="METHOD",
-        help="dense, streaming, xattention[:<threshold>], random:<msr>, static:<pattern file>[@<msr>], "
-        "elastic:<checkpoint>[@<bias>] "
-        "(default: dense streaming)",
+        help=f"{GRAMMAR} (default: dense streaming)",
     )
     parser.add_argument(
         "--sweep",
@@ -72,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--window", type=int, default=256, help="likewise (default 256)")
     parser.add_argument("--block", type=int, default=64, help="likewise (default 64)")
     parser.add_argument("--stride", type=int, default=16, help="of XAttention (default 16)")
-    parser.add_argument("--seed", type=int, default=0, help="of samples and random patterns (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
     return parser
 
 
@@ -90,9 +88,7 @@ def main(argv: list[str]) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Check everything that can be checked, evaluate, print the table, write the files."""
-    from elastic.evaluation.methods import Method
-
-    methods = [Method.parse(name) for name in args.methods]
+    methods = parse_methods(args.methods, of_run=False)
     for package in ("lm_eval", "wonderwords"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the package {package} is missing; run `pip install 'elastic-attention[eval]'`")

@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from elastic.commands.catalogue import COMMANDS
 from elastic.console import Parser, complain, say, supports_unicode
-
-SUMMARY = "answer a prompt with a trained checkpoint and show what its routers decided"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    parser = Parser(prog="elastic generate", description=SUMMARY)
+    parser = Parser(prog="elastic generate", description=COMMANDS["generate"])
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder with elastic.json")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="the user's message; - reads standard input")
@@ -25,9 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--raw", action="store_true", help="take the prompt as it is, without the chat template")
     parser.add_argument("--backbone", metavar="NAME", help="default: the backbone the checkpoint was trained on")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
-    parser.add_argument(
-        "--sparsity-bias", type=float, metavar="X", help="above 0 more heads run sparse, below 0 fewer (default: 0)"
-    )
+    bias = "above 0 more heads run sparse, below 0 fewer (default: as the checkpoint says)"
+    parser.add_argument("--sparsity-bias", type=float, metavar="X", help=bias)
     parser.add_argument(
         "--kv-cache",
         choices=("full", "elastic"),

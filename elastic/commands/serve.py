@@ -4,14 +4,13 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from elastic.commands.catalogue import COMMANDS
 from elastic.console import Parser, complain, say
-
-SUMMARY = "serve a trained checkpoint over HTTP, compatible with OpenAI's chat completions"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    parser = Parser(prog="elastic serve", description=SUMMARY)
+    parser = Parser(prog="elastic serve", description=COMMANDS["serve"])
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder with elastic.json")
     parser.add_argument("--backbone", metavar="NAME", help="default: the backbone the checkpoint was trained on")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")

@@ -16,6 +16,7 @@ from elastic.commands.catalogue import TRAINING
 from elastic.console import say
 from elastic.data.datamodule import MixtureDataModule
 from elastic.files import config_names, find_config
+from elastic.routing.methods import GRAMMAR
 from elastic.training.callbacks import LAST, ElasticCheckpoint, ResumeCheckpoint, RoutingPictures, RunProgress
 from elastic.training.config import ALLOCATOR
 from elastic.training.module import ElasticModule
@@ -144,7 +145,8 @@ def _help(command: str) -> dict[str, str]:
         "usage": f"elastic {command} -c NAME|FILE [-c NAME|FILE ...] [--section.key VALUE ...] [--ckpt_path last]",
         "description": f"{TRAINING[command].capitalize()}. Settings come from shipped configurations by "
         "name (train, model/qwen3-4b, ...) and from YAML files; later ones win over earlier ones, flags over both. "
-        "`--print_config` shows the settings that result.",
+        "`--print_config` shows the settings that result."
+        + ("" if command == "predict" else f" Names for `--model.methods`: {GRAMMAR}."),
     }
 
 

@@ -1,1 +1,1 @@
-"""Evaluation on lm-evaluation-harness: methods by name, a routed model for it, RULER, results."""
+"""Evaluation on lm-evaluation-harness: a routed model for it, RULER and LongBench, results."""

@@ -138,7 +138,7 @@ def task_config(task: str) -> dict[str, Any]:
         raise ValueError(f"no task files in {CONFIGS}; install from a clone of the repository (pip install -e .[eval])")
     theirs, ours = Path(lm_eval.tasks.__file__).parent, CONFIGS / f"{task}.yaml"
     if not ours.is_file():
-        return load_yaml(theirs / "longbench" / f"{task.removeprefix('longbench_')}.yaml")
+        return dict(load_yaml(theirs / "longbench" / f"{task.removeprefix('longbench_')}.yaml"))
     config = load_yaml(ours, recursive=False)
     return {**load_yaml(theirs / config.pop("include")), **config}
 

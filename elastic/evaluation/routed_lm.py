@@ -40,7 +40,7 @@ class SampleFacts:
     cut: int
 
 
-class RoutedLM(HFLM):
+class RoutedLM(HFLM):  # type: ignore[misc]
     """An attached model under lm-evaluation-harness.
 
     Args:
@@ -82,7 +82,8 @@ class RoutedLM(HFLM):
         if texts and self.add_bos_token is None:
             self._encoded = dict(zip(texts, self.tokenizer(texts)["input_ids"], strict=True))
         try:
-            return super().generate_until(requests, disable_tqdm)
+            answers: list[str] = super().generate_until(requests, disable_tqdm)
+            return answers
         finally:
             self._encoded = {}
 
@@ -118,7 +119,7 @@ class RoutedLM(HFLM):
             else:
                 cache = DynamicCache(config=self.model.config)
             with graphed(self.model, cache) if graph else nullcontext():
-                output = super()._model_generate(context, max_length, past_key_values=cache, **generation)
+                output: Tensor = super()._model_generate(context, max_length, past_key_values=cache, **generation)
         record = route_of(cache)
         assert record.prompt_lengths is not None and clock.seconds is not None  # the prefill has just run
         self._keep(record.route, record.density, record.prompt_lengths, clock.seconds)
@@ -141,7 +142,7 @@ class RoutedLM(HFLM):
             logits, seconds = self._packed(rows, [len(kept) for _, kept, _, _ in chunk])
             state = last_routes(self.model)
             self._keep(state.route, state.density, torch.tensor([len(kept) for _, kept, _, _ in chunk]), seconds)
-            for piece, (_, _, _, answer) in zip(logits.split([len(row) for row in rows]), chunk, strict=True):
+            for piece, (_, _, _, answer) in zip(torch.split(logits, [len(row) for row in rows]), chunk, strict=True):
                 scores = F.log_softmax(piece[-len(answer) :].float(), dim=-1)
                 target = torch.tensor(answer, device=scores.device)
                 total = scores.gather(1, target[:, None]).sum()

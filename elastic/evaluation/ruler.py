@@ -149,8 +149,8 @@ def score(task: str, prediction: str, references: list[str]) -> float:
 
     answer = postprocess_pred([prediction])
     if task in QA:
-        return max(string_match_all(answer, [[reference]]) for reference in references)
-    return string_match_all(answer, [references])
+        return max(float(string_match_all(answer, [[reference]])) for reference in references)
+    return float(string_match_all(answer, [references]))
 
 
 def prompt_tokens(doc: Doc, task: str, tokenizer: Any, chat: bool) -> int:

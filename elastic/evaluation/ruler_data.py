@@ -45,7 +45,7 @@ class RulerData:
 
     def checksum(self, name: str) -> str | None:
         """sha256 of what is read as `name`; `hub` as it stands."""
-        place = getattr(self, name)
+        place: str | None = getattr(self, name)
         if place is None or place == HUB:
             return place
         digest = hashlib.sha256()
@@ -106,7 +106,8 @@ def _questions(name: str, place: str | None, read: Any) -> Questions:
     if place is None:
         raise ValueError(f"no {name} was given; name its file")
     if place == HUB:
-        return _downloaded(name, read)
+        found: Questions = _downloaded(name, read)
+        return found
     download = qa_utils.download_json
     qa_utils.download_json = lambda url: _official_json(name, Path(url))
     try:

@@ -13,9 +13,11 @@ from tqdm import tqdm
 from elastic._version import __version__
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.evaluation.benchmark import Benchmark, Request
-from elastic.evaluation.methods import Method
 from elastic.evaluation.scores import BY, LOCK, row_of
 from elastic.files import alone, write_atomic
+from elastic.routing.methods import Method
+
+RANDOM_SEED = "random_seed"  # what the heads of a random method were drawn by, in the facts of its results
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class EvaluationPlan:
         batch_size: samples in one forward pass.
         chat: put prompts into the chat template, where the task's protocol allows it.
         sparse: pattern of the methods without a checkpoint.
-        seed: of the samples and of random patterns.
+        seed: of the samples.
     """
 
     backbone: str
@@ -95,13 +97,13 @@ def run(plan: EvaluationPlan, methods: Sequence[Method], out: Path) -> list[dict
     """
     names = {_slug(method.name) for method in methods}
     if len(names) < len(methods):
-        raise ValueError(f"methods {', '.join(m.name for m in methods)} are not all different; name each once")
+        raise ValueError(f"methods {', '.join(m.name for m in methods)} would share files; name each once")
     (out / "samples").mkdir(parents=True, exist_ok=True)
     loaded: tuple[str, Any, Any] = ("", None, None)
     rows = []
     with tqdm(total=len(methods) * len(plan.cells()), desc="evaluation", unit="task") as bar:
         for method in methods:
-            source = method.argument if method.kind == "elastic" else plan.backbone
+            source = method.checkpoint or plan.backbone
             for cells in plan.batches():
                 files = [out / "samples" / f"{_slug(method.name)}.{c.label.replace('@', '.')}.jsonl" for c in cells]
                 facts = [_facts(plan, method, cell) for cell in cells]
@@ -123,10 +125,10 @@ def run(plan: EvaluationPlan, methods: Sequence[Method], out: Path) -> list[dict
 
 def load_model(plan: EvaluationPlan, method: Method) -> tuple[Any, Any]:
     """The method's model, attached and in eval mode, and its tokenizer."""
-    if method.kind == "elastic":
+    if method.checkpoint is not None:
         from elastic.inference.generate import load
 
-        return load(method.argument, device=plan.device, dtype=plan.dtype)
+        return load(method.checkpoint, device=plan.device, dtype=plan.dtype)
     from elastic.model.attach import attach
     from elastic.model.loading import load_backbone
 
@@ -141,7 +143,7 @@ def _evaluate(
     import torch
 
     from elastic.evaluation.routed_lm import RoutedLM
-    from elastic.model.attach import biased
+    from elastic.model.attach import biased, elastic_config
     from elastic.model.loading import architecture
 
     limit, first = model.config.max_position_embeddings, cells[0]
@@ -151,12 +153,12 @@ def _evaluate(
     requests = [Request(cell.task, cell.length, plan.samples, tokenizer, plan.seed, chat) for cell in cells]
     tasks = [cell.benchmark.harness_task(request) for cell, request in zip(cells, requests, strict=True)]
     shape = architecture(model)
-    route = method.route(shape["num_layers"], shape["num_kv_heads"], plan.seed)
-    sparse = None if method.kind == "elastic" else method.sparse(plan.sparse)
+    route = method.routes(shape["num_layers"], shape["num_kv_heads"])
+    sparse = method.sparse(plan.sparse if method.checkpoint is None else elastic_config(model).sparse)
     lm = RoutedLM(model, tokenizer, route, plan.batch_size, sparse=sparse)
     started = time.perf_counter()
     try:
-        with biased(model, method.knob if method.kind == "elastic" else None):
+        with biased(model, method.bias):
             results = _by_harness(lm, tasks, chat)
     except torch.OutOfMemoryError as error:
         raise ValueError(
@@ -189,9 +191,10 @@ def _by_harness(lm: Any, tasks: list[Any], chat: bool) -> dict[str, Any]:
     for task in tasks:
         task.set_config(key="num_fewshot", value=0)
     loaded = TaskManager(include_defaults=False).load(tasks)
-    return lm_eval.evaluate(
+    results: dict[str, Any] = lm_eval.evaluate(
         lm=lm, task_dict=loaded, bootstrap_iters=0, apply_chat_template=chat, log_samples=True, verbosity="ERROR"
     )
+    return results
 
 
 def _facts(plan: EvaluationPlan, method: Method, cell: Cell) -> dict[str, Any]:
@@ -207,7 +210,8 @@ def _facts(plan: EvaluationPlan, method: Method, cell: Cell) -> dict[str, Any]:
         "dtype": plan.dtype,
         "device": plan.device.partition(":")[0],  # any GPU's results are as good as another's
         "batch_size": plan.batch_size,
-        "sparse": asdict(method.sparse(plan.sparse)),
+        "sparse": asdict(plan.sparse if method.checkpoint else method.sparse(plan.sparse)),
+        **({RANDOM_SEED: method.seed} if method.kind == "random" else {}),
         "checkpoint": _stamp(method),
         "documents": cell.benchmark.identity(cell.task),
         "protocol": [f"{cell.benchmark.name}{BY}", *cell.benchmark.corrections],
@@ -222,11 +226,11 @@ def _stamp(method: Method) -> str | None:
     """Checksum of a checkpoint's tensors or of a pattern file."""
     import hashlib
 
-    if method.kind == "elastic":
+    if method.checkpoint is not None:
         from elastic.model.checkpoint import read_elastic
 
-        return read_elastic(method.argument)["weights_sha256"]
-    return hashlib.sha256(Path(method.argument).read_bytes()).hexdigest() if method.kind == "static" else None
+        return str(read_elastic(method.checkpoint)["weights_sha256"])
+    return None if method.file is None else hashlib.sha256(Path(method.file).read_bytes()).hexdigest()
 
 
 def _read(file: Path, facts: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -239,6 +243,8 @@ def _read(file: Path, facts: dict[str, Any]) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(first, dict):
         return None
+    if RANDOM_SEED in facts:  # of files written before methods had seeds of their own, the samples' seed drew the heads
+        first = {RANDOM_SEED: first.get("seed"), **first}
     wanted = {**facts, "count": len(samples), "batch_size": first.get("batch_size")}
     return samples if first == wanted else None
 

@@ -68,7 +68,7 @@ def _figures(rows: Rows) -> dict[str, Any]:
 
     def average(method: str, task: str, name: str) -> float:
         found = [row[name] for row in rows if (row["method"], row["task"]) == (method, task)]
-        return sum(found) / len(found)
+        return float(sum(found) / len(found))
 
     figures = {}
     if known := [length for length in lengths if length is not None]:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from elastic.evaluation.benchmark import Request
-from elastic.evaluation.methods import Method
 from elastic.evaluation.retrieval import NEEDLE_TASKS, retrieval_scores, write_ranking
 from elastic.evaluation.ruler import Ruler
 from elastic.evaluation.runner import EvaluationPlan, load_model
 from elastic.evaluation.scores import LOCK
 from elastic.files import alone, write_atomic
 from elastic.plots import curves_figure, save_png
+from elastic.routing.methods import Method, parse_method
 
 RANK_SAMPLES = 8  # of each needle task
 
@@ -26,7 +26,7 @@ def sweep_methods(pattern: Path, points: int) -> list[Method]:
     """
     if points < 2:
         raise ValueError(f"--points {points} is below 2; a sweep goes from MSR 0 to 1")
-    return [Method.parse(f"static:{pattern}@{i / (points - 1):.4g}") for i in range(points)]
+    return [parse_method(f"static:{pattern}@{i / (points - 1):.4g}") for i in range(points)]
 
 
 def make_ranking(plan: EvaluationPlan, pattern: Path) -> None:
@@ -46,7 +46,7 @@ def make_ranking(plan: EvaluationPlan, pattern: Path) -> None:
 
 
 def _rank(plan: EvaluationPlan, pattern: Path) -> None:
-    model, tokenizer = load_model(plan, Method.parse("dense"))
+    model, tokenizer = load_model(plan, parse_method("dense"))
     length, seed = plan.lengths[0], plan.seed + 1  # not the samples that are evaluated
     docs = [
         doc

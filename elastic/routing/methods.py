@@ -1,128 +1,222 @@
-"""What an evaluation compares: the trained routers, the dense model, and baselines that need no training.
+"""Methods by name: what `elastic test`, `validate`, `eval` and the studies compare on one model.
 
-Every method is a choice of routes and of the modes behind them on the same model, so all of them run through one code
-path.
-Legend: L layers, K KV heads.
+A method is a choice of routes and of the modes that they lead to, so all methods run through one code path. `FORMS` is
+the grammar: the parser, the printer and every `--help` are made from it; docs/evaluation.md explains it. No torch
+import.
 """
 
 import math
-from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from elastic.config import Mode, SparseConfig
 
-SCORES = ("loss", "accuracy", "exact")
-RATIOS = ("msr", "esr_last", "esr_all")
-DEFAULT_METHODS = ("dense", "elastic")
-_CONFIGURATIONS: dict[str, tuple[Mode, Mode]] = {
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMS = {  # <field of Method>, [left out where it has its default]
+    "dense": "dense",
+    "streaming": "streaming",
+    "xattention": "xattention[:<threshold>]",
+    "random": "random:<msr>[:<seed>]",
+    "static": "static:<file>[@<msr>]",
+    "elastic": "elastic[/<modes>][:<checkpoint>][@<bias>]",
+}
+GRAMMAR = ", ".join(FORMS.values())
+MODES: dict[str, tuple[Mode, Mode]] = {
     "fa-ssa": ("full", "streaming"),
     "fa-xa": ("full", "xattention"),
     "xa-ssa": ("xattention", "streaming"),
 }
-_KNOWN = (
-    f"dense, elastic, elastic:<bias>, elastic:<{', '.join(_CONFIGURATIONS)}>[:<bias>], streaming, xattention, "
-    "xattention:<threshold>, random:<msr> or random:<msr>:<seed>"
-)
+DEFAULT_METHODS = ("dense", "elastic")
+SCORES = ("loss", "accuracy", "exact")
+RATIOS = ("msr", "esr_last", "esr_all")
+_OWN_MODES = {"dense": "fa-ssa", "streaming": "fa-ssa", "xattention": "fa-xa"}
+_UNIFORM = {"dense": 0, "streaming": 1, "xattention": 1}  # the route of every head
+_VALUES: dict[str, tuple[Callable[[str], Any], Callable[[Any], bool], str]] = {  # how to read, what is allowed
+    "threshold": (float, lambda value: 0 < value <= 1, "a threshold above 0, up to 1"),
+    "msr": (float, lambda value: 0 <= value <= 1, "an MSR from 0 to 1"),
+    "seed": (int, lambda value: 0 <= value < 2**63, "a whole number of 0 or more"),
+    "bias": (float, math.isfinite, "a finite number"),
+    "modes": (str, lambda value: value in MODES, f"one of {', '.join(MODES)}"),
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to choose routes.
+    """One way to choose routes; `parse_method` reads it from its name and checks it.
 
     Attributes:
-        name: `dense`, `streaming`, `xattention[:<threshold>]` (every head in that mode, whatever the configuration),
-            `elastic` (the routers decide), `elastic:<bias>` (they decide at another `sparsity_bias`: another operating
-            point), `elastic:<configuration>[:<bias>]` (their decisions choose between other modes than they were
-            trained for),
-            or `random:<msr>[:<seed>]`: the same heads, drawn once, on route 1 for every input.
-        share: of heads on route 1; None where the routers decide.
+        kind: `dense`, `streaming`, `xattention`: every head in that mode, whatever the configuration; `random`: heads
+            drawn once; `static`: the heads of a pattern file; `elastic`: the routers decide.
+        threshold: of XAttention; None leaves the configuration's.
+        msr: share of heads on route 1. None with `static`: the heads that the file scores below 0.5.
         seed: of the random heads.
-        bias: `sparsity_bias` instead of the configuration's; None leaves it.
-        modes: of route 0 and route 1 instead of the configuration's; None leaves them.
-        threshold: of XAttention, likewise.
+        file: pattern file, a line per layer and a number per KV head.
+        modes: a key of `MODES`: the routers' decisions choose between these instead of the configuration's.
+        checkpoint: folder of the routers; None: those that are evaluated (`elastic test`).
+        bias: `sparsity_bias` of the routers (docs/design.md section 2); None leaves the checkpoint's own.
     """
 
-    name: str
-    share: float | None
-    seed: int = 0
-    bias: float | None = None
-    modes: tuple[Mode, Mode] | None = None
+    kind: str
     threshold: float | None = None
-
-    def sparse(self, own: SparseConfig) -> SparseConfig:
-        """The modes and sizes that the method runs on a model configured with `own`."""
-        route0, route1 = self.modes or (own.route0, own.route1)
-        return replace(own, route0=route0, route1=route1, threshold=self.threshold or own.threshold)
-
-    def routes(self, layers: int, kv_heads: int) -> Tensor | None:
-        """Routes [L, K] for `override_routes`; None lets the routers decide."""
-        if self.share is None:
-            return None
-        heads = layers * kv_heads
-        order = torch.randperm(heads, generator=torch.Generator().manual_seed(self.seed))
-        route = torch.zeros(heads)
-        route[order[: round(self.share * heads)]] = 1.0
-        return route.view(layers, kv_heads)
+    msr: float | None = None
+    seed: int = 0
+    file: str | None = None
+    modes: str | None = None
+    checkpoint: str | None = None
+    bias: float | None = None
 
     @property
-    def ratios(self) -> dict[str, str]:
-        """Column names of MSR and ESR: plain for `elastic`, with the method's name for baselines, none for `dense`."""
-        if self.name == "dense":
-            return {}
-        return {ratio: ratio if self.name == "elastic" else f"{self.name}_{ratio}" for ratio in RATIOS}
+    def name(self) -> str:
+        """The name that `parse_method` reads as this method; results are filed under it."""
+
+        def optional(part: re.Match[str]) -> str:
+            (field,) = re.findall(r"<(\w+)>", part[1])
+            return "" if getattr(self, field) == _DEFAULTS[field] else part[1]
+
+        form = re.sub(r"\[(.*?)\]", optional, FORMS[self.kind])
+        return re.sub(r"<(\w+)>", lambda part: _shown(getattr(self, part[1])), form)
+
+    def sparse(self, own: SparseConfig) -> SparseConfig:
+        """The modes and sizes that the method runs on a model configured with `own`.
+
+        Raises:
+            ValueError: XAttention with a stride that does not divide the block.
+        """
+        modes = self.modes or _OWN_MODES.get(self.kind)
+        route0, route1 = (own.route0, own.route1) if modes is None else MODES[modes]
+        return replace(own, route0=route0, route1=route1, threshold=self.threshold or own.threshold)
+
+    def routes(self, layers: int, kv_heads: int) -> "Tensor | None":
+        """Routes [L, K] in {0, 1} for `override_routes`; None lets the routers decide.
+
+        Raises:
+            OSError: a pattern file that cannot be read.
+            ValueError: one that does not fit L layers of K KV heads.
+        """
+        from elastic.routing.fixed_routes import drawn, of_pattern, uniform
+
+        if self.kind == "random":
+            return drawn(layers, kv_heads, self.msr or 0.0, self.seed)
+        if self.file is not None:
+            return of_pattern(Path(self.file), layers, kv_heads, self.msr)
+        return uniform(layers, kv_heads, _UNIFORM[self.kind]) if self.kind in _UNIFORM else None
 
 
-def parse_methods(names: list[str]) -> list[Method]:
-    """Methods by name.
+def parse_method(name: str) -> Method:
+    """The method of that name. Files and checkpoints need not exist.
 
     Raises:
-        ValueError: an unknown name, a name given twice, or a list without `elastic`.
+        ValueError: an unknown method, another form than in `FORMS`, or a value out of range.
     """
-    if len(set(names)) != len(names):
-        raise ValueError(f"methods={names} names a method twice; name each once")
-    if "elastic" not in names:
-        raise ValueError(f"methods={names} lacks elastic; the routers are what is evaluated, add it")
-    return [_parse(name) for name in names]
+    kind = re.split("[:/@]", name, maxsplit=1)[0]
+    if kind not in FORMS:
+        raise ValueError(f"method {name!r} is not known; use one of {GRAMMAR}")
+    if (present := renamed(name)) != name:
+        path = name.removeprefix("elastic:")
+        raise ValueError(f"method {name!r} is an old spelling; write {present} (or elastic:./{path} for a folder)")
+    found = re.fullmatch(_PATTERNS[kind], name)
+    if found is None:
+        raise ValueError(f"method {name!r} is not of the form {FORMS[kind]}")
+    values = {field: text for field, text in found.groupdict().items() if text is not None}
+    return Method(kind, **{field: _value(name, field, text) for field, text in values.items()})
 
 
-def columns(methods: list[Method]) -> tuple[str, ...]:
+def parse_methods(names: Sequence[str], of_run: bool) -> list[Method]:
+    """The methods of a command, all different.
+
+    Args:
+        of_run: `elastic` means the routers of this run, which are always compared (`elastic test`, `validate`). Else
+            routers come from the checkpoint that the method names (`elastic eval`).
+
+    Raises:
+        ValueError: as `parse_method`, a method given twice, or routers that this command does not have.
+        FileNotFoundError: no such pattern file or checkpoint.
+    """
+    methods = [parse_method(name) for name in names]
+    found = [method.name for method in methods]
+    if twice := [name for name in dict.fromkeys(found) if found.count(name) > 1]:
+        raise ValueError(f"methods={list(names)} names {twice[0]} twice; name each method once")
+    if of_run and "elastic" not in found:
+        raise ValueError(f"methods={list(names)} lacks elastic; the routers are what is evaluated, add it")
+    for method in methods:
+        if of_run and method.checkpoint is not None:
+            raise ValueError(
+                f"method {method.name!r} names a checkpoint, but this command evaluates the routers of its run; write "
+                f"{replace(method, checkpoint=None).name} and set model.routers (or --ckpt_path), or use `elastic eval`"
+            )
+        if not of_run and method.kind == "elastic" and method.checkpoint is None:
+            raise ValueError(
+                f"method {method.name!r} names no checkpoint, and this command has no routers of its own; write "
+                f"{replace(method, checkpoint='<checkpoint>').name} with the folder of a checkpoint"
+            )
+        for path, what in ((method.file, "pattern file"), (method.checkpoint, "checkpoint folder")):
+            if path is not None and not Path(path).exists():
+                raise FileNotFoundError(f"method {method.name!r}: {path} does not exist; expected a {what}")
+    return methods
+
+
+def renamed(name: str) -> str:
+    """The present name of a method in results files written before there was one grammar: `elastic:-2` is now
+    `elastic@-2`, `elastic:fa-xa:1` is `elastic/fa-xa@1`. Other names are returned as they are.
+    """
+    kind, _, rest = name.partition(":")
+    first, *numbers = re.split("[:@]", rest)
+    modes = first if first in MODES else None
+    numbers = numbers if modes else [first, *numbers]
+    if kind != "elastic" or len(numbers) > 1 or not all(map(_is_number, numbers)):
+        return name
+    return "".join((kind, *(f"/{word}" for word in (modes,) if word), *(f"@{number}" for number in numbers)))
+
+
+def ratio_columns(name: str) -> dict[str, str]:
+    """Columns of MSR and ESR in the results of the method `name`: plain for `elastic`, with the name for others, none
+    for `dense`.
+    """
+    return {} if name == "dense" else {ratio: ratio if name == "elastic" else f"{name}_{ratio}" for ratio in RATIOS}
+
+
+def columns(methods: Sequence[Method]) -> tuple[str, ...]:
     """Names of everything measured per sample: `<method>_<score>`, then MSR and ESR."""
     scores = [f"{method.name}_{score}" for method in methods for score in SCORES]
-    return (*scores, *(column for method in methods for column in method.ratios.values()))
+    return (*scores, *(column for method in methods for column in ratio_columns(method.name).values()))
 
 
-def _parse(name: str) -> Method:
-    fixed = {
-        "dense": Method("dense", 0.0, modes=_CONFIGURATIONS["fa-ssa"]),
-        "streaming": Method("streaming", 1.0, modes=_CONFIGURATIONS["fa-ssa"]),
-        "xattention": Method("xattention", 1.0, modes=_CONFIGURATIONS["fa-xa"]),
-        "elastic": Method("elastic", None),
-    }
-    if name in fixed:
-        return fixed[name]
-    kind, *numbers = name.split(":")
+def _pattern(form: str) -> str:
+    """The regular expression of a form. What follows the last @ is a number, unless it contains a slash."""
+    values = {"file": ".+?", "checkpoint": ".+?"}
+    form = form.replace("[", "(?:").replace("]", ")?")
+    return re.sub(r"<(\w+)>", lambda part: f"(?P<{part[1]}>{values.get(part[1], '[^:@/]*')})", form)
+
+
+_PATTERNS = {kind: _pattern(form) for kind, form in FORMS.items()}
+_DEFAULTS = {field.name: field.default for field in fields(Method)}
+
+
+def _value(name: str, field: str, text: str) -> Any:
+    """A field's value; paths are texts of any kind."""
+    read, allowed, what = _VALUES.get(field, (str, bool, ""))
     try:
-        if kind == "elastic":
-            return _elastic(name, numbers)
-        if kind == "xattention" and len(numbers) == 1 and 0 < float(numbers[0]) <= 1:
-            return replace(fixed[kind], name=name, threshold=float(numbers[0]))
-        share, seed = float(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 0
-        if kind != "random" or len(numbers) > 2 or not 0 <= share <= 1 or seed < 0:
-            raise ValueError(name)
-    except (ValueError, IndexError):
-        raise ValueError(
-            f"method {name!r} is not known; use {_KNOWN}, with a number <bias>, <threshold> in (0, 1], <msr> in "
-            "[0, 1] and a whole <seed> of 0 or more"
-        ) from None
-    return Method(name, share, seed)
+        value = read(text)
+    except ValueError:
+        value = None
+    if value is None or not allowed(value):
+        at = f", and what follows the last @ is one; rename a path that ends in @{text}" if f"@{text}" in name else ""
+        raise ValueError(f"method {name!r}: {text!r} is not {what}{at}")
+    return value
 
 
-def _elastic(name: str, words: list[str]) -> Method:
-    """`elastic:` with a configuration, a bias, or both. Raises ValueError where they are something else."""
-    modes = _CONFIGURATIONS.get(words[0])
-    bias = [float(word) for word in words[modes is not None :]]
-    if len(bias) > 1 or not all(map(math.isfinite, bias)):
-        raise ValueError(name)
-    return Method(name, None, bias=bias[0] if bias else None, modes=modes)
+def _shown(value: object) -> str:
+    """A value as in a name: numbers in the fewest digits that read back the same."""
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

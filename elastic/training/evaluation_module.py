@@ -13,7 +13,7 @@ from elastic.data.tasks import TASKS
 from elastic.model.attach import attach, biased, last_routes, override_routes, set_config
 from elastic.model.checkpoint import load_into, read_elastic
 from elastic.model.loading import DTYPES, architecture, load_backbone
-from elastic.routing.methods import columns, parse_methods
+from elastic.routing.methods import columns, parse_methods, ratio_columns
 from elastic.routing.sparsity import esr, msr, xattention_heads
 from elastic.training.metrics import Answers, LayerDensity, RouteShare, TaskMeans, score_answers
 from elastic.training.resume import check_data
@@ -31,7 +31,7 @@ class RoutedModule(LightningModule):
         dtype: of the backbone's weights; routers are always float32.
         gguf_file: file name where the backbone's weights are in GGUF format.
         loss_chunk: positions whose logits exist at a time.
-        methods: what evaluation compares, see `elastic.routing.methods`.
+        methods: what evaluation compares, by the names of `elastic.routing.methods`.
         routers: checkpoint folder that they begin with; None: fresh ones.
     """
 
@@ -51,7 +51,8 @@ class RoutedModule(LightningModule):
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}")
         self.backbone, self.elastic, self.dtype_name, self.gguf_file = backbone, elastic, dtype, gguf_file
-        self.loss_chunk, self.methods, self.begins_with = loss_chunk, parse_methods(methods), routers
+        self.loss_chunk, self.begins_with = loss_chunk, routers
+        self.methods = parse_methods(methods, of_run=True)
         self.model: Any = None
         self.tokenizer: Any = None
         self.results: dict[str, dict[str, float]] = {}
@@ -82,12 +83,14 @@ class RoutedModule(LightningModule):
                     "elastic.training.sharding.ShardedBackbone (-c strategy/fsdp)"
                 )
             shard_backbone(self.model, self.device_mesh["data_parallel"])
+        size = self.shape["num_layers"], self.shape["num_kv_heads"]
+        self.fixed_routes = [method.routes(*size) for method in self.methods]
         self.columns = columns(self.methods)
         self.means = TaskMeans(self.columns)
         manifest = getattr(data, "manifest", None) or {"splits": {}}
         sources = {name for split in manifest["splits"] for name in sources_of(manifest, split)}
         self.source_means = TaskMeans(self.columns, tuple(sorted(sources)))
-        self.route_share = RouteShare(self.shape["num_layers"], self.shape["num_kv_heads"])
+        self.route_share = RouteShare(*size)
         self.density = LayerDensity(tuple(method.name for method in self.methods), self.shape["num_layers"])
 
     def _attached(self, model: Any) -> Any:
@@ -144,8 +147,7 @@ class RoutedModule(LightningModule):
     @torch.no_grad()
     def _evaluate(self, batch: Batch) -> None:
         values: dict[str, Tensor] = {}
-        for method in self.methods:
-            routes = method.routes(self.shape["num_layers"], self.shape["num_kv_heads"])
+        for method, routes in zip(self.methods, self.fixed_routes, strict=True):
             sparse = method.sparse(self.elastic.sparse)
             with override_routes(self.model, routes, sparse), biased(self.model, method.bias):
                 scores = self._answers(batch).scores
@@ -155,7 +157,7 @@ class RoutedModule(LightningModule):
             last, overall = esr(state.route, state.lengths, sparse, state.density)
             measured = {"msr": msr(state.route), "esr_last": last, "esr_all": overall}
             values |= {f"{method.name}_{name}": score for name, score in scores.items()}
-            values |= {column: measured[ratio] for ratio, column in method.ratios.items()}
+            values |= {column: measured[ratio] for ratio, column in ratio_columns(method.name).items()}
             if method.name == "elastic":
                 self.route_share.update(batch["task_id"], state.route)
         self.means.update(batch["task_id"], values)

@@ -50,7 +50,7 @@ class ElasticModule(RoutedModule):
         loss_chunk: positions whose logits exist at a time.
         compiled: torch.compile what surrounds attention in the backbone's layers
             (`elastic.model.compiling.compile_layers`).
-        methods: what evaluation compares: dense, elastic (default: these two), streaming, random:<msr>[:<seed>].
+        methods: what evaluation compares, by name (docs/evaluation.md, Methods); default dense and elastic.
         routers: checkpoint folder that training or evaluation begins with; None: fresh routers.
     """
 

@@ -56,9 +56,9 @@ def results_of(module: Any, split: str, checkpoint: str | None) -> dict[str, Any
     """Everything that the evaluation of a module found, fit for JSON."""
     return {
         "protocol": "answers teacher-forced on packed rows; every method runs the same backbone: dense, "
-        "streaming and xattention with all heads in that mode, random with heads drawn once, elastic as the routers "
-        "decide (number: their sparsity_bias; configuration: between its modes); routes: share of samples on route 1 "
-        "by task, layer and KV head",
+        "streaming and xattention with all heads in that mode, random with heads drawn once, static with heads from a "
+        "file, elastic as the routers decide (@: their sparsity_bias; /: the modes they choose between); routes: share "
+        "of samples on route 1 by task, layer and KV head",
         "split": split,
         "backbone": module.backbone,
         "elastic": module.elastic.to_dict(),

@@ -22,7 +22,7 @@ from tests.bench.routing import LAYERS, ROOT, build_data, elastic_command, over_
 
 BIASES = (-2, 2)
 RESULTS = "results_validation.json"
-METHODS = ["elastic", *(f"elastic:{bias}" for bias in BIASES), "dense"]
+METHODS = ["elastic", *(f"elastic@{bias}" for bias in BIASES), "dense"]
 
 
 def judge(name: str, flags: list[str], args: argparse.Namespace, gpu: str | None) -> str:

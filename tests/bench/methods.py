@@ -20,10 +20,11 @@ from typing import Any
 from elastic.bench.records import save, stamp
 from elastic.bench.studies.methods import density_cells, records, score_cells
 from elastic.console import say, table
+from elastic.routing.methods import GRAMMAR, parse_method
 
 METHODS = (
     *("elastic", "dense", "xattention:0.8", "xattention:0.9", "xattention:0.95", "streaming"),
-    *("elastic:fa-xa", "elastic:xa-ssa"),
+    *("elastic/fa-xa", "elastic/xa-ssa"),
 )
 
 
@@ -35,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=int, help="so many of the shuffled data; default all")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="evaluate no further batch after these")
     parser.add_argument("--batch-rows", type=int, default=8, help="packed rows in a forward pass")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="as for `elastic test`")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help=f"as for `elastic test`: {GRAMMAR}")
     parser.add_argument("--name", default="elastic", help="what the records call the checkpoint's routers")
     parser.add_argument("--dtype", default="bfloat16", help="of the backbone")
     parser.add_argument("--stride", type=int, help="of XAttention; default the checkpoint's")
@@ -113,8 +114,8 @@ def repeat(args: argparse.Namespace) -> str:
 
 
 def own_name(method: str, name: str) -> str:
-    """A method of these routers under the name that their records have: `elastic:xa-ssa` as `<name>:xa-ssa`."""
-    return name + method.removeprefix("elastic") if method.split(":")[0] == "elastic" else method
+    """A method of these routers under the name that their records have: `elastic/xa-ssa` as `<name>/xa-ssa`."""
+    return name + method.removeprefix("elastic") if parse_method(method).kind == "elastic" else method
 
 
 def main(argv: list[str]) -> int:

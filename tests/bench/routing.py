@@ -29,6 +29,7 @@ import torch
 from elastic.bench.records import stamp
 from elastic.bench.studies.runs import chosen_bias
 from elastic.data.shards import MANIFEST
+from elastic.routing.methods import Method
 
 T = TypeVar("T")
 ROOT = Path(__file__).parent.parent.parent
@@ -119,7 +120,7 @@ def words_of(part: str, plan: Plan, folder: Path, args: argparse.Namespace) -> l
 
 def elastic_at(bias: float) -> str:
     """The method's name at a `sparsity_bias`."""
-    return f"elastic:{bias:g}" if bias else "elastic"
+    return Method("elastic", bias=bias or None).name
 
 
 def thin(source: Path, target: Path) -> None:

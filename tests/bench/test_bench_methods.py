@@ -23,20 +23,20 @@ def test_the_quality_script_writes_records_and_tables(tmp_path, capsys):
     attach(model, ElasticConfig(small_config().router, sparse_of("FA-XA")))
     varied_routers(model)
     checkpoint = save_elastic(tmp_path / "ck", model, "tiny")
-    names = ["elastic", "dense", "xattention:0.3", "streaming", "elastic:xa-ssa"]
+    names = ["elastic", "dense", "xattention:0.3", "streaming", "elastic/xa-ssa"]
     words = ["--checkpoint", str(checkpoint), "--data", str(build_data(tmp_path)), "--out", str(tmp_path)]
     words += ["--dtype", "float32", "--batch-rows", "1", "--batches", "6", "--name", "own"]
     assert main([*words, "--methods", *names]) == 0
     names = [name.replace("elastic", "own") for name in names]
     found = load_records(tmp_path / "methods.json")
     assert found[0]["command"].endswith(
-        "--methods elastic dense xattention:0.3 streaming elastic:xa-ssa --name own --dtype float32"
+        "--methods elastic dense xattention:0.3 streaming elastic/xa-ssa --name own --dtype float32"
     )
     ratio = {(r["who"], r["metric"]): r["esr_all"] for r in found if r["case"] != DENSITY}
     assert {who for who, _ in ratio} == set(names) and ratio["dense", "exact"] == 0.0
     assert 0 < ratio["own", "loss"] < ratio["xattention:0.3", "loss"] < 1
     layers = {r["who"]: r["by_layer"] for r in found if r["case"] == DENSITY}
-    assert set(layers) == {"own", "xattention:0.3", "own:xa-ssa"}
+    assert set(layers) == {"own", "xattention:0.3", "own/xa-ssa"}
     assert all(0 < share < 1 for share in layers["xattention:0.3"])
     printed, page = capsys.readouterr().out, markdown({"methods": found})
     for text in (printed, page):

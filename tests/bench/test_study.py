@@ -26,6 +26,7 @@ from tests.helpers.training import ROOT, command_environment
 
 STAMP = {"gpu": "cpu", "kernel": "torch", "versions": {"torch": "0"}, "commit": "abc", "command": "by hand"}
 SOURCES = ("needle_single-1024", "needle_single-2048", "verbatim_copy", "many_shot", "continuation")
+# The names that files had before `elastic@-2`; they stay readable.
 WORSE = {"elastic:-2": 0.0, "elastic": 0.02, "elastic:2": 0.1}  # loss of retrieval, rise of loss
 MSR = {"elastic:-2": 0.3, "elastic": 0.6, "elastic:2": 0.9}
 
@@ -211,9 +212,10 @@ def test_studies_that_say_nothing_are_refused(study, tmp_path, capsys):
 
 
 def test_operating_points_read_their_own_columns():
-    row = {"msr": 0.5, "elastic:-1_msr": 0.2, "dense_loss": 1.0, "dense_loss_95": 0.1}
-    points = [Point(method, {}, {"code": row}) for method in ("dense", "elastic", "elastic:-1")]
-    assert [point.mean_msr for point in points] == [0.0, 0.5, 0.2] and points[2].bias == -1
+    row = {"msr": 0.5, "elastic:-1_msr": 0.2, "elastic@2_msr": 0.7, "dense_loss": 1.0, "dense_loss_95": 0.1}
+    points = [Point(method, {}, {"code": row}) for method in ("dense", "elastic", "elastic:-1", "elastic@2")]
+    assert [point.mean_msr for point in points] == [0.0, 0.5, 0.2, 0.7]
+    assert [point.bias for point in points] == [0, 0, -1, 2] and [point.is_elastic for point in points[:2]] == [0, 1]
 
 
 SMALL_RUN = [
@@ -250,9 +252,9 @@ def test_the_driver_trains_evaluates_and_skips_what_is_done(tmp_path, packed):
     assert done.returncode == 0 and "static-target-5: fit" in done.stdout, done.stdout + done.stderr
     run = read_study(tmp_path / "out").runs[0]
     assert (run.router, run.objective, run.seed) == ("static", "target", 5)
-    assert run.test["methods"] == ["elastic", "elastic:2", "dense", "streaming", "random:0.7", "random:0.7:1"]
+    assert run.test["methods"] == ["elastic", "elastic@2", "dense", "streaming", "random:0.7", "random:0.7:1"]
     assert run.chosen_bias == run.tested.bias == 2  # the tiny model retrieves nothing, so nothing is lost
-    assert run.validation["methods"] == ["elastic", "elastic:2", "dense"]
+    assert run.validation["methods"] == ["elastic", "elastic@2", "dense"]
     assert run.validation["split"] == "validation" and run.test["split"] == "test"
     assert run.recipe["step"] == 2 and len(run.curves()["loss"]) == 2
     assert (run.folder / "checkpoint" / "router.safetensors").is_file()
@@ -278,7 +280,7 @@ def test_variants_are_trained_judged_and_told_apart(tmp_path, packed, monkeypatc
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     variants = tmp_path / "variants.yaml"
     variants.write_text("plain: []\nslow: [--model.optimiser.lr=1e-4]\nbroken: [--model.optimiser.lr=-1]\n")
-    monkeypatch.setattr(ablation, "METHODS", ["elastic", "elastic:2", "dense"])
+    monkeypatch.setattr(ablation, "METHODS", ["elastic", "elastic@2", "dense"])
     words = [
         "--variants",
         str(variants),
@@ -298,7 +300,7 @@ def test_variants_are_trained_judged_and_told_apart(tmp_path, packed, monkeypatc
     said = capsys.readouterr().out
     assert "plain: was there" in said and "slow: done" in said and "broken: fit failed, see " in said
     judged = json.loads((tmp_path / "kept" / "slow" / "results_validation.json").read_text())
-    assert judged["methods"] == ["elastic", "elastic:2", "dense"] and judged["split"] == "validation"
+    assert judged["methods"] == ["elastic", "elastic@2", "dense"] and judged["split"] == "validation"
     assert json.loads((tmp_path / "kept" / "slow" / "variant.json").read_text())["flags"] == "--model.optimiser.lr=1e-4"
     found = {(r["who"], r["metric"]): r for r in load(tmp_path / "bench" / "ablation.json")}
     assert found["bias 2", "retrieval of dense"]["value"] == pytest.approx(0.9)

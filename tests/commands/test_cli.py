@@ -37,13 +37,17 @@ def test_help_needs_neither_torch_nor_lightning():
     assert seconds < 30, "two seconds in practice; the bound is loose for loaded machines"
 
 
-def test_commands_exist_and_describe_themselves():
-    import importlib
+@pytest.mark.parametrize(("name", "summary"), [*catalogue.COMMANDS.items(), *catalogue.TRAINING.items()])
+def test_commands_describe_themselves_in_the_words_of_the_list(name, summary, capsys):
+    _, listed, _ = in_process(capsys, "--help")
+    code, text, _ = in_process(capsys, name, "--help")
+    assert code == 0 and f" {summary}\n" in listed
+    assert summary.lower() in " ".join(text.lower().split())
 
-    for name, summary in catalogue.COMMANDS.items():
-        module = importlib.import_module(f"elastic.commands.{name}")
-        assert callable(module.main)
-        assert module.SUMMARY and summary
+
+def test_the_bias_of_generate_is_the_checkpoints_own(capsys):
+    _, text, _ = in_process(capsys, "generate", "--help")
+    assert "below 0 fewer (default: as the checkpoint says)" in " ".join(text.split())
 
 
 def test_version(capsys):

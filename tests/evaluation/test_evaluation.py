@@ -5,62 +5,20 @@ import json
 import pytest
 import torch
 
+from elastic import cli
 from elastic.bench.records import load_folder
 from elastic.bench.tables import markdown
-from elastic.evaluation.methods import Method, read_pattern
 from elastic.model.attach import attach
+from elastic.model.checkpoint import save_elastic
 from elastic.model.loading import load_backbone
 from tests.helpers.models import small_config
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 pytest.importorskip("wonderwords", reason="the extra `eval` is not installed")
-from elastic.config import SparseConfig
+from elastic.config import ElasticConfig, SparseConfig
 from elastic.evaluation import ruler, ruler_samples, runner, scores, summary
+from elastic.routing.methods import parse_method, parse_methods
 from tests.bench import evaluation as collect
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("xattention:0", "0.0 is not a threshold above 0, up to 1"),
-        ("xattention:most", "'most' is no number; expected a threshold above 0"),
-        ("sparse", "unknown method 'sparse'; expected one of dense, streaming"),
-        ("dense:1", "method 'dense:1' takes no argument"),
-        ("random", "method 'random' needs an argument"),
-        ("random:half", "'half' is no number; expected an MSR from 0 to 1"),
-        ("random:1.5", "1.5 is not an MSR from 0 to 1"),
-        ("elastic:absent", "absent does not exist"),
-        ("elastic:.@more", "'more' behind the @ is no number"),
-        ("elastic:.@nan", "nan is not finite"),
-        ("static:README.md@2", "2 is not an MSR from 0 to 1"),
-        ("static:absent.tsv@0.5", "absent.tsv does not exist"),
-    ],
-)
-def test_unknown_methods_are_refused(name, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        Method.parse(name)
-
-
-def test_routes_of_the_methods(tmp_path):
-    assert Method.parse("dense").route(3, 2, 0) == 0 and Method.parse("streaming").route(3, 2, 0) == 1
-    route = Method.parse("random:0.5").route(4, 2, 7)
-    assert route.shape == (4, 2) and route.sum() == 4
-    assert torch.equal(route, Method.parse("random:0.5").route(4, 2, 7))
-    assert not torch.equal(route, Method.parse("random:0.5").route(4, 2, 8))
-    file = tmp_path / "heads.tsv"
-    file.write_text("0.9\t0.1\n0.0\t0.5\n")
-    assert Method.parse(f"static:{file}").route(2, 2, 0).tolist() == [[0, 1], [1, 0]]
-    assert Method.parse(f"static:{file}@0.75").route(2, 2, 0).tolist() == [[0, 1], [1, 1]]
-    assert Method.parse(f"static:{file}@0.25").route(2, 2, 0).tolist() == [[0, 0], [1, 0]]
-    assert (Method.parse(f"elastic:{tmp_path}@-1.5").argument, Method.parse(f"elastic:{tmp_path}@-1.5").knob) == (
-        str(tmp_path),
-        -1.5,
-    )
-    with pytest.raises(ValueError, match=r"has 2 lines of \[2\] numbers; this backbone needs 3 lines"):
-        read_pattern(file, 3, 2)
-    file.write_text("a b\n")
-    with pytest.raises(ValueError, match="is no table of numbers"):
-        read_pattern(file, 1, 2)
 
 
 def test_one_command_compares_methods_and_goes_on(tmp_path, monkeypatch):
@@ -81,7 +39,7 @@ def test_one_command_compares_methods_and_goes_on(tmp_path, monkeypatch):
         SparseConfig(sink=4, window=16, block=4, stride=4),
         0,
     )
-    methods = [Method.parse(name) for name in ("dense", "streaming", "xattention:0.5", "xattention")]
+    methods = [parse_method(name) for name in ("dense", "streaming", "xattention:0.5", "xattention")]
     rows = runner.run(plan, methods, tmp_path / "out")
     assert [(r["method"], r["n"], r["msr"]) for r in rows[:2]] == [("dense", 2, 0), ("streaming", 2, 1)]
     assert rows[0]["esr_all"] == 0 < rows[3]["esr_all"] < rows[2]["esr_all"] < 1
@@ -94,7 +52,7 @@ def test_one_command_compares_methods_and_goes_on(tmp_path, monkeypatch):
     assert all(path.stat().st_size > 5000 for path in summary.write_summary(rows, tmp_path / "out"))
     stored = json.loads((tmp_path / "out" / "samples" / "xattention_0.5.ruler_fwe.1024.jsonl").open().readline())
     assert (stored["sparse"]["route1"], stored["sparse"]["threshold"]) == ("xattention", 0.5)
-    with pytest.raises(ValueError, match="not all different"):
+    with pytest.raises(ValueError, match="would share files; name each once"):
         runner.run(plan, [methods[0]] * 2, tmp_path / "out")
     collected_as_records(tmp_path / "out", tmp_path / "records", rows)
 
@@ -119,6 +77,51 @@ def collected_as_records(out, folder, rows):
         scores.read_rows(folder)
 
 
+def test_routers_of_a_checkpoint_run_between_other_modes_at_another_bias(tmp_path, monkeypatch):
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(ruler_samples.NEW_TOKENS, "ruler_fwe", 4)
+    model, words = load_backbone("tiny")
+    model.config.max_position_embeddings = 2048
+    own = SparseConfig(sink=4, window=16, block=4, stride=4)
+    attach(model, ElasticConfig(sparse=own, sparsity_bias=-100.0))
+    checkpoint = save_elastic(tmp_path / "fa-xa", model, "tiny")
+    monkeypatch.setattr(runner, "load_model", lambda *_: (model.eval(), words))
+    asked = ((ruler.Ruler(), "ruler_fwe"),)
+    plan = runner.EvaluationPlan("tiny", "cpu", "float32", asked, (1024,), 1, 1, False, SparseConfig(), 0)
+    names = [f"elastic{rest}" for rest in (f":{checkpoint}", f":{checkpoint}@100", f"/fa-xa:{checkpoint}@100")]
+    mine, sparse, xattention = runner.run(plan, parse_methods(names, of_run=False), tmp_path / "out")
+    assert [row["method"] for row in (mine, sparse, xattention)] == names
+    assert [row["msr"] for row in (mine, sparse, xattention)] == [0, 1, 1]
+    assert mine["esr_all"] == 0 < xattention["esr_all"] != sparse["esr_all"] > 0
+
+
+def test_random_heads_are_those_of_the_name(tmp_path):
+    """A result of before is taken up where the seed of its samples drew the heads that the name means now."""
+    asked, file = ((ruler.Ruler(), "ruler_fwe"),), tmp_path / "result.jsonl"
+    for seed, name, same in ((0, "random:0.5", True), (7, "random:0.5", False), (7, "random:0.5:7", True)):
+        plan = runner.EvaluationPlan("tiny", "cpu", "float32", asked, (1024,), 1, 1, False, SparseConfig(), seed)
+        facts = runner._facts(plan, parse_method(name), plan.cells()[0])
+        before = {key: value for key, value in facts.items() if key != "random_seed"}
+        for first, found in ((facts, True), (before, same)):
+            file.write_text("".join(json.dumps(line) + "\n" for line in ({**first, "count": 1}, {"score": 1.0})))
+            assert (runner._read(file, facts) == [{"score": 1.0}]) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("elastic", "method 'elastic' names no checkpoint"),
+        ("elastic:-2", "write elastic@-2"),
+        ("elastic:absent", "absent does not exist"),
+        ("sparse", "method 'sparse' is not known"),
+    ],
+)
+def test_methods_that_cannot_be_are_refused_before_anything_runs(name, message, capsys):
+    assert cli.main(["eval", "--methods", "dense", name]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
 def test_too_large_a_batch_is_named(tmp_path, monkeypatch):
     import lm_eval
 
@@ -134,7 +137,7 @@ def test_too_large_a_batch_is_named(tmp_path, monkeypatch):
     asked = ((ruler.Ruler(), "ruler_fwe"),)
     plan = runner.EvaluationPlan("tiny", "cpu", "float32", asked, (1024,), 1, 2, False, sparse, 0)
     with pytest.raises(ValueError, match=r"ruler_fwe@1024 ran out of the memory of cpu with --batch-size 2"):
-        runner.run(plan, [Method.parse("dense")], tmp_path / "out")
+        runner.run(plan, [parse_method("dense")], tmp_path / "out")
 
 
 def test_tasks_that_fit_into_a_batch_are_evaluated_together(tmp_path, monkeypatch):
@@ -156,7 +159,7 @@ def test_tasks_that_fit_into_a_batch_are_evaluated_together(tmp_path, monkeypatc
         ["ruler_fwe@1536", "ruler_vt@1536"],
     ]
     assert [len(cells) for cells in plan(1).batches()] == [1, 1, 1, 1]
-    streaming = [Method.parse("streaming")]
+    streaming = [parse_method("streaming")]
     together = runner.run(plan(2), streaming, tmp_path / "together")
     apart = runner.run(plan(1), streaming, tmp_path / "apart")
     assert [(r["task"], r["length"], r["score"]) for r in together] == [

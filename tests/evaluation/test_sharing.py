@@ -85,11 +85,11 @@ def test_commands_that_share_a_folder_are_summed_up_by_a_last_one(tmp_path, monk
 
     from elastic.config import SparseConfig
     from elastic.evaluation import runner
-    from elastic.evaluation.methods import Method
     from elastic.evaluation.ruler import Ruler
     from elastic.evaluation.summary import write_summary
+    from elastic.routing.methods import parse_method
 
-    family, methods = Ruler(), [Method.parse("dense"), Method.parse("streaming")]
+    family, methods = Ruler(), [parse_method("dense"), parse_method("streaming")]
     sparse = SparseConfig(sink=4, window=16, block=4, stride=4)
     asked = tuple((family, task) for task in ("ruler_vt", "ruler_fwe"))
     plan = runner.EvaluationPlan("tiny", "cuda:1", "bfloat16", asked, (1024, 2048), 5, 16, False, sparse, 0)

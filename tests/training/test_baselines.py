@@ -7,10 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from elastic import cli
-from elastic.config import ElasticConfig, RouterConfig, SparseConfig
+from elastic.config import ElasticConfig, RouterConfig
 from elastic.model.attach import attach, last_routes, override_routes, routers
 from elastic.model.checkpoint import WEIGHTS, load_into, save_elastic
-from elastic.routing.methods import columns, parse_methods
 from elastic.routing.router import StaticRouter, build_router
 from elastic.training.config import OptimiserConfig
 from elastic.training.objective import LagrangeMultipliers
@@ -90,65 +89,10 @@ def test_a_static_checkpoint_round_trips_and_is_refused_as_an_input_router(tmp_p
         load_into(tiny_model(), tmp_path / "ck")
 
 
-def test_methods_choose_their_modes():
-    own = SparseConfig("xattention", "streaming", sink=4, window=16, block=4, stride=4)
-    names = ["elastic", "dense", "streaming", "xattention", "xattention:0.5", "elastic:fa-xa", "elastic:fa-xa:1.5"]
-    names.append("random:0.5")
-    found = {method.name: method.sparse(own) for method in parse_methods(names)}
-    modes = {name: (sparse.route0, sparse.route1, sparse.threshold) for name, sparse in found.items()}
-    full, xa, ssa = "full", "xattention", "streaming"
-    assert modes == {
-        "elastic": (xa, ssa, 0.9),
-        "dense": (full, ssa, 0.9),
-        "streaming": (full, ssa, 0.9),
-        "xattention": (full, xa, 0.9),
-        "xattention:0.5": (full, xa, 0.5),
-        "elastic:fa-xa": (full, xa, 0.9),
-        "elastic:fa-xa:1.5": (full, xa, 0.9),
-        "random:0.5": (xa, ssa, 0.9),
-    }
-    assert [method.bias for method in parse_methods(names)] == [None] * 6 + [1.5, None]
-    assert all((sparse.sink, sparse.window, sparse.block, sparse.stride) == (4, 16, 4, 4) for sparse in found.values())
-
-
-def test_methods_choose_their_routes():
-    dense, elastic, streaming, random, other = parse_methods(
-        ["dense", "elastic", "streaming", "random:0.7", "random:0.7:5"]
-    )
-    assert dense.routes(4, 5).sum() == 0 and streaming.routes(4, 5).sum() == 20 and elastic.routes(4, 5) is None
-    assert random.routes(4, 5).sum() == other.routes(4, 5).sum() == 14
-    assert torch.equal(random.routes(4, 5), random.routes(4, 5))
-    assert not torch.equal(random.routes(4, 5), other.routes(4, 5))
-    names = columns([dense, elastic, random])
-    assert names[:6] == tuple(f"{m}_{s}" for m in ("dense", "elastic") for s in ("loss", "accuracy", "exact"))
-    assert names[9:] == ("msr", "esr_last", "esr_all", "random:0.7_msr", "random:0.7_esr_last", "random:0.7_esr_all")
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["dense"], r"methods=\['dense'\] lacks elastic; the routers are what is evaluated"),
-        (["elastic", "elastic"], "names a method twice"),
-        (["elastic", "sparse"], "method 'sparse' is not known; use dense, elastic, elastic:<bias>, elastic:<fa-ssa,"),
-        (["elastic", "elastic:inf"], "method 'elastic:inf' is not known; .* with a number <bias>"),
-        (["elastic", "elastic:1:2"], "method 'elastic:1:2' is not known"),
-        (["elastic", "random"], "method 'random' is not known"),
-        (["elastic", "random:1.5"], r"method 'random:1.5' is not known; .* in \[0, 1\]"),
-        (["elastic", "random:nan"], "method 'random:nan' is not known"),
-        (["elastic", "random:0.5:-1"], "a whole <seed> of 0 or more"),
-        (["elastic", "random:0.5:1:2"], "is not known"),
-        (["elastic", "xattention:0"], r"method 'xattention:0' is not known; .* <threshold> in \(0, 1\]"),
-        (["elastic", "elastic:fa-xa:1:2"], "method 'elastic:fa-xa:1:2' is not known"),
-        (["elastic", "elastic:ssa-xa"], r"elastic:<fa-ssa, fa-xa, xa-ssa>\[:<bias>\]"),
-    ],
-)
-def test_unknown_methods_are_refused(names, message):
-    with pytest.raises(ValueError, match=message):
-        parse_methods(names)
-
-
 def test_one_test_command_reports_every_method(data, tmp_path, capsys):
-    root, names = tmp_path / "run", ["dense", "elastic", "elastic:-50", "elastic:50", "streaming", "random:0.5"]
+    root, names = tmp_path / "run", ["dense", "elastic", "elastic@-50", "elastic@50", "streaming", "random:0.5"]
+    (tmp_path / "heads.tsv").write_text("1 0\n0 0\n1 1\n")
+    names.append(f"static:{tmp_path / 'heads.tsv'}")
     files = [word for name in ("debug.yaml", "router/static.yaml") for word in ("-c", str(ROOT / "configs" / name))]
     flags = [f"--data.data_dir={data}", f"--trainer.default_root_dir={root}", "--trainer.enable_progress_bar=false"]
     assert cli.main(["fit", *files, *flags, "--trainer.max_steps=2"]) == 0
@@ -161,8 +105,9 @@ def test_one_test_command_reports_every_method(data, tmp_path, capsys):
     assert results["methods"] == names and results["elastic"]["router"]["kind"] == "static"
     for row in results["tasks"].values():
         assert row["streaming_msr"] == 1 and row["random:0.5_msr"] == 0.5  # of six KV heads
-        assert (row["elastic:-50_msr"], row["elastic:50_msr"]) == (0, 1)  # the ends of its operating points
-        assert row["elastic:-50_loss"] == row["dense_loss"] and row["elastic:50_loss"] == row["streaming_loss"]
+        assert row[f"{names[-1]}_msr"] == 0.5 and row[f"{names[-1]}_loss"] != row["random:0.5_loss"]
+        assert (row["elastic@-50_msr"], row["elastic@50_msr"]) == (0, 1)  # the ends of its operating points
+        assert row["elastic@-50_loss"] == row["dense_loss"] and row["elastic@50_loss"] == row["streaming_loss"]
         assert row["streaming_esr_all"] > row["random:0.5_esr_all"] > 0
     needles = results["tasks"]["single_qa"]
     assert needles["dense_exact"] > needles["streaming_exact"]

@@ -8,15 +8,15 @@ from typing import Any
 
 from elastic.bench.records import Record
 from elastic.bench.studies.runs import RETRIEVAL, generator_of, score_of
+from elastic.routing.methods import RATIOS, ratio_columns, renamed
 
 SCORES = {"exact": "share", "accuracy": "share", "loss": "nats a token"}
-RATIOS = ("msr", "esr_last", "esr_all")
 DENSITY = "density by layer"  # the case that is no source
 NOTES = """Answers teacher-forced on held-out samples, n of each source; exact: all answer tokens right. ± half a 95 %
 interval over samples, then ESR over all layers; means are over sources. Every method runs the same backbone: dense,
 streaming and xattention:<threshold> with all heads in that mode, elastic with the decisions of routers trained for full
-against streaming attention (fa-ssa), elastic:<configuration> with the same decisions between the modes of that
-configuration. Routers trained for another configuration stand under a name of their own (fa-xa, xa-ssa)."""
+against streaming attention (fa-ssa), elastic/<modes> with the same decisions between those modes. Routers trained
+for other modes have a name of their own (fa-xa, xa-ssa)."""
 
 
 def records(results: dict[str, Any]) -> list[Record]:
@@ -28,7 +28,7 @@ def records(results: dict[str, Any]) -> list[Record]:
     found: list[Record] = []
     for source, row in results["sources"].items():
         for method in results["methods"]:
-            ratios = {name: _ratio(row, method, name) for name in RATIOS}
+            ratios = {**dict.fromkeys(RATIOS, 0.0), **{r: row[column] for r, column in ratio_columns(method).items()}}
             for metric, unit in SCORES.items():
                 value, half = row[f"{method}_{metric}"], row[f"{method}_{metric}_95"]
                 record = {"case": source, "who": method, "metric": metric, "value": value, "unit": unit, "half": half}
@@ -61,7 +61,7 @@ def score_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     for source, of_source in cells.items():
         first = next(iter(of_source.values()))
         rows.append([source, first["metric"], str(first["n"]), *(_cell(of_source.get(method)) for method in methods)])
-    return ["source", "score", "n", *methods], rows
+    return ["source", "score", "n", *map(renamed, methods)], rows
 
 
 def density_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
@@ -69,15 +69,10 @@ def density_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     shown = [record for record in found if record["case"] == DENSITY]
     layers = len(shown[0]["by_layer"]) if shown else 0
     rows = [
-        [record["who"], f"{record['value']:.2f}", *("" if x is None else f"{x:.2f}" for x in record["by_layer"])]
-        for record in shown
+        [renamed(r["who"]), f"{r['value']:.2f}", *("" if x is None else f"{x:.2f}" for x in r["by_layer"])]
+        for r in shown
     ]
     return ["pairs visited", "mean", *map(str, range(layers))], rows
-
-
-def _ratio(row: dict[str, float], method: str, name: str) -> float:
-    """MSR or ESR of a method in a row of results; dense has none."""
-    return 0.0 if method == "dense" else row[name if method == "elastic" else f"{method}_{name}"]
 
 
 def _mean_cell(same: Sequence[Record | None]) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -178,8 +179,7 @@ def _by_source(study: Study) -> Iterator[Record]:
 def _facts(run: Run | None, point: Point) -> dict[str, Any]:
     """Who a record is about: a run, or a baseline."""
     if run is None:
-        kind, _, number = point.method.partition(":")
-        return {"who": point.method, "method": f"{kind}:{number.partition(':')[0]}" if number else kind}
+        return {"who": point.method, "method": replace(point.parsed, seed=0).name}  # seeds are averaged
     facts: dict[str, Any] = {
         "who": run.name,
         "method": _label(run.router, run.objective),

@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from elastic.routing.methods import Method, parse_method, ratio_columns, renamed
+
 Row = dict[str, float]
 FILES = ("results_validation.json", "elastic.json", "metrics.csv")
 TEST = "results_test.json"
@@ -43,7 +45,7 @@ class Point:
     """One method's results: an operating point of a run, or a baseline.
 
     Attributes:
-        method: `elastic`, `elastic:<bias>`, `dense`, `streaming`, `random:...`.
+        method: its name in the file, possibly an old one (`elastic.routing.methods.renamed`).
         sources, tasks: rows of the results file.
     """
 
@@ -52,14 +54,19 @@ class Point:
     tasks: dict[str, Row]
 
     @property
+    def parsed(self) -> Method:
+        """The method of that name."""
+        return parse_method(renamed(self.method))
+
+    @property
     def is_elastic(self) -> bool:
         """Whether routers (or a learned static pattern) decide; else it is a baseline."""
-        return self.method.partition(":")[0] == "elastic"
+        return self.parsed.kind == "elastic"
 
     @property
     def bias(self) -> float:
         """`sparsity_bias` of the point."""
-        return float(self.method.partition(":")[2] or 0.0)
+        return self.parsed.bias or 0.0
 
     def value(self, source: str, score: str) -> tuple[float, float]:
         """A score of a source, and the half width of its 95 % interval."""
@@ -68,7 +75,8 @@ class Point:
 
     def ratio(self, row: Row, name: str = "msr") -> float:
         """MSR or ESR of a source's or task's row; dense has none."""
-        return 0.0 if self.method == "dense" else row[name if self.method == "elastic" else f"{self.method}_{name}"]
+        column = ratio_columns(self.method).get(name)
+        return 0.0 if column is None else row[column]
 
     @property
     def msr_by_task(self) -> dict[str, float]:
