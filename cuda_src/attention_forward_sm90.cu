@@ -69,7 +69,7 @@ struct Consumer {
   }
 
   // ptxas would hoist the wait for the output GEMM above the softmax and so undo their overlap. A store that depends on
-  // the finished sums (and never happens: they are not negative) keeps its place, and the wait keeps its own behind it.
+  // the finished sums (and never happens: they are not negative) keeps its place, and the wait keeps its own after it.
   ELASTIC_FN void keep_order(const Softmax& softmax) const {
     asm volatile(
         "{\n .reg .pred p;\n setp.lt.f32 p, %0, 0f00000000;\n @p st.shared.f32 [%1], %0;\n}" ::"f"(

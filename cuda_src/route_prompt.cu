@@ -26,17 +26,16 @@ struct RouteParams {
   Linear linear[kLayers + 1];     // D -> 4D -> D -> 4D -> D -> 2
   const float* offset;            // [K, 2], logits of the KV heads themselves, or null
   const float *mean, *var;        // [K, D], or null: features are the pooled keys
-  const double* seen;             // samples behind the statistics
+  const double* seen;             // samples that the statistics come from
   float *pooled, *first, *logits, *route;  // [N, K, D], [N, K, D], [N, K, 2], [N, K]
-  char* record;                   // [N, K], the route as int8
   int* mode;                      // [N, K]
   int samples, kv_heads, slots, mode0, mode1;
   float bias;
 };
-static_assert(sizeof(RouteParams) == 216, "elastic/kernels/route_prompt.py packs 216 bytes");
+static_assert(sizeof(RouteParams) == 208, "elastic/kernels/route_prompt.py packs 208 bytes");
 
 // Values of all rows in the layers' order, column by column: the eight rows of a column side by side, so that a column
-// travels in two stores; a gap behind every fourth column keeps lanes that read neighbouring fours out of each other's
+// travels in two stores; a gap after every fourth column keeps lanes that read neighbouring fours out of each other's
 // banks.
 constexpr int kFour = 4 * kRows + 4;  // floats
 constexpr int kColumns = 3 * kD + 2 * kWide;
@@ -214,7 +213,6 @@ ELASTIC_FN void decide(const RouteParams& p, float* out, int row, int index, int
   p.logits[2 * index] = full;
   p.logits[2 * index + 1] = sparse;
   p.route[index] = routed ? 1.0f : 0.0f;
-  p.record[index] = routed;
   p.mode[index] = routed ? p.mode1 : p.mode0;
 }
 
@@ -226,7 +224,7 @@ extern "C" __global__ void ELASTIC_CLUSTER __launch_bounds__(elastic::kThreads, 
   extern __shared__ __align__(16) char shared[];
   Memory& memory = *(Memory*)shared;
   float* in = memory.values;
-  auto* partial = (float (*)[kD])column(in, 2 * kD + kWide);  // where the third layer's outputs will stand
+  auto* partial = (float (*)[kD])column(in, 2 * kD + kWide);  // where the third layer's outputs will lie
   static_assert(kWide / 4 * kFour >= kGroups * kD, "the sums of the slots fit there");
   const int part = part_of(), base = int(blockIdx.x) / kParts * kRows, warp = threadIdx.x / 32;
 #if ELASTIC_PARTS > 1

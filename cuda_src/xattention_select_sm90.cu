@@ -25,7 +25,7 @@ struct SelectConsumer {
     if (lane == 0) arrive(bar);
   }
 
-  // A row or cell that the sample's end cuts is filled with zeros; what lies behind belongs to others.
+  // A row or cell that the sample's end cuts is filled with zeros; what lies after it belongs to others.
   ELASTIC_FN void clear_tails(int phase, const Tail& rows, const Tail& cells, u32 stage) const {
     const bool of_row = rows.misses(kStride - 1 - phase, kRows), of_cell = cells.misses(phase, kCells);
     if (!of_row && !of_cell) return;

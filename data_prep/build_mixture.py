@@ -1,6 +1,5 @@
 """Step 1: write the records of an offline mixture, `<out>/<split>/<task>.jsonl`. Needs no network."""
 
-import argparse
 import json
 import shutil
 import sys
@@ -11,11 +10,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep import generators, tiny_language
-from data_prep.draw import token_count, word_count
+from elastic.console import Parser
 from elastic.data.records import Record, write_records
 from elastic.data.shards import SPLITS, put_in_place
 from elastic.data.tasks import TASKS
+
+from . import generators, tiny_language
+from .draw import token_count, word_count
 
 RECIPE = "mixture.json"
 LANGUAGES: dict[str, tuple[Sequence[str], Callable[[str, str, int, int, int], Iterable[Record]]]] = {
@@ -117,9 +118,9 @@ def _write(
     return counts
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.build_mixture", description=__doc__)
+def main(argv: list[str] | None = None, prog: str = "python -m data_prep.build_mixture") -> int:
+    """Command line; `prog` is how it was called."""
+    parser = Parser(prog=prog, description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the records")
     parser.add_argument("--per-task", type=int, default=200, help="training records per task (default 200)")
     parser.add_argument("--words", type=int, default=600, help="longest context in words (default 600)")

@@ -4,8 +4,8 @@ continuations, code, and many-shot classification.
 
 import re
 
-from data_prep import questions, sources, wording
-from data_prep.draw import Draw, Parts, cut_words, tail, word_count
+from . import questions, sources, wording
+from .draw import Draw, Parts, cut_words, tail, word_count
 
 
 def verbatim_copy(draw: Draw) -> Parts:

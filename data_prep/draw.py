@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from data_prep import sources
+from . import sources
 
 T = TypeVar("T")
 Measure = Callable[[str], int]

@@ -3,10 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
-from data_prep.draw import Measure
-from data_prep.generators import generate
-from data_prep.mixture_config import Mixture
 from elastic.data.packing import Sample, tokenise
+
+from .draw import Measure
+from .generators import generate
+from .mixture_config import Mixture
 
 FULL, ENOUGH = 0.97, 0.985  # of a row: what is wanted, and where filling ends, since some rows come out a bit short
 TRIES = 6  # for one place in a row: a record that turns out too long is followed by a shorter one of another generator

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import documents, needles
-from data_prep.draw import Draw, Measure, Parts, word_count
 from elastic.data.records import Record
 from elastic.data.tasks import TASKS
+
+from . import documents, needles
+from .draw import Draw, Measure, Parts, word_count
 
 SHORTEST = 64
 GENERATORS: dict[str, tuple[str, Callable[[Draw], Parts]]] = {

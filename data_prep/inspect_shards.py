@@ -2,7 +2,6 @@
 picture of shares and lengths.
 """
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from elastic.console import Parser
 from elastic.data.packing import IGNORE
 from elastic.data.shards import SPLITS, open_corpus, verify
 from elastic.data.tasks import TASKS
@@ -83,10 +83,10 @@ def mask_line(labels: list[int], width: int = 64) -> str:
     return "".join("#" if any(x != IGNORE for x in labels[a:b]) else "." for a, b in pairwise(edges) if a < b)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.inspect_shards", description=__doc__)
-    parser.add_argument("data", type=Path, help="data folder written by data_prep.tokenize_and_pack")
+def main(argv: list[str] | None = None, prog: str = "python -m data_prep.inspect_shards") -> int:
+    """Command line; `prog` is how it was called."""
+    parser = Parser(prog=prog, description=__doc__)
+    parser.add_argument("data", type=Path, help="data folder written by tokenize_and_pack or pack_mixture")
     parser.add_argument("--backbone", required=True, help="whose tokenizer decodes the tokens")
     parser.add_argument("--split", choices=SPLITS, default="train", help="default: train")
     parser.add_argument("--samples", type=int, default=1, help="samples shown per corpus (default 1)")

@@ -4,7 +4,6 @@ Run once by a maintainer (`python -m data_prep.make_tiny`); CI only uses the res
 all heads streaming are written beside the weights, as measured on held-out records.
 """
 
-import argparse
 import json
 import math
 import random
@@ -16,11 +15,14 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data_prep.tiny_language import TASKS, VOCABULARY, build_records, build_tokenizer
+from elastic.console import Parser
 from elastic.data.packing import Sample, tokenise
 from elastic.data.tasks import ROBUST
+from elastic.files import shipped
 
-ASSET = Path(__file__).parent.parent / "elastic" / "assets" / "tiny"
+from .tiny_language import TASKS, VOCABULARY, build_records, build_tokenizer
+
+ASSET = shipped("assets") / "tiny"
 SINK, WINDOW = 4, 32  # tokens, of the measured streaming attention
 LENGTHS = (112, 240, 480)  # longest contexts measured, in words
 # (share of the steps, context words, rows a step): short contexts teach copying, long ones teach reach
@@ -151,7 +153,7 @@ def save(model: Any, tokenizer: Any, out: Path, facts: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(prog="python -m data_prep.make_tiny", description=__doc__)
     parser.add_argument("--out", type=Path, default=ASSET, help="folder of the backbone (default: the package's asset)")
     parser.add_argument("--steps", type=int, default=900, help="optimiser steps (default 900)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data (default 0)")

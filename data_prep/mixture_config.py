@@ -6,9 +6,10 @@ from typing import Any
 
 import yaml
 
-from data_prep.generators import GENERATORS, SHORTEST
 from elastic.data.shards import SPLITS
 from elastic.data.tasks import TASKS
+
+from .generators import GENERATORS, SHORTEST
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def read_mixture(path: str | Path) -> Mixture:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no mixture file at {path}; configs/mixture/ has examples")
+        raise FileNotFoundError(f"no mixture file at {path}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

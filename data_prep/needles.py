@@ -5,8 +5,8 @@ RULER (arXiv 2404.06654), with wording of our own.
 from collections.abc import Sequence
 from itertools import pairwise
 
-from data_prep import questions, wording
-from data_prep.draw import Draw, Parts
+from . import questions, wording
+from .draw import Draw, Parts
 
 
 def single(draw: Draw) -> Parts:

@@ -1,8 +1,7 @@
-"""From a mixture file to packed shards in one go: `python -m data_prep.pack_mixture configs/mixture/offline.yaml --out
-data/mixture`. The same command goes on after a kill; memory is bounded by one shard, whatever the size of the corpus.
+"""From a mixture file to packed shards in one go: `elastic data_prep pack_mixture mixture/offline --out data/mixture`.
+To resume a killed run, repeat the command; memory is bounded by one shard, whatever the size of the corpus.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -19,15 +18,18 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from data_prep.draw import token_count
-from data_prep.fill import FULL, fill_up
-from data_prep.generators import generate
-from data_prep.mixture_config import Mixture, read_mixture
+from elastic.console import Parser
 from elastic.data.file_rows import ReadReport
 from elastic.data.packing import Sample, best_fit, packed_row, tokenise
 from elastic.data.records import Record, read_records
 from elastic.data.shards import FORMAT, MANIFEST, SPLITS, put_in_place, tokenizer_hash, write_shard
+from elastic.files import find_config
 from elastic.model.loading import load_tokenizer
+
+from .draw import token_count
+from .fill import FULL, fill_up
+from .generators import generate
+from .mixture_config import Mixture, read_mixture
 
 RECIPE, TRAIN_CONFIG = "recipe.json", "train.yaml"
 ENDLESS = 1 << 40
@@ -193,15 +195,15 @@ def _write(file: Path, text: str) -> None:
     os.replace(writing, file)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.pack_mixture", description=__doc__)
-    parser.add_argument("mixture", type=Path, help="YAML file, see configs/mixture/")
+def main(argv: list[str] | None = None, prog: str = "python -m data_prep.pack_mixture") -> int:
+    """Command line; `prog` is how it was called."""
+    parser = Parser(prog=prog, description=__doc__)
+    parser.add_argument("mixture", help="a shipped mixture, such as mixture/offline, or a YAML file of your own")
     parser.add_argument("--out", type=Path, required=True, help="data folder to write")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     args = parser.parse_args(argv)
     try:
-        manifest = pack_mixture(read_mixture(args.mixture), args.out, args.workers)
+        manifest = pack_mixture(read_mixture(find_config(args.mixture, "mixture")), args.out, args.workers)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     for split, parts in manifest["splits"].items():

@@ -1,8 +1,8 @@
 """Published data sets as common records, from the hub or from local files in their own format, and any other file whose
 columns you name.
 
-python -m data_prep.published musique --path musique_ans_v1.0_train.jsonl --out data/records/train/musique.jsonl
-python -m data_prep.published mine --fields context=text,question=ask,answer=reply --task code --path my.parquet ...
+elastic data_prep published musique --path musique_ans_v1.0_train.jsonl --out data/records/train/musique.jsonl
+elastic data_prep published mine --fields context=text,question=ask,answer=reply --task code --path my.parquet ...
 """
 
 import argparse
@@ -14,10 +14,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.formats import CONVERTERS, Converter, mapped
+from elastic.console import Parser
 from elastic.data.file_rows import ReadReport, files_of, read_rows
 from elastic.data.records import Record, write_records
 from elastic.data.tasks import TASKS
+
+from .formats import CONVERTERS, Converter, mapped
 
 HUB: dict[str, tuple[tuple[str, str | None], ...]] = {
     "chatqa2": (
@@ -135,10 +137,10 @@ def rows_of(name: str, path: Path | None, split: str, left: Left) -> Iterator[tu
             ) from error
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.published",
+def main(argv: list[str] | None = None, prog: str = "python -m data_prep.published") -> int:
+    """Command line; `prog` is how it was called."""
+    parser = Parser(
+        prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -156,8 +158,9 @@ def main(argv: list[str] | None = None) -> int:
     writing = args.out.with_name(f".{args.out.name}.writing")
     try:
         make = converter(args.name, args.fields, args.task)
-        from data_prep.draw import token_count
         from elastic.model.loading import load_tokenizer
+
+        from .draw import token_count
 
         measure = token_count(load_tokenizer(args.backbone))
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 more of a question than its last tokens and must know its kind in words that it has not met.
 """
 
-from data_prep.wording import Halves
+from .wording import Halves
 
 NEEDLE_QUESTIONS: Halves = (
     (

@@ -1,6 +1,5 @@
 """Step 2: tokenise records with a backbone's chat template and pack them into memory-mapped shards with a manifest."""
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -10,11 +9,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.build_mixture import RECIPE
+from elastic.console import Parser
 from elastic.data.file_rows import ReadReport
 from elastic.data.packing import Sample, pack, tokenise
 from elastic.data.records import read_records
 from elastic.data.shards import SPLITS, DataWriter, tokenizer_hash
+
+from .build_mixture import RECIPE
 
 
 def prepare(records: str | Path, tokenizer: Any, out: str | Path, seq_length: int) -> tuple[dict[str, Any], ReadReport]:
@@ -37,7 +38,7 @@ def prepare(records: str | Path, tokenizer: Any, out: str | Path, seq_length: in
     files = [(split, file) for split, file in files if file.suffix in (".jsonl", ".parquet")]
     if not files:
         raise FileNotFoundError(
-            f"no records in {records}/{{{','.join(SPLITS)}}}; write them with data_prep.build_mixture"
+            f"no records in {records}/{{{','.join(SPLITS)}}}; write them with `elastic data_prep build_mixture`"
         )
     names = {split: [file.stem for s, file in files if s == split] for split in SPLITS}
     every = sorted({name for found in names.values() for name in found})
@@ -77,10 +78,10 @@ def _samples(file: Path, tokenizer: Any, seq_length: int, report: ReadReport) ->
             )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.tokenize_and_pack", description=__doc__)
-    parser.add_argument("--records", type=Path, required=True, help="folder written by data_prep.build_mixture")
+def main(argv: list[str] | None = None, prog: str = "python -m data_prep.tokenize_and_pack") -> int:
+    """Command line; `prog` is how it was called."""
+    parser = Parser(prog=prog, description=__doc__)
+    parser.add_argument("--records", type=Path, required=True, help="folder written by build_mixture")
     parser.add_argument(
         "--backbone", required=True, help="tiny, smollm2-135m, a folder or a hub id: whose tokenizer to use"
     )

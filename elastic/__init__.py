@@ -10,12 +10,17 @@ from elastic._version import __version__
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 
 if TYPE_CHECKING:
-    from elastic.inference.generate import generate, load, new_cache, route_report
+    from elastic.cache.elastic_cache import ElasticCache
+    from elastic.inference.generate import Generation, generate, load, new_cache, route_report
+    from elastic.inference.report import RouteReport
     from elastic.model.attach import attach, detach, override_routes
     from elastic.model.checkpoint import save_elastic
     from elastic.model.compiling import compile_layers
 
 _LAZY = {
+    "ElasticCache": "elastic.cache.elastic_cache",
+    "Generation": "elastic.inference.generate",
+    "RouteReport": "elastic.inference.report",
     "attach": "elastic.model.attach",
     "compile_layers": "elastic.model.compiling",
     "detach": "elastic.model.attach",
@@ -28,7 +33,10 @@ _LAZY = {
 }
 
 __all__ = [
+    "ElasticCache",
     "ElasticConfig",
+    "Generation",
+    "RouteReport",
     "RouterConfig",
     "SparseConfig",
     "__version__",

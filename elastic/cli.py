@@ -1,13 +1,12 @@
 """The `elastic` command: finds the subcommand and loads only what that needs."""
 
-import difflib
 import importlib
 import os
 import sys
 
 from elastic._version import __version__
 from elastic.commands.catalogue import COMMANDS, TRAINING
-from elastic.console import complain, say
+from elastic.console import complain, hint, say
 
 NOT_FINITE = 1  # exit code of a training run that diverged
 
@@ -56,7 +55,7 @@ def usage() -> str:
             "",
             "Attention routers for frozen causal language models: full or sparse attention per input and KV head.",
             "",
-            "Training (settings from YAML files, later ones win: -c configs/tiny.yaml -c mine.yaml):",
+            "Training (settings from YAML files, later ones win: -c tiny -c mine.yaml):",
             *listed(TRAINING),
             "",
             "Using:",
@@ -69,10 +68,7 @@ def usage() -> str:
 
 
 def _unknown(name: str) -> str:
-    known = [*TRAINING, *COMMANDS]
-    close = difflib.get_close_matches(name, known, n=2)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"commands are {', '.join(known)}"
-    return f"there is no command {name!r}; {hint} (elastic --help)"
+    return f"there is no command {name!r}; {hint(name, [*TRAINING, *COMMANDS], 'commands')} (elastic --help)"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Plain text for the terminal: one place that writes to it, shared by all commands."""
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from typing import NoReturn, TextIO
@@ -20,6 +21,12 @@ def complain(command: str, error: BaseException | str) -> int:
     """One line on standard error about what the user can put right; returns the exit code."""
     say(f"elastic {command}: error: {' '.join(str(error).split())}", stream=sys.stderr)
     return USER_ERROR
+
+
+def hint(name: str, known: Sequence[str], kind: str) -> str:
+    """For a name that is not known: those that are like it, or else all of them."""
+    close = difflib.get_close_matches(name, known, n=2)
+    return f"did you mean {' or '.join(close)}?" if close else f"{kind} are {', '.join(known)}"
 
 
 def supports_unicode(stream: TextIO | None = None) -> bool:

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "elastic"
+ROOT = Path(__file__).parent.parent
 MODULES = sorted(
-    ".".join(("elastic", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
-    for path in PACKAGE.rglob("*.py")
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for folder in ("elastic", "data_prep")
+    for path in (ROOT / folder).rglob("*.py")
 )
 HEAVY = ("torch", "cupy", "lightning", "transformers", "datasets", "matplotlib")
 
 
 def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
 
 
 def test_import_elastic_is_light():

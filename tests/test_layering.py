@@ -27,6 +27,7 @@ ROOMS = {
     "model": 4,
     "training": 5,
     "inference": 5,
+    "data_prep": 5,  # lies beside elastic/ in a clone and inside it once installed; not counted below
     "evaluation": 6,
     "bench": 6,
     "commands": 7,
@@ -40,11 +41,11 @@ USUAL_LINES, MAX_FUNCTION = 300, 60
 
 def module_of(path: Path) -> str:
     """Dotted name below `elastic`, such as `kernels.jit`; a package's own name for its `__init__`."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    parts = path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = {module_of(path): path for path in SOURCES}
 
 
 def room_of(module: str) -> str:
@@ -58,13 +59,20 @@ def imported_modules(path: Path) -> set[str]:
     """
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "elastic":
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            origin = f"{path.parent.name}.{node.module or ''}" if node.level else node.module or ""
+            found |= {f"{origin}.{alias.name}".replace("..", ".") for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.startswith("elastic.")}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "import_module":
-            found |= {name for name in (leading_text(node.args[0]),) if name.startswith("elastic.")}
-    return {nearest(name.removeprefix("elastic.")) for name in found}
+            found |= {leading_text(choice) for choice in choices(node.args[0])}
+    own = {name for name in found if name.split(".")[0] in ("elastic", "data_prep") and "." in name}
+    return {nearest(name.removeprefix("elastic.")) for name in own}
+
+
+def choices(argument: ast.expr) -> list[ast.expr]:
+    """Both arms of a conditional expression; anything else alone."""
+    return [argument.body, argument.orelse] if isinstance(argument, ast.IfExp) else [argument]
 
 
 def leading_text(argument: ast.expr) -> str:
@@ -121,6 +129,20 @@ def test_importlib_is_seen(tmp_path):
         'import importlib\nimportlib.import_module("elastic.cli")\nimport_module(f"elastic.bench.{name}")\n'
     )
     assert imported_modules(file) == {"cli", "bench"}
+
+
+def test_relative_imports_and_both_places_of_data_prep_are_seen():
+    assert {"data_prep.draw", "data_prep.sources", "data.records"} <= set().union(
+        *(imported_modules(path) for name, path in MODULES.items() if name.startswith("data_prep."))
+    )
+    assert "data_prep" in imported_modules(MODULES["commands.data_prep"])
+    relative = [
+        path
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert not relative, "only data_prep, which has two places, imports relatively"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=IDS)

@@ -5,7 +5,6 @@ blocks, W words of 32 key blocks.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from elastic.attention.head_plan import HeadPlan
 from elastic.attention.modes import BLOCK_SPARSE
 from elastic.kernels import select_blocks
 from elastic.kernels.block_bits import count_bits, query_block
-from elastic.kernels.params import Ranges
 from elastic.kernels.xattention_oracle import select_oracle
 
 
@@ -27,17 +25,13 @@ def with_blocks(q_BHSD: Tensor, k_BKSD: Tensor, plan: HeadPlan, scale: float, *,
     """
     if plan.bits is not None or not plan.chooses_blocks:
         return plan
-    sparse = plan.sparse
-    ranges: dict[str, Any] = plan.layout.kernel_ranges
+    sparse, choose = plan.sparse, select_blocks if fused else select_oracle
     q, k = q_BHSD.detach().transpose(1, 2), k_BKSD.detach().transpose(1, 2)
     mode = torch.full_like(plan.mode_NK, BLOCK_SPARSE) if both else plan.mode_NK
-    sizes: dict[str, Any] = {"stride": sparse.stride, "threshold": sparse.threshold}
-    sizes |= {"block": sparse.block, "scale": scale}
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        if fused:
-            bits = select_blocks(q, k, mode, **sizes, **ranges)
-        else:
-            bits = select_oracle(q, k, mode, **sizes, ranges=Ranges(**ranges))
+        bits = choose(
+            q, k, mode, plan.pattern(scale), plan.layout.kernel_ranges, stride=sparse.stride, threshold=sparse.threshold
+        )
     return replace(plan, bits=bits)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from elastic.attention.layout import Layout
 from elastic.attention.modes import BLOCK_SPARSE, mode_ids
 from elastic.config import SparseConfig
+from elastic.kernels import Pattern
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class HeadPlan:
     def chooses_blocks(self) -> bool:
         """Whether key blocks must be chosen before some head of either mode can run."""
         return BLOCK_SPARSE in mode_ids(self.sparse, self.layout.queries)
+
+    def pattern(self, scale: float) -> Pattern:
+        """Sizes and softmax scale as the operators of `elastic.kernels` take them."""
+        sparse = self.sparse
+        return Pattern(sparse.sink, sparse.window, sparse.granule, sparse.block, scale)
 
     def flipped(self) -> "HeadPlan":
         """The plan in which every head runs its other mode."""

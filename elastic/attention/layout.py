@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic.kernels.params import WHOLE_ROWS, Ranges
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -74,18 +76,12 @@ class Layout:
         return list(zip(rows, begins, ends, strict=True))
 
     @cached_property
-    def kernel_ranges(self) -> dict[str, Tensor]:
-        """int32 sample ranges as `elastic.kernels.attention_forward` takes them; empty if every row is one sample."""
+    def kernel_ranges(self) -> Ranges:
+        """The samples as the operators of `elastic.kernels` take them."""
         if not (self.packed or self.padded):
-            return {}
-        ranges = {
-            "begin_q": (self.begin_N - self.past).clamp(min=0),
-            "end_q": (self.end_N - self.past).clamp(min=0),
-            "begin_k": self.begin_N,
-            "end_k": self.end_N,
-            "row": self.row_N,
-        }
-        return {name: values.to(torch.int32) for name, values in ranges.items()}
+            return WHOLE_ROWS
+        begin_q, end_q = ((cut - self.past).clamp(min=0) for cut in (self.begin_N, self.end_N))
+        return Ranges(*(cut.to(torch.int32) for cut in (begin_q, end_q, self.begin_N, self.end_N, self.row_N)))
 
     @cached_property
     def dense_mask(self) -> Tensor | None:

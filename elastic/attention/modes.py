@@ -1,8 +1,8 @@
 """The one table from mode names to what a kernel calls them."""
 
 from elastic.config import SparseConfig
+from elastic.kernels.params import BLOCK_SPARSE, FULL, STREAMING
 
-FULL, STREAMING, BLOCK_SPARSE = 0, 1, 2
 MODE_IDS = {"full": FULL, "streaming": STREAMING, "xattention": BLOCK_SPARSE}
 
 

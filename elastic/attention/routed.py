@@ -9,12 +9,12 @@ own gradient
 The kernels may estimate it from a share of the queries (`HeadPlan.gradient_share`); PyTorch takes all of them.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from elastic.attention.block_selection import with_blocks
+from elastic.attention.block_selection import density, with_blocks
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import Layout
 from elastic.attention.torch_path import attend
@@ -30,7 +30,6 @@ from elastic.kernels import (
     unsupported_reason,
     unsupported_selection,
 )
-from elastic.kernels.params import Ranges
 
 
 def backend_for(
@@ -48,39 +47,49 @@ def backend_for(
     return f"torch ({device.type})" if device.type != "cuda" else f"torch (cuda; {reason})"
 
 
+class Routed(NamedTuple):
+    """What `routed_attention` gives.
+
+    Attributes:
+        output: [B, Lq, H, D].
+        plan: the plan that ran, with the key blocks of its XAttention heads.
+        density: float64 [N, K]; what those heads visited, see `elastic.attention.block_selection.density`.
+    """
+
+    output: Tensor
+    plan: HeadPlan
+    density: Tensor | None = None
+
+
 def routed_attention(
     q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
-) -> Tensor:
-    """Attention output [B, Lq, H, D] of a plan built from `route_NK`.
+) -> Routed:
+    """Attention under a plan built from `route_NK`.
 
     Args:
         q_BHSD: [B, H, Lq, D] after RoPE.
         k_BKSD, v_BKSD: [B, K, Lk, D], cached keys included.
         route_NK: the route; if it carries a gradient, it receives the straight-through gradient.
+        plan: may hold key blocks already; they are chosen otherwise.
         scale: softmax scale.
 
     Raises:
         ValueError: shapes that do not belong together.
     """
-    plan = choose_blocks(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale)
-    if _runs_fused(q_BHSD, k_BKSD, v_BKSD, route_NK):
-        return fused(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale)
-    out = attend(q_BHSD, k_BKSD, v_BKSD, plan, scale)
-    if not (route_NK.requires_grad and torch.is_grad_enabled()):
-        return out
-    with torch.no_grad():
-        other = attend(q_BHSD, k_BKSD, v_BKSD, plan.flipped(), scale)
-    return _StraightThrough.apply(out, other, route_NK, plan.layout)
-
-
-def choose_blocks(
-    q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
-) -> HeadPlan:
-    """The plan with the key blocks that `routed_attention` would choose for its XAttention heads; same arguments."""
     _check(q_BHSD, k_BKSD, v_BKSD, plan)
-    kernels = _runs_fused(q_BHSD, k_BKSD, v_BKSD, route_NK)
-    both = torch.is_grad_enabled() and route_NK.requires_grad
-    return with_blocks(q_BHSD, k_BKSD, plan, scale, fused=kernels, both=both)
+    kernels, routed = _runs_fused(q_BHSD, k_BKSD, v_BKSD, route_NK), torch.is_grad_enabled() and route_NK.requires_grad
+    share = None
+    if plan.sparse.has("xattention"):
+        plan = with_blocks(q_BHSD, k_BKSD, plan, scale, fused=kernels, both=routed)
+        share = density(plan)
+    if kernels:
+        return Routed(fused(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale), plan, share)
+    out = attend(q_BHSD, k_BKSD, v_BKSD, plan, scale)
+    if routed:
+        with torch.no_grad():
+            other = attend(q_BHSD, k_BKSD, v_BKSD, plan.flipped(), scale)
+        out = _StraightThrough.apply(out, other, route_NK, plan.layout)
+    return Routed(out, plan, share)
 
 
 def _runs_fused(q: Tensor, k: Tensor, v: Tensor, route: Tensor) -> bool:
@@ -103,12 +112,10 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float) -> Tensor:
-        sparse = plan.sparse
-        arguments: dict[str, Any] = {"sink": sparse.sink, "window": sparse.window, "granule": sparse.granule}
-        arguments |= {"block": sparse.block, "scale": scale, "bits": plan.bits, **plan.layout.kernel_ranges}
-        out, lse = attention_forward(q, k, v, plan.mode_NK, **arguments)
+        visible = plan.pattern(scale), plan.layout.kernel_ranges, plan.bits
+        out, lse = attention_forward(q, k, v, plan.mode_NK, *visible)
         ctx.save_for_backward(q, k, v, out, lse, route_NK)
-        ctx.plan, ctx.arguments = plan, arguments
+        ctx.plan, ctx.visible = plan, visible
         return out
 
     @staticmethod
@@ -119,12 +126,12 @@ class _Fused(torch.autograd.Function):
         if any(ctx.needs_input_grad[:3]):
             deterministic = torch.are_deterministic_algorithms_enabled()
             grads = attention_backward(
-                grad, q, k, v, out, lse, ctx.plan.mode_NK, deterministic=deterministic, **ctx.arguments
+                grad, q, k, v, out, lse, ctx.plan.mode_NK, *ctx.visible, deterministic=deterministic
             )
         droute = None
         if ctx.needs_input_grad[3]:
             other, share = ctx.plan.flipped().mode_NK, ctx.plan.gradient_share
-            gap = route_gap(grad, out, q, k, v, other, share=share, table=_slots(ctx.plan), **ctx.arguments)
+            gap = route_gap(grad, out, q, k, v, other, *ctx.visible, share=share, table=_slots(ctx.plan))
             droute = (gap * (2.0 * route_NK - 1.0)).to(route_NK.dtype)
         return *grads, droute, None, None
 
@@ -132,7 +139,7 @@ class _Fused(torch.autograd.Function):
 def _slots(plan: HeadPlan) -> Tensor:
     """The layout's query slots, for the route's gradient in all layers."""
     layout, period = plan.layout, period_of(plan.gradient_share)
-    ranges, sizes = Ranges(**layout.kernel_ranges), (layout.rows, layout.queries, layout.keys)
+    ranges, sizes = layout.kernel_ranges, (layout.rows, layout.queries, layout.keys)
     samples, device = plan.mode_NK.shape[0], plan.mode_NK.device
     return layout.memo(("slots", period), lambda: slot_table(ranges, *sizes, samples, period, device))
 

@@ -2,9 +2,7 @@
 
 from torch import Tensor
 
-from elastic.attention.block_selection import density
-from elastic.attention.head_plan import HeadPlan
-from elastic.attention.routed import choose_blocks, routed_attention
+from elastic.attention.routed import routed_attention
 
 
 class RowSlice:
@@ -12,20 +10,14 @@ class RowSlice:
 
     Attributes:
         size, rank: number of equal slices of a row, and which of them is here.
+        attend: `routed_attention` of the whole row; takes and returns this slice's tokens, with the density of all
+            heads.
     """
 
     size = 1
     rank = 0
+    attend = staticmethod(routed_attention)
 
     def sum(self, part: Tensor) -> Tensor:
         """Sum over the slices, with gradient."""
         return part
-
-    def attend(
-        self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
-    ) -> tuple[Tensor, Tensor | None]:
-        """`routed_attention` of the whole row; takes and returns this slice's tokens. Also the density [N, K] of its
-        XAttention heads.
-        """
-        plan = choose_blocks(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale)
-        return routed_attention(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale), density(plan)

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from elastic.bench import records
-from elastic.bench.cases import BLOCK, SINK, WINDOW, Case, Inputs
+from elastic.bench.cases import PATTERN, Case, Inputs
 from elastic.bench.contestants import Call, Contestant, compiled_flex, flex_mask, forward
 from elastic.bench.options import add_options, cases_of, chosen, kernel_device
 from elastic.bench.race import conclude, run_case
@@ -36,10 +36,7 @@ def ours(inputs: Inputs, deterministic: bool) -> Call:
     q, k, v, mode, bits = inputs
     out, lse = forward(inputs)
     grad = upstream(inputs)
-    return lambda: attention_backward(
-        grad, q, k, v, out, lse, mode, sink=SINK, window=WINDOW, granule="block", block=BLOCK, bits=bits,
-        deterministic=deterministic,
-    )  # fmt: skip
+    return lambda: attention_backward(grad, q, k, v, out, lse, mode, PATTERN, bits=bits, deterministic=deterministic)
 
 
 def _autograd(inputs: Inputs, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Call:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from elastic.kernels.block_bits import bits_from_mask
-from elastic.kernels.params import BLOCK_SPARSE, STREAMING
+from elastic.kernels.params import BLOCK_SPARSE, STREAMING, Pattern
 from elastic.visibility import visible
 
 BLOCK, SINK, WINDOW = 128, 128, 2048  # tokens; the pattern of every streaming head, by whole blocks
+PATTERN = Pattern(SINK, WINDOW, "block", BLOCK)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

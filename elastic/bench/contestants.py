@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from elastic.bench.cases import BLOCK, SINK, WINDOW, Case, Inputs
+from elastic.bench.cases import BLOCK, PATTERN, Case, Inputs
 from elastic.kernels import attention_forward
 
 Call = Callable[[], tuple[Tensor, ...]]
@@ -46,7 +46,7 @@ class Contestant:
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Our operator on a case: output and LSE."""
     q, k, v, mode, bits = inputs
-    return attention_forward(q, k, v, mode, sink=SINK, window=WINDOW, granule="block", block=BLOCK, bits=bits)
+    return attention_forward(q, k, v, mode, PATTERN, bits=bits)
 
 
 def block_lists(mask: Tensor) -> tuple[Tensor, Tensor]:

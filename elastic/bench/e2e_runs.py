@@ -199,7 +199,7 @@ class _Clock:
 @contextmanager
 def _timed_elastic(model: Any) -> Iterator[_Clock]:
     row_slice, clock = RowSlice(), _Clock()
-    row_slice.attend = clock.timed("attention", row_slice.attend)  # type: ignore[method-assign]
+    row_slice.attend = clock.timed("attention", row_slice.attend)
     previous = set_row_slice(model, row_slice)
     try:
         with patch.object(layer_hooks, "route_layer", clock.timed("router", layer_hooks.route_layer)):

@@ -29,10 +29,11 @@ from elastic.config import ElasticConfig
 from elastic.console import say
 from elastic.kernels import unsupported_reason
 from elastic.model.families import prerope_keys
-from elastic.model.layer_hooks import AttachedState, route_layer
+from elastic.model.layer_hooks import route_layer
+from elastic.model.pass_state import ForwardPass
 from elastic.routing.decision import decide_from_keys
 from elastic.routing.pooling import Pooling
-from elastic.routing.router import AttentionRouter
+from elastic.routing.router import AttentionRouter, Decision
 
 SUMMARY = "routing one layer at prefill: fused kernel beside PyTorch, from 512 to 1M tokens"
 LENGTHS = (512, 8192, 131_072, 1_048_576)
@@ -78,34 +79,28 @@ def layers_of(case: RouteCase, config: ElasticConfig, device: str) -> list[Any]:
     return made
 
 
-def plan_of(attn: Any, route: Tensor, config: ElasticConfig, layout: Layout) -> HeadPlan:
-    """The head plan as the backbone's hook builds it."""
-    return HeadPlan.build(route, config.sparse, layout, mode_NK=attn.router.last.mode_NK)
+def plan_of(decision: Decision, of_pass: ForwardPass) -> HeadPlan:
+    """The head plan as the layer's hook builds it."""
+    return HeadPlan.build(decision.route_NK, of_pass.config.sparse, of_pass.layout, mode_NK=decision.mode_NK)
 
 
-def whole(layers: list[Any], hidden: Tensor, layout: Layout, routing: AttachedState) -> list[Callable[[], HeadPlan]]:
+def whole(layers: list[Any], hidden: Tensor, of_pass: ForwardPass) -> list[Callable[[], HeadPlan]]:
     """Per layer: route and plan from the hidden states."""
-
-    def call(attn: Any) -> HeadPlan:
-        return plan_of(attn, route_layer(attn, hidden, layout, None, routing), routing.config, layout)
-
-    return [lambda attn=attn: call(attn) for attn in layers]  # type: ignore[misc]
+    return [lambda attn=attn: plan_of(route_layer(attn, hidden, of_pass), of_pass) for attn in layers]  # type: ignore[misc]
 
 
-def from_keys(
-    layers: list[Any], hidden: Tensor, layout: Layout, routing: AttachedState
-) -> list[Callable[[], HeadPlan]]:
+def from_keys(layers: list[Any], hidden: Tensor, of_pass: ForwardPass) -> list[Callable[[], HeadPlan]]:
     """Per layer: route and plan from keys that are gathered and projected already."""
-    config, row_slice = routing.config, routing.row_slice
-    pooling = Pooling.shared(layout, config.router.pool_tokens, hidden.shape[1], row_slice)
+    config, row_slice = of_pass.config, of_pass.row_slice
+    pooling = Pooling.shared(of_pass.layout, config.router.pool_tokens, hidden.shape[1], row_slice)
     pooled = hidden.flatten(0, 1).index_select(0, pooling.token_M).unflatten(0, pooling.weight_N2P.shape)
     keys = [prerope_keys(attn, pooled) for attn in layers]
 
     def call(attn: Any, key: Tensor) -> HeadPlan:
-        attn.router.last, _ = decide_from_keys(
-            attn.router, key, pooling, config, None, row_slice=row_slice, fused=routing.fused
+        decision, _ = decide_from_keys(
+            attn.router, key, pooling, config, None, row_slice=row_slice, fused=of_pass.fused
         )
-        return plan_of(attn, attn.router.last.route_NK, routing.config, layout)
+        return plan_of(decision, of_pass)
 
     return [lambda attn=attn, key=key: call(attn, key) for attn, key in zip(layers, keys, strict=True)]  # type: ignore[misc]
 
@@ -123,13 +118,11 @@ def launches(call: Callable[[], Any]) -> int:
 def disagreement(layers: list[Any], hidden: Tensor, layout: Layout, config: ElasticConfig) -> str | None:
     """Where kernel and PyTorch decide differently although the logits are apart; None: nowhere."""
     for attn in layers:
-        found = []
-        for fused in (True, False):
-            routing = AttachedState(config)
-            routing.fused = fused
-            plan = plan_of(attn, route_layer(attn, hidden, layout, None, routing), config, layout)
-            found.append((plan.mode_NK, attn.router.last.logits_NK2))
-        (mode, _), (wanted, logits) = found
+        passes = [ForwardPass.of(layout, config, fused=fused) for fused in (True, False)]
+        fused, torch_only = (route_layer(attn, hidden, of_pass) for of_pass in passes)
+        mode, wanted = (plan_of(*pair).mode_NK for pair in zip((fused, torch_only), passes, strict=True))
+        logits = torch_only.logits_NK2
+        assert logits is not None
         sure = (logits[..., 1] - logits[..., 0]).abs() > SURE
         if not torch.equal(mode[sure], wanted[sure]):
             return f"{DISAGREED} in layer {attn.layer_idx}"
@@ -152,9 +145,7 @@ def run_case(case: RouteCase, config: ElasticConfig, budget_ms: float, device: s
             if why is not None and fused:
                 found.append({**shared, "who": who, "metric": LEFT_OUT, "value": None, "unit": "", "why": why})
                 continue
-            routing = AttachedState(config)
-            routing.fused = fused
-            call = in_turn(calls_of(layers, hidden, layout, routing))
+            call = in_turn(calls_of(layers, hidden, ForwardPass.of(layout, config, fused=fused)))
             found += replayed(case.name, case.facts(), who, call, budget_ms)
             figures = [("host time", host_microseconds(call, rounds=12), "us")]
             figures += [("launches", float(launches(call)), "a layer")] if count else []

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import packed_layout
-from elastic.attention.routed import fused, routed_attention
+from elastic.attention.routed import Routed, fused, routed_attention
 from elastic.attention.row_slice import RowSlice
 from elastic.bench import records, tables
 from elastic.bench.options import add_record_options, kernel_device
@@ -113,9 +113,15 @@ def both_modes(
 class BothModes(RowSlice):
     """Makes an attached model train by the recipe."""
 
-    def attend(self, *arguments: Any) -> tuple[Tensor, None]:
+    def attend(
+        self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
+    ) -> Routed:
         """`both_modes` in place of `routed_attention`."""
-        return both_modes(*arguments), None
+        return Routed(both_modes(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale), plan)
+
+
+def _routed_output(*arguments: Any) -> Tensor:
+    return routed_attention(*arguments).output
 
 
 def spread_routes(layers: int, samples: int, kv_heads: int, ratio: float) -> Tensor:
@@ -139,9 +145,9 @@ def attention_records(args: argparse.Namespace, device: torch.device) -> list[Re
         return (out.detach(), *torch.autograd.grad(out, (*leaves, route_NK), grad))
 
     recipes = {"both modes": partial(layer, both_modes, 1.0)}
-    recipes |= {named(share): partial(layer, routed_attention, share) for share in args.shares}
+    recipes |= {named(share): partial(layer, _routed_output, share) for share in args.shares}
     *want, want_route = recipes["both modes"](routes[0])
-    *got, got_route = layer(routed_attention, 1.0, routes[0])
+    *got, got_route = layer(_routed_output, 1.0, routes[0])
     different = max(largest_difference(tuple(got), tuple(want)), relative(got_route, want_route))
     del want, got
     case = f"attention-{LAYERS}l-{args.length // 1024}k"

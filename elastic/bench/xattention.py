@@ -22,9 +22,9 @@ from elastic.bench.records import Record
 from elastic.bench.structured import structured
 from elastic.bench.timing import extra_bytes, matmul_tflops
 from elastic.console import say
-from elastic.kernels import attention_forward, select_blocks, unsupported_selection
+from elastic.kernels import Pattern, attention_forward, select_blocks, unsupported_selection
 from elastic.kernels.block_bits import count_bits
-from elastic.kernels.params import BLOCK_SPARSE, Ranges
+from elastic.kernels.params import BLOCK_SPARSE
 from elastic.kernels.xattention_oracle import select_oracle
 
 SUMMARY = "XAttention's choice of key blocks beside plain PyTorch; a layer with it beside dense attention"
@@ -97,15 +97,16 @@ def causal_share(bits: Tensor, length: int, block: int) -> float:
 def selection_records(length: int, stride: int, args: argparse.Namespace, device: str) -> list[Record]:
     """Time of one selection, its density, and where PyTorch can follow its time and the agreement of the two."""
     q, k, mode = operands(length, device)
-    sizes: dict[str, Any] = {"stride": stride, "threshold": args.threshold, "block": args.block}
+    given = q, k, mode, Pattern.without_streaming(args.block)
+    sizes: dict[str, Any] = {"stride": stride, "threshold": args.threshold}
     cells = length // stride
     work = 2.0 * HEADS * stride * HEAD_DIM * cells * (cells + 1) / 2
     name = _name(f"select-s{stride}-b{args.block}", length)
-    bits = select_blocks(q, k, mode, **sizes)
-    found = timed(name, _facts(length), "ours", partial(select_blocks, q, k, mode, **sizes), work, args.budget_ms)
+    bits = select_blocks(*given, **sizes)
+    found = timed(name, _facts(length), "ours", partial(select_blocks, *given, **sizes), work, args.budget_ms)
     found.append(_figure(name, length, "density", causal_share(bits, length, args.block), ""))
     if length <= TORCH_LONGEST:
-        oracle = partial(select_oracle, q, k, mode, **sizes, scale=HEAD_DIM**-0.5, ranges=Ranges())
+        oracle = partial(select_oracle, *given, **sizes)
         found += timed(name, _facts(length), "torch", oracle, work, args.budget_ms)
         counts, wanted = count_bits(bits), count_bits(oracle())
         close = ((counts - wanted).abs() <= 1).double().mean().item()
@@ -119,10 +120,11 @@ def layer_call(
     """q, k, v of a layer, its selection, and its attention under given bits."""
     q, k, mode = operands(length, device)
     v = torch.randn(k.shape, generator=torch.Generator(device).manual_seed(1), device=device).to(k.dtype)
-    select = partial(select_blocks, q, k, mode, stride=16, threshold=args.threshold, block=args.block)
+    pattern = Pattern.without_streaming(args.block)
+    select = partial(select_blocks, q, k, mode, pattern, stride=16, threshold=args.threshold)
 
     def attend(bits: Tensor) -> Tensor:
-        return attention_forward(q, k, v, mode, sink=0, window=1, block=args.block, bits=bits)[0]
+        return attention_forward(q, k, v, mode, pattern, bits=bits)[0]
 
     return (q, k, v), select, attend
 

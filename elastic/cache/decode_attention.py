@@ -53,7 +53,8 @@ def decode_attention(
     if kernel and k_BKTD.is_contiguous() and v_BKTD.is_contiguous():
         return _launch(q_BH1D, k_BKTD, v_BKTD, *_dense_rows(k_BKTD, plan), scale)
     keys = plan.layout.keys  # a static cache hands out its whole allocation
-    return routed_attention(q_BH1D, k_BKTD[:, :, :keys], v_BKTD[:, :, :keys], plan.mode_NK, plan, scale)
+    found = routed_attention(q_BH1D, k_BKTD[:, :, :keys], v_BKTD[:, :, :keys], plan.mode_NK, plan, scale)
+    return found.output
 
 
 def _dense_rows(k_BKTD: Tensor, plan: HeadPlan) -> tuple[Tensor, Visible]:

@@ -7,6 +7,7 @@ TRAINING = {
     "predict": "write routes and answers per sample",
 }
 COMMANDS = {
+    "data_prep": "make training data: records from generators or published sets, packed rows",
     "generate": "answer prompts with a routed model and show its routes",
     "serve": "a routed model behind an OpenAI-compatible HTTP endpoint",
     "eval": "compare dense, streaming, static, random and trained routing on RULER",

@@ -11,9 +11,7 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 from tqdm import tqdm
 
-from data_prep.build_mixture import LANGUAGES, build_mixture
-from data_prep.generators import BASIC
-from data_prep.tokenize_and_pack import prepare
+from elastic.commands.data_prep import part
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.data.datamodule import MixtureDataModule
 from elastic.data.packing import Batch
@@ -166,11 +164,13 @@ def build_data(settings: DemoSettings, folder: Path, seed: int) -> tuple[Path, i
         The data folder, and how many records did not fit into a row.
     """
     records, data = folder / "records", folder / "data"
-    tasks, _ = LANGUAGES[settings.language]
+    building, packing = part("build_mixture"), part("tokenize_and_pack")
+    tasks, _ = building.LANGUAGES[settings.language]
     per_task = -(-settings.steps * settings.rows * 2 // len(tasks))
     tokenizer = load_tokenizer(settings.backbone)
-    chosen = BASIC if settings.language == "text" else None  # answers short enough for contexts of this size
-    build_mixture(
+    # Generators whose answers are short enough for contexts of this size.
+    chosen = part("generators").BASIC if settings.language == "text" else None
+    building.build_mixture(
         records,
         per_task,
         settings.longest,
@@ -180,7 +180,7 @@ def build_data(settings: DemoSettings, folder: Path, seed: int) -> tuple[Path, i
         tokenizer=tokenizer,
         chosen=chosen,
     )
-    _, report = prepare(records, tokenizer, data, settings.seq_length)
+    _, report = packing.prepare(records, tokenizer, data, settings.seq_length)
     return data, len(report.bad)
 
 

@@ -8,7 +8,6 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from elastic.console import Parser, say
 
@@ -106,7 +105,7 @@ def _self_check() -> list[Check]:
     weight = torch.randn(2, 200, 4, 32, generator=generator)
     results = []
     for out in (
-        routed_attention(q, k, v, route, plan, 32**-0.5),
+        routed_attention(q, k, v, route, plan, 32**-0.5).output,
         reference.routed_attention(q, k, v, route, sparse, 32**-0.5).transpose(1, 2),
     ):
         gradients = torch.autograd.grad((out * weight).sum(), (q, k, v, route))
@@ -191,10 +190,13 @@ def _kernels() -> list[Check]:
     q = torch.randn(1, 384, 4, 64, generator=generator).bfloat16()
     k, v = (torch.randn(1, 384, 2, 64, generator=generator).bfloat16() for _ in range(2))
     mode = torch.tensor([[0, 1]], dtype=torch.int32)
-    outputs = [
-        kernels.attention_forward(*(t.to(where) for t in (q, k, v, mode)), sink=128, window=128)[0].cpu().float()
-        for where in (torch.device("cpu"), device)
-    ]
+    places = (torch.device("cpu"), device)
+
+    def forward(where: torch.device) -> torch.Tensor:
+        on_device = q.to(where), k.to(where), v.to(where), mode.to(where)
+        return kernels.attention_forward(*on_device, kernels.Pattern(sink=128, window=128))[0].cpu().float()
+
+    outputs = [forward(where) for where in places]
     error = float((outputs[0] - outputs[1]).abs().max())
     good = error < HALF_TOLERANCE
     detail = f"{kernels.kernel_path(device)}: within {error:.1e} of the oracle (bf16)"
@@ -202,11 +204,13 @@ def _kernels() -> list[Check]:
     missing = kernels.unsupported_selection(device, q.dtype, q.shape[-1])
     if missing is not None:
         return [*checks, Check("block choice", ABSENT, f"{missing}; XAttention chooses in PyTorch")]
-    sizes: dict[str, Any] = {"stride": 8, "threshold": 0.5, "block": 64}
-    bits = [
-        kernels.select_blocks(*(t.to(where) for t in (4 * q, k, torch.full_like(mode, 2))), **sizes).cpu()
-        for where in (torch.device("cpu"), device)
-    ]
+    pattern = kernels.Pattern.without_streaming(block=64)
+
+    def select(where: torch.device) -> torch.Tensor:
+        on_device = (4 * q).to(where), k.to(where), torch.full_like(mode, 2).to(where)
+        return kernels.select_blocks(*on_device, pattern, stride=8, threshold=0.5).cpu()
+
+    bits = [select(where) for where in places]
     wrong = int((bits[0] != bits[1]).sum())
     detail = f"{wrong} of {bits[0].numel()} rows of key blocks differ from the oracle's"
     good = wrong <= bits[0].numel() // 8  # a mass on the threshold may fall to either side

@@ -2,10 +2,12 @@
 
 import logging
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ActionConfigFile
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -13,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from elastic.commands.catalogue import TRAINING
 from elastic.console import say
 from elastic.data.datamodule import MixtureDataModule
+from elastic.files import config_names, find_config
 from elastic.training.callbacks import LAST, ElasticCheckpoint, ResumeCheckpoint, RoutingPictures, RunProgress
 from elastic.training.config import ALLOCATOR
 from elastic.training.module import ElasticModule
@@ -29,8 +32,29 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+class NamedConfig(ActionConfigFile):
+    """`-c train`: a shipped configuration by its name, or a file by its path."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Read the settings; values that are neither a name nor a plain path (YAML text, URLs) are the parent's."""
+        found = str(find_config(values)) if re.fullmatch(r"[\w./~-]+", values) else values
+        super().__call__(parser, cfg, found, option_string)
+
+
 class ElasticCLI(LightningCLI):
     """One run keeps everything in `trainer.default_root_dir`; a checkpoint never changes the settings of a run."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The parent's parser, with names of shipped configurations."""
+        parser = LightningArgumentParser(**kwargs)
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=NamedConfig,
+            metavar="NAME|FILE",
+            help=f"a shipped configuration ({', '.join(config_names())}) or a YAML file",
+        )
+        return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Model and data stand before the trainer's many settings in `--help` and in the saved configuration."""
@@ -117,8 +141,9 @@ def command_line(cls: type[ElasticCLI], command: str, arguments: list[str]) -> E
 def _help(command: str) -> dict[str, str]:
     """What `--help` shows above the settings."""
     return {
-        "usage": f"elastic {command} -c FILE [-c FILE ...] [--section.key VALUE ...] [--ckpt_path last]",
-        "description": f"{TRAINING[command].capitalize()}. Later files win over earlier ones, flags over files. "
+        "usage": f"elastic {command} -c NAME|FILE [-c NAME|FILE ...] [--section.key VALUE ...] [--ckpt_path last]",
+        "description": f"{TRAINING[command].capitalize()}. Settings come from shipped configurations by "
+        "name (train, model/qwen3-4b, ...) and from YAML files; later ones win over earlier ones, flags over both. "
         "`--print_config` shows the settings that result.",
     }
 

@@ -146,7 +146,7 @@ class MixtureDataModule(LightningDataModule):
     that all take equally many steps and results do not depend on their number.
 
     Args:
-        data_dir: folder written by `python -m data_prep.tokenize_and_pack`.
+        data_dir: folder written by `elastic data_prep tokenize_and_pack`.
         weights: weight per corpus; corpora without an entry get 1, a weight of 0 leaves a corpus out.
         rows_per_step: packed rows per optimiser step and process.
         micro_batch_rows: packed rows per forward pass, in evaluation too; divides `rows_per_step` (the rest is gradient

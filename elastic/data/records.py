@@ -88,7 +88,7 @@ def read_records(
     """
     path, report = Path(path), report if report is not None else ReadReport()
     if not path.is_file():
-        raise FileNotFoundError(f"no record file at {path}; data_prep.build_mixture writes them")
+        raise FileNotFoundError(f"no record file at {path}; `elastic data_prep build_mixture` writes them")
     before = report.good
     for where, values in read_rows(path, report, every, first):
         try:

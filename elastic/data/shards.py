@@ -125,7 +125,7 @@ def read_manifest(data_dir: str | Path) -> dict[str, Any]:
     path = Path(data_dir) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(
-            f"no data at {data_dir} ({MANIFEST} is missing); build it with data_prep.tokenize_and_pack"
+            f"no data at {data_dir} ({MANIFEST} is missing); build it with `elastic data_prep tokenize_and_pack`"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -17,9 +17,10 @@ from typing import Any
 
 from elastic.data.file_rows import ENDINGS, ReadReport, read_rows
 from elastic.evaluation.benchmark import Request
+from elastic.files import shipped
 
 warnings.filterwarnings("ignore", message="Using slow pure-python SequenceMatcher")  # the official run uses it too
-CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
+CONFIGS = shipped("configs") / "eval"
 E, V2 = "longbench_e", "longbench2"
 SETS = (
     *("qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "gov_report", "multi_news", "trec", "triviaqa", "samsum"),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.reference import attention, dense_mask
+from elastic.attention.routed import Routed
 from elastic.attention.row_slice import RowSlice
 from elastic.files import write_atomic
 from elastic.model.attach import override_routes, set_row_slice
@@ -30,7 +31,7 @@ class _Watch(RowSlice):
 
     def attend(
         self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Routed:
         kv_heads, length = k_BKSD.shape[1:3]
         mask = dense_mask(length, "full", plan.sparse, self.answers).to(q_BHSD.device)
         needle_BKS1 = self.needle_S.to(q_BHSD.device, torch.float32).expand(1, kv_heads, length)[..., None]

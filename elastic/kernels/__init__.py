@@ -7,10 +7,13 @@ from elastic.kernels.attention_decode import attention_decode
 from elastic.kernels.attention_forward import attention_forward
 from elastic.kernels.block_bits import bits_from_indices, bits_from_mask
 from elastic.kernels.devices import kernel_path, unsupported_backward, unsupported_reason, unsupported_selection
+from elastic.kernels.params import Pattern, Ranges
 from elastic.kernels.route_gap import period_of, route_gap, slot_table
 from elastic.kernels.xattention_select import select_blocks
 
 __all__ = [
+    "Pattern",
+    "Ranges",
     "attention_backward",
     "attention_decode",
     "attention_forward",

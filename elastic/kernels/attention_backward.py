@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.kernels import jit
-from elastic.kernels.attention_forward import facts_of, tile_counter
+from elastic.kernels import jit, operators
+from elastic.kernels.attention_forward import launch_key, tile_counter
 from elastic.kernels.checks import check_alignment, check_backward, check_cuda, check_metadata, check_pattern
-from elastic.kernels.devices import LaunchConfig, backward_config, device_facts
+from elastic.kernels.devices import ROWS_THREADS, LaunchConfig, backward_config, capability_of, processors_of
 from elastic.kernels.oracle import gradient_oracle
 from elastic.kernels.params import (
     BACKWARD_TILE,
+    KEY_BLOCK,
+    WHOLE_ROWS,
     Pattern,
     Ranges,
     pack_addresses,
@@ -28,38 +30,16 @@ from elastic.kernels.params import (
 )
 from elastic.kernels.tensor_map import tensor_map
 
-_Optional = Tensor | None
 Gradients = tuple[Tensor, Tensor, Tensor]
-_KEY_BLOCK = 128
-_PLANS: dict[tuple, "PreparedBackward"] = {}
+_PLANS: dict[tuple[Any, ...], "PreparedBackward"] = {}
 _MAX_PLANS = 4096
 
 
 def attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mode: Tensor,
-    *,
-    sink: int,
-    window: int,
-    granule: str = "token",
-    block: int = 128,
-    scale: float | None = None,
-    begin_q: Tensor | None = None,
-    end_q: Tensor | None = None,
-    begin_k: Tensor | None = None,
-    end_k: Tensor | None = None,
-    row: Tensor | None = None,
-    bits: Tensor | None = None,
-    deterministic: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mode: Tensor, pattern: Pattern,
+    ranges: Ranges = WHOLE_ROWS, bits: Tensor | None = None, *, deterministic: bool = False,
+) -> Gradients:  # fmt: skip
     """Gradients of `attention_forward`'s output with respect to q, k and v.
-
-    Samples must share neither query rows nor keys.
 
     Args:
         grad_out: [B, Sq, H, D], in q's dtype, gradient of the output.
@@ -73,12 +53,11 @@ def attention_backward(
     Raises:
         ValueError: arguments that do not fit, with the way out; a GPU of another compute capability than 9.0.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    spans = (begin_q, end_q, begin_k, end_k, row)
-    args = (grad_out, q, k, v, out, lse, mode, sink, window, granule, block, scale, *spans, bits, deterministic)
-    if q.is_cuda and type(q) is Tensor and not torch.compiler.is_compiling():
-        return _backward_cuda(*args)  # what the dispatcher would call, without its microseconds
-    return torch.ops.elastic.attention_backward(*args)
+    if operators.is_plain_cuda(q):
+        return _backward_cuda(grad_out, q, k, v, out, lse, mode, pattern, ranges, bits, deterministic)
+    flat = operators.flatten(pattern, ranges, q.shape[-1])
+    dq, dk, dv = torch.ops.elastic.attention_backward(grad_out, q, k, v, out, lse, mode, *flat, bits, deterministic)
+    return dq, dk, dv
 
 
 def _check(
@@ -115,9 +94,10 @@ def prepare_backward(
 ) -> PreparedBackward:  # fmt: skip
     """Load the kernels, and pack everything but the addresses. `debug` serves the tests."""
     index, head_dim, samples = q.device.index, q.shape[3], mode.shape[0]
-    _, processors = device_facts(index)
     row_tiles = row_tile_bound(q, samples, ranges)
-    config = backward_config(processors, head_dim, samples, samples * -(-k.shape[1] // _KEY_BLOCK) * k.shape[2])
+    config = backward_config(
+        processors_of(index), head_dim, samples, samples * -(-k.shape[1] // KEY_BLOCK) * k.shape[2]
+    )
     main = jit.Variant(config.name, config.arch, head_dim, q.dtype == torch.bfloat16, debug)
     around = [rows_kernel(f"attention_backward_{entry}", q) for entry in ("prepare", "finish")]
     return PreparedBackward(
@@ -138,21 +118,21 @@ def backward_into(
     device, index, config, heads = q.device, q.device.index, plan.config, q.shape[2]
     rows, tiles = BACKWARD_TILE // q.shape[3], heads * plan.row_tiles
     sums = torch.empty(tiles * BACKWARD_TILE, dtype=torch.float32, device=device)
-    facts = torch.empty(2 * tiles * rows, dtype=torch.float32, device=device)
+    lse2_delta = torch.empty(2 * tiles * rows, dtype=torch.float32, device=device)
     turns = torch.empty(tiles * 2, dtype=torch.int32, device=device) if deterministic else None
-    boxes = zip((q, k, v, grad_out), plan.strides, (rows, _KEY_BLOCK, _KEY_BLOCK, rows), strict=True)
+    boxes = zip((q, k, v, grad_out), plan.strides, (rows, KEY_BLOCK, KEY_BLOCK, rows), strict=True)
     params = (
         b"".join(tensor_map(*box) for box in boxes)
         + pack_pointers(q, k, v, out, lse, mode, bits, ranges, tile_counter(device))
         + plan.sizes
-        + pack_addresses(grad_out.data_ptr(), facts.data_ptr(), sums.data_ptr(),
+        + pack_addresses(grad_out.data_ptr(), lse2_delta.data_ptr(), sums.data_ptr(),
                          0 if turns is None else turns.data_ptr(), *(x.data_ptr() for x in grads))
         + plan.tail
     )  # fmt: skip
     prepare, main, finish = plan.kernels
-    jit.launch(prepare, (plan.row_tiles, heads), 256, params, 0, index)
+    jit.launch(prepare, (plan.row_tiles, heads), ROWS_THREADS, params, 0, index)
     jit.launch(main, (config.grid,), config.threads, params, config.shared_bytes, index)
-    jit.launch(finish, (plan.row_tiles, heads), 256, params, 0, index)
+    jit.launch(finish, (plan.row_tiles, heads), ROWS_THREADS, params, 0, index)
 
 
 def readable(grad_out: Tensor) -> Tensor:
@@ -164,25 +144,23 @@ def readable(grad_out: Tensor) -> Tensor:
 
 def rows_kernel(entry: str, q: Tensor) -> Any:
     """One of the kernels around the main one, for q's device, head dim and dtype."""
-    capability, _ = device_facts(q.device.index)
+    capability = capability_of(q.device.index)
     arch = f"sm_{capability[0]}{capability[1]}"
     variant = jit.Variant("attention_backward_rows", arch, q.shape[3], q.dtype == torch.bfloat16, entry=entry)
     return jit.load_kernel(variant, q.device.index)
 
 
 def _backward_cuda(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mode: Tensor, sink: int, window: int,
-    granule: str, block: int, scale: float, begin_q: _Optional, end_q: _Optional, begin_k: _Optional,
-    end_k: _Optional, row: _Optional, bits: _Optional, deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    pattern, ranges = Pattern(sink, window, granule, block, scale), Ranges(begin_q, end_q, begin_k, end_k, row)
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mode: Tensor, pattern: Pattern,
+    ranges: Ranges, bits: Tensor | None, deterministic: bool,
+) -> Gradients:  # fmt: skip
     grad_out = readable(grad_out)
-    key = (pattern, *map(facts_of, (grad_out, q, k, v, out, lse, mode, *ranges, bits)))
+    key = launch_key(pattern, grad_out, q, k, v, out, lse, mode, *ranges, bits)
     plan = _PLANS.get(key)
     if plan is None:
         _check(grad_out, q, k, v, out, lse, mode, pattern, ranges, bits)
         check_cuda(q, k, v)
-        capability, _ = device_facts(q.device.index)
+        capability = capability_of(q.device.index)
         if capability != (9, 0):
             raise ValueError(
                 f"compute capability {capability[0]}.{capability[1]}; the backward kernels need 9.0 (Hopper), train "
@@ -203,25 +181,22 @@ def _backward_cuda(
 
 
 def _backward_cpu(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mode: Tensor, sink: int, window: int,
-    granule: str, block: int, scale: float, begin_q: _Optional, end_q: _Optional, begin_k: _Optional,
-    end_k: _Optional, row: _Optional, bits: _Optional, _deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    pattern, ranges = Pattern(sink, window, granule, block, scale), Ranges(begin_q, end_q, begin_k, end_k, row)
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mode: Tensor, pattern: Pattern,
+    ranges: Ranges, bits: Tensor | None, _deterministic: bool,
+) -> Gradients:  # fmt: skip
     _check(grad_out, q, k, v, out, lse, mode, pattern, ranges, bits)
     return gradient_oracle(grad_out, q, k, v, mode, pattern, ranges, bits)
 
 
-def _backward_fake(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))  # type: ignore[return-value]
+def _backward_fake(_grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Gradients:
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return dq, dk, dv
 
 
-_library = torch.library.Library("elastic", "FRAGMENT")
-_library.define(
-    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor mode, int sink, "
-    "int window, str granule, int block, float scale, Tensor? begin_q, Tensor? end_q, Tensor? begin_k, Tensor? end_k, "
-    "Tensor? row, Tensor? bits, bool deterministic) -> (Tensor, Tensor, Tensor)"
+operators.define(
+    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor mode, "
+    f"{operators.PATTERN}, {operators.RANGES}, Tensor? bits, bool deterministic) -> (Tensor, Tensor, Tensor)",
+    cuda=operators.unflattened(_backward_cuda, 7),
+    cpu=operators.unflattened(_backward_cpu, 7),
+    fake=_backward_fake,
 )
-_library.impl("attention_backward", _backward_cuda, "CUDA")
-_library.impl("attention_backward", _backward_cpu, "CPU")
-torch.library.register_fake("elastic::attention_backward", _backward_fake, lib=_library)

@@ -8,18 +8,19 @@ the cache, T tokens.
 
 import math
 import struct
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from elastic.kernels import jit
-from elastic.kernels.checks import HEAD_DIMS
-from elastic.kernels.devices import DecodeConfig, decode_config, device_facts, shared_limit
+from elastic.kernels import jit, operators
+from elastic.kernels.checks import HEAD_DIMS, check_scale
+from elastic.kernels.devices import MAX_GROUP, DecodeConfig, capability_of, decode_config, processors_of, shared_limit
 from elastic.kernels.params import is_half
 
-MAX_GROUP, MAX_HEADS = 16, 4096
+MAX_HEADS = 4096
 _PARAMS = struct.Struct("<10Q3q3if")
 
 
@@ -61,9 +62,9 @@ def attention_decode(
             on a GPU they are the caller's to avoid.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if q.is_cuda and type(q) is Tensor and not torch.compiler.is_compiling():
-        return _decode_cuda(q, keys, values, base, sink, begin, end, token_stride, scale)  # without the dispatcher
-    return torch.ops.elastic.attention_decode(q, keys, values, base, sink, begin, end, token_stride, scale)
+    plain = operators.is_plain_cuda(q)
+    run: Callable[..., Tensor] = _decode_cuda if plain else torch.ops.elastic.attention_decode
+    return run(q, keys, values, base, sink, begin, end, token_stride, scale)
 
 
 def check_decode(
@@ -104,8 +105,7 @@ def check_decode(
         raise ValueError(f"the arguments lie apart ({listed}); expected one device for all")
     if token_stride < 1:
         raise ValueError(f"token_stride={token_stride} rows; expected at least 1")
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale={scale} is not positive and finite; the usual value is head_dim ** -0.5")
+    check_scale(scale)
 
 
 def visible_tokens(sink: int, begin: int, end: int, device: torch.device) -> Tensor:
@@ -172,7 +172,7 @@ def check_decode_cuda(q: Tensor, keys: Tensor, values: Tensor, heads: int) -> No
 
 @lru_cache(maxsize=256)
 def _arrivals(device: torch.device, _stream: int, _capture: int) -> Tensor:
-    """Zeros that no other launch in flight uses, of any number of heads; every launch leaves zeros behind.
+    """Zeros that no other launch in flight uses, of any number of heads; every launch leaves them zero again.
 
     One tensor per stream; a captured graph gets its own, because graphs captured on one stream may replay on several.
     """
@@ -187,7 +187,7 @@ def _kernel(config: DecodeConfig, head_dim: int, bf16: bool, index: int) -> Any:
 
 @cache
 def _config(index: int, head_dim: int, group: int, heads: int) -> DecodeConfig:
-    return decode_config(*device_facts(index), shared_limit(index), head_dim, group, heads)
+    return decode_config(capability_of(index), processors_of(index), shared_limit(index), head_dim, group, heads)
 
 
 def launch_decode(
@@ -230,18 +230,14 @@ def _decode_cpu(
     return decode_oracle(q, keys, values, base, sink, begin, end, token_stride, scale)
 
 
-def _decode_fake(
-    q: Tensor, keys: Tensor, values: Tensor, base: Tensor, sink: Tensor, begin: Tensor, end: Tensor, token_stride: int,
-    scale: float,
-) -> Tensor:  # fmt: skip
+def _decode_fake(q: Tensor, *_: Any) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-_library = torch.library.Library("elastic", "FRAGMENT")
-_library.define(
+operators.define(
     "attention_decode(Tensor q, Tensor keys, Tensor values, Tensor base, Tensor sink, Tensor begin, Tensor end, "
-    "int token_stride, float scale) -> Tensor"
+    "int token_stride, float scale) -> Tensor",
+    cuda=_decode_cuda,
+    cpu=_decode_cpu,
+    fake=_decode_fake,
 )
-_library.impl("attention_decode", _decode_cuda, "CUDA")
-_library.impl("attention_decode", _decode_cpu, "CPU")
-torch.library.register_fake("elastic::attention_decode", _decode_fake, lib=_library)

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.kernels import jit
+from elastic.kernels import jit, operators
 from elastic.kernels.checks import check_alignment, check_cuda, check_metadata, check_pattern, check_tensors
-from elastic.kernels.devices import LaunchConfig, device_facts, launch_config
+from elastic.kernels.devices import LaunchConfig, capability_of, launch_config, processors_of
 from elastic.kernels.oracle import attention_oracle
 from elastic.kernels.params import (
+    HALF_BLOCK,
     MAP_BYTES,
     QUERY_BLOCK,
+    WHOLE_ROWS,
     Pattern,
     Ranges,
     pack_pointers,
@@ -27,7 +29,7 @@ from elastic.kernels.params import (
 )
 from elastic.kernels.tensor_map import tensor_map
 
-_Optional = Tensor | None
+_WARP_ROWS = 16  # query rows that a warp stores at once
 
 
 @cache
@@ -36,7 +38,7 @@ def _counter(device: torch.device, _stream: int) -> Tensor:
 
 
 def tile_counter(device: torch.device) -> Tensor:
-    """int32 [2] of zeros that no other launch in flight uses; every launch leaves zeros behind.
+    """int32 [2] of zeros that no other launch in flight uses; every launch leaves them zero again.
 
     One per stream; a captured graph gets its own, because graphs captured on one stream may replay on several.
     """
@@ -46,38 +48,19 @@ def tile_counter(device: torch.device) -> Tensor:
 
 
 def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mode: Tensor,
-    *,
-    sink: int,
-    window: int,
-    granule: str = "token",
-    block: int = 128,
-    scale: float | None = None,
-    begin_q: Tensor | None = None,
-    end_q: Tensor | None = None,
-    begin_k: Tensor | None = None,
-    end_k: Tensor | None = None,
-    row: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mode: Tensor, pattern: Pattern, ranges: Ranges = WHOLE_ROWS,
     bits: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Causal attention of all heads, each in its mode. Not differentiable by itself.
-
-    Sample n is queries [begin_q, end_q) and keys [begin_k, end_k) of batch row row[n]; its queries are its last
-    positions (bottom-right causal), so Lq <= Lk. Packing and padding are both expressed this way. Samples must not
-    share query rows. The visibility rule is `elastic.visibility`.
 
     Args:
         q: [B, Sq, H, D], bf16 or fp16, D 64 or 128, any strides that are multiples of 16 bytes, D contiguous.
         k, v: [B, Sk, K, D] likewise; query head h reads KV head h // (H / K).
-        mode: int32 [N, K]: 0 full, 1 streaming(sink, window), 2 block-sparse by `bits`. A head with another value, or
-            with 2 and no bits, answers NaN.
-        sink, window, block: tokens; with granule `block` the window is counted in whole blocks.
-        scale: softmax scale, default D ** -0.5.
-        begin_q, end_q, begin_k, end_k, row: int32 [N] on the device; None means 0, Sq, 0, Sk, n.
-        bits: int32 [N, H, ceil(Sq / 128), ceil(Sk / (32 * block))], see `block_bits`; block 64 or 128.
+        mode: int32 [N, K]: 0 full, 1 streaming, 2 block-sparse by `bits`. A head with another value, or with 2 and no
+            bits, answers NaN.
+        pattern: sizes of the streaming heads and of the blocks, softmax scale.
+        ranges: where the samples lie; by default every row is one.
+        bits: int32 [N, H, ceil(Sq / 128), ceil(Sk / (32 * pattern.block))], see `block_bits`.
 
     Returns:
         out [B, Sq, H, D] contiguous, in q's dtype, 0 in rows of no sample; lse [B, H, Sq] fp32, the natural logarithm
@@ -86,11 +69,11 @@ def attention_forward(
     Raises:
         ValueError: arguments that do not fit, with the way out.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    args = (q, k, v, mode, sink, window, granule, block, scale, begin_q, end_q, begin_k, end_k, row, bits)
-    if q.is_cuda and type(q) is Tensor and not torch.compiler.is_compiling():
-        return _forward_cuda(*args)  # what the dispatcher would call, without its microseconds
-    return torch.ops.elastic.attention_forward(*args)
+    if operators.is_plain_cuda(q):
+        return _forward_cuda(q, k, v, mode, pattern, ranges, bits)
+    flat = operators.flatten(pattern, ranges, q.shape[-1])
+    out, lse = torch.ops.elastic.attention_forward(q, k, v, mode, *flat, bits)
+    return out, lse
 
 
 def _outputs(q: Tensor, ranges: Ranges) -> tuple[Tensor, Tensor]:
@@ -120,9 +103,8 @@ def prepare_launch(
     """Choose and load the kernel, and pack everything but the addresses. `config` and `debug` serve the tests."""
     samples, index = mode.shape[0], q.device.index
     if config is None:
-        capability, processors = device_facts(index)
         tiles = samples * -(-q.shape[1] // QUERY_BLOCK) * q.shape[2]
-        config = launch_config(capability, processors, q.shape[3], samples, tiles)
+        config = launch_config(capability_of(index), processors_of(index), q.shape[3], samples, tiles)
     variant = jit.Variant(config.name, config.arch, q.shape[3], q.dtype == torch.bfloat16, debug)
     sizes = pack_sizes(q, k, v, out, mode, bits, pattern)
     return PreparedLaunch(config, jit.load_kernel(variant, index), sizes, tuple(strides_of(x) for x in (q, k, v, out)))
@@ -131,7 +113,7 @@ def prepare_launch(
 def _encode_maps(tensors: tuple[Tensor, ...], plan: PreparedLaunch) -> bytes:
     if plan.config.arch != "sm_90a":
         return bytes(4 * MAP_BYTES)  # that kernel reads by address
-    boxes = (QUERY_BLOCK, 64, 64, 16)
+    boxes = (QUERY_BLOCK, HALF_BLOCK, HALF_BLOCK, _WARP_ROWS)
     return b"".join(tensor_map(x, s, rows) for x, s, rows in zip(tensors, plan.strides, boxes, strict=True))
 
 
@@ -151,34 +133,23 @@ def launch_into(
     jit.launch(plan.kernel, (config.grid,), config.threads, params, config.shared_bytes, device.index)
 
 
-_PLANS: dict[tuple, PreparedLaunch] = {}
+_PLANS: dict[tuple[Any, ...], PreparedLaunch] = {}
 _MAX_PLANS, _MAX_MAPS = 4096, 256
 
 
-def facts_of(x: Tensor | None) -> tuple | None:
-    """What a plan depends on, of one argument."""
+def _traits(x: Tensor | None) -> tuple[Any, ...] | None:
     return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
 
 
+def launch_key(pattern: Pattern, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """All that a prepared launch depends on: equal for calls that differ in addresses and values alone."""
+    return (pattern, *map(_traits, tensors))
+
+
 def _forward_cuda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mode: Tensor,
-    sink: int,
-    window: int,
-    granule: str,
-    block: int,
-    scale: float,
-    begin_q: _Optional,
-    end_q: _Optional,
-    begin_k: _Optional,
-    end_k: _Optional,
-    row: _Optional,
-    bits: _Optional,
+    q: Tensor, k: Tensor, v: Tensor, mode: Tensor, pattern: Pattern, ranges: Ranges, bits: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    pattern, ranges = Pattern(sink, window, granule, block, scale), Ranges(begin_q, end_q, begin_k, end_k, row)
-    key = (pattern, *map(facts_of, (q, k, v, mode, *ranges, bits)))
+    key = launch_key(pattern, q, k, v, mode, *ranges, bits)
     plan = _PLANS.get(key)
     if plan is None:
         _check(q, k, v, mode, pattern, ranges, bits)
@@ -196,23 +167,8 @@ def _forward_cuda(
 
 
 def _forward_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mode: Tensor,
-    sink: int,
-    window: int,
-    granule: str,
-    block: int,
-    scale: float,
-    begin_q: _Optional,
-    end_q: _Optional,
-    begin_k: _Optional,
-    end_k: _Optional,
-    row: _Optional,
-    bits: _Optional,
+    q: Tensor, k: Tensor, v: Tensor, mode: Tensor, pattern: Pattern, ranges: Ranges, bits: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    pattern, ranges = Pattern(sink, window, granule, block, scale), Ranges(begin_q, end_q, begin_k, end_k, row)
     _check(q, k, v, mode, pattern, ranges, bits)
     out, lse = attention_oracle(q, k, v, mode, pattern, ranges, bits)
     return out, lse.float()
@@ -226,20 +182,15 @@ def _check(
     check_metadata(q, k, mode, ranges, bits, pattern.block)
 
 
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, mode: Tensor, sink: int, window: int, granule: str, block: int, scale: float,
-    *spans: _Optional,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
 
-_library = torch.library.Library("elastic", "FRAGMENT")
-_library.define(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor mode, int sink, int window, str granule, int block, "
-    "float scale, Tensor? begin_q, Tensor? end_q, Tensor? begin_k, Tensor? end_k, Tensor? row, Tensor? bits) "
-    "-> (Tensor, Tensor)"
+operators.define(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, Tensor mode, {operators.PATTERN}, {operators.RANGES}, "
+    "Tensor? bits) -> (Tensor, Tensor)",
+    cuda=operators.unflattened(_forward_cuda, 4),
+    cpu=operators.unflattened(_forward_cpu, 4),
+    fake=_forward_fake,
 )
-_library.impl("attention_forward", _forward_cuda, "CUDA")
-_library.impl("attention_forward", _forward_cpu, "CPU")
-torch.library.register_fake("elastic::attention_forward", _forward_fake, lib=_library)

@@ -25,7 +25,7 @@ def bits_from_mask(mask: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(mask.bool(), (0, -mask.shape[-1] % 32))
     weights = torch.tensor(_WEIGHTS, dtype=torch.int32, device=mask.device)
     # The weights are distinct powers of two, so the sum is an or and cannot overflow.
-    return (padded.unflatten(-1, (-1, 32)) * weights).sum(-1, dtype=torch.int32)
+    return (torch.unflatten(padded, -1, (-1, 32)) * weights).sum(-1, dtype=torch.int32)
 
 
 def mask_from_bits(bits: Tensor) -> Tensor:

@@ -26,8 +26,7 @@ def check_pattern(pattern: Pattern, bits: Tensor | None) -> None:
             f"block granule needs; use sink={pattern.sink // pattern.block * pattern.block} and "
             f"window={max(1, pattern.window // pattern.block) * pattern.block}, or granule='token'"
         )
-    if not 0 < pattern.scale < math.inf:
-        raise ValueError(f"scale={pattern.scale} is not positive and finite; the usual value is head_dim ** -0.5")
+    check_scale(pattern.scale)
     if pattern.granule == "block" and pattern.block & (pattern.block - 1):
         raise ValueError(
             f"block={pattern.block} is not a power of two, as the block granule needs; use 64 or 128, or "
@@ -35,6 +34,12 @@ def check_pattern(pattern: Pattern, bits: Tensor | None) -> None:
         )
     if bits is not None and pattern.block not in (64, 128):
         raise ValueError(f"block={pattern.block} with block-sparse bits; their key blocks hold 64 or 128 keys")
+
+
+def check_scale(scale: float | None) -> None:
+    """The softmax scale; None is the usual one."""
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale} is not positive and finite; the usual value is head_dim ** -0.5")
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -7,9 +7,18 @@ import torch
 
 from elastic.kernels import jit
 from elastic.kernels.checks import HEAD_DIMS
-from elastic.kernels.params import BACKWARD_TILE, QUERY_BLOCK, is_half
+from elastic.kernels.params import BACKWARD_TILE, HALF_BLOCK, KEY_BLOCK, KEY_CELLS, QUERY_BLOCK, ROW_TILE, is_half
 
+# The kernels' own numbers, compared with those of cuda_src by tests/kernels/test_constants.py.
+SM90_THREADS, SM80_THREADS, ROWS_THREADS = 384, 256, 256  # of a CTA
+CONSUMER_WARPS = 8  # of the kernels of compute capability 9.0
+FORWARD_STAGES, BACKWARD_STAGES, SELECTION_STAGES = {64: 4, 128: 2}, 2, 4  # of K and V by head dim, of Q and dO, of all
+MAX_GROUP = 16  # query heads per KV head that fit the decode kernel's tile
+DECODE_TOKENS, DECODE_PADDING = 16, 8  # of a warp's tile; floats between two output rows
 _SHARED_SM90 = 232448  # bytes that a CTA can have on compute capability 9.0
+_ALIGNMENT, _CONTROL, _SEGMENT = 1024, 1024, 16  # bytes: tiles begin at multiples; barriers and headers; schedule entry
+_CLASSES = 3  # of heads: a schedule has so many segments per sample
+_SWIZZLE = 128  # bytes: the width of a tile's rows in shared memory
 
 
 @dataclass(frozen=True)
@@ -31,28 +40,34 @@ def launch_config(
     Raises:
         ValueError: a GPU older than compute capability 8.0.
     """
-    schedule = 48 * samples
+    schedule = _CLASSES * _SEGMENT * samples
     if capability == (9, 0):
-        stages = 4 if head_dim == 64 else 2
-        shared = 1024 + 2 * head_dim * QUERY_BLOCK * (2 + 2 * stages) + 1024 + schedule
-        return LaunchConfig("attention_forward_sm90", "sm_90a", 384, shared, max(1, min(processors, tiles)))
+        tiles_kv = 2 * FORWARD_STAGES[head_dim] * KEY_BLOCK
+        shared = _ALIGNMENT + 2 * head_dim * (2 * QUERY_BLOCK + tiles_kv) + _CONTROL + schedule
+        return LaunchConfig("attention_forward_sm90", "sm_90a", SM90_THREADS, shared, max(1, min(processors, tiles)))
+    arch = _arch_of(capability)
+    shared = 2 * head_dim * (QUERY_BLOCK + 2 * HALF_BLOCK) + 16 + schedule
+    return LaunchConfig("attention_forward_sm80", arch, SM80_THREADS, shared, max(1, min(2 * processors, tiles)))
+
+
+def _arch_of(capability: tuple[int, int]) -> str:
     if capability < (8, 0):
         raise ValueError(
             f"compute capability {capability[0]}.{capability[1]}; the kernels need 8.0 (Ampere) or newer, use "
             "PyTorch's attention on this GPU"
         )
-    shared = 4 * head_dim * QUERY_BLOCK + 16 + schedule
-    arch = f"sm_{capability[0]}{capability[1]}"
-    return LaunchConfig("attention_forward_sm80", arch, 256, shared, max(1, min(2 * processors, tiles)))
+    return f"sm_{capability[0]}{capability[1]}"
 
 
 def backward_config(processors: int, head_dim: int, samples: int, tiles: int) -> LaunchConfig:
     """Launch choices of the backward pass on compute capability 9.0; `tiles` is an upper bound of the key tiles."""
     rows = BACKWARD_TILE // head_dim
-    tables = -(-samples // 4) * 16 + 48 * samples
-    operands = 2 * 128 * head_dim * 2 + 4 * BACKWARD_TILE * 2 + 2 * rows * 128 * 2 + BACKWARD_TILE * 4
-    shared = 1024 + operands + 4 * rows * 4 + 1024 + tables
-    return LaunchConfig("attention_backward_sm90", "sm_90a", 384, shared, max(1, min(processors, tiles)))
+    tables = -(-samples // 4) * 16 + _CLASSES * _SEGMENT * samples  # first row tiles, then the schedule
+    inputs = 2 * (2 * KEY_BLOCK * head_dim + 2 * BACKWARD_STAGES * BACKWARD_TILE)  # K, V; Q, dO of every stage
+    gradients = 2 * 2 * rows * KEY_BLOCK + 4 * BACKWARD_TILE  # two buffers of dS, fp32 dQ
+    row_values = 2 * BACKWARD_STAGES * 4 * rows  # lse2 and delta of every stage
+    shared = _ALIGNMENT + inputs + gradients + row_values + _CONTROL + tables
+    return LaunchConfig("attention_backward_sm90", "sm_90a", SM90_THREADS, shared, max(1, min(processors, tiles)))
 
 
 @dataclass(frozen=True)
@@ -67,10 +82,11 @@ class SelectionConfig:
 
 def selection_config(processors: int, samples: int, tiles: int, key_blocks: int) -> SelectionConfig:
     """Launch choices of the block selection on compute capability 9.0; `tiles` is an upper bound of the row tiles."""
-    fixed = 1024 + 4 * (128 + 256) * 128 + 1024 + 16 * samples
-    per_unit = 8 * 4  # warps, bytes
+    stages = SELECTION_STAGES * (ROW_TILE + KEY_CELLS) * _SWIZZLE
+    fixed = _ALIGNMENT + stages + _CONTROL + _SEGMENT * samples
+    per_unit = CONSUMER_WARPS * 4  # bytes
     units = min(-(-key_blocks // 32), (_SHARED_SM90 - fixed) // (32 * per_unit)) * 32
-    return SelectionConfig(384, fixed + per_unit * units, max(1, min(processors, tiles)), units)
+    return SelectionConfig(SM90_THREADS, fixed + per_unit * units, max(1, min(processors, tiles)), units)
 
 
 @dataclass(frozen=True)
@@ -98,65 +114,46 @@ def decode_config(
     Raises:
         ValueError: a GPU older than compute capability 8.0.
     """
-    if capability < (8, 0):
-        raise ValueError(
-            f"compute capability {capability[0]}.{capability[1]}; the kernels need 8.0 (Ampere) or newer, use "
-            "PyTorch's attention on this GPU"
-        )
+    arch = _arch_of(capability)
     limit = shared_limit // per_processor - 1024 * (per_processor > 1)
     while True:
-        rest = warps * (group * (head_dim + 8) * 4 + 132) + 160 + 4 * (heads + 1)
-        stage = warps * 2 * 16 * 2 * head_dim
+        rest = warps * (group * (head_dim + DECODE_PADDING) * 4 + 132) + 160 + 4 * (heads + 1)
+        stage = warps * 2 * DECODE_TOKENS * 2 * head_dim
         stages = min(most_stages, (limit - rest) // stage)
         if stages >= 2:
             break
         warps //= 2
     # A merging CTA keeps three numbers for each part of a head where the warps' outputs lay, and in the rings a row.
-    grid = min(processors * per_processor, warps * (head_dim + 8) // 3, stages * stage // (4 * head_dim))
-    arch = f"sm_{capability[0]}{capability[1]}"
+    grid = min(processors * per_processor, warps * (head_dim + DECODE_PADDING) // 3, stages * stage // (4 * head_dim))
     return DecodeConfig(arch, warps, stages, stages * stage + rest, grid)
 
 
 @cache
-def device_facts(index: int) -> tuple[tuple[int, int], int]:
-    """Compute capability and number of multiprocessors of a GPU."""
-    facts = torch.cuda.get_device_properties(index)
-    return (facts.major, facts.minor), facts.multi_processor_count
+def capability_of(index: int) -> tuple[int, int]:
+    """Compute capability of a GPU."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major, properties.minor
+
+
+@cache
+def processors_of(index: int) -> int:
+    """Number of multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@cache
+def shared_limit(index: int) -> int:
+    """Bytes of shared memory that a CTA of this GPU can have."""
+    limit: int = torch.cuda.get_device_properties(index).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return limit
 
 
 def kernel_path(device: torch.device) -> str:
     """Name of the kernel that runs on this device, for reports: chosen by compute capability alone."""
     if device.type != "cuda":
         return "oracle (PyTorch)"
-    capability, processors = device_facts(device.index or 0)
-    config = launch_config(capability, processors, 128, 1, processors)
+    config = launch_config(capability_of(device.index or 0), 1, 128, 1, 1)
     return f"{config.name} ({config.arch})"
-
-
-@cache
-def shared_limit(index: int) -> int:
-    """Bytes of shared memory that a CTA of this GPU can have."""
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin  # type: ignore[attr-defined]
-
-
-@cache
-def unsupported_backward(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the backward kernels cannot run on such tensors here, in a few words; None if they can."""
-    reason = unsupported_reason(device, dtype, head_dim)
-    if reason is None and device_facts(device.index or 0)[0] != (9, 0):
-        return "the backward kernels need compute capability 9.0"
-    return reason
-
-
-@cache
-def unsupported_selection(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the kernel that chooses key blocks cannot run on such tensors here, in a few words; None if it can. Other
-    GPUs choose in PyTorch.
-    """
-    reason = unsupported_reason(device, dtype, head_dim)
-    if reason is None and device_facts(device.index or 0)[0] != (9, 0):
-        return "the selection kernel needs compute capability 9.0"
-    return reason
 
 
 @cache
@@ -166,6 +163,26 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int) 
         return "no CUDA device"
     if not is_half(dtype) or head_dim not in HEAD_DIMS:
         return f"{str(dtype).removeprefix('torch.')}, head dim {head_dim}: the kernels take bf16 and fp16, 64 and 128"
-    if device_facts(device.index or 0)[0] < (8, 0):
+    if capability_of(device.index or 0) < (8, 0):
         return "the kernels need compute capability 8.0"
     return None if jit.is_installed() else "CuPy is not installed"
+
+
+@cache
+def _unsupported_on_sm90(what: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    reason = unsupported_reason(device, dtype, head_dim)
+    if reason is None and capability_of(device.index or 0) != (9, 0):
+        return f"{what} compute capability 9.0"
+    return reason
+
+
+def unsupported_backward(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the backward kernels cannot run on such tensors here, in a few words; None if they can."""
+    return _unsupported_on_sm90("the backward kernels need", device, dtype, head_dim)
+
+
+def unsupported_selection(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernel that chooses key blocks cannot run on such tensors here, in a few words; None if it can. Other
+    GPUs choose in PyTorch.
+    """
+    return _unsupported_on_sm90("the selection kernel needs", device, dtype, head_dim)

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from elastic.files import cache_folder
+from elastic.files import cache_folder, shipped
 
-CUDA_SRC = Path(__file__).resolve().parents[2] / "cuda_src"
+CUDA_SRC = shipped("cuda_src")
 _log = logging.getLogger("elastic.kernels")
 
 
@@ -134,8 +134,8 @@ def load_kernel(variant: Variant, device: int) -> Any:
     with cupy.cuda.Device(device):
         kernel = cupy.RawModule(path=str(path)).get_function(variant.name)
         # CuPy hands out one function object per binary, so this is set once and to the limit, not per launch.
-        facts = torch.cuda.get_device_properties(device)
-        limit = facts.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        properties = torch.cuda.get_device_properties(device)
+        limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
         kernel.max_dynamic_shared_size_bytes = limit - kernel.shared_size_bytes
     return kernel
 

@@ -26,7 +26,8 @@ def head_mask(
         return causal
     if mode == STREAMING:
         sink, window = pattern.sink, pattern.window
-        return visible(position, key, sink=sink, window=window, granule=pattern.granule, block=pattern.block)
+        seen: Tensor = visible(position, key, sink=sink, window=window, granule=pattern.granule, block=pattern.block)
+        return seen
     if mode == BLOCK_SPARSE and bits is not None:
         blocks = mask_from_bits(bits).repeat_interleave(pattern.block, dim=-1)[..., :keys]
         blocks = torch.nn.functional.pad(blocks, (0, keys - blocks.shape[-1]))
@@ -93,11 +94,12 @@ def attention_oracle(
     batch, seq_q, heads, dim = q.shape
     out = torch.zeros(batch, seq_q, heads, dim, dtype=wide, device=q.device)
     lse = torch.full((batch, heads, seq_q), float("-inf"), dtype=wide, device=q.device)
+    scale = pattern.scale_for(dim)
     for g in _groups(q, k, v, mode, pattern, ranges, bits, wide):
         if g.mask is None:
             out[g.row, g.queries, g.heads] = lse[g.row, g.heads, g.queries] = float("nan")
             continue
-        weights, lse[g.row, g.heads, g.queries] = g.weights(pattern.scale)
+        weights, lse[g.row, g.heads, g.queries] = g.weights(scale)
         out[g.row, g.queries, g.heads] = (weights @ g.v_LD).transpose(0, 1)
     return out.to(q.dtype), lse
 
@@ -110,17 +112,18 @@ def gradient_oracle(
     dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(P dP)), dQ = scale dS K, dK = scale dS^T Q.
     """
     wide = compute or torch.promote_types(q.dtype, torch.float32)
+    scale = pattern.scale_for(q.shape[3])
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
     for g in _groups(q, k, v, mode, pattern, ranges, bits, wide):
         at_keys, at_queries = (g.row, g.keys, g.kv_head), (g.row, g.queries, g.heads)
         if g.mask is None:
             dq[at_queries] = dk[at_keys] = dv[at_keys] = float("nan")
             continue
-        weights, _ = g.weights(pattern.scale)
+        weights, _ = g.weights(scale)
         grad_GLD = grad_out[at_queries].transpose(0, 1).to(wide)
         dp = grad_GLD @ g.v_LD.T
         ds = weights * (dp - (weights * dp).sum(-1, keepdim=True))
         dv[at_keys] = (weights.transpose(1, 2) @ grad_GLD).sum(0)
-        dq[at_queries] = (ds @ g.k_LD * pattern.scale).transpose(0, 1)
-        dk[at_keys] = (ds.transpose(1, 2) @ g.q_GLD * pattern.scale).sum(0)
+        dq[at_queries] = (ds @ g.k_LD * scale).transpose(0, 1)
+        dk[at_keys] = (ds.transpose(1, 2) @ g.q_GLD * scale).sum(0)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)

@@ -1,4 +1,8 @@
-"""The structure that one launch reads, packed as `cuda_src/include/elastic/params.cuh` declares it."""
+"""What one launch reads: `Pattern`, `Ranges`, and the structure that `cuda_src/include/elastic/params.cuh` declares.
+
+The numbers here are the only ones in Python; `tests/kernels/test_constants.py` compares them with those of `cuda_src`.
+Legend: B batch rows, N samples, S tokens.
+"""
 
 import math
 import struct
@@ -7,30 +11,56 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FULL, STREAMING, BLOCK_SPARSE = 0, 1, 2
-QUERY_BLOCK = 128
+FULL, STREAMING, BLOCK_SPARSE = 0, 1, 2  # modes of a head
+QUERY_BLOCK, KEY_BLOCK, HALF_BLOCK = 128, 128, 64  # tokens: of a query tile, of a key tile, of half a key tile
 PARAMS_BYTES, BACKWARD_BYTES, SELECTION_BYTES = 768, 960, 832
 BACKWARD_TILE = 8192  # query rows of a backward tile times head dim
 ROW_TILE, KEY_CELLS = 128, 256  # of the block selection: rows of a tile, cells of a key tile, of `stride` tokens each
+MAP_BYTES = 128
 _POINTERS, _SIZES = struct.Struct("<13Q"), struct.Struct("<12q12i2f")
 _ADDRESSES, _STRIDES = struct.Struct("<7Q"), struct.Struct("<12qi36x")
 _SELECTION = struct.Struct("<dQ4i32x")
-MAP_BYTES = 128
 
 
 class Pattern(NamedTuple):
-    """What the sparse heads of one launch see: sizes in tokens, granule `token` or `block`, softmax scale."""
+    """Sizes of the sparse modes, and the softmax scale, of one launch. Which query sees which key is defined in
+    `elastic.visibility`; full heads read the scale alone.
+
+    Attributes:
+        sink: tokens at the start of a sample that streaming heads always see, at least 0.
+        window: tokens up to and including the query's own that streaming heads see, at least 1.
+        granule: `token`; or `block`: the window moves by whole blocks, and sink and window are multiples of `block`.
+        block: tokens of a block, for the granule and for the bits of block-sparse heads (there 64 or 128).
+        scale: softmax scale, positive; None: D ** -0.5.
+    """
 
     sink: int
     window: int
-    granule: str
-    block: int
-    scale: float
+    granule: str = "token"
+    block: int = 128
+    scale: float | None = None
+
+    @classmethod
+    def without_streaming(cls, block: int = 128, scale: float | None = None) -> "Pattern":
+        """For launches whose heads are full or block-sparse, which read no sink and no window."""
+        return cls(0, 1, "token", block, scale)
+
+    def scale_for(self, head_dim: int) -> float:
+        """The softmax scale of heads of D = `head_dim`."""
+        return head_dim**-0.5 if self.scale is None else self.scale
 
 
 class Ranges(NamedTuple):
-    """Samples of one launch, int32 [N] on the device or None: sample n is batch row `row[n]` (None: row n), queries
-    [begin_q, end_q) and keys [begin_k, end_k) of it (None: all).
+    """Where the samples of one launch lie: int32 [N] each, contiguous, on the operands' device, read there and not by
+    the host. Packing and padding are both expressed this way.
+
+    Sample n is queries [begin_q, end_q) and keys [begin_k, end_k) of batch row row[n]. Its queries are its last
+    positions (bottom-right causal), so it has at least as many keys. Samples must not share query rows, in a backward
+    pass nor keys.
+
+    Attributes:
+        begin_q, end_q, begin_k, end_k: tokens of the row; None: 0, Sq, 0, Sk.
+        row: batch rows; None: n, with N = B.
     """
 
     begin_q: Tensor | None = None
@@ -59,6 +89,9 @@ class Ranges(NamedTuple):
         return list(zip(rows, *spans, strict=True))
 
 
+WHOLE_ROWS = Ranges()  # every batch row is one sample
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -73,38 +106,19 @@ def strides_of(tensor: Tensor) -> tuple[int, int, int]:
 
 
 def pack_pointers(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mode: Tensor,
-    bits: Tensor | None,
-    ranges: Ranges,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mode: Tensor, bits: Tensor | None, ranges: Ranges,
     counter: Tensor,
-) -> bytes:
+) -> bytes:  # fmt: skip
     """The addresses of `elastic::Params`, in its order."""
-    return _POINTERS.pack(
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        out.data_ptr(),
-        lse.data_ptr(),
-        mode.data_ptr(),
-        _address(bits),
-        _address(ranges.begin_q),
-        _address(ranges.end_q),
-        _address(ranges.begin_k),
-        _address(ranges.end_k),
-        _address(ranges.row),
-        counter.data_ptr(),
-    )
+    operands = (q, k, v, out, lse, mode, bits, *ranges, counter)
+    return _POINTERS.pack(*[0 if x is None else x.data_ptr() for x in operands])  # no call per operand: the hot path
 
 
 def pack_sizes(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, mode: Tensor, bits: Tensor | None, pattern: Pattern
 ) -> bytes:
     """The rest of `elastic::Params`: strides, sizes and the pattern, the same for every call with these shapes."""
+    scale = pattern.scale_for(q.shape[3])
     return _SIZES.pack(
         *strides_of(q),
         *strides_of(k),
@@ -122,8 +136,8 @@ def pack_sizes(
         0 if bits is None else bits.shape[2],
         0 if bits is None else bits.shape[3],
         q.shape[0],
-        pattern.scale * math.log2(math.e),
-        pattern.scale,
+        scale * math.log2(math.e),
+        scale,
     )
 
 

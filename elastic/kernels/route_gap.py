@@ -8,16 +8,19 @@ D head dim.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from elastic.kernels import jit
+from elastic.kernels import jit, operators
 from elastic.kernels.attention_backward import readable, rows_kernel
 from elastic.kernels.attention_forward import attention_forward
+from elastic.kernels.devices import ROWS_THREADS
 from elastic.kernels.params import (
     MAP_BYTES,
     QUERY_BLOCK,
+    WHOLE_ROWS,
     Pattern,
     Ranges,
     pack_addresses,
@@ -90,16 +93,15 @@ def draw_slots(table: Tensor) -> tuple[Ranges, Tensor]:
 
 
 def route_gap(
-    grad_out: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, other_mode: Tensor, *, sink: int, window: int,
-    granule: str, block: int, scale: float, share: float = 1.0, begin_q: Tensor | None = None,
-    end_q: Tensor | None = None, begin_k: Tensor | None = None, end_k: Tensor | None = None, row: Tensor | None = None,
-    bits: Tensor | None = None, table: Tensor | None = None,
+    grad_out: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, other_mode: Tensor, pattern: Pattern,
+    ranges: Ranges = WHOLE_ROWS, bits: Tensor | None = None, *, share: float = 1.0, table: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Sum over the sample's queries, the group's heads and D of grad_out (out - other), fp32 [N, K].
 
     Args:
         grad_out, out: [B, Sq, H, D], gradient of the output and the output.
-        other_mode: int32 [N, K]: what to compare with; the other arguments as for `attention_forward`.
+        other_mode: int32 [N, K]: what to compare with.
+        q, k, v, pattern, ranges, bits: as for `attention_forward`.
         share: share of the queries that are looked at, one over a whole number.
         table: `slot_table` of these samples and this share, where the caller has it already.
 
@@ -108,20 +110,16 @@ def route_gap(
     """
     period, samples = period_of(share), other_mode.shape[0]
     if table is None:
-        ranges = Ranges(begin_q, end_q, begin_k, end_k, row)
         table = slot_table(ranges, q.shape[0], q.shape[1], k.shape[1], samples, period, q.device)
     slots, owner = draw_slots(table)
     modes = other_mode.index_select(0, owner)
     if bits is not None:
         assert slots.begin_q is not None
+        begin_q = ranges.begin_q
         first = slots.begin_q if begin_q is None else slots.begin_q - begin_q.index_select(0, owner)
         bits = _bits_of_slots(bits, owner, first, _slot_size(q.shape[0], q.shape[1], period))
-    other, _ = attention_forward(
-        q, k, v, modes, sink=sink, window=window, granule=granule, block=block, scale=scale, bits=bits,
-        **slots.named(),
-    )  # fmt: skip
-    plain = q.is_cuda and type(q) is Tensor and not torch.compiler.is_compiling()
-    # The plain call spares the dispatcher's microseconds.
+    other, _ = attention_forward(q, k, v, modes, pattern, slots, bits)
+    plain = operators.is_plain_cuda(q)
     slot_gap: Callable[..., Tensor] = _slot_gap_cuda if plain else torch.ops.elastic.slot_gap
     gap_TK = slot_gap(grad_out, out, other, modes, slots.begin_q, slots.end_q, slots.row)
     owns_NT = owner == torch.arange(samples, device=q.device)[:, None]
@@ -141,7 +139,7 @@ def _slot_gap_cuda(
     gap = torch.empty(mode.shape, dtype=torch.float32, device=out.device)
     grad_out = readable(grad_out)
     keys = grad_out[:, :, : mode.shape[1]]  # the kernel takes the number of KV heads from here and reads no keys
-    ranges, pattern = Ranges(begin, end, None, None, row), Pattern(0, 1, "token", 128, 1.0)
+    ranges, pattern = Ranges(begin, end, None, None, row), Pattern.without_streaming(scale=1.0)
     params = (
         bytes(4 * MAP_BYTES)
         + pack_pointers(grad_out, keys, keys, out, gap, mode, None, ranges, mode)
@@ -150,26 +148,26 @@ def _slot_gap_cuda(
         + pack_strides((out, other, out, out), 0)
     )
     kernel = rows_kernel("attention_route_gap", out)
-    jit.launch(kernel, (mode.shape[0], mode.shape[1]), 256, params, 0, out.device.index)
+    jit.launch(kernel, (mode.shape[0], mode.shape[1]), ROWS_THREADS, params, 0, out.device.index)
     return gap
 
 
 def _slot_gap_cpu(
     grad_out: Tensor, out: Tensor, other: Tensor, mode: Tensor, begin: Tensor, end: Tensor, row: Tensor
 ) -> Tensor:
-    dots_BSK = (grad_out.float() * (out.float() - other.float())).sum(-1).unflatten(2, (mode.shape[1], -1)).sum(-1)
+    dots_BSH = (grad_out.float() * (out.float() - other.float())).sum(-1)
+    dots_BSK = torch.unflatten(dots_BSH, 2, (mode.shape[1], -1)).sum(-1)
     spans = zip(row.tolist(), begin.tolist(), end.tolist(), strict=True)
     return torch.stack([dots_BSK[r, b:e].sum(0) for r, b, e in spans])
 
 
-def _slot_gap_fake(grad_out: Tensor, out: Tensor, other: Tensor, mode: Tensor, *_: Tensor) -> Tensor:
+def _slot_gap_fake(_grad_out: Tensor, _out: Tensor, _other: Tensor, mode: Tensor, *_: Any) -> Tensor:
     return torch.empty(mode.shape, dtype=torch.float32, device=mode.device)
 
 
-_library = torch.library.Library("elastic", "FRAGMENT")
-_library.define(
-    "slot_gap(Tensor grad_out, Tensor out, Tensor other, Tensor mode, Tensor begin, Tensor end, Tensor row) -> Tensor"
+operators.define(
+    "slot_gap(Tensor grad_out, Tensor out, Tensor other, Tensor mode, Tensor begin, Tensor end, Tensor row) -> Tensor",
+    cuda=_slot_gap_cuda,
+    cpu=_slot_gap_cpu,
+    fake=_slot_gap_fake,
 )
-_library.impl("slot_gap", _slot_gap_cuda, "CUDA")
-_library.impl("slot_gap", _slot_gap_cpu, "CPU")
-torch.library.register_fake("elastic::slot_gap", _slot_gap_fake, lib=_library)

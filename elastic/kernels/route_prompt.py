@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from elastic.kernels import jit
-from elastic.kernels.devices import device_facts, unsupported_reason
+from elastic.kernels.devices import capability_of, unsupported_reason
 
 _ROWS, _CLUSTER, _THREADS = 8, 8, 256
-_PARAMS = struct.Struct("<24Q5if")
+_PARAMS = struct.Struct("<23Q5if")
 
 
 class RoutedPrompt(NamedTuple):
@@ -28,7 +28,6 @@ class RoutedPrompt(NamedTuple):
         first: fp32 [N, K, D]; sums of the prompt's first P keys, earlier turns included.
         logits: fp32 [N, K, 2].
         route: fp32 [N, K] in {0, 1}.
-        record: int8 [N, K]; the route again.
         mode: int32 [N, K], for the head plan.
     """
 
@@ -36,7 +35,6 @@ class RoutedPrompt(NamedTuple):
     first: Tensor
     logits: Tensor
     route: Tensor
-    record: Tensor
     mode: Tensor
 
 
@@ -52,7 +50,8 @@ def route_prompt(
     bias: float = 0.0,
     modes: tuple[int, int] = (0, 1),
 ) -> RoutedPrompt:
-    """Boundary pooling, standardised features, task MLP, router MLP, argmax, mode: spec section 3. No gradient.
+    """Boundary pooling, standardised features, task MLP, router MLP, argmax and mode (docs/design.md section 3). No
+    gradient.
 
     Args:
         keys: contiguous [N, 2P, K, D], bf16 or fp16, on a GPU: keys before RoPE, after the model's own k-norm, of the
@@ -60,7 +59,7 @@ def route_prompt(
         weight: fp32 [N, 2P]; 1 where a key counts, else 0.
         count: fp32 [N]; tokens to divide by, at least 1.
         parameters: weight and bias of the five linear layers in their order, fp32, contiguous.
-        statistics: mean and var, fp32 [K, D], and the number of samples behind them, fp64 []; None: raw features.
+        statistics: mean and var, fp32 [K, D], and the number of samples they come from, fp64 []; None: raw features.
         earlier: fp32 [N, K, D]; sum of the first P keys pooled in an earlier turn.
         offset: fp32 [K, 2]; added to the logits.
         bias: added to the SA logit.
@@ -78,7 +77,6 @@ def route_prompt(
         torch.empty(*shape, dim, device=device),
         torch.empty(*shape, 2, device=device),
         torch.empty(shape, device=device),
-        torch.empty(shape, dtype=torch.int8, device=device),
         torch.empty(shape, dtype=torch.int32, device=device),
     )
     if samples == 0:
@@ -101,7 +99,7 @@ def _shared_bytes(head_dim: int, parts: int) -> int:
 @cache
 def _kernel(index: int, head_dim: int, bf16: bool) -> tuple[Any, int]:
     """The kernel, and how many CTAs share a tile of rows: clusters came with compute capability 9.0."""
-    (major, minor), _ = device_facts(index)
+    major, minor = capability_of(index)
     parts = _CLUSTER if major >= 9 else 1
     variant = jit.Variant("route_prompt", f"sm_{major}{minor}", head_dim, bf16, (f"ELASTIC_PARTS={parts}",))
     return jit.load_kernel(variant, index), parts

@@ -67,7 +67,7 @@ def tensor_map(tensor: Tensor, strides: tuple[int, int, int], rows: int) -> byte
 def phase_maps(tensor: Tensor, strides: tuple[int, int, int], stride: int, cells: int) -> tuple[bytes, bytes]:
     """Two maps of [B, S, heads, D] as (D, phase, cell, heads, B) with token = stride * cell + phase, boxes of one phase
     of `cells` cells. The first holds the phases from S % stride on, the second those before, which have one cell more.
-    A map that would be empty stands for some other tokens; what lies behind a tensor's end is never used.
+    Where a map would be empty it describes some other tokens; what lies past a tensor's end is never used.
 
     Raises:
         RuntimeError: the driver refused the layout.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from elastic.kernels.block_bits import bits_from_mask, query_block
-from elastic.kernels.params import BLOCK_SPARSE, Ranges
+from elastic.kernels.params import BLOCK_SPARSE, WHOLE_ROWS, Pattern, Ranges
 
 UNITS = 1 << 24  # masses are compared as whole numbers of 2^-24, so that sums have no order
 _CHUNK_SCORES = 1 << 24  # scores that exist at a time
@@ -36,7 +36,7 @@ def block_mass(q_HLD: Tensor, k_KLD: Tensor, stride: int, block: int, scale: flo
     parts = []
     for first in range(0, rows, chunk):
         here = slice(first, first + chunk)
-        rows_KGE = rows_HRE[:, here].unflatten(0, (kv_heads, -1)).flatten(1, 2)
+        rows_KGE = torch.unflatten(rows_HRE[:, here], 0, (kv_heads, -1)).flatten(1, 2)
         scores = (rows_KGE @ cells_KCE.transpose(1, 2) * (scale / stride)).view(heads, -1, cells)
         share = torch.softmax(scores.masked_fill(hidden_RC[here], float("-inf")), dim=-1)
         parts.append(_sum_runs(_sum_runs(share, 2, per_key_block), 1, per_query_block))
@@ -53,7 +53,7 @@ def choose(mass_HMN: Tensor, own_MN: Tensor, seen_MN: Tensor, threshold: float, 
         own_MN: key blocks that hold the query block's own positions.
         seen_MN: key blocks that begin at or before its last query.
         lagging_rows: so many first query blocks follow the published code's rule for its first chunk of queries: block
-            0 is chosen beside the others but not counted in advance, and the sum lags one block behind, so that
+            0 is chosen beside the others but not counted in advance, and the sum counts a block one step late, so that
             about one block too many is taken.
     """
     forced_MN = own_MN.clone()
@@ -83,22 +83,16 @@ def block_relations(queries: int, keys: int, block: int, device: torch.device) -
 
 
 def select_oracle(
-    q: Tensor,
-    k: Tensor,
-    mode: Tensor,
-    stride: int,
-    threshold: float,
-    block: int,
-    scale: float,
-    ranges: Ranges,
+    q: Tensor, k: Tensor, mode: Tensor, pattern: Pattern, ranges: Ranges = WHOLE_ROWS, *, stride: int, threshold: float,
     published_chunk: int = 0,
-) -> Tensor:
-    """Bits of all block-sparse heads, 0 for the others; the arguments are those of the operator.
+) -> Tensor:  # fmt: skip
+    """Bits of all block-sparse heads, 0 for the others; the arguments are those of `select_blocks`.
 
     Args:
         published_chunk: tokens of the published code's first chunk, whose rows it treats differently (see `choose`);
             0 is our rule everywhere. Samples with cached keys have no such rows.
     """
+    block, scale = pattern.block, pattern.scale_for(q.shape[3])
     samples, kv_heads = mode.shape
     group, size = q.shape[2] // kv_heads, query_block(block)
     shape = (samples, q.shape[2], -(-q.shape[1] // size), -(-k.shape[1] // (32 * block)))
@@ -120,10 +114,11 @@ def select_oracle(
 
 def _cut(x_HLD: Tensor, stride: int) -> Tensor:
     """[heads, L, D] -> [heads, ceil(L / stride), stride, D], the tail filled with zeros."""
-    return torch.nn.functional.pad(x_HLD, (0, 0, 0, -x_HLD.shape[1] % stride)).unflatten(1, (-1, stride))
+    padded = torch.nn.functional.pad(x_HLD, (0, 0, 0, -x_HLD.shape[1] % stride))
+    return torch.unflatten(padded, 1, (-1, stride))
 
 
 def _sum_runs(x: Tensor, dim: int, size: int) -> Tensor:
     """Sums over runs of `size` entries along `dim`; the last run may be shorter."""
     missing = [0, 0] * (x.dim() - 1 - dim) + [0, -x.shape[dim] % size]
-    return torch.nn.functional.pad(x, missing).unflatten(dim, (-1, size)).sum(dim + 1)
+    return torch.unflatten(torch.nn.functional.pad(x, missing), dim, (-1, size)).sum(dim + 1)

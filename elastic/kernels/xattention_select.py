@@ -6,20 +6,21 @@ Other GPUs and the CPU run the oracle, which does wait. Legend: B batch rows, N 
 heads, D head dim.
 """
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from elastic.kernels import jit
+from elastic.kernels import jit, operators
 from elastic.kernels.attention_forward import tile_counter
 from elastic.kernels.block_bits import query_block
-from elastic.kernels.checks import check_alignment, check_cuda, check_metadata, check_tensors
-from elastic.kernels.devices import SelectionConfig, device_facts, selection_config
+from elastic.kernels.checks import check_alignment, check_cuda, check_metadata, check_scale, check_tensors
+from elastic.kernels.devices import SelectionConfig, capability_of, processors_of, selection_config
 from elastic.kernels.params import (
     KEY_CELLS,
     QUERY_BLOCK,
     ROW_TILE,
+    WHOLE_ROWS,
     Pattern,
     Ranges,
     pack_pointers,
@@ -31,62 +32,48 @@ from elastic.kernels.tensor_map import phase_maps
 from elastic.kernels.xattention_oracle import select_oracle
 
 STRIDES, BLOCKS = (8, 16), (64, 128)
-_Optional = Tensor | None
 
 
 def select_blocks(
-    q: Tensor,
-    k: Tensor,
-    mode: Tensor,
-    *,
-    stride: int,
-    threshold: float,
-    block: int,
-    scale: float | None = None,
-    begin_q: Tensor | None = None,
-    end_q: Tensor | None = None,
-    begin_k: Tensor | None = None,
-    end_k: Tensor | None = None,
-    row: Tensor | None = None,
+    q: Tensor, k: Tensor, mode: Tensor, pattern: Pattern, ranges: Ranges = WHOLE_ROWS, *, stride: int, threshold: float
 ) -> Tensor:
     """Key blocks of the heads in mode 2; other heads are not estimated. A constant for autograd.
 
     Args:
         q: [B, Sq, H, D] after RoPE; k: [B, Sk, K, D]; query head h reads KV head h // (H / K).
         mode: int32 [N, K], as for `attention_forward`.
-        stride: tokens of an antidiagonal cell, a divisor of `block`; the CUDA kernel takes 8 and 16.
+        pattern: only its block and its scale count. The block has 64 or 128 keys; the CPU also takes smaller powers of
+            two (see `query_block`).
+        ranges: where the samples lie; by default every row is one.
+        stride: tokens of an antidiagonal cell, a divisor of the block; the CUDA kernel takes 8 and 16.
         threshold: share of the estimated mass that the visited blocks hold, in (0, 1].
-        block: keys of a block, 64 or 128; the CPU also takes smaller powers of two (see `query_block`).
-        scale: softmax scale, default D ** -0.5.
-        begin_q, end_q, begin_k, end_k, row: int32 [N] sample ranges, as for `attention_forward`.
 
     Returns:
-        bits, int32 [N, H, ceil(Sq / 128), ceil(Sk / (32 * block))], see `block_bits`.
+        bits, int32 [N, H, ceil(Sq / 128), ceil(Sk / (32 * pattern.block))], see `block_bits`.
 
     Raises:
         ValueError: arguments that do not fit, with the way out.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = pattern.scale_for(q.shape[-1])
     with torch.no_grad():
-        return torch.ops.elastic.xattention_select(
-            q, k, mode, stride, threshold, block, scale, begin_q, end_q, begin_k, end_k, row
-        )
+        bits: Tensor = torch.ops.elastic.xattention_select(q, k, mode, stride, threshold, pattern.block, scale, *ranges)
+    return bits
 
 
 def check_selection(
-    q: Tensor, k: Tensor, mode: Tensor, stride: int, threshold: float, block: int, scale: float, ranges: Ranges
+    q: Tensor, k: Tensor, mode: Tensor, pattern: Pattern, ranges: Ranges, stride: int, threshold: float
 ) -> None:
     """What every implementation needs of its arguments; reads shapes and types only."""
+    block = pattern.block
     check_tensors(q, k, k)
     check_metadata(q, k, mode, ranges, None, block)
-    if block < 1 or block > 128 or block & (block - 1):
-        raise ValueError(f"block={block}; expected a power of two up to 128, and 64 or 128 on a GPU")
+    if block < 1 or block > QUERY_BLOCK or block & (block - 1):
+        raise ValueError(f"block={block}; expected a power of two up to {QUERY_BLOCK}, and 64 or 128 on a GPU")
     if stride < 1 or block % stride:
         raise ValueError(f"stride={stride} does not divide block={block}; use {min(16, block)}")
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold={threshold} is not in (0, 1]; 0.9 is usual")
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale={scale} is not positive and finite; the usual value is head_dim ** -0.5")
+    check_scale(pattern.scale)
 
 
 def mass_shape(q: Tensor, k: Tensor, mode: Tensor, stride: int, block: int) -> tuple[int, int, int, int]:
@@ -97,13 +84,12 @@ def mass_shape(q: Tensor, k: Tensor, mode: Tensor, stride: int, block: int) -> t
 
 def config_for(q: Tensor, k: Tensor, mode: Tensor, stride: int, block: int) -> SelectionConfig:
     """Launch choices for such tensors on their GPU."""
-    processors = device_facts(q.device.index)[1]
     tiles = mode.shape[0] * q.shape[2] * -(-q.shape[1] // (ROW_TILE * stride))
-    return selection_config(processors, mode.shape[0], tiles, -(-k.shape[1] // block))
+    return selection_config(processors_of(q.device.index), mode.shape[0], tiles, -(-k.shape[1] // block))
 
 
 def launch_selection(
-    q: Tensor, k: Tensor, mode: Tensor, stride: int, threshold: float, block: int, scale: float, ranges: Ranges,
+    q: Tensor, k: Tensor, mode: Tensor, pattern: Pattern, ranges: Ranges, *, stride: int, threshold: float,
     mass: Tensor | None = None, debug: tuple[str, ...] = (),
 ) -> Tensor:  # fmt: skip
     """Bits of checked CUDA tensors, 0 for the heads in other modes.
@@ -112,6 +98,7 @@ def launch_selection(
         mass: fp32 of `mass_shape`, takes the estimated mass of every key block that a query block may visit; for the
             tests, as `debug` is.
     """
+    block = pattern.block
     config = config_for(q, k, mode, stride, block)
     columns = mass_shape(q, k, mode, stride, block)[3]
     words = -(-k.shape[1] // (32 * block))
@@ -130,7 +117,7 @@ def launch_selection(
         (
             maps_q[0], maps_k[0], maps_q[1], maps_k[1],
             pack_pointers(q, k, k, q, scratch, mode, bits, ranges, tile_counter(q.device)),
-            pack_sizes(q, k, k, q, mode, bits, Pattern(0, 1, "token", block, scale)),
+            pack_sizes(q, k, k, q, mode, bits, pattern),
             pack_selection(threshold, mass, q.shape[1] % stride, k.shape[1] % stride, columns, config.shared_units),
         )
     )  # fmt: skip
@@ -138,40 +125,37 @@ def launch_selection(
     return bits
 
 
-def _select_cpu(
-    q: Tensor, k: Tensor, mode: Tensor, stride: int, threshold: float, block: int, scale: float, *spans: _Optional
+def _select_torch(
+    q: Tensor, k: Tensor, mode: Tensor, stride: int, threshold: float, block: int, scale: float, *spans: Tensor | None
 ) -> Tensor:
-    ranges = Ranges(*spans)
-    check_selection(q, k, mode, stride, threshold, block, scale, ranges)
-    return select_oracle(q, k, mode, stride, threshold, block, scale, ranges)
+    pattern, ranges = Pattern.without_streaming(block, scale), Ranges(*spans)
+    check_selection(q, k, mode, pattern, ranges, stride, threshold)
+    return select_oracle(q, k, mode, pattern, ranges, stride=stride, threshold=threshold)
 
 
 def _select_cuda(
-    q: Tensor, k: Tensor, mode: Tensor, stride: int, threshold: float, block: int, scale: float, *spans: _Optional
+    q: Tensor, k: Tensor, mode: Tensor, stride: int, threshold: float, block: int, scale: float, *spans: Tensor | None
 ) -> Tensor:
-    ranges = Ranges(*spans)
-    check_selection(q, k, mode, stride, threshold, block, scale, ranges)
-    if device_facts(q.device.index)[0] != (9, 0):
-        return select_oracle(q, k, mode, stride, threshold, block, scale, ranges)
+    if capability_of(q.device.index) != (9, 0):
+        return _select_torch(q, k, mode, stride, threshold, block, scale, *spans)
+    pattern, ranges = Pattern.without_streaming(block, scale), Ranges(*spans)
+    check_selection(q, k, mode, pattern, ranges, stride, threshold)
     if stride not in STRIDES or block not in BLOCKS:
         raise ValueError(f"stride={stride}, block={block}; the CUDA kernel takes strides {STRIDES} and blocks {BLOCKS}")
     check_cuda(q, k, k)
     check_alignment(q, k, k)
-    return launch_selection(q, k, mode, stride, threshold, block, scale, ranges)
+    return launch_selection(q, k, mode, pattern, ranges, stride=stride, threshold=threshold)
 
 
-def _select_fake(
-    q: Tensor, k: Tensor, mode: Tensor, stride: int, threshold: float, block: int, scale: float, *spans: _Optional
-) -> Tensor:
+def _select_fake(q: Tensor, k: Tensor, mode: Tensor, _stride: int, _threshold: float, block: int, *_: Any) -> Tensor:
     shape = (mode.shape[0], q.shape[2], -(-q.shape[1] // query_block(block)), -(-k.shape[1] // (32 * block)))
     return torch.empty(shape, dtype=torch.int32, device=q.device)
 
 
-_library = torch.library.Library("elastic", "FRAGMENT")
-_library.define(
+operators.define(
     "xattention_select(Tensor q, Tensor k, Tensor mode, int stride, float threshold, int block, float scale, "
-    "Tensor? begin_q, Tensor? end_q, Tensor? begin_k, Tensor? end_k, Tensor? row) -> Tensor"
+    f"{operators.RANGES}) -> Tensor",
+    cuda=_select_cuda,
+    cpu=_select_torch,
+    fake=_select_fake,
 )
-_library.impl("xattention_select", _select_cuda, "CUDA")
-_library.impl("xattention_select", _select_cpu, "CPU")
-torch.library.register_fake("elastic::xattention_select", _select_fake, lib=_library)

@@ -1,4 +1,5 @@
-"""Attach attention routers to a frozen Hugging Face causal LM from outside, and detach them again (spec section 6).
+"""Attach attention routers to a frozen Hugging Face causal LM from outside, and detach them again (docs/design.md
+section 6).
 
 Nothing is copied, subclassed or patched: a pre-hook on the decoder lays out the samples of the batch, a pre-hook on
 every attention module routes them, and an attention function registered with transformers runs the head plan. Decisions
@@ -7,11 +8,12 @@ of a generation live on its KV cache, so interleaved requests never mix.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic.attention.row_slice import RowSlice
 from elastic.cache.route_record import RouteRecord, route_of
@@ -19,7 +21,8 @@ from elastic.config import ElasticConfig, SparseConfig
 from elastic.model.attention_function import IMPLEMENTATION, register
 from elastic.model.chunking import chunk, unchunk
 from elastic.model.families import FAMILIES, attention_layers
-from elastic.model.layer_hooks import Handle, PassRoutes
+from elastic.model.layer_hooks import before_attention, before_decoder
+from elastic.model.pass_state import AttachedState, PassRecord, PassRoutes, forced_on, forcing
 from elastic.routing.router import Router, build_router
 
 __all__ = [
@@ -45,6 +48,25 @@ __all__ = [
 HANDLE = "_elastic_handle"
 
 
+@dataclass
+class Handle:
+    """What `attach` must remember: the model's settings, and how to undo itself.
+
+    Attributes:
+        state: the settings.
+        implementation: attention implementation from before.
+        trainable: `requires_grad` of the parameters from before.
+        hooks: what removes the hooks.
+        compiled: modules that `compile_layers` gave another forward, each with the one of its own that it had, if any.
+    """
+
+    state: AttachedState
+    implementation: str
+    trainable: dict[str, bool]
+    hooks: list[Any] = field(default_factory=list)
+    compiled: list[tuple[nn.Module, Any]] = field(default_factory=list)
+
+
 def attach(model: Any, config: ElasticConfig | None = None) -> Any:
     """Give every attention layer of `model` a router, freeze the backbone, and run attention by head plan. Works in
     place.
@@ -57,41 +79,69 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
         The same model. With all heads on full attention its outputs equal the stock model's bit for bit on the CPU.
 
     Raises:
-        ValueError: a model that is attached already or uses something unsupported.
+        ValueError: a model that is attached already or uses something unsupported. It is left as it was.
     """
     config = config or ElasticConfig()
     if is_attached(model):
         raise ValueError("this model already has routers; call elastic.detach(model) first")
     layers = attention_layers(model)
-    register()
-    handle = Handle(model, config)
+    made = []
     for attn in layers:
         weight = attn.k_proj.weight
         router = build_router(weight.shape[0] // attn.head_dim, attn.head_dim, config.router)
-        attn.router = router.to(weight.device).train(model.training)
-        handle.hooks.append(attn.register_forward_pre_hook(handle.before_attention, with_kwargs=True))
-    chunk(model.get_decoder(), handle.chunk_tokens)
-    handle.hooks.append(model.get_decoder().register_forward_pre_hook(handle.before_decoder, with_kwargs=True))
-    model.set_attn_implementation(IMPLEMENTATION)
+        made.append(router.to(weight.device).train(model.training))
+    register()
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    handle = Handle(AttachedState(config), model.config._attn_implementation, trainable)
+    try:
+        _install(model, handle, layers, made)
+    except BaseException:
+        _undo(model, handle)
+        raise
     setattr(model, HANDLE, handle)
     return model
 
 
+def _install(model: Any, handle: Handle, layers: list[Any], made: list[Router]) -> None:
+    model.set_attn_implementation(IMPLEMENTATION)
+    if model.config._attn_implementation != IMPLEMENTATION:
+        raise ValueError(
+            f"{type(model).__name__} kept attention implementation {model.config._attn_implementation!r}; expected a "
+            "model whose attention goes through transformers' AttentionInterface"
+        )
+    model.requires_grad_(False)
+    for attn, router in zip(layers, made, strict=True):
+        attn.router = router
+        handle.hooks.append(attn.register_forward_pre_hook(before_attention, with_kwargs=True))
+    decoder = model.get_decoder()
+    chunk(decoder, handle.state.chunk_tokens)
+    hook = partial(before_decoder, handle.state)
+    handle.hooks.append(decoder.register_forward_pre_hook(hook, with_kwargs=True))
+
+
 def detach(model: Any) -> Any:
-    """Remove the routers and restore the stock model exactly, `requires_grad` flags included."""
-    handle = handle_of(model)
+    """Remove the routers and restore the stock model exactly: hooks, forwards, attention implementation and
+    `requires_grad` flags.
+    """
+    _undo(model, handle_of(model))
+    delattr(model, HANDLE)
+    return model
+
+
+def _undo(model: Any, handle: Handle) -> None:
+    """Take back whatever `attach` and `compile_layers` have done so far."""
     for hook in handle.hooks:
         hook.remove()
-    for attn in handle.attention_layers(model):
-        del attn.router
-    unchunk(model.get_decoder())
-    for part in handle.compiled:
+    for part, before in handle.compiled:
         del part.forward
+        if before is not None:
+            part.forward = before
+    unchunk(model.get_decoder())
+    for attn in _attention_layers(model):
+        attn._modules.pop("router", None)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(handle.trainable[name])
     model.set_attn_implementation(handle.implementation)
-    delattr(model, HANDLE)
-    return model
 
 
 def is_attached(model: Any) -> bool:
@@ -100,104 +150,111 @@ def is_attached(model: Any) -> bool:
 
 
 def elastic_config(model: Any) -> ElasticConfig:
-    """The configuration the model was attached with."""
-    return handle_of(model).routing.config
+    """The configuration in force: the model's, with what `override_routes` and `biased` force in this thread."""
+    return handle_of(model).state.config_in_force()
 
 
 def set_config(model: Any, config: ElasticConfig) -> None:
-    """Replace settings that need no new routers: sparsity bias, decoding, pattern sizes."""
-    if config.router != elastic_config(model).router:
+    """Replace settings that need no new routers, for all threads: sparsity bias, decoding, pattern sizes.
+
+    Raises:
+        ValueError: other router settings, or a call inside `biased` or an `override_routes` that gives pattern sizes,
+            whose values would become the model's.
+    """
+    state = handle_of(model).state
+    if config.router != state.config.router:
+        raise ValueError(f"router settings are fixed at attach ({state.config.router}); detach and attach again")
+    forced = forced_on(state)
+    if forced.bias is not None or forced.sparse is not None:
         raise ValueError(
-            f"router settings are fixed at attach ({elastic_config(model).router}); detach and attach again"
+            "set_config was called where biased or override_routes(..., sparse) is in force, so what is temporary here "
+            "would become the model's own; leave that context first"
         )
-    handle_of(model).routing.config = config
+    state.config = config
 
 
 def set_row_slice(model: Any, row_slice: RowSlice) -> RowSlice:
     """Say which part of each row this process holds; returns what was set before."""
-    state = handle_of(model).routing
+    state = handle_of(model).state
     previous, state.row_slice = state.row_slice, row_slice
     return previous
 
 
 def routers(model: Any) -> list[Router]:
     """The routers in layer order."""
-    return [attn.router for attn in handle_of(model).attention_layers(model)]
+    handle_of(model)
+    return [attn.router for attn in _attention_layers(model)]
 
 
 def last_routes(model: Any) -> PassRoutes:
-    """What the routers decided in the last forward pass of this model (for training and tests; generation:
-    `route_of(cache)`).
+    """What the routers decided in this thread's last forward pass of this model that was not a decode step (for
+    training and tests; generation: `route_of(cache)`).
 
     Raises:
         RuntimeError: no forward pass yet, or one whose routes lost their gradient to reentrant checkpointing.
     """
-    states = [router.last for router in routers(model)]
-    lengths = handle_of(model).routing.lengths_N
-    if lengths is None or any(state is None for state in states):
-        raise RuntimeError("no routes yet: run a forward pass of the attached model first")
-    state = PassRoutes.stack([state for state in states if state is not None], lengths)
-    if state.logits is not None and model.training and torch.is_grad_enabled() and not state.route.requires_grad:
+    routes = _last_record(model).routes()
+    if routes.logits is not None and model.training and torch.is_grad_enabled() and not routes.route.requires_grad:
         raise RuntimeError(
             "the routes of the last forward pass have no gradient: it ran under torch.no_grad or reentrant gradient "
             "checkpointing; use gradient_checkpointing_enable({'use_reentrant': False})"
         )
-    return state
+    return routes
 
 
 @contextmanager
 def override_routes(model: Any, route: int | Tensor | None, sparse: SparseConfig | None = None) -> Iterator[None]:
-    """Inside the context, use these routes instead of the routers' decisions.
+    """Inside the context, use these routes instead of the routers' decisions, in this thread (or asyncio task) alone.
 
     Args:
         route: 0 (every head in route 0's mode), 1, a tensor [L, K] or [L, N, K] in {0, 1}, or None for the routers'
             own.
-        sparse: modes and pattern sizes inside the context; default the model's own.
+        sparse: modes and pattern sizes inside the context; default those in force.
 
     Raises:
         ValueError: a tensor of another shape, or values other than 0 and 1.
     """
-    state = handle_of(model).routing
-    state.check_override(route, len(routers(model)), routers(model)[0].kv_heads)
-    previous, config = state.override, state.config
-    state.override, state.config = route, replace(config, sparse=sparse or config.sparse)
-    try:
+    state, own = handle_of(model).state, routers(model)
+    _check_override(route, len(own), own[0].kv_heads)
+    forced = forced_on(state)
+    with forcing(state, replace(forced, route=route, sparse=sparse or forced.sparse)):
         yield
-    finally:
-        state.override, state.config = previous, config
 
 
 @contextmanager
 def biased(model: Any, sparsity_bias: float | None) -> Iterator[None]:
-    """Inside the context, routers decide with this `sparsity_bias`; None leaves the configuration's."""
-    if sparsity_bias is None:
+    """Inside the context, routers decide with this `sparsity_bias`, in this thread (or asyncio task) alone; None leaves
+    what is in force.
+
+    Raises:
+        ValueError: a bias that is not a finite number.
+    """
+    state = handle_of(model).state
+    forced = forced_on(state)
+    changed = replace(forced, bias=forced.bias if sparsity_bias is None else sparsity_bias)
+    changed.applied_to(state.config)  # refuses what the configuration refuses
+    with forcing(state, changed):
         yield
-        return
-    config = elastic_config(model)
-    set_config(model, replace(config, sparsity_bias=sparsity_bias))
-    try:
-        yield
-    finally:
-        set_config(model, config)
 
 
 def set_temperature(model: Any, temperature: float) -> None:
     """Temperature of the Gumbel-softmax that samples routes while the model is in training mode."""
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} is not positive; the annealing must end above 0 (tau_min)")
-    handle_of(model).routing.temperature = temperature
+    handle_of(model).state.temperature = temperature
 
 
 def pooled_keys(model: Any) -> Tensor:
-    """Pooled keys [L, N, K, D] that the last forward pass was routed on.
+    """Pooled keys [L, N, K, D] that the pass of `last_routes` was routed on.
 
     Raises:
         RuntimeError: no forward pass yet, or one whose routes were given by `override_routes`.
     """
-    pooled = [None if router.last is None else router.last.pooled_NKD for router in routers(model)]
-    if any(keys is None for keys in pooled):
+    decisions = _last_record(model).decisions
+    pooled = [keys for keys in (decisions[layer].pooled_NKD for layer in sorted(decisions)) if keys is not None]
+    if len(pooled) < len(decisions):
         raise RuntimeError("no routes yet: run a forward pass of the attached model, outside override_routes")
-    return torch.stack([keys for keys in pooled if keys is not None])
+    return torch.stack(pooled)
 
 
 def update_statistics(model: Any, pooled_LNKD: Tensor) -> None:
@@ -210,3 +267,30 @@ def handle_of(model: Any) -> Handle:
     if not is_attached(model):
         raise ValueError("this model has no routers; call elastic.attach(model, config) or elastic.load(path) first")
     return getattr(model, HANDLE)
+
+
+def _last_record(model: Any) -> PassRecord:
+    """Record of this thread's last pass that decided routes in all layers."""
+    record = handle_of(model).state.last.record
+    if record is None or len(record.decisions) < len(routers(model)):
+        raise RuntimeError("no routes yet: run a forward pass of the attached model first, in this thread")
+    return record
+
+
+def _attention_layers(model: Any) -> list[Any]:
+    return [layer.self_attn for layer in model.get_decoder().layers]
+
+
+def _check_override(route: int | Tensor | None, num_layers: int, kv_heads: int) -> None:
+    """Raise ValueError unless `route` is None, 0, 1, or 0/1-valued [L, K] or [L, N, K]."""
+    if isinstance(route, Tensor):
+        fits = route.dim() in (2, 3) and (route.shape[0], route.shape[-1]) == (num_layers, kv_heads)
+        if not fits:
+            raise ValueError(
+                f"routes of shape {list(route.shape)} do not fit; expected [{num_layers}, {kv_heads}] or "
+                f"[{num_layers}, samples, {kv_heads}] (layers, KV heads)"
+            )
+        if not bool(((route == 0) | (route == 1)).all()):
+            raise ValueError("routes hold values other than 0 (route 0's mode) and 1 (route 1's mode)")
+    elif route is not None and route not in (0, 1):
+        raise ValueError(f"route={route!r}; expected 0, 1, a tensor of 0 and 1, or None")

@@ -1,5 +1,11 @@
-"""The attention function that transformers calls in place of its own, by the registered name `elastic`."""
+"""The attention function that transformers calls in place of its own, by the registered name `elastic`.
 
+The registry is the process's, so a model chooses by name and nothing is ever registered again: models whose layers are
+compiled take `elastic_compiled`, the same function closed to the compiler. The others do not pay for its wrapper
+(some microseconds a call).
+"""
+
+from functools import cache
 from typing import Any
 
 import torch
@@ -7,9 +13,10 @@ from torch import Tensor, nn
 
 from elastic.cache.decode_attention import decode_attention
 from elastic.cache.elastic_cache import ElasticCache
-from elastic.model.layer_hooks import remember_density
+from elastic.model.layer_hooks import CALL
+from elastic.model.pass_state import LayerCall
 
-IMPLEMENTATION = "elastic"
+IMPLEMENTATION, COMPILED = "elastic", "elastic_compiled"
 
 
 def attention_function(
@@ -23,8 +30,8 @@ def attention_function(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: q [B, H, Lq, D], k and v [B, K, Lk, D] after RoPE -> [B, Lq, H, D]."""
-    plan, route, context = (kwargs.get(f"elastic_{name}") for name in ("plan", "route", "context"))
-    if plan is None or route is None or context is None:
+    call = kwargs.get(CALL)
+    if not isinstance(call, LayerCall):
         raise ValueError(
             "attention implementation 'elastic' was chosen without routers; call elastic.attach(model, config)"
         )
@@ -32,24 +39,27 @@ def attention_function(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    cache: Any = kwargs.get("elastic_cache")
-    elastic = isinstance(cache, ElasticCache)
+    plan, held = call.plan, call.cache
+    elastic = isinstance(held, ElasticCache)
     if plan.layout.decoding and (elastic or not torch.is_grad_enabled()):
-        stored = cache.stored(module.layer_idx) if elastic else None
+        stored = held.stored(call.layer) if elastic else None
         return decode_attention(query, key, value, plan, scale, stored), None
     keys = plan.layout.keys  # a static cache hands out its whole allocation
-    out, density = context.attend(query, key[:, :, :keys], value[:, :, :keys], route, plan, scale)
-    remember_density(module, density, cache)
-    return out, None
+    found = call.of_pass.row_slice.attend(query, key[:, :, :keys], value[:, :, :keys], call.route_NK, plan, scale)
+    call.remember_density(found.density)
+    return found.output, None
 
 
 def no_mask(**kwargs: Any) -> None:
     """The layout carries padding and packing; no [S, S] mask is ever built for the whole batch."""
 
 
-def register(attention: Any = attention_function) -> None:
-    """Make the attention function known to transformers."""
+@cache
+def register() -> None:
+    """Make the attention function known to transformers, once in a process."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(IMPLEMENTATION, attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, no_mask)
+    closed: Any = torch.compiler.disable(attention_function)
+    for name, function in ((IMPLEMENTATION, attention_function), (COMPILED, closed)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, no_mask)

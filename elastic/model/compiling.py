@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from elastic.model.attach import handle_of
-from elastic.model.attention_function import attention_function, register
+from elastic.model.attention_function import COMPILED
 from elastic.model.chunking import Chunked, unchunk
 
 
@@ -22,19 +22,20 @@ def compile_layers(model: Any, **settings: Any) -> Any:
         settings: of `torch.compile`, such as `backend` or `mode`; `dynamic=True` unless given.
     """
     handle, settings = handle_of(model), {"dynamic": True, **settings}
-    register(torch.compiler.disable(attention_function))
+    model.set_attn_implementation(COMPILED)
     # Parts of a layer, because checkpointing a compiled layer would not compile it; and their forward alone, because
     # the hook that routes is not for the compiler.
+    done = {part for part, _ in handle.compiled}
     for layer in model.get_decoder().layers:
         for part in layer.children():
-            if part in handle.compiled:
+            if part in done:
                 continue
             if isinstance(part.forward, Chunked):
                 part.forward.compile(**settings)
             else:
                 unchunk(part)  # a chunked norm inside would make every layer a graph of its own
+                handle.compiled.append((part, vars(part).get("forward")))
                 part.forward = _compiled_without_cache(part.forward, settings)
-                handle.compiled.append(part)
     return model
 
 

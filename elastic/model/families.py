@@ -1,4 +1,4 @@
-"""Which model families can be routed, and the little in which they differ (spec section 6; docs/porting.md)."""
+"""Which model families can be routed, and the little in which they differ (docs/design.md section 6; porting.md)."""
 
 from typing import Any
 
@@ -23,7 +23,8 @@ def attention_layers(model: Any) -> list[Any]:
     """The attention modules of a transformers causal LM in layer order.
 
     Raises:
-        ValueError: another family, another attention implementation than SDPA, a sliding window, attention dropout.
+        ValueError: another family, another attention implementation than SDPA, a sliding window, attention dropout, an
+            attribute `router`.
     """
     config: Any = getattr(model, "config", None)
     family = getattr(config, "model_type", type(model).__name__)
@@ -42,6 +43,10 @@ def attention_layers(model: Any) -> list[Any]:
             raise ValueError(
                 f"{where} has its own sliding window of {window} tokens, but full heads must see everything; load "
                 "the model with sliding_window=None (and layer_types of full_attention)"
+            )
+        if hasattr(attn, "router"):
+            raise ValueError(
+                f"{where} has an attribute `router` of its own, which attach would replace; attach a model without one"
             )
         if attn.attention_dropout:
             raise ValueError(

@@ -8,11 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from elastic.files import cache_folder
+from elastic.files import cache_folder, shipped
 
 TINY = "tiny"
 SMOLLM2 = "smollm2-135m"
-ASSETS = Path(__file__).parents[1] / "assets"
+ASSETS = shipped("assets")
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -15,45 +15,35 @@ from elastic.config import RouterConfig
 
 MIN_STATISTICS = 8  # samples before the deviation means anything
 STANDARDISED_LIMIT = 10.0  # features further out than this many deviations carry no more information than the sign
-_EPSILON = 1e-5
+EPSILON = 1e-5  # added to the variance
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A layer's last decision.
+    """A layer's decision.
 
     Attributes:
         route_NK: in {0, 1}, with the straight-through gradient in training.
         logits_NK2, pooled_NKD: what it was decided from; None when the route was given from outside.
         mode_NK: the route in modes of the head plan, where the kernel that decided made it too.
-        density_NK: what XAttention heads then visited, see `elastic.attention.block_selection.density`; None without
-            such heads.
     """
 
     route_NK: Tensor
     logits_NK2: Tensor | None
     pooled_NKD: Tensor | None
     mode_NK: Tensor | None = None
-    density_NK: Tensor | None = None
 
 
 class Router(nn.Module):
-    """What the routers of all kinds share: pooled keys [N, K, D] in, logits [N, K, 2] out, and the last decision.
+    """What the routers of all kinds share: pooled keys [N, K, D] in, logits [N, K, 2] out.
 
     Attributes:
         kv_heads: K.
-        last: the layer's last decision.
     """
-
-    last: Decision | None
 
     def __init__(self, num_kv_heads: int) -> None:
         super().__init__()
-        self.kv_heads, self.last = num_kv_heads, None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave out the last decision, which may hang on an autograd graph."""
-        return {**self.__dict__, "last": None}
+        self.kv_heads = num_kv_heads
 
     def update_statistics(self, _pooled_NKD: Tensor) -> None:
         """Gather statistics of the features, where this kind keeps any."""
@@ -155,7 +145,7 @@ class AttentionRouter(Router):
         """
         if self.config.feature_norm == "none":
             return pooled_NKD
-        features = (pooled_NKD - self.mean) * torch.rsqrt(self.var + _EPSILON)
+        features = (pooled_NKD - self.mean) * torch.rsqrt(self.var + EPSILON)
         features = features.clamp(-STANDARDISED_LIMIT, STANDARDISED_LIMIT)
         return torch.where(self.count >= MIN_STATISTICS, features, pooled_NKD)
 

@@ -17,9 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elastic.attention.block_selection import density
 from elastic.attention.head_plan import HeadPlan
-from elastic.attention.routed import choose_blocks, routed_attention
+from elastic.attention.routed import Routed, routed_attention
 from elastic.attention.row_slice import RowSlice
 from elastic.data.packing import IGNORE, Batch
 from elastic.model.attach import routers, set_row_slice
@@ -44,7 +43,7 @@ class RowSliceGroup(RowSlice):
 
     def attend(
         self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Routed:
         """`routed_attention` on this process's KV heads over the whole row.
 
         Args:
@@ -54,7 +53,7 @@ class RowSliceGroup(RowSlice):
             scale: softmax scale.
 
         Returns:
-            [1, s, H, D], and the density [N, K] of all XAttention heads.
+            the output [1, s, H, D], the plan of this process's heads, and the density [N, K] of all XAttention heads.
         """
         heads, kv_heads = q_BHSD.shape[1] // self.size, k_BKSD.shape[1] // self.size
         mine = slice(self.rank * kv_heads, (self.rank + 1) * kv_heads)
@@ -63,10 +62,10 @@ class RowSliceGroup(RowSlice):
         whole = exchanged.transpose(0, 1).flatten(1, 2)[None]  # [1, (H + 2 K) / C, S, D]
         q, k, v = whole.split([heads, kv_heads, kv_heads], dim=1)
         plan = replace(plan, mode_NK=plan.mode_NK[:, mine].contiguous())
-        plan = choose_blocks(q, k, v, route_NK[:, mine], plan, scale)
-        out = routed_attention(q, k, v, route_NK[:, mine], plan, scale)  # [1, S, H / C, D]
-        back = _Exchange.apply(out[0].unflatten(0, (self.size, -1)), self.group)  # first axis: whose heads
-        return back.transpose(0, 1).flatten(1, 2)[None], self._all_heads(density(plan), mine, route_NK)
+        found = routed_attention(q, k, v, route_NK[:, mine], plan, scale)  # [1, S, H / C, D]
+        back = _Exchange.apply(found.output[0].unflatten(0, (self.size, -1)), self.group)  # first axis: whose heads
+        output = back.transpose(0, 1).flatten(1, 2)[None]
+        return Routed(output, found.plan, self._all_heads(found.density, mine, route_NK))
 
     def _all_heads(self, share: Tensor | None, mine: slice, route_NK: Tensor) -> Tensor | None:
         """A number per sample and KV head of this process, [N, K / C], put together with those of the others."""

@@ -79,7 +79,7 @@ class RoutedModule(LightningModule):
             if not isinstance(self.trainer.strategy, ShardedBackbone):
                 raise ValueError(
                     f"{type(self.trainer.strategy).__name__} does not know what is frozen; use "
-                    "elastic.training.sharding.ShardedBackbone (configs/strategy/fsdp.yaml)"
+                    "elastic.training.sharding.ShardedBackbone (-c strategy/fsdp)"
                 )
             shard_backbone(self.model, self.device_mesh["data_parallel"])
         self.columns = columns(self.methods)

@@ -32,7 +32,7 @@ def test_mixed_routes_equal_the_oracle(granule, sink, window, queries, keys):
     q, k, v = inputs(2, queries, keys)
     route = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     layout = batch_layout(2, queries, keys - queries, CPU)
-    out = routed_attention(q, k, v, route, HeadPlan.build(route, sparse, layout), SCALE)
+    out = routed_attention(q, k, v, route, HeadPlan.build(route, sparse, layout), SCALE).output
     expected = reference.routed_attention(q, k, v, route, sparse, SCALE).transpose(1, 2)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 
@@ -46,7 +46,7 @@ def test_all_gradients_equal_those_of_mixing_both_branches():
             route = torch.tensor(route_values, dtype=torch.float64).view(2, 2).requires_grad_()
             if ours:
                 plan = HeadPlan.build(route, SPARSE, batch_layout(2, 70, 0, CPU))
-                out = routed_attention(q, k, v, route, plan, SCALE)
+                out = routed_attention(q, k, v, route, plan, SCALE).output
             else:
                 out = reference.routed_attention(q, k, v, route, SPARSE, SCALE).transpose(1, 2)
             weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
@@ -64,7 +64,7 @@ def test_left_padding_equals_the_samples_alone():
         mask[row, :pad] = 0
     route = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
     plan = HeadPlan.build(route, SPARSE, batch_layout(3, 60, 0, CPU, mask))
-    out = routed_attention(q, k, v, route, plan, SCALE)
+    out = routed_attention(q, k, v, route, plan, SCALE).output
     for row, pad in enumerate(pads):
         alone = reference.routed_attention(
             q[row : row + 1, :, pad:],
@@ -82,7 +82,7 @@ def test_packed_samples_never_see_each_other():
     q, k, v = inputs(1, 90, 90)
     route = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]], dtype=torch.float64, requires_grad=True)
     plan = HeadPlan.build(route, SPARSE, packed_layout(bounds, None, 90, CPU))
-    out = routed_attention(q, k, v, route, plan, SCALE)
+    out = routed_attention(q, k, v, route, plan, SCALE).output
     expected = []
     for n, (begin, end) in enumerate(itertools.pairwise(bounds.tolist())):
         part = (t[:, :, begin:end] for t in (q, k, v))
@@ -99,7 +99,7 @@ def test_window_longer_than_the_sample_is_full_attention():
     sparse = SparseConfig(sink=0, window=64, block=4)
     layout = batch_layout(1, 50, 0, CPU)
     outputs = [
-        routed_attention(q, k, v, route, HeadPlan.build(route, sparse, layout), SCALE)
+        routed_attention(q, k, v, route, HeadPlan.build(route, sparse, layout), SCALE).output
         for route in (torch.zeros(1, 2), torch.ones(1, 2))
     ]
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-6)

@@ -11,9 +11,9 @@ from elastic.attention.block_selection import BlockPairs, density
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import batch_layout, packed_layout
 from elastic.attention.modes import BLOCK_SPARSE, FULL, STREAMING
-from elastic.attention.routed import choose_blocks, fused, routed_attention
+from elastic.attention.routed import fused, routed_attention
 from elastic.kernels.block_bits import count_bits, mask_from_bits, query_block
-from elastic.kernels.params import Ranges
+from elastic.kernels.params import Pattern
 from elastic.kernels.xattention_oracle import select_oracle
 from tests.helpers.xattention import sparse_of
 
@@ -36,11 +36,16 @@ def oracle_mask(q, k, sparse):
     if queries == 1:
         return torch.ones(q.shape[0], q.shape[1], 1, keys, dtype=torch.bool)
     mode = torch.full((q.shape[0], k.shape[1]), BLOCK_SPARSE)
-    sizes = sparse.stride, sparse.threshold, sparse.block, SCALE, Ranges()
-    bits = select_oracle(q.detach().transpose(1, 2), k.detach().transpose(1, 2), mode, *sizes)
+    pattern = Pattern.without_streaming(sparse.block, SCALE)
+    sizes = {"stride": sparse.stride, "threshold": sparse.threshold}
+    bits = select_oracle(q.detach().transpose(1, 2), k.detach().transpose(1, 2), mode, pattern, **sizes)
     blocks = mask_from_bits(bits).repeat_interleave(sparse.block, -1)[..., :keys]
     rows = blocks.repeat_interleave(query_block(sparse.block), -2)[:, :, :queries]
     return rows & (torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None])
+
+
+def routed_output(*arguments):
+    return routed_attention(*arguments).output
 
 
 def mixed_by_the_oracle(q, k, v, route, sparse):
@@ -56,9 +61,9 @@ def test_mixed_routes_equal_the_oracle(name, block, queries, keys):
     route = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     plan = HeadPlan.build(route, sparse, batch_layout(2, queries, keys - queries, CPU))
     expected = mixed_by_the_oracle(q, k, v, route, sparse)
-    torch.testing.assert_close(routed_attention(q, k, v, route, plan, SCALE), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(routed_attention(q, k, v, route, plan, SCALE).output, expected, rtol=0, atol=1e-12)
     if block == 64:  # the operators take no smaller blocks
-        chosen = choose_blocks(q, k, v, route, plan, SCALE)
+        chosen = routed_attention(q, k, v, route, plan, SCALE).plan
         torch.testing.assert_close(fused(q, k, v, route, chosen, SCALE), expected, rtol=0, atol=1e-6)
 
 
@@ -78,8 +83,8 @@ def test_gradients_equal_those_of_mixing_both_branches_under_fixed_blocks(name, 
                 out = mixed_by_the_oracle(q, k, v, route, sparse)
             else:
                 plan = HeadPlan.build(route, sparse, batch_layout(2, 200, 0, CPU))
-                chosen = choose_blocks(q, k, v, route, plan, SCALE)
-                out = (routed_attention if path == "torch" else fused)(q, k, v, route, chosen, SCALE)
+                chosen = routed_attention(q, k, v, route, plan, SCALE).plan
+                out = (routed_output if path == "torch" else fused)(q, k, v, route, chosen, SCALE)
             weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
             grads.append(torch.autograd.grad((out * weight).sum(), (q, k, v, route)))
         for found in grads[1:]:
@@ -100,13 +105,13 @@ def test_packed_samples_and_their_route_gradients_equal_the_samples_alone(name, 
         own = tuple(t[:, :, begin:end] for t in (q, k, v))
         parts.append(reference.routed_attention(*own, route[n : n + 1], sparse, SCALE, oracle_mask(*own[:2], sparse)))
         alone = HeadPlan.build(route[n : n + 1], sparse, batch_layout(1, end - begin, 0, CPU))
-        shares.append(density(choose_blocks(*own, route[n : n + 1], alone, SCALE)))
+        shares.append(routed_attention(*own, route[n : n + 1], alone, SCALE).density)
     expected = torch.cat(parts, 2).transpose(1, 2)
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=expected.dtype)
     want = torch.autograd.grad((expected * weight).sum(), (q, k, v, route), retain_graph=True)
-    chosen = choose_blocks(q, k, v, route, plan, SCALE)
+    chosen = routed_attention(q, k, v, route, plan, SCALE).plan
     torch.testing.assert_close(density(chosen), torch.cat(shares))
-    for run in (routed_attention, fused)[: 2 if block == 64 else 1]:
+    for run in (routed_output, fused)[: 2 if block == 64 else 1]:
         out = run(q, k, v, route, chosen, SCALE)
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
         found = torch.autograd.grad((out * weight).sum(), (q, k, v, route))
@@ -125,7 +130,7 @@ def test_a_share_of_the_slots_estimates_the_route_gradient_with_blocks(monkeypat
     for offset in (None, 0, 1, 2, 3):
         route = torch.tensor([[0.0, 1.0], [1.0, 1.0]], dtype=torch.float64, requires_grad=True)
         plan = HeadPlan.build(route, sparse_of("FA-XA", 64), layout, 1.0 if offset is None else 0.25)
-        chosen = choose_blocks(q, k, v, route, plan, SCALE)
+        chosen = routed_attention(q, k, v, route, plan, SCALE).plan
         if offset is not None:
             monkeypatch.setattr(torch, "randint", lambda high, size, o=offset, **_: torch.full(size, o))
             layout._memo.clear()
@@ -142,14 +147,14 @@ def test_left_padding_equals_the_samples_alone():
     mask[1, :41] = 0
     route = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
     plan = HeadPlan.build(route, sparse, batch_layout(2, 120, 0, CPU, mask))
-    chosen = choose_blocks(q, k, v, route, plan, SCALE)
-    out, share = routed_attention(q, k, v, route, chosen, SCALE), density(chosen)
+    chosen = routed_attention(q, k, v, route, plan, SCALE).plan
+    out, share = routed_attention(q, k, v, route, chosen, SCALE).output, density(chosen)
     for row, pad in ((0, 0), (1, 41)):
         own = tuple(x[row : row + 1, :, pad:] for x in (q, k, v))
         expected = mixed_by_the_oracle(*own, route[row : row + 1], sparse)
         torch.testing.assert_close(out[row : row + 1, pad:], expected, rtol=0, atol=1e-12)
         alone = HeadPlan.build(route[row : row + 1], sparse, batch_layout(1, 120 - pad, 0, CPU))
-        expected = density(choose_blocks(*own, route[row : row + 1], alone, SCALE))
+        expected = routed_attention(*own, route[row : row + 1], alone, SCALE).density
         torch.testing.assert_close(share[row : row + 1, 1], expected[:, 1])
 
 
@@ -158,9 +163,8 @@ def test_left_padding_equals_the_samples_alone():
 def test_density_counts_the_pairs_in_visited_blocks(block, queries, keys):
     sparse = sparse_of("FA-XA", block)
     q, k, _ = inputs(1, queries, keys)
-    bits = select_oracle(
-        q.transpose(1, 2), k.transpose(1, 2), torch.full((1, 2), 2), 4, 0.5, block, SCALE, Ranges()
-    )  # fmt: skip
+    mode, pattern = torch.full((1, 2), 2), Pattern.without_streaming(block, SCALE)
+    bits = select_oracle(q.transpose(1, 2), k.transpose(1, 2), mode, pattern, stride=4, threshold=0.5)
     share = BlockPairs.of(torch.tensor([queries]), torch.tensor([keys]), block, bits.shape[2]).visited_share(bits)
     visible = torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None]
     expected = oracle_mask(q, k, sparse).sum((-1, -2)) / visible.sum()

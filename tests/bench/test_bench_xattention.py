@@ -10,14 +10,14 @@ from elastic import cli
 from elastic.bench import race, records, tables, xattention
 from elastic.bench.structured import structured
 from elastic.bench.timing import Timing
-from elastic.kernels import bits_from_mask, select_blocks
+from elastic.kernels import Pattern, bits_from_mask, select_blocks
 
 
 def test_structured_inputs_need_about_a_fifth_of_the_blocks():
     q, k = structured(8192, 2, 1, 128, "cpu")
     assert q.shape == (1, 8192, 2, 128) and k.shape == (1, 8192, 1, 128)
     mode = torch.full((1, 1), 2, dtype=torch.int32)
-    bits = select_blocks(q, k, mode, stride=16, threshold=0.9, block=128)
+    bits = select_blocks(q, k, mode, Pattern.without_streaming(128), stride=16, threshold=0.9)
     assert 0.15 < xattention.causal_share(bits, 8192, 128) < 0.3
     again = structured(8192, 2, 1, 128, "cpu")
     assert torch.equal(q, again[0]) and torch.equal(k, again[1])

@@ -23,7 +23,7 @@ def data(tmp_path_factory):
 def test_help_lists_every_command(argv, capsys):
     assert cli.main(argv) == 0
     text = capsys.readouterr().out
-    for name in ("fit", "validate", "test", "predict", "generate", "bench", "doctor", "demo"):
+    for name in ("fit", "validate", "test", "predict", "generate", "bench", "doctor", "demo", "data_prep"):
         assert f"\n  {name} " in text
 
 
@@ -73,22 +73,71 @@ def in_process(capsys, *arguments):
 def test_fit_help_reads_well(capsys):
     code, text, _ = in_process(capsys, "fit", "--help")
     assert code == 0
-    assert text.startswith("usage: elastic fit -c FILE")
+    assert text.startswith("usage: elastic fit -c NAME|FILE")
     assert "Train routers on packed data." in text
     for setting in ("--model.optimiser.lr", "--data.data_dir", "--resume_checkpoint.every_n_steps", "--ckpt_path"):
         assert setting in text
     assert text.index("--model.backbone") < text.index("--trainer.max_steps")
 
 
-def test_later_files_and_flags_win(capsys):
-    tiny, debug = str(CONFIGS / "tiny.yaml"), str(CONFIGS / "debug.yaml")
+@pytest.mark.parametrize(
+    "layers",
+    [
+        ("-c", str(CONFIGS / "tiny.yaml"), "--config", str(CONFIGS / "debug.yaml")),
+        ("-c", "tiny", "--config=debug"),
+        ("-ctiny", "-c", "{trainer: {max_steps: 4}}"),
+    ],
+    ids=["paths", "names", "text"],
+)
+def test_later_files_and_flags_win(layers, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     flags = ("--model.optimiser.lr", "0.5", "--print_config")
-    code, text, _ = in_process(capsys, "fit", "-c", tiny, "--config", debug, *flags)
+    code, text, _ = in_process(capsys, "fit", *layers, *flags)
     settings = yaml.safe_load(text)
     assert code == 0
     assert settings["trainer"]["max_steps"] == 4  # debug.yaml
     assert settings["model"]["optimiser"]["multiplier_lr"] == 0.1  # tiny.yaml
     assert settings["model"]["optimiser"]["lr"] == 0.5  # flag
+
+
+def test_a_file_of_the_user_wins_over_a_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()  # a folder is not a configuration: `data/tiny` is still the shipped one
+    (tmp_path / "tiny").write_text("trainer: {max_steps: 7}\n")
+    code, text, _ = in_process(capsys, "fit", "-c", "data/tiny", "-c", "tiny", "--print_config")
+    settings = yaml.safe_load(text)
+    assert code == 0
+    assert settings["trainer"]["max_steps"] == 7 and settings["data"]["data_dir"] == "data/tiny"
+
+
+def test_unknown_configurations_get_a_suggestion_and_the_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for given, close in (("tinny", "tiny"), ("model/qwen3", "model/qwen3-8b"), ("configs/debug.yaml", "debug")):
+        code, _, error = in_process(capsys, "fit", "-c", given)
+        assert code == 2 and error.count("\n") == 1
+        assert f"neither a file {given} nor a shipped configuration" in error
+        assert close in error.split("did you mean")[1].split("?")[0]
+        assert "names are data/offline, " in error and "objective/quality, " in error and "mixture" not in error
+
+
+def test_data_prep_lists_and_runs_its_steps(tmp_path, capsys):
+    from elastic.commands.data_prep import STEPS
+
+    code, text, _ = in_process(capsys, "data_prep", "--help")
+    assert code == 0 and all(f"\n  {name} " in text for name in STEPS)
+    scripts = {path.stem for path in (ROOT / "data_prep").glob("*.py") if "def main(" in path.read_text()}
+    assert scripts - set(STEPS) == {"make_tiny"}, "which a maintainer runs"
+    for name in STEPS:
+        code, text, _ = in_process(capsys, "data_prep", name, "--help")
+        assert code == 0 and text.startswith(f"usage: elastic data_prep {name} ")
+    code, _, error = in_process(capsys, "data_prep", "pack_mixtures")
+    assert code == 2 and "did you mean pack_mixture or" in error and error.count("\n") == 1
+    code, _, error = in_process(capsys, "data_prep", "pack_mixture", "mixture/heldot", "--out", str(tmp_path / "data"))
+    assert code == 2 and "did you mean mixture/heldout" in error and "mixture/paper" in error
+    assert "train" not in error and error.startswith("elastic data_prep pack_mixture: error: ")
+    arguments = ("--language", "tiny", "--per-task", "2", "--words", "48", "--out", str(tmp_path / "records"))
+    code, text, _ = in_process(capsys, "data_prep", "build_mixture", *arguments)
+    assert code == 0 and text.startswith("train: ") and (tmp_path / "records" / "mixture.json").is_file()
 
 
 ERRORS = [

@@ -217,7 +217,7 @@ def test_configs_build_the_data_module(path):
         ),
         (
             {"data_dir": "absent"},
-            "no data at absent .manifest.json is missing.; build it with data_prep.tokenize_and_pack",
+            "no data at absent .manifest.json is missing.; build it with .elastic data_prep tokenize_and_pack",
         ),
     ],
 )

@@ -182,7 +182,9 @@ def test_bad_records_are_named_and_skipped(tmp_path, line, reason):
 
 
 def test_unusable_record_files_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no record file at .*absent.jsonl; data_prep.build_mixture writes"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no record file at .*absent.jsonl; .elastic data_prep build_mixture. writes"
+    ):
         list(read_records(tmp_path / "absent.jsonl"))
     for name, content, message in (
         ("a.csv", b"x", r"has the ending '.csv'; expected .jsonl, .json, .parquet"),

@@ -124,7 +124,9 @@ def test_foreign_folders_and_missing_records_are_refused(records, tokenizer, tmp
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(ValueError, match=r"exists and holds no mixture.json, so it is no mixture to replace; choose"):
         build_mixture.build_mixture(tmp_path, 2, 100)
-    with pytest.raises(FileNotFoundError, match=r"no records in .*train,validation,test.*; write them with data_prep"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no records in .*train,validation,test.*; write them with .elastic data_prep"
+    ):
         tokenize_and_pack.prepare(tmp_path / "absent", tokenizer, tmp_path / "packed", 64)
     with pytest.raises(ValueError, match="seq_length=0 is below 1"):
         tokenize_and_pack.prepare(records, tokenizer, tmp_path / "packed", 0)

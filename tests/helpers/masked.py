@@ -11,6 +11,7 @@ from torch import Tensor
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.modes import STREAMING
 from elastic.attention.reference import attention
+from elastic.attention.routed import Routed
 from elastic.attention.row_slice import RowSlice
 from elastic.model import attention_function
 from elastic.model.attach import set_row_slice
@@ -37,10 +38,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, scale: flo
 
 
 class _Masked(RowSlice):
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, route: Tensor, plan: HeadPlan, scale: float
-    ) -> tuple[Tensor, None]:
-        return masked_attention(q, k, v, plan, scale), None
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, route: Tensor, plan: HeadPlan, scale: float) -> Routed:
+        return Routed(masked_attention(q, k, v, plan, scale), plan)
 
 
 @contextmanager

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from elastic.kernels import attention_forward
-from elastic.kernels.devices import LaunchConfig, launch_config
+from elastic.kernels.attention_forward import launch_into, prepare_launch
+from elastic.kernels.devices import LaunchConfig, capability_of, launch_config, processors_of
 from elastic.kernels.oracle import attention_oracle
 from tests.kernels.generators import SENTINEL, Problem, rows_written
 
@@ -20,14 +20,14 @@ def paths() -> tuple[str, ...]:
 
 def config_for(path: str, problem: Problem) -> LaunchConfig:
     """Launch choices that force one of the two kernels on this GPU."""
-    facts = torch.cuda.get_device_properties(0)
+    processors = processors_of(0)
     samples, heads = problem.mode.shape[0], problem.q.shape[2]
     tiles = samples * -(-problem.q.shape[1] // 128) * heads
-    capability = (facts.major, facts.minor)
+    capability = capability_of(0)
     if path == "sm80" and capability == (9, 0):
-        own = launch_config((8, 0), facts.multi_processor_count, problem.q.shape[3], samples, tiles)
+        own = launch_config((8, 0), processors, problem.q.shape[3], samples, tiles)
         return LaunchConfig(own.name, "sm_90", own.threads, own.shared_bytes, own.grid)
-    return launch_config(capability, facts.multi_processor_count, problem.q.shape[3], samples, tiles)
+    return launch_config(capability, processors, problem.q.shape[3], samples, tiles)
 
 
 def run(problem: Problem, path: str, debug: tuple[str, ...] = ()) -> tuple[Tensor, Tensor]:
@@ -42,8 +42,8 @@ def run(problem: Problem, path: str, debug: tuple[str, ...] = ()) -> tuple[Tenso
     out[used] = float("nan")
     lse.transpose(1, 2)[used] = float("nan")
     config, (q, k, v, mode, pattern, ranges, bits) = config_for(path, problem), problem.args()
-    plan = attention_forward.prepare_launch(q, k, v, out, mode, pattern, bits, config, debug)
-    attention_forward.launch_into(out, lse, q, k, v, mode, ranges, bits, plan)
+    plan = prepare_launch(q, k, v, out, mode, pattern, bits, config, debug)
+    launch_into(out, lse, q, k, v, mode, ranges, bits, plan)
     for store in (out_store, lse_store):
         assert (store[:guard] == SENTINEL).all() and (store[-guard:] == SENTINEL).all(), "a guard band was overwritten"
     assert (out[~used] == SENTINEL).all() and (lse.transpose(1, 2)[~used] == SENTINEL).all(), (

@@ -60,12 +60,13 @@ def _rms(x: Tensor) -> float:
 def judge_gradients(found: Gradients, problem: Problem, expected: tuple[Gradients, list[float]]) -> list[float]:
     """Raise unless every gradient's error is at most twice PyTorch's plus one rounding. Returns the errors."""
     used, errors = (rows_written(problem), keys_used(problem), keys_used(problem)), []
+    head_dim = problem.q.shape[3]
     for name, got, want, mine, torch_error in zip("qkv", found, expected[0], used, expected[1], strict=True):
         got, want = got[mine].double(), want[mine]
         assert not got.isnan().any(), f"NaN in d{name}"
         error = _rms(got - want)
         # A single visible key has dS = 0 exactly in PyTorch, and the difference of two fp32 sums here.
-        rounding = torch.finfo(problem.q.dtype).eps * _rms(want) + 1e-6 * problem.pattern.scale * problem.q.shape[3]
+        rounding = torch.finfo(problem.q.dtype).eps * _rms(want) + 1e-6 * problem.pattern.scale_for(head_dim) * head_dim
         assert error <= 2 * torch_error + rounding, f"d{name} error {error:.3e}, PyTorch's own {torch_error:.3e}"
         errors.append(error)
     return errors

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from elastic.kernels.attention_decode import decode_oracle, launch_decode
-from elastic.kernels.devices import DecodeConfig, decode_config, device_facts, shared_limit
+from elastic.kernels.devices import DecodeConfig, capability_of, decode_config, processors_of, shared_limit
 from tests.kernels.generators import SENTINEL
 
 LENGTHS = (0, 0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 513, 1000, 3000)
@@ -71,11 +71,11 @@ def random_decode(seed: int, device: str = "cuda") -> DecodeProblem:
 
 def configs(problem: DecodeProblem, index: int = 0) -> list[DecodeConfig]:
     """The launch choices of this GPU, and others that share the work differently."""
-    facts, limit = device_facts(index), shared_limit(index)
+    capability, processors, limit = capability_of(index), processors_of(index), shared_limit(index)
     dim, group, heads = problem.q.shape[2], problem.q.shape[1] // problem.base.shape[1], problem.base.numel()
-    chosen = decode_config(*facts, limit, dim, group, heads)
-    few = decode_config(facts[0], 5, limit, dim, group, heads)
-    small = decode_config(*facts, limit, dim, group, heads, warps=4, most_stages=2)
+    chosen = decode_config(capability, processors, limit, dim, group, heads)
+    few = decode_config(capability, 5, limit, dim, group, heads)
+    small = decode_config(capability, processors, limit, dim, group, heads, warps=4, most_stages=2)
     return [chosen, few, small]
 
 

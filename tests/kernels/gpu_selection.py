@@ -2,13 +2,14 @@
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from elastic.kernels import select_blocks
 from elastic.kernels.block_bits import mask_from_bits
-from elastic.kernels.params import BLOCK_SPARSE, Ranges
+from elastic.kernels.params import BLOCK_SPARSE, WHOLE_ROWS, Pattern, Ranges
 from elastic.kernels.xattention_oracle import block_mass, block_relations, choose
 from elastic.kernels.xattention_select import launch_selection, mass_shape
 from tests.kernels.generators import placed, random_spans, tensor
@@ -25,18 +26,20 @@ class Selection:
     mode: Tensor
     stride: int
     threshold: float
-    block: int
-    scale: float
-    ranges: Ranges
+    pattern: Pattern
+    ranges: Ranges = WHOLE_ROWS
 
-    def args(self) -> tuple:
-        """The positional arguments of the oracle and of `launch_selection`."""
-        return self.q, self.k, self.mode, self.stride, self.threshold, self.block, self.scale, self.ranges
+    def args(self) -> tuple[Tensor, Tensor, Tensor, Pattern, Ranges]:
+        """The positional arguments of `select_blocks` and of `launch_selection`."""
+        return self.q, self.k, self.mode, self.pattern, self.ranges
+
+    def sizes(self) -> dict[str, Any]:
+        """Their other arguments."""
+        return {"stride": self.stride, "threshold": self.threshold}
 
     def public(self) -> Tensor:
         """Bits from the public function."""
-        sizes = {"stride": self.stride, "threshold": self.threshold, "block": self.block, "scale": self.scale}
-        return select_blocks(self.q, self.k, self.mode, **sizes, **self.ranges.named())
+        return select_blocks(*self.args(), **self.sizes())
 
 
 def random_selection(seed: int, device: str = "cuda") -> Selection:
@@ -58,16 +61,16 @@ def random_selection(seed: int, device: str = "cuda") -> Selection:
     ranges = placed(spans, q, k)
     threshold, scale = rng.choice((0.1, 0.5, 0.8, 0.9, 0.95, 1.0)), rng.choice((dim**-0.5, 0.3, 1.0))
     stride, block = rng.choice((8, 16)), rng.choice((64, 128))
-    return Selection(q, k, mode.to(device), stride, threshold, block, scale, ranges)
+    return Selection(q, k, mode.to(device), stride, threshold, Pattern.without_streaming(block, scale), ranges)
 
 
 def run_selection(problem: Selection, debug: tuple[str, ...] = ()) -> tuple[Tensor, Tensor]:
     """Bits and masses of one launch; masses and scratch start as NaN."""
-    q, k, mode, stride, _, block, *_ = problem.args()
-    mass = torch.full(mass_shape(q, k, mode, stride, block), float("nan"), device=q.device)
+    q, k, mode, pattern, _ = problem.args()
+    mass = torch.full(mass_shape(q, k, mode, problem.stride, pattern.block), float("nan"), device=q.device)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
     try:
-        return launch_selection(*problem.args(), mass=mass, debug=debug), mass
+        return launch_selection(*problem.args(), **problem.sizes(), mass=mass, debug=debug), mass
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -78,7 +81,8 @@ def judge_selection(bits: Tensor, mass: Tensor, problem: Selection) -> tuple[int
     Returns:
         query blocks whose count differs by more than one from that of the oracle's own masses, and all query blocks.
     """
-    q, k, mode, stride, threshold, block, scale, ranges = problem.args()
+    (q, k, mode, pattern, ranges), stride, threshold = problem.args(), problem.stride, problem.threshold
+    block, scale = pattern.block, pattern.scale_for(q.shape[3])
     group, far, rows = q.shape[2] // k.shape[2], 0, 0
     expected = torch.zeros_like(bits, dtype=torch.bool).unsqueeze(-1).repeat(1, 1, 1, 1, 32).flatten(-2)
     for n, (row, begin_q, end_q, begin_k, end_k) in enumerate(ranges.on_host(mode.shape[0], q.shape[1], k.shape[1])):

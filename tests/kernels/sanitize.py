@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from elastic.kernels import jit, route_gap
-from elastic.kernels.params import Ranges
+from elastic.kernels.params import Pattern
 from elastic.kernels.route_prompt import route_prompt
 from tests.kernels.generators import placed, random_problem, tensor
 from tests.kernels.gpu import run
@@ -74,7 +74,7 @@ def attention(debug: tuple[str, ...]) -> None:
             run_backward(problem, grad, out, lse, deterministic=deterministic, debug=debug)
         if problem.bits is None:
             q, k, v, mode, pattern, ranges, _ = problem.args()
-            route_gap(grad, out, q, k, v, 1 - mode, share=0.5, **pattern._asdict(), **ranges.named())
+            route_gap(grad, out, q, k, v, 1 - mode, pattern, ranges, share=0.5)
         done(f"seed {seed} {list(problem.q.shape)} {problem.q.dtype}", started)
 
 
@@ -111,11 +111,11 @@ def small_selections() -> list[Selection]:
         q = tensor(gen, (1, tokens, heads, dim), "plain", torch.bfloat16)
         k = tensor(gen, (1, tokens + past, 1, dim), "plain", torch.bfloat16)
         mode = torch.full((1, 1), 2, dtype=torch.int32, device="cuda")
-        found.append(Selection(q, k, mode, stride, 0.9, block, dim**-0.5, Ranges()))
+        found.append(Selection(q, k, mode, stride, 0.9, Pattern.without_streaming(block)))
     q, k = (tensor(gen, (1, 700, 2, 64), "plain", torch.float16) for _ in range(2))
     cuts = {"begin_q": [0, 301], "end_q": [301, 690], "begin_k": [0, 301], "end_k": [301, 690], "row": [0, 0]}
     mode = torch.tensor([[2, 0], [1, 2]], dtype=torch.int32, device="cuda")
-    return [*found, Selection(q, k, mode, 8, 0.9, 64, 0.125, placed(cuts, q, k))]
+    return [*found, Selection(q, k, mode, 8, 0.9, Pattern.without_streaming(64, 0.125), placed(cuts, q, k))]
 
 
 def select(debug: tuple[str, ...]) -> None:
@@ -123,8 +123,8 @@ def select(debug: tuple[str, ...]) -> None:
     for problem in small_selections():
         started = time.perf_counter()
         judge_selection(*run_selection(problem, debug), problem)
-        what = f"q {list(problem.q.shape)} k {list(problem.k.shape)} stride {problem.stride} block {problem.block}"
-        done(f"select {what}", started)
+        shapes, block = f"q {list(problem.q.shape)} k {list(problem.k.shape)}", problem.pattern.block
+        done(f"select {shapes} stride {problem.stride} block {block}", started)
 
 
 def count(log: str) -> Counter[str]:

@@ -8,12 +8,12 @@ from elastic.attention.layout import batch_layout, packed_layout
 from elastic.attention.routed import fused, routed_attention
 from elastic.config import SparseConfig
 from elastic.kernels import attention_backward, attention_forward, route_gap
-from elastic.kernels.params import Ranges
+from elastic.kernels.params import Pattern, Ranges
 from elastic.kernels.route_gap import draw_slots, period_of, slot_table
 
 CPU = torch.device("cpu")
 SPARSE = SparseConfig(sink=16, window=32, block=16)
-SIZE = {"sink": 16, "window": 32, "granule": "token", "block": 16, "scale": 0.3}
+PATTERN = Pattern(16, 32, "token", 16, 0.3)
 
 
 def layouts():
@@ -35,7 +35,7 @@ def test_fused_gradients_equal_the_torch_path(kind: str) -> None:
     route = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])[:samples].requires_grad_()
     plan = HeadPlan.build(route, SPARSE, layout)
     grad = torch.randn(layout.rows, 200, 4, 16, generator=gen)
-    want = torch.autograd.grad(routed_attention(q, k, v, route, plan, 0.3), (q, k, v, route), grad)
+    want = torch.autograd.grad(routed_attention(q, k, v, route, plan, 0.3).output, (q, k, v, route), grad)
     found = torch.autograd.grad(fused(q, k, v, route, plan, 0.3), (q, k, v, route), grad)
     for got, expected in zip(found, want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-4)
@@ -61,12 +61,12 @@ def test_a_share_is_unbiased(monkeypatch) -> None:
     gen = torch.Generator().manual_seed(3)
     q, k, v, grad = (torch.randn(1, 1500, n, 16, generator=gen) for n in (4, 2, 2, 4))
     mode = torch.tensor([[1, 0]], dtype=torch.int32)
-    out, _ = attention_forward(q, k, v, mode, **SIZE)
-    exact = route_gap(grad, out, q, k, v, 1 - mode, share=1.0, **SIZE)
+    out, _ = attention_forward(q, k, v, mode, PATTERN)
+    exact = route_gap(grad, out, q, k, v, 1 - mode, PATTERN, share=1.0)
     draws = []
     for offset in range(4):
         monkeypatch.setattr(torch, "randint", lambda high, size, offset=offset, **_: torch.full(size, offset))
-        draws.append(route_gap(grad, out, q, k, v, 1 - mode, share=0.25, **SIZE))
+        draws.append(route_gap(grad, out, q, k, v, 1 - mode, PATTERN, share=0.25))
     assert not torch.allclose(draws[0], exact)
     torch.testing.assert_close(torch.stack(draws).mean(0), exact, rtol=1e-4, atol=1e-2)
 
@@ -81,13 +81,13 @@ def problem():
     gen = torch.Generator().manual_seed(1)
     q, k, v, grad = (torch.randn(1, 100, n, 16, generator=gen) for n in (4, 2, 2, 4))
     mode = torch.tensor([[1, 0]], dtype=torch.int32)
-    out, lse = attention_forward(q, k, v, mode, **SIZE)
+    out, lse = attention_forward(q, k, v, mode, PATTERN)
     return grad, q, k, v, out, lse, mode
 
 
 def test_operator_contract() -> None:
     spans = (None,) * 6
-    torch.library.opcheck(torch.ops.elastic.attention_backward, (*problem(), 16, 32, "token", 16, 0.3, *spans, False))
+    torch.library.opcheck(torch.ops.elastic.attention_backward, (*problem(), *PATTERN, *spans, False))
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -102,4 +102,4 @@ def test_wrong_arguments_are_named() -> None:
     ):
         given = {"grad_out": grad, "q": q, "k": k, "v": v, "out": out, "lse": lse, "mode": mode} | change
         with pytest.raises(ValueError, match=message):
-            attention_backward(**given, **SIZE)
+            attention_backward(**given, pattern=PATTERN)

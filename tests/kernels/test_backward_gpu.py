@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif("sm90" not in paths(), reason="the backward kernels need compute capability 9.0"),
 ]
 CASES, CHUNK = 1600, 100
-SIZE = {"sink": 128, "window": 2048, "granule": "block", "block": 128}
+PATTERN = Pattern(128, 2048, "block", 128)
 
 
 @pytest.mark.parametrize("first", range(0, CASES, CHUNK))
@@ -44,7 +44,7 @@ def test_random_problems(first: int) -> None:
 def test_long(length: int, dim: int) -> None:
     problem = dense_problem(length, streaming=1, heads=4, kv_heads=2, dim=dim)
     grad = upstream(problem, 0)
-    out, lse = attention_forward(problem.q, problem.k, problem.v, problem.mode, **SIZE)
+    out, lse = attention_forward(problem.q, problem.k, problem.v, problem.mode, PATTERN)
     judge_gradients(run_backward(problem, grad, out, lse), problem, reference_gradients(problem, grad))
 
 
@@ -78,12 +78,12 @@ def test_graph_replay_and_streams() -> None:
     problems = [dense_problem(1500, streaming=s, seed=s, heads=8, kv_heads=4) for s in (1, 2)]
     calls = []
     for problem in problems:
-        out, lse = attention_forward(problem.q, problem.k, problem.v, problem.mode, **SIZE)
+        out, lse = attention_forward(problem.q, problem.k, problem.v, problem.mode, PATTERN)
         calls.append((upstream(problem, 0), problem.q, problem.k, problem.v, out, lse, problem.mode))
-    wanted = [attention_backward(*call, deterministic=True, **SIZE) for call in calls]
+    wanted = [attention_backward(*call, PATTERN, deterministic=True) for call in calls]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = attention_backward(*calls[0], deterministic=True, **SIZE)
+        captured = attention_backward(*calls[0], PATTERN, deterministic=True)
     for _ in range(3):
         for x in captured:
             x.fill_(float("nan"))
@@ -93,7 +93,7 @@ def test_graph_replay_and_streams() -> None:
     torch.cuda.synchronize()
     for turn in range(10):
         with torch.cuda.stream(streams[turn % 2]):
-            found.append(attention_backward(*calls[turn % 2], deterministic=True, **SIZE))
+            found.append(attention_backward(*calls[turn % 2], PATTERN, deterministic=True))
     torch.cuda.synchronize()
     for turn, grads in enumerate(found):
         assert all(torch.equal(a, b) for a, b in zip(grads, wanted[turn % 2], strict=True))
@@ -101,15 +101,15 @@ def test_graph_replay_and_streams() -> None:
 
 def test_strided_gradient_and_no_host_synchronisation() -> None:
     problem = dense_problem(1000, streaming=1, heads=4, kv_heads=2)
-    out, lse = attention_forward(problem.q, problem.k, problem.v, problem.mode, **SIZE)
+    out, lse = attention_forward(problem.q, problem.k, problem.v, problem.mode, PATTERN)
     grad = upstream(problem, 0)
     strided = grad.permute(1, 3, 0, 2).contiguous().permute(2, 0, 3, 1)  # head dim not contiguous
     call = (problem.q, problem.k, problem.v, out, lse, problem.mode)
-    want = attention_backward(grad, *call, deterministic=True, **SIZE)
+    want = attention_backward(grad, *call, PATTERN, deterministic=True)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        got = attention_backward(strided, *call, deterministic=True, **SIZE)
-        route_gap(grad, out, *call[:3], 1 - problem.mode, scale=128**-0.5, share=0.25, **SIZE)
+        got = attention_backward(strided, *call, PATTERN, deterministic=True)
+        route_gap(grad, out, *call[:3], 1 - problem.mode, PATTERN, share=0.25)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -123,8 +123,7 @@ def test_route_gap_is_that_of_two_forwards(seed: int) -> None:
     q, k, v, mode, pattern, ranges, _ = problem.args()
     grad = upstream(problem, seed)
     out, _ = forward_exact(problem)
-    named = {**pattern._asdict(), **ranges.named()}
-    got = route_gap(grad, out, q, k, v, 1 - mode, **named)
+    got = route_gap(grad, out, q, k, v, 1 - mode, pattern, ranges)
     outs = [attention_oracle(*(x.double() for x in (q, k, v)), m, pattern, ranges, None)[0] for m in (mode, 1 - mode)]
     dots = torch.nan_to_num(grad.double()) * (outs[0] - outs[1])
     dots_BSK = dots.sum(-1).unflatten(2, (mode.shape[1], -1)).sum(-1)
@@ -147,11 +146,11 @@ def test_the_model_trains_through_the_kernels(share: float) -> None:
     route = torch.tensor([[1.0, 0.0], [0.0, 1.0]], device=device, requires_grad=True)
     plan = HeadPlan.build(route, SparseConfig(sink=64, window=256, block=64), layout, share)
     grad = torch.randn(2, 5000, 6, 64, generator=gen, device=device).bfloat16()
-    out = routed_attention(*leaves, route, plan, 0.125)
+    out = routed_attention(*leaves, route, plan, 0.125).output
     assert torch.equal(out, fused(*leaves, route, plan, 0.125))
     found = torch.autograd.grad(out, (*leaves, route), grad)
     wide = [x.detach().float().requires_grad_() for x in leaves]
-    want = torch.autograd.grad(routed_attention(*wide, route, plan, 0.125), (*wide, route), grad.float())
+    want = torch.autograd.grad(routed_attention(*wide, route, plan, 0.125).output, (*wide, route), grad.float())
     for got, expected in zip(found[:3], want[:3], strict=True):
         assert (got - expected).norm() <= 1e-2 * expected.norm()
     if share == 1.0:

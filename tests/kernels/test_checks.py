@@ -5,7 +5,7 @@ import torch
 
 from elastic.kernels import attention_forward, bits_from_mask
 from elastic.kernels.checks import check_alignment, check_cuda, check_metadata, check_tensors
-from elastic.kernels.params import Ranges
+from elastic.kernels.params import Pattern, Ranges
 
 SIZE = {"sink": 4, "window": 8, "granule": "token", "block": 64}
 
@@ -58,9 +58,16 @@ def ints(*shape: int) -> torch.Tensor:
     ],
 )
 def test_the_operator_names_what_is_wrong(change: dict, message: str) -> None:
-    arguments = {**operands(), **SIZE, **change}
+    arguments = {**operands(), **change}
+    pattern = Pattern(**{**SIZE, **taken(arguments, Pattern)})
+    ranges = Ranges(**taken(arguments, Ranges))
     with pytest.raises(ValueError, match=message):
-        attention_forward(**arguments)
+        attention_forward(**arguments, pattern=pattern, ranges=ranges)
+
+
+def taken(arguments: dict, kind: type) -> dict:
+    """The fields of a `Pattern` or `Ranges`, out of the arguments."""
+    return {name: arguments.pop(name) for name in kind._fields if name in arguments}
 
 
 def test_devices_must_agree() -> None:
@@ -100,7 +107,9 @@ def test_alignment() -> None:
 
 def test_good_arguments_pass_every_check() -> None:
     bits = bits_from_mask(torch.ones(2, 4, 1, 1))
-    out, lse = attention_forward(**operands(), **SIZE, bits=bits, row=torch.arange(2, dtype=torch.int32))
+    out, lse = attention_forward(
+        **operands(), pattern=Pattern(**SIZE), ranges=Ranges(row=torch.arange(2, dtype=torch.int32)), bits=bits
+    )
     assert out.shape == (2, 40, 4, 64) and lse.shape == (2, 4, 40)
     half = [x.half() for x in list(operands().values())[:3]]
     check_cuda(*half)

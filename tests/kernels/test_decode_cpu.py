@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from elastic.kernels import attention_decode, attention_forward
+from elastic.kernels import Pattern, attention_decode, attention_forward
 from elastic.kernels.attention_decode import check_decode
 
 B, K, G, D, T = 2, 2, 3, 64, 50
@@ -49,7 +49,7 @@ def test_the_last_query_of_a_prefill_sees_the_same() -> None:
     q, k, v = operands()
     k, v = (x.transpose(1, 2).contiguous() for x in (k, v))
     mode = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32)
-    want, _ = attention_forward(q[:, None], k, v, mode, sink=4, window=8)
+    want, _ = attention_forward(q[:, None], k, v, mode, Pattern(4, 8))
     base = torch.arange(B)[:, None] * T * K + torch.arange(K)
     _, sink, begin, end = spans(0, 0, T)
     sink, begin = torch.where(mode == 1, 4, sink), torch.where(mode == 1, T - 8, begin)

@@ -110,12 +110,12 @@ def test_unknown_mode_answers_nan(path: str) -> None:
 
 def test_graph_replay_and_streams() -> None:
     problems = [dense_problem(1500, streaming=s, seed=s, heads=8, kv_heads=4) for s in range(3)]
-    size = {"sink": 128, "window": 2048, "granule": "block"}
-    wanted = [attention_forward(p.q, p.k, p.v, p.mode, **size)[0] for p in problems]
+    pattern = Pattern(128, 2048, "block")
+    wanted = [attention_forward(p.q, p.k, p.v, p.mode, pattern)[0] for p in problems]
     static = problems[0]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured, _ = attention_forward(static.q, static.k, static.v, static.mode, **size)
+        captured, _ = attention_forward(static.q, static.k, static.v, static.mode, pattern)
     for problem, want in zip(problems, wanted, strict=True):
         for name in ("q", "k", "v", "mode"):  # the modes are read at replay, not at capture
             getattr(static, name).copy_(getattr(problem, name).clone())
@@ -129,7 +129,7 @@ def test_graph_replay_and_streams() -> None:
     for turn in range(20):
         with torch.cuda.stream(streams[turn % 2]):
             problem = problems[1 + turn % 2]
-            outs.append(attention_forward(problem.q, problem.k, problem.v, problem.mode, **size)[0])
+            outs.append(attention_forward(problem.q, problem.k, problem.v, problem.mode, pattern)[0])
     torch.cuda.synchronize()
     for turn, out in enumerate(outs):
         assert torch.equal(out, wanted[1 + turn % 2])
@@ -137,14 +137,14 @@ def test_graph_replay_and_streams() -> None:
 
 def test_no_host_synchronisation_and_no_large_memory() -> None:
     problem = dense_problem(4096, streaming=6)
-    call = {"sink": 128, "window": 2048, "granule": "block"}
-    attention_forward(problem.q, problem.k, problem.v, problem.mode, **call)
+    call = (problem.q, problem.k, problem.v, problem.mode, Pattern(128, 2048, "block"))
+    attention_forward(*call)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out, lse = attention_forward(problem.q, problem.k, problem.v, problem.mode, **call)
+        out, lse = attention_forward(*call)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     extra = torch.cuda.max_memory_allocated() - before - out.numel() * 2 - lse.numel() * 4

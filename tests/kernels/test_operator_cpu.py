@@ -20,6 +20,7 @@ from elastic.kernels.params import (
 from elastic.visibility import visible
 
 SIZE = {"sink": 4, "window": 8, "granule": "token", "block": 64}
+PATTERN = Pattern(**SIZE)
 
 
 def operands(tokens: int = 40):
@@ -31,7 +32,7 @@ def operands(tokens: int = 40):
 
 def test_oracle_equals_sdpa() -> None:
     q, k, v, mode = operands()
-    out, lse = attention_forward(q, k, v, mode, **SIZE)
+    out, lse = attention_forward(q, k, v, mode, PATTERN)
     position = torch.arange(40)
     streaming = visible(position[:, None], position[None], **SIZE)
     masks = torch.stack([position[None] <= position[:, None], streaming])[mode.long()].repeat_interleave(2, dim=1)
@@ -45,10 +46,9 @@ def test_packed_equals_separate() -> None:
     cuts = torch.tensor([0, 15, 40], dtype=torch.int32)
     begin, end, row = cuts[:-1].clone(), cuts[1:].clone(), torch.zeros(2, dtype=torch.int32)
     mode = torch.tensor([[0, 1], [1, 1]], dtype=torch.int32)
-    spans = {"begin_q": begin, "end_q": end, "begin_k": begin, "end_k": end, "row": row}
-    out, lse = attention_forward(q[:1], k[:1], v[:1], mode, **SIZE, **spans)
+    out, lse = attention_forward(q[:1], k[:1], v[:1], mode, PATTERN, Ranges(begin, end, begin, end, row))
     for n, (b, e) in enumerate(((0, 15), (15, 40))):
-        alone, _ = attention_forward(q[:1, b:e], k[:1, b:e], v[:1, b:e], mode[n : n + 1], **SIZE)
+        alone, _ = attention_forward(q[:1, b:e], k[:1, b:e], v[:1, b:e], mode[n : n + 1], PATTERN)
         torch.testing.assert_close(out[:, b:e], alone)
     assert lse.isfinite().all()
 
@@ -84,7 +84,7 @@ def test_torch_compile_sees_one_operator() -> None:
         return graph.forward
 
     def layer(q, k, v, mode):
-        return attention_forward(q, k, v, mode, **SIZE)[0] * 2
+        return attention_forward(q, k, v, mode, PATTERN)[0] * 2
 
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     assert torch.equal(compiled(q, k, v, mode), layer(q, k, v, mode))
@@ -99,7 +99,7 @@ def test_block_sparse_oracle_equals_sdpa(block: int) -> None:
     k, v = (torch.randn(1, 430, 2, 64, generator=gen) for _ in range(2))
     mask = torch.rand(1, 4, 3, -(-430 // block), generator=gen) < 0.5
     mode = torch.full((1, 2), 2, dtype=torch.int32)
-    out, lse = attention_forward(q, k, v, mode, **{**SIZE, "block": block}, bits=bits_from_mask(mask))
+    out, lse = attention_forward(q, k, v, mode, Pattern.without_streaming(block), bits=bits_from_mask(mask))
     seen = torch.zeros(4, 300, 430, dtype=torch.bool)
     for head in range(4):
         for i in range(300):
@@ -117,9 +117,9 @@ def test_parts_merge_to_the_whole() -> None:
     """Attention over a set of blocks and over the others, weighted by their LSEs, is attention over all."""
     q, k, v, mode = operands(500)
     chosen = torch.rand(2, 4, 4, 8, generator=torch.Generator().manual_seed(1)) < 0.5
-    whole, whole_lse = attention_forward(q, k, v, torch.zeros_like(mode), **SIZE)
+    whole, whole_lse = attention_forward(q, k, v, torch.zeros_like(mode), PATTERN)
     parts = [
-        attention_forward(q, k, v, torch.full_like(mode, 2), **SIZE, bits=bits_from_mask(m)) for m in (chosen, ~chosen)
+        attention_forward(q, k, v, torch.full_like(mode, 2), PATTERN, bits=bits_from_mask(m)) for m in (chosen, ~chosen)
     ]
     lse = torch.stack([part[1] for part in parts])
     torch.testing.assert_close(lse.logsumexp(0), whole_lse)

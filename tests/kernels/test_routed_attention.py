@@ -9,7 +9,7 @@ import elastic
 from elastic.attention.block_selection import density, with_blocks
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import Layout, batch_layout, packed_layout
-from elastic.attention.routed import _StraightThrough, backend_for, choose_blocks, fused, routed_attention
+from elastic.attention.routed import _StraightThrough, backend_for, fused, routed_attention
 from elastic.attention.torch_path import attend
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.kernels import devices, jit
@@ -66,7 +66,7 @@ def test_the_backend_is_named():
 
 
 def test_a_gpu_without_backward_kernels_says_so(monkeypatch):
-    monkeypatch.setattr(devices, "device_facts", lambda _index: ((8, 0), 108))
+    monkeypatch.setattr(devices, "capability_of", lambda _index: (8, 0))
     monkeypatch.setattr(jit, "is_installed", lambda: True)
     ampere = torch.device("cuda", 63)  # the answers are cached by device
     assert backend_for(ampere, torch.bfloat16, 128) == "attention_forward_sm80 (sm_80)"
@@ -87,13 +87,13 @@ def test_the_kernel_runs_where_no_gradient_is_wanted(name, head_dim):
     q, k, v, route = problem(layout, torch.bfloat16, device, head_dim)
     plan = HeadPlan.build(route, SPARSE, layout)
     assert "attention_forward" in backend_for(device, torch.bfloat16, head_dim)
-    got = routed_attention(q, k, v, route, plan, 0.125)
+    got = routed_attention(q, k, v, route, plan, 0.125).output
     assert torch.equal(got, fused(q, k, v, route, plan, 0.125))
     exact = attend(*(x.double() for x in (q, k, v)), plan, 0.125)
     same = attend(q, k, v, plan, 0.125)
     error, allowed = (valid(layout, out - exact).abs().max() for out in (got, same))
     assert error <= 2 * allowed + torch.finfo(torch.bfloat16).eps
-    assert routed_attention(q.requires_grad_(), k, v, route, plan, 0.125).requires_grad
+    assert routed_attention(q.requires_grad_(), k, v, route, plan, 0.125).output.requires_grad
 
 
 XA_MODES = {"FA-XA": ("full", "xattention"), "XA-SSA": ("xattention", "streaming")}
@@ -145,12 +145,13 @@ def test_blocks_are_chosen_on_the_gpu(name, head_dim):
     q, k, v, route = problem(layout, torch.bfloat16, device, head_dim)
     q, k = 2 * q, 2 * k
     plan = HeadPlan.build(route, sparse, layout)
-    chosen = choose_blocks(q, k, v, route, plan, 0.125)
+    found = routed_attention(q, k, v, route, plan, 0.125)
+    chosen = found.plan
     slow = with_blocks(q, k, plan, 0.125, fused=False, both=False)
     differ = (mask_from_bits(chosen.bits) != mask_from_bits(slow.bits)).any(-1)
     assert float(differ.float().mean()) <= 0.05  # masses on the threshold fall to either side
-    assert (density(chosen) - density(slow)).abs().max() < 0.02
-    out = valid(layout, routed_attention(q, k, v, route, plan, 0.125))
+    assert (found.density - density(slow)).abs().max() < 0.02
+    out = valid(layout, found.output)
     assert torch.equal(out, valid(layout, fused(q, k, v, route, chosen, 0.125)))
     exact = valid(layout, attend(*(x.double() for x in (q, k, v)), chosen, 0.125))
     assert (out - exact).abs().max() < 2e-2 * exact.abs().max()

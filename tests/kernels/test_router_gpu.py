@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.kernels.route_prompt import RoutedPrompt, route_prompt
-from elastic.model.attach import attach, last_routes, pooled_keys, routers
+from elastic.model.attach import attach, last_routes, pooled_keys
 from elastic.routing.relaxation import decide
 from elastic.routing.router import AttentionRouter
 from tests.helpers.models import tiny_model, varied_routers
@@ -56,7 +56,6 @@ def agree(found: RoutedPrompt, wanted: tuple[Tensor, ...], bias: float, modes: t
     sure = (wanted[2][..., 1] + bias - wanted[2][..., 0]).abs() > 1e-4
     assert sure.float().mean() > 0.9
     assert torch.equal(found.route[sure], wanted[3][sure])
-    assert torch.equal(found.record, found.route.to(torch.int8))
     assert torch.equal(found.mode, torch.where(found.route > 0.5, modes[1], modes[0]).int())
 
 
@@ -88,7 +87,7 @@ def test_offsets_of_the_heads_are_added() -> None:
     assert torch.equal(found.route, (router.offset[:, 1] > router.offset[:, 0]).float().expand(3, -1))
 
 
-def test_few_samples_behind_the_statistics_leave_features_raw() -> None:
+def test_statistics_of_few_samples_leave_features_raw() -> None:
     router = trained_router(8, 128, samples=7)
     keys, weight, count = operands(2, 8, 128, torch.bfloat16)
     found = route_prompt(keys, weight, count, linears(router), (router.mean, router.var, router.count))
@@ -117,13 +116,14 @@ def test_a_model_routes_as_in_pytorch(family: str) -> None:
     turn[:, :300] = mask
     found = []
     for fused in (True, False):
-        model._elastic_handle.routing.fused = fused
+        model._elastic_handle.state.fused = fused
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
             model(ids, attention_mask=mask, past_key_values=cache)
             first = last_routes(model)
             model(ids[:, :50], attention_mask=turn, past_key_values=cache)
-        kernel = all(router.last.mode_NK is not None for router in routers(model))
+        decisions = model._elastic_handle.state.last.record.decisions
+        kernel = all(decision.mode_NK is not None for decision in decisions.values())
         assert kernel == fused
         found.append((first, last_routes(model), pooled_keys(model)))
     torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-2, atol=1e-2)

@@ -41,7 +41,7 @@ def test_phases_cover_every_token_once_and_stay_inside(encoded, stride, tokens):
         reached = [first + phase + stride * cell for phase in range(sizes[1]) for cell in range(sizes[2])]
         assert max(reached) < tokens
         if not is_rest and tokens < stride:
-            continue  # no whole cell: its phases lie behind the end, the kernel clears what it loads for them
+            continue  # no whole cell: its phases lie past the end, the kernel clears what it loads for them
         assert first == (0 if is_rest else tail)
         found += reached
     assert sorted(found) == list(range(tokens)) and len(encoded) == (2 if tail else 1)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from elastic.kernels import select_blocks, xattention_oracle
+from elastic.kernels import Pattern, select_blocks, xattention_oracle
 from elastic.kernels.block_bits import mask_from_bits, query_block
 from elastic.kernels.params import Ranges
 from elastic.kernels.xattention_oracle import UNITS, block_mass, block_relations, choose, select_oracle
@@ -118,11 +118,11 @@ def test_published_first_chunk_rule():
 
 def test_published_chunk_counts_tokens_of_uncached_samples():
     q, k = problem(11, 128 * 6, 128 * 6)
-    ours, theirs = (
-        select_oracle(q, k, torch.full((1, 2), 2), 16, 0.7, 128, 0.1, Ranges(), chunk) for chunk in (0, 512)
-    )
+    sizes = {"pattern": Pattern.without_streaming(128, 0.1), "stride": 16, "threshold": 0.7}
+    mode = torch.full((1, 2), 2)
+    ours, theirs = (select_oracle(q, k, mode, **sizes, published_chunk=chunk) for chunk in (0, 512))
     assert torch.equal(ours[:, :, 4:], theirs[:, :, 4:]) and not torch.equal(ours, theirs)
-    again = select_oracle(q[:, 128:], k, torch.full((1, 2), 2), 16, 0.7, 128, 0.1, Ranges(), 512)
+    again = select_oracle(q[:, 128:], k, mode, **sizes, published_chunk=512)
     assert torch.equal(again, ours[:, :, 1:])
 
 
@@ -134,10 +134,8 @@ def test_samples_of_a_row_are_chosen_as_if_alone(block):
     mode = torch.tensor([[2, 2], [0, 2], [2, 1], [2, 2]], dtype=torch.int32)
     row, begin, end, queries = (torch.tensor(x, dtype=torch.int32) for x in zip(*bounds, strict=True))
     queries = torch.minimum(queries, end - begin)
-    bits = select_blocks(
-        q, k, mode, stride=4, threshold=0.6, block=block, begin_q=end - queries, end_q=end, begin_k=begin, end_k=end,
-        row=row,
-    )  # fmt: skip
+    ranges, sizes = Ranges(end - queries, end, begin, end, row), {"stride": 4, "threshold": 0.6}
+    bits = select_blocks(q, k, mode, Pattern.without_streaming(block), ranges, **sizes)
     assert bits.shape == (4, 4, -(-310 // query_block(block)), -(-310 // (32 * block)))
     for n, (r, b, e, count) in enumerate(
         zip(row.tolist(), begin.tolist(), end.tolist(), queries.tolist(), strict=True)
@@ -147,17 +145,16 @@ def test_samples_of_a_row_are_chosen_as_if_alone(block):
             if of_head != 2 or count == 0:
                 assert not bool(mine.any())
                 continue
-            alone = select_blocks(
-                q[r : r + 1, e - count : e], k[r : r + 1, b:e], torch.full((1, 2), 2, dtype=torch.int32), stride=4,
-                threshold=0.6, block=block,
-            )[0, 2 * kv_head : 2 * kv_head + 2]  # fmt: skip
+            own, every = (q[r : r + 1, e - count : e], k[r : r + 1, b:e]), torch.full((1, 2), 2, dtype=torch.int32)
+            alone = select_blocks(*own, every, Pattern.without_streaming(block), **sizes)
+            alone = alone[0, 2 * kv_head : 2 * kv_head + 2]
             assert torch.equal(mine[:, : alone.shape[1], : alone.shape[2]], alone)
             assert not bool(mine[:, alone.shape[1] :].any()) and not bool(mine[..., alone.shape[2] :].any())
 
 
 def test_last_queries_choose_as_in_the_whole_sample():
     q, k = problem(5, 512, 512)
-    arguments = {"stride": 8, "threshold": 0.7, "block": 64, "scale": 0.2}
+    arguments = {"pattern": Pattern.without_streaming(64, 0.2), "stride": 8, "threshold": 0.7}
     mode = torch.full((1, 2), 2, dtype=torch.int32)
     whole = select_blocks(q, k, mode, **arguments)
     assert torch.equal(select_blocks(q[:, 256:], k, mode, **arguments), whole[:, :, 2:])
@@ -184,11 +181,12 @@ WRONG = {
 @pytest.mark.parametrize("message", WRONG)
 def test_refusals(message):
     q, k = problem(6, 64, 64)
-    arguments = {"stride": 8, "threshold": 0.9, "block": 64, **WRONG[message]}
+    given = {"stride": 8, "threshold": 0.9, "block": 64, **WRONG[message]}
+    pattern = Pattern.without_streaming(given.pop("block"), given.pop("scale", None))
     with pytest.raises(ValueError, match=message):
-        select_blocks(q, k, torch.full((1, 2), 2, dtype=torch.int32), **arguments)
+        select_blocks(q, k, torch.full((1, 2), 2, dtype=torch.int32), pattern, **given)
     with pytest.raises(ValueError, match="mode is"):
-        select_blocks(q, k, torch.full((1, 3), 2, dtype=torch.int32), stride=8, threshold=0.9, block=64)
+        select_blocks(q, k, torch.full((1, 3), 2, dtype=torch.int32), Pattern(0, 1, block=64), stride=8, threshold=0.9)
 
 
 def test_operator_keeps_its_contract():

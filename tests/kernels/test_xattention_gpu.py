@@ -7,7 +7,7 @@ import torch
 
 from elastic.kernels import select_blocks
 from elastic.kernels.block_bits import mask_from_bits
-from elastic.kernels.params import Ranges
+from elastic.kernels.params import Pattern, Ranges
 from elastic.kernels.xattention_oracle import UNITS
 from tests.kernels.generators import tensor
 from tests.kernels.gpu import HAS_GPU
@@ -27,7 +27,7 @@ def whole(length: int, heads: int, kv_heads: int, threshold: float, seed: int = 
     q = tensor(gen, (1, length, heads, 128), "plain", torch.bfloat16)
     k = tensor(gen, (1, length + past, kv_heads, 128), "plain", torch.bfloat16)
     mode = torch.full((1, kv_heads), 2, dtype=torch.int32, device="cuda")
-    return Selection(q, k, mode, 16, threshold, 128, 128**-0.5, Ranges())
+    return Selection(q, k, mode, 16, threshold, Pattern.without_streaming(128))
 
 
 @pytest.mark.parametrize("first", range(0, CASES, CHUNK))
@@ -83,7 +83,7 @@ def test_long(length: int, past: int) -> None:
 
 def test_masses_beyond_shared_memory() -> None:
     """More key blocks than a warp has room for in shared memory."""
-    problem = dataclasses.replace(whole(256, 2, 1, 0.9, past=100_000), block=64)
+    problem = dataclasses.replace(whole(256, 2, 1, 0.9, past=100_000), pattern=Pattern.without_streaming(64))
     assert judge_selection(*run_selection(problem), problem)[0] == 0
 
 
@@ -105,9 +105,10 @@ def test_neighbours_do_not_leak(stride: int) -> None:
     begin, end = cuts[:-1].contiguous(), cuts[1:].contiguous()
     ranges = Ranges(begin, end, begin, end, torch.zeros(3, dtype=torch.int32, device="cuda"))
     mode = torch.full((3, 2), 2, dtype=torch.int32, device="cuda")
-    problem = Selection(q, k, mode, stride, 0.9, 128, 0.1, ranges)
+    pattern = Pattern.without_streaming(128, 0.1)
+    problem = Selection(q, k, mode, stride, 0.9, pattern, ranges)
     clean, _ = run_selection(problem)
-    alone = Selection(q[:, 1301:4333], k[:, 1301:4333], mode[:1].clone(), stride, 0.9, 128, 0.1, Ranges())
+    alone = Selection(q[:, 1301:4333], k[:, 1301:4333], mode[:1].clone(), stride, 0.9, pattern)
     for x in (q, k):
         x[:, :1301] = float("nan")
         x[:, 4333:] = float("inf")
@@ -172,7 +173,7 @@ def test_operator_contract() -> None:
 def test_sizes_without_a_kernel_are_named() -> None:
     problem = whole(256, 4, 2, 0.9)
     with pytest.raises(ValueError, match=r"stride=32, block=128; the CUDA kernel takes strides \(8, 16\)"):
-        select_blocks(problem.q, problem.k, problem.mode, stride=32, threshold=0.9, block=128)
+        select_blocks(*problem.args(), stride=32, threshold=0.9)
 
 
 @pytest.mark.parametrize("first", range(9000, 9200, 50))

@@ -60,7 +60,7 @@ def test_ratios_come_from_what_was_visited(name):
     ids, mask = left_padded(random_ids(2, 90), [0, 40])
     with torch.no_grad():
         model(ids, attention_mask=mask)
-    state, sparse = last_routes(model), model._elastic_handle.routing.config.sparse
+    state, sparse = last_routes(model), model._elastic_handle.state.config.sparse
     assert set(state.route.unique().tolist()) == {0.0, 1.0}
     last, overall = esr(state.route, state.lengths, sparse, state.density)
     pruned = torch.empty(LAYERS, 2, KV_HEADS, dtype=torch.float64)

@@ -68,7 +68,7 @@ struct BackwardLayout {  // offsets from a base that is a multiple of 1024
   static constexpr int control = rows + kStages * 2 * kRows * 4;
   static constexpr int first = control + 1024;  // first row tile of every sample, then the segments
 };
-static_assert(sizeof(BackwardControl) <= 1024, "the tables start 1024 bytes behind the barriers");
+static_assert(sizeof(BackwardControl) <= 1024, "the tables start 1024 bytes after the barriers");
 
 // Query tiles that a key block meets, head after head of the group, ascending. All lanes of a warp call together.
 struct StepIterator {

@@ -41,7 +41,7 @@ struct BlockIterator {
   const u32* words;         // bitmask walk, null otherwise
   u32 pending, ahead;       // bits left of word `word`; the next lower word, loaded early
   int word, lower_half, high;
-  int wide;                 // a bit stands for 128 keys
+  int wide;                 // a bit covers 128 keys
 
   // m0, m1: first and past-the-end query row of the tile; `bits_row` is null unless the head is block-sparse.
   ELASTIC_FN void init(const Rule& rule, int m0, int m1, int delta, const u32* bits_row) {

@@ -12,7 +12,7 @@ constexpr int kD = ELASTIC_HEAD_DIM, kWarps = ELASTIC_WARPS, kThreads = 32 * kWa
 constexpr int kRows = 16;       // query heads of an mma tile
 constexpr int kPitch = kD + 8;  // floats from one output row to the next in shared memory
 
-struct Shared {  // dynamic shared memory behind the rings
+struct Shared {  // dynamic shared memory after the rings
   float peak[kWarps][kRows], sum[kWarps][kRows];
   float2 total[kRows];  // maximum and sum over the warps
   int units[kWarps];

@@ -47,7 +47,7 @@ struct SharedLayout {  // offsets from a base that is a multiple of 1024
   static constexpr int control = v + kStages * kTileBytesKV;
   static constexpr int segments = control + 1024;
 };
-static_assert(sizeof(Control) <= 1024, "the schedule starts 1024 bytes behind the barriers");
+static_assert(sizeof(Control) <= 1024, "the schedule starts 1024 bytes after the barriers");
 
 // One elected lane: walks the tiles, their visited blocks, and feeds the rings.
 struct Producer {

@@ -36,7 +36,7 @@ struct SelectControl {
     fence_barrier_init();
   }
 };
-static_assert(sizeof(SelectControl) <= 1024, "the units start 1024 bytes behind the barriers");
+static_assert(sizeof(SelectControl) <= 1024, "the units start 1024 bytes after the barriers");
 
 struct SelectLayout {  // offsets from a base that is a multiple of 1024
   static constexpr int control = kStages * kStageBytes;

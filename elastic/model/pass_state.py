@@ -1,0 +1,205 @@
+"""What a forward pass runs with and what it leaves: the model's settings, what a thread forces on them, one pass, one
+layer's call in it, and the decisions of the pass (docs/design.md section 6).
+
+Settings belong to the model. What `override_routes` and `biased` force belongs to the thread (or asyncio task) that
+asked for it, and decisions belong to their pass, so threads that share a model never see each other's. A pass reads
+settings and forced values once, before its first layer; a layer that gradient checkpointing runs again, perhaps in
+another thread, finds them in the pass.
+Legend: L layers, N samples, K KV heads, D head dim.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.layout import Layout
+from elastic.attention.row_slice import RowSlice
+from elastic.cache.route_record import find_record
+from elastic.config import ElasticConfig, SparseConfig
+from elastic.routing.router import Decision
+
+
+@dataclass(frozen=True)
+class PassRoutes:
+    """Decisions of one forward pass.
+
+    Attributes:
+        route: [L, N, K] in {0, 1}, with the straight-through gradient in training.
+        logits: [L, N, K, 2], route 0 first; None when the routes were given from outside.
+        lengths: int64 [N]; tokens of each sample.
+        density: float64 [L, N, K]; share of the visible pairs that XAttention heads visited
+            (`elastic.attention.block_selection`). None if the configuration has no such heads.
+    """
+
+    route: Tensor
+    logits: Tensor | None
+    lengths: Tensor
+    density: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PassRecord:
+    """What the layers of one pass decided, by layer. A layer that runs again writes to its own place.
+
+    Attributes:
+        layout: where the samples lie.
+        decisions: by layer.
+        density_NK: by layer, what its XAttention heads visited.
+    """
+
+    layout: Layout
+    decisions: dict[int, Decision] = field(default_factory=dict)
+    density_NK: dict[int, Tensor] = field(default_factory=dict)
+
+    def routes(self) -> PassRoutes:
+        """The layers' decisions in one."""
+        layout, layers = self.layout, sorted(self.decisions)
+        decided = [self.decisions[layer] for layer in layers]
+        logits = [decision.logits_NK2 for decision in decided if decision.logits_NK2 is not None]
+        return PassRoutes(
+            torch.stack([decision.route_NK for decision in decided]),
+            torch.stack(logits) if len(logits) == len(decided) else None,
+            torch.tensor(layout.bounds).diff() if layout.bounds else layout.end_N - layout.begin_N,
+            torch.stack([self.density_NK[layer] for layer in layers]) if self.density_NK else None,
+        )
+
+
+class LastPass(threading.local):
+    """Record of the present thread's last pass that decided routes. Copies and pickles of a model begin without one,
+    since it may be part of an autograd graph.
+    """
+
+    record: PassRecord | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
+
+
+class AttachedState:
+    """What is set on one attached model, for all its threads.
+
+    Attributes:
+        config: the model's configuration.
+        temperature: of the Gumbel-softmax in training.
+        row_slice: which part of the rows is here.
+        fused: whether the router may run as one kernel where it can; tests and timings compare both ways.
+        last: the last decisions, by thread.
+    """
+
+    def __init__(self, config: ElasticConfig) -> None:
+        self.config = config
+        self.temperature = 1.0
+        self.row_slice = RowSlice()
+        self.fused = True
+        self.last = LastPass()
+
+    def chunk_tokens(self) -> int:
+        """Tokens that an MLP or norm works on at a time."""
+        return self.config.chunk_tokens
+
+    def config_in_force(self) -> ElasticConfig:
+        """The configuration with what the present thread forces."""
+        return forced_on(self).applied_to(self.config)
+
+
+@dataclass(frozen=True)
+class Forced:
+    """What `override_routes` and `biased` ask for in the present thread; None leaves the model's own.
+
+    Attributes:
+        route: 0, 1, or [L, K] or [L, N, K] in {0, 1}.
+        sparse: modes and pattern sizes.
+        bias: `sparsity_bias`.
+    """
+
+    route: int | Tensor | None = None
+    sparse: SparseConfig | None = None
+    bias: float | None = None
+
+    def applied_to(self, config: ElasticConfig) -> ElasticConfig:
+        """The configuration under these modes and this bias."""
+        if self.sparse is None and self.bias is None:
+            return config
+        bias = config.sparsity_bias if self.bias is None else self.bias
+        return replace(config, sparse=self.sparse or config.sparse, sparsity_bias=bias)
+
+
+_FORCED: ContextVar[Mapping[AttachedState, Forced] | None] = ContextVar("elastic_forced", default=None)
+
+
+def forced_on(state: AttachedState) -> Forced:
+    """What the present thread forces on a model."""
+    return (_FORCED.get() or {}).get(state, Forced())
+
+
+@contextmanager
+def forcing(state: AttachedState, forced: Forced) -> Iterator[None]:
+    """Force this on a model inside the context, in the present thread alone."""
+    token = _FORCED.set({**(_FORCED.get() or {}), state: forced})
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardPass:
+    """What all layers of a pass share; the decoder's pre-hook builds it.
+
+    Attributes:
+        layout: where the samples lie.
+        config: in force for this pass.
+        record: what the layers decide.
+        override: routes given from outside; None lets the routers decide.
+        mode_LNK: in a decode step what every head does, by the decisions of the prefill; None: routes are decided.
+        row_slice, temperature, fused: see `AttachedState`.
+    """
+
+    layout: Layout
+    config: ElasticConfig
+    record: PassRecord
+    override: int | Tensor | None = None
+    mode_LNK: Tensor | None = None
+    row_slice: RowSlice = field(default_factory=RowSlice)
+    temperature: float = 1.0
+    fused: bool = True
+
+    @classmethod
+    def of(cls, layout: Layout, config: ElasticConfig, **settings: Any) -> "ForwardPass":
+        """A pass that has decided nothing yet."""
+        return cls(layout, config, PassRecord(layout), **settings)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCall:
+    """What the attention function needs to know of its layer; the layer's pre-hook builds it.
+
+    Attributes:
+        of_pass: the pass.
+        layer: its index.
+        route_NK: of its heads, with the straight-through gradient in training.
+        plan: what its heads do.
+        cache: the KV cache that the layer was given, or None.
+    """
+
+    of_pass: ForwardPass
+    layer: int
+    route_NK: Tensor
+    plan: HeadPlan
+    cache: Any = None
+
+    def remember_density(self, density_NK: Tensor | None) -> None:
+        """Keep what XAttention heads visited in the pass's record and the cache's."""
+        if density_NK is None:
+            return
+        self.of_pass.record.density_NK[self.layer] = density_NK
+        record = find_record(self.cache)
+        if record is not None:
+            record.densities[self.layer] = density_NK
