@@ -78,7 +78,7 @@ def left_padded(ids: Tensor, pads: list[int]) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def small_bpe():
-    """A fast byte-level BPE tokenizer of 6,000 tokens, trained on this repository's README and wonderwords' nouns."""
+    """A fast byte-level BPE tokenizer of 6,000 tokens, trained on this repository's pages and wonderwords' nouns."""
     import wonderwords
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -90,9 +90,9 @@ def small_bpe():
     trainer = trainers.BpeTrainer(
         vocab_size=6000, special_tokens=["<e>"], initial_alphabet=alphabet, show_progress=False
     )
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    pages = [file.read_text(encoding="utf-8") for file in sorted((Path(__file__).parents[2] / "docs").glob("*.md"))]
     nouns = wonderwords.RandomWord()._categories["nouns"]
-    made.train_from_iterator([readme, *(f" {noun}" for noun in nouns)], trainer)
+    made.train_from_iterator([*pages, *(f" {noun}" for noun in nouns)], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<e>", eos_token="<e>")
     fast.padding_side = "left"
     return fast

