@@ -26,7 +26,8 @@ from data_prep.mixture_config import Mixture, read_mixture
 from elastic.data.file_rows import ReadReport
 from elastic.data.packing import Sample, best_fit, packed_row, tokenise
 from elastic.data.records import Record, read_records
-from elastic.data.shards import FORMAT, MANIFEST, SPLITS, put_in_place, tokenizer_hash, write_shard
+from elastic.data.shards import FORMAT, MANIFEST, SPLITS, tokenizer_hash, write_shard
+from elastic.files import is_foreign, new_file, put_in_place, write_atomic
 from elastic.model.loading import load_tokenizer
 
 RECIPE, TRAIN_CONFIG = "recipe.json", "train.yaml"
@@ -45,7 +46,7 @@ def pack_mixture(mixture: Mixture, out: str | Path, workers: int = 2) -> dict[st
         OSError: the disk is full, or a worker died; what was finished stays.
     """
     out = Path(out)
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+    if is_foreign(out, MANIFEST):
         raise ValueError(f"{out} exists and is no data folder of this project; choose another --out")
     scratch = out.with_name(f".{out.name}.parts")
     _begin(scratch, mixture)
@@ -64,10 +65,14 @@ def pack_mixture(mixture: Mixture, out: str | Path, workers: int = 2) -> dict[st
     for split, part in jobs:
         splits.setdefault(split, {})[_name(part)] = entries[split, part]
     manifest = {"format": FORMAT, **_facts(mixture), "splits": splits}
-    _write(scratch / TRAIN_CONFIG, yaml.safe_dump(_training(mixture, out), sort_keys=False))
-    _write(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    write_atomic(scratch / TRAIN_CONFIG, yaml.safe_dump(_training(mixture, out), sort_keys=False))
+    write_atomic(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     put_in_place(scratch, out)
-    for file in (out / RECIPE, *out.glob("*/*.json")):  # what resuming needs, to the last moment
+    for file in (
+        out / RECIPE,
+        *out.glob("*/*.json"),
+        *out.glob("*/.*.writing"),
+    ):  # what resuming needs, and kills leave
         file.unlink()
     return manifest
 
@@ -99,12 +104,10 @@ def pack_part(mixture: Mixture, scratch: Path, split: str, part: int) -> dict[st
         samples += _drawn(mixture, name, split, part, budget * mixture.share(name), report)
     rows = fill_up(best_fit(samples, mixture.seq_length), mixture, split, part, *_tokenizer(mixture.backbone))
     file = scratch / split / f"{_name(part)}.arrow"
-    file.parent.mkdir(exist_ok=True)
-    writing = file.with_suffix(".writing")
-    entry = write_shard(writing, map(packed_row, rows))
+    with new_file(file) as writing:
+        entry = write_shard(writing, map(packed_row, rows))
     entry["skipped"] = report.bad
-    os.replace(writing, file)
-    _write(file.with_suffix(".json"), json.dumps(entry))
+    write_atomic(file.with_suffix(".json"), json.dumps(entry))
     return entry
 
 
@@ -169,7 +172,7 @@ def _begin(scratch: Path, mixture: Mixture) -> None:
     if not (scratch / RECIPE).is_file() or (scratch / RECIPE).read_text(encoding="utf-8") != recipe:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        _write(scratch / RECIPE, recipe)
+        write_atomic(scratch / RECIPE, recipe)
 
 
 def _finished(scratch: Path, split: str, part: int) -> dict[str, Any] | None:
@@ -185,12 +188,6 @@ def _training(mixture: Mixture, out: Path) -> dict[str, Any]:
 
 def _name(part: int) -> str:
     return f"part-{part:05d}"
-
-
-def _write(file: Path, text: str) -> None:
-    writing = file.with_name(f".{file.name}.writing")
-    writing.write_text(text, encoding="utf-8")
-    os.replace(writing, file)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,6 @@ measured numbers have five significant digits. Files of the first format, a list
 
 import importlib.metadata
 import json
-import os
 import shlex
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from elastic.files import write_atomic
 from elastic.kernels import kernel_path
 
 Record = dict[str, Any]
@@ -101,14 +101,7 @@ def save(path: Path, found: Sequence[Record]) -> Path:
         told = {name: rounded(value) for name, value in record.items() if name not in STAMPED}
         lines.append(json.dumps({**told, "stamp": stamps.setdefault(made, len(stamps))}))
     parts = [f'{{"format": {FORMAT}', *map(_listed, ("stamps", "records"), (stamps, lines))]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    try:
-        writing.write_text(",\n".join(parts) + "}\n", encoding="utf-8")
-        os.replace(writing, path)
-    except OSError:
-        writing.unlink(missing_ok=True)
-        raise
+    write_atomic(path, ",\n".join(parts) + "}\n")
     return path
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from elastic.config import SparseConfig
+from elastic.data.prompts import left_pad
 from elastic.inference.decode_graph import can_graph, graphed
 from elastic.inference.generate import eos_ids, new_cache
 from elastic.model.attach import elastic_config, last_routes, override_routes, route_of
@@ -100,10 +101,7 @@ class RoutedLM(HFLM):
         encoded = [list(self.tok_encode(text)) for text in strings]
         kept = [cut_middle(ids, left_truncate_len) for ids in encoded]
         self._waiting = [(s, len(k), len(e) - len(k)) for s, k, e in zip(strings, kept, encoded, strict=True)]
-        longest, pad = max(map(len, kept)), self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in kept])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in kept])
-        return ids, mask
+        return left_pad(kept, self.tokenizer.pad_token_id, torch.device("cpu"))
 
     @torch.no_grad()
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation: Any) -> Tensor:

@@ -15,7 +15,7 @@ from elastic.config import ElasticConfig, SparseConfig
 from elastic.evaluation.benchmark import Benchmark, Request
 from elastic.evaluation.methods import Method
 from elastic.evaluation.scores import BY, LOCK, row_of
-from elastic.files import alone, write_atomic
+from elastic.files import alone, file_sha256, write_atomic
 
 
 @dataclass(frozen=True)
@@ -220,13 +220,11 @@ def _facts(plan: EvaluationPlan, method: Method, cell: Cell) -> dict[str, Any]:
 
 def _stamp(method: Method) -> str | None:
     """Checksum of a checkpoint's tensors or of a pattern file."""
-    import hashlib
-
     if method.kind == "elastic":
         from elastic.model.checkpoint import read_elastic
 
         return read_elastic(method.argument)["weights_sha256"]
-    return hashlib.sha256(Path(method.argument).read_bytes()).hexdigest() if method.kind == "static" else None
+    return file_sha256(Path(method.argument)) if method.kind == "static" else None
 
 
 def _read(file: Path, facts: dict[str, Any]) -> list[dict[str, Any]] | None:

@@ -1,6 +1,7 @@
 """Records of `elastic bench`: on disk, as a picture, as the page of recorded results."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def test_a_failed_write_leaves_the_file_before_it(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(records.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="disk full"):
         records.save(path, given_records()[:1])
     assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
