@@ -68,11 +68,8 @@ def pack_mixture(mixture: Mixture, out: str | Path, workers: int = 2) -> dict[st
     write_atomic(scratch / TRAIN_CONFIG, yaml.safe_dump(_training(mixture, out), sort_keys=False))
     write_atomic(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     put_in_place(scratch, out)
-    for file in (
-        out / RECIPE,
-        *out.glob("*/*.json"),
-        *out.glob("*/.*.writing"),
-    ):  # what resuming needs, and kills leave
+    # What resuming needs, to the last moment, and what a killed run on another machine left.
+    for file in (out / RECIPE, *out.glob("*/*.json"), *out.glob("*/.*.writing")):
         file.unlink()
     return manifest
 
