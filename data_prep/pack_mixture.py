@@ -64,7 +64,7 @@ def pack_mixture(mixture: Mixture, out: str | Path, workers: int = 2) -> dict[st
     splits: dict[str, dict[str, Any]] = {}
     for split, part in jobs:
         splits.setdefault(split, {})[_name(part)] = entries[split, part]
-    manifest = {"format": FORMAT, **_facts(mixture), "splits": splits}
+    manifest = {"format": FORMAT, **_origin(mixture), "splits": splits}
     write_atomic(scratch / TRAIN_CONFIG, yaml.safe_dump(_training(mixture, out), sort_keys=False))
     write_atomic(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     put_in_place(scratch, out)
@@ -150,7 +150,7 @@ def _tokenizer(backbone: str) -> Any:
     return tokenizer, token_count(tokenizer)
 
 
-def _facts(mixture: Mixture) -> dict[str, Any]:
+def _origin(mixture: Mixture) -> dict[str, Any]:
     tokenizer, _ = _tokenizer(mixture.backbone)
     return {
         "seq_length": mixture.seq_length,
@@ -165,7 +165,7 @@ def _begin(scratch: Path, mixture: Mixture) -> None:
     named = (s.path.format(split=split) for s in mixture.sources.values() if s.path for split in mixture.tokens)
     states = {path: Path(path).stat() for path in named if Path(path).is_file()}
     files = {path: [state.st_size, state.st_mtime_ns] for path, state in states.items()}
-    recipe = json.dumps({**_facts(mixture), "records": files}, sort_keys=True)
+    recipe = json.dumps({**_origin(mixture), "records": files}, sort_keys=True)
     if not (scratch / RECIPE).is_file() or (scratch / RECIPE).read_text(encoding="utf-8") != recipe:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)

@@ -13,7 +13,7 @@ from elastic.bench.cases import Case, Inputs
 from elastic.bench.contestants import COMPETITORS, Call, forward
 from elastic.bench.options import add_options, cases_of, chosen, kernel_device
 from elastic.bench.race import conclude, run_case
-from elastic.bench.records import Record
+from elastic.bench.records import Measurement
 from elastic.bench.timing import extra_bytes, host_microseconds, matmul_tflops
 from elastic.console import say
 from elastic.kernels import unsupported_reason
@@ -56,7 +56,7 @@ def ours(inputs: Inputs) -> Call:
     return lambda: forward(inputs)[:1]
 
 
-def machine_records(cases: list[Case]) -> list[Record]:
+def machine_records(cases: list[Case]) -> list[Measurement]:
     """What is measured once a run: host time of a call, memory beyond its outputs at the longest case, a matrix
     product as the ceiling.
     """

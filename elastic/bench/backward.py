@@ -17,7 +17,7 @@ from elastic.bench.cases import BLOCK, SINK, WINDOW, Case, Inputs
 from elastic.bench.contestants import Call, Contestant, compiled_flex, flex_mask, forward
 from elastic.bench.options import add_options, cases_of, chosen, kernel_device
 from elastic.bench.race import conclude, run_case
-from elastic.bench.records import Record
+from elastic.bench.records import Measurement
 from elastic.bench.timing import matmul_tflops
 from elastic.kernels import attention_backward, unsupported_backward
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     device = kernel_device(args, unsupported_backward)
     stamp, path = records.stamp(command, args.commit, device), args.out / f"{args.tag}.json"
     stamp["kernel"] = "attention_backward_sm90 (sm_90a)"
-    ceiling: Record = {"case": "matmul-8192", "who": "cublas", "metric": "eff", "value": matmul_tflops()}
+    ceiling: Measurement = {"case": "matmul-8192", "who": "cublas", "metric": "eff", "value": matmul_tflops()}
     found = [{**ceiling, "unit": "TFLOP/s", **stamp}]
     kernels = {"ours": partial(ours, deterministic=False), "ours-deterministic": partial(ours, deterministic=True)}
     for case in cases:

@@ -12,7 +12,7 @@ from torch import Tensor
 from elastic.bench import drawing, tables
 from elastic.bench.cases import Case, Inputs
 from elastic.bench.contestants import Call, Contestant
-from elastic.bench.records import LEFT_OUT, Record
+from elastic.bench.records import LEFT_OUT, Measurement
 from elastic.bench.timing import measure
 from elastic.console import say
 
@@ -21,7 +21,7 @@ CHUNK = 16384  # tokens compared at a time
 DISAGREED = "its output differs from ours"
 
 
-def conclude(found: list[Record], path: Path) -> int:
+def conclude(found: list[Measurement], path: Path) -> int:
     """Show the table of a run whose records lie at `path`, and draw its picture beside them.
 
     Returns:
@@ -40,7 +40,7 @@ def run_case(
     budget_ms: float,
     flex_max_length: int,
     device: str,
-) -> list[Record]:
+) -> list[Measurement]:
     """Records of our kernels (the first one is the reference) and of every contestant that takes the case: `time` in ms
     and `eff` in TFLOP/s.
 
@@ -51,7 +51,9 @@ def run_case(
     calls = {name: build(inputs) for name, build in ours.items()}
     reference = next(iter(calls.values()))()
     found = [
-        record for who, call in calls.items() for record in timed(case.name, case.facts(), who, call, work, budget_ms)
+        record
+        for who, call in calls.items()
+        for record in timed(case.name, case.properties(), who, call, work, budget_ms)
     ]
     for name, contestant in contestants.items():
         if not contestant.takes(case):
@@ -70,12 +72,12 @@ def run_case(
 def _checked(
     case: Case, name: str, contestant: Contestant, inputs: Inputs, reference: tuple[Tensor, ...], work: float,
     budget_ms: float,
-) -> list[Record]:  # fmt: skip
+) -> list[Measurement]:  # fmt: skip
     call = contestant.build(case, inputs)
     difference = largest_difference(call(), reference)
     if not difference <= TOLERANCE:
         return [_left_out(case, name, f"{DISAGREED} by {difference:.3g}, allowed is {TOLERANCE}")]
-    return timed(case.name, case.facts(), name, call, work, budget_ms)
+    return timed(case.name, case.properties(), name, call, work, budget_ms)
 
 
 def largest_difference(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> float:
@@ -94,20 +96,20 @@ def largest_difference(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> 
 
 
 def timed(
-    case: str, facts: Record, who: str, call: Callable[[], object], work: float, budget_ms: float
-) -> list[Record]:
-    """Time a call of `work` floating-point operations: its `time` in ms and `eff` in TFLOP/s; `facts` go into both."""
+    case: str, properties: Measurement, who: str, call: Callable[[], object], work: float, budget_ms: float
+) -> list[Measurement]:
+    """Time a call of `work` floating-point operations: its `time` in ms and `eff` in TFLOP/s, both with `properties`."""
     timing = measure(call, budget_ms)
     rate = work / timing.ms / 1e9
     say(f"{case:24s} {who:7s} {timing.ms:10.4f} ms  {rate:6.1f} TFLOP/s  {timing.repeats} repeats")
-    shared = {"case": case, "who": who, "repeats": timing.repeats, **facts}
+    shared = {"case": case, "who": who, "repeats": timing.repeats, **properties}
     return [
         {**shared, "metric": "time", "value": timing.ms, "unit": "ms"},
         {**shared, "metric": "eff", "value": rate, "unit": "TFLOP/s"},
     ]
 
 
-def _left_out(case: Case, who: str, why: str) -> Record:
+def _left_out(case: Case, who: str, why: str) -> Measurement:
     say(f"{case.name:24s} {who:7s} left out: {why}")
-    facts = {"case": case.name, "who": who, **case.facts()}
-    return {**facts, "metric": LEFT_OUT, "value": None, "unit": "", "why": why}
+    shared = {"case": case.name, "who": who, **case.properties()}
+    return {**shared, "metric": LEFT_OUT, "value": None, "unit": "", "why": why}

@@ -23,7 +23,7 @@ from elastic.routing.sparsity import esr, msr
 
 
 @dataclass(frozen=True)
-class SampleFacts:
+class PrefillStats:
     """What a sample's context came to.
 
     Attributes:
@@ -72,7 +72,7 @@ class RoutedLM(HFLM):
             enable_thinking=False,  # answers are short and begin at once; templates without such a switch ignore it
         )
         self.route, self.sparse = route, sparse or elastic_config(model).sparse
-        self.facts: dict[str, SampleFacts] = {}
+        self.prefill_stats: dict[str, PrefillStats] = {}
         self._waiting: list[tuple[str, int, int]] = []
         self._encoded: dict[str, list[int]] = {}
 
@@ -165,7 +165,9 @@ class RoutedLM(HFLM):
         route = route_LNK.detach().cpu().double()
         last, mean = esr(route, lengths_N.cpu(), self.sparse, density_LNK)
         for n, (text, tokens, cut) in enumerate(self._waiting):
-            self.facts[text] = SampleFacts(float(msr(route)[n]), float(last[n]), float(mean[n]), seconds, tokens, cut)
+            self.prefill_stats[text] = PrefillStats(
+                float(msr(route)[n]), float(last[n]), float(mean[n]), seconds, tokens, cut
+            )
 
 
 def cut_middle(ids: list[int], limit: int | None) -> list[int]:

@@ -46,14 +46,14 @@ def test_flops_count_the_visible_blocks(length, kind):
     assert case.flops() == 4 * 64 * BLOCK**2 * case.visited_blocks()
 
 
-def test_names_and_facts():
+def test_names_and_properties():
     assert [c.name for c in (Case(65536), Case(8192, 6), Case(65536, density=0.25))] == [
         "dense-64k",
         "streaming-6of8-8k",
         "random-25pct-64k",
     ]
     assert Case(640, 1, heads=9, kv_heads=3, head_dim=64, dtype="fp16").name == "streaming-1of3-d64-640-fp16"
-    assert Case(8192, 6).facts()["msr"] == 0.75 and Case(8192, density=0.5).facts()["msr"] is None
+    assert Case(8192, 6).properties()["msr"] == 0.75 and Case(8192, density=0.5).properties()["msr"] is None
 
 
 def test_block_lists_hold_every_block_once_in_ascending_order():

@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 STAMP = {"gpu": "a GPU", "kernel": "a kernel", "versions": {"torch": "2"}, "commit": "abc", "command": "elastic bench"}
 
 
-def given_records() -> list[records.Record]:
+def given_records() -> list[records.Measurement]:
     """Records as a run with two lengths would write them."""
     found = []
     for length in (8192, 65536):
@@ -31,7 +31,7 @@ def given_records() -> list[records.Record]:
                 if who == "cudnn" and streaming:
                     continue
                 ms = case.flops() / speed / 1e9
-                shared = {"case": case.name, "who": who, "repeats": 5, **case.facts(), **STAMP}
+                shared = {"case": case.name, "who": who, "repeats": 5, **case.properties(), **STAMP}
                 found += [
                     {**shared, "metric": "time", "value": ms, "unit": "ms"},
                     {**shared, "metric": "eff", "value": case.flops() / ms / 1e9, "unit": "TFLOP/s"},
