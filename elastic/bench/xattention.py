@@ -17,10 +17,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from elastic.bench import records, tables
 from elastic.bench.cases import BLOCK, DTYPES
 from elastic.bench.options import add_record_options, kernel_device
-from elastic.bench.race import timed
+from elastic.bench.race import product_ceiling, timed
 from elastic.bench.records import Measurement
 from elastic.bench.structured import structured
-from elastic.bench.timing import extra_bytes, matmul_tflops
+from elastic.bench.timing import extra_bytes
 from elastic.console import say
 from elastic.kernels import attention_forward, select_blocks, unsupported_selection
 from elastic.kernels.block_bits import count_bits
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     device = kernel_device(args, unsupported_selection)
     stamp, path = records.stamp(command, args.commit, device), args.out / f"{args.tag}.json"
     stamp["kernel"] = "xattention_select_sm90 (sm_90a)"
-    found = [{"case": "matmul-8192", "who": "cublas", "metric": "eff", "value": matmul_tflops(), "unit": "TFLOP/s"}]
+    found = [product_ceiling()]
     jobs: list[Callable[[], list[Measurement]]] = []
     for length in args.lengths:
         jobs += [partial(selection_records, length, stride, args, str(device)) for stride in args.strides]
