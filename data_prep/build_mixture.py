@@ -1,7 +1,6 @@
 """Step 1: write the records of an offline mixture, `<out>/<split>/<task>.jsonl`. Needs no network."""
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -12,8 +11,9 @@ from tqdm import tqdm
 
 from elastic.console import Parser
 from elastic.data.records import Record, write_records
-from elastic.data.shards import SPLITS, put_in_place
+from elastic.data.shards import SPLITS
 from elastic.data.tasks import TASKS
+from elastic.files import is_foreign, new_folder
 
 from . import generators, tiny_language
 from .draw import token_count, word_count
@@ -101,20 +101,17 @@ def _write(
     out: Path, tasks: Sequence[str], make: Callable[[str, str], Iterable[Record]], recipe: dict[str, Any]
 ) -> dict[str, dict[str, int]]:
     """Write all files into a scratch folder and rename it; returns counts by split and task."""
-    if out.exists() and not (out / RECIPE).is_file() and (not out.is_dir() or any(out.iterdir())):
+    if is_foreign(out, RECIPE):
         raise ValueError(f"{out} exists and holds no {RECIPE}, so it is no mixture to replace; choose another --out")
-    scratch = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(scratch, ignore_errors=True)
     counts: dict[str, dict[str, int]] = {}
-    with tqdm(total=len(SPLITS) * len(tasks), desc="records", unit="file") as bar:
+    with new_folder(out) as scratch, tqdm(total=len(SPLITS) * len(tasks), desc="records", unit="file") as bar:
         for split in SPLITS:
             (scratch / split).mkdir(parents=True)
             for task in tasks:
                 count = write_records(scratch / split / f"{task}.jsonl", make(task, split))
                 counts.setdefault(split, {})[task] = count
                 bar.update()
-    (scratch / RECIPE).write_text(json.dumps({**recipe, "records": counts}, indent=1) + "\n", encoding="utf-8")
-    put_in_place(scratch, out)
+        (scratch / RECIPE).write_text(json.dumps({**recipe, "records": counts}, indent=1) + "\n", encoding="utf-8")
     return counts
 
 

@@ -141,12 +141,12 @@ def measure(model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
     }
 
 
-def save(model: Any, tokenizer: Any, out: Path, facts: dict[str, Any]) -> None:
-    """bf16 weights, tokenizer and the training facts, readable by everyone."""
+def save(model: Any, tokenizer: Any, out: Path, training: dict[str, Any]) -> None:
+    """bf16 weights, tokenizer and a record of the training, readable by everyone."""
     out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (out / "training.json").write_text(json.dumps(training, indent=1) + "\n")
     for file in out.iterdir():
         file.chmod(0o644)
 
@@ -164,11 +164,11 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer = new_model(args.seed), build_tokenizer()
     loss = train(model, tokenizer, args.steps, args.seed, args.lr)
     model.to(torch.bfloat16).float()  # measured as shipped
-    facts: dict[str, Any] = {"steps": args.steps, "seed": args.seed, "lr": args.lr, "loss": loss}
-    facts |= {"torch": torch.__version__, "transformers": transformers.__version__, "sink": SINK, "window": WINDOW}
-    facts["accuracy"] = measure(model, tokenizer)
-    save(model, tokenizer, args.out, facts)
-    sys.stdout.write(json.dumps(facts["accuracy"], indent=1) + "\n")
+    training: dict[str, Any] = {"steps": args.steps, "seed": args.seed, "lr": args.lr, "loss": loss}
+    training |= {"torch": torch.__version__, "transformers": transformers.__version__, "sink": SINK, "window": WINDOW}
+    training["accuracy"] = measure(model, tokenizer)
+    save(model, tokenizer, args.out, training)
+    sys.stdout.write(json.dumps(training["accuracy"], indent=1) + "\n")
     return 0
 
 

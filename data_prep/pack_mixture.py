@@ -22,8 +22,8 @@ from elastic.console import Parser
 from elastic.data.file_rows import ReadReport
 from elastic.data.packing import Sample, best_fit, packed_row, tokenise
 from elastic.data.records import Record, read_records
-from elastic.data.shards import FORMAT, MANIFEST, SPLITS, put_in_place, tokenizer_hash, write_shard
-from elastic.files import find_config
+from elastic.data.shards import FORMAT, MANIFEST, SPLITS, tokenizer_hash, write_shard
+from elastic.files import find_config, is_foreign, new_file, put_in_place, write_atomic
 from elastic.model.loading import load_tokenizer
 
 from .draw import token_count
@@ -47,7 +47,7 @@ def pack_mixture(mixture: Mixture, out: str | Path, workers: int = 2) -> dict[st
         OSError: the disk is full, or a worker died; what was finished stays.
     """
     out = Path(out)
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+    if is_foreign(out, MANIFEST):
         raise ValueError(f"{out} exists and is no data folder of this project; choose another --out")
     scratch = out.with_name(f".{out.name}.parts")
     _begin(scratch, mixture)
@@ -65,11 +65,12 @@ def pack_mixture(mixture: Mixture, out: str | Path, workers: int = 2) -> dict[st
     splits: dict[str, dict[str, Any]] = {}
     for split, part in jobs:
         splits.setdefault(split, {})[_name(part)] = entries[split, part]
-    manifest = {"format": FORMAT, **_facts(mixture), "splits": splits}
-    _write(scratch / TRAIN_CONFIG, yaml.safe_dump(_training(mixture, out), sort_keys=False))
-    _write(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    manifest = {"format": FORMAT, **_origin(mixture), "splits": splits}
+    write_atomic(scratch / TRAIN_CONFIG, yaml.safe_dump(_training(mixture, out), sort_keys=False))
+    write_atomic(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     put_in_place(scratch, out)
-    for file in (out / RECIPE, *out.glob("*/*.json")):  # what resuming needs, to the last moment
+    # What resuming needs, to the last moment, and what a killed run on another machine left.
+    for file in (out / RECIPE, *out.glob("*/*.json"), *out.glob("*/.*.writing")):
         file.unlink()
     return manifest
 
@@ -101,12 +102,10 @@ def pack_part(mixture: Mixture, scratch: Path, split: str, part: int) -> dict[st
         samples += _drawn(mixture, name, split, part, budget * mixture.share(name), report)
     rows = fill_up(best_fit(samples, mixture.seq_length), mixture, split, part, *_tokenizer(mixture.backbone))
     file = scratch / split / f"{_name(part)}.arrow"
-    file.parent.mkdir(exist_ok=True)
-    writing = file.with_suffix(".writing")
-    entry = write_shard(writing, map(packed_row, rows))
+    with new_file(file) as writing:
+        entry = write_shard(writing, map(packed_row, rows))
     entry["skipped"] = report.bad
-    os.replace(writing, file)
-    _write(file.with_suffix(".json"), json.dumps(entry))
+    write_atomic(file.with_suffix(".json"), json.dumps(entry))
     return entry
 
 
@@ -152,7 +151,7 @@ def _tokenizer(backbone: str) -> Any:
     return tokenizer, token_count(tokenizer)
 
 
-def _facts(mixture: Mixture) -> dict[str, Any]:
+def _origin(mixture: Mixture) -> dict[str, Any]:
     tokenizer, _ = _tokenizer(mixture.backbone)
     return {
         "seq_length": mixture.seq_length,
@@ -167,11 +166,11 @@ def _begin(scratch: Path, mixture: Mixture) -> None:
     named = (s.path.format(split=split) for s in mixture.sources.values() if s.path for split in mixture.tokens)
     states = {path: Path(path).stat() for path in named if Path(path).is_file()}
     files = {path: [state.st_size, state.st_mtime_ns] for path, state in states.items()}
-    recipe = json.dumps({**_facts(mixture), "records": files}, sort_keys=True)
+    recipe = json.dumps({**_origin(mixture), "records": files}, sort_keys=True)
     if not (scratch / RECIPE).is_file() or (scratch / RECIPE).read_text(encoding="utf-8") != recipe:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        _write(scratch / RECIPE, recipe)
+        write_atomic(scratch / RECIPE, recipe)
 
 
 def _finished(scratch: Path, split: str, part: int) -> dict[str, Any] | None:
@@ -187,12 +186,6 @@ def _training(mixture: Mixture, out: Path) -> dict[str, Any]:
 
 def _name(part: int) -> str:
     return f"part-{part:05d}"
-
-
-def _write(file: Path, text: str) -> None:
-    writing = file.with_name(f".{file.name}.writing")
-    writing.write_text(text, encoding="utf-8")
-    os.replace(writing, file)
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m data_prep.pack_mixture") -> int:

@@ -18,6 +18,7 @@ from elastic.console import Parser
 from elastic.data.file_rows import ReadReport, files_of, read_rows
 from elastic.data.records import Record, write_records
 from elastic.data.tasks import TASKS
+from elastic.files import new_file
 
 from .formats import CONVERTERS, Converter, mapped
 
@@ -155,7 +156,6 @@ def main(argv: list[str] | None = None, prog: str = "python -m data_prep.publish
     parser.add_argument("--longest", type=int, default=65536, help="tokens of a prompt (default 65536)")
     args = parser.parse_args(argv)
     left = Left()
-    writing = args.out.with_name(f".{args.out.name}.writing")
     try:
         make = converter(args.name, args.fields, args.task)
         from elastic.model.loading import load_tokenizer
@@ -163,17 +163,15 @@ def main(argv: list[str] | None = None, prog: str = "python -m data_prep.publish
         from .draw import token_count
 
         measure = token_count(load_tokenizer(args.backbone))
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         rows = tqdm(rows_of(args.name, args.path, args.split, left), desc=args.name, unit="row")
-        count = write_records(writing, convert(make, rows, measure, args.shortest, args.longest, left))
-        if not count:
-            raise ValueError(
-                f"no record came out of {args.path or args.name} with --shortest {args.shortest} and --longest "
-                f"{args.longest}; left out: {left}"
-            )
-        writing.replace(args.out)
+        with new_file(args.out) as writing:
+            count = write_records(writing, convert(make, rows, measure, args.shortest, args.longest, left))
+            if not count:
+                raise ValueError(
+                    f"no record came out of {args.path or args.name} with --shortest {args.shortest} and --longest "
+                    f"{args.longest}; left out: {left}"
+                )
     except (ValueError, OSError) as error:
-        writing.unlink(missing_ok=True)
         parser.error(str(error))
     sys.stdout.write(f"{args.out}: {count} records; left out: {left}\n")
     return 0

@@ -6,7 +6,6 @@ only, so train, validation and test never share text. Read when building, never 
 """
 
 import ast
-import hashlib
 import re
 import sysconfig
 import warnings
@@ -15,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from elastic.data.shards import SPLITS
+from elastic.files import text_sha256
 
 MIN_WORDS = 150
 PIECE = 20_000  # words; a longer document of the user is cut, so that one book fills all splits
@@ -47,7 +47,7 @@ _SKIPPED = ("test", "tests", "site-packages", "dist-packages", "idlelib", "idle_
 
 def split_of(name: str) -> str:
     """Split of a document: about 80 % train, 10 % validation, 10 % test, by the hash of its name."""
-    bucket = hashlib.sha256(name.encode()).digest()[0] % 10
+    bucket = int(text_sha256(name)[:2], 16) % 10
     return {0: "validation", 1: "test"}.get(bucket, "train")
 
 

@@ -5,11 +5,11 @@
 answer of `in_context` begins with the question's last word, so that each later word follows from an earlier place.
 """
 
-import hashlib
 import random
 from typing import Any
 
 from elastic.data.records import Record
+from elastic.files import text_sha256
 
 SPECIAL = ("<pad>", "<eos>", "<user>", "<assistant>")
 FILLER = tuple(f"f{i}" for i in range(16))
@@ -66,7 +66,7 @@ def build_records(task: str, split: str, count: int, words: int, seed: int) -> l
 
 
 def _eighth(record: Record) -> int:
-    return hashlib.sha256(f"{record.prompt}/{record.answer}".encode()).digest()[0] % 8
+    return int(text_sha256(f"{record.prompt}/{record.answer}")[:2], 16) % 8
 
 
 def _needle(rng: random.Random, words: int, source: str) -> Record:

@@ -47,13 +47,13 @@ def prepare(records: str | Path, tokenizer: Any, out: str | Path, seq_length: in
             raise ValueError(f"{records}/{split} lacks {', '.join(lacking)}, which other splits have; add the files")
         if len(set(found)) < len(found):
             raise ValueError(f"{records}/{split} has a corpus both as .jsonl and .parquet; keep one of them")
-    facts = {
+    origin = {
         "seq_length": seq_length,
         "mixture": _recipe(records),
         "versions": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},
         "tokenizer": {"name": Path(tokenizer.name_or_path).name, "sha256": tokenizer_hash(tokenizer)},
     }
-    with DataWriter(out, facts) as writer:
+    with DataWriter(out, origin) as writer:
         for split, file in tqdm(files, desc="packing", unit="file"):
             writer.add(split, file.stem, pack(_samples(file, tokenizer, seq_length, report), seq_length))
     return writer.manifest, report

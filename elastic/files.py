@@ -1,9 +1,15 @@
 """Files that come with the code, found wherever it is installed; and files that several processes share: the folder for
-what can be made again, locks, and writes that readers see whole or not at all. Loads neither torch nor numpy.
+what can be made again, locks, checksums, and files and folders that readers see whole or as they were. Loads neither
+torch nor numpy.
 """
 
 import difflib
+import glob
+import hashlib
 import os
+import platform
+import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,17 +78,146 @@ def alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def write_atomic(file: Path, text: str) -> None:
-    """Write a file, as UTF-8, that readers see whole or as it was before; inside `alone`, because the scratch file
-    beside it has one name.
+def text_sha256(text: str) -> str:
+    """sha256 of a text in UTF-8, hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(*files: Path) -> str:
+    """sha256 of a file's content, or of the contents of several, one after the other; hexadecimal."""
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            while part := stream.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+@contextmanager
+def new_file(target: str | Path, *, sync: bool = False) -> Iterator[Path]:
+    """Yields a path beside `target` to write to, which becomes `target` at the end. Readers see the old file or the
+    whole new one; after an exception it is the old one, and the scratch file is gone. Where `target` is a link, what it
+    points to is replaced. Folders are made as needed.
+
+    Args:
+        target: the file to write.
+        sync: flush the content to the disk first, so that not even a power failure leaves half a file.
 
     Raises:
-        OSError: a full disk; the file is as it was before.
+        OSError: a full disk, or a folder that cannot be written; the file is as it was before.
     """
-    writing = file.with_name(f".{file.name}.writing")
+    target = Path(os.path.realpath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = _scratch(target)
     try:
-        writing.write_text(text, encoding="utf-8")
-        os.replace(writing, file)
-    except OSError:
-        writing.unlink(missing_ok=True)
+        yield scratch
+        if sync:
+            _flush(scratch)
+        os.replace(scratch, target)
+    except BaseException:
+        _remove(scratch)
         raise
+
+
+def write_atomic(target: str | Path, text: str) -> None:
+    """Write a text, as UTF-8, by `new_file`."""
+    with new_file(target) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_folder(target: str | Path, *, sync: bool = False) -> Iterator[Path]:
+    """Yields an empty folder beside `target` to write to, which becomes `target` at the end (`put_in_place`). After an
+    exception what was there before is there still, and the scratch folder is gone. Where `target` is a link, what it
+    points to is replaced.
+
+    Args:
+        target: the folder to write; what it holds is deleted, so check it with `is_foreign` first.
+        sync: flush every file to the disk first, so that the rename never precedes the contents.
+
+    Raises:
+        OSError: a full disk, or a folder that cannot be written.
+    """
+    target = Path(os.path.realpath(target))
+    if not target.exists() and set_aside(target).exists():
+        set_aside(target).rename(target)  # a process was killed between the two renames of `put_in_place`
+    scratch = _scratch(target)
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+        for file in scratch.rglob("*") if sync else ():
+            if file.is_file():
+                _flush(file)
+        put_in_place(scratch, target)
+    except BaseException:
+        _remove(scratch)
+        raise
+
+
+def put_in_place(made: Path, target: str | Path) -> None:
+    """Give a finished folder its final name. What it replaces is set aside first and deleted last, so that a kill in
+    between loses neither.
+    """
+    target = Path(os.path.realpath(target))
+    aside = set_aside(target)
+    if target.exists():
+        _remove(aside)
+        target.rename(aside)
+    try:
+        made.rename(target)
+    except BaseException:
+        if aside.exists():
+            aside.rename(target)
+        raise
+    _remove(aside)
+
+
+def set_aside(target: str | Path) -> Path:
+    """Where `put_in_place` keeps what it replaces for a moment. With nothing at `target`, it is what was there when a
+    process was killed in that moment.
+    """
+    target = Path(os.path.realpath(target))
+    return target.with_name(f".{target.name}.old")
+
+
+def is_foreign(folder: Path, marker: str) -> bool:
+    """Whether something is at `folder` that must not be replaced: neither an empty folder nor one that holds a file
+    named `marker`.
+    """
+    return folder.exists() and not (folder / marker).is_file() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def _scratch(target: Path) -> Path:
+    """A name beside `target` that no other writer uses, of any thread, process or machine. What processes of this
+    machine left under such names when they were killed is removed.
+    """
+    prefix = f".{target.name}.{platform.node()}."
+    for left in target.parent.glob(f"{glob.escape(prefix)}*.writing"):
+        writer = left.name.removeprefix(prefix).split(".")[0]
+        if writer.isdecimal() and not _is_running(int(writer)):
+            _remove(left)
+    scratch = target.with_name(f"{prefix}{os.getpid()}.{threading.get_native_id()}.writing")
+    _remove(scratch)  # of a killed process that had the same numbers
+    return scratch
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # of another user
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(file: Path) -> None:
+    with open(file, "rb") as stream:
+        os.fsync(stream.fileno())

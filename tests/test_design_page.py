@@ -198,8 +198,8 @@ def test_packed_data(tmp_path):
     assert set(rows) == set(row) == set(public("PackedRow").__annotations__)
     assert set(public("collate")([row])) == {*rows, "position_ids"}
     top = fields_of("manifest.json")
-    facts = {name: None for name in top if name not in ("format", "splits")}
-    with public("DataWriter")(tmp_path / "data", facts) as writer:
+    origin = {name: None for name in top if name not in ("format", "splits")}
+    with public("DataWriter")(tmp_path / "data", origin) as writer:
         entry = writer.add("train", "made", [row])
     manifest = public("read_manifest")(tmp_path / "data")
     assert set(entry) == set(fields_of("a corpus"))
@@ -211,7 +211,7 @@ def test_packed_data(tmp_path):
             inner = inner.feature
         assert inner.dtype == kind.split()[0].replace("str", "string")
     packed = json.loads((SHIPPED / "elastic.json").read_text(encoding="utf-8"))["recipe"]["data"]
-    assert set(packed) == set(facts)
+    assert set(packed) == set(origin)
 
 
 def test_what_evaluation_writes():
@@ -228,7 +228,7 @@ def test_what_evaluation_writes():
     module.on_save_checkpoint(checkpoint)
     assert list(checkpoint["elastic"]) == list(fields_of("last.ckpt"))
     ((_, rows),) = tables("field of a sample")
-    assert list(rows) == [f.name for f in dataclasses.fields(public("SampleFacts"))]
+    assert list(rows) == [f.name for f in dataclasses.fields(public("PrefillStats"))]
 
 
 def test_task_classes_and_families():

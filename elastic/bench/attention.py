@@ -6,15 +6,13 @@ Building block lists and compiling are not timed.
 import argparse
 from dataclasses import replace
 
-import torch
-
 from elastic.bench import records
 from elastic.bench.cases import Case, Inputs
 from elastic.bench.contestants import COMPETITORS, Call, forward
 from elastic.bench.options import add_options, cases_of, chosen, kernel_device
-from elastic.bench.race import conclude, run_case
-from elastic.bench.records import Record
-from elastic.bench.timing import extra_bytes, host_microseconds, matmul_tflops
+from elastic.bench.race import product_ceiling, race
+from elastic.bench.records import Measurement
+from elastic.bench.timing import extra_bytes, host_microseconds
 from elastic.console import say
 from elastic.kernels import unsupported_reason
 
@@ -39,16 +37,8 @@ def run(args: argparse.Namespace, command: str) -> int:
     device = kernel_device(args, unsupported_reason)
     for name in absent:
         say(f"{name} left out: {COMPETITORS[name].package} is not installed")
-    stamp, path = records.stamp(command, args.commit, device), args.out / f"{args.tag}.json"
-    found = [{**record, **stamp} for record in machine_records(cases)]
-    for case in cases:
-        timed = run_case(
-            case, {"ours": ours}, contestants, case.flops(), args.budget_ms, args.flex_max_length, str(device)
-        )
-        found += [{**record, **stamp} for record in timed]
-        records.save(path, found)  # after every case: a long run that is stopped leaves what it has
-        torch.cuda.empty_cache()
-    return conclude(found, path)
+    stamp = records.stamp(command, args.commit, device)
+    return race(args, cases, {"ours": ours}, contestants, machine_records(cases), stamp, device)
 
 
 def ours(inputs: Inputs) -> Call:
@@ -56,7 +46,7 @@ def ours(inputs: Inputs) -> Call:
     return lambda: forward(inputs)[:1]
 
 
-def machine_records(cases: list[Case]) -> list[Record]:
+def machine_records(cases: list[Case]) -> list[Measurement]:
     """What is measured once a run: host time of a call, memory beyond its outputs at the longest case, a matrix
     product as the ceiling.
     """
@@ -68,5 +58,5 @@ def machine_records(cases: list[Case]) -> list[Record]:
     return [
         {"case": "host", "who": "ours", "metric": "host time", "value": host, "unit": "us"},
         {"case": f"memory-{longest.name}", "who": "ours", "metric": "extra memory", "value": extra, "unit": "bytes"},
-        {"case": "matmul-8192", "who": "cublas", "metric": "eff", "value": matmul_tflops(), "unit": "TFLOP/s"},
+        product_ceiling(),
     ]

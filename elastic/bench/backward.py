@@ -16,9 +16,7 @@ from elastic.bench import records
 from elastic.bench.cases import PATTERN, Case, Inputs
 from elastic.bench.contestants import Call, Contestant, compiled_flex, flex_mask, forward
 from elastic.bench.options import add_options, cases_of, chosen, kernel_device
-from elastic.bench.race import conclude, run_case
-from elastic.bench.records import Record
-from elastic.bench.timing import matmul_tflops
+from elastic.bench.race import product_ceiling, race
 from elastic.kernels import attention_backward, unsupported_backward
 
 SUMMARY = "the backward kernels beside autograd of SDPA and FlexAttention"
@@ -88,15 +86,6 @@ def run(args: argparse.Namespace, command: str) -> int:
     """
     cases, (contestants, _) = cases_of(args), chosen(args, COMPETITORS)
     device = kernel_device(args, unsupported_backward)
-    stamp, path = records.stamp(command, args.commit, device), args.out / f"{args.tag}.json"
-    stamp["kernel"] = "attention_backward_sm90 (sm_90a)"
-    ceiling: Record = {"case": "matmul-8192", "who": "cublas", "metric": "eff", "value": matmul_tflops()}
-    found = [{**ceiling, "unit": "TFLOP/s", **stamp}]
+    stamp = {**records.stamp(command, args.commit, device), "kernel": "attention_backward_sm90 (sm_90a)"}
     kernels = {"ours": partial(ours, deterministic=False), "ours-deterministic": partial(ours, deterministic=True)}
-    for case in cases:
-        work = FORWARDS * case.flops()
-        timed = run_case(case, kernels, contestants, work, args.budget_ms, args.flex_max_length, str(device))
-        found += [{**record, **stamp} for record in timed]
-        records.save(path, found)
-        torch.cuda.empty_cache()
-    return conclude(found, path)
+    return race(args, cases, kernels, contestants, [product_ceiling()], stamp, device, FORWARDS)

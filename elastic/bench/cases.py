@@ -75,7 +75,7 @@ class Case:
         words = [kind, f"d{self.head_dim}" if self.head_dim != 128 else "", size, self.dtype.removeprefix("bf16")]
         return "-".join(filter(None, words))
 
-    def facts(self) -> dict[str, object]:
+    def properties(self) -> dict[str, object]:
         """What a record says about its case."""
         shape = {"heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim, "dtype": self.dtype}
         return {"length": self.length, "msr": self.msr, "density": self.density, **shape}

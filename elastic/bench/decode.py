@@ -20,7 +20,7 @@ from elastic.bench import records, tables
 from elastic.bench.cases import DTYPES, SINK, WINDOW, Case
 from elastic.bench.options import add_shape_options, kernel_device, streaming_heads
 from elastic.bench.race import DISAGREED, TOLERANCE, largest_difference
-from elastic.bench.records import LEFT_OUT, Record
+from elastic.bench.records import LEFT_OUT, Measurement
 from elastic.bench.replay import copies_beyond_cache, in_turn, replayed
 from elastic.bench.timing import host_microseconds, measure
 from elastic.console import say
@@ -52,9 +52,9 @@ class DecodeCase(Case):
         """As the table calls it: streaming-6of8-128k, dense-32k-b8."""
         return super().name + (f"-b{self.batch}" if self.batch > 1 else "")
 
-    def facts(self) -> dict[str, object]:
+    def properties(self) -> dict[str, object]:
         """What a record says about its case."""
-        return {**super().facts(), "batch": self.batch}
+        return {**super().properties(), "batch": self.batch}
 
     @property
     def kept(self) -> list[int]:
@@ -184,19 +184,19 @@ def cases_of(args: argparse.Namespace) -> list[DecodeCase]:
     ]
 
 
-def run_case(case: DecodeCase, rivals: dict[str, Rival], budget_ms: float, device: str) -> list[Record]:
+def run_case(case: DecodeCase, rivals: dict[str, Rival], budget_ms: float, device: str) -> list[Measurement]:
     """Records of our kernel and of every rival that takes the case and agrees with it."""
     inputs = case.decode_inputs(device)
     call = ours(case, inputs)
     reference = call()
-    found = replayed(case.name, case.facts(), "ours", call, budget_ms, case.nbytes)
+    found = replayed(case.name, case.properties(), "ours", call, budget_ms, case.nbytes)
     for name, rival in rivals.items():
         if not rival.takes(case):
             continue
-        left_out: Record = {
+        left_out: Measurement = {
             "case": case.name,
             "who": name,
-            **case.facts(),
+            **case.properties(),
             "metric": LEFT_OUT,
             "value": None,
             "unit": "",
@@ -205,7 +205,7 @@ def run_case(case: DecodeCase, rivals: dict[str, Rival], budget_ms: float, devic
             other = rival.build(case, inputs)
             difference = largest_difference(other(), reference)
             if difference <= TOLERANCE:
-                found += replayed(case.name, case.facts(), name, other, budget_ms, case.nbytes)
+                found += replayed(case.name, case.properties(), name, other, budget_ms, case.nbytes)
                 continue
             why = f"{DISAGREED} by {difference:.3g}, allowed is {TOLERANCE}"
         except Exception as error:  # noqa: BLE001 - a competitor that cannot run is a result, stated in the table
@@ -215,7 +215,7 @@ def run_case(case: DecodeCase, rivals: dict[str, Rival], budget_ms: float, devic
     return found
 
 
-def machine_records(cases: list[DecodeCase]) -> list[Record]:
+def machine_records(cases: list[DecodeCase]) -> list[Measurement]:
     """Host time of a call, and what a large copy reaches: the ceiling that TB/s are read against."""
     inputs = cases[0].decode_inputs("cuda")
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")

@@ -6,12 +6,12 @@ from typing import Any
 
 from elastic.bench.e2e_tables import FIRST_TOKEN, e2e_figure
 from elastic.bench.pictures import attention_figure
-from elastic.bench.records import Record
+from elastic.bench.records import Measurement
 from elastic.bench.studies import evaluation, routing_tables
 from elastic.plots import save_png
 
 
-def figures(found: Sequence[Record]) -> dict[str, Any]:
+def figures(found: Sequence[Measurement]) -> dict[str, Any]:
     """matplotlib `Figure`s by the ending of their file's name; none of records that are no curves."""
     if any(record["case"] == routing_tables.HEADLINE for record in found):
         return routing_tables.figures(found)
@@ -24,6 +24,6 @@ def figures(found: Sequence[Record]) -> dict[str, Any]:
     return {}
 
 
-def draw(path: Path, found: Sequence[Record]) -> list[Path]:
+def draw(path: Path, found: Sequence[Measurement]) -> list[Path]:
     """Write the pictures of the records in `path` beside it, as `<name>.png` or `<name>-<what>.png`."""
     return [save_png(figure, path.with_name(f"{path.stem}{ending}.png")) for ending, figure in figures(found).items()]

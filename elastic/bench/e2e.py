@@ -20,7 +20,7 @@ from elastic.bench.e2e_models import SHAPES, random_model, route_at_random
 from elastic.bench.e2e_runs import STOCK, Run, elastic_runs, stock_runs
 from elastic.bench.e2e_tables import OUT_OF_MEMORY, e2e_table
 from elastic.bench.options import LENGTHS
-from elastic.bench.records import LEFT_OUT, Record
+from elastic.bench.records import LEFT_OUT, Measurement
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.console import say
 from elastic.model.attach import detach
@@ -67,10 +67,10 @@ def run(args: argparse.Namespace, command: str) -> int:
     """
     check(args)
     device, started = torch.device(args.device), time.perf_counter()
-    path, found = args.out / f"{args.tag}.json", list[Record]()
+    path, found = args.out / f"{args.tag}.json", list[Measurement]()
     stamp = records.stamp(command, args.commit, device)
 
-    def add(case: Record, runs: Callable[[], Run]) -> None:
+    def add(case: Measurement, runs: Callable[[], Run]) -> None:
         if time.perf_counter() - started > args.seconds:
             timed = [_left_out(f"not started within --seconds {args.seconds:g}")]
         else:
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace, command: str) -> int:
 
 
 def _run_shape(
-    args: argparse.Namespace, shape: str, device: torch.device, add: Callable[[Record, Callable[[], Run]], None]
+    args: argparse.Namespace, shape: str, device: torch.device, add: Callable[[Measurement, Callable[[], Run]], None]
 ) -> None:
     """All cases of one shape, the routed ones of a length first; the model's memory is free afterwards."""
     model = random_model(shape, device, getattr(torch, args.dtype), args.layers)
@@ -122,13 +122,13 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--msr {args.msr}: expected shares from 0 to 1")
 
 
-def _case(shape: str, length: int, who: str, msr: float | None) -> Record:
+def _case(shape: str, length: int, who: str, msr: float | None) -> Measurement:
     size = f"{length // 1024}k" if length % 1024 == 0 else str(length)
     name = f"{shape}-{size}" + ("" if msr is None else f"-msr{msr:.2f}")
     return {"case": name, "who": who, "shape": shape, "length": length, "msr": msr}
 
 
-def _measured(runs: Callable[[], Run]) -> list[Record]:
+def _measured(runs: Callable[[], Run]) -> list[Measurement]:
     """The records of a case; one that fails, for want of memory say, is a result with its reason."""
     try:
         return runs()
@@ -140,10 +140,10 @@ def _measured(runs: Callable[[], Run]) -> list[Record]:
     return [_left_out(why)]
 
 
-def _left_out(why: str) -> Record:
+def _left_out(why: str) -> Measurement:
     return {"metric": LEFT_OUT, "value": None, "unit": "", "why": why}
 
 
-def _short(record: Record) -> str:
+def _short(record: Measurement) -> str:
     value: Any = record["value"]
     return f"left out: {record['why']}" if value is None else f"{record['metric']} {value:.4g} {record['unit']}"

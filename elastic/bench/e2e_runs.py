@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elastic.attention.row_slice import RowSlice
-from elastic.bench.records import Record
+from elastic.bench.records import Measurement
 from elastic.bench.stock_graph import captured, give_room, in_place_step
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.inference.decode_graph import DecodeGraph
 from elastic.model import layer_hooks
 from elastic.model.attach import elastic_config, route_of, set_row_slice
 
-Run = list[Record]
+Run = list[Measurement]
 STOCK = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
 _WARM_STEPS = 3
 _TIMED_SDPA = "elastic-bench-sdpa"
@@ -84,7 +84,7 @@ def _only(model: Any, name: str) -> AbstractContextManager[Any]:
     return sdpa_kernel(STOCK[name]) if model.device.type == "cuda" else nullcontext()
 
 
-def _record(metric: str, value: float | None, unit: str) -> Record:
+def _record(metric: str, value: float | None, unit: str) -> Measurement:
     return {"metric": metric, "value": value, "unit": unit}
 
 
@@ -155,7 +155,7 @@ def _stepper(model: Any, cache: Any) -> Callable[[Tensor], Tensor]:
     return step
 
 
-def _decode(metric: str, step: Callable[[Tensor], Tensor], token_B1: Tensor, new_tokens: int) -> Record:
+def _decode(metric: str, step: Callable[[Tensor], Tensor], token_B1: Tensor, new_tokens: int) -> Measurement:
     """Tokens a second of greedy decoding, batch 1."""
     for _ in range(_WARM_STEPS):
         token_B1 = step(token_B1)[:, -1:].argmax(-1)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from elastic.bench.records import LEFT_OUT, Record
+from elastic.bench.records import LEFT_OUT, Measurement
 from elastic.console import table
 from elastic.plots import Panel, in_rows, panels_figure, token_ticks
 
@@ -21,7 +21,7 @@ PANELS = {  # metric -> title, unit, scale
 }
 
 
-def e2e_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+def e2e_cells(found: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a line per shape, length and contestant, with the factor over the best stock model, of tokens a
     second over its best way to decode, as a CUDA graph or not. Below 1 the stock model is faster.
     """
@@ -47,12 +47,12 @@ def e2e_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def e2e_table(found: Sequence[Record]) -> str:
+def e2e_table(found: Sequence[Measurement]) -> str:
     """Table for the terminal."""
     return table(*e2e_cells(found))
 
 
-def e2e_figure(found: Sequence[Record]) -> Any:
+def e2e_figure(found: Sequence[Measurement]) -> Any:
     """Two panels a row for each shape: times, decoded tokens a second and memory against length, by MSR."""
     rows: list[Sequence[Panel]] = []
     for shape in dict.fromkeys(r["shape"] for r in found):
@@ -71,7 +71,7 @@ def e2e_figure(found: Sequence[Record]) -> Any:
     return panels_figure(rows)
 
 
-def _dense(found: Sequence[Record], shape: str, length: int) -> dict[str, float]:
+def _dense(found: Sequence[Measurement], shape: str, length: int) -> dict[str, float]:
     """The best figure of any stock model, which the others are compared with: the least, of rates the greatest."""
     best: dict[str, float] = {}
     for r in found:
@@ -81,7 +81,7 @@ def _dense(found: Sequence[Record], shape: str, length: int) -> dict[str, float]
     return best
 
 
-def _values(found: Sequence[Record], shape: str, length: int, who: str, msr: float | None) -> dict[str, Any]:
+def _values(found: Sequence[Measurement], shape: str, length: int, who: str, msr: float | None) -> dict[str, Any]:
     wanted = (shape, length, who, msr)
     return {
         r["metric"]: r["value"]
@@ -90,7 +90,7 @@ def _values(found: Sequence[Record], shape: str, length: int, who: str, msr: flo
     }
 
 
-def _key(record: Record) -> tuple[str, int, str, float | None]:
+def _key(record: Measurement) -> tuple[str, int, str, float | None]:
     return record["shape"], record["length"], record["who"], record["msr"]
 
 

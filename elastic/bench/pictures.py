@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from elastic.bench.records import Record
+from elastic.bench.records import Measurement
 from elastic.plots import Panel, in_rows, panels_figure, token_ticks
 
 BASELINE = ("cudnn", "ours")  # dense contestants that a speed-up may refer to, the first that was timed
 
 
-def curves(found: Sequence[Record], metric: str, x: str, **where: Any) -> dict[str, list[tuple[float, float]]]:
-    """{contestant: [(x, value), ...]} of the records with this metric and these facts, by rising x."""
+def curves(found: Sequence[Measurement], metric: str, x: str, **where: Any) -> dict[str, list[tuple[float, float]]]:
+    """{contestant: [(x, value), ...]} of the records with this metric and these fields, by rising x."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for record in found:
         if record["metric"] == metric and all(record.get(name) == value for name, value in where.items()):
@@ -18,7 +18,7 @@ def curves(found: Sequence[Record], metric: str, x: str, **where: Any) -> dict[s
     return {who: sorted(points) for who, points in lines.items()}
 
 
-def speedups(found: Sequence[Record], length: int) -> tuple[str, dict[str, list[tuple[float, float]]]]:
+def speedups(found: Sequence[Measurement], length: int) -> tuple[str, dict[str, list[tuple[float, float]]]]:
     """Whose dense time is the baseline, and {contestant: [(MSR, baseline time / its time), ...]} at a length.
 
     Contestants that run dense attention only are left out. Without a dense timing the curves are empty.
@@ -33,7 +33,7 @@ def speedups(found: Sequence[Record], length: int) -> tuple[str, dict[str, list[
     return baseline, {who: [(msr, dense[baseline] / ms) for msr, ms in points] for who, points in sparse.items()}
 
 
-def attention_figure(found: Sequence[Record]) -> Any:
+def attention_figure(found: Sequence[Measurement]) -> Any:
     """Speed against length, a panel per MSR, then the speed-up against MSR, a panel per length; a matplotlib `Figure`.
 
     Raises:
@@ -53,7 +53,7 @@ def attention_figure(found: Sequence[Record]) -> Any:
     return panels_figure(in_rows(panels, 3 if len(ratios) == 3 else 2))
 
 
-def _speedup_panels(timed: Sequence[Record], lengths: Sequence[int], names: Mapping[float, str]) -> list[Panel]:
+def _speedup_panels(timed: Sequence[Measurement], lengths: Sequence[int], names: Mapping[float, str]) -> list[Panel]:
     panels = []
     for length in lengths:
         baseline, lines = speedups(timed, length)

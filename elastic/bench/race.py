@@ -2,9 +2,9 @@
 run or disagrees is a record too, with the reason.
 """
 
+import argparse
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from torch import Tensor
 from elastic.bench import drawing, tables
 from elastic.bench.cases import Case, Inputs
 from elastic.bench.contestants import Call, Contestant
-from elastic.bench.records import LEFT_OUT, Record
-from elastic.bench.timing import measure
+from elastic.bench.records import LEFT_OUT, Measurement, save
+from elastic.bench.timing import matmul_tflops, measure
 from elastic.console import say
 
 TOLERANCE = 0.05  # of the largest value, at least of 1: N(0, 1) operands in bf16, a few roundings
@@ -21,15 +21,43 @@ CHUNK = 16384  # tokens compared at a time
 DISAGREED = "its output differs from ours"
 
 
-def conclude(found: list[Record], path: Path) -> int:
-    """Show the table of a run whose records lie at `path`, and draw its picture beside them.
+def race(
+    args: argparse.Namespace,
+    cases: Sequence[Case],
+    ours: Mapping[str, Callable[[Inputs], Call]],
+    contestants: Mapping[str, Contestant],
+    machine: Sequence[Measurement],
+    stamp: Measurement,
+    device: torch.device,
+    forwards: float = 1.0,
+) -> int:
+    """Run all cases, show their table, write `<out>/<tag>.json` and the picture beside it.
+
+    Args:
+        args: parsed options of `add_options`.
+        machine: what was measured once, before the cases.
+        stamp: what every record of the run shares.
+        forwards: operations that the rate counts, in those of a forward pass.
 
     Returns:
         0, or 1 where a contestant's output differed from ours.
     """
+    path = args.out / f"{args.tag}.json"
+    found = [{**record, **stamp} for record in machine]
+    for case in cases:
+        work = forwards * case.flops()
+        timed = run_case(case, ours, contestants, work, args.budget_ms, args.flex_max_length, str(device))
+        found += [{**record, **stamp} for record in timed]
+        save(path, found)  # after every case: a long run that is stopped leaves what it has
+        torch.cuda.empty_cache()
     say(f"\n{tables.terminal(found)}\n")
     say(f"Written: {', '.join(map(str, [path, *drawing.draw(path, found)]))}")
     return int(any(r["metric"] == LEFT_OUT and r["why"].startswith(DISAGREED) for r in found))
+
+
+def product_ceiling() -> Measurement:
+    """Rate of a large matrix product, the ceiling of any kernel on this GPU."""
+    return {"case": "matmul-8192", "who": "cublas", "metric": "eff", "value": matmul_tflops(), "unit": "TFLOP/s"}
 
 
 def run_case(
@@ -40,7 +68,7 @@ def run_case(
     budget_ms: float,
     flex_max_length: int,
     device: str,
-) -> list[Record]:
+) -> list[Measurement]:
     """Records of our kernels (the first one is the reference) and of every contestant that takes the case: `time` in ms
     and `eff` in TFLOP/s.
 
@@ -51,7 +79,9 @@ def run_case(
     calls = {name: build(inputs) for name, build in ours.items()}
     reference = next(iter(calls.values()))()
     found = [
-        record for who, call in calls.items() for record in timed(case.name, case.facts(), who, call, work, budget_ms)
+        record
+        for who, call in calls.items()
+        for record in timed(case.name, case.properties(), who, call, work, budget_ms)
     ]
     for name, contestant in contestants.items():
         if not contestant.takes(case):
@@ -70,12 +100,12 @@ def run_case(
 def _checked(
     case: Case, name: str, contestant: Contestant, inputs: Inputs, reference: tuple[Tensor, ...], work: float,
     budget_ms: float,
-) -> list[Record]:  # fmt: skip
+) -> list[Measurement]:  # fmt: skip
     call = contestant.build(case, inputs)
     difference = largest_difference(call(), reference)
     if not difference <= TOLERANCE:
         return [_left_out(case, name, f"{DISAGREED} by {difference:.3g}, allowed is {TOLERANCE}")]
-    return timed(case.name, case.facts(), name, call, work, budget_ms)
+    return timed(case.name, case.properties(), name, call, work, budget_ms)
 
 
 def largest_difference(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> float:
@@ -94,20 +124,20 @@ def largest_difference(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> 
 
 
 def timed(
-    case: str, facts: Record, who: str, call: Callable[[], object], work: float, budget_ms: float
-) -> list[Record]:
-    """Time a call of `work` floating-point operations: its `time` in ms and `eff` in TFLOP/s; `facts` go into both."""
+    case: str, properties: Measurement, who: str, call: Callable[[], object], work: float, budget_ms: float
+) -> list[Measurement]:
+    """Time a call of `work` floating-point operations: its `time` in ms and `eff` in TFLOP/s, with `properties`."""
     timing = measure(call, budget_ms)
     rate = work / timing.ms / 1e9
     say(f"{case:24s} {who:7s} {timing.ms:10.4f} ms  {rate:6.1f} TFLOP/s  {timing.repeats} repeats")
-    shared = {"case": case, "who": who, "repeats": timing.repeats, **facts}
+    shared = {"case": case, "who": who, "repeats": timing.repeats, **properties}
     return [
         {**shared, "metric": "time", "value": timing.ms, "unit": "ms"},
         {**shared, "metric": "eff", "value": rate, "unit": "TFLOP/s"},
     ]
 
 
-def _left_out(case: Case, who: str, why: str) -> Record:
+def _left_out(case: Case, who: str, why: str) -> Measurement:
     say(f"{case.name:24s} {who:7s} left out: {why}")
-    facts = {"case": case.name, "who": who, **case.facts()}
-    return {**facts, "metric": LEFT_OUT, "value": None, "unit": "", "why": why}
+    shared = {"case": case.name, "who": who, **case.properties()}
+    return {**shared, "metric": LEFT_OUT, "value": None, "unit": "", "why": why}

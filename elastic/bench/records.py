@@ -1,6 +1,6 @@
 """Records of a benchmark run: flat objects, and the JSON file that holds them.
 
-case, who (the contestant), metric, value, unit; the case's own facts (length, msr, heads, ...); and how it was run:
+case, who (the contestant), metric, value, unit; the case's own fields (length, msr, heads, ...); and how it was run:
 gpu, kernel, versions, commit and command. A contestant that could not run a case has a record with metric `left out`,
 value null and the reason in `why`.
 
@@ -11,7 +11,6 @@ measured numbers have five significant digits. Files of the first format, a list
 
 import importlib.metadata
 import json
-import os
 import shlex
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -20,9 +19,10 @@ from typing import Any
 
 import torch
 
+from elastic.files import write_atomic
 from elastic.kernels import kernel_path
 
-Record = dict[str, Any]
+Measurement = dict[str, Any]
 LEFT_OUT = "left out"
 REQUIRED: dict[str, tuple[type, ...]] = {
     "case": (str,),
@@ -77,7 +77,7 @@ def command_line(argv: Sequence[str]) -> str:
     return shlex.join(words)
 
 
-def stamp(command: str, commit: str | None, device: torch.device) -> Record:
+def stamp(command: str, commit: str | None, device: torch.device) -> Measurement:
     """What every record of a run shares; `commit` where git cannot tell."""
     return {
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -88,7 +88,7 @@ def stamp(command: str, commit: str | None, device: torch.device) -> Record:
     }
 
 
-def save(path: Path, found: Sequence[Record]) -> Path:
+def save(path: Path, found: Sequence[Measurement]) -> Path:
     """Write the records of one run, rounded; readers see the file whole or as it was before.
 
     Raises:
@@ -101,14 +101,7 @@ def save(path: Path, found: Sequence[Record]) -> Path:
         told = {name: rounded(value) for name, value in record.items() if name not in STAMPED}
         lines.append(json.dumps({**told, "stamp": stamps.setdefault(made, len(stamps))}))
     parts = [f'{{"format": {FORMAT}', *map(_listed, ("stamps", "records"), (stamps, lines))]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    try:
-        writing.write_text(",\n".join(parts) + "}\n", encoding="utf-8")
-        os.replace(writing, path)
-    except OSError:
-        writing.unlink(missing_ok=True)
-        raise
+    write_atomic(path, ",\n".join(parts) + "}\n")
     return path
 
 
@@ -125,11 +118,11 @@ def rounded(value: Any) -> Any:
     return [rounded(of) for of in value] if isinstance(value, (list, tuple)) else value
 
 
-def merge(runs: Sequence[Sequence[Record]]) -> tuple[list[Record], int]:
+def merge(runs: Sequence[Sequence[Measurement]]) -> tuple[list[Measurement], int]:
     """Records of several runs as those of one, and how many were left out because an earlier run has that figure. Cases
     stand by shape and length where they have them, else in the order of the runs.
     """
-    found: dict[tuple[Any, ...], Record] = {}
+    found: dict[tuple[Any, ...], Measurement] = {}
     for record in (record for run in runs for record in run):
         found.setdefault((record["case"], record["who"], record["metric"]), record)
     shapes = list(dict.fromkeys(record.get("shape") for record in found.values()))
@@ -137,7 +130,7 @@ def merge(runs: Sequence[Sequence[Record]]) -> tuple[list[Record], int]:
     return merged, sum(map(len, runs)) - len(merged)
 
 
-def load(path: Path) -> list[Record]:
+def load(path: Path) -> list[Measurement]:
     """Read the records of one run, each with its stamp's fields.
 
     Raises:
@@ -159,7 +152,7 @@ def load(path: Path) -> list[Record]:
     return found
 
 
-def _stamped(content: dict[str, Any], path: Path) -> list[Record]:
+def _stamped(content: dict[str, Any], path: Path) -> list[Measurement]:
     """The records of a file's content, with the fields of the stamps that they name."""
     given = content.get("format")
     if given != FORMAT:
@@ -173,7 +166,7 @@ def _stamped(content: dict[str, Any], path: Path) -> list[Record]:
     return found
 
 
-def load_folder(folder: Path) -> dict[str, list[Record]]:
+def load_folder(folder: Path) -> dict[str, list[Measurement]]:
     """Records of every JSON file in a folder, by file name without its ending.
 
     Raises:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from elastic.bench.records import Record
+from elastic.bench.records import Measurement
 from elastic.bench.timing import Timing, measure
 from elastic.console import say
 
@@ -41,12 +41,12 @@ def measure_replayed(call: Callable[[], Any], budget_ms: float) -> Timing:
 
 
 def replayed(
-    case: str, facts: Record, who: str, call: Callable[[], Any], budget_ms: float, moved: float = 0.0
-) -> list[Record]:
-    """Records of a call: its `time` in ms and, if it moves bytes, `eff` in TB/s; `facts` go into both."""
+    case: str, properties: Measurement, who: str, call: Callable[[], Any], budget_ms: float, moved: float = 0.0
+) -> list[Measurement]:
+    """Records of a call: its `time` in ms and, if it moves bytes, `eff` in TB/s; `properties` go into both."""
     timing = measure_replayed(call, budget_ms)
-    shared = {"case": case, "who": who, "repeats": timing.repeats, **facts}
-    found: list[Record] = [{**shared, "metric": "time", "value": timing.ms, "unit": "ms"}]
+    shared = {"case": case, "who": who, "repeats": timing.repeats, **properties}
+    found: list[Measurement] = [{**shared, "metric": "time", "value": timing.ms, "unit": "ms"}]
     if moved:
         found.append({**shared, "metric": "eff", "value": moved / timing.ms / 1e9, "unit": "TB/s"})
     rate = f"  {found[-1]['value']:6.2f} TB/s" if moved else ""

@@ -22,7 +22,7 @@ from elastic.bench import records, tables
 from elastic.bench.cases import DTYPES
 from elastic.bench.options import add_record_options, kernel_device
 from elastic.bench.race import DISAGREED
-from elastic.bench.records import LEFT_OUT, Record
+from elastic.bench.records import LEFT_OUT, Measurement
 from elastic.bench.replay import in_turn, replayed
 from elastic.bench.timing import host_microseconds
 from elastic.config import ElasticConfig
@@ -58,7 +58,7 @@ class RouteCase:
         size = f"{self.length // 1024}k" if self.length % 1024 == 0 else str(self.length)
         return f"route-{size}" + (f"-b{self.batch}" if self.batch > 1 else "")
 
-    def facts(self) -> Record:
+    def properties(self) -> Measurement:
         """What a record says about its case."""
         shape = {"batch": self.batch, "hidden": self.hidden, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
         return {"length": self.length, **shape, "dtype": self.dtype}
@@ -129,13 +129,15 @@ def disagreement(layers: list[Any], hidden: Tensor, layout: Layout, config: Elas
     return None
 
 
-def run_case(case: RouteCase, config: ElasticConfig, budget_ms: float, device: str, count: bool = True) -> list[Record]:
+def run_case(
+    case: RouteCase, config: ElasticConfig, budget_ms: float, device: str, count: bool = True
+) -> list[Measurement]:
     """Device time and host time of all contestants on one prompt, and their launches if `count`."""
     layers = layers_of(case, config, device)
     hidden = torch.randn(case.batch, case.length, case.hidden, device=device, dtype=DTYPES[case.dtype])
     layout = batch_layout(case.batch, case.length, 0, hidden.device)
-    shared = {"case": case.name, **case.facts()}
-    found: list[Record] = []
+    shared = {"case": case.name, **case.properties()}
+    found: list[Measurement] = []
     with torch.inference_mode():
         why = disagreement(layers, hidden, layout, config)
         for who, fused, calls_of in (
@@ -146,7 +148,7 @@ def run_case(case: RouteCase, config: ElasticConfig, budget_ms: float, device: s
                 found.append({**shared, "who": who, "metric": LEFT_OUT, "value": None, "unit": "", "why": why})
                 continue
             call = in_turn(calls_of(layers, hidden, ForwardPass.of(layout, config, fused=fused)))
-            found += replayed(case.name, case.facts(), who, call, budget_ms)
+            found += replayed(case.name, case.properties(), who, call, budget_ms)
             figures = [("host time", host_microseconds(call, rounds=12), "us")]
             figures += [("launches", float(launches(call)), "a layer")] if count else []
             for metric, value, unit in figures:
@@ -181,7 +183,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     device, config = kernel_device(args, unsupported_reason), ElasticConfig()
     stamp, path = records.stamp(command, args.commit, device), Path(args.out) / f"{args.tag}.json"
     stamp["kernel"] = "route_prompt"
-    found: list[Record] = []
+    found: list[Measurement] = []
     for number, length in enumerate(args.lengths):
         case = RouteCase(length, args.batch, args.hidden, args.kv_heads, args.head_dim, args.dtype)
         found += [{**record, **stamp} for record in run_case(case, config, args.budget_ms, str(device), number == 0)]

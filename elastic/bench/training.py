@@ -24,7 +24,7 @@ from elastic.attention.row_slice import RowSlice
 from elastic.bench import records, tables
 from elastic.bench.options import add_record_options, kernel_device
 from elastic.bench.race import TOLERANCE, largest_difference
-from elastic.bench.records import Record
+from elastic.bench.records import Measurement
 from elastic.bench.step import HEAD_DIM, HEADS, KV_HEADS, SHAPES, Step, bounds_of, random_backbone, random_row
 from elastic.bench.timing import Timing, measure
 from elastic.config import SparseConfig
@@ -78,13 +78,13 @@ def run(args: argparse.Namespace, command: str) -> int:
     torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gb * 1e9 / total), device)
     stamp, path = records.stamp(command, args.commit, device), args.out / f"{args.tag}.json"
     stamp["kernel"] = "attention_backward_sm90 (sm_90a)"
-    parts: list[Callable[[], list[Record]]] = []
+    parts: list[Callable[[], list[Measurement]]] = []
     if "attention" in args.parts:
         parts.append(partial(attention_records, args, device))
     for name in args.backbones:
         parts += [partial(whole_records, args, device, name)] if "whole" in args.parts else []
         parts += [partial(step_records, args, device, name)] if "step" in args.parts else []
-    found: list[Record] = []
+    found: list[Measurement] = []
     for part in parts:
         found += [{**record, "length": args.length, "samples": args.samples, **stamp} for record in part()]
         records.save(path, found)
@@ -130,7 +130,7 @@ def spread_routes(layers: int, samples: int, kv_heads: int, ratio: float) -> Ten
     return (place * ratio + 0.5).floor().diff().float().view(layers, samples, kv_heads)
 
 
-def attention_records(args: argparse.Namespace, device: torch.device) -> list[Record]:
+def attention_records(args: argparse.Namespace, device: torch.device) -> list[Measurement]:
     """Forward and backward of attention alone, over layers whose heads stream at the wanted ratio."""
     generator = torch.Generator(device).manual_seed(0)
     shapes = [(1, args.length, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
@@ -173,9 +173,9 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 def compare(
     case: str, calls: Mapping[str, Callable[[], Any]], timer: Callable[[Callable[[], Any]], Timing]
-) -> list[Record]:
+) -> list[Measurement]:
     """Times of the recipes, and how much faster the others are than the first one."""
-    found: list[Record] = []
+    found: list[Measurement] = []
     for who, call in calls.items():
         timing = timer(call)
         say(f"{case:28s} {who:22s} {timing.ms:10.1f} ms  {timing.repeats} repeats")
@@ -200,7 +200,7 @@ def timed_steps(call: Callable[[], Any], warm: int = 1, repeats: int = 2) -> Tim
     return Timing(first.elapsed_time(last) / repeats, repeats)
 
 
-def step_records(args: argparse.Namespace, device: torch.device, name: str) -> list[Record]:
+def step_records(args: argparse.Namespace, device: torch.device, name: str) -> list[Measurement]:
     """A training step of a backbone of a few layers, by both recipes."""
     model = random_backbone(name, args.layers, args.msr, args.compile, device)
     batch = random_row(args.length, args.samples, SHAPES[name]["vocab_size"], device)
@@ -219,7 +219,7 @@ def step_records(args: argparse.Namespace, device: torch.device, name: str) -> l
     return [*found, {"case": case, "who": "routed", "metric": "MSR", "value": ratio, "unit": ""}]
 
 
-def whole_records(args: argparse.Namespace, device: torch.device, name: str) -> list[Record]:
+def whole_records(args: argparse.Namespace, device: torch.device, name: str) -> list[Measurement]:
     """Memory and time of a step of a whole backbone, within `--memory-gb`."""
     torch.cuda.reset_peak_memory_stats(device)
     model = random_backbone(name, None, args.msr, args.compile, device)

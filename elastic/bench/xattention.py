@@ -17,10 +17,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from elastic.bench import records, tables
 from elastic.bench.cases import BLOCK, DTYPES
 from elastic.bench.options import add_record_options, kernel_device
-from elastic.bench.race import timed
-from elastic.bench.records import Record
+from elastic.bench.race import product_ceiling, timed
+from elastic.bench.records import Measurement
 from elastic.bench.structured import structured
-from elastic.bench.timing import extra_bytes, matmul_tflops
+from elastic.bench.timing import extra_bytes
 from elastic.console import say
 from elastic.kernels import Pattern, attention_forward, select_blocks, unsupported_selection
 from elastic.kernels.block_bits import count_bits
@@ -63,8 +63,8 @@ def run(args: argparse.Namespace, command: str) -> int:
     device = kernel_device(args, unsupported_selection)
     stamp, path = records.stamp(command, args.commit, device), args.out / f"{args.tag}.json"
     stamp["kernel"] = "xattention_select_sm90 (sm_90a)"
-    found = [{"case": "matmul-8192", "who": "cublas", "metric": "eff", "value": matmul_tflops(), "unit": "TFLOP/s"}]
-    jobs: list[Callable[[], list[Record]]] = []
+    found = [product_ceiling()]
+    jobs: list[Callable[[], list[Measurement]]] = []
     for length in args.lengths:
         jobs += [partial(selection_records, length, stride, args, str(device)) for stride in args.strides]
     jobs += [partial(layer_records, length, args, str(device)) for length in args.layers]
@@ -94,7 +94,7 @@ def causal_share(bits: Tensor, length: int, block: int) -> float:
     return count_bits(bits).sum().item() / causal
 
 
-def selection_records(length: int, stride: int, args: argparse.Namespace, device: str) -> list[Record]:
+def selection_records(length: int, stride: int, args: argparse.Namespace, device: str) -> list[Measurement]:
     """Time of one selection, its density, and where PyTorch can follow its time and the agreement of the two."""
     q, k, mode = operands(length, device)
     given = q, k, mode, Pattern.without_streaming(args.block)
@@ -103,11 +103,11 @@ def selection_records(length: int, stride: int, args: argparse.Namespace, device
     work = 2.0 * HEADS * stride * HEAD_DIM * cells * (cells + 1) / 2
     name = _name(f"select-s{stride}-b{args.block}", length)
     bits = select_blocks(*given, **sizes)
-    found = timed(name, _facts(length), "ours", partial(select_blocks, *given, **sizes), work, args.budget_ms)
+    found = timed(name, _properties(length), "ours", partial(select_blocks, *given, **sizes), work, args.budget_ms)
     found.append(_figure(name, length, "density", causal_share(bits, length, args.block), ""))
     if length <= TORCH_LONGEST:
         oracle = partial(select_oracle, *given, **sizes)
-        found += timed(name, _facts(length), "torch", oracle, work, args.budget_ms)
+        found += timed(name, _properties(length), "torch", oracle, work, args.budget_ms)
         counts, wanted = count_bits(bits), count_bits(oracle())
         close = ((counts - wanted).abs() <= 1).double().mean().item()
         found.append(_figure(name, length, "rows within 1 block of the oracle", close, ""))
@@ -129,7 +129,7 @@ def layer_call(
     return (q, k, v), select, attend
 
 
-def layer_records(length: int, args: argparse.Namespace, device: str) -> list[Record]:
+def layer_records(length: int, args: argparse.Namespace, device: str) -> list[Measurement]:
     """A layer whose heads all choose their blocks, stride 16, beside dense attention of cuDNN."""
     (q, k, v), select, attend = layer_call(length, args, device)
     bits, name = select(), _name(f"layer-s16-b{args.block}", length)
@@ -142,16 +142,16 @@ def layer_records(length: int, args: argparse.Namespace, device: str) -> list[Re
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
             )
 
-    found = timed(name, _facts(length), "ours", lambda: attend(select()), density * dense, args.budget_ms)
+    found = timed(name, _properties(length), "ours", lambda: attend(select()), density * dense, args.budget_ms)
     alone = f"{name}-attention-alone"
-    found += timed(alone, _facts(length), "ours", lambda: attend(bits), density * dense, args.budget_ms)
-    found += timed(name, _facts(length), "cudnn", cudnn, dense, args.budget_ms)
+    found += timed(alone, _properties(length), "ours", lambda: attend(bits), density * dense, args.budget_ms)
+    found += timed(name, _properties(length), "cudnn", cudnn, dense, args.budget_ms)
     ms = {r["who"]: r["value"] for r in found if r["metric"] == "time" and r["case"] == name}
     found.append(_figure(name, length, "density", density, ""))
     return [*found, _figure(name, length, "speed over cudnn", ms["cudnn"] / ms["ours"], "x")]
 
 
-def memory_records(length: int, args: argparse.Namespace, device: str) -> list[Record]:
+def memory_records(length: int, args: argparse.Namespace, device: str) -> list[Measurement]:
     """Device memory beyond q, k, v and the output: of the selection with its bits, and of the attention with them. The
     selection's scratch is free again when the output is allocated, so the larger of the two counts.
     """
@@ -168,11 +168,11 @@ def _name(kind: str, length: int) -> str:
     return f"{kind}-{length // 1024}k" if length % 1024 == 0 else f"{kind}-{length}"
 
 
-def _facts(length: int) -> Record:
+def _properties(length: int) -> Measurement:
     shape = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": "bf16"}
     return {"length": length, **shape}
 
 
-def _figure(case: str, length: int, metric: str, value: float, unit: str) -> Record:
+def _figure(case: str, length: int, metric: str, value: float, unit: str) -> Measurement:
     say(f"{case:24s} {metric}: {value:.4g} {unit}")
-    return {"case": case, "who": "ours", **_facts(length), "metric": metric, "value": value, "unit": unit}
+    return {"case": case, "who": "ours", **_properties(length), "metric": metric, "value": value, "unit": unit}

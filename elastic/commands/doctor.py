@@ -146,9 +146,9 @@ def _gpu() -> list[Check]:
         return [Check("GPU", ABSENT, f"torch {torch.__version__} sees none; attention runs on the CPU")]
     checks = []
     for index in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(index)
-        good = (facts.major, facts.minor) >= (8, 0)
-        detail = f"{facts.name}, compute capability {facts.major}.{facts.minor}, {facts.total_memory / 2**30:.0f} GiB"
+        gpu = torch.cuda.get_device_properties(index)
+        good = (gpu.major, gpu.minor) >= (8, 0)
+        detail = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
         way = "" if good else "the kernels need 8.0 or newer; PyTorch's attention runs instead"
         checks.append(Check(f"GPU {index}", OK if good else ABSENT, detail, way))
     return checks

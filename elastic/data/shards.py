@@ -4,17 +4,17 @@ Layout: `<data_dir>/manifest.json` and `<data_dir>/<split>/<corpus>.arrow`, one 
 written beside its final place and renamed, so a half-written one is never picked up.
 """
 
-import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from elastic.data.packing import PackedRow
 from elastic.data.tasks import TASKS
+from elastic.files import file_sha256, is_foreign, new_folder, text_sha256
 
 FORMAT = 2
 SPLITS = ("train", "validation", "test")
@@ -26,26 +26,22 @@ class DataWriter:
 
     Args:
         out: final folder.
-        facts: what the manifest should say about the origin (seed, tokenizer, sequence length, versions).
+        origin: what the manifest should say about how the data was made (seed, tokenizer, sequence length, versions).
 
     Raises:
         ValueError: `out` exists and is no data folder (it is never replaced); an existing data folder is.
     """
 
-    def __init__(self, out: str | Path, facts: dict[str, Any]) -> None:
+    def __init__(self, out: str | Path, origin: dict[str, Any]) -> None:
         self.out = Path(out)
-        self.scratch = self.out.with_name(f".{self.out.name}.writing")
-        self.manifest: dict[str, Any] = {"format": FORMAT, **facts, "splits": {}}
+        self.manifest: dict[str, Any] = {"format": FORMAT, **origin, "splits": {}}
 
     def __enter__(self) -> "DataWriter":
-        if (
-            self.out.exists()
-            and not (self.out / MANIFEST).is_file()
-            and (not self.out.is_dir() or any(self.out.iterdir()))
-        ):
+        if is_foreign(self.out, MANIFEST):
             raise ValueError(f"{self.out} exists and is no data folder of this project; choose another --out")
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        self.scratch.mkdir(parents=True)
+        self._leaving = ExitStack()
+        self.scratch = self._leaving.enter_context(new_folder(self.out))
+        self._leaving.push(self._finish)
         return self
 
     def add(self, split: str, corpus: str, rows: Iterable[PackedRow]) -> dict[str, Any]:
@@ -64,24 +60,12 @@ class DataWriter:
         self.manifest["splits"].setdefault(split, {})[corpus] = entry
         return entry
 
-    def __exit__(self, kind: Any, *_: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.scratch, ignore_errors=True)
-            return
-        (self.scratch / MANIFEST).write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
-        put_in_place(self.scratch, self.out)
+    def __exit__(self, *error: Any) -> None:
+        self._leaving.__exit__(*error)
 
-
-def put_in_place(made: Path, out: Path) -> None:
-    """Give a finished folder its final name. What it replaces is set aside first and deleted last, so that a kill in
-    between loses neither.
-    """
-    aside = out.with_name(f".{out.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if out.exists():
-        out.rename(aside)
-    made.rename(out)
-    shutil.rmtree(aside, ignore_errors=True)
+    def _finish(self, kind: Any, *_: object) -> None:
+        if kind is None:
+            (self.scratch / MANIFEST).write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def write_shard(file: Path, rows: Iterable[PackedRow]) -> dict[str, Any]:
@@ -111,7 +95,7 @@ def write_shard(file: Path, rows: Iterable[PackedRow]) -> dict[str, Any]:
         "tasks": dict(tasks),
         "sources": dict(sources),
         "lengths": {name: {str(k): found[k] for k in sorted(found)} for name, found in lengths.items()},
-        "sha256": _sha256(file),
+        "sha256": file_sha256(file),
     }
 
 
@@ -148,7 +132,7 @@ def verify(data_dir: str | Path) -> dict[str, Any]:
     for split, corpora in manifest["splits"].items():
         for corpus, entry in corpora.items():
             file = Path(data_dir) / split / f"{corpus}.arrow"
-            found = _sha256(file) if file.is_file() else "no file"
+            found = file_sha256(file) if file.is_file() else "no file"
             if found != entry["sha256"]:
                 raise ValueError(
                     f"shard {file} is damaged: sha256 {found}, expected {entry['sha256']}; build the data again"
@@ -171,7 +155,7 @@ def sources_of(manifest: dict[str, Any], split: str) -> tuple[str, ...]:
 def tokenizer_hash(tokenizer: Any) -> str:
     """sha256 of vocabulary and chat template: what decides how records become tokens."""
     text = json.dumps([sorted(tokenizer.get_vocab().items()), str(tokenizer.chat_template)])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return text_sha256(text)
 
 
 def _features() -> Any:
@@ -188,8 +172,3 @@ def _features() -> Any:
             "source": List(Value("string")),
         }
     )
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -6,7 +6,6 @@ Official record of LongBench-E: input, context, answers, all_classes, length (wo
 `data.json`.
 """
 
-import hashlib
 import importlib.util
 import warnings
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Any
 
 from elastic.data.file_rows import ENDINGS, ReadReport, read_rows
 from elastic.evaluation.benchmark import Request
-from elastic.files import shipped
+from elastic.files import file_sha256, shipped
 
 warnings.filterwarnings("ignore", message="Using slow pure-python SequenceMatcher")  # the official run uses it too
 CONFIGS = shipped("configs") / "eval"
@@ -106,10 +105,10 @@ class LongBench:
             self.skipped += report.bad
             self._identities[task] = {
                 "file": f"hub: {HUB[self.name]}" if file is None else file.name,
-                "sha256": None if file is None else _sha256(file),
+                "sha256": None if file is None else file_sha256(file),
                 "documents": report.good,
                 "left out": report.bad,
-                "task file": _sha256(ours) if (ours := CONFIGS / f"{task}.yaml").is_file() else None,
+                "task file": file_sha256(ours) if (ours := CONFIGS / f"{task}.yaml").is_file() else None,
                 "metrics": {**{package: version(package) for package in PACKAGES}, "matcher": MATCHER},
             }
         return self._identities[task]
@@ -244,8 +243,3 @@ def _document(task: str, row: Any) -> dict[str, Any]:
         if not isinstance(text, str):
             raise TypeError(f"field {name!r} is a {type(text).__name__}, expected text")
     return {**texts, **made, "id": str(row["_id"]), "groups": groups}
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

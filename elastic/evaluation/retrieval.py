@@ -84,7 +84,7 @@ def _tokens(doc: dict[str, Any], tokenizer: Any) -> tuple[list[int], Tensor, int
     return ids, torch.tensor(needle + [False] * (len(ids) - len(needle))), len(emitted)
 
 
-def write_ranking(score_LK: Tensor, file: Path, facts: dict[str, Any]) -> None:
+def write_ranking(score_LK: Tensor, file: Path, origin: dict[str, Any]) -> None:
     """A pattern file for the method `static` (each head's place among all, from 0 to 1), and beside it as JSON the
     scores with what they were made from.
     """
@@ -92,7 +92,7 @@ def write_ranking(score_LK: Tensor, file: Path, facts: dict[str, Any]) -> None:
     place = torch.empty(heads)
     place[score_LK.flatten().argsort(stable=True)] = (torch.arange(heads) + 0.5) / heads
     file.parent.mkdir(parents=True, exist_ok=True)
-    details = {**facts, "score": [[round(x, 6) for x in row] for row in score_LK.tolist()]}
+    details = {**origin, "score": [[round(x, 6) for x in row] for row in score_LK.tolist()]}
     write_atomic(file.with_suffix(".json"), json.dumps(details, indent=1) + "\n")
     lines = ["\t".join(f"{x:.5f}" for x in row) for row in place.view_as(score_LK).tolist()]
     write_atomic(file, "\n".join(lines) + "\n")

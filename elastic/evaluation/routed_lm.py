@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from elastic.config import SparseConfig
+from elastic.data.prompts import left_pad
 from elastic.inference.decode_graph import can_graph, graphed
 from elastic.inference.generate import eos_ids, new_cache
 from elastic.model.attach import elastic_config, last_routes, override_routes, route_of
@@ -22,7 +23,7 @@ from elastic.routing.sparsity import esr, msr
 
 
 @dataclass(frozen=True)
-class SampleFacts:
+class PrefillStats:
     """What a sample's context came to.
 
     Attributes:
@@ -71,7 +72,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             enable_thinking=False,  # answers are short and begin at once; templates without such a switch ignore it
         )
         self.route, self.sparse = route, sparse or elastic_config(model).sparse
-        self.facts: dict[str, SampleFacts] = {}
+        self.prefill_stats: dict[str, PrefillStats] = {}
         self._waiting: list[tuple[str, int, int]] = []
         self._encoded: dict[str, list[int]] = {}
 
@@ -101,10 +102,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         encoded = [list(self.tok_encode(text)) for text in strings]
         kept = [cut_middle(ids, left_truncate_len) for ids in encoded]
         self._waiting = [(s, len(k), len(e) - len(k)) for s, k, e in zip(strings, kept, encoded, strict=True)]
-        longest, pad = max(map(len, kept)), self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in kept])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in kept])
-        return ids, mask
+        return left_pad(kept, self.tokenizer.pad_token_id, torch.device("cpu"))
 
     @torch.no_grad()
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation: Any) -> Tensor:
@@ -168,7 +166,9 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         route = route_LNK.detach().cpu().double()
         last, mean = esr(route, lengths_N.cpu(), self.sparse, density_LNK)
         for n, (text, tokens, cut) in enumerate(self._waiting):
-            self.facts[text] = SampleFacts(float(msr(route)[n]), float(last[n]), float(mean[n]), seconds, tokens, cut)
+            self.prefill_stats[text] = PrefillStats(
+                float(msr(route)[n]), float(last[n]), float(mean[n]), seconds, tokens, cut
+            )
 
 
 def cut_middle(ids: list[int], limit: int | None) -> list[int]:

@@ -2,7 +2,6 @@
 length, tokenizer, data, seed and number.
 """
 
-import hashlib
 import json
 from typing import Any
 
@@ -10,7 +9,7 @@ from elastic.data.shards import tokenizer_hash
 from elastic.evaluation.benchmark import Request
 from elastic.evaluation.ruler_data import RulerData
 from elastic.evaluation.ruler_samples import NEEDLES, Doc, generate, new_tokens
-from elastic.files import alone, cache_folder, write_atomic
+from elastic.files import alone, cache_folder, text_sha256, write_atomic
 
 QA = {"ruler_qa_squad": "squad", "ruler_qa_hotpot": "hotpotqa"}
 SYNTHETIC = (*NEEDLES, "ruler_vt", "ruler_cwe", "ruler_fwe")
@@ -86,7 +85,7 @@ class Ruler:
         if length is None or request.samples is None or length < 768:
             raise ValueError(f"length {length} is too short for RULER's templates; use 768 or more")
         asked = [_VERSION, task, length, tokenizer_hash(request.tokenizer), request.seed, request.samples]
-        key = hashlib.sha256(json.dumps([*asked, request.chat, self.identity(task)]).encode()).hexdigest()[:24]
+        key = text_sha256(json.dumps([*asked, request.chat, self.identity(task)]))[:24]
         file = cache_folder() / "ruler" / f"{task}-{length}-{key}.jsonl"
         if not file.is_file():
             with alone(file.with_name(f".{file.name}.lock")):

@@ -4,7 +4,6 @@ Each is read from a local file in the form its authors publish, or, asked for as
 where that downloads it.
 """
 
-import hashlib
 import importlib.util
 import json
 import re
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from elastic.files import file_sha256
 
 HUB = "hub"
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'\u2019\u201d)\]]*\s+(?=[\"'\u2018\u201c(\[]?[A-Z0-9])")
@@ -48,10 +49,7 @@ class RulerData:
         place: str | None = getattr(self, name)
         if place is None or place == HUB:
             return place
-        digest = hashlib.sha256()
-        for file in _files(Path(place)) if name == "essays" else [Path(place)]:
-            digest.update(file.read_bytes())
-        return digest.hexdigest()
+        return file_sha256(*(_files(Path(place)) if name == "essays" else [Path(place)]))
 
     @cached_property
     def haystack(self) -> list[str]:

@@ -5,7 +5,6 @@ The harness' own loops over these generators step coarsely (RULER's steps at 4K 
 """
 
 import contextlib
-import hashlib
 import importlib
 import io
 import itertools
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from elastic.evaluation.ruler_data import RulerData, sentences
+from elastic.files import text_sha256
 
 Doc = dict[str, Any]
 ENOUGH, AIM = 0.97, 0.985  # of the length: a sample under ENOUGH is drawn again, one over AIM ends the search
@@ -171,7 +171,7 @@ def _seed(text: str) -> None:
     import numpy as np
     from lm_eval.tasks.ruler import cwe_utils
 
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+    number = int(text_sha256(text)[:8], 16)
     random.seed(number)
     np.random.seed(number)
     cwe_utils.RNG.seed(number)

@@ -14,10 +14,10 @@ from elastic._version import __version__
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.evaluation.benchmark import Benchmark, Request
 from elastic.evaluation.scores import BY, LOCK, row_of
-from elastic.files import alone, write_atomic
+from elastic.files import alone, file_sha256, write_atomic
 from elastic.routing.methods import Method
 
-RANDOM_SEED = "random_seed"  # what the heads of a random method were drawn by, in the facts of its results
+RANDOM_SEED = "random_seed"  # what the heads of a random method were drawn by, in the origin of its results
 
 
 @dataclass(frozen=True)
@@ -106,18 +106,18 @@ def run(plan: EvaluationPlan, methods: Sequence[Method], out: Path) -> list[dict
             source = method.checkpoint or plan.backbone
             for cells in plan.batches():
                 files = [out / "samples" / f"{_slug(method.name)}.{c.label.replace('@', '.')}.jsonl" for c in cells]
-                facts = [_facts(plan, method, cell) for cell in cells]
-                samples = [_read(file, fact) for file, fact in zip(files, facts, strict=True)]
+                origins = [_origin(plan, method, cell) for cell in cells]
+                samples = [_read(file, origin) for file, origin in zip(files, origins, strict=True)]
                 missing = [i for i, found in enumerate(samples) if found is None]
                 if missing and loaded[0] != source:
                     loaded = (source, *load_model(plan, method))
                 made = _evaluate(plan, method, [cells[i] for i in missing], *loaded[1:]) if missing else []
                 for i, new in zip(missing, made, strict=True):
                     samples[i] = new
-                    lines = ({**facts[i], "count": len(new)}, *new)
+                    lines = ({**origins[i], "count": len(new)}, *new)
                     with alone(out / LOCK):
                         write_atomic(files[i], "".join(json.dumps(line) + "\n" for line in lines))
-                rows += [row_of(fact, found or []) for fact, found in zip(facts, samples, strict=True)]
+                rows += [row_of(origin, found or []) for origin, found in zip(origins, samples, strict=True)]
                 bar.set_postfix_str(f"{method.name} {cells[-1].label} {rows[-1]['score']:.2f}", refresh=False)
                 bar.update(len(cells))
     return rows
@@ -172,7 +172,7 @@ def _evaluate(
                 **cell.benchmark.describe(sample["doc"]),
                 "prediction": sample["resps"][0][0],
                 "score": sample["score"],
-                **asdict(lm.facts[sample["arguments"][0][0]]),
+                **asdict(lm.prefill_stats[sample["arguments"][0][0]]),
                 "task_seconds": seconds,
             }
             for sample in results["samples"][task.config.task]
@@ -197,7 +197,7 @@ def _by_harness(lm: Any, tasks: list[Any], chat: bool) -> dict[str, Any]:
     return results
 
 
-def _facts(plan: EvaluationPlan, method: Method, cell: Cell) -> dict[str, Any]:
+def _origin(plan: EvaluationPlan, method: Method, cell: Cell) -> dict[str, Any]:
     """What a result file depends on and how it was made; it is used again only where all but the batch size agrees."""
     return {
         "method": method.name,
@@ -224,16 +224,14 @@ def _facts(plan: EvaluationPlan, method: Method, cell: Cell) -> dict[str, Any]:
 
 def _stamp(method: Method) -> str | None:
     """Checksum of a checkpoint's tensors or of a pattern file."""
-    import hashlib
-
     if method.checkpoint is not None:
         from elastic.model.checkpoint import read_elastic
 
         return str(read_elastic(method.checkpoint)["weights_sha256"])
-    return None if method.file is None else hashlib.sha256(Path(method.file).read_bytes()).hexdigest()
+    return None if method.file is None else file_sha256(Path(method.file))
 
 
-def _read(file: Path, facts: dict[str, Any]) -> list[dict[str, Any]] | None:
+def _read(file: Path, origin: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Samples of an earlier run of the same evaluation; None where there is none, or only a damaged file."""
     if not file.is_file():
         return None
@@ -243,9 +241,11 @@ def _read(file: Path, facts: dict[str, Any]) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(first, dict):
         return None
-    if RANDOM_SEED in facts:  # of files written before methods had seeds of their own, the samples' seed drew the heads
+    if (
+        RANDOM_SEED in origin
+    ):  # older files: the seed of the samples drew the heads
         first = {RANDOM_SEED: first.get("seed"), **first}
-    wanted = {**facts, "count": len(samples), "batch_size": first.get("batch_size")}
+    wanted = {**origin, "count": len(samples), "batch_size": first.get("batch_size")}
     return samples if first == wanted else None
 
 

@@ -17,22 +17,22 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     """
     rows = []
     for file in sorted((out / "samples").glob("*.jsonl")):
-        facts, *samples = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-        rows.append({**row_of(facts, samples), "facts": facts})
+        origin, *samples = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        rows.append({**row_of(origin, samples), "facts": origin})
     if not rows:
         raise ValueError(f"{out / 'samples'} holds no results; run `elastic eval --out {out}` first")
     return rows
 
 
-def row_of(facts: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Row of a task: means over its samples, by the facts of its result file."""
+def row_of(origin: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Row of a task: means over its samples, by the first line of its result file, which says how they came about."""
     mean = {
         name: sum(sample[name] for sample in samples) / len(samples)
         for name in ("score", "msr", "esr_last", "esr_all", "prefill_seconds", "tokens")
     }
     return {
-        "benchmark": facts["protocol"][0].removesuffix(BY),
-        **{name: facts[name] for name in ("method", "task", "length")},
+        "benchmark": origin["protocol"][0].removesuffix(BY),
+        **{name: origin[name] for name in ("method", "task", "length")},
         "n": len(samples),
         **mean,
         "half_width": interval(samples),

@@ -53,7 +53,7 @@ def _rank(plan: EvaluationPlan, pattern: Path) -> None:
         for task in NEEDLE_TASKS
         for doc in Ruler().documents(Request(task, length, RANK_SAMPLES, tokenizer, seed, chat=False))
     ]
-    facts = {
+    origin = {
         "what": "retrieval score per layer and KV head",
         "backbone": plan.backbone,
         "tasks": list(NEEDLE_TASKS),
@@ -61,7 +61,7 @@ def _rank(plan: EvaluationPlan, pattern: Path) -> None:
         "samples": len(docs),
         "seed": seed,
     }
-    write_ranking(retrieval_scores(model, tokenizer, docs), pattern, facts)
+    write_ranking(retrieval_scores(model, tokenizer, docs), pattern, origin)
 
 
 def write_sweep(rows: list[dict[str, Any]], out: Path) -> list[Path]:

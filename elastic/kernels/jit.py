@@ -5,11 +5,8 @@ edited header never runs an old kernel; files appear by an atomic rename, so pro
 """
 
 import ctypes
-import hashlib
 import importlib.util
 import logging
-import os
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -20,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from elastic.files import cache_folder, shipped
+from elastic.files import cache_folder, new_file, shipped, text_sha256
 
 CUDA_SRC = shipped("cuda_src")
 _log = logging.getLogger("elastic.kernels")
@@ -51,10 +48,8 @@ class Variant:
 
 @cache
 def _source_hash() -> str:
-    digest = hashlib.sha256()
-    for file in sorted(CUDA_SRC.rglob("*.cu*")):
-        digest.update(f"{file.relative_to(CUDA_SRC)}\0".encode() + file.read_bytes() + b"\0")
-    return digest.hexdigest()
+    files = sorted(CUDA_SRC.rglob("*.cu*"))
+    return text_sha256("".join(f"{file.relative_to(CUDA_SRC)}\0{file.read_text('utf-8')}\0" for file in files))
 
 
 def is_installed() -> bool:
@@ -110,17 +105,15 @@ def compile_cubin(variant: Variant) -> tuple[bytes, str]:
 def cubin_path(variant: Variant) -> Path:
     """The cached binary of a variant, compiled now if it is missing."""
     version = _import_nvrtc().getVersion()
-    key = hashlib.sha256(repr((_source_hash(), variant.file, variant.options, version)).encode()).hexdigest()[:24]
+    key = text_sha256(repr((_source_hash(), variant.file, variant.options, version)))[:24]
     path = cache_directory() / f"{variant.file}-{variant.arch}-d{variant.head_dim}-{key}.cubin"
     if path.exists():
         return path
     start = time.perf_counter()
     _log.warning("compiling %s for %s, D %d (first use)", variant.file, variant.arch, variant.head_dim)
     cubin, _ = compile_cubin(variant)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.write(cubin)
-    os.replace(file.name, path)
+    with new_file(path) as scratch:
+        scratch.write_bytes(cubin)
     _log.warning("compiled in %.1f s, kept in %s", time.perf_counter() - start, path.parent)
     return path
 

@@ -4,10 +4,8 @@ A few MB; never backbone weights, never a pickle. A folder is complete or absent
 and renamed, and `elastic.json` holds the checksum of the tensors.
 """
 
-import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from elastic._version import __version__
 from elastic.config import ElasticConfig
+from elastic.files import file_sha256, is_foreign, new_folder, set_aside
 from elastic.model.attach import attach, elastic_config, routers
 from elastic.model.loading import architecture, architecture_hash
 from elastic.routing.router import build_router
@@ -70,35 +69,31 @@ def save_elastic(
     from safetensors.torch import save_file
 
     path = Path(path)
-    _check_target(path)
+    if is_foreign(path, METADATA):
+        raise ValueError(f"{path} exists and is no checkpoint of this project; choose another folder")
     config, state = elastic_config(model), router_state(model)
     shape = architecture(model)
     _check_state(state, _expected(shape, config), f"routers to be saved to {path}", "train again with lower rates")
     if multipliers is not None:
         state |= {f"{MULTIPLIERS}{name}": value.detach().cpu() for name, value in multipliers.state_dict().items()}
-    scratch = _beside(path, "writing")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    save_file(state, scratch / WEIGHTS)
-    metadata = {
-        "format": FORMAT,
-        "config": config.to_dict(),
-        "backbone": backbone,
-        "architecture": shape,
-        "architecture_sha256": architecture_hash(model),
-        "weights_sha256": _sha256(scratch / WEIGHTS),
-        "versions": {
-            "elastic-attention": __version__,  # also where the package runs uninstalled
-            **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-        },
-        "recipe": recipe or {},
-        "metrics": metrics or {},
-    }
-    (scratch / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
-    shutil.copymode(scratch / METADATA, scratch / WEIGHTS)  # safetensors makes files that only their owner reads
-    for name in (WEIGHTS, METADATA):
-        _flush(scratch / name)
-    _replace(scratch, path)
+    with new_folder(path, sync=True) as scratch:
+        save_file(state, scratch / WEIGHTS)
+        metadata = {
+            "format": FORMAT,
+            "config": config.to_dict(),
+            "backbone": backbone,
+            "architecture": shape,
+            "architecture_sha256": architecture_hash(model),
+            "weights_sha256": file_sha256(scratch / WEIGHTS),
+            "versions": {
+                "elastic-attention": __version__,  # also where the package runs uninstalled
+                **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+            },
+            "recipe": recipe or {},
+            "metrics": metrics or {},
+        }
+        (scratch / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+        shutil.copymode(scratch / METADATA, scratch / WEIGHTS)  # safetensors makes files that only their owner reads
     return path
 
 
@@ -112,7 +107,7 @@ def read_elastic(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     for name in (METADATA, WEIGHTS):
         if not (path / name).is_file():
-            old = _beside(path, "old")
+            old = set_aside(path)
             hint = (
                 f"a save was interrupted, rename {old} to get the previous checkpoint back"
                 if not path.exists() and old.is_dir()
@@ -154,23 +149,6 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
     return model
 
 
-def _check_target(path: Path) -> None:
-    old = _beside(path, "old")
-    if not path.exists() and old.is_dir():
-        old.rename(path)  # an earlier save was killed between its two renames
-    if path.exists() and not (path / METADATA).is_file() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is no checkpoint of this project; choose another folder")
-
-
-def _replace(scratch: Path, path: Path) -> None:
-    old = _beside(path, "old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    scratch.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _check_backbone(mine: dict[str, Any], metadata: dict[str, Any], path: str | Path) -> None:
     theirs, name = metadata["architecture"], metadata["backbone"]
     for key in _SHAPE:
@@ -200,7 +178,7 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    file, found = path / WEIGHTS, _sha256(path / WEIGHTS)
+    file, found = path / WEIGHTS, file_sha256(path / WEIGHTS)
     if found != sha256:
         raise ValueError(f"{file} is damaged: sha256 {found}, expected {sha256}; {_WAY_OUT}")
     try:
@@ -231,19 +209,3 @@ def _few(names: list[str]) -> str:
 
 def _reason(error: Exception) -> str:
     return f"{error} is missing" if isinstance(error, KeyError) else str(error)
-
-
-def _beside(path: Path, kind: str) -> Path:
-    path = path.absolute()
-    return path.with_name(f".{path.name}.{kind}")
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(file: Path) -> None:
-    """Onto the disk, so that the rename never precedes the contents."""
-    with open(file, "rb") as stream:
-        os.fsync(stream.fileno())

@@ -1,14 +1,11 @@
 """Load backbones by name: the shipped tiny one, SmolLM2 from its PyPI package, a local folder, or a hub id."""
 
-import hashlib
 import importlib.metadata
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from elastic.files import cache_folder, shipped
+from elastic.files import alone, cache_folder, new_folder, shipped, text_sha256
 
 TINY = "tiny"
 SMOLLM2 = "smollm2-135m"
@@ -111,7 +108,7 @@ def architecture(model: Any) -> dict[str, Any]:
 
 def architecture_hash(model: Any) -> str:
     """sha256 of `architecture`, hexadecimal."""
-    return hashlib.sha256(json.dumps(architecture(model), sort_keys=True).encode()).hexdigest()
+    return text_sha256(json.dumps(architecture(model), sort_keys=True))
 
 
 def _resolve(name: str) -> str:
@@ -175,24 +172,16 @@ def _unreadable(name: str, source: str, error: Exception) -> Exception:
 
 def _smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as safetensors in the cache, converted from the package's GGUF file on first use."""
-    from filelock import FileLock
-
     folder = cache_folder() / "smollm2-135m-instruct"
     if (folder / "config.json").is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    with alone(folder.with_suffix(".lock")):
         if (folder / "config.json").is_file():  # another process converted it meanwhile
             return folder
         if folder.exists():
             raise ValueError(f"{folder} holds no config.json, so it is damaged; delete it and it will be made again")
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
-        try:
+        with new_folder(folder) as scratch:
             _convert_gguf(_smollm2_file(), scratch)
-            scratch.chmod(0o755)
-            scratch.rename(folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 

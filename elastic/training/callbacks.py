@@ -76,7 +76,7 @@ class ElasticCheckpoint(Callback):
                 module.model,
                 backbone_id(module.backbone),
                 module.multipliers,
-                recipe={**module.recipe(), "data": data_facts(trainer)},
+                recipe={**module.recipe(), "data": data_origin(trainer)},
                 metrics=module.results,
             )
 
@@ -108,7 +108,7 @@ class RunProgress(TQDMProgressBar):
         return {name.removeprefix("train/"): value for name, value in metrics.items()}
 
 
-def data_facts(trainer: Trainer) -> dict[str, Any]:
+def data_origin(trainer: Trainer) -> dict[str, Any]:
     """What the data folder's manifest says about its origin; empty for other data."""
     manifest = getattr(getattr(trainer, "datamodule", None), "manifest", None) or {}
     return {key: value for key, value in manifest.items() if key not in ("splits", "format")}

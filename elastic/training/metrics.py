@@ -54,7 +54,7 @@ def score_answers(
     return Answers(scores, predicted_P, sample_P)
 
 
-class StepFacts:
+class StepAverages:
     """Scalars of one optimiser step, gathered over its micro-batches: plain means, and means per task.
 
     What is added stays on its device until `means`, so that a step waits for the GPU once.

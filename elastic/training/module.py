@@ -27,7 +27,7 @@ from elastic.training import schedules
 from elastic.training.config import ObjectiveConfig, OptimiserConfig, TemperatureConfig
 from elastic.training.evaluation_module import RoutedModule
 from elastic.training.losses import labelled_positions
-from elastic.training.metrics import StepFacts
+from elastic.training.metrics import StepAverages
 from elastic.training.objective import Interval, RoutedPass, build_objective
 from elastic.training.resume import check_checkpoint, noise_seed
 from elastic.training.sharding import ShardedBackbone, average_gradients
@@ -126,7 +126,7 @@ class ElasticModule(RoutedModule):
         """Router descent on the accumulated micro-batches, then multiplier ascent."""
         started, step = time.perf_counter(), self.global_step
         progress = step / self.total_steps
-        facts = StepFacts()
+        averages = StepAverages()
         temperature = schedules.temperature(
             progress, self.annealing.initial, self.annealing.final, self.annealing.reached
         )
@@ -139,15 +139,15 @@ class ElasticModule(RoutedModule):
                 # The noise depends on seed, step and place of the micro-batch in the step only: a resumed run draws the
                 # same, and so do other numbers of processes.
                 torch.manual_seed(noise_seed(self.noise_seed, step, self.global_rank * len(batch) + index))
-                self._accumulate(micro, len(batch), facts)
+                self._accumulate(micro, len(batch), averages)
             pooled.append(pooled_keys(self.model))
         if progress < self.optimiser.warmup:
             update_statistics(self.model, torch.cat(pooled, dim=1))  # once: all micro-batches see the same features
         weights = [p for group in descent.param_groups for p in group["params"]]
         if isinstance(self.trainer.strategy, ShardedBackbone):  # DDP has averaged already
             average_gradients([*weights, *self.multipliers.parameters()])
-        facts.add("gradient_norm", torch.nn.utils.clip_grad_norm_(weights, self.optimiser.clip_norm))
-        means = facts.means()  # the step's one wait for the GPU
+        averages.add("gradient_norm", torch.nn.utils.clip_grad_norm_(weights, self.optimiser.clip_norm))
+        means = averages.means()  # the step's one wait for the GPU
         for name, what in (("objective", "objective"), ("gradient_norm", "routers' gradient norm")):
             if not math.isfinite(means[name]):
                 raise FloatingPointError(
@@ -173,7 +173,7 @@ class ElasticModule(RoutedModule):
             }
         )
 
-    def _accumulate(self, batch: Batch, parts: int, facts: StepFacts) -> None:
+    def _accumulate(self, batch: Batch, parts: int, averages: StepAverages) -> None:
         """Forward and backward of one micro-batch out of `parts`."""
         dense = self._dense_answers(batch) if self.objective.needs_dense else None
         hidden = self.hidden_states(batch)
@@ -182,14 +182,14 @@ class ElasticModule(RoutedModule):
         shared_target = self.global_step < self.optimiser.heads_first * self.total_steps
         verdict = self.objective.judge(RoutedPass(batch, hidden, ratio, dense, head, self.loss_chunk, shared_target))
         self.manual_backward(verdict.loss / parts)
-        for name, value in {"objective": verdict.loss, **verdict.facts}.items():
-            facts.add(name, value)
+        for name, value in {"objective": verdict.loss, **verdict.parts}.items():
+            averages.add(name, value)
         for name, values in verdict.per_task.items():
-            facts.add_per_task(name, task, values)
+            averages.add_per_task(name, task, values)
         if state.logits is not None:
-            facts.add("router_entropy", entropy(state.logits))
-        facts.add_per_task("msr", task, ratio)
-        facts.add_per_task("esr", task, esr(state.route, state.lengths, self.elastic.sparse, state.density)[1])
+            averages.add("router_entropy", entropy(state.logits))
+        averages.add_per_task("msr", task, ratio)
+        averages.add_per_task("esr", task, esr(state.route, state.lengths, self.elastic.sparse, state.density)[1])
 
     @torch.no_grad()
     def _dense_answers(self, batch: Batch) -> Tensor:
@@ -199,10 +199,10 @@ class ElasticModule(RoutedModule):
         with override_routes(self.model, 0, self.elastic.sparse.dense):
             return labelled_positions(self.hidden_states(batch), batch["labels"])[0]
 
-    def _log_step(self, facts: dict[str, float]) -> None:
+    def _log_step(self, scalars: dict[str, float]) -> None:
         """Scalars over optimiser steps; `loss` and MSR also stand in the progress bar."""
         self.log("step", float(self.global_step))  # the logger's own count may run ahead in manual optimisation
-        for name, value in facts.items():
+        for name, value in scalars.items():
             self.log(f"train/{name}", value, prog_bar=name == "loss" or name.startswith(("msr/", "kl/")), batch_size=1)
 
     def _set_rates(self, *optimisers: torch.optim.Optimizer) -> None:
@@ -229,7 +229,7 @@ class ElasticModule(RoutedModule):
             "backbone": self.backbone,
             "sparse": self.elastic.to_dict()["sparse"],
             "gradient_share": self.elastic.gradient_share,
-            "objective": self.objective.facts(),
+            "objective": self.objective.settings(),
             "seed": self.noise_seed or torch.initial_seed(),
         }
 
@@ -240,7 +240,7 @@ class ElasticModule(RoutedModule):
             "steps": self.total_steps,
             "seed": self.noise_seed,
             "dtype": self.dtype_name,
-            "objective": self.objective.facts(),
+            "objective": self.objective.settings(),
             "optimiser": vars(self.optimiser),
             "temperature": vars(self.annealing),
         }

@@ -168,12 +168,12 @@ class Judgement:
 
     Attributes:
         loss: what the routers descend and the multipliers ascend.
-        facts: its parts by name, scalars on the device without gradient.
+        parts: its parts by name, scalars on the device without gradient.
         per_task: values per sample to be reported by task, [N] each, without gradient.
     """
 
     loss: Tensor
-    facts: dict[str, Tensor]
+    parts: dict[str, Tensor]
     per_task: dict[str, Tensor]
 
 
@@ -201,8 +201,8 @@ class TargetObjective:
         language = self._language(routed)
         intervals = [self.span] * len(self.intervals) if routed.shared_target else self.intervals
         regulariser = sparsity_loss(routed.msr_N, batch["task_id"], intervals, self.multipliers)
-        facts = {"loss": language.detach(), "regulariser": regulariser.detach()}
-        return Judgement(language + regulariser, facts, {})
+        parts = {"loss": language.detach(), "regulariser": regulariser.detach()}
+        return Judgement(language + regulariser, parts, {})
 
     def _language(self, routed: RoutedPass) -> Tensor:
         batch, answers = routed.batch, (routed.hidden_1SE, routed.lm_head, routed.batch["labels"])
@@ -212,7 +212,7 @@ class TargetObjective:
         loss_T, present_T = mean_per_task(loss_N, batch["task_id"])
         return loss_T.sum() / present_T.sum()
 
-    def facts(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Kind, targets, and what cross-entropy is averaged over."""
         return {"kind": "target", "targets": dict(zip(TASKS, self.intervals, strict=True)), "average": self.average}
 
@@ -248,7 +248,7 @@ class QualityObjective:
         loss = quality_loss(routed.msr_N, divergence_N, task, budget_T, self.config.cost, self.multipliers)
         return Judgement(loss, {"loss": loss.detach()}, {"kl": divergence_N.detach()})
 
-    def facts(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Kind, cost and budgets."""
         return {"kind": "quality", "cost": self.config.cost, "budgets": self.budgets, "price": self.config.price}
 

@@ -2,13 +2,13 @@
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from elastic.console import say, table
+from elastic.files import write_atomic
 from elastic.training.callbacks import run_folder
 
 
@@ -76,16 +76,9 @@ def _report(trainer: Trainer, module: Any, split: str) -> None:
         return
     path = run_folder(trainer) / f"results_{split}.json"
     checkpoint = os.path.relpath(trainer.ckpt_path, path.parent) if trainer.ckpt_path else None
-    _write_json(path, results_of(module, split, checkpoint))
+    write_atomic(path, json.dumps(results_of(module, split, checkpoint), indent=1) + "\n")
     methods = [method.name for method in module.methods]
     say(results_table(module.results, methods))
     if module.source_results:
         say("\n" + results_table(module.source_results, methods, "source"))
     say(f"results: {path}")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.writing")
-    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)

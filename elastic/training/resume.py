@@ -2,14 +2,13 @@
 that are complete or absent, and checks of what must agree before training starts or goes on.
 """
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from elastic.data.shards import tokenizer_hash
+from elastic.files import new_file
 
 ALWAYS = ("architecture", "router")  # the rest must agree only where training goes on
 
@@ -34,14 +33,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write `checkpoint` to `path`."""
         if storage_options is not None:
             raise ValueError(f"storage_options={storage_options!r} is not supported; checkpoints are local files")
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_name(f".{target.name}.writing")
-        with open(scratch, "wb") as stream:
+        with new_file(path, sync=True) as scratch, open(scratch, "wb") as stream:  # a stream: no name in its bytes
             torch.save(checkpoint, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(scratch, target)
 
 
 def check_checkpoint(checkpoint: dict[str, Any], mine: dict[str, Any], wanted: set[str], fitting: bool) -> None:
@@ -49,7 +42,7 @@ def check_checkpoint(checkpoint: dict[str, Any], mine: dict[str, Any], wanted: s
 
     Args:
         checkpoint: as `ElasticModule.on_save_checkpoint` left it.
-        mine: this run's facts, compared with the checkpoint's.
+        mine: what this run was made of, compared with the checkpoint's.
         wanted: names of the trained tensors.
         fitting: training goes on, so that everything must agree; otherwise only what the tensors depend on.
 

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     done = [name for name in names if (args.kept / name / RESULTS).is_file()]
     told = {name: json.loads((args.kept / name / "variant.json").read_text()) for name in done}
     results = {name: json.loads((args.kept / name / RESULTS).read_text()) for name in done}
-    flags = {name: facts.pop("flags") for name, facts in told.items()}
+    flags = {name: variant.pop("flags") for name, variant in told.items()}
     found = records(results, flags, told)
     say(table(*cells(found)))
     say(f"wrote {save(args.out / f'{args.tag}.json', found)}")

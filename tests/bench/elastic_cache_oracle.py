@@ -68,8 +68,8 @@ def main(argv: list[str]) -> int:
 
     def add(metric: str, value: float, unit: str) -> None:
         figure = {"metric": metric, "value": value, "unit": unit, "competitors": ["masked oracle"]}
-        facts = {"case": f"smollm2-135m-{len(prompts)}-prompts", "who": "elastic", "new_tokens": args.new_tokens}
-        found.append({**facts, **figure, "config": CONFIG.to_dict(), **stamp})
+        shared = {"case": f"smollm2-135m-{len(prompts)}-prompts", "who": "elastic", "new_tokens": args.new_tokens}
+        found.append({**shared, **figure, "config": CONFIG.to_dict(), **stamp})
         say(f"{metric}: {value:.6g} {unit}")
 
     command = f"python -m tests.bench.elastic_cache_oracle --prompts {args.prompts} --new-tokens {args.new_tokens}"

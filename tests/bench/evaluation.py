@@ -43,9 +43,9 @@ def main(argv: list[str]) -> int:
         key=lambda r: (r["length"] or 0, places.index(r["task"].split("_")[0]), r["task"], order.index(r["method"]))
     )
     rows = [{**row, "method": names.get(row["method"], row["method"])} for row in rows]
-    facts = {"gpu": args.gpu, "kernel": args.kernel, "commit": args.commit or git_commit(), "command": args.command}
+    made_by = {"gpu": args.gpu, "kernel": args.kernel, "commit": args.commit or git_commit(), "command": args.command}
     found = [
-        {**record, **facts, "versions": row["facts"]["versions"], "sparse": row["facts"]["sparse"]}
+        {**record, **made_by, "versions": row["facts"]["versions"], "sparse": row["facts"]["sparse"]}
         for record, row in zip(records(rows), rows, strict=True)
     ]
     say(table(*score_cells(found)))

@@ -124,10 +124,10 @@ def main(argv: list[str]) -> int:
 
     args = build_parser().parse_args(argv)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    facts = stamp(repeat(args), args.commit, device)
+    made_by = stamp(repeat(args), args.commit, device)
     results = evaluate(args)
     sizes = {name: results["elastic"]["sparse"][name] for name in ("sink", "window", "block", "stride", "threshold")}
-    told = {**sizes, "routers": recipe(args.checkpoint), **facts}
+    told = {**sizes, "routers": recipe(args.checkpoint), **made_by}
     found = [{**record, "who": own_name(record["who"], args.name), **told} for record in records(results)]
     for header, rows in (score_cells(found), density_cells(found)):
         say(table(header, rows) + "\n")

@@ -1,5 +1,6 @@
 """`elastic bench` without a GPU: cases and their arithmetic, block lists, contestants, messages."""
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -46,14 +47,14 @@ def test_flops_count_the_visible_blocks(length, kind):
     assert case.flops() == 4 * 64 * BLOCK**2 * case.visited_blocks()
 
 
-def test_names_and_facts():
+def test_names_and_properties():
     assert [c.name for c in (Case(65536), Case(8192, 6), Case(65536, density=0.25))] == [
         "dense-64k",
         "streaming-6of8-8k",
         "random-25pct-64k",
     ]
     assert Case(640, 1, heads=9, kv_heads=3, head_dim=64, dtype="fp16").name == "streaming-1of3-d64-640-fp16"
-    assert Case(8192, 6).facts()["msr"] == 0.75 and Case(8192, density=0.5).facts()["msr"] is None
+    assert Case(8192, 6).properties()["msr"] == 0.75 and Case(8192, density=0.5).properties()["msr"] is None
 
 
 def test_block_lists_hold_every_block_once_in_ascending_order():
@@ -228,3 +229,18 @@ def test_python_m_elastic_is_the_command():
         [sys.executable, "-m", "elastic", "bench", "--help"], capture_output=True, text=True, check=True
     )
     assert "attention" in done.stdout and "table" in done.stdout
+
+
+def test_a_race_keeps_every_case_and_tells_a_contestant_that_differs(on_cpu, tmp_path, capsys):
+    """On the CPU, with rates of 2.5 forward passes; the file is complete after every case."""
+    args = argparse.Namespace(out=tmp_path, tag="run", budget_ms=1.0, flex_max_length=4096)
+    cases = [Case(length, **SHAPE) for length in (128, 256)]
+    ceiling = {"case": "matmul-8192", "who": "cublas", "metric": "eff", "value": 1.0, "unit": "TFLOP/s"}
+    stamp = {"gpu": "none", "kernel": "torch", "versions": {}, "commit": "abc", "command": "elastic bench"}
+    ours = {"ours": attention.ours}
+    assert race.race(args, cases, ours, {}, [ceiling], stamp, torch.device("cpu"), 2.5) == 0
+    found = records.load(tmp_path / "run.json")
+    assert [record["case"] for record in found] == ["matmul-8192", *(case.name for case in cases for _ in range(2))]
+    assert str(tmp_path / "run.json") in capsys.readouterr().out
+    wrong = Contestant("adds one", lambda case: True, lambda case, inputs: lambda: (attention.ours(inputs)()[0] + 1,))
+    assert race.race(args, cases[:1], ours, {"wrong": wrong}, [ceiling], stamp, torch.device("cpu")) == 1

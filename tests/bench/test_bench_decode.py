@@ -29,7 +29,7 @@ def test_cases_count_their_bytes():
     case = DecodeCase(131_072, 6, batch=2)
     assert case.name == "streaming-6of8-128k-b2" and DecodeCase(8192).name == "dense-8k"
     assert case.nbytes == 2 * 2 * 2 * 128 * (6 * 2176 + 2 * 131_072)
-    assert case.facts()["batch"] == 2 and case.facts()["msr"] == 0.75
+    assert case.properties()["batch"] == 2 and case.properties()["msr"] == 0.75
     assert DecodeCase(1024, 8).kept == [1024] * 8  # a sample shorter than sink and window keeps all
     inputs = DecodeCase(2304, 1, batch=2, **SHAPE).decode_inputs("cpu")
     assert inputs.base.tolist() == [[0, 2176], [4480, 6656]] and inputs.end.tolist() == [[2176, 2304]] * 2

@@ -9,7 +9,7 @@ from tests.helpers.models import small_config, varied_routers
 from tests.helpers.training import build_data
 from tests.helpers.xattention import sparse_of
 
-FACTS = {"gpu": "g", "kernel": "k", "versions": {"torch": "2"}, "commit": "c"}
+MADE_BY = {"gpu": "g", "kernel": "k", "versions": {"torch": "2"}, "commit": "c"}
 
 
 def test_the_quality_script_writes_records_and_tables(tmp_path, capsys):
@@ -74,7 +74,7 @@ def test_the_quality_table_means_what_counts_in_a_source():
 
 def test_methods_of_several_processes_stand_side_by_side():
     def run(source, **exact):
-        shared = {"case": source, "metric": "exact", "unit": "share", "half": 0.1, "n": 5, "esr_all": 0.5, **FACTS}
+        shared = {"case": source, "metric": "exact", "unit": "share", "half": 0.1, "n": 5, "esr_all": 0.5, **MADE_BY}
         return [{**shared, "who": who, "value": value, "command": f"c {who}"} for who, value in exact.items()]
 
     one = [*run("needle_single", elastic=0.5, dense=0.9), *run("code_completion", elastic=0.4, dense=0.8)]

@@ -1,6 +1,7 @@
 """Records of `elastic bench`: on disk, as a picture, as the page of recorded results."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -20,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 STAMP = {"gpu": "a GPU", "kernel": "a kernel", "versions": {"torch": "2"}, "commit": "abc", "command": "elastic bench"}
 
 
-def given_records() -> list[records.Record]:
+def given_records() -> list[records.Measurement]:
     """Records as a run with two lengths would write them."""
     found = []
     for length in (8192, 65536):
@@ -30,7 +31,7 @@ def given_records() -> list[records.Record]:
                 if who == "cudnn" and streaming:
                     continue
                 ms = case.flops() / speed / 1e9
-                shared = {"case": case.name, "who": who, "repeats": 5, **case.facts(), **STAMP}
+                shared = {"case": case.name, "who": who, "repeats": 5, **case.properties(), **STAMP}
                 found += [
                     {**shared, "metric": "time", "value": ms, "unit": "ms"},
                     {**shared, "metric": "eff", "value": case.flops() / ms / 1e9, "unit": "TFLOP/s"},
@@ -96,7 +97,7 @@ def test_a_failed_write_leaves_the_file_before_it(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(records.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="disk full"):
         records.save(path, given_records()[:1])
     assert path.read_text() == before and list(tmp_path.iterdir()) == [path]

@@ -38,7 +38,7 @@ def small_on_cpu(monkeypatch):
     monkeypatch.setattr(xattention, "KV_HEADS", 2)
     monkeypatch.setattr(xattention, "DENSE", SDPBackend.MATH)
     monkeypatch.setattr(xattention, "kernel_device", lambda args, why: torch.device("cpu"))
-    monkeypatch.setattr(xattention, "matmul_tflops", lambda: 1.0)
+    monkeypatch.setattr(race, "matmul_tflops", lambda: 1.0)
     monkeypatch.setattr(xattention, "extra_bytes", lambda call: sum(x.numel() for x in call()))
     monkeypatch.setattr(race, "measure", lambda call, _budget: Timing(2.0 + 0.0 * call().float().sum().item(), 3))
 

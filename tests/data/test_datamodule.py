@@ -20,8 +20,8 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml")
 
 def write_data(out, corpora=CORPORA, splits=SPLITS):
     """Rows of eight tokens; the first token of a row identifies it over all corpora of a split."""
-    facts = {"seq_length": 8, "tokenizer": {"name": "tiny", "sha256": tokenizer_hash(build_tokenizer())}}
-    with DataWriter(out, facts) as writer:
+    origin = {"seq_length": 8, "tokenizer": {"name": "tiny", "sha256": tokenizer_hash(build_tokenizer())}}
+    with DataWriter(out, origin) as writer:
         for split in splits:
             first = 0
             for task_id, (name, count) in enumerate(corpora.items()):

@@ -5,6 +5,7 @@ all.
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from data_prep import build_mixture, pack_mixture, published, tokenize_and_pack
+from elastic import files
 from elastic.data import shards
 from elastic.data.records import Record, write_records
 from elastic.data.shards import SPLITS, verify
@@ -167,7 +169,7 @@ def kill_at(moment, out, monkeypatch):
 
         monkeypatch.setattr(build_mixture, "write_records", half)
     elif moment == "before the exchange":
-        monkeypatch.setattr(build_mixture, "put_in_place", die)
+        monkeypatch.setattr(files, "put_in_place", die)
     else:
         rename = Path.rename
 
@@ -198,7 +200,7 @@ def test_a_mixture_killed_at_its_end_loses_no_shard(moment, records, tmp_path, m
         state = records_file.stat()
         os.utime(records_file)  # other records: nothing of the killed run may be used
         begun = tmp_path / ".data.parts"
-        pack_mixture._begin(pack_mixture.shutil.copytree(begun, tmp_path / "copy"), mixture)
+        pack_mixture._begin(shutil.copytree(begun, tmp_path / "copy"), mixture)
         assert not list((tmp_path / "copy").rglob("*.arrow")) and list(begun.rglob("*.arrow"))
         os.utime(records_file, ns=(state.st_atime_ns, state.st_mtime_ns))
         monkeypatch.setattr(pack_mixture, "pack_part", lambda *_: pytest.fail("a finished shard was made again"))

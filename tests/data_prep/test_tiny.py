@@ -151,18 +151,20 @@ def test_the_model_generates_what_the_needle_says(shipped):
 
 
 def test_the_training_record_agrees_with_the_shipped_weights(shipped):
-    facts = json.loads((FOLDER / "training.json").read_text())
-    assert (facts["sink"], facts["window"]) == (make_tiny.SINK, make_tiny.WINDOW)
+    training = json.loads((FOLDER / "training.json").read_text())
+    assert (training["sink"], training["window"]) == (make_tiny.SINK, make_tiny.WINDOW)
     for name, window in (("full", None), ("streaming", make_tiny.WINDOW)):
         measured = make_tiny.accuracy(*shipped, "single_qa", 112, window)
-        assert abs(measured - facts["accuracy"][name]["single_qa/112"]) <= 2 / 64  # rounding on another machine
+        assert abs(measured - training["accuracy"][name]["single_qa/112"]) <= 2 / 64  # rounding on another machine
 
 
 def test_the_training_script_writes_a_loadable_backbone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(make_tiny, "CURRICULUM", ((1.0, 48, 8),))
     monkeypatch.setattr(make_tiny, "LENGTHS", (48,))
     assert make_tiny.main(["--out", str(tmp_path / "tiny"), "--steps", "2", "--seed", "5"]) == 0
-    facts = json.loads((tmp_path / "tiny" / "training.json").read_text())
-    assert (facts["steps"], facts["seed"]) == (2, 5) and facts["accuracy"] == json.loads(capsys.readouterr().out)
+    training = json.loads((tmp_path / "tiny" / "training.json").read_text())
+    assert (training["steps"], training["seed"]) == (2, 5) and training["accuracy"] == json.loads(
+        capsys.readouterr().out
+    )
     model, _ = load_backbone(str(tmp_path / "tiny"))
     assert architecture(model) == architecture(load_backbone("tiny")[0])

@@ -44,8 +44,8 @@ def test_one_command_compares_methods_and_goes_on(tmp_path, monkeypatch):
     assert [(r["method"], r["n"], r["msr"]) for r in rows[:2]] == [("dense", 2, 0), ("streaming", 2, 1)]
     assert rows[0]["esr_all"] == 0 < rows[3]["esr_all"] < rows[2]["esr_all"] < 1
     file = tmp_path / "out" / "samples" / "dense.ruler_fwe.1024.jsonl"
-    facts, *samples = map(json.loads, file.read_text().splitlines())
-    assert facts["seed"] == 0 and set(samples[0]) >= {"prediction", "references", "score", "msr", "esr_last", "tokens"}
+    origin, *samples = map(json.loads, file.read_text().splitlines())
+    assert origin["seed"] == 0 and set(samples[0]) >= {"prediction", "references", "score", "msr", "esr_last", "tokens"}
     monkeypatch.setattr(runner, "_evaluate", lambda *_: pytest.fail("a finished result was made again"))
     assert runner.run(plan, methods, tmp_path / "out") == rows
     assert "mean of tasks" in summary.summary_table(rows) and "±" in summary.summary_table(rows)

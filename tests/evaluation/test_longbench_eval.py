@@ -85,10 +85,10 @@ def test_one_command_runs_both_benchmarks_from_official_files(tmp_path, short_an
         wanted = named if row["task"] == "longbench2" else {"0-4k": 1, "4-8k": 1, "8k+": 1}
         assert {name: group["n"] for name, group in groups.items()} == wanted
     for name in ("dense.longbench_trec_e", "dense.longbench_hotpotqa_e", "streaming.longbench2"):
-        facts, *samples = lines(out / "samples" / f"{name}.jsonl")
-        assert facts["chat_template"] == ("trec" not in name) and facts["seed"] == 0 and facts["versions"]["lm_eval"]
-        assert facts["documents"]["sha256"] and facts["documents"]["metrics"]["rouge"]
-        assert any("middle" in line for line in facts["protocol"])
+        origin, *samples = lines(out / "samples" / f"{name}.jsonl")
+        assert origin["chat_template"] == ("trec" not in name) and origin["seed"] == 0 and origin["versions"]["lm_eval"]
+        assert origin["documents"]["sha256"] and origin["documents"]["metrics"]["rouge"]
+        assert any("middle" in line for line in origin["protocol"])
         assert set(samples[0]) >= {"id", "prediction", "references", "score", "msr", "esr_all", "tokens", "groups"}
     assert "0-4k" in (out / "summary.txt").read_text() and (out / "score_by_group.png").stat().st_size > 5000
     before = {file: file.stat().st_mtime_ns for file in (out / "samples").iterdir()}

@@ -133,12 +133,12 @@ def test_routes_follow_from_the_context_alone(model, tokenizer):
     lm = RoutedLM(model, tokenizer, None, batch_size=3)
     ratios = []
     for context in ("a context of some length to be routed", "0123456789" * 4, "AbCdEfGhIj" * 4):
-        ids, facts = list(lm.tok_encode(context)), []
+        ids, stats = list(lm.tok_encode(context)), []
         for answer in (" one", " another answer that is much longer than the first"):
             lm._loglikelihood_tokens([((context, answer), ids, list(lm.tok_encode(answer)))])
-            facts.append(lm.facts[context])
-        assert facts[0].msr == facts[1].msr and facts[0].tokens == len(ids)
-        ratios.append(facts[0].msr)
+            stats.append(lm.prefill_stats[context])
+        assert stats[0].msr == stats[1].msr and stats[0].tokens == len(ids)
+        ratios.append(stats[0].msr)
     assert len(set(ratios)) > 1  # the routers had something to decide
 
 
@@ -149,7 +149,7 @@ def test_generation_leaves_facts_and_cuts_the_middle(model, tokenizer):
     ids, mask = lm.tok_batch_encode([text, "short"], left_truncate_len=32)
     assert ids.shape == mask.shape == (2, 32) and mask.sum(1).tolist() == [32, 5]
     lm._model_generate(ids, max_length=36, stop=[], attention_mask=mask, do_sample=False)
-    long, short = lm.facts[text], lm.facts["short"]
+    long, short = lm.prefill_stats[text], lm.prefill_stats["short"]
     assert (long.tokens, long.cut, short.tokens, short.cut) == (32, 28, 5, 0)
     assert long.msr == 1 and long.esr_all > 0 and long.prefill_seconds > 0
     with override_routes(model, 0):
@@ -169,9 +169,9 @@ def test_the_cache_of_cuda_graphs_gives_the_same_answers(model, tokenizer, monke
     (cache,) = caches
     assert cache.config.kv_cache == "full" and cache.reserve == 9
     for text in texts:
-        one, two = plain.facts[text], other.facts[text]
+        one, two = plain.prefill_stats[text], other.prefill_stats[text]
         assert (one.msr, one.esr_all, one.tokens) == (two.msr, two.esr_all, two.tokens)
-    assert len({plain.facts[text].msr for text in texts}) > 1
+    assert len({plain.prefill_stats[text].msr for text in texts}) > 1
 
 
 def test_answers_end_without_reading_every_step(model, tokenizer, monkeypatch):

@@ -34,7 +34,7 @@ def test_answers_of_replayed_steps_are_those_of_single_ones(way, monkeypatch):
     for graph in (True, False):
         monkeypatch.setattr(routed_lm, "can_graph", lambda *_, graph=graph: graph)
         lm = routed_lm.RoutedLM(model, tokenizer, route, batch_size=4, sparse=sparse)
-        found.append((generated(lm, texts, options), [lm.facts[text].msr for text in texts]))
+        found.append((generated(lm, texts, options), [lm.prefill_stats[text].msr for text in texts]))
     assert len(replayed) == 2  # batches
     assert found[0][1] == found[1][1]
     same = sum(one == two for one, two in zip(found[0][0], found[1][0], strict=True))

@@ -70,12 +70,12 @@ def evaluator(number, plan, methods, out):
 
     runner.load_model = lambda *_: (None, None)
     runner._evaluate = lambda plan, method, cells, *_: [
-        [{**FACTS, "score": float(method.name == "dense")} for _ in range(plan.samples)] for _ in cells
+        [{**MEASURED, "score": float(method.name == "dense")} for _ in range(plan.samples)] for _ in cells
     ]
     write_summary(runner.run(plan, methods[number % 2 :][:1], out), out)
 
 
-FACTS = {"msr": 0.5, "esr_last": 0.25, "esr_all": 0.25, "prefill_seconds": 0.1, "tokens": 900}
+MEASURED = {"msr": 0.5, "esr_last": 0.25, "esr_all": 0.25, "prefill_seconds": 0.1, "tokens": 900}
 
 
 def test_commands_that_share_a_folder_are_summed_up_by_a_last_one(tmp_path, monkeypatch):

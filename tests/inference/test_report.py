@@ -20,8 +20,8 @@ LENGTHS = torch.tensor([100, 12])
 
 def reports(route=ROUTE, lengths=LENGTHS, sparse=SPARSE):
     held = [2048 * (n + 1) for n in range(route.shape[1])]
-    facts = {"backend": "torch (cpu)", "kv_cache": "elastic", "held_N": held}
-    return route_reports(route, lengths, sparse, head_dim=8, element_size=2, **facts)
+    settings = {"backend": "torch (cpu)", "kv_cache": "elastic", "held_N": held}
+    return route_reports(route, lengths, sparse, head_dim=8, element_size=2, **settings)
 
 
 def test_figures():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from elastic.model import checkpoint
+from elastic.files import file_sha256
 from elastic.model.attach import attach, is_attached, last_routes, override_routes, routers
 from elastic.model.checkpoint import (
     METADATA,
@@ -34,7 +34,7 @@ def rewrite(path, change):
     state = load_file(path / WEIGHTS)
     change(state)
     save_file(state, path / WEIGHTS)
-    edit(path, weights_sha256=checkpoint._sha256(path / WEIGHTS))
+    edit(path, weights_sha256=file_sha256(path / WEIGHTS))
 
 
 def edit(path, **values):
@@ -102,7 +102,7 @@ def test_saving_again_replaces_the_checkpoint(saved):
     assert [p.name for p in saved.parent.iterdir()] == ["ck"]
 
 
-@pytest.mark.parametrize("step", ["save_file", "_flush", "_replace"])
+@pytest.mark.parametrize("step", ["safetensors.torch.save_file", "elastic.files._flush", "elastic.files.put_in_place"])
 def test_a_killed_save_keeps_the_old_checkpoint(saved, monkeypatch, step):
     model = load_into(tiny_model(), saved)
     before = (saved / WEIGHTS).read_bytes()
@@ -111,10 +111,7 @@ def test_a_killed_save_keeps_the_old_checkpoint(saved, monkeypatch, step):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        if step == "save_file":
-            patch.setattr("safetensors.torch.save_file", killed)
-        else:
-            patch.setattr(checkpoint, step, killed)
+        patch.setattr(step, killed)
         with pytest.raises(KeyboardInterrupt):
             save_elastic(saved, model, "other")
     assert read_elastic(saved)["backbone"] == "somewhere/tiny"
@@ -223,7 +220,7 @@ def test_one_flipped_bit(saved):
 
 def test_a_pickle_is_never_read(saved):
     torch.save({"layers.0.mean": torch.zeros(1)}, saved / WEIGHTS)
-    edit(saved, weights_sha256=checkpoint._sha256(saved / WEIGHTS))
+    edit(saved, weights_sha256=file_sha256(saved / WEIGHTS))
     refused(saved, r"router\.safetensors is damaged \(.*header")
 
 

@@ -137,7 +137,7 @@ def test_an_average_over_tasks_lets_short_answers_count():
     head = nn.Linear(8, 31, bias=False)
     batch = {"labels": labels, "cu_seq_lens": bounds, "task_id": task}
     routed = RoutedPass(batch, hidden, torch.full((4,), 0.7), None, head, 4)
-    by = {name: TargetObjective({}, 10.0, name).judge(routed).facts["loss"] for name in ("tokens", "tasks")}
+    by = {name: TargetObjective({}, 10.0, name).judge(routed).parts["loss"] for name in ("tokens", "tasks")}
     one, two, six, three = answer_losses(hidden, head, labels, bounds, 4).detach()
     torch.testing.assert_close(by["tokens"], (one + 2 * two + 6 * six + 3 * three) / 12)
     torch.testing.assert_close(by["tasks"], ((one + two) / 2 + six + three) / 3)
@@ -155,7 +155,7 @@ def test_inputs_that_are_routed_alike_share_the_widest_target():
 
     def regulariser(ratio, shared_target):
         routed = RoutedPass(batch, hidden, torch.full((4,), ratio), None, head, 4, shared_target)
-        return float(objective.judge(routed).facts["regulariser"])
+        return float(objective.judge(routed).parts["regulariser"])
 
     assert objective.span == (0.5, 1.0)
     assert (

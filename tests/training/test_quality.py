@@ -89,7 +89,7 @@ def test_prices_rise_over_budget_fall_below_it_and_never_leave_their_range():
 def test_prices_begin_where_they_are_told():
     assert BudgetMultipliers(10.0, 4.0).l.tolist() == [4.0] * len(TASKS)
     objective = QualityObjective(ObjectiveConfig("quality", price=5.0), 10.0)
-    assert objective.multipliers.l.tolist() == [5.0] * len(TASKS) and objective.facts()["price"] == 5.0
+    assert objective.multipliers.l.tolist() == [5.0] * len(TASKS) and objective.settings()["price"] == 5.0
     with pytest.raises(ValueError, match=r"multipliers start at 20\.0, beyond their limit=10\.0; raise the limit"):
         QualityObjective(ObjectiveConfig("quality", price=20.0), 10.0)
     with pytest.raises(ValueError, match=r"objective\.price=-1 is below 0"):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from elastic.bench.records import Record
+from elastic.bench.records import Measurement
 from elastic.bench.studies.routing import headlines
 from elastic.bench.studies.runs import Point, by_bias, points_of
 
@@ -17,8 +17,8 @@ nothing."""
 
 
 def records(
-    results: Mapping[str, dict[str, Any]], flags: Mapping[str, str], stamps: Mapping[str, Record]
-) -> list[Record]:
+    results: Mapping[str, dict[str, Any]], flags: Mapping[str, str], stamps: Mapping[str, Measurement]
+) -> list[Measurement]:
     """Records of every variant and operating point.
 
     Args:
@@ -28,7 +28,7 @@ def records(
     return [record for name, found in results.items() for record in _of(name, found, flags[name], stamps[name])]
 
 
-def _of(name: str, results: dict[str, Any], flags: str, stamp: Record) -> Iterator[Record]:
+def _of(name: str, results: dict[str, Any], flags: str, stamp: Measurement) -> Iterator[Measurement]:
     dense = next(point for point in points_of(results) if point.method == "dense")
     for point in by_bias(results):
         found, half = headlines(point, dense), _halves(point, dense)
@@ -48,7 +48,7 @@ def _samples(point: Point) -> int:
     return sum(int(row["n"]) for row in point.sources.values())
 
 
-def cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+def cells(found: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a line per variant, a column per operating point."""
     of = {(r["case"], r["who"], r["metric"]): r for r in found}
     biases = sorted({r["who"] for r in found}, key=lambda who: float(who.removeprefix("bias ")))

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from elastic.bench.records import Record
+from elastic.bench.records import Measurement
 from elastic.plots import Panel, in_rows, panels_figure, token_ticks
 
 SCORE = "task score"
-FACTS = ("task", "length", "n", "msr", "esr_last", "esr_all", "prefill_seconds", "tokens")
+COLUMNS = ("task", "length", "n", "msr", "esr_last", "esr_all", "prefill_seconds", "tokens")
 NOTES = """Score of generated answers, ± half a 95 % interval over samples, @ MSR; every method on the same samples.
 An empty cell was not measured."""
 
 
-def records(rows: Sequence[dict[str, Any]]) -> list[Record]:
+def records(rows: Sequence[dict[str, Any]]) -> list[Measurement]:
     """Records of the rows of an evaluation."""
     return [
         {
@@ -23,13 +23,13 @@ def records(rows: Sequence[dict[str, Any]]) -> list[Record]:
             "value": row["score"],
             "unit": "share",
             "half": row["half_width"],
-            **{name: row[name] for name in FACTS},
+            **{name: row[name] for name in COLUMNS},
         }
         for row in rows
     ]
 
 
-def score_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+def score_cells(found: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a line per task and length, a column per method; below, the means of each length over the tasks
     that every method was measured on there.
     """
@@ -37,7 +37,7 @@ def score_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     cells = {(record["length"], record["task"], record["who"]): record for record in found}
     places = list(dict.fromkeys((record["length"], record["task"]) for record in found))
 
-    def cell(record: Record | None) -> str:
+    def cell(record: Measurement | None) -> str:
         return "" if record is None else f"{record['value']:.3f} ±{record['half']:.2f} @{record['msr']:.2f}"
 
     lines = []
@@ -57,7 +57,7 @@ def score_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     return ["task", "length", "n", *methods], lines
 
 
-def score_figure(found: Sequence[Record]) -> Any:
+def score_figure(found: Sequence[Measurement]) -> Any:
     """Score of every task against length, a line per method; where there is one length only (a sweep), against MSR, a
     line per task. A matplotlib `Figure`.
     """

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from elastic.bench.records import Record
+from elastic.bench.records import Measurement
 from elastic.bench.studies.runs import RETRIEVAL, generator_of, score_of
 from elastic.routing.methods import RATIOS, ratio_columns, renamed
 
@@ -19,13 +19,13 @@ against streaming attention (fa-ssa), elastic/<modes> with the same decisions be
 for other modes have a name of their own (fa-xa, xa-ssa)."""
 
 
-def records(results: dict[str, Any]) -> list[Record]:
+def records(results: dict[str, Any]) -> list[Measurement]:
     """Records of what `elastic test` measured.
 
     Args:
         results: as in `results_test.json`.
     """
-    found: list[Record] = []
+    found: list[Measurement] = []
     for source, row in results["sources"].items():
         for method in results["methods"]:
             ratios = {**dict.fromkeys(RATIOS, 0.0), **{r: row[column] for r, column in ratio_columns(method).items()}}
@@ -40,13 +40,13 @@ def records(results: dict[str, Any]) -> list[Record]:
     return found
 
 
-def score_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+def score_cells(found: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a line per source with the score that counts there, after the means over the retrieval sources
     and over the text sources; a column per method, `score ± half (ESR)`.
     """
     shown = [record for record in found if record["case"] != DENSITY and record["metric"] == score_of(record["case"])]
     methods = list(dict.fromkeys(record["who"] for record in shown))
-    cells: dict[str, dict[str, Record]] = {}
+    cells: dict[str, dict[str, Measurement]] = {}
     for record in shown:
         cells.setdefault(record["case"], {})[record["who"]] = record
     rows = []
@@ -64,7 +64,7 @@ def score_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     return ["source", "score", "n", *map(renamed, methods)], rows
 
 
-def density_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+def density_cells(found: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a line per method with XAttention heads; mean over layers, then every layer."""
     shown = [record for record in found if record["case"] == DENSITY]
     layers = len(shown[0]["by_layer"]) if shown else 0
@@ -75,7 +75,7 @@ def density_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     return ["pairs visited", "mean", *map(str, range(layers))], rows
 
 
-def _mean_cell(same: Sequence[Record | None]) -> str:
+def _mean_cell(same: Sequence[Measurement | None]) -> str:
     """Empty where some source is missing: another mean would not be comparable."""
     there = [record for record in same if record is not None]
     if len(there) < len(same):
@@ -84,5 +84,5 @@ def _mean_cell(same: Sequence[Record | None]) -> str:
     return f"{value:.3f} ({esr:.2f})"
 
 
-def _cell(record: Record | None) -> str:
+def _cell(record: Measurement | None) -> str:
     return "" if record is None else f"{record['value']:.3f} ± {record['half']:.3f} ({record['esr_all']:.2f})"

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from elastic.bench import drawing
-from elastic.bench.records import Record, save
+from elastic.bench.records import Measurement, save
 from elastic.bench.studies.routing_tables import (
     AT_LEAST,
     CURVE,
@@ -80,33 +80,33 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
     return fmean(values), half
 
 
-def records(study: Study) -> list[Record]:
+def records(study: Study) -> list[Measurement]:
     """Headlines of every group of seeds, its operating points, those of every run, then the scores by source."""
     return [*_headlines(study), *_leads(study), *_curves(study), *_points(study), *_by_source(study)]
 
 
-def _headlines(study: Study) -> Iterator[Record]:
+def _headlines(study: Study) -> Iterator[Measurement]:
     for (router, objective), runs in study.groups().items():
-        facts = {"who": _label(router, objective), "steps": runs[0].recipe["step"]}
+        common = {"who": _label(router, objective), "steps": runs[0].recipe["step"]}
         reached, open_ended = zip(*(equal_quality(run.points, run.dense) for run in runs), strict=True)
-        about = {**facts, "seeds": [run.seed for run in runs], "biases": [run.chosen_bias for run in runs]}
+        about = {**common, "seeds": [run.seed for run in runs], "biases": [run.chosen_bias for run in runs]}
         yield _over_seeds(study, HEADLINE, EQUAL, reached, {**about, AT_LEAST: any(open_ended)})
         tested = [(run.seed, run.tested) for run in runs if run.tested is not None]
         found = [headlines(point, study.dense) for _, point in tested]
-        about = {**facts, "seeds": [seed for seed, _ in tested], "biases": [point.bias for _, point in tested]}
+        about = {**common, "seeds": [seed for seed, _ in tested], "biases": [point.bias for _, point in tested]}
         for name in HEADLINES if tested else ():
             yield _over_seeds(study, HEADLINE, name, [of_run[name] for of_run in found], about)
 
 
-def _leads(study: Study) -> Iterator[Record]:
+def _leads(study: Study) -> Iterator[Measurement]:
     """By how much more MSR elastic runs keep equal quality than the static runs of the same objective and seed."""
     for objective in dict.fromkeys(run.objective for run in study.runs):
         rivals = {run.seed: run for run in study.group("static", objective)}
         runs = [run for run in study.group("elastic", objective) if run.seed in rivals]
         if leads := [lead(run, rivals[run.seed]) for run in runs]:
-            facts = {"who": f"elastic - static, {objective}", "steps": runs[0].recipe["step"], "biases": []}
-            facts |= {"seeds": [run.seed for run in runs], AT_LEAST: any(more for _, more in leads)}
-            yield _over_seeds(study, HEADLINE, EQUAL, [value for value, _ in leads], facts)
+            about = {"who": f"elastic - static, {objective}", "steps": runs[0].recipe["step"], "biases": []}
+            about |= {"seeds": [run.seed for run in runs], AT_LEAST: any(more for _, more in leads)}
+            yield _over_seeds(study, HEADLINE, EQUAL, [value for value, _ in leads], about)
 
 
 def lead(run: Run, rival: Run) -> tuple[float | None, bool]:
@@ -115,13 +115,13 @@ def lead(run: Run, rival: Run) -> tuple[float | None, bool]:
     return (None, False) if mine is None or theirs is None or unknown else (mine - theirs, more)
 
 
-def _curves(study: Study) -> Iterator[Record]:
+def _curves(study: Study) -> Iterator[Measurement]:
     for (router, objective), runs in study.groups().items():
         for bias, points in _in_common(runs):
             found = [headlines(point, run.dense) for run, point in zip(runs, points, strict=True)]
-            facts = {"who": _label(router, objective), "seeds": [run.seed for run in runs], "bias": bias}
+            about = {"who": _label(router, objective), "seeds": [run.seed for run in runs], "bias": bias}
             for name in HEADLINES:
-                yield _over_seeds(study, CURVE, name, [of_run[name] for of_run in found], facts)
+                yield _over_seeds(study, CURVE, name, [of_run[name] for of_run in found], about)
 
 
 def _in_common(runs: Sequence[Run]) -> Iterator[tuple[float, list[Point]]]:
@@ -132,29 +132,31 @@ def _in_common(runs: Sequence[Run]) -> Iterator[tuple[float, list[Point]]]:
             yield bias, points
 
 
-def run_records(study: Study, run: Run) -> Iterator[Record]:
+def run_records(study: Study, run: Run) -> Iterator[Measurement]:
     """What is drawn of one run: scalars over the steps of training, and each head's share of held-out inputs on SA."""
     quality = run.objective == "quality"
     kinds = ("loss", "kl", "msr", "l") if quality else ("loss", "regulariser", "msr", "l1")
     curves = run.curves()
     for name in (name for kind in kinds for name in curves if name.partition("/")[0] == kind):
         steps, values = zip(*curves[name], strict=True)
-        facts = {"who": run.name, "steps": [int(step) for step in steps], "values": list(values)}
-        yield _record(study.stamp, TRAINING, name, values[-1], **facts)
+        about = {"who": run.name, "steps": [int(step) for step in steps], "values": list(values)}
+        yield _record(study.stamp, TRAINING, name, values[-1], **about)
     for task, share in run.validation["routes"].items():
         mean = fmean(value for layer in share for value in layer)
-        facts = {"who": run.name, "task": task, "by_layer": share}
-        yield _record(study.stamp, HEADS, "share of inputs on SA", mean, **facts)
+        about = {"who": run.name, "task": task, "by_layer": share}
+        yield _record(study.stamp, HEADS, "share of inputs on SA", mean, **about)
 
 
-def _over_seeds(study: Study, case: str, name: str, values: Sequence[float | None], facts: dict[str, Any]) -> Record:
+def _over_seeds(
+    study: Study, case: str, name: str, values: Sequence[float | None], about: dict[str, Any]
+) -> Measurement:
     """Mean and interval, or no value where a seed has none."""
     known = [value for value in values if value is not None]
     mean, half = over_seeds(known) if len(known) == len(values) else (None, None)
-    return _record(study.stamp, case, name, mean, half=half, by_seed=list(values), **facts)
+    return _record(study.stamp, case, name, mean, half=half, by_seed=list(values), **about)
 
 
-def _points(study: Study) -> Iterator[Record]:
+def _points(study: Study) -> Iterator[Measurement]:
     points: list[tuple[Run | None, Point, Point]]
     points = [(None, point, study.dense) for point in study.baselines.values()]
     points += [(one, point, one.dense) for one in study.runs for point in one.points]
@@ -162,39 +164,39 @@ def _points(study: Study) -> Iterator[Record]:
         for metric, measure in MEASURES.items():
             (value, half), base = measure(point), measure(dense)[0]
             extra = {"of_dense": value / base, "mean_msr": point.mean_msr, "msr": point.msr_by_task}
-            yield _record(study.stamp, POINT, metric, value, half=half, **extra, **_facts(run, point))
+            yield _record(study.stamp, POINT, metric, value, half=half, **extra, **_about(run, point))
 
 
-def _by_source(study: Study) -> Iterator[Record]:
+def _by_source(study: Study) -> Iterator[Measurement]:
     points: list[tuple[Run | None, Point]] = [(None, point) for point in study.baselines.values()]
     points += [(one, one.tested) for one in study.runs if one.tested is not None]
     for run, point in points:
         for source, row in point.sources.items():
             value, half = point.value(source, score_of(source))
             extra = {name: point.ratio(row, name) for name in ("msr", "esr_last", "esr_all")}
-            facts = {**extra, **_facts(run, point)}
-            yield _record(study.stamp, source, score_of(source), value, half=half, n=row["n"], **facts)
+            about = {**extra, **_about(run, point)}
+            yield _record(study.stamp, source, score_of(source), value, half=half, n=row["n"], **about)
 
 
-def _facts(run: Run | None, point: Point) -> dict[str, Any]:
+def _about(run: Run | None, point: Point) -> dict[str, Any]:
     """Who a record is about: a run, or a baseline."""
     if run is None:
         return {"who": point.method, "method": replace(point.parsed, seed=0).name}  # seeds are averaged
-    facts: dict[str, Any] = {
+    about: dict[str, Any] = {
         "who": run.name,
         "method": _label(run.router, run.objective),
         "router": run.router,
     }
-    return {**facts, "objective": run.objective, "seed": run.seed, "bias": point.bias}
+    return {**about, "objective": run.objective, "seed": run.seed, "bias": point.bias}
 
 
 def _label(router: str, objective: str) -> str:
     return f"{router}, {objective}"
 
 
-def _record(stamp: dict[str, Any], case: str, metric: str, value: float | None, **facts: Any) -> Record:
+def _record(stamp: dict[str, Any], case: str, metric: str, value: float | None, **about: Any) -> Measurement:
     unit = UNITS.get(metric.partition("/")[0], "share")
-    return {"case": case, "metric": metric, "value": value, "unit": unit, **facts, **stamp}
+    return {"case": case, "metric": metric, "value": value, "unit": unit, **about, **stamp}
 
 
 def named(study: Study, name: str) -> Run:

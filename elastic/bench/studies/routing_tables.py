@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from elastic.bench.records import Record
+from elastic.bench.records import Measurement
 from elastic.bench.studies.runs import CHOSEN, KEPT, RISE
 from elastic.plots import Curve, Panel, in_rows, panels_figure, share_figure, smooth
 
@@ -36,7 +36,7 @@ TRAINED = {  # panels of `training_figure`: kind of scalar -> title, whether it 
 }
 
 
-def figures(found: Sequence[Record]) -> dict[str, Any]:
+def figures(found: Sequence[Measurement]) -> dict[str, Any]:
     """Pictures by the ending of their file's name: quality against MSR, and of one run how it trained and which heads
     its held-out inputs ran SA on; those that the records tell of.
     """
@@ -49,7 +49,7 @@ def figures(found: Sequence[Record]) -> dict[str, Any]:
     return made
 
 
-def quality_figure(found: Sequence[Record]) -> Any:
+def quality_figure(found: Sequence[Measurement]) -> Any:
     """Quality kept against mean MSR, a row for each objective: means and intervals over seeds, a line for each kind of
     router (validation rows); baselines as points (test rows). A matplotlib `Figure`.
     """
@@ -76,12 +76,12 @@ def quality_figure(found: Sequence[Record]) -> Any:
     return panels_figure(rows)
 
 
-def _relative_half(record: Record) -> float:
+def _relative_half(record: Measurement) -> float:
     """Half width of a score's interval as a share of the dense score; none where the score is 0."""
     return record["half"] * record["of_dense"] / record["value"] if record["value"] else 0.0
 
 
-def training_figure(found: Sequence[Record]) -> Any:
+def training_figure(found: Sequence[Measurement]) -> Any:
     """Objective, MSR, divergence or regulariser, and multipliers of a run over its steps, a line for each task; a
     matplotlib `Figure`.
     """
@@ -96,7 +96,7 @@ def training_figure(found: Sequence[Record]) -> Any:
     return panels_figure(in_rows(drawn))
 
 
-def headline_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+def headline_cells(found: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a line per group of runs."""
     value = {(record["who"], record["metric"]): record for record in found if record["case"] == HEADLINE}
     rows = []
@@ -108,7 +108,7 @@ def headline_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]
     return ["router, objective", "seeds", "steps", EQUAL, "bias chosen", "seeds tested", *HEADLINES], rows
 
 
-def curve_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+def curve_cells(found: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a line per group of runs and operating point."""
     value = {(r["who"], r["bias"], r["metric"]): r for r in found if r["case"] == CURVE}
     lines = dict.fromkeys((who, bias) for who, bias, _ in value)
@@ -116,15 +116,15 @@ def curve_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     return ["router, objective", "bias", *HEADLINES], rows
 
 
-def source_cells(found: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+def source_cells(found: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a line per source, a column per method, seeds averaged: `score ± half @ MSR`."""
     shown = [record for record in found if record["case"] not in (HEADLINE, CURVE, POINT, TRAINING, HEADS)]
-    cells: dict[tuple[str, str], list[Record]] = {}
+    cells: dict[tuple[str, str], list[Measurement]] = {}
     for record in shown:
         cells.setdefault((record["case"], record["method"]), []).append(record)
     methods = list(dict.fromkeys(record["method"] for record in shown))
 
-    def cell(same: Sequence[Record]) -> str:
+    def cell(same: Sequence[Measurement]) -> str:
         value, half, msr = (fmean(record[key] for record in same) for key in ("value", "half", "msr"))
         return f"{value:.3f} ± {half:.3f}" + ("" if same[0]["method"] == "dense" else f" @ {msr:.2f}")
 
@@ -139,7 +139,7 @@ def _listed(biases: Sequence[float]) -> str:
     return ", ".join(f"{bias:g}" for bias in biases)
 
 
-def _cell(record: Record | None) -> str:
+def _cell(record: Measurement | None) -> str:
     if record is None:
         return ""
     if record["value"] is None:

@@ -167,7 +167,7 @@ class _Answer:
             self.job.cancelled.set()
             raise
         if event.kind == "error":
-            raise _RefusedError(event.facts["status"], event.text)
+            raise _RefusedError(event.details["status"], event.text)
         return event
 
     async def whole(self, request: Request) -> dict[str, Any]:
@@ -181,7 +181,7 @@ class _Answer:
                 event = await self.next_event()
         finally:
             watcher.cancel()
-        return self.envelope.whole("".join(texts), event.text, self.usage, event.facts)
+        return self.envelope.whole("".join(texts), event.text, self.usage, event.details)
 
     async def stream(self, event: Event) -> AsyncIterator[str]:
         """Server-sent events of the protocol, `elastic` with the routes in the last chunk of the text."""
@@ -191,7 +191,7 @@ class _Answer:
             while event.kind == "text":
                 yield _sse(self.envelope.piece({"content": event.text}))
                 event = await self.next_event()
-            yield _sse(self.envelope.piece({}, event.text, elastic=event.facts))
+            yield _sse(self.envelope.piece({}, event.text, elastic=event.details))
             if self.body.stream_options and self.body.stream_options.include_usage:
                 yield _sse(self.envelope.usage(self.usage))
             yield "data: [DONE]\n\n"

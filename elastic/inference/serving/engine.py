@@ -35,13 +35,13 @@ class Sampling(NamedTuple):
 
 
 class Event(NamedTuple):
-    """News of a request: `text` (more of the answer), `end` (finish reason; `facts` of the routes) or `error` (message;
-    `facts` holds the HTTP status).
+    """News of a request: `text` (more of the answer), `end` (finish reason; `details`: its routes) or `error` (message;
+    `details`: the HTTP status).
     """
 
     kind: str
     text: str
-    facts: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    details: dict[str, Any] = {}  # noqa: RUF012 - never written to
 
 
 @dataclass(eq=False)
@@ -231,7 +231,7 @@ class _Rows(BaseStreamer):
             return "timeout"
         return "length" if job.new_tokens >= job.limit else None
 
-    def finish(self, row: int, facts: dict[str, Any]) -> None:
+    def finish(self, row: int, details: dict[str, Any]) -> None:
         """Tell the end of a row, after what its cutter still held back."""
         job, reason = self.batch[row], self.reasons[row] or "length"
         if reason in ("timeout", "cancelled"):
@@ -239,7 +239,7 @@ class _Rows(BaseStreamer):
             return
         if rest := self.cutters[row].rest():
             job.tell(Event("text", rest))
-        job.tell(Event("end", reason, facts))
+        job.tell(Event("end", reason, details))
 
 
 class _Done(StoppingCriteria):

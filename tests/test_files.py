@@ -1,0 +1,185 @@
+"""Files and folders that appear whole or not at all, and the one place where they do."""
+
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from elastic import files
+from elastic.files import file_sha256, is_foreign, new_file, new_folder, put_in_place, set_aside, text_sha256
+
+ROOT = Path(__file__).parents[1]
+WRITERS, TIMES = 4, 40
+ONCE = re.compile(r"os\.replace|\.rename\(|hashlib|file_digest|mkstemp|mkdtemp|NamedTemporaryFile|f\"\.\{[^\"]*writing")
+
+
+def together(work, *given):
+    """Run `work(number, *given)` in several processes at once; their exit codes."""
+    fork = multiprocessing.get_context("fork")
+    running = [fork.Process(target=work, args=(number, *given)) for number in range(WRITERS)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(120)
+    return [process.exitcode for process in running]
+
+
+def test_renaming_and_hashing_are_written_once():
+    sources = [*(ROOT / "elastic").rglob("*.py"), *(ROOT / "data_prep").rglob("*.py")]
+    assert len(sources) > 100
+    found = {str(path.relative_to(ROOT)) for path in sources if ONCE.search(path.read_text(encoding="utf-8"))}
+    assert found == {"elastic/files.py"}
+
+
+def write_file(number, file):
+    for _ in range(TIMES):
+        with new_file(file) as scratch:
+            scratch.write_text(f"{number}" * 50_000 * (number + 1))
+        text = file.read_text()
+        assert len(text) == 50_000 * (int(text[0]) + 1) and len(set(text)) == 1
+
+
+def test_writers_without_a_lock_share_no_scratch_file(tmp_path):
+    """Processes, then threads."""
+    file = tmp_path / "new" / "result"
+    assert together(write_file, file) == [0] * WRITERS
+    threads = [threading.Thread(target=write_file, args=(number, file)) for number in range(WRITERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    write_file(0, file)
+    assert [path.name for path in file.parent.iterdir()] == ["result"]
+
+
+@pytest.mark.parametrize("make", [new_file, new_folder])
+def test_what_a_killed_writer_leaves_is_removed_by_the_next(make, tmp_path):
+    target = tmp_path / "result"
+
+    def dying(_):
+        with make(target) as scratch:
+            scratch.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert together(dying) == [-signal.SIGKILL] * WRITERS
+    left = list(tmp_path.iterdir())
+    assert left and target not in left
+    with make(target) as scratch:
+        scratch.touch()
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_running_writer_makes_is_left_alone(tmp_path):
+    target = tmp_path / "result"
+    begun, end = multiprocessing.Event(), multiprocessing.Event()
+
+    def slow():
+        with new_file(target) as scratch:
+            scratch.write_text("slow")
+            begun.set()
+            end.wait(60)
+
+    process = multiprocessing.get_context("fork").Process(target=slow)
+    process.start()
+    assert begun.wait(60)
+    files.write_atomic(target, "fast")
+    assert target.read_text() == "fast" and len(list(tmp_path.iterdir())) == 2
+    end.set()
+    process.join(60)
+    assert process.exitcode == 0 and target.read_text() == "slow" and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [OSError("full"), ValueError("bad"), KeyboardInterrupt()])
+@pytest.mark.parametrize("make", [new_file, new_folder])
+def test_an_exception_leaves_what_was_there(make, error, tmp_path):
+    target = tmp_path / "result"
+    with make(target) as scratch:
+        scratch.touch()
+    before = target.stat().st_ino
+    with pytest.raises(type(error)), make(target) as scratch:
+        scratch.touch()
+        raise error
+    assert list(tmp_path.iterdir()) == [target] and target.stat().st_ino == before
+
+
+@pytest.mark.parametrize("make", [new_file, new_folder])
+def test_a_link_stays_and_what_it_points_to_is_replaced(make, tmp_path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "result"
+    link.symlink_to(Path("disk") / "real")
+    for _ in range(2):  # dangling, then not
+        with make(link) as scratch:
+            scratch.touch()
+            assert scratch.parent == tmp_path / "disk"
+        assert link.is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == ["real"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "result"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_are_those_of_an_ordinary_file(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        files.write_atomic(tmp_path / "file", "text")
+        with new_folder(tmp_path / "folder"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~mask
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+@pytest.mark.parametrize("make", [new_file, new_folder])
+def test_only_what_asks_for_it_is_flushed_and_before_the_rename(make, tmp_path, monkeypatch):
+    target = tmp_path / "result"
+    flushed = []
+    monkeypatch.setattr(files, "_flush", lambda path: flushed.append((path.name, target.exists())))
+    for sync in (False, True):
+        with make(target, sync=sync) as scratch:
+            (scratch / "part" if make is new_folder else scratch).write_text("text")
+        assert len(flushed) == sync
+        files._remove(target)
+    assert flushed[0][1] is False
+
+
+def test_an_exchange_that_fails_puts_the_old_folder_back(tmp_path):
+    target = tmp_path / "result"
+    target.mkdir()
+    (target / "old").touch()
+    with pytest.raises(FileNotFoundError):
+        put_in_place(tmp_path / "missing", target)
+    assert [path.name for path in target.iterdir()] == ["old"] and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_a_kill_left_set_aside_is_back_while_the_next_is_made(tmp_path):
+    target = tmp_path / "result"
+    set_aside(target).mkdir()
+    (set_aside(target) / "old").touch()
+    with new_folder(target) as scratch:
+        assert (target / "old").exists()
+        (scratch / "new").touch()
+    assert [path.name for path in target.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [target]
+
+
+def test_what_must_not_be_replaced(tmp_path):
+    folder = tmp_path / "folder"
+    assert not is_foreign(folder, "marker")
+    folder.mkdir()
+    assert not is_foreign(folder, "marker")
+    (folder / "notes").touch()
+    assert is_foreign(folder, "marker") and is_foreign(folder / "notes", "marker")
+    (folder / "marker").touch()
+    assert not is_foreign(folder, "marker")
+
+
+def test_checksums(tmp_path):
+    """The first is the published digest of the empty input, the second that of `abc` (FIPS 180-2, appendix B.1)."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_bytes(b"a")
+    second.write_bytes(b"bc")
+    assert text_sha256("") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert text_sha256("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert file_sha256(first, second) == text_sha256("abc") and file_sha256() == text_sha256("")
