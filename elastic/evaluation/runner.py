@@ -243,7 +243,7 @@ def _read(file: Path, facts: dict[str, Any]) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(first, dict):
         return None
-    if RANDOM_SEED in facts:  # of files written before methods had seeds of their own, the samples' seed drew the heads
+    if RANDOM_SEED in facts:  # older files lack it: there the seed of the samples drew the heads
         first = {RANDOM_SEED: first.get("seed"), **first}
     wanted = {**facts, "count": len(samples), "batch_size": first.get("batch_size")}
     return samples if first == wanted else None
