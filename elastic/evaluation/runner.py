@@ -241,9 +241,7 @@ def _read(file: Path, origin: dict[str, Any]) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(first, dict):
         return None
-    if (
-        RANDOM_SEED in origin
-    ):  # older files: the seed of the samples drew the heads
+    if RANDOM_SEED in origin:  # older files lack it: there the seed of the samples drew the heads
         first = {RANDOM_SEED: first.get("seed"), **first}
     wanted = {**origin, "count": len(samples), "batch_size": first.get("batch_size")}
     return samples if first == wanted else None
