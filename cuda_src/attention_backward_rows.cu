@@ -39,25 +39,26 @@ ELASTIC_FN const uint4* row_of(const void* tensor, const Strides& stride, int ro
   return (const uint4*)((const char*)tensor + 2 * (row * stride.row + token * stride.token + head * stride.head));
 }
 
-// Sample and first row of this CTA's row tile, shared by all threads.
-ELASTIC_FN int2 own_tile(const Params& p, int2* shared) {
+// Sample and first row of this CTA's row tile, shared by all threads; sample -1 beyond the last tile.
+ELASTIC_FN int2 own_tile(const Params& p) {
+  __shared__ int2 shared;
   if (threadIdx.x < 32) {
     const int2 tile = find_row_tile<kRows>(p, blockIdx.x, threadIdx.x);
-    if (threadIdx.x == 0) *shared = tile;
+    if (threadIdx.x == 0) shared = tile;
   }
   __syncthreads();
-  return *shared;
+  return shared;
 }
 
 }  // namespace elastic
 
+using namespace elastic;
+
 // Grid (row tiles, H). Writes lse2 and delta = <dO, O> of every row, +inf and 0 where a row shows nothing or is none, so
 // that its P is 0; clears the tile's dQ.
 extern "C" __global__ void __launch_bounds__(256)
-    attention_backward_prepare(const __grid_constant__ elastic::BackwardParams p) {
-  using namespace elastic;
-  __shared__ int2 shared;
-  const int2 tile = own_tile(p.f, &shared);
+    attention_backward_prepare(const __grid_constant__ BackwardParams p) {
+  const int2 tile = own_tile(p.f);
   if (tile.x < 0) return;
   const Sample s = read_sample(p.f, tile.x);
   const int head = blockIdx.y, lane = threadIdx.x % kLanes;
@@ -86,10 +87,8 @@ extern "C" __global__ void __launch_bounds__(256)
 
 // Grid (row tiles, H). dq = scale * dq_sum, from accumulator order to rows.
 extern "C" __global__ void __launch_bounds__(256)
-    attention_backward_finish(const __grid_constant__ elastic::BackwardParams p) {
-  using namespace elastic;
-  __shared__ int2 shared;
-  const int2 tile = own_tile(p.f, &shared);
+    attention_backward_finish(const __grid_constant__ BackwardParams p) {
+  const int2 tile = own_tile(p.f);
   if (tile.x < 0) return;
   const Sample s = read_sample(p.f, tile.x);
   const int head = blockIdx.y, warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
@@ -110,8 +109,7 @@ extern "C" __global__ void __launch_bounds__(256)
 
 // Grid (N, K). dq_sum[n, k] = sum over the sample's rows and the group's heads of <dO, O - O'>, with O' in `dq`.
 extern "C" __global__ void __launch_bounds__(256)
-    attention_route_gap(const __grid_constant__ elastic::BackwardParams p) {
-  using namespace elastic;
+    attention_route_gap(const __grid_constant__ BackwardParams p) {
   __shared__ float partial[kThreads / 32];
   const Sample s = read_sample(p.f, blockIdx.x);
   const int group = p.f.heads / p.f.kv_heads, lane = threadIdx.x % kLanes;

@@ -22,17 +22,28 @@ template <int kHeadDim>
 constexpr int kBackwardRows = kTileElements / kHeadDim;
 
 #ifdef __CUDACC__
+// Inclusive prefix sum over a full warp, in place.
+ELASTIC_FN void add_lanes_before(int& sum, int lane) {
+  for (int step = 1; step < 32; step *= 2) {
+    const int left = __shfl_up_sync(~0u, sum, step);
+    if (lane >= step) sum += left;
+  }
+}
+
+// Row tiles of sample n; none beyond the last sample.
+template <int kRows>
+ELASTIC_FN int row_tiles_of(const Params& p, int n) {
+  return n < p.samples ? ceil_div(read_sample(p, n).len_q, kRows) : 0;
+}
+
 // Row tiles are numbered through all samples. first[n]: number of sample n's first one. Called by one full warp.
 template <int kRows>
 ELASTIC_FN void number_row_tiles(const Params& p, int* first, int lane) {
   int total = 0;
   for (int n0 = 0; n0 < p.samples; n0 += 32) {
-    const int n = n0 + lane, own = n < p.samples ? ceil_div(read_sample(p, n).len_q, kRows) : 0;
+    const int n = n0 + lane, own = row_tiles_of<kRows>(p, n);
     int before = own;
-    for (int step = 1; step < 32; step *= 2) {
-      const int left = __shfl_up_sync(~0u, before, step);
-      if (lane >= step) before += left;
-    }
+    add_lanes_before(before, lane);
     if (n < p.samples) first[n] = total + before - own;
     total += __shfl_sync(~0u, before, 31);
   }
@@ -43,12 +54,9 @@ template <int kRows>
 ELASTIC_FN int2 find_row_tile(const Params& p, int tile, int lane) {
   int total = 0;
   for (int n0 = 0; n0 < p.samples; n0 += 32) {
-    const int n = n0 + lane, own = n < p.samples ? ceil_div(read_sample(p, n).len_q, kRows) : 0;
+    const int own = row_tiles_of<kRows>(p, n0 + lane);
     int before = own;
-    for (int step = 1; step < 32; step *= 2) {
-      const int left = __shfl_up_sync(~0u, before, step);
-      if (lane >= step) before += left;
-    }
+    add_lanes_before(before, lane);
     const int start = total + before - own;
     const u32 here = __ballot_sync(~0u, tile >= start && tile < start + own);
     if (here) {

@@ -1,7 +1,8 @@
 // Order of the tiles of one launch: class, sample, section of KV heads whose rows fit L2 together, block (the one with
 // the most work first), KV head, query head of its group. A forward tile is a query block of one query head, and classes
 // go by length: full, block-sparse, streaming. A backward tile is a key block of one KV head; streaming heads go first
-// there, because every query sees their sinks: those tiles are as long as the longest full ones. Every CTA builds the same small table from the modes in device memory, so the host never needs to know them.
+// there, because every query sees their sinks: those tiles are as long as the longest full ones. Every CTA builds the
+// same small table from the modes in device memory, so the host never needs to know them.
 #pragma once
 #include "elastic/block_range.cuh"
 

@@ -50,26 +50,24 @@ ELASTIC_FN void pin(float (&x)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-// d[64 x 128] = (kAdd ? d : 0) + A[64 x 16] B[16 x 128], both from shared memory, each K-major or (1) MN-major.
+// d[64 x columns] = (kAdd ? d : 0) + A[64 x 16] B[16 x columns], both from shared memory, each K-major or (1) MN-major.
+// `names` are the accumulator's registers; a, b, add and the majors are the operands after them, by number.
+#define ELASTIC_WGMMA_SS(columns, names, a, b, add, major_a, major_b) \
+  "{\n .reg .pred p;\n setp.ne.b32 p, " add ", 0;\n" \
+  "wgmma.mma_async.sync.aligned.m64n" columns "k16." ELASTIC_WGMMA_TYPES \
+  " {" names "}, " a ", " b ", p, 1, 1, " major_a ", " major_b ";\n}"
+
 template <int kAdd, int kMajorA, int kMajorB>
 ELASTIC_FN void wgmma_ss(float (&d)[64], u64 a, u64 b) {
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16." ELASTIC_WGMMA_TYPES
-      " {" ELASTIC_NAMES_64 "}, %64, %65, p, 1, 1, %67, %68;\n}"
-      : ELASTIC_SUMS_32(0), ELASTIC_SUMS_32(32)
-      : "l"(a), "l"(b), "n"(kAdd), "n"(kMajorA), "n"(kMajorB));
+  asm volatile(ELASTIC_WGMMA_SS("128", ELASTIC_NAMES_64, "%64", "%65", "%66", "%67", "%68")
+               : ELASTIC_SUMS_32(0), ELASTIC_SUMS_32(32)
+               : "l"(a), "l"(b), "n"(kAdd), "n"(kMajorA), "n"(kMajorB));
 }
-
-// d[64 x 64] = (kAdd ? d : 0) + A[64 x 16] B[16 x 64], both from shared memory, each K-major or (1) MN-major.
 template <int kAdd, int kMajorA, int kMajorB>
 ELASTIC_FN void wgmma_ss(float (&d)[32], u64 a, u64 b) {
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16." ELASTIC_WGMMA_TYPES
-      " {" ELASTIC_NAMES_32 "}, %32, %33, p, 1, 1, %35, %36;\n}"
-      : ELASTIC_SUMS_32(0)
-      : "l"(a), "l"(b), "n"(kAdd), "n"(kMajorA), "n"(kMajorB));
+  asm volatile(ELASTIC_WGMMA_SS("64", ELASTIC_NAMES_32, "%32", "%33", "%34", "%35", "%36")
+               : ELASTIC_SUMS_32(0)
+               : "l"(a), "l"(b), "n"(kAdd), "n"(kMajorA), "n"(kMajorB));
 }
 
 // d[64 x 64] += A[64 x 16] B[16 x 64], A from registers, B MN-major in shared memory.
