@@ -102,7 +102,9 @@ def _write(
 ) -> dict[str, dict[str, int]]:
     """Write all files into a scratch folder and rename it; returns counts by split and task."""
     if is_foreign(out, RECIPE):
-        raise ValueError(f"{out} exists and holds no {RECIPE}, so it is no mixture to replace; choose another --out")
+        raise ValueError(
+            f"{out} exists and holds no {RECIPE}, so it is not a mixture that may be replaced; choose another --out"
+        )
     counts: dict[str, dict[str, int]] = {}
     with new_folder(out) as scratch, tqdm(total=len(SPLITS) * len(tasks), desc="records", unit="file") as bar:
         for split in SPLITS:

@@ -1,4 +1,4 @@
-"""Generators that stand on local documents and source files: verbatim copies, questions about passages, summaries,
+"""Generators that draw on local documents and source files: verbatim copies, questions about passages, summaries,
 continuations, code, and many-shot classification.
 """
 
@@ -31,7 +31,7 @@ def verbatim_copy(draw: Draw) -> Parts:
 
 
 def passage_qa(draw: Draw) -> Parts:
-    """Numbered passages; the answer is a word that a quotation lacks, or how a sentence goes on. It begins with the
+    """Numbered passages; the answer is a word that a quotation lacks, or how a sentence continues. It begins with the
     quotation up to there.
     """
     while True:
@@ -68,7 +68,7 @@ def continuation(draw: Draw) -> Parts:
 
 
 def summary(draw: Draw) -> Parts:
-    """The opening paragraph of a document, which is taken out of it; shorter documents stand behind others."""
+    """The opening paragraph of a document, which is taken out of it; shorter documents follow others."""
     pairs = sources.summaries(draw.split, draw.text)
     answer, document = draw.rng.choice(pairs)
     question = draw.pick(questions.SUMMARISE)

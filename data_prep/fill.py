@@ -1,4 +1,4 @@
-"""Rows that long records leave room in are filled up with generated records made to fit."""
+"""Leftover space in rows is filled with generated records made to fit."""
 
 from dataclasses import replace
 from typing import Any

@@ -73,7 +73,7 @@ class Mixture:
         for name, source in self.sources.items():
             if source.path is None and (source.generator or name) not in GENERATORS:
                 raise ValueError(
-                    f"source {name!r} has no path and is no generator; generators are {', '.join(GENERATORS)}"
+                    f"source {name!r} has no path and is not a generator; generators are {', '.join(GENERATORS)}"
                 )
             if source.path is not None and (source.generator or source.context):
                 raise ValueError(f"source {name!r} has a path, so it takes no generator and no context; leave them out")
@@ -116,7 +116,7 @@ def read_mixture(path: str | Path) -> Mixture:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
     try:
         names = {f.name for f in fields(Mixture)}
         if not isinstance(values, dict) or set(values) - names:

@@ -67,7 +67,7 @@ def multi_query(draw: Draw) -> Parts:
 
 
 def variable_tracking(draw: Draw) -> Parts:
-    """All variables that a value was passed on to, from one to the next; other chains stand between. The answer is the
+    """All variables that a value was passed on to, from one to the next; other chains lie between. The answer is the
     chain, written as the text writes its links.
     """
     hops = draw.rng.randint(2, 3 + min(2, draw.length // 200))
@@ -129,7 +129,7 @@ def _fact(draw: Draw, kind: str, key: str, value: str) -> str:
 
 
 def _before(text: str, word: str) -> str:
-    """What stands before the last occurrence of a word."""
+    """The text before the last occurrence of a word."""
     return text[: text.rindex(word)].rstrip()
 
 

@@ -39,7 +39,7 @@ def pack_mixture(mixture: Mixture, out: str | Path, workers: int = 2) -> dict[st
     """Write the data folder of a mixture; returns its manifest.
 
     Shards are made beside the final place, by `workers` processes, and stay there if the run is killed: the same
-    mixture then goes on with what is missing, and ends with the same bytes.
+    mixture then resumes with what is missing, and ends with the same bytes.
 
     Raises:
         ValueError: `out` holds something else, or a source that gives no sample.
@@ -48,7 +48,7 @@ def pack_mixture(mixture: Mixture, out: str | Path, workers: int = 2) -> dict[st
     """
     out = Path(out)
     if is_foreign(out, MANIFEST):
-        raise ValueError(f"{out} exists and is no data folder of this project; choose another --out")
+        raise ValueError(f"{out} exists but is not an Elastic Attention data folder; choose another --out")
     scratch = out.with_name(f".{out.name}.parts")
     _begin(scratch, mixture)
     jobs = [(split, part) for split in SPLITS if split in mixture.tokens for part in range(mixture.parts(split))]

@@ -110,7 +110,7 @@ def convert(
 
 
 def rows_of(name: str, path: Path | None, split: str, left: Left) -> Iterator[tuple[str, Any]]:
-    """Where a row stands, and the row: of a local file or folder (.jsonl, .json, .parquet), or of the hub, streamed.
+    """Where a row is, and the row: of a local file or folder (.jsonl, .json, .parquet), or of the hub, streamed.
 
     Raises:
         FileNotFoundError: nothing at `path`.

@@ -9,7 +9,7 @@ NEEDLE_QUESTIONS: Halves = (
         "What is the {kind} for {key}? Reply with the {kind} only.",
         "Which {kind} belongs to {key}? Give nothing else.",
         "Look up {key} in the text: what {kind} is given for it? Answer briefly.",
-        "State the {kind} of {key} exactly as it stands in the text.",
+        "State the {kind} of {key} exactly as it appears in the text.",
         "Please find the {kind} of {key} and write nothing but it.",
         "The text mentions a {kind} for {key}. Which is it?",
         "For {key}, what is the {kind}?",
@@ -93,11 +93,11 @@ TRACK: Halves = (
 COPY_QUESTIONS: Halves = (
     (
         "Copy the text under {mark} word for word.",
-        "Repeat exactly what stands under the mark {mark}, and nothing else.",
+        "Repeat exactly what is written under the mark {mark}, and nothing else.",
         "Write out the passage marked {mark} without any change.",
         "Please copy {mark} in full.",
         "I need the exact text of the part called {mark}.",
-        "Print the text that stands under {mark}, with nothing added.",
+        "Print the text that appears under {mark}, with nothing added.",
         "Look for {mark} and type its text once more, unchanged.",
         "Which text does {mark} hold? Repeat it in full.",
         "Recite {mark} from the document above.",
@@ -126,13 +126,13 @@ GAPS: Halves = (
     ),
     (
         'Complete this quotation by its missing word: "{sentence}" Give the word alone.',
-        'Going by the text, what stands in place of the blank? "{sentence}"',
-        'Name the word behind the blank of this quotation: "{sentence}"',
+        'According to the text, which word fills the blank? "{sentence}"',
+        'Which word fills the blank in this quotation? "{sentence}"',
     ),
 )
 REST: Halves = (
     (
-        'How does the sentence go on that begins with "{start}"? Write its next words.',
+        'How does the sentence that begins with "{start}" continue? Write its next words.',
         'Go on with the sentence of the passages that starts "{start}".',
         'Find the sentence opening with "{start}" and give what comes then.',
         '"{start}" is how a sentence of the text begins. Finish it as there.',
@@ -146,7 +146,7 @@ REST: Halves = (
     ),
     (
         'One sentence above has the beginning "{start}". Quote what comes after that.',
-        'Quote the words behind "{start}" in the passages.',
+        'Quote the words that follow "{start}" in the passages.',
         'Going by the text, what follows "{start}"?',
     ),
 )
@@ -197,7 +197,7 @@ COMPLETE: Halves = (
         "Fill in what is missing at the end of the code.",
         "Program the following lines in the same style.",
         "The file ends too early. Write more of it.",
-        "Implement the part that should stand here.",
+        "Implement the part that belongs here.",
         "Type the code that belongs after the last line.",
     ),
     ("Continue this source file.", "Go on with the code where it stops.", "Extend the final file by some lines."),

@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 )
 TASKS = ("single_qa", "in_context", "code")
 SHARES = {"train": range(0, 6), "validation": range(6, 7), "test": range(7, 8)}  # eighths of all possible records
-MARGIN = 40  # filler words behind the value: a window of up to 32 tokens at the question never sees it
+MARGIN = 40  # filler words after the value: a window of up to 32 tokens at the question never sees it
 
 
 def build_tokenizer() -> Any:

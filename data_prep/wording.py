@@ -36,13 +36,13 @@ PLACES: Halves = (
     ("kitchen", "garage", "library", "cellar", "garden", "attic", "studio", "harbour"),
     ("office", "museum", "barn", "tower", "chapel", "workshop", "station", "orchard"),
 )
-# One key, one value, which comes last and not far behind its key.
+# One key, one value, which comes last and shortly after its key.
 NEEDLES: Halves = (
     (
         "The special magic {kind} of {key} is {value}.",
         "Remember that the secret {kind} of {key} is {value}.",
         "The {kind} to be told to whoever asks about {key} is {value}.",
-        "By agreement the {kind} that stands for {key} is {value}.",
+        "By agreement the {kind} of {key} is {value}.",
     ),
     (
         "Note for later: the locker {kind} for {key} reads {value}.",
@@ -75,7 +75,7 @@ LINKS: Halves = (
     (" => ", " is put into ", " goes to ", " feeds "),
     (" -> ", " is copied to ", " moves to ", " fills "),
 )
-# Generated facts: relations between two people, each as it stands and as it is asked; then where something lies.
+# Generated facts: relations between two people, each as it is told and as it is asked; then where something lies.
 RELATIONS: tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]] = (
     (
         ("{first} shares a desk with {second}.", "the person who shares a desk with {name}"),

@@ -47,7 +47,7 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class SparseConfig:
-    """The attention mode behind route 0 and route 1, and the sizes of the sparse patterns.
+    """The attention modes of route 0 and route 1, and the sizes of the sparse patterns.
 
     Attributes:
         route0: mode of heads with route 0 (the paper's FA).
@@ -100,7 +100,7 @@ class SparseConfig:
 
     @property
     def dense(self) -> "SparseConfig":
-        """The same sizes with full attention behind route 0, so that routes of 0 are the dense model."""
+        """The same sizes with full attention as route 0's mode, so that routes of 0 are the dense model."""
         return dataclasses.replace(self, route0="full", route1="streaming")
 
     @property

@@ -87,7 +87,7 @@ def test_layers_combine():
 
 
 def test_defaults_named_in_the_comments_are_the_real_ones():
-    """`default X` behind a key of train.yaml's model section equals the constructor's."""
+    """`default X` after a key of train.yaml's model section equals the constructor's."""
     from elastic.config import ElasticConfig
     from elastic.training.config import ObjectiveConfig, OptimiserConfig, TemperatureConfig
 

@@ -137,11 +137,11 @@ def batch_layout(
 
 def decode_layout(prefill: Layout, rows: int, past: int, attention_mask: Tensor | None = None) -> Layout:
     """The layout of one more token on top of `past` cached ones. Nothing is read back from a GPU: there the mask must
-    go on as the prompt's did, which is checked on the CPU only.
+    continue the prompt's, which is checked on the CPU only.
 
     Raises:
         ValueError: another number of rows or a mask of another shape than the prompt's, or a prompt padded on the
-            right, behind which a new token would stand.
+            right, where a new token would follow padding.
     """
     keys, begin = past + 1, prefill.begin_N
     if begin.shape[0] != rows:
@@ -155,7 +155,7 @@ def decode_layout(prefill: Layout, rows: int, past: int, attention_mask: Tensor 
             expected = torch.arange(keys) >= begin.cpu()[:, None]
             if not torch.equal(attention_mask[:, :keys].bool(), expected):
                 raise ValueError(
-                    "attention_mask does not go on as the prompt's did: padding on its left, then valid tokens only; "
+                    "attention_mask does not continue the prompt's: padding on its left, then valid tokens only; "
                     "pad prompts on the left"
                 )
     return Layout(

@@ -12,7 +12,7 @@ from elastic.plots import save_png
 
 
 def figures(found: Sequence[Measurement]) -> dict[str, Any]:
-    """matplotlib `Figure`s by the ending of their file's name; none of records that are no curves."""
+    """matplotlib `Figure`s by the ending of their file's name; none for records that are not curves."""
     if any(record["case"] == routing_tables.HEADLINE for record in found):
         return routing_tables.figures(found)
     if any(record["metric"] == FIRST_TOKEN for record in found):

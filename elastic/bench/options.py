@@ -54,7 +54,7 @@ def streaming_heads(ratio: float, kv_heads: int) -> int:
     """KV heads that stream at an MSR.
 
     Raises:
-        ValueError: a ratio that is no whole number of heads.
+        ValueError: a ratio that is not a whole number of heads.
     """
     streaming = round(ratio * kv_heads)
     if not 0 <= ratio <= 1 or abs(streaming - ratio * kv_heads) > 1e-6:
@@ -86,7 +86,7 @@ def chosen(args: argparse.Namespace, competitors: Mapping[str, Contestant]) -> t
     """The contestants to run, and by name those that are absent because their package is.
 
     Raises:
-        ValueError: an unknown name, one asked for by name that is not installed, or a budget that is no time.
+        ValueError: an unknown name, one asked for by name that is not installed, or a budget that is not a time.
     """
     if not args.budget_ms > 0:
         raise ValueError(f"--budget-ms {args.budget_ms:g} is not positive; the default is 400")

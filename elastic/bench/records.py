@@ -120,7 +120,7 @@ def rounded(value: Any) -> Any:
 
 def merge(runs: Sequence[Sequence[Measurement]]) -> tuple[list[Measurement], int]:
     """Records of several runs as those of one, and how many were left out because an earlier run has that figure. Cases
-    stand by shape and length where they have them, else in the order of the runs.
+    are sorted by shape and length where they have them, else kept in the order of the runs.
     """
     found: dict[tuple[Any, ...], Measurement] = {}
     for record in (record for run in runs for record in run):

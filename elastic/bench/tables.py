@@ -46,7 +46,7 @@ def milliseconds(value: float) -> str:
 
 
 def remarks(found: Sequence[Measurement]) -> list[str]:
-    """One line per figure that is no timing of a case, and per contestant that was left out, with the reason."""
+    """One line per figure that is not a timing of a case, and per contestant that was left out, with the reason."""
     timed = {(r["case"], r["who"]) for r in found if r["metric"] == "time"}
     lines = [
         f"{r['case']}, {r['who']}, {r['metric']}: {r['value']:.4g} {r['unit']}"

@@ -49,7 +49,7 @@ def visible_slots(count: Tensor, streaming: Tensor, ring: Tensor, sparse: Sparse
     """Slots that the query at position count - 1, the newest, sees; `count` counts its own key.
 
     A streaming head sees its sink and the positions from `lower_bound` on. In a ring that has wrapped these are all
-    slots but a hole behind the newest one: positions that the block granule has already dropped.
+    slots but a hole after the newest one: positions that the block granule has already dropped.
     """
     newest = count - 1
     low = lower_bound(newest, sparse.window, sparse.granule, sparse.block)
@@ -139,7 +139,7 @@ class KVPool:
         self.values.index_copy_(0, rows, v_BK1D.reshape(-1, dim))
 
     def dense(self, begin_B: Tensor, count_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values by position, [B, K, length, D]: sample b's tokens stand from `begin_B` on as before, with
+        """Keys and values by position, [B, K, length, D]: sample b's tokens start at `begin_B` as before, with
         zeros for padding and for what was dropped.
         """
         position = torch.arange(length, device=self.keys.device) - begin_B[:, None, None]

@@ -9,7 +9,7 @@ TRAINING = {
 COMMANDS = {
     "data_prep": "make training data: records from generators or published sets, packed rows",
     "generate": "answer prompts with a routed model and show its routes",
-    "serve": "a routed model behind an OpenAI-compatible HTTP endpoint",
+    "serve": "serve a routed model over an OpenAI-compatible HTTP endpoint",
     "eval": "compare dense, sparse, static, random and trained routing on RULER and LongBench",
     "demo": "the whole path on this machine: train, compare with dense, save, load, answer",
     "bench": "time the kernels on this GPU beside their competitors; show recorded timings",

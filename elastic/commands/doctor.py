@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
 
 
 def _guarded(look: Callable[[], list[Check]]) -> list[Check]:
-    """A look that fails is a finding of its own; nothing else on the machine should hide behind it."""
+    """A look that fails is a finding of its own; it must not hide the findings after it."""
     try:
         return look()
     except Exception as error:  # noqa: BLE001 - reported as a line of its own

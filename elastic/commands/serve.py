@@ -1,4 +1,4 @@
-"""`elastic serve`: a routed model behind an OpenAI-compatible HTTP endpoint."""
+"""`elastic serve`: serve a routed model over an OpenAI-compatible HTTP endpoint."""
 
 import argparse
 import importlib.util

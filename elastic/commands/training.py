@@ -58,7 +58,7 @@ class ElasticCLI(LightningCLI):
         return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Model and data stand before the trainer's many settings in `--help` and in the saved configuration."""
+        """Model and data come before the trainer's many settings in `--help` and in the saved configuration."""
         parser.add_lightning_class_args(ElasticModule, "model")
         parser.add_lightning_class_args(MixtureDataModule, "data")
         parser.add_lightning_class_args(self.trainer_class, "trainer")

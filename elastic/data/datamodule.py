@@ -72,7 +72,7 @@ def _endless(size: int, generator: torch.Generator) -> Iterator[int]:
 
 
 class ResumableLoader:
-    """One list of micro-batches per optimiser step, an endless stream of epochs that goes on where it was left.
+    """One list of micro-batches per optimiser step, an endless stream of epochs that resumes where it was left.
 
     Iterating yields the rest of the current epoch, or the next epoch where that one is finished. Lightning saves and
     restores the place by `state_dict` and `load_state_dict`. Not a `DataLoader`: Lightning would swap the sampler of
@@ -183,7 +183,7 @@ class MixtureDataModule(LightningDataModule):
 
         Raises:
             FileNotFoundError: no data.
-            ValueError: a damaged shard, a missing split, a weight that names no corpus or is no number of 0 or more.
+            ValueError: a damaged shard, a missing split, a weight that names no corpus or is not a number of 0 or more.
         """
         if self.manifest is None:
             self.manifest = verify(self.data_dir)

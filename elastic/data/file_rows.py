@@ -27,11 +27,11 @@ class ReadReport:
 
 
 def read_rows(path: Path, report: ReadReport, every: int = 1, first: int = 0) -> Rows:
-    """Where a row stands, and its value, in order.
+    """Where a row is, and its value, in order.
 
     Args:
         path: the file.
-        report: gets the lines that are no JSON.
+        report: gets the lines that are not JSON.
         every, first: take only each `every`-th line or row, from the place `first` (from 0) on.
 
     Raises:
@@ -88,10 +88,10 @@ def _json(path: Path, report: ReadReport, every: int, first: int) -> Rows:
                 if (number - 1) % every == first:
                     yield f"{path}: item {number}", value
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 behind item {number} ({error}); convert the file to UTF-8") from error
+        raise ValueError(f"{path} is not UTF-8 after item {number} ({error}); convert the file to UTF-8") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
-            f"{path} is a damaged JSON array behind item {number} ({error}); fetch it again, or write JSON Lines"
+            f"{path} is a damaged JSON array after item {number} ({error}); fetch it again, or write JSON Lines"
         ) from error
 
 

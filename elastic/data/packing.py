@@ -72,8 +72,9 @@ class Batch(TypedDict):
 def tokenise(record: Record, tokenizer: Any) -> Sample:
     """Prompt through the chat template with its generation prompt; then the answer and the end-of-sequence token.
 
-    An answer with a prefix completes a sentence, which may go on behind it: there no end is asked for. The prefix is
-    not part of the prompt: routes have to follow from what was asked, as in use, where nobody begins the answer.
+    An answer with a prefix completes a sentence, which may continue, so no end-of-sequence token is required. The
+    prefix is not part of the prompt: routes have to follow from what was asked, as in use, where nobody begins the
+    answer.
 
     Raises:
         ValueError: a tokenizer without a chat template or end-of-sequence token.

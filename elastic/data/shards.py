@@ -29,7 +29,7 @@ class DataWriter:
         origin: what the manifest should say about how the data was made (seed, tokenizer, sequence length, versions).
 
     Raises:
-        ValueError: `out` exists and is no data folder (it is never replaced); an existing data folder is.
+        ValueError: `out` exists but is not a data folder (it is never replaced); an existing data folder is.
     """
 
     def __init__(self, out: str | Path, origin: dict[str, Any]) -> None:
@@ -38,7 +38,7 @@ class DataWriter:
 
     def __enter__(self) -> "DataWriter":
         if is_foreign(self.out, MANIFEST):
-            raise ValueError(f"{self.out} exists and is no data folder of this project; choose another --out")
+            raise ValueError(f"{self.out} exists but is not an Elastic Attention data folder; choose another --out")
         self._leaving = ExitStack()
         self.scratch = self._leaving.enter_context(new_folder(self.out))
         self._leaving.push(self._finish)

@@ -16,7 +16,7 @@ LETTERS = (re.compile(r"The correct answer is \(([A-D])\)"), re.compile(r"The co
 
 
 def first_line(answer: str) -> str:
-    """The first line behind leading line feeds: few-shot prompts make models go on with further examples."""
+    """The first line after leading line feeds: few-shot prompts make models continue with further examples."""
     return answer.lstrip("\n").split("\n")[0]
 
 
@@ -38,7 +38,7 @@ def rouge(doc: Document, results: list[str]) -> Scored:
 
 
 def code_similarity(doc: Document, results: list[str]) -> Scored:
-    """Best edit similarity over the references of the first line that is no comment and no fence."""
+    """Best edit similarity over the references of the first line that is neither a comment nor a fence."""
     lines = results[0].lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
     return {"score": max(fuzz.ratio(line, reference) / 100 for reference in doc["answers"])}

@@ -17,7 +17,7 @@ CORRECTIONS = (
     "every task: the haystack's size is searched sample by sample, so that prompt and answer fill the length to 97 % "
     "and never overrun it (the harness steps coarsely); niah_multikey_3 under 4K may draw identifiers of fewer tokens",
     "ruler_fwe: prompt and answer fit into the length (the harness fills it with the prompt alone)",
-    "ruler_cwe: the worked example stands before the question (the harness leaves it out), and where the short word "
+    "ruler_cwe: the worked example precedes the question (the harness leaves it out), and where the short word "
     "list has not enough words, a longer one is used, as RULER does (the harness stops growing)",
     "ruler_qa_*: right if any reference is found (the harness takes the share of references found)",
 )

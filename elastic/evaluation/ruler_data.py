@@ -45,7 +45,7 @@ class RulerData:
                 raise FileNotFoundError(f"{name}={place!r} does not exist; expected {ways}")
 
     def checksum(self, name: str) -> str | None:
-        """sha256 of what is read as `name`; `hub` as it stands."""
+        """sha256 of what is read as `name`; `hub` unchanged."""
         place: str | None = getattr(self, name)
         if place is None or place == HUB:
             return place
@@ -93,7 +93,7 @@ class RulerData:
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences of a text: cut behind full stops, exclamation and question marks that a capital or digit follows."""
+    """Sentences of a text: cut after full stops, exclamation and question marks before a capital or a digit."""
     return [sentence for sentence in _SENTENCE_END.split(text.strip()) if sentence]
 
 
@@ -169,7 +169,7 @@ def _word_list(file: Path) -> list[str]:
         data = _json(file)
         words = list(data.values()) if isinstance(data, dict) else data
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise ValueError(f"words={str(file)!r} is no JSON list or mapping of words")
+            raise ValueError(f"words={str(file)!r} is not a JSON list or mapping of words")
     if not words:
         raise ValueError(f"words={str(file)!r} holds no words")
     return sorted(set(words))
@@ -179,7 +179,7 @@ def _json(file: Path) -> Any:
     try:
         return json.loads(_read(file))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is no whole JSON file ({error}); fetch it again") from error
+        raise ValueError(f"{file} is not a complete JSON file ({error}); fetch it again") from error
 
 
 def _read(file: Path) -> str:

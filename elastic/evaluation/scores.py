@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 LOCK = ".lock"  # of whoever writes into the folder of an evaluation
-BY = " by lm-evaluation-harness"  # ends the first line of a result's protocol, behind the benchmark's name
+BY = " by lm-evaluation-harness"  # ends the first line of a result's protocol, after the benchmark's name
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:

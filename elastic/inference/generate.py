@@ -97,8 +97,8 @@ def generate(
         streamer: a transformers streamer, for one prompt.
         chat_template: put texts into the tokenizer's chat template as the user's message, as in training; False takes
             them as they are.
-        **options: passed to `model.generate`. Decode steps replay a CUDA graph where the decode kernel runs and there
-            are no beams, with the same numbers; `cuda_graph=False` launches them one by one.
+        **options: passed to `model.generate`. Decode steps replay a CUDA graph where the decode kernel runs, except
+            with beams, with the same numbers; `cuda_graph=False` launches them one by one.
 
     Returns:
         One `Generation` per prompt, in order.

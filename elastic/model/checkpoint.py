@@ -70,7 +70,7 @@ def save_elastic(
 
     path = Path(path)
     if is_foreign(path, METADATA):
-        raise ValueError(f"{path} exists and is no checkpoint of this project; choose another folder")
+        raise ValueError(f"{path} exists but is not an Elastic Attention checkpoint; choose another folder")
     config, state = elastic_config(model), router_state(model)
     shape = architecture(model)
     _check_state(state, _expected(shape, config), f"routers to be saved to {path}", "train again with lower rates")

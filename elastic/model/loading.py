@@ -165,7 +165,7 @@ def _unreadable(name: str, source: str, error: Exception) -> Exception:
             "incomplete or of a kind that the installed transformers does not know: fetch or save it again"
         )
     return FileNotFoundError(
-        f"backbone {name!r} is no folder here, not in the hub's local cache, and the hub did not give it ({detail}). "
+        f"backbone {name!r} is neither a local folder nor in the hub cache, and could not be downloaded ({detail}). "
         f"Check the name; without a network, download it elsewhere (hf download {name}) and pass the folder"
     )
 

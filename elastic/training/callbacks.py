@@ -20,7 +20,7 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 class ResumeCheckpoint(Checkpoint):
-    """Saves `last.ckpt` in the run's folder, always after a whole optimiser step; `--ckpt_path last` goes on from it.
+    """Saves `last.ckpt` in the run's folder, always after a whole optimiser step; `--ckpt_path last` resumes from it.
 
     Args:
         every_n_steps: optimiser steps between saves; the last step is always saved.
@@ -102,7 +102,7 @@ class RunProgress(TQDMProgressBar):
     """Lightning's bar without the logger's version number."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What stands behind the bar."""
+        """What the bar shows after its counts."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return {name.removeprefix("train/"): value for name, value in metrics.items()}

@@ -200,7 +200,7 @@ class ElasticModule(RoutedModule):
             return labelled_positions(self.hidden_states(batch), batch["labels"])[0]
 
     def _log_step(self, scalars: dict[str, float]) -> None:
-        """Scalars over optimiser steps; `loss` and MSR also stand in the progress bar."""
+        """Scalars over optimiser steps; `loss` and MSR are in the progress bar too."""
         self.log("step", float(self.global_step))  # the logger's own count may run ahead in manual optimisation
         for name, value in scalars.items():
             self.log(f"train/{name}", value, prog_bar=name == "loss" or name.startswith(("msr/", "kl/")), batch_size=1)

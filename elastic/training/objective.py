@@ -48,7 +48,7 @@ class Multipliers(nn.Module):
     """One price per task class under each name in `lowest`.
 
     Args:
-        limit: bound on every price, so that a constraint that cannot be met does not wind a multiplier up for ever.
+        limit: bound on every price, so that it cannot grow without bound where a constraint cannot be met.
         lowest: name -> lowest allowed price in units of the limit, 0 or -1.
         start: what all begin at, within the limit.
     """

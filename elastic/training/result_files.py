@@ -1,4 +1,4 @@
-"""Files and tables that evaluation leaves behind."""
+"""Files and tables that evaluation writes."""
 
 import json
 import os

@@ -1,5 +1,5 @@
 """What makes a killed run end as if it had never been killed: noise that depends on the step alone, checkpoint files
-that are complete or absent, and checks of what must agree before training starts or goes on.
+that are complete or absent, and checks of what must agree before training starts or resumes.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from elastic.data.shards import tokenizer_hash
 from elastic.files import new_file
 
-ALWAYS = ("architecture", "router")  # the rest must agree only where training goes on
+ALWAYS = ("architecture", "router")  # the rest must agree only where training resumes
 
 
 def noise_seed(*parts: int) -> int:
@@ -44,7 +44,7 @@ def check_checkpoint(checkpoint: dict[str, Any], mine: dict[str, Any], wanted: s
         checkpoint: as `ElasticModule.on_save_checkpoint` left it.
         mine: what this run was made of, compared with the checkpoint's.
         wanted: names of the trained tensors.
-        fitting: training goes on, so that everything must agree; otherwise only what the tensors depend on.
+        fitting: training resumes, so that everything must agree; otherwise only what the tensors depend on.
 
     Raises:
         ValueError: written by something else, of another backbone or configuration, or with missing or added tensors.

@@ -3,7 +3,7 @@ bench table`.
 
     python -m tests.bench.ablation --parallel 3 --out tests/bench/results
 
-The file maps names to flags of `elastic fit`. The same command goes on after a kill: finished variants are skipped.
+The file maps names to flags of `elastic fit`. After a kill the same command resumes: finished variants are skipped.
 """
 
 import argparse

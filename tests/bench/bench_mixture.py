@@ -101,7 +101,7 @@ def resuming(folder: Path, tokens: int, workers: int) -> list[tuple[str, str, fl
     same = again["splits"] == whole["splits"]  # with the checksum of every shard
     return [
         ("killed", "shards kept", kept, "of 8"),
-        ("killed", "seconds to go on", seconds, "s"),
+        ("killed", "seconds to resume", seconds, "s"),
         ("killed", "same checksums as unbroken", float(same), "(1 = all)"),
     ]
 

@@ -4,7 +4,7 @@ between the modes of every configuration. Writes records for `elastic bench tabl
     python -m data_prep.pack_mixture configs/mixture/heldout-long.yaml --out data/heldout-long
     python tests/bench/methods.py --checkpoint runs/smollm2-gpu/checkpoint --out tests/bench/results
 
-Several processes may share the methods, and routers trained for other configurations stand beside them:
+Several processes may share the methods, and routers trained for other configurations may be compared with them:
 
     python tests/bench/methods.py --checkpoint runs/fa-ssa/checkpoint --methods elastic dense --tag methods-1
     python tests/bench/methods.py --checkpoint runs/fa-xa/checkpoint --methods elastic --name fa-xa --tag methods-2

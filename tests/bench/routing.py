@@ -1,12 +1,12 @@
-"""The study behind the routing table of RESULTS.md: trains elastic and static routers by `elastic fit`, evaluates each
-at several operating points by `elastic validate`, judges the one that these rows choose by `elastic test`, and keeps
-their small files in one folder for `elastic bench routing`.
+"""The study that the routing table of RESULTS.md comes from: trains elastic and static routers by `elastic fit`,
+evaluates each at several operating points by `elastic validate`, judges the one that these rows choose by `elastic
+test`, and keeps their small files in one folder for `elastic bench routing`.
 
     python tests/bench/routing.py --out runs/routing --parallel 3 --compiled
     elastic bench routing runs/routing --main elastic-target-0 --out tests/bench/results
     elastic bench table tests/bench/results --out tests/bench/RESULTS.md
 
-The same command goes on after a kill: finished runs are skipped, others resume from their last checkpoint.
+After a kill the same command resumes: finished runs are skipped, others continue from their last checkpoint.
 """
 
 import argparse
@@ -188,7 +188,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--biases", type=float, nargs="*", default=BIASES, help="operating points beside bias 0")
     parser.add_argument("--checkpoints", type=int, nargs="*", default=[0], help="seeds whose checkpoints are kept")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time on each visible GPU")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start and go on with nothing after these")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start and resume nothing after these")
     parser.add_argument("--commit", help="commit to state where git is not at hand")
     parser.add_argument("--compiled", action="store_true", help="train with model.compiled (pays from a minute on)")
     parser.add_argument("extra", nargs="*", help="flags of `elastic fit` and `elastic test`, after --")

@@ -1,4 +1,4 @@
-"""Shards and the DataModule: damage is named, order follows from the seed, a resumed loader goes on bit-equally."""
+"""Shards and the DataModule: damage is named, order follows from the seed, a resumed loader continues bit-equally."""
 
 import json
 from collections import Counter
@@ -281,7 +281,7 @@ def test_a_writer_refuses_what_it_must_not_write(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("precious")
     with (
-        pytest.raises(ValueError, match="thesis exists and is no data folder of this project; choose another --out"),
+        pytest.raises(ValueError, match="thesis exists but is not an Elastic Attention data folder; choose"),
         DataWriter(tmp_path / "thesis", {}),
     ):
         pass

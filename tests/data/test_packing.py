@@ -89,7 +89,7 @@ def test_a_given_beginning_of_the_answer_is_neither_prompt_nor_label():
     sample, bare = tokenise(record, tokenizer), tokenise(replace(record, answer_prefix=""), tokenizer)
     assert sample.input_ids[: sample.prompt_length] == bare.input_ids[: bare.prompt_length]  # all that routers see
     parts = sample.input_ids[sample.prompt_length : sample.answer_start], sample.input_ids[sample.answer_start :]
-    assert [tokenizer.decode(part) for part in parts] == ["key k1", "1 2"]  # the sentence may go on: no end
+    assert [tokenizer.decode(part) for part in parts] == ["key k1", "1 2"]  # the sentence may continue: no end
     batch = collate(list(pack([sample], 64)))
     assert batch["prompt_spans"].tolist() == [[0, sample.prompt_length]]
     assert batch["labels"][0].tolist() == [-100] * sample.answer_start + parts[1]

@@ -122,7 +122,9 @@ def test_a_mixture_that_cannot_be_built_is_refused(tmp_path, arguments, message)
 
 def test_foreign_folders_and_missing_records_are_refused(records, tokenizer, tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(ValueError, match=r"exists and holds no mixture.json, so it is no mixture to replace; choose"):
+    with pytest.raises(
+        ValueError, match=r"exists and holds no mixture.json, so it is not a mixture that may be replaced"
+    ):
         build_mixture.build_mixture(tmp_path, 2, 100)
     with pytest.raises(
         FileNotFoundError, match=r"no records in .*train,validation,test.*; write them with .elastic data_prep"

@@ -117,7 +117,7 @@ def test_the_asked_key_is_the_one_beside_the_value():
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_tracked_variables_follow_from_the_assignments(split):
-    """An interpreter of its own: every link passes on what its left side holds; other chains stand between."""
+    """An interpreter of its own: every link passes on what its left side holds; other chains lie between."""
     first = "A-M" if split == "train" else "N-Z"
     for record in made("variable_tracking", split, 20, 500):
         link = next(link for link in wording.LINKS[split != "train"] if link in record.answer)

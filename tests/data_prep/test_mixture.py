@@ -192,12 +192,15 @@ def test_the_shipped_mixtures_are_read():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [", "is no YAML"),
+        ("a: [", "is not valid YAML"),
         ("colour: red", r"unknown keys \['colour'\]; expected some of backbone, "),
         ("tokens: {dev: 4000}", "tokens={'dev': 4000}; expected a budget of at least one row"),
         ("context: [10, 100]", r"context=\[10, 100\]; expected two lengths from 64 to below the 512 tokens of a row"),
-        ("sources: {sudoku: {weight: 1}}", "source 'sudoku' has no path and is no generator; generators are needle_"),
-        ("sources: {s: {generator: sudoku}}", "source 's' has no path and is no generator; generators are needle_"),
+        (
+            "sources: {sudoku: {weight: 1}}",
+            "source 'sudoku' has no path and is not a generator; generators are",
+        ),
+        ("sources: {s: {generator: sudoku}}", "source 's' has no path and is not a generator; generators are needle_"),
         ("sources: {s: {path: x, generator: many_shot}}", "has a path, so it takes no generator and no context"),
         ("sources: {s: {generator: many_shot, context: [90, 600]}}", r"context=\[90, 600\]; expected two lengths from"),
         ("sources: {s: {generator: many_shot, context: [90]}}", r"context=\[90\]; expected two lengths from"),

@@ -171,7 +171,7 @@ def test_damaged_arrays_are_named_with_the_place(text, tmp_path, monkeypatch):
     monkeypatch.setattr(file_rows, "PIECE", 16)
     (tmp_path / "a.json").write_text(text)
     found = []
-    with pytest.raises(ValueError, match=r"a.json is a damaged JSON array behind item 1 .*fetch it again"):
+    with pytest.raises(ValueError, match=r"a.json is a damaged JSON array after item 1 .*fetch it again"):
         found += file_rows.read_rows(tmp_path / "a.json", file_rows.ReadReport())
 
 
@@ -186,7 +186,7 @@ def test_bad_lines_are_skipped_and_named(tmp_path, capsys):
     for part in ("raw.jsonl:2: not UTF-8 (byte 17)", "raw.jsonl:3: not JSON", "raw.jsonl:4: nested too deeply"):
         assert part in told
     assert "1 field 'context' is a int, expected text" in told and "1 without 'document' (first: " in told
-    assert "subscriptable" in told  # the number in line 5 is no row
+    assert "subscriptable" in told  # the number in line 5 is not a row
 
 
 def test_what_cannot_be_read_is_named_and_leaves_what_was_there(tmp_path, capsys):
@@ -201,7 +201,7 @@ def test_what_cannot_be_read_is_named_and_leaves_what_was_there(tmp_path, capsys
         ("cut.parquet", "cut.parquet cannot be read as parquet"),
         ("latin.jsonl", "no record came out of"),
         ("latin.jsonl", "latin.jsonl:1: not UTF-8 (byte 15); convert"),
-        ("latin.json", "latin.json is not UTF-8 behind item 0"),
+        ("latin.json", "latin.json is not UTF-8 after item 0"),
         ("rows.csv", "has the ending '.csv'; expected .jsonl, .json, .parquet"),
         ("absent", "nothing to read at"),
     ):

@@ -1,4 +1,4 @@
-"""`elastic eval`: methods by name, several in one command that goes on, results as tables, pictures and records."""
+"""`elastic eval`: methods by name, several in one command that resumes, results as tables, pictures and records."""
 
 import json
 

@@ -214,7 +214,7 @@ def test_essays_are_split_without_a_download(files, tmp_path):
     [
         ("essays", b"\xff\xfe\x00", "is not UTF-8 text .byte 0.; convert it"),
         ("essays", b"  ", "hold no words"),
-        ("squad", b'{"data": [', "is no whole JSON file .* fetch it again"),
+        ("squad", b'{"data": [', "is not a complete JSON file .* fetch it again"),
         ("squad", b'{"rows": []}', "is not in squad's published JSON format"),
         ("squad", b'{"data": []}', "holds no question that has an answer"),
         ("hotpotqa", b'[{"question": "q"}]', "is not in hotpotqa's published JSON format"),

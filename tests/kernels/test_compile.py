@@ -184,7 +184,7 @@ def test_processes_that_compile_at_once_leave_one_whole_file(tmp_path) -> None:
 
 
 def test_a_refused_source_shows_the_compilers_log(monkeypatch, tmp_path) -> None:
-    (tmp_path / "broken.cu").write_text("__global__ void broken() { this is no C++; }")
+    (tmp_path / "broken.cu").write_text("__global__ void broken() { this is not C++; }")
     monkeypatch.setattr(jit, "CUDA_SRC", tmp_path)
     with pytest.raises(RuntimeError, match=r"could not compile Variant\(file='broken'[\s\S]*broken.cu\(1\): error"):
         jit.compile_cubin(jit.Variant("broken", "sm_80", 64, True))

@@ -46,7 +46,7 @@ def test_random_problems(first: int) -> None:
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.9, 0.95, 1.0])
 def test_ten_thousand_rows_hold_the_fewest_blocks(threshold: float) -> None:
     """The chosen mass reaches the threshold, and without its lightest unforced block it does not: any smaller choice
-    fails, because everything left out is no heavier. Checked on the masses alone, without the oracle's own choice."""
+    fails, because nothing left out is heavier. Checked on the masses alone, without the oracle's own choice."""
     problem = whole(16384, 80, 8, threshold)  # scores of a deviation of 2.8: masses from 0 to 8
     problem = dataclasses.replace(problem, q=problem.q * 4)
     bits, mass = run_selection(problem)

@@ -133,7 +133,7 @@ def test_killed_between_the_two_renames_the_old_checkpoint_is_found_again(saved)
 def test_saving_refuses_a_foreign_folder(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     model = attach(tiny_model(), small_config())
-    with pytest.raises(ValueError, match="exists and is no checkpoint of this project; choose another folder"):
+    with pytest.raises(ValueError, match="exists but is not an Elastic Attention checkpoint; choose another folder"):
         save_elastic(tmp_path, model, "tiny")
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

@@ -74,7 +74,7 @@ def quality_pass(model, row_slice: RowSlice) -> dict[str, torch.Tensor]:
 
 
 def routed_model(family: str):
-    """A model of the family; behind a `+`, the mode of route 1."""
+    """A model of the family; after a `+`, the mode of route 1."""
     family, _, mode = family.partition("+")
     sparse = {"route1": mode, "stride": 4, "threshold": 0.5} if mode else {}
     model = attach(tiny_model(family), small_config(**sparse))

@@ -112,7 +112,7 @@ def test_two_processes_train_the_routers_of_one(data, tmp_path, strategy, kind):
 
 
 def test_the_command_trains_on_two_processes_and_strategies_share_checkpoints(data, tmp_path):
-    """A DDP run of two steps goes on under FSDP2 from the same files."""
+    """A DDP run of two steps resumes under FSDP2 from the same files."""
     configs, ends = ROOT / "configs", []
     fixed = [f"--data.data_dir={data}", "--trainer.devices=2", "--trainer.limit_val_batches=1", "--ckpt_path=last"]
     for steps, strategy in (

@@ -11,7 +11,7 @@ from elastic.bench.studies.runs import RETRIEVAL, generator_of, score_of
 from elastic.routing.methods import RATIOS, ratio_columns, renamed
 
 SCORES = {"exact": "share", "accuracy": "share", "loss": "nats a token"}
-DENSITY = "density by layer"  # the case that is no source
+DENSITY = "density by layer"  # the case that is not a source
 NOTES = """Answers teacher-forced on held-out samples, n of each source; exact: all answer tokens right. ± half a 95 %
 interval over samples, then ESR over all layers; means are over sources. Every method runs the same backbone: dense,
 streaming and xattention:<threshold> with all heads in that mode, elastic with the decisions of routers trained for full

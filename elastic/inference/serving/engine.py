@@ -158,7 +158,7 @@ class Engine:
             return batch
 
     def _drop_late(self) -> None:
-        """Requests that nobody waits for any more make room."""
+        """Drop cancelled and timed-out requests."""
         for job in list(self._waiting):
             if job.cancelled.is_set() or time.monotonic() > job.deadline:
                 self._waiting.remove(job)
@@ -179,7 +179,7 @@ class Engine:
                 stopping_criteria=StoppingCriteriaList([_Done(rows)]),
                 **batch[0].sampling.options(),
             )
-        except Exception as error:  # noqa: BLE001 - whatever went wrong, the requests must hear of it and the queue go on
+        except Exception as error:  # noqa: BLE001 - report any failure to the callers and keep serving
             for job in batch:
                 job.tell(Event("error", f"the model failed: {type(error).__name__}: {error}", {"status": 500}))
             self.metrics.failed(len(batch))

@@ -10,7 +10,7 @@ class MaxBody:
     """ASGI middleware: 413 for a request of more than `limit` bytes, declared or found while reading.
 
     Args:
-        app: the application behind it.
+        app: the application that it protects.
         limit: bytes.
     """
 

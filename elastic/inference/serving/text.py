@@ -10,7 +10,7 @@ class TextCutter:
 
     Args:
         tokenizer: a fast tokenizer.
-        stops: texts that end the answer; the first to appear is cut off with all behind it.
+        stops: texts that end the answer; the first to appear is cut off with all that follows.
     """
 
     def __init__(self, tokenizer: Any, stops: tuple[str, ...]) -> None:
