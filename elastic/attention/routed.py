@@ -1,4 +1,5 @@
-"""`routed_attention`: every head in its routed mode, with the straight-through gradient of the route (spec section 4).
+"""`routed_attention`: every head in its routed mode, with the straight-through gradient of the route (docs/design.md
+section 4).
 
 This is the seam between routing and kernels: where the tensors suit them, the fused CUDA kernels run, in inference and
 in training; everything else is `elastic.attention.torch_path`, their slow twin. With a hard route the output is the
