@@ -13,21 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.kernels import jit, operators
+from elastic.kernels import jit, operators, params
 from elastic.kernels.attention_backward import readable, rows_kernel
 from elastic.kernels.attention_forward import attention_forward
 from elastic.kernels.devices import ROWS_THREADS
-from elastic.kernels.params import (
-    MAP_BYTES,
-    QUERY_BLOCK,
-    WHOLE_ROWS,
-    Pattern,
-    Ranges,
-    pack_addresses,
-    pack_pointers,
-    pack_sizes,
-    pack_strides,
-)
+from elastic.kernels.params import QUERY_BLOCK, WHOLE_ROWS, Pattern, Ranges
 
 _TARGET_SLOTS = 256  # of one launch; more slots spread the sample finer, fewer cost less bookkeeping
 
@@ -140,15 +130,15 @@ def _slot_gap_cuda(
     grad_out = readable(grad_out)
     keys = grad_out[:, :, : mode.shape[1]]  # the kernel takes the number of KV heads from here and reads no keys
     ranges, pattern = Ranges(begin, end, None, None, row), Pattern.without_streaming(scale=1.0)
-    params = (
-        bytes(4 * MAP_BYTES)
-        + pack_pointers(grad_out, keys, keys, out, gap, mode, None, ranges, mode)
-        + pack_sizes(grad_out, keys, keys, grad_out, mode, None, pattern)
-        + pack_addresses(grad_out.data_ptr(), 0, gap.data_ptr(), 0, other.data_ptr(), 0, 0)
-        + pack_strides((out, other, out, out), 0)
+    packed = (
+        bytes(4 * params.MAP_BYTES)
+        + params.pack_pointers(grad_out, keys, keys, out, gap, mode, None, ranges, mode)
+        + params.pack_sizes(grad_out, keys, keys, grad_out, mode, None, pattern)
+        + params.pack_addresses(grad_out.data_ptr(), 0, gap.data_ptr(), 0, other.data_ptr(), 0, 0)
+        + params.pack_strides((out, other, out, out), 0)
     )
     kernel = rows_kernel("attention_route_gap", out)
-    jit.launch(kernel, (mode.shape[0], mode.shape[1]), ROWS_THREADS, params, 0, out.device.index)
+    jit.launch(kernel, (mode.shape[0], mode.shape[1]), ROWS_THREADS, packed, 0, out.device.index)
     return gap
 
 

@@ -95,9 +95,14 @@ def test_sm90_kernels_are_bounded_by_the_threads_they_are_launched_with() -> Non
         assert f"__launch_bounds__({devices.SM90_THREADS}, 1)" in (jit.CUDA_SRC / file).read_text()
 
 
-def test_the_router_cluster_is_the_one_it_is_compiled_for() -> None:
-    cluster = importlib.import_module("elastic.kernels.route_prompt")._CLUSTER
-    assert f"ELASTIC_PARTS ({cluster}, else 1)" in (jit.CUDA_SRC / ROUTER).read_text()
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_the_router_has_shared_memory_for_its_rows_and_a_slice_of_the_weights(head_dim: int) -> None:
+    module, router = importlib.import_module("elastic.kernels.route_prompt"), constants(ROUTER, head_dim)
+    values = 4 * router.value("kColumns") // 4 * router.value("kFour")
+    assert module._shared_bytes(head_dim, 1) == values
+    assert router.value("kSlice") * module._CLUSTER == head_dim * router.value("kWide")
+    weights = 4 * router.value("kLayers") * (router.value("kSlice") + router.value("kWide") // module._CLUSTER)
+    assert module._shared_bytes(head_dim, module._CLUSTER) == values + weights
 
 
 def test_a_number_that_is_gone_is_missed() -> None:
