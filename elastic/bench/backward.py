@@ -76,14 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, command: str) -> int:
-    """Time every case, show the table, write `<out>/<tag>.json` and `.png`.
-
-    Returns:
-        0, or 1 where a contestant's gradients differ from ours.
-
-    Raises:
-        ValueError: options that do not fit, or no GPU that runs the kernels.
-    """
+    """As `elastic.bench.attention.run`, for gradients: 1 where a contestant's differ from ours."""
     cases, (contestants, _) = cases_of(args), chosen(args, COMPETITORS)
     device = kernel_device(args, unsupported_backward)
     stamp = {**records.stamp(command, args.commit, device), "kernel": "attention_backward_sm90 (sm_90a)"}
