@@ -120,7 +120,8 @@ class BothModes(RowSlice):
         return Routed(both_modes(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale), plan)
 
 
-def _routed_output(*arguments: Any) -> Tensor:
+def routed_output(*arguments: Any) -> Tensor:
+    """`routed_attention` as `both_modes` is called."""
     return routed_attention(*arguments).output
 
 
@@ -145,9 +146,9 @@ def attention_records(args: argparse.Namespace, device: torch.device) -> list[Me
         return (out.detach(), *torch.autograd.grad(out, (*leaves, route_NK), grad))
 
     recipes = {"both modes": partial(layer, both_modes, 1.0)}
-    recipes |= {named(share): partial(layer, _routed_output, share) for share in args.shares}
+    recipes |= {named(share): partial(layer, routed_output, share) for share in args.shares}
     *want, want_route = recipes["both modes"](routes[0])
-    *got, got_route = layer(_routed_output, 1.0, routes[0])
+    *got, got_route = layer(routed_output, 1.0, routes[0])
     different = max(largest_difference(tuple(got), tuple(want)), relative(got_route, want_route))
     del want, got
     case = f"attention-{LAYERS}l-{args.length // 1024}k"

@@ -10,13 +10,12 @@ from torch import Tensor
 from elastic import cli
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import packed_layout
-from elastic.attention.routed import routed_attention
 from elastic.attention.row_slice import RowSlice
 from elastic.bench import step as step_module
 from elastic.bench import training
 from elastic.bench.step import Step, bounds_of, random_backbone, random_row
 from elastic.bench.timing import Timing
-from elastic.bench.training import BothModes, both_modes, spread_routes
+from elastic.bench.training import BothModes, both_modes, routed_output, spread_routes
 from elastic.config import SparseConfig
 from elastic.data.packing import IGNORE
 from elastic.model.attach import last_routes, routers, set_row_slice
@@ -33,7 +32,7 @@ def test_the_recipe_of_both_modes_equals_the_routed_one() -> None:
     route = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64, requires_grad=True)
     grad = torch.randn(1, 300, 4, 16, generator=generator, dtype=torch.float64)
     plan, found = HeadPlan.build(route, SPARSE, layout), []
-    for attend in (both_modes, routed_attention):
+    for attend in (both_modes, routed_output):
         out = attend(*leaves, route, plan, 0.3)
         found.append((out, *torch.autograd.grad(out, (*leaves, route), grad)))
     for both, routed in zip(*found, strict=True):
