@@ -1,4 +1,4 @@
-"""Configuration of routers and sparse patterns (spec sections 2 and 3).
+"""Configuration of routers and sparse patterns (docs/design.md sections 2 and 3).
 
 Frozen dataclasses without a torch import: cheap to build, safe to share, checked once at construction. `to_dict` and
 `from_dict` are the form stored in a checkpoint's `elastic.json`.

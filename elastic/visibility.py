@@ -1,4 +1,4 @@
-"""The one visibility rule (spec section 2): which keys a query sees under full and streaming attention.
+"""The one visibility rule (docs/design.md section 2): which keys a query sees under full and streaming attention.
 
 Coordinates are relative to the sample: position 0 is its first valid token, so left padding and packing need no case of
 their own. The functions use only arithmetic and comparisons, so ints, NumPy arrays and torch tensors all work; the

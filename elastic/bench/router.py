@@ -2,8 +2,8 @@
 
 `fused` is what inference runs: gather the prompt's boundaries, project them to keys, one launch for pooling, features,
 MLPs, decision and modes. `torch` is its slow twin. `fused-keys` and `torch-keys` begin where the keys are at hand: the
-part that the budget of spec section 3 counts. Device times are those of calls in a CUDA graph, over the routers of
-several layers in turn, so that no weight waits in the cache; host times are the launch path alone.
+part that the budget of docs/design.md section 3 counts. Device times are those of calls in a CUDA graph, over the
+routers of several layers in turn, so that no weight waits in the cache; host times are the launch path alone.
 """
 
 import argparse

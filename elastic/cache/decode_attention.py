@@ -1,4 +1,4 @@
-"""Attention of one new token per sample, over an ordinary cache or an elastic one (spec section 7).
+"""Attention of one new token per sample, over an ordinary cache or an elastic one (docs/design.md section 7).
 
 On a GPU both go through the decode kernel, which reads only what the heads see; everything else takes PyTorch's
 attention over the keys laid out by position.

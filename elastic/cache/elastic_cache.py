@@ -1,4 +1,4 @@
-"""A transformers cache whose streaming heads keep only sink + window tokens (spec section 7).
+"""A transformers cache whose streaming heads keep only sink + window tokens (docs/design.md section 7).
 
 `kv_cache="elastic"` stores what the routes need; `"full"` keeps every token of every head in the same storage, so that
 a new turn may route again freely. Decoding appends in place: nothing is copied, no shape changes and nothing is read

@@ -1,4 +1,4 @@
-"""Storage of one layer's keys and values in which streaming heads keep only sink + window (spec section 7).
+"""Storage of one layer's keys and values in which streaming heads keep only sink + window (docs/design.md section 7).
 
 All heads of all samples share one flat run of rows of D numbers. A head that keeps everything stores position p in its
 slot p. A head with a ring stores the sink in slots [0, sink) and position p >= sink in slot sink + (p - sink) % window,

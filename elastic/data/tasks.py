@@ -1,4 +1,4 @@
-"""The task classes of the mixtures (spec section 9). A task's index is its position in `TASKS`."""
+"""The task classes of the mixtures (docs/design.md section 9). A task's index is its position in `TASKS`."""
 
 SENSITIVE = ("single_qa", "multihop_qa")
 ROBUST = ("summarization", "code", "in_context")

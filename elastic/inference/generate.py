@@ -1,4 +1,4 @@
-"""Load routers onto their backbone and generate text (spec section 7), through the ordinary `model.generate`."""
+"""Load routers onto their backbone and generate text (docs/design.md section 7), through the ordinary `model.generate`."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace

@@ -1,4 +1,5 @@
-"""`RouteReport`: what the routers decided for one prompt, as a terminal picture, JSON or PNG (spec section 7).
+"""`RouteReport`: what the routers decided for one prompt, as a terminal picture, JSON or PNG (docs/design.md section
+7).
 
 Legend: L layers, N samples, K KV heads.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints for use (spec section 8): a folder with `router.safetensors` and `elastic.json`.
+"""Checkpoints for use (docs/design.md section 8): a folder with `router.safetensors` and `elastic.json`.
 
 A few MB; never backbone weights, never a pickle. A folder is complete or absent: it is written beside its final place
 and renamed, and `elastic.json` holds the checksum of the tensors.

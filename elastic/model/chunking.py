@@ -1,4 +1,4 @@
-"""Long prompts: a layer's MLP and norms work on a bounded number of tokens at a time (spec section 7).
+"""Long prompts: a layer's MLP and norms work on a bounded number of tokens at a time (docs/design.md section 7).
 
 Attention needs the whole prompt, because routing needs its end; these modules treat every token alone, so their large
 intermediate results (an MLP's is 3.5 times as wide as the model, a norm's is in fp32) never exist for all tokens.

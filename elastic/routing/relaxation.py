@@ -1,4 +1,6 @@
-"""Discrete routes with a gradient: Gumbel-softmax, straight-through (spec section 4; paper 3.2 and appendix F)."""
+"""Discrete routes with a gradient: Gumbel-softmax, straight-through (docs/design.md section 4; paper 3.2 and appendix
+F).
+"""
 
 import torch
 from torch import Tensor

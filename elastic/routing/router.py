@@ -1,4 +1,4 @@
-"""The attention router of one layer (spec section 3; paper section 3.1, appendices D and H.5).
+"""The attention router of one layer (docs/design.md section 3; paper section 3.1, appendices D and H.5).
 
 Pre-RoPE keys -> boundary pooling -> standardised features -> task MLP -> router MLP -> two logits per KV head.
 Legend: N samples, S tokens, K KV heads, D head dim.

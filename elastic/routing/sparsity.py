@@ -1,4 +1,5 @@
-"""MSR and ESR, the two sparsity ratios (spec section 2; paper eq. 4 and 5), and the KV cache that the routes need.
+"""MSR and ESR, the two sparsity ratios (docs/design.md section 2; paper eq. 4 and 5), and the KV cache that the routes
+need.
 
 Legend: L layers, N samples, K KV heads.
 """

@@ -1,5 +1,5 @@
-"""Settings of a training run (spec sections 4 and 5), checked at construction; no torch import. Defaults are the
-paper's.
+"""Settings of a training run (docs/design.md sections 4 and 5), checked at construction; no torch import. Defaults are
+the paper's.
 """
 
 import math

@@ -1,4 +1,5 @@
-"""Losses on answer tokens, a chunk of logits at a time, so that no [S, V] tensor ever exists (spec section 5).
+"""Losses on answer tokens, a chunk of logits at a time, so that no [S, V] tensor ever exists (docs/design.md section
+5).
 
 Only positions that predict a labelled token reach the output head, and the logits of a chunk are computed again in the
 backward pass. Labels are aligned with the inputs and shifted here.

@@ -1,4 +1,4 @@
-"""Training of the routers by manual optimisation (spec section 5).
+"""Training of the routers by manual optimisation (docs/design.md section 5).
 
 One batch of the training loader is one optimiser step: its micro-batches are accumulated, the routers descend, then
 the multipliers ascend on the same loss.

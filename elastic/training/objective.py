@@ -1,4 +1,5 @@
-"""The two training objectives (spec section 5) and their Lagrange multipliers, which ascend while the routers descend.
+"""The two training objectives (docs/design.md section 5) and their Lagrange multipliers, which ascend while the routers
+descend.
 
 `target` is the paper's (eq. 8): language loss, and a price on MSR outside the task's target. `quality` asks for the
 sparsest routes whose answers stay within a budget of divergence from the dense backbone.

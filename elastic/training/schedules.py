@@ -1,4 +1,4 @@
-"""Schedules as functions of training progress p in [0, 1] (spec sections 4 and 5)."""
+"""Schedules as functions of training progress p in [0, 1] (docs/design.md sections 4 and 5)."""
 
 import math
 

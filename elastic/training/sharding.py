@@ -1,4 +1,5 @@
-"""Training on several processes: what is replicated, what is sharded, which gradients are averaged (spec section 5).
+"""Training on several processes: what is replicated, what is sharded, which gradients are averaged (docs/design.md
+section 5).
 
 DDP replicates everything and averages gradients by itself. `ShardedBackbone` (FSDP2) shards the frozen decoder layers;
 routers and multipliers are a few MB and stay replicated, so that checkpoints are the same files under every strategy.
