@@ -13,6 +13,7 @@ from torch import Tensor
 
 from elastic.attention.routed import backend_for
 from elastic.cache.elastic_cache import ElasticCache
+from elastic.protocols import CausalLM
 
 
 class DecodeGraph:
@@ -23,7 +24,7 @@ class DecodeGraph:
         cache: filled by the prompt; routes, overrides and settings must stay as they are.
     """
 
-    def __init__(self, model: Any, cache: ElasticCache) -> None:
+    def __init__(self, model: CausalLM, cache: ElasticCache) -> None:
         self.forward, self.cache = model.forward, cache
         self.graph: torch.cuda.CUDAGraph | None = None
         self.version = -1
@@ -75,7 +76,7 @@ class _Graphed:
 
 
 @contextmanager
-def graphed(model: Any, cache: ElasticCache) -> Iterator[None]:
+def graphed(model: CausalLM, cache: ElasticCache) -> Iterator[None]:
     """Inside the context, `model.generate` over `cache` replays its decode steps as CUDA graphs.
 
     Positions are those of `generate`: a sample's tokens counted from its first valid one.
@@ -91,6 +92,6 @@ def graphed(model: Any, cache: ElasticCache) -> Iterator[None]:
             model.forward = before
 
 
-def can_graph(model: Any, head_dim: int) -> bool:
+def can_graph(model: CausalLM, head_dim: int) -> bool:
     """Whether decode steps of this model run through the decode kernel, as a graph needs."""
     return not backend_for(model.device, model.dtype, head_dim).startswith("torch")

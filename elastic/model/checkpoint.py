@@ -115,7 +115,7 @@ def read_elastic(path: str | Path) -> dict[str, Any]:
             )
             raise FileNotFoundError(f"no checkpoint at {path}: {name} is missing; {hint}")
     try:
-        metadata = json.loads((path / METADATA).read_text(encoding="utf-8"))
+        metadata: dict[str, Any] = json.loads((path / METADATA).read_text(encoding="utf-8"))
         found = metadata["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / METADATA} is damaged ({_reason(error)}); {_WAY_OUT}") from error

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic.files import alone, cache_folder, new_folder, shipped, text_sha256
+from elastic.protocols import CausalLM, Tokenizer
 
 TINY = "tiny"
 SMOLLM2 = "smollm2-135m"
@@ -15,7 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def load_backbone(
     name: str, *, dtype: str = "float32", device: str = "cpu", gguf_file: str | None = None
-) -> tuple[Any, Any]:
+) -> tuple[CausalLM, Tokenizer]:
     """A causal LM with SDPA attention in eval mode, and its tokenizer.
 
     Args:
@@ -54,7 +55,7 @@ def load_backbone(
     return model.to(device).eval(), load_tokenizer(name, gguf_file=gguf_file)
 
 
-def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Any:
+def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Tokenizer:
     """The backbone's tokenizer, padding on the left as generation needs it."""
     from transformers import AutoTokenizer
 
@@ -91,7 +92,7 @@ def backbone_id(name: str) -> str:
     return str(path.resolve()) if path.is_dir() else name
 
 
-def architecture(model: Any) -> dict[str, Any]:
+def architecture(model: CausalLM) -> dict[str, Any]:
     """What routers depend on, and what identifies the backbone's shape."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -106,7 +107,7 @@ def architecture(model: Any) -> dict[str, Any]:
     }
 
 
-def architecture_hash(model: Any) -> str:
+def architecture_hash(model: CausalLM) -> str:
     """sha256 of `architecture`, hexadecimal."""
     return text_sha256(json.dumps(architecture(model), sort_keys=True))
 
@@ -212,7 +213,7 @@ def _convert_gguf(file: Path, out: Path) -> None:
         raise ValueError(f"reading {file.name} needs gguf and accelerate; run `pip install gguf accelerate`") from error
     settings = quantised.config.to_dict()
     settings.pop("quantization_config", None)
-    model: Any = LlamaForCausalLM(LlamaConfig(**settings))
+    model = LlamaForCausalLM(LlamaConfig(**settings))
     model.to(torch.bfloat16).load_state_dict(quantised.state_dict())
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

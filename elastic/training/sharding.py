@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from elastic.model.attach import routers
 from elastic.model.checkpoint import is_trainable
+from elastic.protocols import CausalLM
 
 
 class ShardedBackbone(ModelParallelStrategy):
@@ -58,7 +59,7 @@ class ShardedBackbone(ModelParallelStrategy):
     load_optimizer_state_dict = Strategy.load_optimizer_state_dict
 
 
-def shard_backbone(model: Any, mesh: Any) -> None:
+def shard_backbone(model: CausalLM, mesh: Any) -> None:
     """Shard the decoder layers of an attached model over a one-dimensional device mesh, in place."""
     from torch.distributed.fsdp import fully_shard
 
