@@ -52,8 +52,10 @@ def stock_runs(model: CausalLM, name: str, length: int, new_tokens: int, repeats
     """
     from transformers import DynamicCache
 
+    config: Any = model.config  # transformers asks for its own class
+
     with _timed_stock(model) as clock, _only(model, name):
-        found, cache, token = _prefills(model, lambda: DynamicCache(config=model.config), length, repeats, clock)
+        found, cache, token = _prefills(model, lambda: DynamicCache(config=config), length, repeats, clock)
     if new_tokens == 0:
         return found
     found += _fastest(model, "decode", lambda: _stepper(model, cache), token, new_tokens)
@@ -107,7 +109,8 @@ def _prefills(
     rest: device time of the last run) and peak memory; the last run's cache and token.
     """
     _prefill(model, new_cache(), _ids(model, min(length, 4096)))  # kernels compiled, workspaces there
-    ids, times, cache, token, before = _ids(model, length), [], None, torch.zeros(0), 0
+    ids, times, token, before = _ids(model, length), [], torch.zeros(0), 0
+    cache: Any = None
     for _ in range(repeats):
         del cache
         cache = new_cache()

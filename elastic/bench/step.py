@@ -53,7 +53,7 @@ def random_backbone(name: str, layers: int | None, ratio: float, compiled: bool,
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model: CausalLM = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     attach(model, ElasticConfig()).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for router in routers(model):
@@ -69,16 +69,15 @@ def random_row(length: int, samples: int, vocabulary: int, device: torch.device)
     labels = torch.full_like(ids, IGNORE)
     for _, end in pairwise(bounds.tolist()):
         labels[0, end - ANSWER : end] = ids[0, end - ANSWER : end]
-    moved = {
-        "input_ids": ids,
-        "labels": labels,
-        "position_ids": torch.arange(length // samples).repeat(samples)[None],
-        "cu_seq_lens": bounds,
-        "prompt_spans": torch.stack([bounds[:-1], bounds[1:] - ANSWER], dim=1).long(),
-        "task_id": torch.arange(samples) % len(TASKS),
-    }
-    tensors: Any = {name: x.to(device) for name, x in moved.items()}
-    return Batch(**tensors, source=["random"] * samples)
+    return Batch(
+        input_ids=ids.to(device),
+        labels=labels.to(device),
+        position_ids=torch.arange(length // samples).repeat(samples)[None].to(device),
+        cu_seq_lens=bounds.to(device),
+        prompt_spans=torch.stack([bounds[:-1], bounds[1:] - ANSWER], dim=1).long().to(device),
+        task_id=(torch.arange(samples) % len(TASKS)).to(device),
+        source=["random"] * samples,
+    )
 
 
 def route_seed(model: CausalLM, ratio: float, samples: int, tries: int = 64) -> int:

@@ -129,4 +129,5 @@ def _streamer(tokenizer: Tokenizer) -> Any:
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             say(text, end="\n" if stream_end else "")
 
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    its_own: Any = tokenizer  # transformers asks for its own class
+    return Streamer(its_own, skip_prompt=True, skip_special_tokens=True)

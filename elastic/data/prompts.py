@@ -66,8 +66,8 @@ def encode_prompt(messages: list[dict[str, str]], tokenizer: Tokenizer) -> list[
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def left_pad(encoded: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, both [B, S], with the padding on the left."""
+def left_pad(encoded: list[list[int]], pad: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, both [B, S], with the padding on the left; rows of one length need no `pad`."""
     longest = max(map(len, encoded))
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded], device=device)

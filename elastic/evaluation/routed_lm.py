@@ -113,11 +113,9 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         clock, graph = _Clock(self.device), can_graph(self.model, architecture(self.model)["head_dim"])
         generation |= {"stop": stop, "logits_processor": LogitsProcessorList([clock])}
         with override_routes(self.model, self.route, self.sparse):
-            if graph:
-                cache: KVCache = new_cache(self.model, max_length - context.shape[1], "full")
-            else:
-                cache = DynamicCache(config=self.model.config)
-            with graphed(self.model, cache) if graph else nullcontext():
+            ours = new_cache(self.model, max_length - context.shape[1], "full") if graph else None
+            cache: KVCache = DynamicCache(config=self.model.config) if ours is None else ours
+            with nullcontext() if ours is None else graphed(self.model, ours):
                 output: Tensor = super()._model_generate(context, max_length, past_key_values=cache, **generation)
         record = route_of(cache)
         assert record.prompt_lengths is not None and clock.seconds is not None  # the prefill has just run

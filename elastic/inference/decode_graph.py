@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elastic.attention.routed import backend_for
 from elastic.cache.elastic_cache import ElasticCache
-from elastic.protocols import CausalLM
+from elastic.protocols import CausalLM, CausalLMOutput
 
 
 class DecodeGraph:
@@ -49,7 +49,10 @@ class DecodeGraph:
 
     def _run(self, token_B1: Tensor) -> Tensor:
         position = self.cache.count_B[:, None].clone()
-        return self.forward(token_B1, position_ids=position, past_key_values=self.cache, use_cache=True).logits
+        found: CausalLMOutput = self.forward(
+            token_B1, position_ids=position, past_key_values=self.cache, use_cache=True
+        )
+        return found.logits
 
     def _capture(self, token_B1: Tensor) -> None:
         """Record a step without running it; on the host it counts, the replay does the rest."""

@@ -197,7 +197,7 @@ def eos_ids(model: CausalLM) -> list[int]:
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
-def _answer(tokens: list[int], ends: list[int], pad: int) -> list[int]:
+def _answer(tokens: list[int], ends: list[int], pad: int | None) -> list[int]:
     """Tokens up to the end of the answer; rows that finished early are padded to the longest."""
     stop = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
     if stop is not None:

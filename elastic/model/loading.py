@@ -59,7 +59,7 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Tokenizer:
     """The backbone's tokenizer, padding on the left as generation needs it."""
     from transformers import AutoTokenizer
 
-    tokenizer = _pretrained(AutoTokenizer, name, gguf_file=gguf_file)
+    tokenizer: Tokenizer = _pretrained(AutoTokenizer, name, gguf_file=gguf_file)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
         raise ValueError(
             f"backbone {name!r} has no tokenizer files (tokenizer.json and the like); save its tokenizer beside it"
@@ -213,7 +213,7 @@ def _convert_gguf(file: Path, out: Path) -> None:
         raise ValueError(f"reading {file.name} needs gguf and accelerate; run `pip install gguf accelerate`") from error
     settings = quantised.config.to_dict()
     settings.pop("quantization_config", None)
-    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model: Any = LlamaForCausalLM(LlamaConfig(**settings))
     model.to(torch.bfloat16).load_state_dict(quantised.state_dict())
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
