@@ -7,7 +7,7 @@ Legend: B rows, S tokens, V vocabulary, K KV heads, D head dim, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, overload
 
 if TYPE_CHECKING:
@@ -20,13 +20,14 @@ class Module(Protocol):
     """What is used of `torch.nn.Module` where a protocol must be one too, which cannot inherit from a class.
 
     Attributes:
-        forward: replaced on the instance, and deleted again, where work is done in another way.
         training: in training mode routers sample.
     """
 
-    forward: Callable[..., Any]
     training: bool
     _modules: dict[str, nn.Module | None]
+
+    @property
+    def forward(self) -> Callable[..., Any]: ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -116,35 +117,20 @@ class Layers(Protocol):
     def __getitem__(self, index: int) -> DecoderLayer: ...
 
 
-class ModelConfig(Protocol):
-    """Settings that all families share. `head_dim` and `sliding_window` exist in some only."""
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    max_position_embeddings: int
-    _attn_implementation: str
-
-
-class GenerationConfig(Protocol):
-    """Defaults of `generate`."""
-
-    eos_token_id: int | list[int] | None
-
-
 class CausalLM(Module, Protocol):
     """A transformers causal LM.
 
     Attributes:
+        config: its settings, which differ by family; `elastic.model.loading.architecture` reads those of the shape.
         device, dtype: of its weights.
         generation_config: says which tokens end an answer.
     """
 
-    config: ModelConfig
-    generation_config: GenerationConfig
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def generation_config(self) -> Any: ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> CausalLMOutput: ...
 
@@ -164,11 +150,9 @@ class CausalLM(Module, Protocol):
 
     def gradient_checkpointing_enable(self, settings: dict[str, Any], /) -> None: ...
 
-    def generate(self, inputs: Tensor, /, **options: Any) -> Tensor:
-        """Ids [B, S + new tokens] of prompts [B, S] and their answers."""
+    def generate(self, inputs: Tensor, **options: Any) -> Any:
+        """Ids [B, S + new tokens] of prompts [B, S] and their answers, or an object that the options ask for."""
         ...
-
-    def to(self, place: str | torch.device | torch.dtype, /) -> Self: ...
 
 
 class CausalLMOutput(Protocol):
@@ -235,10 +219,22 @@ class Tokenizer(Protocol):
 
     def __call__(self, text: str, **options: Any) -> Encoding: ...
 
-    def apply_chat_template(self, messages: list[dict[str, str]], *, tokenize: Literal[False], **options: Any) -> str:
-        """The conversation as the model reads it."""
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any:
+        """The conversation as the model reads it: text with `tokenize=False`."""
         ...
 
-    def decode(self, token_ids: Iterable[int] | Tensor, **options: Any) -> str: ...
+    def decode(self, token_ids: list[int] | Tensor, **options: Any) -> Any:
+        """Text of one answer; a list of texts for rows."""
+        ...
 
     def get_vocab(self) -> dict[str, int]: ...
+
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    def _described(
+        model: LlamaForCausalLM, cache: DynamicCache, tokenizer: PreTrainedTokenizerFast
+    ) -> tuple[CausalLM, KVCache, Tokenizer]:
+        """transformers' own classes fit, as users annotate them; mypy is the test."""
+        return model, cache, tokenizer

@@ -52,10 +52,8 @@ def stock_runs(model: CausalLM, name: str, length: int, new_tokens: int, repeats
     """
     from transformers import DynamicCache
 
-    config: Any = model.config  # transformers asks for its own class
-
     with _timed_stock(model) as clock, _only(model, name):
-        found, cache, token = _prefills(model, lambda: DynamicCache(config=config), length, repeats, clock)
+        found, cache, token = _prefills(model, lambda: DynamicCache(config=model.config), length, repeats, clock)
     if new_tokens == 0:
         return found
     found += _fastest(model, "decode", lambda: _stepper(model, cache), token, new_tokens)

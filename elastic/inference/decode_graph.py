@@ -85,14 +85,15 @@ def graphed(model: CausalLM, cache: ElasticCache) -> Iterator[None]:
     Positions are those of `generate`: a sample's tokens counted from its first valid one.
     """
     before = vars(model).get("forward")
-    model.forward = _Graphed(DecodeGraph(model, cache))
+    part: Any = model  # of which the protocol lets nobody assign a method
+    part.forward = _Graphed(DecodeGraph(model, cache))
     try:
         with torch.cuda.device(model.device):  # whose stream is captured
             yield
     finally:
-        del model.forward
+        del part.forward
         if before is not None:
-            model.forward = before
+            part.forward = before
 
 
 def can_graph(model: CausalLM, head_dim: int) -> bool:
