@@ -12,10 +12,12 @@ import warnings
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 from elastic.data.shards import SPLITS
 from elastic.files import text_sha256
 
+T = TypeVar("T")
 MIN_WORDS = 150
 PIECE = 20_000  # words; a longer document of the user is cut, so that one book fills all splits
 TEXT_ENDINGS = (".txt", ".md", ".rst")
@@ -196,7 +198,7 @@ def _files(root: Path, endings: tuple[str, ...]) -> list[Path]:
     return sorted(p for p in found if not set(p.relative_to(root).parts[:-1]) & set(_SKIPPED))
 
 
-def _some(items: list, what: str) -> tuple:
+def _some(items: list[T], what: str) -> tuple[T, ...]:
     if not items:
         raise FileNotFoundError(
             f"found no {what}; a Python with its sources and documentation is needed, or a folder with more documents "

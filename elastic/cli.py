@@ -28,9 +28,12 @@ def main(argv: list[str] | None = None) -> int:
     if name not in {**TRAINING, **COMMANDS}:
         return complain(name, _unknown(name))
     try:
+        code: int
         if name in TRAINING:
-            return importlib.import_module("elastic.commands.training").run(name, rest)
-        return importlib.import_module(f"elastic.commands.{name}").main(rest)
+            code = importlib.import_module("elastic.commands.training").run(name, rest)
+        else:
+            code = importlib.import_module(f"elastic.commands.{name}").main(rest)
+        return code
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         if os.environ.get("ELASTIC_TRACEBACK"):
             raise

@@ -47,7 +47,8 @@ def density(plan: HeadPlan) -> Tensor | None:
         return torch.ones(plan.mode_NK.shape, dtype=torch.float64, device=plan.mode_NK.device)
     blocks = plan.bits.shape[2]
     pairs = layout.memo(("pairs", plan.sparse.block), lambda: _pairs_of(plan, blocks))
-    return pairs.visited_share(plan.bits).unflatten(1, (plan.mode_NK.shape[1], -1)).mean(-1)
+    of_heads: Tensor = pairs.visited_share(plan.bits).unflatten(1, (plan.mode_NK.shape[1], -1)).mean(-1)
+    return of_heads
 
 
 @dataclass(frozen=True)

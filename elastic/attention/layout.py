@@ -9,12 +9,14 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from elastic.kernels.params import WHOLE_ROWS, Ranges
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,12 @@ class Layout:
     bounds: tuple[int, ...] = ()
     _memo: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    def memo(self, name: Hashable, build: Callable[[], Any]) -> Any:
+    def memo(self, name: Hashable, build: Callable[[], T]) -> T:
         """`build()` of the first call with this name: what the layers of one forward pass share."""
         if name not in self._memo:
             self._memo[name] = build()
-        return self._memo[name]
+        shared: T = self._memo[name]
+        return shared
 
     @property
     def past(self) -> int:

@@ -3,6 +3,8 @@
 from elastic.config import SparseConfig
 from elastic.kernels.params import BLOCK_SPARSE, FULL, STREAMING
 
+__all__ = ["BLOCK_SPARSE", "FULL", "MODE_IDS", "STREAMING", "mode_ids"]
+
 MODE_IDS = {"full": FULL, "streaming": STREAMING, "xattention": BLOCK_SPARSE}
 
 

@@ -26,9 +26,10 @@ def dense_mask(length: int, mode: str, sparse: SparseConfig, queries: int | None
     if mode == "full":
         return key <= position
     if mode == "streaming":
-        return visible(
+        seen: Tensor = visible(
             position, key, sink=sparse.sink, window=sparse.window, granule=sparse.granule, block=sparse.block
         )
+        return seen
     raise ValueError(f"the oracle has no mask for mode {mode!r}; expected full or streaming")
 
 

@@ -105,7 +105,8 @@ def fused(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan
     On the CPU the operators are their oracles, which is how the plan's translation is tested without a GPU.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BHSD, k_BKSD, v_BKSD))
-    return _Fused.apply(q, k, v, route_NK, plan, scale)
+    output: Tensor = _Fused.apply(q, k, v, route_NK, plan, scale)
+    return output
 
 
 class _Fused(torch.autograd.Function):

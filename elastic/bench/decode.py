@@ -123,7 +123,8 @@ def serial(backend: SDPBackend, case: DecodeCase, inputs: DecodeInputs) -> Call:
         kept = case.kept[heads]
         per_sample = pool.view(case.batch, whole, case.head_dim)
         begin = sum(case.kept[: heads.start])
-        return per_sample[:, begin : begin + sum(kept)].unflatten(1, (len(kept), kept[0]))
+        heads_BKSD: Tensor = per_sample[:, begin : begin + sum(kept)].unflatten(1, (len(kept), kept[0]))
+        return heads_BKSD
 
     def call(k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         out = torch.empty_like(inputs.q)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from elastic.config import ElasticConfig
 from elastic.model.attach import attach, routers
+from elastic.protocols import CausalLM
 from elastic.routing.router import MIN_STATISTICS, AttentionRouter
 
 _SHARED: dict[str, Any] = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 1 << 19}
@@ -49,7 +50,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def random_model(shape: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> Any:
+def random_model(shape: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> CausalLM:
     """A stock causal LM of this shape in eval mode, with all or so many of its layers; nothing is downloaded."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -59,7 +60,8 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype, layers: i
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return model.to(dtype).eval().requires_grad_(False)
+    stock: CausalLM = model.to(dtype).eval().requires_grad_(False)
+    return stock
 
 
 def force(router: Any, route_K: Tensor) -> None:
@@ -77,7 +79,7 @@ def force(router: Any, route_K: Tensor) -> None:
         router.count.fill_(MIN_STATISTICS)
 
 
-def route_at_random(model: Any, msr: float, config: ElasticConfig, seed: int = 0) -> float:
+def route_at_random(model: CausalLM, msr: float, config: ElasticConfig, seed: int = 0) -> float:
     """Attach routers that send a random share `msr` of all (layer, KV head) pairs to SA; returns the exact share."""
     found = routers(attach(model, config))
     pairs = len(found) * found[0].kv_heads

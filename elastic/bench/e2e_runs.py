@@ -18,6 +18,7 @@ from elastic.cache.elastic_cache import ElasticCache
 from elastic.inference.decode_graph import DecodeGraph
 from elastic.model import layer_hooks
 from elastic.model.attach import elastic_config, route_of, set_row_slice
+from elastic.protocols import CausalLM, KVCache
 
 Run = list[Measurement]
 STOCK = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
@@ -25,7 +26,7 @@ _WARM_STEPS = 3
 _TIMED_SDPA = "elastic-bench-sdpa"
 
 
-def elastic_runs(model: Any, length: int, new_tokens: int, repeats: int) -> Run:
+def elastic_runs(model: CausalLM, length: int, new_tokens: int, repeats: int) -> Run:
     """The attached model over an elastic cache; decode steps, if any, launched one by one and, on a GPU, as a CUDA
     graph.
     """
@@ -45,7 +46,7 @@ def elastic_runs(model: Any, length: int, new_tokens: int, repeats: int) -> Run:
     return found
 
 
-def stock_runs(model: Any, name: str, length: int, new_tokens: int, repeats: int) -> Run:
+def stock_runs(model: CausalLM, name: str, length: int, new_tokens: int, repeats: int) -> Run:
     """The stock model over transformers' DynamicCache; the prompt by one SDPA backend, decode steps by the fastest of
     all, launched one by one and, on a GPU, as a CUDA graph over the same cache written in place.
     """
@@ -64,7 +65,7 @@ def stock_runs(model: Any, name: str, length: int, new_tokens: int, repeats: int
 
 
 def _fastest(
-    model: Any, metric: str, make: Callable[[], Callable[[Tensor], Tensor]], token_B1: Tensor, new_tokens: int
+    model: CausalLM, metric: str, make: Callable[[], Callable[[Tensor], Tensor]], token_B1: Tensor, new_tokens: int
 ) -> Run:
     """Decode steps by every SDPA backend, and once more the fastest; a backend that fails says why."""
     found = []
@@ -79,7 +80,7 @@ def _fastest(
     return [*found, *({**max(timed, key=lambda r: r["value"]), "metric": metric} for _ in timed[:1])]
 
 
-def _only(model: Any, name: str) -> AbstractContextManager[Any]:
+def _only(model: CausalLM, name: str) -> AbstractContextManager[Any]:
     """Stock attention by one SDPA backend; the CPU has but one."""
     return sdpa_kernel(STOCK[name]) if model.device.type == "cuda" else nullcontext()
 
@@ -88,25 +89,26 @@ def _record(metric: str, value: float | None, unit: str) -> Measurement:
     return {"metric": metric, "value": value, "unit": unit}
 
 
-def _ids(model: Any, length: int) -> Tensor:
+def _ids(model: CausalLM, length: int) -> Tensor:
     generator = torch.Generator().manual_seed(length)
     return torch.randint(1, model.config.vocab_size, (1, length), generator=generator).to(model.device)
 
 
 @torch.no_grad()
-def _prefill(model: Any, cache: Any, ids: Tensor) -> Tensor:
+def _prefill(model: CausalLM, cache: KVCache, ids: Tensor) -> Tensor:
     """Next token [1, 1] of a prompt."""
     return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
 
 def _prefills(
-    model: Any, new_cache: Callable[[], Any], length: int, repeats: int, clock: "_Clock"
+    model: CausalLM, new_cache: Callable[[], Any], length: int, repeats: int, clock: "_Clock"
 ) -> tuple[Run, Any, Tensor]:
     """Time to first token (median, as the user waits for it), where it goes (attention, router with its pooling, the
     rest: device time of the last run) and peak memory; the last run's cache and token.
     """
     _prefill(model, new_cache(), _ids(model, min(length, 4096)))  # kernels compiled, workspaces there
-    ids, times, cache, token, before = _ids(model, length), [], None, torch.zeros(0), 0
+    ids, times, token, before = _ids(model, length), [], torch.zeros(0), 0
+    cache: Any = None
     for _ in range(repeats):
         del cache
         cache = new_cache()
@@ -124,7 +126,7 @@ def _prefills(
     return [*found, _record("rest", everything - attention - router, "ms")], cache, token
 
 
-def _cache_bytes(cache: Any, device: torch.device, before: int) -> int:
+def _cache_bytes(cache: KVCache, device: torch.device, before: int) -> int:
     """What the prompt left allocated on a GPU; on the CPU, the size of the cache's tensors."""
     held = cache.nbytes if isinstance(cache, ElasticCache) else 0  # gives every layer its storage
     if device.type == "cuda":
@@ -147,7 +149,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _stepper(model: Any, cache: Any) -> Callable[[Tensor], Tensor]:
+def _stepper(model: CausalLM, cache: KVCache) -> Callable[[Tensor], Tensor]:
     @torch.no_grad()
     def step(token_B1: Tensor) -> Tensor:
         return model(token_B1, past_key_values=cache, use_cache=True).logits
@@ -193,11 +195,13 @@ class _Clock:
     def total(self, part: str) -> float:
         """Milliseconds."""
         pairs = self.spans.get(part, [])
-        return sum(last - first if isinstance(first, float) else first.elapsed_time(last) for first, last in pairs)
+        return float(
+            sum(last - first if isinstance(first, float) else first.elapsed_time(last) for first, last in pairs)
+        )
 
 
 @contextmanager
-def _timed_elastic(model: Any) -> Iterator[_Clock]:
+def _timed_elastic(model: CausalLM) -> Iterator[_Clock]:
     row_slice, clock = RowSlice(), _Clock()
     row_slice.attend = clock.timed("attention", row_slice.attend)
     previous = set_row_slice(model, row_slice)
@@ -209,7 +213,7 @@ def _timed_elastic(model: Any) -> Iterator[_Clock]:
 
 
 @contextmanager
-def _timed_stock(model: Any) -> Iterator[_Clock]:
+def _timed_stock(model: CausalLM) -> Iterator[_Clock]:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask

@@ -10,7 +10,6 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,12 +27,12 @@ from elastic.bench.timing import host_microseconds
 from elastic.config import ElasticConfig
 from elastic.console import say
 from elastic.kernels import unsupported_reason
-from elastic.model.families import prerope_keys
+from elastic.model.families import RoutedAttention, prerope_keys
 from elastic.model.layer_hooks import route_layer
 from elastic.model.pass_state import ForwardPass
 from elastic.routing.decision import decide_from_keys
 from elastic.routing.pooling import Pooling
-from elastic.routing.router import AttentionRouter, Decision
+from elastic.routing.router import AttentionRouter, Decision, Router
 
 SUMMARY = "routing one layer at prefill: fused kernel beside PyTorch, from 512 to 1M tokens"
 LENGTHS = (512, 8192, 131_072, 1_048_576)
@@ -64,17 +63,25 @@ class RouteCase:
         return {"length": self.length, **shape, "dtype": self.dtype}
 
 
-def layers_of(case: RouteCase, config: ElasticConfig, device: str) -> list[Any]:
+@dataclass(eq=False)
+class _Attention:
+    k_proj: nn.Linear
+    head_dim: int
+    router: Router
+    layer_idx: int
+
+
+def layers_of(case: RouteCase, config: ElasticConfig, device: str) -> list[RoutedAttention]:
     """What routing reads of attention modules: a key projection and a router with random weights and statistics."""
     torch.manual_seed(0)
-    made = []
+    made: list[RoutedAttention] = []
     for index in range(LAYERS):
         with torch.device(device):
             project = nn.Linear(case.hidden, case.kv_heads * case.head_dim, bias=False, dtype=DTYPES[case.dtype])
             router = AttentionRouter(case.kv_heads, case.head_dim, config.router).eval()
             nn.init.normal_(router.head[-1].weight, std=0.05)  # type: ignore[arg-type]
             router.update_statistics(0.2 * torch.randn(64, case.kv_heads, case.head_dim))
-        attn = SimpleNamespace(k_proj=project, head_dim=case.head_dim, router=router, layer_idx=index)
+        attn = _Attention(k_proj=project, head_dim=case.head_dim, router=router, layer_idx=index)
         made.append(attn)
     return made
 
@@ -84,19 +91,19 @@ def plan_of(decision: Decision, of_pass: ForwardPass) -> HeadPlan:
     return HeadPlan.build(decision.route_NK, of_pass.config.sparse, of_pass.layout, mode_NK=decision.mode_NK)
 
 
-def whole(layers: list[Any], hidden: Tensor, of_pass: ForwardPass) -> list[Callable[[], HeadPlan]]:
+def whole(layers: list[RoutedAttention], hidden: Tensor, of_pass: ForwardPass) -> list[Callable[[], HeadPlan]]:
     """Per layer: route and plan from the hidden states."""
     return [lambda attn=attn: plan_of(route_layer(attn, hidden, of_pass), of_pass) for attn in layers]  # type: ignore[misc]
 
 
-def from_keys(layers: list[Any], hidden: Tensor, of_pass: ForwardPass) -> list[Callable[[], HeadPlan]]:
+def from_keys(layers: list[RoutedAttention], hidden: Tensor, of_pass: ForwardPass) -> list[Callable[[], HeadPlan]]:
     """Per layer: route and plan from keys that are gathered and projected already."""
     config, row_slice = of_pass.config, of_pass.row_slice
     pooling = Pooling.shared(of_pass.layout, config.router.pool_tokens, hidden.shape[1], row_slice)
     pooled = hidden.flatten(0, 1).index_select(0, pooling.token_M).unflatten(0, pooling.weight_N2P.shape)
     keys = [prerope_keys(attn, pooled) for attn in layers]
 
-    def call(attn: Any, key: Tensor) -> HeadPlan:
+    def call(attn: RoutedAttention, key: Tensor) -> HeadPlan:
         decision, _ = decide_from_keys(
             attn.router, key, pooling, config, None, row_slice=row_slice, fused=of_pass.fused
         )
@@ -112,10 +119,10 @@ def launches(call: Callable[[], Any]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    return sum(event.device_type.name == "CUDA" for event in profile.events())
 
 
-def disagreement(layers: list[Any], hidden: Tensor, layout: Layout, config: ElasticConfig) -> str | None:
+def disagreement(layers: list[RoutedAttention], hidden: Tensor, layout: Layout, config: ElasticConfig) -> str | None:
     """Where kernel and PyTorch decide differently although the logits are apart; None: nowhere."""
     for attn in layers:
         passes = [ForwardPass.of(layout, config, fused=fused) for fused in (True, False)]

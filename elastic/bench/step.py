@@ -16,6 +16,7 @@ from elastic.data.packing import IGNORE, Batch
 from elastic.data.tasks import TASKS
 from elastic.model.attach import attach, elastic_config, last_routes, routers, set_config
 from elastic.model.compiling import compile_layers
+from elastic.protocols import CausalLM
 from elastic.routing.relaxation import sample_route
 from elastic.routing.sparsity import msr
 from elastic.training.objective import RoutedPass, TargetObjective
@@ -37,7 +38,7 @@ def bounds_of(length: int, samples: int) -> Tensor:
     return torch.arange(0, length + 1, length // samples, dtype=torch.int32)
 
 
-def random_backbone(name: str, layers: int | None, ratio: float, compiled: bool, device: torch.device) -> Any:
+def random_backbone(name: str, layers: int | None, ratio: float, compiled: bool, device: torch.device) -> CausalLM:
     """A random bf16 causal LM of a shape, ready to train under gradient checkpointing.
 
     Args:
@@ -52,7 +53,7 @@ def random_backbone(name: str, layers: int | None, ratio: float, compiled: bool,
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model: CausalLM = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     attach(model, ElasticConfig()).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for router in routers(model):
@@ -68,18 +69,18 @@ def random_row(length: int, samples: int, vocabulary: int, device: torch.device)
     labels = torch.full_like(ids, IGNORE)
     for _, end in pairwise(bounds.tolist()):
         labels[0, end - ANSWER : end] = ids[0, end - ANSWER : end]
-    moved = {
-        "input_ids": ids,
-        "labels": labels,
-        "position_ids": torch.arange(length // samples).repeat(samples)[None],
-        "cu_seq_lens": bounds,
-        "prompt_spans": torch.stack([bounds[:-1], bounds[1:] - ANSWER], dim=1).long(),
-        "task_id": torch.arange(samples) % len(TASKS),
-    }
-    return Batch(**{name: x.to(device) for name, x in moved.items()}, source=["random"] * samples)  # type: ignore[typeddict-item]
+    return Batch(
+        input_ids=ids.to(device),
+        labels=labels.to(device),
+        position_ids=torch.arange(length // samples).repeat(samples)[None].to(device),
+        cu_seq_lens=bounds.to(device),
+        prompt_spans=torch.stack([bounds[:-1], bounds[1:] - ANSWER], dim=1).long().to(device),
+        task_id=(torch.arange(samples) % len(TASKS)).to(device),
+        source=["random"] * samples,
+    )
 
 
-def route_seed(model: Any, ratio: float, samples: int, tries: int = 64) -> int:
+def route_seed(model: CausalLM, ratio: float, samples: int, tries: int = 64) -> int:
     """The seed among the first `tries` whose noise brings undecided routers with their bias nearest to this MSR."""
 
     def distance(seed: int) -> float:
@@ -97,7 +98,7 @@ def route_seed(model: Any, ratio: float, samples: int, tries: int = 64) -> int:
 class Step:
     """One optimiser step of a routed backbone on one packed row: objective `target`, AdamW on the routers."""
 
-    def __init__(self, model: Any, batch: Batch, share: float, ratio: float) -> None:
+    def __init__(self, model: CausalLM, batch: Batch, share: float, ratio: float) -> None:
         self.model, self.batch = model, batch
         self.config = replace(elastic_config(model), gradient_share=share)
         self.seed = route_seed(model, ratio, batch["cu_seq_lens"].shape[0] - 1)

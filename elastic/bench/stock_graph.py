@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from elastic.model.attention_function import no_mask
+from elastic.protocols import CausalLM
 
 _UNMASKED_SDPA = "elastic-bench-unmasked"
 
@@ -25,7 +26,7 @@ class LastPlaceLayer(DynamicLayer):
     values: Tensor
 
     def __init__(self, filled: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers annotates no constructor of a layer
         self.dtype, self.device, self.is_initialized = filled.keys.dtype, filled.keys.device, True
         self.keys, self.values = (torch.cat([x, x[:, :, -1:]], 2) for x in (filled.keys, filled.values))
 
@@ -45,7 +46,7 @@ def give_room(cache: Cache) -> None:
         cache.layers[index] = LastPlaceLayer(layer)
 
 
-def in_place_step(model: Any, cache: Cache) -> Callable[[Tensor], Tensor]:
+def in_place_step(model: CausalLM, cache: Cache) -> Callable[[Tensor], Tensor]:
     """Logits [1, 1, V] of a token [1, 1], over a cache that `give_room` made."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

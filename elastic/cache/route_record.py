@@ -4,7 +4,6 @@ Legend: L layers, N samples, K KV heads, D head dim.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from elastic.attention.layout import Layout
 from elastic.attention.modes import mode_ids
 from elastic.config import SparseConfig
+from elastic.protocols import KVCache
 
 _RECORD = "_elastic_record"
 
@@ -113,19 +113,19 @@ def same_override(one: int | Tensor | None, two: int | Tensor | None) -> bool:
     return one == two
 
 
-def find_record(cache: Any) -> RouteRecord | None:
+def find_record(cache: KVCache | None) -> RouteRecord | None:
     """The record on a cache, if there is one."""
     return getattr(cache, _RECORD, None)
 
 
-def new_record(cache: Any) -> RouteRecord:
+def new_record(cache: KVCache) -> RouteRecord:
     """Give the cache an empty record."""
     record = RouteRecord()
     setattr(cache, _RECORD, record)
     return record
 
 
-def route_of(cache: Any) -> RouteRecord:
+def route_of(cache: KVCache) -> RouteRecord:
     """The decisions stored on a KV cache by the prefill that filled it.
 
     Raises:

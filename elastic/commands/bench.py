@@ -38,7 +38,8 @@ def main(argv: list[str]) -> int:
         return OTHERS[args.benchmark](args)
     from elastic.bench.records import command_line
 
-    return _benchmark(args.benchmark).run(args, command_line(argv))
+    code: int = _benchmark(args.benchmark).run(args, command_line(argv))
+    return code
 
 
 def _benchmark(name: str) -> Any:

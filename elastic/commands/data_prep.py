@@ -26,7 +26,8 @@ def main(argv: list[str]) -> int:
         return 0
     if name not in STEPS:
         return complain("data_prep", f"there is no step {name!r}; {hint(name, list(STEPS), 'steps')}")
-    return part(name).main(rest, f"elastic data_prep {name}")
+    code: int = part(name).main(rest, f"elastic data_prep {name}")
+    return code
 
 
 def usage() -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from elastic.commands.catalogue import COMMANDS
 from elastic.console import Parser, complain, say, supports_unicode
+from elastic.protocols import CausalLM, Tokenizer
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,7 +67,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
     if not args.prompt_file.is_file():
         raise FileNotFoundError(f"--prompt-file {args.prompt_file}: no such file")
     try:
-        return args.prompt_file.read_text(encoding="utf-8")
+        return str(args.prompt_file.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompt-file {args.prompt_file} is not UTF-8 (byte {error.start}); convert it") from error
 
@@ -98,14 +99,14 @@ def _answer(args: argparse.Namespace, prompt: str) -> None:
 
 
 @contextmanager
-def prompt_progress(model: Any) -> Iterator[None]:
+def prompt_progress(model: CausalLM) -> Iterator[None]:
     """While a prompt is read, a bar on stderr that counts layers, where stderr is a terminal."""
     from tqdm import tqdm
 
     layers = model.get_decoder().layers
     bar = tqdm(total=len(layers), desc="reading the prompt", unit="layer", leave=False, disable=None)
 
-    def after_layer(_layer: Any, args: tuple, _output: Any) -> None:
+    def after_layer(_layer: Any, args: tuple[Any, ...], _output: Any) -> None:
         if args[0].shape[1] > 1 and not bar.disable:
             bar.update()
             if bar.n >= len(layers):
@@ -120,7 +121,7 @@ def prompt_progress(model: Any) -> Iterator[None]:
             hook.remove()
 
 
-def _streamer(tokenizer: Any) -> Any:
+def _streamer(tokenizer: Tokenizer) -> Any:
     """Text to stdout as it is made, escaped where the terminal cannot show it."""
     from transformers import TextStreamer
 
@@ -128,4 +129,5 @@ def _streamer(tokenizer: Any) -> Any:
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             say(text, end="\n" if stream_end else "")
 
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    its_own: Any = tokenizer  # transformers asks for its own class
+    return Streamer(its_own, skip_prompt=True, skip_special_tokens=True)

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # its __all__ is made at run time
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -39,7 +39,7 @@ class NamedConfig(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Read the settings; values that are neither a name nor a plain path (YAML text, URLs) are the parent's."""
         found = str(find_config(values)) if re.fullmatch(r"[\w./~-]+", values) else values
-        super().__call__(parser, cfg, found, option_string)
+        super().__call__(parser, cfg, found, option_string)  # type: ignore[no-untyped-call]  # as jsonargparse wrote it
 
 
 class ElasticCLI(LightningCLI):

@@ -200,19 +200,19 @@ class MixtureDataModule(LightningDataModule):
         sampler = MixtureSampler(sizes, weights, self.rows_per_step, self.seed, rank, world)
         return ResumableLoader(ConcatDataset(data), sampler, self.micro_batch_rows, self.num_workers)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[Batch]:
         """Batches of `micro_batch_rows` rows, in order."""
         return self._sequential("validation")
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader[Batch]:
         """Batches of `micro_batch_rows` rows, in order."""
         return self._sequential("test")
 
-    def predict_dataloader(self) -> DataLoader:
+    def predict_dataloader(self) -> DataLoader[Batch]:
         """Batches of `micro_batch_rows` rows, in order."""
         return self._sequential("test")
 
-    def _sequential(self, split: str) -> DataLoader:
+    def _sequential(self, split: str) -> DataLoader[Batch]:
         data = [open_corpus(self.data_dir, split, name) for name in self._corpora(split)]
         rows = self.micro_batch_rows
         return DataLoader(ConcatDataset(data), batch_size=rows, collate_fn=collate, num_workers=self.num_workers)

@@ -6,7 +6,7 @@ aligned with the inputs (the loss shifts them) and -100 on prompts.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from elastic.data.prompts import encode_prompt
 from elastic.data.records import Record
 from elastic.data.tasks import task_index
+from elastic.protocols import Tokenizer
 
 IGNORE = -100
 
@@ -69,7 +70,7 @@ class Batch(TypedDict):
     source: list[str]
 
 
-def tokenise(record: Record, tokenizer: Any) -> Sample:
+def tokenise(record: Record, tokenizer: Tokenizer) -> Sample:
     """Prompt through the chat template with its generation prompt; then the answer and the end-of-sequence token.
 
     An answer with a prefix completes a sentence, which may continue, so no end-of-sequence token is required. The

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic.protocols import CausalLM, Tokenizer
+
 Message = Mapping[str, str]
 Prompts = str | Sequence[str] | Sequence[Message]
 
@@ -25,7 +27,7 @@ def single_prompts(prompt: Any) -> list[str | list[Message]]:
     raise ValueError(f"prompt is a list of {kinds}; expected texts, or one conversation of role/content messages")
 
 
-def encode(item: str | list[Message], tokenizer: Any, chat_template: bool) -> list[int]:
+def encode(item: str | list[Message], tokenizer: Tokenizer, chat_template: bool) -> list[int]:
     """Token ids of one prompt.
 
     Raises:
@@ -49,7 +51,7 @@ def encode(item: str | list[Message], tokenizer: Any, chat_template: bool) -> li
     return encode_prompt([dict(message) for message in item], tokenizer)
 
 
-def encode_messages(messages: Sequence[Message], tokenizer: Any) -> list[int]:
+def encode_messages(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
     """Token ids of a conversation in the tokenizer's chat template, ready for the answer.
 
     Raises:
@@ -58,21 +60,21 @@ def encode_messages(messages: Sequence[Message], tokenizer: Any) -> list[int]:
     return encode(list(messages), tokenizer, chat_template=True)
 
 
-def encode_prompt(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
+def encode_prompt(messages: list[dict[str, str]], tokenizer: Tokenizer) -> list[int]:
     """Token ids of a chat up to and including the generation prompt."""
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def left_pad(encoded: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, both [B, S], with the padding on the left."""
+def left_pad(encoded: list[list[int]], pad: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, both [B, S], with the padding on the left; rows of one length need no `pad`."""
     longest = max(map(len, encoded))
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded], device=device)
     return ids, mask
 
 
-def check_length(encoded: list[list[int]], model: Any, max_new_tokens: int) -> None:
+def check_length(encoded: list[list[int]], model: CausalLM, max_new_tokens: int) -> None:
     """Refuse prompts that are empty or leave no room for the new tokens."""
     limit = model.config.max_position_embeddings
     for number, ids in enumerate(encoded):

@@ -15,6 +15,7 @@ from typing import Any
 from elastic.data.packing import PackedRow
 from elastic.data.tasks import TASKS
 from elastic.files import file_sha256, is_foreign, new_folder, text_sha256
+from elastic.protocols import Tokenizer
 
 FORMAT = 2
 SPLITS = ("train", "validation", "test")
@@ -112,7 +113,7 @@ def read_manifest(data_dir: str | Path) -> dict[str, Any]:
             f"no data at {data_dir} ({MANIFEST} is missing); build it with `elastic data_prep tokenize_and_pack`"
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = manifest["format"]
         manifest["splits"]
     except (ValueError, KeyError, TypeError) as error:
@@ -152,7 +153,7 @@ def sources_of(manifest: dict[str, Any], split: str) -> tuple[str, ...]:
     return tuple(sorted({name for entry in manifest["splits"][split].values() for name in entry["sources"]}))
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """sha256 of vocabulary and chat template: what decides how records become tokens."""
     text = json.dumps([sorted(tokenizer.get_vocab().items()), str(tokenizer.chat_template)])
     return text_sha256(text)

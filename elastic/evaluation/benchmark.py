@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from elastic.protocols import Tokenizer
+
 
 @dataclass(frozen=True)
 class Request:
@@ -21,7 +23,7 @@ class Request:
     task: str
     length: int | None
     samples: int | None
-    tokenizer: Any
+    tokenizer: Tokenizer
     seed: int
     chat: bool
 

@@ -18,6 +18,7 @@ from elastic.attention.routed import Routed
 from elastic.attention.row_slice import RowSlice
 from elastic.files import write_atomic
 from elastic.model.attach import override_routes, set_row_slice
+from elastic.protocols import CausalLM, Tokenizer
 
 NEEDLE_TASKS = ("niah_single_1", "niah_multikey_2")  # without outside data, one needle asked for
 
@@ -41,7 +42,7 @@ class _Watch(RowSlice):
 
 
 @torch.no_grad()
-def retrieval_scores(model: Any, tokenizer: Any, docs: Sequence[dict[str, Any]]) -> Tensor:
+def retrieval_scores(model: CausalLM, tokenizer: Tokenizer, docs: Sequence[dict[str, Any]]) -> Tensor:
     """Retrieval score [L, K] of the dense model: over samples and answer tokens, the mean attention from the position
     that emits the token to the needle's sentence, of the query head of the group that has most of it.
 
@@ -69,7 +70,7 @@ def retrieval_scores(model: Any, tokenizer: Any, docs: Sequence[dict[str, Any]])
     return total / len(docs)
 
 
-def _tokens(doc: dict[str, Any], tokenizer: Any) -> tuple[list[int], Tensor, int]:
+def _tokens(doc: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], Tensor, int]:
     """Ids of prompt and answer without its last token, which of them are the needle [S], and the answer's length."""
     prompt, answer = f"{doc['input']} {doc['gen_prefix']}", doc["outputs"][0]
     value = prompt.find(answer)

@@ -19,6 +19,7 @@ from elastic.inference.decode_graph import can_graph, graphed
 from elastic.inference.generate import eos_ids, new_cache
 from elastic.model.attach import elastic_config, last_routes, override_routes, route_of
 from elastic.model.loading import architecture
+from elastic.protocols import CausalLM, KVCache, Tokenizer
 from elastic.routing.sparsity import esr, msr
 
 
@@ -55,8 +56,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: CausalLM,
+        tokenizer: Tokenizer,
         route: int | Tensor | None,
         batch_size: int = 1,
         max_length: int | None = None,
@@ -112,11 +113,9 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         clock, graph = _Clock(self.device), can_graph(self.model, architecture(self.model)["head_dim"])
         generation |= {"stop": stop, "logits_processor": LogitsProcessorList([clock])}
         with override_routes(self.model, self.route, self.sparse):
-            if graph:
-                cache: Any = new_cache(self.model, max_length - context.shape[1], "full")
-            else:
-                cache = DynamicCache(config=self.model.config)
-            with graphed(self.model, cache) if graph else nullcontext():
+            ours = new_cache(self.model, max_length - context.shape[1], "full") if graph else None
+            cache: KVCache = DynamicCache(config=self.model.config) if ours is None else ours
+            with nullcontext() if ours is None else graphed(self.model, ours):
                 output: Tensor = super()._model_generate(context, max_length, past_key_values=cache, **generation)
         record = route_of(cache)
         assert record.prompt_lengths is not None and clock.seconds is not None  # the prefill has just run

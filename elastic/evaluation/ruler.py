@@ -10,6 +10,7 @@ from elastic.evaluation.benchmark import Request
 from elastic.evaluation.ruler_data import RulerData
 from elastic.evaluation.ruler_samples import NEEDLES, Doc, generate, new_tokens
 from elastic.files import alone, cache_folder, text_sha256, write_atomic
+from elastic.protocols import Tokenizer
 
 QA = {"ruler_qa_squad": "squad", "ruler_qa_hotpot": "hotpotqa"}
 SYNTHETIC = (*NEEDLES, "ruler_vt", "ruler_cwe", "ruler_fwe")
@@ -152,7 +153,7 @@ def score(task: str, prediction: str, references: list[str]) -> float:
     return float(string_match_all(answer, [references]))
 
 
-def prompt_tokens(doc: Doc, task: str, tokenizer: Any, chat: bool) -> int:
+def prompt_tokens(doc: Doc, task: str, tokenizer: Tokenizer, chat: bool) -> int:
     """Length of the prompt that the harness makes of a sample."""
     text, prefix = doc["input"], doc["gen_prefix"]
     if not chat:

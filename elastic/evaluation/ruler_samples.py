@@ -16,6 +16,7 @@ from typing import Any
 
 from elastic.evaluation.ruler_data import RulerData, sentences
 from elastic.files import text_sha256
+from elastic.protocols import Tokenizer
 
 Doc = dict[str, Any]
 ENOUGH, AIM = 0.97, 0.985  # of the length: a sample under ENOUGH is drawn again, one over AIM ends the search
@@ -59,7 +60,7 @@ class Source:
 
 
 def generate(
-    task: str, length: int, count: int, tokens: Callable[[Doc], int], tokenizer: Any, data: RulerData, seed: int
+    task: str, length: int, count: int, tokens: Callable[[Doc], int], tokenizer: Tokenizer, data: RulerData, seed: int
 ) -> list[Doc]:
     """`count` samples whose prompt and answer together have at most `length` tokens.
 
@@ -177,7 +178,7 @@ def _seed(text: str) -> None:
     cwe_utils.RNG.seed(number)
 
 
-def _source(task: str, length: int, tokenizer: Any, data: RulerData) -> Source:
+def _source(task: str, length: int, tokenizer: Tokenizer, data: RulerData) -> Source:
     if task in NEEDLES:
         return _needles(task, length, tokenizer, data)
     makers = {"ruler_vt": _variables, "ruler_cwe": _common_words, "ruler_fwe": _frequent_words}
@@ -186,7 +187,7 @@ def _source(task: str, length: int, tokenizer: Any, data: RulerData) -> Source:
     return _questions(data.squad_questions if task == "ruler_qa_squad" else data.hotpotqa_questions)
 
 
-def _needles(task: str, length: int, tokenizer: Any, data: RulerData) -> Source:
+def _needles(task: str, length: int, tokenizer: Tokenizer, data: RulerData) -> Source:
     from lm_eval.tasks.ruler.niah_utils import TEMPLATE
     from lm_eval.tasks.ruler.prepare_niah import generate_input_output, get_haystack
 
@@ -215,7 +216,7 @@ def _needles(task: str, length: int, tokenizer: Any, data: RulerData) -> Source:
 
 
 @contextlib.contextmanager
-def _short_identifiers(tokenizer: Any, candidates: int) -> Iterator[None]:
+def _short_identifiers(tokenizer: Tokenizer, candidates: int) -> Iterator[None]:
     """Every identifier is the one with the fewest tokens among so many random ones. A line of two of them is too coarse
     a step for short lengths, and the sums of many random ones too alike for another draw to help.
     """
@@ -232,7 +233,7 @@ def _short_identifiers(tokenizer: Any, candidates: int) -> Iterator[None]:
         prepare_niah.generate_random_uuid = draw
 
 
-def _variables(length: int, tokenizer: Any, _data: RulerData) -> Source:
+def _variables(length: int, tokenizer: Tokenizer, _data: RulerData) -> Source:
     from lm_eval.tasks.ruler import vt_utils
 
     example = vt_utils.sys_vartrack_w_noise_random(tokenizer, num_samples=1, max_seq_length=500, incremental=5)[0]
@@ -249,7 +250,7 @@ def _variables(length: int, tokenizer: Any, _data: RulerData) -> Source:
     return Source(make, max(6, length // 30), 6)
 
 
-def _common_words(length: int, _tokenizer: Any, data: RulerData) -> Source:
+def _common_words(length: int, _tokenizer: Tokenizer, data: RulerData) -> Source:
     from lm_eval.tasks.ruler import cwe_utils
 
     small, large, prefix = cwe_utils.WORDS, data.long_words, cwe_utils.CONFIG["answer_prefix"]
@@ -267,7 +268,7 @@ def _common_words(length: int, _tokenizer: Any, data: RulerData) -> Source:
     return Source(make, max(11, length // (6 if length < 4096 else 18)), 11, max(len(small), len(large or ())))
 
 
-def _frequent_words(length: int, _tokenizer: Any, _data: RulerData) -> Source:
+def _frequent_words(length: int, _tokenizer: Tokenizer, _data: RulerData) -> Source:
     from lm_eval.tasks.ruler import fwe_utils
 
     prefix = fwe_utils.CONFIG["answer_prefix"]

@@ -15,6 +15,7 @@ from elastic.config import ElasticConfig, SparseConfig
 from elastic.evaluation.benchmark import Benchmark, Request
 from elastic.evaluation.scores import BY, LOCK, row_of
 from elastic.files import alone, file_sha256, write_atomic
+from elastic.protocols import CausalLM, Tokenizer
 from elastic.routing.methods import Method
 
 RANDOM_SEED = "random_seed"  # what the heads of a random method were drawn by, in the origin of its results
@@ -123,7 +124,7 @@ def run(plan: EvaluationPlan, methods: Sequence[Method], out: Path) -> list[dict
     return rows
 
 
-def load_model(plan: EvaluationPlan, method: Method) -> tuple[Any, Any]:
+def load_model(plan: EvaluationPlan, method: Method) -> tuple[CausalLM, Tokenizer]:
     """The method's model, attached and in eval mode, and its tokenizer."""
     if method.checkpoint is not None:
         from elastic.inference.generate import load
@@ -137,7 +138,7 @@ def load_model(plan: EvaluationPlan, method: Method) -> tuple[Any, Any]:
 
 
 def _evaluate(
-    plan: EvaluationPlan, method: Method, cells: Sequence[Cell], model: Any, tokenizer: Any
+    plan: EvaluationPlan, method: Method, cells: Sequence[Cell], model: CausalLM, tokenizer: Tokenizer
 ) -> list[list[dict[str, Any]]]:
     """Per cell and sample: prediction, references, score, MSR, ESR, prefill seconds and tokens."""
     import torch

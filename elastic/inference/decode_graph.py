@@ -13,6 +13,7 @@ from torch import Tensor
 
 from elastic.attention.routed import backend_for
 from elastic.cache.elastic_cache import ElasticCache
+from elastic.protocols import CausalLM, CausalLMOutput
 
 
 class DecodeGraph:
@@ -23,7 +24,7 @@ class DecodeGraph:
         cache: filled by the prompt; routes, overrides and settings must stay as they are.
     """
 
-    def __init__(self, model: Any, cache: ElasticCache) -> None:
+    def __init__(self, model: CausalLM, cache: ElasticCache) -> None:
         self.forward, self.cache = model.forward, cache
         self.graph: torch.cuda.CUDAGraph | None = None
         self.version = -1
@@ -48,7 +49,10 @@ class DecodeGraph:
 
     def _run(self, token_B1: Tensor) -> Tensor:
         position = self.cache.count_B[:, None].clone()
-        return self.forward(token_B1, position_ids=position, past_key_values=self.cache, use_cache=True).logits
+        found: CausalLMOutput = self.forward(
+            token_B1, position_ids=position, past_key_values=self.cache, use_cache=True
+        )
+        return found.logits
 
     def _capture(self, token_B1: Tensor) -> None:
         """Record a step without running it; on the host it counts, the replay does the rest."""
@@ -75,22 +79,23 @@ class _Graphed:
 
 
 @contextmanager
-def graphed(model: Any, cache: ElasticCache) -> Iterator[None]:
+def graphed(model: CausalLM, cache: ElasticCache) -> Iterator[None]:
     """Inside the context, `model.generate` over `cache` replays its decode steps as CUDA graphs.
 
     Positions are those of `generate`: a sample's tokens counted from its first valid one.
     """
     before = vars(model).get("forward")
-    model.forward = _Graphed(DecodeGraph(model, cache))
+    part: Any = model  # of which the protocol lets nobody assign a method
+    part.forward = _Graphed(DecodeGraph(model, cache))
     try:
         with torch.cuda.device(model.device):  # whose stream is captured
             yield
     finally:
-        del model.forward
+        del part.forward
         if before is not None:
-            model.forward = before
+            part.forward = before
 
 
-def can_graph(model: Any, head_dim: int) -> bool:
+def can_graph(model: CausalLM, head_dim: int) -> bool:
     """Whether decode steps of this model run through the decode kernel, as a graph needs."""
     return not backend_for(model.device, model.dtype, head_dim).startswith("torch")

@@ -15,6 +15,7 @@ from elastic.inference.report import RouteReport, route_reports
 from elastic.model.attach import biased, elastic_config, is_attached, route_of, set_config
 from elastic.model.checkpoint import load_into, read_elastic
 from elastic.model.loading import architecture, load_backbone
+from elastic.protocols import CausalLM, KVCache, Tokenizer
 
 _OWN = ("input_ids", "inputs_embeds", "attention_mask", "past_key_values", "return_dict_in_generate", "max_length")
 _REFUSED = {
@@ -51,7 +52,7 @@ def load(
     dtype: str = "float32",
     gguf_file: str | None = None,
     kv_cache: str | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[CausalLM, Tokenizer]:
     """A backbone with the routers of a checkpoint, frozen and in eval mode, and its tokenizer.
 
     Args:
@@ -75,8 +76,8 @@ def load(
 
 
 def generate(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     prompt: Prompts,
     max_new_tokens: int = 64,
     *,
@@ -118,8 +119,8 @@ def generate(
 
 
 def answer_tokens(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     encoded: list[list[int]],
     *,
     max_new_tokens: int,
@@ -146,7 +147,7 @@ def answer_tokens(
     return [Generation(*parts) for parts in zip(texts, answers, reports, strict=True)]
 
 
-def new_cache(model: Any, max_new_tokens: int = 0, kv_cache: str | None = None) -> ElasticCache:
+def new_cache(model: CausalLM, max_new_tokens: int = 0, kv_cache: str | None = None) -> ElasticCache:
     """An empty KV cache for `model.generate(..., past_key_values=cache)`; it also remembers the routes.
 
     Args:
@@ -163,7 +164,7 @@ def new_cache(model: Any, max_new_tokens: int = 0, kv_cache: str | None = None) 
     return ElasticCache(len(model.get_decoder().layers), config, max_new_tokens)
 
 
-def route_report(model: Any, cache: Any) -> list[RouteReport]:
+def route_report(model: CausalLM, cache: KVCache) -> list[RouteReport]:
     """What the routers decided for every sample of a cache that a generation filled: the one given to `model.generate`,
     or the `past_key_values` of what it returns with `return_dict_in_generate=True`.
 
@@ -190,13 +191,13 @@ def route_report(model: Any, cache: Any) -> list[RouteReport]:
     )
 
 
-def eos_ids(model: Any) -> list[int]:
+def eos_ids(model: CausalLM) -> list[int]:
     """Tokens that end an answer."""
     ends = model.generation_config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
-def _answer(tokens: list[int], ends: list[int], pad: int) -> list[int]:
+def _answer(tokens: list[int], ends: list[int], pad: int | None) -> list[int]:
     """Tokens up to the end of the answer; rows that finished early are padded to the longest."""
     stop = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
     if stop is not None:
@@ -206,7 +207,7 @@ def _answer(tokens: list[int], ends: list[int], pad: int) -> list[int]:
     return tokens
 
 
-def _check_model(model: Any) -> None:
+def _check_model(model: CausalLM) -> None:
     if not is_attached(model):
         raise ValueError("this model has no routers; load it with elastic.load(path) or call elastic.attach(model)")
     if model.training:

@@ -10,19 +10,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from elastic.attention.row_slice import RowSlice
 from elastic.cache.route_record import RouteRecord, route_of
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.model.attention_function import IMPLEMENTATION, register
 from elastic.model.chunking import chunk, unchunk
-from elastic.model.families import FAMILIES, attention_layers
+from elastic.model.families import FAMILIES, RoutedAttention, attention_layers
 from elastic.model.layer_hooks import before_attention, before_decoder
 from elastic.model.pass_state import AttachedState, PassRecord, PassRoutes, forced_on, forcing
+from elastic.protocols import AttentionModule, CausalLM
 from elastic.routing.router import Router, build_router
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 HANDLE = "_elastic_handle"
+Model = TypeVar("Model", bound=CausalLM)
 
 
 @dataclass
@@ -63,11 +66,11 @@ class Handle:
     state: AttachedState
     implementation: str
     trainable: dict[str, bool]
-    hooks: list[Any] = field(default_factory=list)
+    hooks: list[RemovableHandle] = field(default_factory=list)
     compiled: list[tuple[nn.Module, Any]] = field(default_factory=list)
 
 
-def attach(model: Any, config: ElasticConfig | None = None) -> Any:
+def attach(model: Model, config: ElasticConfig | None = None) -> Model:
     """Give every attention layer of `model` a router, freeze the backbone, and run attention by head plan. Works in
     place.
 
@@ -102,7 +105,7 @@ def attach(model: Any, config: ElasticConfig | None = None) -> Any:
     return model
 
 
-def _install(model: Any, handle: Handle, layers: list[Any], made: list[Router]) -> None:
+def _install(model: CausalLM, handle: Handle, layers: list[AttentionModule], made: list[Router]) -> None:
     model.set_attn_implementation(IMPLEMENTATION)
     if model.config._attn_implementation != IMPLEMENTATION:
         raise ValueError(
@@ -111,7 +114,7 @@ def _install(model: Any, handle: Handle, layers: list[Any], made: list[Router]) 
         )
     model.requires_grad_(False)
     for attn, router in zip(layers, made, strict=True):
-        attn.router = router
+        attn.add_module("router", router)
         handle.hooks.append(attn.register_forward_pre_hook(before_attention, with_kwargs=True))
     decoder = model.get_decoder()
     chunk(decoder, handle.state.chunk_tokens)
@@ -119,7 +122,7 @@ def _install(model: Any, handle: Handle, layers: list[Any], made: list[Router]) 
     handle.hooks.append(decoder.register_forward_pre_hook(hook, with_kwargs=True))
 
 
-def detach(model: Any) -> Any:
+def detach(model: Model) -> Model:
     """Remove the routers and restore the stock model exactly: hooks, forwards, attention implementation and
     `requires_grad` flags.
     """
@@ -128,7 +131,7 @@ def detach(model: Any) -> Any:
     return model
 
 
-def _undo(model: Any, handle: Handle) -> None:
+def _undo(model: CausalLM, handle: Handle) -> None:
     """Take back whatever `attach` and `compile_layers` have done so far."""
     for hook in handle.hooks:
         hook.remove()
@@ -144,17 +147,17 @@ def _undo(model: Any, handle: Handle) -> None:
     model.set_attn_implementation(handle.implementation)
 
 
-def is_attached(model: Any) -> bool:
+def is_attached(model: CausalLM) -> bool:
     """Whether `attach` was called on this model."""
     return hasattr(model, HANDLE)
 
 
-def elastic_config(model: Any) -> ElasticConfig:
+def elastic_config(model: CausalLM) -> ElasticConfig:
     """The configuration in force: the model's, with what `override_routes` and `biased` force in this thread."""
     return handle_of(model).state.config_in_force()
 
 
-def set_config(model: Any, config: ElasticConfig) -> None:
+def set_config(model: CausalLM, config: ElasticConfig) -> None:
     """Replace settings that need no new routers, for all threads: sparsity bias, decoding, pattern sizes.
 
     Raises:
@@ -173,20 +176,20 @@ def set_config(model: Any, config: ElasticConfig) -> None:
     state.config = config
 
 
-def set_row_slice(model: Any, row_slice: RowSlice) -> RowSlice:
+def set_row_slice(model: CausalLM, row_slice: RowSlice) -> RowSlice:
     """Say which part of each row this process holds; returns what was set before."""
     state = handle_of(model).state
     previous, state.row_slice = state.row_slice, row_slice
     return previous
 
 
-def routers(model: Any) -> list[Router]:
+def routers(model: CausalLM) -> list[Router]:
     """The routers in layer order."""
     handle_of(model)
-    return [attn.router for attn in _attention_layers(model)]
+    return [cast(RoutedAttention, attn).router for attn in _attention_layers(model)]
 
 
-def last_routes(model: Any) -> PassRoutes:
+def last_routes(model: CausalLM) -> PassRoutes:
     """What the routers decided in this thread's last forward pass of this model that was not a decode step (for
     training and tests; generation: `route_of(cache)`).
 
@@ -203,7 +206,7 @@ def last_routes(model: Any) -> PassRoutes:
 
 
 @contextmanager
-def override_routes(model: Any, route: int | Tensor | None, sparse: SparseConfig | None = None) -> Iterator[None]:
+def override_routes(model: CausalLM, route: int | Tensor | None, sparse: SparseConfig | None = None) -> Iterator[None]:
     """Inside the context, use these routes instead of the routers' decisions, in this thread (or asyncio task) alone.
 
     Args:
@@ -222,7 +225,7 @@ def override_routes(model: Any, route: int | Tensor | None, sparse: SparseConfig
 
 
 @contextmanager
-def biased(model: Any, sparsity_bias: float | None) -> Iterator[None]:
+def biased(model: CausalLM, sparsity_bias: float | None) -> Iterator[None]:
     """Inside the context, routers decide with this `sparsity_bias`, in this thread (or asyncio task) alone; None leaves
     what is in force.
 
@@ -237,14 +240,14 @@ def biased(model: Any, sparsity_bias: float | None) -> Iterator[None]:
         yield
 
 
-def set_temperature(model: Any, temperature: float) -> None:
+def set_temperature(model: CausalLM, temperature: float) -> None:
     """Temperature of the Gumbel-softmax that samples routes while the model is in training mode."""
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} is not positive; the annealing must end above 0 (tau_min)")
     handle_of(model).state.temperature = temperature
 
 
-def pooled_keys(model: Any) -> Tensor:
+def pooled_keys(model: CausalLM) -> Tensor:
     """Pooled keys [L, N, K, D] that the pass of `last_routes` was routed on.
 
     Raises:
@@ -257,19 +260,20 @@ def pooled_keys(model: Any) -> Tensor:
     return torch.stack(pooled)
 
 
-def update_statistics(model: Any, pooled_LNKD: Tensor) -> None:
+def update_statistics(model: CausalLM, pooled_LNKD: Tensor) -> None:
     """Fold pooled keys, as `pooled_keys` returns them, into the routers' running statistics; call once per step."""
     for router, pooled_NKD in zip(routers(model), pooled_LNKD, strict=True):
         router.update_statistics(pooled_NKD)
 
 
-def handle_of(model: Any) -> Handle:
+def handle_of(model: CausalLM) -> Handle:
     if not is_attached(model):
         raise ValueError("this model has no routers; call elastic.attach(model, config) or elastic.load(path) first")
-    return getattr(model, HANDLE)
+    handle: Handle = getattr(model, HANDLE)
+    return handle
 
 
-def _last_record(model: Any) -> PassRecord:
+def _last_record(model: CausalLM) -> PassRecord:
     """Record of this thread's last pass that decided routes in all layers."""
     record = handle_of(model).state.last.record
     if record is None or len(record.decisions) < len(routers(model)):
@@ -277,7 +281,7 @@ def _last_record(model: Any) -> PassRecord:
     return record
 
 
-def _attention_layers(model: Any) -> list[Any]:
+def _attention_layers(model: CausalLM) -> list[AttentionModule]:
     return [layer.self_attn for layer in model.get_decoder().layers]
 
 

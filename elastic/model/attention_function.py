@@ -39,10 +39,9 @@ def attention_function(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    plan, held = call.plan, call.cache
-    elastic = isinstance(held, ElasticCache)
-    if plan.layout.decoding and (elastic or not torch.is_grad_enabled()):
-        stored = held.stored(call.layer) if elastic else None
+    plan, elastic = call.plan, call.cache if isinstance(call.cache, ElasticCache) else None
+    if plan.layout.decoding and (elastic is not None or not torch.is_grad_enabled()):
+        stored = None if elastic is None else elastic.stored(call.layer)
         return decode_attention(query, key, value, plan, scale, stored), None
     keys = plan.layout.keys  # a static cache hands out its whole allocation
     found = call.of_pass.row_slice.attend(query, key[:, :, :keys], value[:, :, :keys], call.route_NK, plan, scale)

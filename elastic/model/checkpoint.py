@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from elastic._version import __version__
 from elastic.config import ElasticConfig
 from elastic.files import file_sha256, is_foreign, new_folder, set_aside
-from elastic.model.attach import attach, elastic_config, routers
+from elastic.model.attach import Model, attach, elastic_config, routers
 from elastic.model.loading import architecture, architecture_hash
+from elastic.protocols import CausalLM
 from elastic.routing.router import build_router
 
 FORMAT = 1
@@ -36,7 +37,7 @@ def is_trainable(name: str) -> bool:
     return ".self_attn.router." in name or name.split(".")[-2:-1] == ["multipliers"]
 
 
-def router_state(model: nn.Module) -> dict[str, Tensor]:
+def router_state(model: CausalLM) -> dict[str, Tensor]:
     """Router tensors of an attached model by layer, such as `layers.0.task.0.weight`, on the CPU."""
     return {
         f"layers.{layer}.{name}": value.detach().cpu().contiguous()
@@ -47,7 +48,7 @@ def router_state(model: nn.Module) -> dict[str, Tensor]:
 
 def save_elastic(
     path: str | Path,
-    model: nn.Module,
+    model: CausalLM,
     backbone: str,
     multipliers: nn.Module | None = None,
     recipe: dict[str, Any] | None = None,
@@ -115,7 +116,7 @@ def read_elastic(path: str | Path) -> dict[str, Any]:
             )
             raise FileNotFoundError(f"no checkpoint at {path}: {name} is missing; {hint}")
     try:
-        metadata = json.loads((path / METADATA).read_text(encoding="utf-8"))
+        metadata: dict[str, Any] = json.loads((path / METADATA).read_text(encoding="utf-8"))
         found = metadata["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / METADATA} is damaged ({_reason(error)}); {_WAY_OUT}") from error
@@ -129,7 +130,7 @@ def read_elastic(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def load_into(model: nn.Module, path: str | Path) -> nn.Module:
+def load_into(model: Model, path: str | Path) -> Model:
     """Attach routers from a checkpoint to a stock backbone, in place. A refused model stays as it was.
 
     Raises:

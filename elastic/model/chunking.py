@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic.protocols import Decoder, Module
+
 
 class Chunked:
     """A module's forward, `size()` tokens at a time. Callable in place of the method; copies with its model.
@@ -37,19 +39,19 @@ class Chunked:
         return out
 
 
-def token_modules(decoder: Any) -> list[nn.Module]:
+def token_modules(decoder: Decoder) -> list[nn.Module]:
     """The MLPs and norms of a decoder: what treats every token alone and needs memory."""
     found = [layer.mlp for layer in decoder.layers]
     return found + [module for name, module in decoder.named_modules() if name.rpartition(".")[2].endswith("norm")]
 
 
-def chunk(decoder: Any, size: Callable[[], int]) -> None:
+def chunk(decoder: Decoder, size: Callable[[], int]) -> None:
     """Chunk a decoder's MLPs and norms from outside."""
     for module in token_modules(decoder):
         module.forward = Chunked(module, size)
 
 
-def unchunk(root: nn.Module) -> None:
+def unchunk(root: nn.Module | Module) -> None:
     """Undo `chunk` on a module and everything inside it."""
     for module in root.modules():
         if not isinstance(vars(module).get("forward"), Chunked):

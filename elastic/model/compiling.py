@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from elastic.model.attach import handle_of
+from elastic.model.attach import Model, handle_of
 from elastic.model.attention_function import COMPILED
 from elastic.model.chunking import Chunked, unchunk
 
 
-def compile_layers(model: Any, **settings: Any) -> Any:
+def compile_layers(model: Model, **settings: Any) -> Model:
     """`torch.compile` what surrounds attention in every decoder layer (norms, projections, RoPE, MLP), in place.
 
     Routing and attention stay outside, where the kernels are launched as before. Works under training, gradient

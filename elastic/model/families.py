@@ -1,25 +1,35 @@
 """Which model families can be routed, and the little in which they differ (docs/design.md section 6; porting.md)."""
 
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
+
+from elastic.protocols import AttentionModule, CausalLM, KeyProjection, Norm
+from elastic.routing.router import Router
 
 FAMILIES = ("granite", "llama", "mistral", "olmo2", "qwen2", "qwen3")
 
 
-def prerope_keys(attn: Any, hidden_E: Tensor) -> Tensor:
+class RoutedAttention(KeyProjection, Protocol):
+    """An attention module, or what routing reads of one, with its router."""
+
+    router: Router
+
+
+def prerope_keys(attn: KeyProjection, hidden_E: Tensor) -> Tensor:
     """Keys before RoPE, after the model's own k-norm where it has one: [..., E] -> [..., K, D].
 
     A norm over D numbers acts on every head by itself (Qwen3), one over K * D on all heads before they part (OLMo 2).
     """
-    keys, norm = attn.k_proj(hidden_E), getattr(attn, "k_norm", None)
+    keys: Tensor = attn.k_proj(hidden_E)
+    norm: Norm | None = getattr(attn, "k_norm", None)
     if norm is not None and norm.weight.shape[-1] == keys.shape[-1]:
         keys, norm = norm(keys), None
     keys = keys.view(*keys.shape[:-1], -1, attn.head_dim)
     return keys if norm is None else norm(keys)
 
 
-def attention_layers(model: Any) -> list[Any]:
+def attention_layers(model: CausalLM) -> list[AttentionModule]:
     """The attention modules of a transformers causal LM in layer order.
 
     Raises:

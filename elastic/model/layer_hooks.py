@@ -18,18 +18,20 @@ from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import Layout, batch_layout, decode_layout, packed_layout
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.route_record import RouteRecord, find_record, new_record
-from elastic.model.families import prerope_keys
+from elastic.model.families import RoutedAttention, prerope_keys
 from elastic.model.pass_state import AttachedState, ForwardPass, LayerCall, forced_on
+from elastic.protocols import KVCache
 from elastic.routing.decision import decide_from_keys
 from elastic.routing.pooling import Pooling
 from elastic.routing.router import Decision
 
 CALL = "elastic_call"
+Args = tuple[Any, ...]
 
 
 def before_decoder(
-    state: AttachedState, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]]:
+    state: AttachedState, decoder: nn.Module, args: Args, kwargs: dict[str, Any]
+) -> tuple[Args, dict[str, Any]]:
     """Begin a pass: read what is in force, lay out the samples, and make room in an elastic cache."""
     kwargs = dict(kwargs)
     of_pass = _begin(state, args, kwargs)
@@ -41,7 +43,7 @@ def before_decoder(
     return args, {**kwargs, CALL: of_pass}
 
 
-def before_attention(attn: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def before_attention(attn: RoutedAttention, args: Args, kwargs: dict[str, Any]) -> tuple[Args, dict[str, Any]]:
     """Decide what the layer's heads do and hand it to the attention function."""
     of_pass, cache = kwargs.get(CALL), kwargs.get("past_key_values")
     if not isinstance(of_pass, ForwardPass):
@@ -62,7 +64,7 @@ def before_attention(attn: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     return args, {**kwargs, CALL: LayerCall(of_pass, layer, route, plan, cache)}
 
 
-def _begin(state: AttachedState, args: tuple, kwargs: dict[str, Any]) -> ForwardPass:
+def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardPass:
     """The pass that the decoder was called for; takes this project's own batch keywords out of `kwargs`."""
     tokens = next((t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
     if tokens is None:
@@ -101,7 +103,11 @@ def _begin(state: AttachedState, args: tuple, kwargs: dict[str, Any]) -> Forward
 
 
 def route_layer(
-    attn: Any, hidden_BSE: Tensor, of_pass: ForwardPass, cache: Any = None, dropped_NK: Tensor | None = None
+    attn: RoutedAttention,
+    hidden_BSE: Tensor,
+    of_pass: ForwardPass,
+    cache: KVCache | None = None,
+    dropped_NK: Tensor | None = None,
 ) -> Decision:
     """Decision of one layer for a prompt or a new turn: given from outside, or made from the layer's own keys.
 
@@ -128,7 +134,7 @@ def route_layer(
     return decision
 
 
-def _decide(attn: Any, hidden_BSE: Tensor, of_pass: ForwardPass, record: RouteRecord | None) -> Decision:
+def _decide(attn: RoutedAttention, hidden_BSE: Tensor, of_pass: ForwardPass, record: RouteRecord | None) -> Decision:
     """The router's decision on the prompt's boundaries. On a later turn the first P keys come from the record, the
     last P from the new tokens.
     """
@@ -146,7 +152,7 @@ def _decide(attn: Any, hidden_BSE: Tensor, of_pass: ForwardPass, record: RouteRe
     return decision
 
 
-def _record(cache: Any, layout: Layout, layer: int) -> RouteRecord | None:
+def _record(cache: KVCache | None, layout: Layout, layer: int) -> RouteRecord | None:
     """The cache's record, created at its first prefill."""
     if cache is None:
         return None

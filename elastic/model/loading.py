@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic.files import alone, cache_folder, new_folder, shipped, text_sha256
+from elastic.protocols import CausalLM, Tokenizer
 
 TINY = "tiny"
 SMOLLM2 = "smollm2-135m"
@@ -15,7 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def load_backbone(
     name: str, *, dtype: str = "float32", device: str = "cpu", gguf_file: str | None = None
-) -> tuple[Any, Any]:
+) -> tuple[CausalLM, Tokenizer]:
     """A causal LM with SDPA attention in eval mode, and its tokenizer.
 
     Args:
@@ -54,11 +55,11 @@ def load_backbone(
     return model.to(device).eval(), load_tokenizer(name, gguf_file=gguf_file)
 
 
-def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Any:
+def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Tokenizer:
     """The backbone's tokenizer, padding on the left as generation needs it."""
     from transformers import AutoTokenizer
 
-    tokenizer = _pretrained(AutoTokenizer, name, gguf_file=gguf_file)
+    tokenizer: Tokenizer = _pretrained(AutoTokenizer, name, gguf_file=gguf_file)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
         raise ValueError(
             f"backbone {name!r} has no tokenizer files (tokenizer.json and the like); save its tokenizer beside it"
@@ -91,7 +92,7 @@ def backbone_id(name: str) -> str:
     return str(path.resolve()) if path.is_dir() else name
 
 
-def architecture(model: Any) -> dict[str, Any]:
+def architecture(model: CausalLM) -> dict[str, Any]:
     """What routers depend on, and what identifies the backbone's shape."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -106,7 +107,7 @@ def architecture(model: Any) -> dict[str, Any]:
     }
 
 
-def architecture_hash(model: Any) -> str:
+def architecture_hash(model: CausalLM) -> str:
     """sha256 of `architecture`, hexadecimal."""
     return text_sha256(json.dumps(architecture(model), sort_keys=True))
 

@@ -23,6 +23,7 @@ from elastic.attention.layout import Layout
 from elastic.attention.row_slice import RowSlice
 from elastic.cache.route_record import find_record
 from elastic.config import ElasticConfig, SparseConfig
+from elastic.protocols import KVCache
 from elastic.routing.router import Decision
 
 
@@ -193,7 +194,7 @@ class LayerCall:
     layer: int
     route_NK: Tensor
     plan: HeadPlan
-    cache: Any = None
+    cache: KVCache | None = None
 
     def remember_density(self, density_NK: Tensor | None) -> None:
         """Keep what XAttention heads visited in the pass's record and the cache's."""

@@ -39,7 +39,8 @@ class BoundarySlots:
 
 def half_sums(keys_N2PKD: Tensor, weight_N2P: Tensor) -> Tensor:
     """Sums of the P slots at the start and of the P at the end, in fp32, [N, 2, K, D]."""
-    return (keys_N2PKD.float() * weight_N2P[:, :, None, None]).unflatten(1, (2, -1)).sum(2)
+    sums: Tensor = (keys_N2PKD.float() * weight_N2P[:, :, None, None]).unflatten(1, (2, -1)).sum(2)
+    return sums
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class AttentionRouter(Router):
         """Logits [N, K, 2] (route 0 first) of pooled keys [N, K, D]; fp32 whatever the backbone's dtype."""
         with torch.autocast(pooled_NKD.device.type, enabled=False):
             features = self.standardise(pooled_NKD.float())
-            logits = self.head(self.task(features))
+            logits: Tensor = self.head(self.task(features))
             return logits if self.offset is None else logits + self.offset
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ from elastic.attention.routed import Routed, routed_attention
 from elastic.attention.row_slice import RowSlice
 from elastic.data.packing import IGNORE, Batch
 from elastic.model.attach import routers, set_row_slice
+from elastic.protocols import CausalLM
 from elastic.training.losses import chunked_divergence, labelled_positions, labelled_samples, summed_cross_entropy
 
 
@@ -39,7 +40,8 @@ class RowSliceGroup(RowSlice):
 
     def sum(self, part: Tensor) -> Tensor:
         """Sum over the processes, with gradient."""
-        return _Sum.apply(part, self.group)
+        total: Tensor = _Sum.apply(part, self.group)
+        return total
 
     def attend(
         self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
@@ -78,7 +80,7 @@ class RowSliceGroup(RowSlice):
 
 
 @contextmanager
-def context_parallel(model: Any, group: Any = None) -> Iterator[RowSliceGroup]:
+def context_parallel(model: CausalLM, group: Any = None) -> Iterator[RowSliceGroup]:
     """Inside, the decoder of an attached model takes slices of packed rows, as `shard` cuts them.
 
     Raises:

@@ -13,6 +13,7 @@ from elastic.data.tasks import TASKS
 from elastic.model.attach import attach, biased, last_routes, override_routes, set_config
 from elastic.model.checkpoint import load_into, read_elastic
 from elastic.model.loading import DTYPES, architecture, load_backbone
+from elastic.protocols import CausalLM, Decoder
 from elastic.routing.methods import columns, parse_methods, ratio_columns
 from elastic.routing.sparsity import esr, msr, xattention_heads
 from elastic.training.metrics import Answers, LayerDensity, RouteShare, TaskMeans, score_answers
@@ -93,7 +94,7 @@ class RoutedModule(LightningModule):
         self.route_share = RouteShare(*size)
         self.density = LayerDensity(tuple(method.name for method in self.methods), self.shape["num_layers"])
 
-    def _attached(self, model: Any) -> Any:
+    def _attached(self, model: CausalLM) -> CausalLM:
         if self.begins_with is None:
             return attach(model, self.elastic)
         theirs, mine = read_elastic(self.begins_with)["config"], self.elastic.to_dict()
@@ -109,7 +110,8 @@ class RoutedModule(LightningModule):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final hidden states [1, S, E] of a packed batch; the routes are then in `last_routes(self.model)`."""
-        return self.model.get_decoder()(
+        decoder: Decoder = self.model.get_decoder()
+        return decoder(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
             cu_seq_lens=batch["cu_seq_lens"],

@@ -102,7 +102,8 @@ def _chunks(positions: int, chunk: int) -> Iterator[slice]:
 
 def _recomputed(function: Callable[..., Tensor], *arguments: object) -> Tensor:
     """The function's value; what it computes on the way is not kept but computed again in the backward pass."""
-    return checkpoint(function, *arguments, use_reentrant=False)
+    value: Tensor = checkpoint(function, *arguments, use_reentrant=False)
+    return value
 
 
 def _summed_loss(hidden_PE: Tensor, target_P: Tensor, lm_head: nn.Module) -> Tensor:

@@ -9,6 +9,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from elastic.data.shards import tokenizer_hash
 from elastic.files import new_file
+from elastic.protocols import CausalLM, Tokenizer
 
 ALWAYS = ("architecture", "router")  # the rest must agree only where training resumes
 
@@ -67,7 +68,7 @@ def check_checkpoint(checkpoint: dict[str, Any], mine: dict[str, Any], wanted: s
         )
 
 
-def check_data(manifest: dict[str, Any], model: Any, tokenizer: Any, backbone: str) -> None:
+def check_data(manifest: dict[str, Any], model: CausalLM, tokenizer: Tokenizer, backbone: str) -> None:
     """Refuse packed data that was made for another tokenizer or is too long for the backbone.
 
     Raises:

@@ -5,7 +5,7 @@ DDP replicates everything and averages gradients by itself. `ShardedBackbone` (F
 routers and multipliers are a few MB and stay replicated, so that checkpoints are the same files under every strategy.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from elastic.model.attach import routers
 from elastic.model.checkpoint import is_trainable
+from elastic.protocols import CausalLM
 
 
 class ShardedBackbone(ModelParallelStrategy):
@@ -59,13 +60,13 @@ class ShardedBackbone(ModelParallelStrategy):
     load_optimizer_state_dict = Strategy.load_optimizer_state_dict
 
 
-def shard_backbone(model: Any, mesh: Any) -> None:
+def shard_backbone(model: CausalLM, mesh: Any) -> None:
     """Shard the decoder layers of an attached model over a one-dimensional device mesh, in place."""
     from torch.distributed.fsdp import fully_shard
 
-    decoder = model.get_decoder()
+    decoder = cast(nn.Module, model.get_decoder())
     whole = {parameter for router in routers(model) for parameter in router.parameters()}
-    for layer in decoder.layers:
+    for layer in decoder.get_submodule("layers").children():
         fully_shard(layer, mesh=mesh, ignored_params=whole)
     outside = {p for name, p in decoder.named_parameters() if not name.startswith("layers.")}
     fully_shard(decoder, mesh=mesh, ignored_params=whole | outside)  # orders the layers' gathering

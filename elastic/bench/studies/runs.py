@@ -154,12 +154,12 @@ class Run:
     @property
     def objective(self) -> str:
         """`quality` or `target`."""
-        return self.recipe["objective"]["kind"]
+        return str(self.recipe["objective"]["kind"])
 
     @property
     def seed(self) -> int:
         """Seed of the run."""
-        return self.recipe["seed"]
+        return int(self.recipe["seed"])
 
     @cached_property
     def points(self) -> list[Point]:

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +103,7 @@ def build_app(model_name: str, limits: ServerLimits, make_engine: Callable[[Metr
         return PlainTextResponse(metrics.page(app.state.engine.waiting))
 
     @app.middleware("http")
-    async def count(request: Request, call_next: Callable[[Request], Any]) -> Response:
+    async def count(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         response = await call_next(request)
         if request.url.path == CHAT:
             metrics.requests.labels(str(response.status_code)).inc()

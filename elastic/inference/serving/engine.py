@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from elastic.inference.generate import answer_tokens, eos_ids
 from elastic.inference.serving.text import TextCutter
+from elastic.protocols import CausalLM, Tokenizer
 
 
 class Sampling(NamedTuple):
@@ -86,7 +87,14 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, max_batch: int, max_queue: int, batch_seconds: float, metrics: Any
+        self,
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        *,
+        max_batch: int,
+        max_queue: int,
+        batch_seconds: float,
+        metrics: Any,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("max_queue", max_queue)):
             if value < 1:
@@ -197,7 +205,7 @@ def _together(first: Job, other: Job) -> bool:
 class _Rows(BaseStreamer):
     """Follows every row of a batch token by token: tells its text, and knows which rows are done."""
 
-    def __init__(self, batch: list[Job], tokenizer: Any, ends: list[int]) -> None:
+    def __init__(self, batch: list[Job], tokenizer: Tokenizer, ends: list[int]) -> None:
         self.batch, self.ends = batch, set(ends)
         self.cutters = [TextCutter(tokenizer, job.stops) for job in batch]
         self.reasons: list[str | None] = [None] * len(batch)

@@ -1,8 +1,8 @@
 """Tokens to text as they come: no broken characters, nothing of a stop text."""
 
-from typing import Any
-
 from tokenizers.decoders import DecodeStream
+
+from elastic.protocols import Tokenizer
 
 
 class TextCutter:
@@ -13,7 +13,7 @@ class TextCutter:
         stops: texts that end the answer; the first to appear is cut off with all that follows.
     """
 
-    def __init__(self, tokenizer: Any, stops: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
         self._decoder, self._tokenizer = DecodeStream(skip_special_tokens=True), tokenizer.backend_tokenizer
         self._stops, self._held = stops, ""
         self.stopped = False
