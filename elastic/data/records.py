@@ -1,4 +1,4 @@
-"""Raw records of a mixture (docs/design.md section 9) and how they are read: bad ones are counted, named and skipped."""
+"""Raw records of a mixture (docs/design.md section 9) and how they are read: bad ones are counted, named, skipped."""
 
 import json
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""Load routers onto their backbone and generate text (docs/design.md section 7), through the ordinary `model.generate`."""
+"""Load routers onto their backbone and generate text through `model.generate` (docs/design.md section 7)."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
