@@ -80,7 +80,7 @@ def _fastest(
     return [*found, *({**max(timed, key=lambda r: r["value"]), "metric": metric} for _ in timed[:1])]
 
 
-def _only(model: CausalLM, name: str) -> AbstractContextManager[Any]:
+def _only(model: CausalLM, name: str) -> AbstractContextManager[None]:
     """Stock attention by one SDPA backend; the CPU has but one."""
     return sdpa_kernel(STOCK[name]) if model.device.type == "cuda" else nullcontext()
 

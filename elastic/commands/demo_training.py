@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer, seed_everything
+from lightning import Callback, LightningModule, Trainer, seed_everything
 from tqdm import tqdm
 
 from elastic.commands.data_prep import part
@@ -106,12 +106,12 @@ class Follow(Callback):
         self.curves: dict[str, Points] = defaultdict(list)
         self.bar: Any = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the training bar."""
         self.bar = tqdm(total=trainer.max_steps, desc="training", unit="step")
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: list[Batch], batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: list[Batch], batch_idx: int
     ) -> None:
         """Record what this step logged; values of tasks that it did not hold are old."""
         present = {TASKS[i] for part in batch for i in part["task_id"].tolist()}
@@ -126,11 +126,11 @@ class Follow(Callback):
         )
         self.bar.update()
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""
         self.bar.close()
 
-    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the test bar."""
         self.bar = tqdm(total=sum(trainer.num_test_batches), desc="testing dense and elastic", unit="row")
 
@@ -138,7 +138,7 @@ class Follow(Callback):
         """One row more."""
         self.bar.update()
 
-    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""
         self.bar.close()
 

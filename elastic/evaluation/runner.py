@@ -100,7 +100,7 @@ def run(plan: EvaluationPlan, methods: Sequence[Method], out: Path) -> list[dict
     if len(names) < len(methods):
         raise ValueError(f"methods {', '.join(m.name for m in methods)} would share files; name each once")
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    loaded: tuple[str, Any, Any] = ("", None, None)
+    loaded: tuple[str, CausalLM, Tokenizer] | None = None
     rows = []
     with tqdm(total=len(methods) * len(plan.cells()), desc="evaluation", unit="task") as bar:
         for method in methods:
@@ -110,9 +110,9 @@ def run(plan: EvaluationPlan, methods: Sequence[Method], out: Path) -> list[dict
                 origins = [_origin(plan, method, cell) for cell in cells]
                 samples = [_read(file, origin) for file, origin in zip(files, origins, strict=True)]
                 missing = [i for i, found in enumerate(samples) if found is None]
-                if missing and loaded[0] != source:
+                if missing and (loaded is None or loaded[0] != source):
                     loaded = (source, *load_model(plan, method))
-                made = _evaluate(plan, method, [cells[i] for i in missing], *loaded[1:]) if missing else []
+                made = _evaluate(plan, method, [cells[i] for i in missing], *loaded[1:]) if missing and loaded else []
                 for i, new in zip(missing, made, strict=True):
                     samples[i] = new
                     lines = ({**origins[i], "count": len(new)}, *new)

@@ -4,12 +4,13 @@ import json
 import os
 from typing import Any
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from elastic.console import say, table
 from elastic.files import write_atomic
 from elastic.training.callbacks import run_folder
+from elastic.training.evaluation_module import RoutedModule
 
 
 class ResultsFile(Callback):
@@ -28,18 +29,18 @@ class ResultsFile(Callback):
 class PredictionFile(Callback):
     """Writes `predictions.jsonl` in the run's folder, one line per sample (other processes: `.rankN`)."""
 
-    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with an empty file."""
         self.path = run_folder(trainer) / f"predictions{f'.rank{rank}' if (rank := trainer.global_rank) else ''}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("", encoding="utf-8")
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Append the samples of a batch."""
         with open(self.path, "a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(sample) + "\n" for sample in outputs)
 
-    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where they are."""
         say(f"predictions: {self.path}")
 
@@ -52,7 +53,7 @@ def results_table(results: dict[str, dict[str, float]], methods: list[str], grou
     return table([group, *columns, "samples"], rows)
 
 
-def results_of(module: Any, split: str, checkpoint: str | None) -> dict[str, Any]:
+def results_of(module: RoutedModule, split: str, checkpoint: str | None) -> dict[str, Any]:
     """Everything that the evaluation of a module found, fit for JSON."""
     return {
         "protocol": "answers teacher-forced on packed rows; every method runs the same backbone: dense, "
@@ -71,7 +72,7 @@ def results_of(module: Any, split: str, checkpoint: str | None) -> dict[str, Any
     }
 
 
-def _report(trainer: Trainer, module: Any, split: str) -> None:
+def _report(trainer: Trainer, module: RoutedModule, split: str) -> None:
     if not trainer.is_global_zero:
         return
     path = run_folder(trainer) / f"results_{split}.json"

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from transformers.generation.streamers import BaseStreamer
 from elastic.inference.generate import answer_tokens, eos_ids
 from elastic.inference.serving.text import TextCutter
 from elastic.protocols import CausalLM, Tokenizer
+
+if TYPE_CHECKING:
+    from elastic.inference.serving.metrics import Metrics
 
 
 class Sampling(NamedTuple):
@@ -94,7 +97,7 @@ class Engine:
         max_batch: int,
         max_queue: int,
         batch_seconds: float,
-        metrics: Any,
+        metrics: "Metrics",
     ) -> None:
         for name, value in (("max_batch", max_batch), ("max_queue", max_queue)):
             if value < 1:
