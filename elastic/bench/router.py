@@ -125,7 +125,7 @@ def launches(call: Callable[[], Any]) -> int:
 def disagreement(layers: list[RoutedAttention], hidden: Tensor, layout: Layout, config: ElasticConfig) -> str | None:
     """Where kernel and PyTorch decide differently although the logits are apart; None: nowhere."""
     for attn in layers:
-        passes = [ForwardPass.of(layout, config, fused=fused) for fused in (True, False)]
+        passes = [ForwardPass(layout, config, fused=fused) for fused in (True, False)]
         fused, torch_only = (route_layer(attn, hidden, of_pass) for of_pass in passes)
         mode, wanted = (plan_of(*pair).mode_NK for pair in zip((fused, torch_only), passes, strict=True))
         logits = torch_only.logits_NK2
@@ -154,7 +154,7 @@ def run_case(
             if why is not None and fused:
                 found.append({**shared, "who": who, "metric": LEFT_OUT, "value": None, "unit": "", "why": why})
                 continue
-            call = in_turn(calls_of(layers, hidden, ForwardPass.of(layout, config, fused=fused)))
+            call = in_turn(calls_of(layers, hidden, ForwardPass(layout, config, fused=fused)))
             found += replayed(case.name, case.properties(), who, call, budget_ms)
             figures = [("host time", host_microseconds(call, rounds=12), "us")]
             figures += [("launches", float(launches(call)), "a layer")] if count else []

@@ -7,7 +7,7 @@ TRAINING = {
     "predict": "write routes and answers per sample",
 }
 COMMANDS = {
-    "data_prep": "make training data: records from generators or published sets, packed rows",
+    "data_prep": "make training data: records from generators or published data sets, then packed rows",
     "generate": "answer prompts with a routed model and show its routes",
     "serve": "serve a routed model over an OpenAI-compatible HTTP endpoint",
     "eval": "compare dense, sparse, static, random and trained routing on RULER and LongBench",

@@ -5,10 +5,10 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from elastic.commands.catalogue import COMMANDS
 from elastic.console import complain, hint, say
 from elastic.files import shipped
 
-SUMMARY = "make training data: records from generators or published data sets, then packed rows"
 STEPS = {
     "build_mixture": "write records of generators, task by task, for tokenize_and_pack",
     "published": "turn published data sets, or files of your own, into records",
@@ -38,7 +38,7 @@ def usage() -> str:
         [
             "usage: elastic data_prep <step> [options]",
             "",
-            f"{SUMMARY[0].upper()}{SUMMARY[1:]}.",
+            f"{COMMANDS['data_prep'][0].upper()}{COMMANDS['data_prep'][1:]}.",
             "",
             *listed,
             "",

@@ -96,7 +96,7 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
         layout = batch_layout(rows, queries, past, tokens.device, mask, prompt_end)
     if prompt_end is not None:
         _check_prompts(layout, spans)
-    return ForwardPass.of(
+    return ForwardPass(
         layout, config, override=override, mode_LNK=modes, row_slice=row_slice, temperature=state.temperature,
         fused=state.fused,
     )  # fmt: skip

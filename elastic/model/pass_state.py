@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,9 +149,11 @@ def forcing(state: AttachedState, forced: Forced) -> Iterator[None]:
         _FORCED.reset(token)
 
 
-@dataclass(frozen=True, eq=False)
 class ForwardPass:
     """What all layers of a pass share; the decoder's pre-hook builds it.
+
+    Not a dataclass: FSDP2 copies dataclasses among a layer's arguments, casting their tensors, and what the layers then
+    decide would end in the copy.
 
     Attributes:
         layout: where the samples lie.
@@ -163,19 +164,16 @@ class ForwardPass:
         row_slice, temperature, fused: see `AttachedState`.
     """
 
-    layout: Layout
-    config: ElasticConfig
-    record: PassRecord
-    override: int | Tensor | None = None
-    mode_LNK: Tensor | None = None
-    row_slice: RowSlice = field(default_factory=RowSlice)
-    temperature: float = 1.0
-    fused: bool = True
+    __slots__ = ("config", "fused", "layout", "mode_LNK", "override", "record", "row_slice", "temperature")
 
-    @classmethod
-    def of(cls, layout: Layout, config: ElasticConfig, **settings: Any) -> "ForwardPass":
-        """A pass that has decided nothing yet."""
-        return cls(layout, config, PassRecord(layout), **settings)
+    def __init__(
+        self, layout: Layout, config: ElasticConfig, *, override: int | Tensor | None = None,
+        mode_LNK: Tensor | None = None, row_slice: RowSlice | None = None, temperature: float = 1.0, fused: bool = True,
+    ) -> None:  # fmt: skip
+        self.layout, self.config, self.record = layout, config, PassRecord(layout)
+        self.override, self.mode_LNK = override, mode_LNK
+        self.row_slice = row_slice or RowSlice()
+        self.temperature, self.fused = temperature, fused
 
 
 @dataclass(frozen=True, eq=False)

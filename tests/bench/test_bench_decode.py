@@ -90,7 +90,7 @@ def test_keys_at_hand_are_the_gathered_ones():
     case, config = RouteCase(300, 2, 32, 2, 64, "bf16"), ElasticConfig()
     layers = router.layers_of(case, config, "cpu")[:3]
     hidden = torch.randn(2, 300, 32, dtype=torch.bfloat16)
-    of_pass = router.ForwardPass.of(router.batch_layout(2, 300, 0, hidden.device), config)
+    of_pass = router.ForwardPass(router.batch_layout(2, 300, 0, hidden.device), config)
     with torch.inference_mode():
         plans = [[call().mode_NK for call in f(layers, hidden, of_pass)] for f in (router.whole, router.from_keys)]
     assert all(torch.equal(a, b) for a, b in zip(*plans, strict=True))

@@ -100,7 +100,7 @@ def test_random_heads_are_those_of_the_name(tmp_path):
     asked, file = ((ruler.Ruler(), "ruler_fwe"),), tmp_path / "result.jsonl"
     for seed, name, same in ((0, "random:0.5", True), (7, "random:0.5", False), (7, "random:0.5:7", True)):
         plan = runner.EvaluationPlan("tiny", "cpu", "float32", asked, (1024,), 1, 1, False, SparseConfig(), seed)
-        facts = runner._facts(plan, parse_method(name), plan.cells()[0])
+        facts = runner._origin(plan, parse_method(name), plan.cells()[0])
         before = {key: value for key, value in facts.items() if key != "random_seed"}
         for first, found in ((facts, True), (before, same)):
             file.write_text("".join(json.dumps(line) + "\n" for line in ({**first, "count": 1}, {"score": 1.0})))

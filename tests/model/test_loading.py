@@ -135,7 +135,7 @@ def test_a_hub_id_is_looked_up_in_the_cache_first_and_the_error_says_what_was_tr
         raise OSError("We couldn't connect")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", unreachable)
-    with pytest.raises(FileNotFoundError, match=r"'some/model'.*local cache.*couldn't connect.*hf download some/model"):
+    with pytest.raises(FileNotFoundError, match=r"'some/model'.*hub cache.*couldn't connect.*hf download some/model"):
         load_tokenizer("some/model")
     assert asked == [("some/model", True), ("some/model", False)]
 
