@@ -198,6 +198,7 @@ class Tokenizer(Protocol):
 
     chat_template: str | None
     name_or_path: str
+    is_fast: bool
     padding_side: str
     bos_token: str | None
     eos_token: str | None

@@ -99,7 +99,7 @@ def whole(layers: list[RoutedAttention], hidden: Tensor, of_pass: ForwardPass) -
 def from_keys(layers: list[RoutedAttention], hidden: Tensor, of_pass: ForwardPass) -> list[Callable[[], HeadPlan]]:
     """Per layer: route and plan from keys that are gathered and projected already."""
     config, row_slice = of_pass.config, of_pass.row_slice
-    pooling = Pooling.shared(of_pass.layout, config.router.pool_tokens, hidden.shape[1], row_slice)
+    pooling = Pooling.shared(of_pass.layout, config.router, hidden.shape[1], row_slice)
     pooled = hidden.flatten(0, 1).index_select(0, pooling.token_M).unflatten(0, pooling.weight_N2P.shape)
     keys = [prerope_keys(attn, pooled) for attn in layers]
 

@@ -169,6 +169,7 @@ def _features() -> Any:
             "labels": ids,
             "cu_seq_lens": ids,
             "prompt_spans": List(ids),
+            "user_spans": List(ids),
             "task_id": ids,
             "source": List(Value("string")),
         }

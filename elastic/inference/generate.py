@@ -1,5 +1,6 @@
 """Load routers onto their backbone and generate text through `model.generate` (docs/design.md section 7)."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,10 +10,10 @@ import torch
 
 from elastic.attention.routed import backend_for
 from elastic.cache.elastic_cache import ElasticCache
-from elastic.data.prompts import Prompts, check_length, encode, left_pad, single_prompts
+from elastic.data.prompts import EncodedPrompt, Prompts, check_length, encode, left_pad, padded_spans, single_prompts
 from elastic.inference.decode_graph import can_graph, graphed
 from elastic.inference.report import RouteReport, route_reports
-from elastic.model.attach import biased, elastic_config, is_attached, route_of, set_config
+from elastic.model.attach import biased, elastic_config, is_attached, route_of, set_config, user_wrote
 from elastic.model.checkpoint import load_into, read_elastic
 from elastic.model.loading import architecture, load_backbone
 from elastic.protocols import CausalLM, KVCache, Tokenizer
@@ -85,6 +86,7 @@ def generate(
     kv_cache: str | None = None,
     streamer: Any = None,
     chat_template: bool = True,
+    tools: Sequence[Any] | None = None,
     **options: Any,
 ) -> list[Generation]:
     """Answer prompts; greedy unless `do_sample=True` is among the options of `model.generate`.
@@ -98,6 +100,7 @@ def generate(
         streamer: a transformers streamer, for one prompt.
         chat_template: put texts into the tokenizer's chat template as the user's message, as in training; False takes
             them as they are.
+        tools: functions or JSON schemas that the chat template tells the model it may call.
         **options: passed to `model.generate`. Decode steps replay a CUDA graph where the decode kernel runs, except
             with beams, with the same numbers; `cuda_graph=False` launches them one by one.
 
@@ -110,7 +113,7 @@ def generate(
     """
     _check_model(model)
     _check_options(options, max_new_tokens)
-    encoded = [encode(item, tokenizer, chat_template) for item in single_prompts(prompt)]
+    encoded = [encode(item, tokenizer, chat_template, tools) for item in single_prompts(prompt)]
     if streamer is not None and len(encoded) != 1:
         raise ValueError(f"a streamer shows one answer but {len(encoded)} prompts were given; pass one prompt")
     check_length(encoded, model, max_new_tokens)
@@ -121,7 +124,7 @@ def generate(
 def answer_tokens(
     model: CausalLM,
     tokenizer: Tokenizer,
-    encoded: list[list[int]],
+    encoded: list[EncodedPrompt],
     *,
     max_new_tokens: int,
     sparsity_bias: float | None = None,
@@ -134,12 +137,14 @@ def answer_tokens(
     Their length is not checked: rows that a stopping criterion ends may share a batch with longer answers.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids, mask = left_pad(encoded, pad, model.device)
+    ids, mask = left_pad([prompt.ids for prompt in encoded], pad, model.device)
+    spans = padded_spans(encoded, torch.device("cpu"))
     cache = new_cache(model, max_new_tokens, kv_cache)
     graph = cuda_graph and options.get("num_beams", 1) == 1 and can_graph(model, architecture(model)["head_dim"])
     options.setdefault("do_sample", False)
     options |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
-    with torch.no_grad(), biased(model, sparsity_bias), graphed(model, cache) if graph else nullcontext():
+    replayed = graphed(model, cache) if graph else nullcontext()
+    with torch.no_grad(), biased(model, sparsity_bias), user_wrote(model, spans), replayed:
         output = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
     reports = route_report(model, cache)[:: len(cache.counts) // len(encoded)]  # beams of a prompt share its route
     answers = [_answer(row[ids.shape[1] :].tolist(), eos_ids(model), pad) for row in output]

@@ -116,6 +116,7 @@ class RoutedModule(LightningModule):
             position_ids=batch["position_ids"],
             cu_seq_lens=batch["cu_seq_lens"],
             prompt_spans=batch["prompt_spans"],
+            user_spans=batch["user_spans"],
             use_cache=False,
         ).last_hidden_state
 

@@ -53,6 +53,9 @@ def check_checkpoint(checkpoint: dict[str, Any], mine: dict[str, Any], wanted: s
     theirs = checkpoint.get("elastic")
     if theirs is None:
         raise ValueError("this checkpoint was not written by `elastic fit`; pass the last.ckpt of a run")
+    known = theirs.get("router")
+    if isinstance(known, dict):  # settings that were not there when it was written
+        theirs = {**theirs, "router": {**mine["router"], **known}}
     for key in mine if fitting else ALWAYS:
         if theirs.get(key) != mine[key]:
             raise ValueError(
