@@ -198,11 +198,13 @@ class Tokenizer(Protocol):
 
     chat_template: str | None
     name_or_path: str
-    is_fast: bool
     padding_side: str
     bos_token: str | None
     eos_token: str | None
     pad_token: str | None
+
+    @property
+    def is_fast(self) -> bool: ...
 
     @property
     def eos_token_id(self) -> int | None: ...

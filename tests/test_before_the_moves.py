@@ -55,7 +55,7 @@ def test_a_checkpoint_answers_and_routes_as_before():
 
 
 def checksum(batch):
-    """sha256 of every tensor's values, by name. The users' words, of which the old rows say nothing, are the prompts."""
+    """sha256 of every tensor's values, by name. Where old rows say nothing, the users' words are the prompts."""
     assert torch.equal(batch.pop("user_spans"), batch["prompt_spans"])
     flat = [[name, v.tolist() if isinstance(v, torch.Tensor) else v] for name, v in sorted(batch.items())]
     return hashlib.sha256(json.dumps(flat).encode()).hexdigest()

@@ -43,7 +43,7 @@ class Sample:
         first, last = self.user_span
         if not 0 <= first < last <= self.prompt_length:
             raise ValueError(
-                f"the user's words are [{first}, {last}) of a prompt of {self.prompt_length} tokens; expected a part of it"
+                f"the user's words are [{first}, {last}) of a prompt of {self.prompt_length} tokens; give a part of it"
             )
 
     @property
@@ -174,13 +174,13 @@ def collate(rows: list[PackedRow]) -> Batch:
     if not rows:
         raise ValueError("no rows to collate; a batch needs at least one")
     bounds, positions = [0], []
-    spans: dict[str, list[list[int]]] = {"prompt_spans": [], "user_spans": []}
+    prompts: list[list[int]] = []
+    users: list[list[int]] = []
     for row in rows:
         start = bounds[-1]
         bounds += [start + end for end in row["cu_seq_lens"][1:]]
-        for name, found in spans.items():
-            inside = row.get(name) or row["prompt_spans"]
-            found += [[start + begin, start + end] for begin, end in inside]  # type: ignore[attr-defined]
+        prompts += [[start + begin, start + end] for begin, end in row["prompt_spans"]]
+        users += [[start + begin, start + end] for begin, end in row.get("user_spans") or row["prompt_spans"]]
         positions += [torch.arange(e - b) for b, e in zip(row["cu_seq_lens"], row["cu_seq_lens"][1:], strict=False)]
 
     def joined(key: str) -> Tensor:
@@ -191,7 +191,8 @@ def collate(rows: list[PackedRow]) -> Batch:
         labels=joined("labels")[None],
         position_ids=torch.cat(positions)[None],
         cu_seq_lens=torch.tensor(bounds, dtype=torch.int32),
-        **{name: torch.tensor(found, dtype=torch.int64) for name, found in spans.items()},  # type: ignore[typeddict-item]
+        prompt_spans=torch.tensor(prompts, dtype=torch.int64),
+        user_spans=torch.tensor(users, dtype=torch.int64),
         task_id=joined("task_id"),
         source=[name for row in rows for name in row["source"]],
     )

@@ -125,7 +125,7 @@ def user_text(messages: list[dict[str, str]], tokenizer: Tokenizer, **options: A
     wrote, ends = (messages[place]["content"].strip() for place in (places[0], places[-1]))
     if not (text[begin:].lstrip().startswith(wrote) and text[:end].rstrip().endswith(ends)):
         warnings.warn(
-            f"the chat template of {tokenizer.name_or_path!r} changes what users write, so routers see the template too",
+            f"the chat template of {tokenizer.name_or_path!r} changes what users write, so routers see it too",
             stacklevel=2,
         )
         return 0, len(text)
@@ -169,5 +169,5 @@ def check_length(encoded: Sequence[EncodedPrompt], model: CausalLM, max_new_toke
         if len(prompt) + max_new_tokens > limit:
             raise ValueError(
                 f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} new ones were asked for, but the model "
-                f"reads at most {limit}; shorten the prompt or max_new_tokens to {max(0, limit - len(ids))}"
+                f"reads at most {limit}; shorten the prompt or max_new_tokens to {max(0, limit - len(prompt))}"
             )

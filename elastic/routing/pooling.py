@@ -1,4 +1,4 @@
-"""Boundary pooling: which tokens of what the user wrote the router sees, and the sums of their keys (docs/design.md section 3).
+"""Boundary pooling: which of the user's words the router sees, and the sums of their keys (docs/design.md section 3).
 
 Legend: N samples, P pooled tokens at either end of the prompt, M = N * 2P, K KV heads, D head dim.
 """

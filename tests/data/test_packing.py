@@ -170,7 +170,7 @@ def encoded(**changes):
         (
             encoded(label="x"),
             "unknown ['label']; expected ['task', 'context', 'question', 'answer', 'source', 'answer_prefix', "
-                "'system', 'turns']",
+            "'system', 'turns']",
         ),
         (json.dumps({"task": "code", "context": "x"}).encode(), "missing ['question', 'answer']"),
         (b"[" * 100_000, "nested too deeply for a record"),
