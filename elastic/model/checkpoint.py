@@ -20,7 +20,7 @@ from elastic.files import file_sha256, is_foreign, new_folder, set_aside
 from elastic.model.attach import Model, attach, elastic_config, routers
 from elastic.model.loading import architecture, architecture_hash
 from elastic.protocols import CausalLM
-from elastic.routing.router import build_router
+from elastic.routing.kinds import build_router
 
 FORMAT = 1
 WEIGHTS, METADATA = "router.safetensors", "elastic.json"
