@@ -70,8 +70,10 @@ def run(out: Path, tiny: bool, steps: int | None, seed: int) -> None:
     say("    in the model's own words, which a small backbone often gets wrong, dense too; the table is the measure\n")
     answer_two(checkpoint, out / "records" / "test", settings.prompts, settings.new_tokens)
     minutes = (time.perf_counter() - began) / 60
-    command = f'elastic generate --checkpoint {checkpoint} --prompt "Name three oceans."'
-    say(f"\nDone in {minutes:.1f} minutes. Next: {command}")
+    prompt, answer = training.question(settings, seed)
+    say(f'\nDone in {minutes:.1f} minutes. Next: elastic generate --checkpoint {checkpoint} --prompt "{prompt}"')
+    if answer:
+        say(f"    a held-out question; the right answer is {answer}")
 
 
 def score_table(results: dict[str, dict[str, float]]) -> str:

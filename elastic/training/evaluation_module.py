@@ -92,7 +92,8 @@ class RoutedModule(LightningModule):
         sources = {name for split in manifest["splits"] for name in sources_of(manifest, split)}
         self.source_means = TaskMeans(self.columns, tuple(sorted(sources)))
         self.route_share = RouteShare(*size)
-        self.density = LayerDensity(tuple(method.name for method in self.methods), self.shape["num_layers"])
+        counted = (method.name for method in self.methods if method.sparse(self.elastic.sparse).has("xattention"))
+        self.density = LayerDensity(tuple(counted), self.shape["num_layers"])
 
     def _attached(self, model: CausalLM) -> CausalLM:
         if self.begins_with is None:
@@ -179,7 +180,8 @@ class RoutedModule(LightningModule):
 
     def _finish(self, stage: str) -> None:
         self.results, self.route_maps = self.means.compute(), self.route_share.compute()
-        self.source_results, self.densities = self.source_means.compute(), self.density.compute()
+        self.source_results = self.source_means.compute() if self.source_means.names else {}
+        self.densities = self.density.compute() if self.density.methods else {}
         self.density.reset()
         self.means.reset()
         self.source_means.reset()
