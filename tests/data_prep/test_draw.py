@@ -1,4 +1,6 @@
-"""Drawing without replacement: no sentence, file or document twice in a record, and too little text is refused."""
+"""Drawing without replacement: no sentence, file or document twice in a record, and too little text is refused. Windows
+of a billion words turn the overlap rule off, so that the drawing alone is tested.
+"""
 
 import random
 import re
@@ -70,7 +72,7 @@ def test_sentences_longer_than_the_room_are_cut_and_not_taken_again(folder):
 @pytest.mark.parametrize("name", ["continuation", "passage_qa", "verbatim_copy", "needle_single"])
 def test_no_passage_comes_twice(folder, name, split):
     """Numbered notes, some of which are cut in two by the end of the context."""
-    for record in generate(name, split, 20, capacity(folder, split) // 2, 0, text=folder):
+    for record in generate(name, split, 20, capacity(folder, split) // 2, 0, text=folder, window=10**9):
         notes = re.findall(r"Note \d+\.\d+ ", record.context)
         assert len(notes) == len(set(notes))
         if name == "continuation":
@@ -79,26 +81,31 @@ def test_no_passage_comes_twice(folder, name, split):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_no_document_and_no_file_comes_twice(folder, split):
-    for record in generate("summary", split, 20, 300, 0, text=folder):
+    for record in generate("summary", split, 20, 300, 0, text=folder, window=10**9):
         essays = re.findall(r"Essay (\d+) ", f"{record.context}\n{record.answer}")
         assert len(essays) == len(set(essays))
     length = (
         sum(len(text) for _, text in sources.code(split, folder)) // 5
     )  # the generator takes a word for 5 characters
-    for record in generate("code_completion", split, 20, length * 4 // 5, 0, code=folder):
+    for record in generate("code_completion", split, 20, length * 4 // 5, 0, code=folder, window=10**9):
         names = re.findall(HEADS, record.context, re.M)
         assert len(names) == len(set(names)) > 0 and record.answer not in record.context
 
 
 def test_the_library_has_no_file_twice_in_a_context_and_none_in_the_answer():
     seen = []
-    for record in generate("code_completion", "test", 12, 6000, 0):
+    for record in generate("code_completion", "test", 12, 6000, 0, window=10**9):
         names = re.findall(HEADS, record.context, re.M)
         assert len(names) == len(set(names))
         seen += names
     assert len(seen) > 12
-    for record in generate("summary", "test", 20, 1500, 0):
+    for record in generate("summary", "test", 20, 1500, 0, window=10**9):
         assert record.answer not in " ".join(record.context.split())
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_no_summary_is_in_its_document(split):
+    assert all(answer not in " ".join(document.split()) for answer, document in sources.summaries(split))
 
 
 def test_a_word_of_the_shots_comes_again_after_all_others():
