@@ -155,7 +155,7 @@ def _evaluate(
     requests = [Request(cell.task, cell.length, plan.samples, tokenizer, plan.seed, chat) for cell in cells]
     tasks = [cell.benchmark.harness_task(request) for cell, request in zip(cells, requests, strict=True)]
     shape = architecture(model)
-    route = method.routes(shape["num_layers"], shape["num_kv_heads"])
+    route = method.routes(shape["num_layers"], shape["num_kv_heads"], shape)
     sparse = method.sparse(plan.sparse if method.checkpoint is None else elastic_config(model).sparse)
     lm = RoutedLM(model, tokenizer, route, plan.batch_size, sparse=sparse)
     started = time.perf_counter()

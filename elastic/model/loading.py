@@ -70,6 +70,13 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Tokenizer:
     return tokenizer
 
 
+def longest_context(name: str, *, gguf_file: str | None = None) -> int:
+    """Tokens that a backbone reads at most, by its configuration; no weights are loaded."""
+    from transformers import AutoConfig
+
+    return int(_pretrained(AutoConfig, name, gguf_file=gguf_file).max_position_embeddings)
+
+
 def check_device(device: str) -> None:
     """Refuse a device that torch does not know or this machine does not have."""
     import torch
