@@ -1,9 +1,9 @@
 // Reach on compute capability 9.0, in one persistent launch bound by reading the keys once. The keys of all heads form
 // one list that the CTAs share equally (shares.cuh). Warpgroup 0 produces (TMA, one lane); warpgroups 1 and 2 take key
-// tiles in turn, each for all rows of the group's query heads, 64 at a time: wgmma, then the running sums of reach_rows.cuh.
-// A head that one CTA has whole is answered there, one that several share by the last of them to finish.
+// tiles in turn, each for all rows of the group's query heads, 64 at a time: wgmma, then the sums of reach_rows.cuh. A
+// head that one CTA has whole is answered there, one that several share by the last of them to finish.
 // Compile-time: ELASTIC_HEAD_DIM (64, 128), ELASTIC_BF16 (1, else fp16), ELASTIC_BLOCKS (1 to 4: blocks of 64 rows),
-// ELASTIC_STAGES (key tiles in shared memory; even, so that a warpgroup meets every phase of the slots that it waits for).
+// ELASTIC_STAGES (key tiles in shared memory; even, so that a warpgroup meets every phase of the slots it waits for).
 #include "elastic/ptx_sm90.cuh"
 #include "elastic/reach_rows.cuh"
 #include "elastic/wgmma.cuh"

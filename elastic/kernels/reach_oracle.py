@@ -33,7 +33,7 @@ def reach_oracle(
         if first >= end_q or begin_k >= end_k:
             continue
         q_KGQD = q[row, first:end_q].to(wide).permute(1, 0, 2).unflatten(0, (kv_heads, -1))
-        mass_KGQ = hidden_mass(q_KGQD, k[row, begin_k:end_k].to(wide).transpose(0, 1), pattern)
+        mass_KGQ = hidden_mass(q_KGQD, k[row, begin_k:end_k].transpose(0, 1), pattern)
         largest[n] = mass_KGQ.amax(2).mean(1)
         recent[n] = mass_KGQ[:, :, -REACH_RECENT:].mean((1, 2))
     return largest, recent
@@ -41,13 +41,13 @@ def reach_oracle(
 
 def hidden_mass(q_KGQD: Tensor, k_KSD: Tensor, pattern: Pattern) -> Tensor:
     """Per query, the softmax over the sample's keys up to its own position, summed over those that a streaming head
-    hides: [K, G, Q]. The queries are the sample's last Q positions.
+    hides: [K, G, Q] in the queries' type. The queries are the sample's last Q positions.
     """
     queries, (_, keys, dim) = q_KGQD.shape[2], k_KSD.shape
     position_Q1 = torch.arange(keys - queries, keys, device=k_KSD.device)[:, None]
     hidden, seen = [], []
     for begin in range(0, keys, _CHUNK):
-        k_KCD = k_KSD[:, begin : begin + _CHUNK]
+        k_KCD = k_KSD[:, begin : begin + _CHUNK].to(q_KGQD.dtype)
         key_C = torch.arange(begin, begin + k_KCD.shape[1], device=k_KSD.device)
         shown_QC = visible(
             position_Q1, key_C, sink=pattern.sink, window=pattern.window, granule=pattern.granule, block=pattern.block

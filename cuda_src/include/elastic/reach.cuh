@@ -35,8 +35,8 @@ struct Asked {  // of one sample; positions and keys count from its first key
 
 ELASTIC_FN Rule rule_of(const Params& p) { return rule_of(kStreaming, p.sink, p.window, p.by_block, p.block); }
 
-// What keys [from, to) are to all rows that count; kMixed also where some are not to be counted: those from `end` on and
-// those after a row's own position.
+// What keys [from, to) are to all rows that count; kMixed also where some are not to be counted: those from `end` on
+// and those after a row's own position.
 enum Kind { kSeen, kHidden, kMixed };
 
 ELASTIC_FN Kind kind_of(int from, int to, int end, const Asked& asked, const Rule& rule) {
