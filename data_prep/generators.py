@@ -12,8 +12,10 @@ from elastic.data.tasks import TASKS
 
 from . import documents, needles
 from .draw import Draw, Measure, Parts, word_count
+from .overlap import WINDOW, overlap_fault
 
 SHORTEST = 64
+TRIES = 200  # for one record, until the overlap rule accepts it
 GENERATORS: dict[str, tuple[str, Callable[[Draw], Parts]]] = {
     "needle_single": ("single_qa", needles.single),
     "needle_multi_key": ("single_qa", needles.multi_key),
@@ -53,6 +55,7 @@ def generate(
     text: Path | None = None,
     code: Path | None = None,
     shortest: int | None = None,
+    window: int = WINDOW,
 ) -> Iterator[Record]:
     """`count` records of one generator with contexts of about `shortest` to `length`; deterministic.
 
@@ -61,9 +64,11 @@ def generate(
         shortest: shortest context; default half of the longest.
         length: longest context, in words, or in tokens where `measure` is `draw.token_count(tokenizer)`.
         text, code: folders of documents and of source files to use instead of what Python itself carries.
+        window: end of the context that robust answers may share text with, in the same unit; see overlap.py.
 
     Raises:
-        ValueError: an unknown generator, or contexts too short.
+        ValueError: an unknown generator, contexts too short, a negative window, or text that is too little or
+            repeats itself.
         FileNotFoundError: folders without text for this split.
     """
     generators_of("", [name])
@@ -72,11 +77,23 @@ def generate(
         raise ValueError(
             f"contexts of {shortest} to {length} words are too short for the text generators; use {SHORTEST} or more"
         )
+    if window < 0:
+        raise ValueError(f"window={window} is negative; expected a length, 0 for none")
     task, make = GENERATORS[name]
     rng = random.Random(f"{name}/{split}/{seed}")
     for i in range(count):
-        parts = make(Draw(rng, split, rng.randint(shortest, length), measure, text, code))
-        yield Record(task, **parts._asdict(), source=f"{name}/{split}/{i}")
+        wanted, source = rng.randint(shortest, length), f"{name}/{split}/{i}"
+        for _ in range(TRIES):
+            parts = make(Draw(rng, split, wanted, measure, text, code))
+            record = Record(task, **parts._asdict(), source=source)
+            if (fault := overlap_fault(record, window, measure)) is None:
+                break
+        else:
+            raise ValueError(
+                f"{TRIES} draws of {source} in a row repeat text, at last: {fault}; name folders whose files repeat "
+                "each other less (`text:` and `code:` in a mixture, --text, --code), or raise the window"
+            )
+        yield record
 
 
 def generate_task(

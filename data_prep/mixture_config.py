@@ -10,6 +10,7 @@ from elastic.data.shards import SPLITS
 from elastic.data.tasks import TASKS
 
 from .generators import GENERATORS, SHORTEST
+from .overlap import WINDOW
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Mixture:
         targets: wanted MSR per task, a number or [low, high]; written into `train.yaml` beside the data.
         text, code: folders that generators draw from, instead of what Python itself carries.
         part_tokens: tokens of one shard: the unit of work, of memory and of resuming.
+        window: tokens at the end of a context that answers of robust tasks may share text with (overlap.py); that of
+            the streaming heads to be trained.
     """
 
     backbone: str
@@ -55,6 +58,7 @@ class Mixture:
     text: str | None = None
     code: str | None = None
     part_tokens: int = 1_000_000
+    window: int = WINDOW
 
     def __post_init__(self) -> None:
         if set(self.tokens) - set(SPLITS) or not self.tokens or min(self.tokens.values()) < self.seq_length:
@@ -84,6 +88,8 @@ class Mixture:
             raise ValueError(f"targets name {', '.join(unknown)}; known tasks are {', '.join(TASKS)}")
         if self.part_tokens < self.seq_length:
             raise ValueError(f"part_tokens={self.part_tokens} is below seq_length={self.seq_length}")
+        if self.window < 0:
+            raise ValueError(f"window={self.window} is negative; expected a length in tokens, 0 for none")
 
     def parts(self, split: str) -> int:
         """Number of shards of a split, all of about the same size."""

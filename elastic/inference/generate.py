@@ -10,13 +10,17 @@ import torch
 
 from elastic.attention.routed import backend_for
 from elastic.cache.elastic_cache import ElasticCache
+from elastic.config import SparseConfig
 from elastic.data.prompts import EncodedPrompt, Prompts, check_length, encode, left_pad, padded_spans, single_prompts
 from elastic.inference.decode_graph import can_graph, graphed
 from elastic.inference.report import RouteReport, route_reports
 from elastic.model.attach import biased, elastic_config, is_attached, route_of, set_config, user_wrote
 from elastic.model.checkpoint import load_into, read_elastic
 from elastic.model.loading import architecture, load_backbone
+from elastic.model.static_routers import attach_static
 from elastic.protocols import CausalLM, KVCache, Tokenizer
+from elastic.routing.calibration import is_calibration, read_calibration
+from elastic.routing.methods import Method, parse_method
 
 _OWN = ("input_ids", "inputs_embeds", "attention_mask", "past_key_values", "return_dict_in_generate", "max_length")
 _REFUSED = {
@@ -57,23 +61,47 @@ def load(
     """A backbone with the routers of a checkpoint, frozen and in eval mode, and its tokenizer.
 
     Args:
-        path: checkpoint folder.
-        backbone: name to load the backbone by; default the one it was trained on.
+        path: checkpoint folder; or `static:<file>[@<msr>]`, the heads of a calibration (`elastic calibrate`) or of a
+            pattern file, the same for every input.
+        backbone: name to load the backbone by; default the one that was trained on or calibrated.
         device: a torch device.
         dtype: of the backbone's weights; routers stay fp32.
         gguf_file: file name where the backbone's weights are in GGUF format.
         kv_cache: what `generate` keeps of a prompt, `full` or `elastic`; default: as the checkpoint says.
 
     Raises:
-        FileNotFoundError: no checkpoint, or no such backbone.
-        ValueError: a damaged checkpoint, or one for another backbone.
+        FileNotFoundError: no checkpoint, no file, or no such backbone.
+        ValueError: a damaged checkpoint or file, or one for another backbone.
     """
-    name = backbone or read_elastic(path)["backbone"]
-    model, tokenizer = load_backbone(name, dtype=dtype, device=device, gguf_file=gguf_file)
-    load_into(model, path)
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "gguf_file": gguf_file}
+    method = _static_method(path)
+    if method is None:
+        model, tokenizer = load_backbone(backbone or read_elastic(path)["backbone"], **options)
+        load_into(model, path)
+    else:
+        model, tokenizer = _load_static(method, backbone, options)
     if kv_cache is not None:
         set_config(model, replace(elastic_config(model), kv_cache=kv_cache))  # type: ignore[arg-type]
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def _static_method(path: str | Path) -> Method | None:
+    """The method that is named instead of a checkpoint folder, if one is."""
+    return parse_method(str(path)) if str(path).startswith("static:") and not Path(path).exists() else None
+
+
+def _load_static(method: Method, backbone: str | None, options: dict[str, Any]) -> tuple[CausalLM, Tokenizer]:
+    file = Path(method.file or "")
+    if not file.is_file():
+        raise FileNotFoundError(f"{method.name}: no file {file}; `elastic calibrate --out {file}` writes one")
+    sparse = SparseConfig()
+    if is_calibration(file):
+        found = read_calibration(file)
+        backbone, sparse = backbone or found.backbone, found.sparse
+    if backbone is None:
+        raise ValueError(f"pattern file {file} does not say which backbone it is of; name it (backbone, --backbone)")
+    model, tokenizer = load_backbone(backbone, **options)
+    return attach_static(model, file, method.msr, sparse), tokenizer
 
 
 def generate(
