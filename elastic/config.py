@@ -27,9 +27,10 @@ class RouterConfig:
         pool_tokens: P of the boundary pooling: the first P and last P tokens are averaged (P >= 1).
         pool_over: of what the `user` wrote, so that neither the template nor another system prompt changes a decision,
             or of the whole `prompt` with its template, as checkpoints from before this setting were trained.
-        budget: divergence from the dense backbone that level routers aim at, in nats per answer token.
-        caution: what strange inputs add to the log of the divergence that level routers expect, per deviation; higher
-            keeps more full heads on inputs unlike those of training.
+        budget: level routers go as far as the divergence from the dense backbone is expected to stay below this, in
+            nats per answer token.
+        caution: what level routers take off the level of a strange input, in MSR per deviation beyond the usual;
+            higher keeps more full heads on inputs unlike those of training.
         feature_norm: `running` standardises the pooled keys with statistics gathered in training; `none` is the
             paper's router.
         kind: `paper` decides head by head from the keys; `level` goes down a measured order of the heads, as far as the
@@ -45,8 +46,8 @@ class RouterConfig:
     kind: RouterKind = "paper"
     head_offset: bool = False
     pool_over: PoolOver = "user"
-    budget: float = 0.02
-    caution: float = 1.0
+    budget: float = 0.1
+    caution: float = 0.05
 
     def __post_init__(self) -> None:
         _check_int("router.pool_tokens", self.pool_tokens, minimum=1)

@@ -63,13 +63,9 @@ class HeadPlan:
 
     def pattern(self, scale: float) -> Pattern:
         """Sizes and softmax scale as the operators of `elastic.kernels` take them."""
-        return pattern_of(self.sparse, scale)
+        sparse = self.sparse
+        return Pattern(sparse.sink, sparse.window, sparse.granule, sparse.block, scale)
 
     def flipped(self) -> "HeadPlan":
         """The plan in which every head runs its other mode."""
         return replace(self, mode_NK=sum(mode_ids(self.sparse, self.layout.queries)) - self.mode_NK)
-
-
-def pattern_of(sparse: SparseConfig, scale: float) -> Pattern:
-    """A configuration's sizes as the operators of `elastic.kernels` take them."""
-    return Pattern(sparse.sink, sparse.window, sparse.granule, sparse.block, scale)

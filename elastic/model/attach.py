@@ -92,9 +92,9 @@ def attach(model: Model, config: ElasticConfig | None = None) -> Model:
         raise ValueError("this model already has routers; call elastic.detach(model) first")
     layers = attention_layers(model)
     made = []
-    for attn in layers:
+    for layer, attn in enumerate(layers):
         weight = attn.k_proj.weight
-        router = build_router(weight.shape[0] // attn.head_dim, attn.head_dim, config.router)
+        router = build_router(weight.shape[0] // attn.head_dim, attn.head_dim, config.router, layer)
         made.append(router.to(weight.device).train(model.training))
     register()
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

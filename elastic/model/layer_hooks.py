@@ -152,7 +152,7 @@ def decide_after_rope(
             "process a slice; train them with DDP or FSDP, or use routers of kind paper"
         )
     record = _record(cache, of_pass.layout, layer)
-    earlier = of_pass.record.decisions[layer - 1].summary_NS if layer else None
+    earlier = of_pass.record.decisions[layer - 1].reach_NR if layer else None
     decision = decide_from_reach(
         cast(LevelRouter, attn.router), q_BHSD, k_BKSD, of_pass.layout, of_pass.config, scale, earlier,
         dropped_NK=dropped, level_N=of_pass.level_N, temperature=of_pass.temperature,

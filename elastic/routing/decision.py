@@ -8,16 +8,14 @@ D head dim.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from elastic.attention.head_plan import pattern_of
 from elastic.attention.layout import Layout
 from elastic.attention.modes import mode_ids
+from elastic.attention.prompt_reach import prompt_reach
 from elastic.attention.row_slice import RowSlice
 from elastic.config import ElasticConfig
-from elastic.kernels import Ranges, reach, unsupported_reach, unsupported_reason
-from elastic.kernels.reach_oracle import reach_oracle
+from elastic.kernels import unsupported_reason
 from elastic.kernels.route_prompt import route_prompt
 from elastic.routing.level import LevelRouter
 from elastic.routing.pooling import Pooling, half_sums
@@ -52,34 +50,27 @@ def decide_from_keys(
 
 def decide_from_reach(
     router: LevelRouter, q_BHSD: Tensor, k_BKSD: Tensor, layout: Layout, config: ElasticConfig, scale: float,
-    earlier_NS: Tensor | None, *, dropped_NK: Tensor | None = None, level_N: Tensor | None = None,
+    earlier_NR: Tensor | None, *, dropped_NK: Tensor | None = None, level_N: Tensor | None = None,
     temperature: float = 1.0,
 ) -> Decision:  # fmt: skip
     """Decision of a level router from queries and keys after RoPE, at most the last 32 of what the user wrote.
 
     Args:
-        earlier_NS: the summary that the layer before left; None in the first.
+        earlier_NR: reach in the layers before; None in the first.
         dropped_NK: bool; heads whose cached keys are not all there, so that they tell nothing.
         level_N: MSR that each sample is run at instead, see `at_level`.
     """
-    past, user = layout.past, (layout.user_begin_N, layout.user_end_N)
-    begin_q, end_q = ((place - past).clamp(min=0) for place in user)
-    places = (begin_q, end_q, layout.begin_N, layout.user_end_N, layout.row_N)
-    ranges = layout.memo("users' words", lambda: Ranges(*(place.to(torch.int32) for place in places)))
-    q, k = q_BHSD.detach().transpose(1, 2), k_BKSD.detach().transpose(1, 2)
-    group, dim = q.shape[2] // k.shape[2], q.shape[3]
-    measure = reach if unsupported_reach(q.device, q.dtype, dim, group) is None else reach_oracle
-    largest, recent = measure(q, k, pattern_of(config.sparse, scale), ranges)
-    summary = router.summarise(largest.float(), recent.float(), earlier_NS, dropped_NK)
-    features = router.features(summary, layout.user_end_N - layout.begin_N, config.sparse)
+    found = prompt_reach(q_BHSD, k_BKSD, layout, config.sparse, scale)
+    reached = router.with_earlier(found.largest, found.recent, earlier_NR, dropped_NK)
+    features = router.features(reached, layout.user_end_N - layout.begin_N, config.sparse)
     logits = router(features)
     if level_N is not None:
-        route = router.route_at(level_N)
+        route = router.route_at(level_N.expand(features.shape[0]))
     elif router.training:
         route = sample_route(logits, temperature)
     else:
         route = decide(logits.detach(), config.sparsity_bias)
-    return Decision(route, logits, features.detach(), summary_NS=summary.detach())
+    return Decision(route, logits, features.detach(), reach_NR=reached)
 
 
 def is_fused(router: Router, keys_N2PKD: Tensor) -> bool:

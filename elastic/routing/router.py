@@ -27,14 +27,14 @@ class Decision:
         logits_NK2: what it was decided from; None when the route was given from outside, as are the next.
         features: pooled keys [N, K, D], or the features [N, F] of a level router.
         mode_NK: the route in modes of the head plan, where the kernel that decided made it too.
-        summary_NS: what a level router of the next layer must know of this one and those before.
+        reach_NR: reach in this layer and those before, which a level router of the next layer must know.
     """
 
     route_NK: Tensor
     logits_NK2: Tensor | None
     features: Tensor | None
     mode_NK: Tensor | None = None
-    summary_NS: Tensor | None = None
+    reach_NR: Tensor | None = None
 
 
 class Router(nn.Module):

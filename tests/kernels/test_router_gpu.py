@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.kernels.route_prompt import RoutedPrompt, route_prompt
-from elastic.model.attach import attach, last_routes, last_features
+from elastic.model.attach import attach, last_features, last_routes
 from elastic.routing.relaxation import decide
 from elastic.routing.router import AttentionRouter
 from tests.helpers.models import tiny_model, varied_routers

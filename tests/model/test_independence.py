@@ -19,9 +19,9 @@ from elastic.model.attach import (
     detach,
     elastic_config,
     is_attached,
+    last_features,
     last_routes,
     override_routes,
-    last_features,
     route_of,
     set_config,
 )

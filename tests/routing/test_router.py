@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from elastic.config import RouterConfig
-from elastic.routing.pooling import BoundarySlots, half_sums
 from elastic.routing.kinds import build_router
+from elastic.routing.pooling import BoundarySlots, half_sums
 from elastic.routing.router import MIN_STATISTICS, AttentionRouter, entropy
 
 

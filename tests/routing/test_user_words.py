@@ -12,7 +12,7 @@ from elastic.config import ElasticConfig, RouterConfig
 from elastic.data.prompts import EncodedPrompt
 from elastic.inference.generate import answer_tokens, load, new_cache
 from elastic.model import loading
-from elastic.model.attach import attach, last_routes, last_features, user_wrote
+from elastic.model.attach import attach, last_features, last_routes, user_wrote
 from elastic.model.checkpoint import save_elastic
 from tests.helpers.models import FAMILIES, left_padded, random_ids, small_config, tiny_model, varied_routers
 

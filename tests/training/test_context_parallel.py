@@ -9,7 +9,7 @@ from torch import multiprocessing
 
 from elastic.attention.row_slice import RowSlice
 from elastic.data.packing import Sample, collate, pack
-from elastic.model.attach import attach, last_routes, override_routes, last_features, routers, set_row_slice
+from elastic.model.attach import attach, last_features, last_routes, override_routes, routers, set_row_slice
 from elastic.routing.sparsity import msr
 from elastic.training.context_parallel import RowSliceGroup, context_parallel, divergence, language_loss, shard
 from elastic.training.losses import chunked_cross_entropy
