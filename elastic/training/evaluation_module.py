@@ -74,7 +74,7 @@ class RoutedModule(LightningModule):
         model, self.tokenizer = load_backbone(self.backbone, dtype=self.dtype_name, gguf_file=self.gguf_file)
         data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
         if getattr(data, "manifest", None) is not None:
-            check_data(data.manifest, model, self.tokenizer, self.backbone)
+            check_data(data.manifest, model.config.max_position_embeddings, self.tokenizer, self.backbone)
         self.model = self._attached(model).train()  # routers sample in training mode only
         self.shape = architecture(model)
         if self.device_mesh is not None:
@@ -85,7 +85,7 @@ class RoutedModule(LightningModule):
                 )
             shard_backbone(self.model, self.device_mesh["data_parallel"])
         size = self.shape["num_layers"], self.shape["num_kv_heads"]
-        self.fixed_routes = [method.routes(*size) for method in self.methods]
+        self.fixed_routes = [method.routes(*size, self.shape) for method in self.methods]
         self.columns = columns(self.methods)
         self.means = TaskMeans(self.columns)
         manifest = getattr(data, "manifest", None) or {"splits": {}}
@@ -110,14 +110,7 @@ class RoutedModule(LightningModule):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final hidden states [1, S, E] of a packed batch; the routes are then in `last_routes(self.model)`."""
-        decoder: Decoder = self.model.get_decoder()
-        return decoder(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            cu_seq_lens=batch["cu_seq_lens"],
-            prompt_spans=batch["prompt_spans"],
-            use_cache=False,
-        ).last_hidden_state
+        return packed_hidden_states(self.model, batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Scores of every method on one batch."""
@@ -186,3 +179,15 @@ class RoutedModule(LightningModule):
         for task, row in self.results.items():
             for name in self.columns:
                 self.log(f"{stage}/{name}/{task}", row[name], rank_zero_only=True)
+
+
+def packed_hidden_states(model: CausalLM, batch: Batch) -> Tensor:
+    """Final hidden states [1, S, E] of an attached model on a packed batch."""
+    decoder: Decoder = model.get_decoder()
+    return decoder(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        cu_seq_lens=batch["cu_seq_lens"],
+        prompt_spans=batch["prompt_spans"],
+        use_cache=False,
+    ).last_hidden_state
