@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
 
     from elastic.commands.calibration_data import Wanted, build
     from elastic.model.loading import check_device
-    from elastic.training.calibration import Recipe
+    from elastic.training.head_need import Recipe
     from elastic.training.partial_results import partial_file
 
     check_device(args.device)

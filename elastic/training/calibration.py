@@ -8,7 +8,7 @@ Legend: N samples, S tokens, P judged positions, E hidden size, L layers, K KV h
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -32,64 +32,12 @@ from elastic.model.loading import DTYPES, architecture, architecture_hash, backb
 from elastic.protocols import CausalLM
 from elastic.routing.calibration import LEVELS, Calibration, Curve
 from elastic.training.evaluation_module import packed_hidden_states
-from elastic.training.head_need import (
-    CURVE,
-    AblationRound,
-    CurveRound,
-    GradientRound,
-    Ranking,
-    Round,
-    rounded,
-    source_means,
-)
+from elastic.training.head_need import CURVE, CurveRound, Ranking, Recipe, Round, rounded, source_means
 from elastic.training.losses import answer_divergence, labelled_positions
 from elastic.training.partial_results import Found, read_partial, write_partial
 
 SAVE_EVERY = 4  # batches of a process
 LARGE = 1_000_000_000  # parameters from which layers are recomputed in the backward pass unless said otherwise
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the need of heads is measured.
-
-    Attributes:
-        by: `gradient` or `ablation`.
-        rates: gradient: shares of sparse heads in the random routes of the first round, one draw each.
-        draws: gradient: random routes of the second round, in which cheap heads mostly run sparse; 0 leaves it out.
-        levels: ablation: the MSR that each round begins at, ascending from 0.
-        seed: of the random routes.
-    """
-
-    by: str = "gradient"
-    rates: tuple[float, ...] = (0.1, 0.2, 0.35)
-    draws: int = 3
-    levels: tuple[float, ...] = (0.0, 0.5, 0.75)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.by not in ("gradient", "ablation"):
-            raise ValueError(f"by={self.by!r} is not known; use gradient or ablation")
-        if not self.rates or not all(0 < rate < 1 for rate in self.rates):
-            raise ValueError(f"rates={list(self.rates)}; expected shares of the heads between 0 and 1")
-        if self.draws < 0:
-            raise ValueError(f"draws={self.draws} is below 0; 0 leaves the second round out")
-        if self.levels[:1] != (0.0,) or list(self.levels) != sorted(set(self.levels)) or self.levels[-1] >= 1:
-            raise ValueError(f"rounds={list(self.levels)}; expected MSR levels that ascend from 0 to below 1")
-        if not 0 <= self.seed < 2**40:
-            raise ValueError(f"seed={self.seed} is not in [0, 2**40)")
-
-    def rounds(self) -> list[Round]:
-        """Those that make the order."""
-        if self.by == "ablation":
-            return [AblationRound(f"beside {level:g}", level) for level in self.levels]
-        first = GradientRound("random", self.rates, 0, self.seed)
-        return [first, GradientRound("in context", None, self.draws, self.seed + 1)] if self.draws else [first]
-
-    def settings(self) -> dict[str, Any]:
-        """Those that this way of measuring reads."""
-        names = ("levels",) if self.by == "ablation" else ("rates", "draws", "seed")
-        return {"by": self.by, **{name: getattr(self, name) for name in names}}
 
 
 class HeadNeed(LightningModule):
@@ -215,7 +163,8 @@ class HeadNeed(LightningModule):
             "architecture": self.shape,
             "architecture_sha256": architecture_hash(self.model),
             "sparse": asdict(self.sparse),
-            **self.recipe.settings(),
+            "by": self.recipe.by,
+            "settings": self.recipe.settings(),
             "dtype": self.dtype_name,
             "backend": backend_for(self.device, self.model.dtype, self.shape["head_dim"], True, self.sparse),
             "data": {**self.data, "order": self.order_rows.summary(), CURVE: self.curve_rows.summary()},

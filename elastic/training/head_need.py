@@ -1,4 +1,5 @@
 """The rounds in which the need of heads is measured: which routes each of them runs, and what follows from the outcome.
+`Recipe` says which rounds there are.
 
 All means are over samples within a source first, then over sources, so that every source counts the same.
 Legend: N samples, L layers, K KV heads, T = L * K heads, C tried routes, D random draws.
@@ -6,7 +7,7 @@ Legend: N samples, L layers, K KV heads, T = L * K heads, C tried routes, D rand
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -156,6 +157,49 @@ class CurveRound:
     def learn(self, known: Ranking, _routes: Tensor, _values: Tensor, _sources: Sequence[str]) -> Ranking:
         """Nothing: its samples are others than those that make the order."""
         return known
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the need of heads is measured.
+
+    Attributes:
+        by: `gradient` or `ablation`.
+        rates: gradient: shares of sparse heads in the random routes of the first round, one draw each.
+        draws: gradient: random routes of the second round, in which cheap heads mostly run sparse; 0 leaves it out.
+        levels: ablation: the MSR that each round begins at, ascending from 0.
+        seed: of the random routes.
+    """
+
+    by: str = "gradient"
+    rates: tuple[float, ...] = (0.1, 0.2, 0.35)
+    draws: int = 3
+    levels: tuple[float, ...] = (0.0, 0.5, 0.75)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.by not in ("gradient", "ablation"):
+            raise ValueError(f"by={self.by!r} is not known; use gradient or ablation")
+        if not self.rates or not all(0 < rate < 1 for rate in self.rates):
+            raise ValueError(f"rates={list(self.rates)}; expected shares of the heads between 0 and 1")
+        if self.draws < 0:
+            raise ValueError(f"draws={self.draws} is below 0; 0 leaves the second round out")
+        if self.levels[:1] != (0.0,) or list(self.levels) != sorted(set(self.levels)) or self.levels[-1] >= 1:
+            raise ValueError(f"rounds={list(self.levels)}; expected MSR levels that ascend from 0 to below 1")
+        if not 0 <= self.seed < 2**40:
+            raise ValueError(f"seed={self.seed} is not in [0, 2**40)")
+
+    def rounds(self) -> list[Round]:
+        """Those that make the order."""
+        if self.by == "ablation":
+            return [AblationRound(f"beside {level:g}", level) for level in self.levels]
+        first = GradientRound("random", self.rates, 0, self.seed)
+        return [first, GradientRound("in context", None, self.draws, self.seed + 1)] if self.draws else [first]
+
+    def settings(self) -> dict[str, Any]:
+        """Those that this way of measuring reads."""
+        names = ("levels",) if self.by == "ablation" else ("rates", "draws", "seed")
+        return {name: getattr(self, name) for name in names}
 
 
 def source_means(values_N: Tensor, sources: Sequence[str]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from elastic import cli
 from elastic.model.attach import last_routes, override_routes
 from elastic.routing.calibration import read_calibration
 from tests.helpers.training import build_data
+from tests.test_design_page import fields_of
 
 FAST = ["--samples", "6", "--rates", "0.3", "--draws", "0"]
 TINY = ["--backbone", "tiny", "--sink", "4", "--window", "16", "--block", "4", *FAST]
@@ -44,6 +45,10 @@ def test_what_it_writes_and_says(file, tmp_path, capsys):
     assert found.provenance["data"]["lengths"] == [80, 100] and found.provenance["data"]["from"] == "generators"
 
 
+def test_the_page_has_every_field(file):
+    assert list(json.loads(file.read_text())) == list(fields_of("a calibration"))
+
+
 def test_two_files_are_compared_without_measuring(file, capsys):
     assert run("--compare", file, file) == 0
     out, _ = capsys.readouterr()
@@ -60,7 +65,7 @@ def test_packed_data_and_settings_of_a_configuration(tmp_path):
     assert run(*options, "--by", "ablation", "--rounds", "0", "--out", tmp_path / "cal.json") == 0
     found = read_calibration(tmp_path / "cal.json")
     assert (found.sparse.sink, found.sparse.window, found.sparse.block) == (4, 16, 4)
-    assert found.provenance["data"]["from"] == "packed data" and found.provenance["levels"] == [0.0]
+    assert found.provenance["data"]["from"] == "packed data" and found.provenance["settings"] == {"levels": [0.0]}
     assert set(found.curve.sources) == {"single_qa/tiny", "in_context/tiny"}
 
 

@@ -13,7 +13,8 @@ from elastic.files import write_atomic
 from elastic.model.attach import override_routes
 from elastic.model.loading import load_backbone
 from elastic.routing.calibration import LEVELS, agreement
-from elastic.training.calibration import HeadNeed, JudgedBatch, Recipe, measure
+from elastic.training.calibration import HeadNeed, JudgedBatch, measure
+from elastic.training.head_need import Recipe
 from elastic.training.partial_results import partial_file, read_partial, write_partial
 from tests.helpers.models import tiny_model
 from tests.helpers.training import ROOT, command_environment
@@ -87,8 +88,9 @@ def test_gradient_and_ablation_agree(both):
 
 def test_provenance(both):
     gradient, ablation = (found.provenance for found in both)
-    assert (gradient["by"], gradient["rates"], gradient["draws"]) == ("gradient", (0.1, 0.1, 0.1, 0.1), 0)
-    assert ablation["levels"] == (0.0, 0.5, 0.75) and "rates" not in ablation and "levels" not in gradient
+    assert (gradient["by"], ablation["by"]) == ("gradient", "ablation")
+    assert gradient["settings"] == {"rates": (0.1, 0.1, 0.1, 0.1), "draws": 0, "seed": 0}
+    assert ablation["settings"] == {"levels": (0.0, 0.5, 0.75)}
     assert gradient["backbone"] == "tiny" and gradient["architecture"]["num_layers"] == 3
     assert gradient["data"]["order"]["samples"] == 36 and gradient["data"]["curve"]["samples"] == 18
     assert gradient["data"] == ablation["data"] and gradient["backend"] == "torch (cpu)"
