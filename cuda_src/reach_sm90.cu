@@ -123,7 +123,9 @@ struct ReachConsumer {
     const int rows = p.f.heads / p.f.kv_heads * kQueries;
     float s[2][64];
     wait(&c.full[at.slot], at.phase);
-    const Kind kind = c.kind[at.slot];
+    // One lane reads for its warp, the one that hands the slot back: its arrival orders no other lane's read.
+    const int noted = lane == 0 ? c.kind[at.slot] : 0;
+    const Kind kind = Kind(__shfl_sync(~0u, noted, 0));
     scores(s[0], 0, at.slot);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {

@@ -148,8 +148,8 @@ def _records(mixture: Mixture, name: str, split: str, part: int, measure: Any, r
         return
     shortest, longest = source.context or mixture.context
     seed = mixture.seed * 1_000_003 + part
-    generator = source.generator or name
-    yield from generate(generator, split, ENDLESS, longest, seed, measure, *mixture.folders, shortest, mixture.window)
+    generator, more = source.generator or name, (mixture.window, source.system)
+    yield from generate(generator, split, ENDLESS, longest, seed, measure, *mixture.folders, shortest, *more)
 
 
 @lru_cache(maxsize=1)

@@ -235,8 +235,8 @@ def cost_table(found: Calibration) -> str:
     rows = []
     for place, (msr, kl) in enumerate(zip(found.curve.msr, found.curve.kl, strict=True)):
         worst = max(found.curve.sources, key=lambda name: found.curve.sources[name][place])
-        rows.append([f"{msr:g}", f"{kl:.4f}", f"{found.curve.sources[worst][place]:.4f} {worst}"])
-    return table(["MSR", "KL to dense", "most of a source"], rows)
+        rows.append([f"{msr:g}", f"{kl:.4f}", f"{found.curve.sources[worst][place]:.4f}", worst])
+    return table(["MSR", "KL to dense", "highest", "of source"], rows)
 
 
 def comparison(mine: Calibration, reference: Calibration) -> str:

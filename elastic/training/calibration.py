@@ -2,14 +2,13 @@
 
 The need of a head is KL(dense || that head sparse) in nats per answer token. The dense model is the teacher, so no
 label is fitted. The rounds of `elastic.training.head_need` say which routes run; here they meet the model.
-Legend: N samples, S tokens, P judged positions, E hidden size, L layers, K KV heads, C tried routes, D random draws.
+Legend: N samples, L layers, K KV heads.
 """
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,15 @@ from torch.utils.data import DataLoader
 from elastic._version import __version__
 from elastic.attention.routed import backend_for
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
+from elastic.console import say
 from elastic.data.calibration_rows import RowSet
 from elastic.data.packing import Batch, collate
 from elastic.files import text_sha256
-from elastic.model.attach import attach, override_routes
+from elastic.model.attach import attach
 from elastic.model.loading import DTYPES, architecture, architecture_hash, backbone_id, load_backbone
-from elastic.protocols import CausalLM
 from elastic.routing.calibration import LEVELS, Calibration, Curve
-from elastic.training.evaluation_module import packed_hidden_states
 from elastic.training.head_need import CURVE, CurveRound, Ranking, Recipe, Round, rounded, source_means
-from elastic.training.losses import answer_divergence, labelled_positions
+from elastic.training.judged_batch import JudgedBatch
 from elastic.training.partial_results import Found, read_partial, write_partial
 
 SAVE_EVERY = 4  # batches of a process
@@ -107,6 +105,8 @@ class HeadNeed(LightningModule):
         self.key = text_sha256(json.dumps(self.provenance, sort_keys=True))
         known = read_partial(self.partial, self.key) if self.trainer.is_global_zero else {}
         self.found = self.trainer.strategy.broadcast(known)
+        if self.trainer.is_global_zero and self.partial.exists():
+            say(f"{len(known)} batches are in {self.partial} already" if known else f"{self.partial} is of another run")
         rank, world = self.trainer.global_rank, self.trainer.world_size
         work: list[tuple[int, int | None]] = []
         for number, of in enumerate(self.rounds):
@@ -132,7 +132,7 @@ class HeadNeed(LightningModule):
         if "index" in work:
             begin, end = self._rows(of).places[work["index"]]
             with torch.no_grad():
-                values = of.measure(JudgedBatch(self, work["batch"]), self.routes, slice(begin, end))
+                values = of.measure(self.judged(work["batch"]), self.routes, slice(begin, end))
             if not bool(torch.isfinite(values).all()):
                 raise FloatingPointError(
                     f"round {of.name!r} gave NaN or infinity on batch {work['index']}; try --dtype float32"
@@ -140,6 +140,10 @@ class HeadNeed(LightningModule):
             self.fresh[of.name, work["index"]] = values.float().cpu()
         if (batch_idx + 1) % SAVE_EVERY == 0:
             self._keep()
+
+    def judged(self, batch: Batch) -> JudgedBatch:
+        """A batch, ready to be judged."""
+        return JudgedBatch(self.model, batch, self.sparse.dense, self.loss_chunk)
 
     def on_test_epoch_end(self) -> None:
         """All processes know everything."""
@@ -202,47 +206,6 @@ class HeadNeed(LightningModule):
         overall = torch.stack(list(kl.values())).mean(0)
         curve = Curve(LEVELS, _numbers(overall), {name: _numbers(values) for name, values in kl.items()})
         return Calibration(tuple(map(_numbers, need_T.view(self.size))), tuple(order), curve, self.provenance)
-
-
-class JudgedBatch:
-    """A packed batch that the dense model has read (`elastic.training.head_need.Judged`).
-
-    Args:
-        module: whose model reads it.
-        batch: on the model's device.
-    """
-
-    def __init__(self, module: HeadNeed, batch: Batch) -> None:
-        self.model: CausalLM = module.model
-        self.batch, self.dense, self.loss_chunk = batch, module.sparse.dense, module.loss_chunk
-
-    @cached_property
-    def dense_answers(self) -> Tensor:
-        """Final hidden states [P, E] of the dense model at the judged positions."""
-        with torch.no_grad(), override_routes(self.model, 0, self.dense):
-            return labelled_positions(packed_hidden_states(self.model, self.batch), self.batch["labels"])[0]
-
-    def divergences(self, routes_CLK: Tensor) -> Tensor:
-        """KL(dense || routes) of each sample under each of C routes, [N, C]."""
-        with torch.no_grad():
-            return torch.stack([self._divergence(route_LK) for route_LK in routes_CLK], dim=1)
-
-    def gradients(self, routes_NDLK: Tensor) -> Tensor:
-        """d KL / d route of each sample under D routes of its own, [N, D, L, K]."""
-        found = []
-        for route_NLK in routes_NDLK.unbind(1):
-            route = route_NLK.transpose(0, 1).to(self.batch["labels"].device).requires_grad_()
-            with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(self._divergence(route).sum(), route)
-            found.append(gradient.transpose(0, 1))
-        return torch.stack(found, dim=1)
-
-    def _divergence(self, route: Tensor) -> Tensor:
-        dense_PE = self.dense_answers
-        with override_routes(self.model, route):
-            hidden = packed_hidden_states(self.model, self.batch)
-        head, labels, bounds = self.model.get_output_embeddings(), self.batch["labels"], self.batch["cu_seq_lens"]
-        return answer_divergence(hidden, dense_PE, head, labels, bounds, self.loss_chunk)
 
 
 def _numbers(values: Tensor) -> tuple[float, ...]:

@@ -7,7 +7,7 @@ python -m tests.kernels.sanitize count log
 compute-sanitizer --kernel-name kns=attention_decode python -m tests.kernels.sanitize decode
 compute-sanitizer --kernel-name kns=route_prompt python -m tests.kernels.sanitize router
 compute-sanitizer --tool racecheck --kernel-name kns=xattention python -m tests.kernels.sanitize select
-compute-sanitizer --kernel-name kns=reach python -m tests.kernels.sanitize reach
+compute-sanitizer --tool racecheck --kernel-name kns=reach python -m tests.kernels.sanitize reach
 
 The kernels are compiled with line numbers. initcheck must see all kernels, because PyTorch's write what ours read;
 `count` then tells whose reads it reports. `run` is forward, backward and the route's gap, `decode` decode attention,
@@ -19,13 +19,14 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from elastic.kernels import jit, route_gap
-from elastic.kernels.params import Pattern
+from elastic.kernels.params import Pattern, Ranges
 from elastic.kernels.route_prompt import route_prompt
 from tests.kernels.generators import placed, random_problem, tensor
 from tests.kernels.gpu import paths, run
@@ -33,6 +34,7 @@ from tests.kernels.gpu_backward import forward_exact, run_backward, upstream
 from tests.kernels.gpu_decode import configs, random_decode, run_decode
 from tests.kernels.gpu_reach import judge_reach, run_reach
 from tests.kernels.gpu_selection import Selection, judge_selection, run_selection
+from tests.kernels.test_reach_gpu import mixed
 from tests.kernels.test_router_gpu import linears, operands, trained_router
 
 SEEDS = (2, 232, 157, 182, 221, 0, 1)  # small; tails, packing, every mode, both head dims
@@ -129,15 +131,24 @@ def select(debug: tuple[str, ...]) -> None:
         done(f"select {shapes} stride {problem.stride} block {block}", started)
 
 
-def far(_debug: tuple[str, ...]) -> None:
-    """Reach of the small random problems, by every kernel, the CTAs one for all heads and several for each."""
+def reach_problems() -> Iterator[tuple[Tensor, Tensor, Pattern, Ranges]]:
+    """The small random problems, and longer ones, whose key tiles take every place of a ring several times."""
     for seed in SEEDS:
-        started = time.perf_counter()
         q, k, _, _, pattern, ranges, _ = random_problem(seed).args()
+        yield q, k, pattern, ranges
+    for group, dim in ((4, 128), (3, 64)):
+        q, k, ranges = mixed(group, dim, torch.bfloat16)
+        yield q, k, Pattern(64, 256), ranges
+
+
+def far(_debug: tuple[str, ...]) -> None:
+    """Reach by every kernel, the CTAs one for all heads and several for each."""
+    for q, k, pattern, ranges in reach_problems():
+        started = time.perf_counter()
         for path in paths():
             for processors in (1, 7):
                 judge_reach(run_reach(q, k, pattern, ranges, path, processors), q, k, pattern, ranges)
-        done(f"reach seed {seed} q {list(q.shape)} k {list(k.shape)} {q.dtype}", started)
+        done(f"reach q {list(q.shape)} k {list(k.shape)} {q.dtype}", started)
 
 
 def count(log: str) -> Counter[str]:

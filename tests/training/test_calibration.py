@@ -10,10 +10,9 @@ import torch
 from elastic.commands.calibration_data import Wanted, build
 from elastic.config import SparseConfig
 from elastic.files import write_atomic
-from elastic.model.attach import override_routes
 from elastic.model.loading import load_backbone
 from elastic.routing.calibration import LEVELS, agreement
-from elastic.training.calibration import HeadNeed, JudgedBatch, measure
+from elastic.training.calibration import HeadNeed, measure
 from elastic.training.head_need import Recipe
 from elastic.training.partial_results import partial_file, read_partial, write_partial
 from tests.helpers.models import tiny_model
@@ -104,14 +103,11 @@ def test_gradients_are_those_of_each_sample_alone(rows, tmp_path):
         module.model.train(module.checkpointing)
     batch = plain._read((0, 0))["batch"]
     routes = plain._routes(plain.rounds[0])[: len(batch["task_id"])]
-    found, recomputed = (JudgedBatch(module, batch).gradients(routes) for module in (plain, again))
+    found, recomputed = (module.judged(batch).gradients(routes) for module in (plain, again))
     assert torch.equal(found, recomputed) and found.shape == routes.shape and found.abs().max() > 0
-    judged = JudgedBatch(plain, batch)
-    with override_routes(plain.model, routes[:, 0].transpose(0, 1)):
-        assert judged._divergence(routes[:, 0].transpose(0, 1)).shape == (len(routes),)
     changed = routes.clone()
     changed[1:] = 1 - changed[1:]
-    torch.testing.assert_close(judged.gradients(changed)[0], found[0])
+    torch.testing.assert_close(plain.judged(batch).gradients(changed)[0], found[0])
 
 
 def test_a_run_that_is_killed_ends_with_the_same_bytes(tmp_path):

@@ -23,9 +23,15 @@ STAMP = "stamp.json"
 KEPT, RISE = 0.97, 0.02  # equal quality: share of dense retrieval that must stay, rise of loss that may be
 CHOSEN = 0.99  # share that a point to be chosen keeps: the best of several points owes some of its lead to luck
 # What counts in a source: answers right in every token, share of right tokens where answers are long, or loss.
-EXACT = ("needle_single", "needle_multi_key", "needle_multi_value", "needle_multi_query", "passage_qa", "fact_chain")
-ACCURACY = ("variable_tracking", "verbatim_copy")
-LOSS = ("continuation", "summary", "code_completion")
+EXACT = (
+    *("needle_single", "needle_multi_key", "needle_multi_value", "needle_multi_query", "passage_qa", "fact_chain"),
+    *("foreign_pass_key", "foreign_needle", "foreign_play", "foreign_last_paragraph", "foreign_chat"),
+)
+ACCURACY = ("variable_tracking", "verbatim_copy", "foreign_json", "foreign_multi_needle")
+LOSS = (
+    *("continuation", "summary", "code_completion"),
+    *("foreign_continuation", "foreign_summary", "foreign_code"),
+)
 RETRIEVAL = (*EXACT, *ACCURACY)
 
 
