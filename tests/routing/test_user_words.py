@@ -16,7 +16,7 @@ from elastic.model.attach import attach, last_features, last_routes, user_wrote
 from elastic.model.checkpoint import save_elastic
 from tests.helpers.models import FAMILIES, left_padded, random_ids, small_config, tiny_model, varied_routers
 
-USER = slice(12, 60)  # of 70 tokens; before it stands a system prompt, after it the template's end
+USER = slice(12, 60)  # of 70 tokens; before it comes a system prompt, after it the template's end
 
 
 def routed(family="llama", **router):
