@@ -10,17 +10,18 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from elastic.commands.calibration_report import advice, comparison, cost_table, describe, draw
 from elastic.commands.catalogue import COMMANDS
-from elastic.config import SparseConfig
-from elastic.console import Parser, complain, say, table
-from elastic.files import find_config
-from elastic.routing.calibration import BUDGET, Calibration, agreement, read_calibration
+from elastic.config import RouterConfig, SparseConfig
+from elastic.console import Parser, complain, say
+from elastic.files import find_config, is_foreign
+from elastic.routing.calibration import Calibration, read_calibration
 from elastic.routing.methods import MODES
 
 if TYPE_CHECKING:
     from elastic.data.calibration_rows import RowSet
+    from elastic.training.calibration import HeadNeed
 
-SHARES = (0.1, 0.2, 0.3)  # of the heads, that two orders are compared on
 SIZES = ("sink", "window", "block")
 
 
@@ -81,6 +82,14 @@ def build_parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--out", type=Path, metavar="FILE", help="calibration to write (default runs/calibrate/<backbone>.json)"
     )
+    fitted = (
+        "also fit level routers, which go down the order as far as an input allows, and write this checkpoint folder"
+    )
+    out.add_argument("--levels", type=Path, metavar="DIR", help=fitted)
+    count = "that level routers are fitted to, apart from the others (default 480)"
+    out.add_argument("--level-samples", type=int, default=480, metavar="N", help=count)
+    budget = f"divergence that level routers stay below, in nats per answer token (default {RouterConfig().budget})"
+    out.add_argument("--budget", type=float, default=RouterConfig().budget, metavar="NATS", help=budget)
     out.add_argument("--picture", type=Path, metavar="FILE", help="draw need and cost as a PNG picture")
     other = "print how well the order finds the heads that this calibration needs most; two files: compare the first "
     out.add_argument("--compare", type=Path, nargs="+", metavar="FILE", help=f"{other}with the second, measure nothing")
@@ -126,20 +135,21 @@ def run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     rows, origin = build(
         Wanted(target.backbone, target.gguf_file, target.sparse, args.samples, args.lengths, args.batch_tokens,
-               args.seed, args.data, args.split, args.text)
+               args.seed, args.data, args.split, args.text, args.level_samples if args.levels else 0)
     )  # fmt: skip
-    tell("\n".join(map(describe, ("order", "its cost"), rows)))
-    found = _measured(args, target, recipe, rows, partial_file(out), origin)
+    tell("\n".join(map(describe, ("order", "cost", "levels"), rows)))
+    found, module = _measured(args, target, recipe, rows, partial_file(out), origin)
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         return
     found.write(out)
-    partial_file(out).unlink(missing_ok=True)
     say(f"\n{cost_table(found)}\n")
     if reference is not None:
         say(f"{comparison(found, reference)}\n")
     picture = [str(draw(found, args.picture))] if args.picture else []
-    say(f"Written: {', '.join([str(out), *picture])}")
-    say(advice(found, out))
+    made = [str(write_levels(module, found, args.levels, args.budget))] if args.levels else []
+    say(f"Written: {', '.join([str(out), *picture, *made])}")
+    say(advice(found, out, args.levels))
+    partial_file(out).unlink(missing_ok=True)
     say(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes.")
 
 
@@ -191,36 +201,40 @@ def check_outputs(out: Path, args: argparse.Namespace) -> Calibration | None:
             raise ValueError(f"--out {out} exists but is not a calibration that may be replaced ({error})") from error
     if args.picture is not None and args.picture.suffix.lower() != ".png":
         raise ValueError(f"--picture {args.picture} does not end in .png; pictures are written as PNG")
+    if args.levels is not None:
+        from elastic.model.checkpoint import METADATA
+
+        if is_foreign(args.levels, METADATA):
+            raise ValueError(f"--levels {args.levels} exists but is not a checkpoint that may be replaced")
+        if args.modes not in (None, "fa-ssa"):
+            raise ValueError(
+                f"--levels goes with modes fa-ssa, not {args.modes}: reach is what streaming heads do not see"
+            )
+        RouterConfig(kind="level", budget=args.budget)
+        if args.level_samples < 1:
+            raise ValueError(f"--level-samples {args.level_samples} is below 1")
     return read_calibration(args.compare[0]) if args.compare else None
 
 
-def describe(purpose: str, rows: "RowSet") -> str:
-    """One line about a set of rows."""
-    found = rows.summary()
-    return (
-        f"Rows for the {purpose.removeprefix('its ')}: {found['samples']} samples of {len(found['sources'])} sources, "
-        f"{found['tokens']} tokens in {len(rows.batches)} batches"
-    )
-
-
 def _measured(
-    args: argparse.Namespace, target: Target, recipe: Any, rows: tuple["RowSet", "RowSet"], partial: Path, origin: Any
-) -> Calibration:
-    """The calibration; a batch that does not fit into memory is the user's to make smaller."""
+    args: argparse.Namespace, target: Target, recipe: Any, rows: list["RowSet"], partial: Path, origin: Any
+) -> tuple[Calibration, "HeadNeed"]:
+    """The calibration, and what measured it; a batch that does not fit into memory is the user's to make smaller."""
     import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from elastic.training.calibration import HeadNeed, measure
+    from elastic.training.calibration import HeadNeed
+    from elastic.training.calibration_run import measure
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice of libraries that no user can act on
         try:
             module = HeadNeed(
-                target.backbone, target.sparse, recipe, rows, partial, origin, target.dtype, target.gguf_file,
-                args.checkpointing,
+                target.backbone, target.sparse, recipe, (rows[0], rows[1]), partial, origin, target.dtype,
+                target.gguf_file, args.checkpointing, level_rows=rows[2] if args.levels else None,
             )  # fmt: skip
-            return measure(module, args.device, args.devices)
+            return measure(module, args.device, args.devices), module
         except MisconfigurationException as error:
             raise ValueError(str(error)) from error
         except torch.OutOfMemoryError as error:
@@ -230,50 +244,14 @@ def _measured(
             ) from error
 
 
-def cost_table(found: Calibration) -> str:
-    """What the order costs at each level: the mean over sources, and the source that pays most."""
-    rows = []
-    for place, (msr, kl) in enumerate(zip(found.curve.msr, found.curve.kl, strict=True)):
-        worst = max(found.curve.sources, key=lambda name: found.curve.sources[name][place])
-        rows.append([f"{msr:g}", f"{kl:.4f}", f"{found.curve.sources[worst][place]:.4f}", worst])
-    return table(["MSR", "KL to dense", "highest", "of source"], rows)
+def write_levels(module: "HeadNeed", found: Calibration, path: Path, budget: float) -> Path:
+    """Fit level routers and write their checkpoint."""
+    from elastic.model.checkpoint import save_elastic
 
-
-def comparison(mine: Calibration, reference: Calibration) -> str:
-    """How well one order finds the heads that another needs most, as a table."""
-    found = [agreement(mine, reference, share) for share in SHARES]
-    rows = [
-        [f"{share:.0%}", str(of.heads), f"{of.shared:.0%}", f"{of.covered:.3f}"]
-        for share, of in zip(SHARES, found, strict=True)
-    ]
-    title = f"order by {mine.provenance['by']} beside {reference.provenance['by']}"
-    return f"{title}\n{table(['most needed', 'heads', 'in both', 'need covered'], rows)}"
-
-
-def draw(found: Calibration, path: Path) -> Path:
-    """Write the picture."""
-    from elastic.plots import need_figure, save_png
-
-    title = f"{found.backbone}: need by {found.provenance['by']}"
-    curves = {"mean": found.curve.kl, **found.curve.sources}
-    points = {name: list(zip(found.curve.msr, kl, strict=True)) for name, kl in curves.items()}
-    return save_png(need_figure(found.need, points, title), path)
-
-
-def advice(found: Calibration, out: Path) -> str:
-    """What `static:` makes of the file, and what to do next."""
-    level = found.level()
-    if level:
-        cost = found.curve.kl[found.curve.msr.index(level)]
-        says = f"runs at MSR {level:g}, the highest level that costs at most {BUDGET} nats a token ({cost:.4f})"
-    else:
-        says = f"is the dense model, because every level costs more than {BUDGET} nats a token; name one after an @"
-    at = f"static:{out}@{level or 0.5:g}"
-    return (
-        f"static:{out} {says}\n"
-        f'Next: elastic generate --checkpoint {at} --prompt "...", or elastic eval --methods dense {at} with '
-        "--backbone, --sink, --window and --block of the calibration"
-    )
+    explained = module.fit(budget)
+    recipe = {"by": "outcomes", "order": found.provenance["by"], "budget": budget, "data": found.provenance["data"]}
+    rounded = [round(share, 4) for share in explained]
+    return save_elastic(path, module.model, found.backbone, None, recipe, {"explained variance by layer": rounded})
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -4,6 +4,7 @@ by seed, so every process makes the same ones.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from elastic.protocols import Tokenizer
 from elastic.training.resume import check_data
 
 MULTIPLES = (2, 4, 6)  # of sink + window: default lengths of the contexts, as far as the backbone reads so many tokens
+LEVEL_SEED = 1 << 20  # apart from the seeds of the other sets
 REST = 0.125  # of the longest context, left for question, template and answer
 FROM = 0.75  # of a length is the shortest context that a generator makes for it
 
@@ -34,6 +36,7 @@ class Wanted:
         seed: of what is drawn.
         folder, split: packed data to draw from instead.
         texts: folder of texts to cut into pieces instead.
+        level_samples: that level routers are fitted to; 0: none.
     """
 
     backbone: str
@@ -46,6 +49,7 @@ class Wanted:
     folder: Path | None
     split: str
     texts: Path | None
+    level_samples: int = 0
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_tokens"):
@@ -57,13 +61,13 @@ class Wanted:
             raise ValueError("--lengths does not go with --data, whose rows are packed already; leave it out")
 
     @property
-    def counts(self) -> tuple[int, int]:
-        """Samples that make the order, and samples that measure what it costs."""
-        return self.samples, -(-self.samples // 2)
+    def counts(self) -> list[int]:
+        """Samples that make the order, samples that measure what it costs, and, if wanted, those of level routers."""
+        return [self.samples, -(-self.samples // 2), *([self.level_samples] if self.level_samples else [])]
 
 
-def build(wanted: Wanted) -> tuple[tuple[RowSet, RowSet], dict[str, Any]]:
-    """The two sets of rows, which share none, and what a calibration says about them.
+def build(wanted: Wanted) -> tuple[list[RowSet], dict[str, Any]]:
+    """The sets of rows, as many as `Wanted.counts`, which share none, and what a calibration says about them.
 
     Raises:
         FileNotFoundError: folders that are missing or empty.
@@ -77,18 +81,20 @@ def build(wanted: Wanted) -> tuple[tuple[RowSet, RowSet], dict[str, Any]]:
         rows = of_folder(wanted.folder, manifest, wanted.split, wanted.counts, wanted.batch_tokens, wanted.seed)
         return rows, {"from": "packed data", "split": wanted.split, "seed": wanted.seed}
     lengths = checked_lengths(wanted, limit)
-    count, apart = wanted.counts
+    counts = wanted.counts
     if wanted.texts is not None:
-        pieces = text_samples(wanted.texts, tokenizer, lengths, count + apart, wanted.seed)
-        samples = pieces[:count], pieces[count:]
+        pieces = iter(text_samples(wanted.texts, tokenizer, lengths, sum(counts), wanted.seed))
+        samples = [list(islice(pieces, count)) for count in counts]
     else:
-        samples = (
-            generated(wanted, tokenizer, lengths, limit, "train", count),
-            generated(wanted, tokenizer, lengths, limit, "validation", apart),
-        )
-    first, second = (batches_of(drawn, wanted.batch_tokens) for drawn in samples)
+        seeds = (wanted.seed, wanted.seed, wanted.seed + LEVEL_SEED)
+        draws = zip(counts, ("train", "validation", "train"), seeds, strict=False)
+        samples = [
+            generated(replace(wanted, seed=seed), tokenizer, lengths, limit, split, count)
+            for count, split, seed in draws
+        ]
     origin = "generators" if wanted.texts is None else "texts"
-    return (first, second), {"from": origin, "lengths": list(lengths), "seed": wanted.seed}
+    rows = [batches_of(drawn, wanted.batch_tokens) for drawn in samples]
+    return rows, {"from": origin, "lengths": list(lengths), "seed": wanted.seed}
 
 
 def checked_lengths(wanted: Wanted, limit: int) -> tuple[int, ...]:

@@ -39,6 +39,13 @@ class RowSet:
         ends = accumulate((sum(len(row["source"]) for row in batch) for batch in self.batches), initial=0)
         return list(pairwise(ends))
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every sample up to the end of what the user wrote."""
+        rows = [row for batch in self.batches for row in batch]
+        spans = [(row["cu_seq_lens"], row.get("user_spans") or row["prompt_spans"]) for row in rows]
+        return [end - begin for bounds, users in spans for begin, (_, end) in zip(bounds, users, strict=False)]
+
     def summary(self) -> dict[str, Any]:
         """Samples, tokens, samples by source, and a checksum of tokens and labels."""
         rows = [row for batch in self.batches for row in batch]
@@ -64,11 +71,12 @@ def batches_of(samples: Sequence[Sample], batch_tokens: int) -> RowSet:
 
 
 def of_folder(
-    data_dir: str | Path, manifest: dict[str, Any], split: str, counts: tuple[int, int], batch_tokens: int, seed: int
-) -> tuple[RowSet, RowSet]:
-    """Rows of a packed data folder, drawn by seed: two sets that have no row in common, of about `counts` samples.
+    data_dir: str | Path, manifest: dict[str, Any], split: str, counts: Sequence[int], batch_tokens: int, seed: int
+) -> list[RowSet]:
+    """Rows of a packed data folder, drawn by seed: sets that have no row in common, of about `counts` samples.
 
-    The second set is drawn from the validation split where `split` is another one and the folder has it.
+    The second set is drawn from the validation split where `split` is another one and the folder has it, the others
+    from `split`.
 
     Raises:
         ValueError: a split that the folder lacks, or too few rows.
@@ -85,8 +93,14 @@ def of_folder(
             f"the {len(first)} rows of split {split!r} of {data_dir} make the order, and none is left to measure what "
             "it costs; ask for fewer --samples, or pack more data"
         )
-    _tell_tasks_apart([*first, *second])
-    return _grouped(first, batch_tokens), _grouped(second, batch_tokens)
+    more = [_take(rows, count) for count in counts[2:]]
+    if not all(more):
+        raise ValueError(
+            f"split {split!r} of {data_dir} has no rows left for --levels after those that make the order; ask for "
+            "fewer --samples, or pack more data"
+        )
+    _tell_tasks_apart([*first, *second, *(row for taken in more for row in taken)])
+    return [_grouped(taken, batch_tokens) for taken in (first, second, *more)]
 
 
 def _drawn(data_dir: str | Path, split: str, corpora: list[str], seed: int) -> Iterator[PackedRow]:

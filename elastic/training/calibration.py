@@ -6,17 +6,14 @@ Legend: N samples, L layers, K KV heads.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -27,11 +24,23 @@ from elastic.console import say
 from elastic.data.calibration_rows import RowSet
 from elastic.data.packing import Batch, collate
 from elastic.files import text_sha256
-from elastic.model.attach import attach
+from elastic.model.attach import attach, detach, routers
 from elastic.model.loading import DTYPES, architecture, architecture_hash, backbone_id, load_backbone
 from elastic.routing.calibration import LEVELS, Calibration, Curve
-from elastic.training.head_need import CURVE, CurveRound, Ranking, Recipe, Round, rounded, source_means
+from elastic.routing.level import LevelRouter
+from elastic.training.head_need import (
+    CURVE,
+    OUTCOMES,
+    CurveRound,
+    OutcomeRound,
+    Ranking,
+    Recipe,
+    Round,
+    rounded,
+    source_means,
+)
 from elastic.training.judged_batch import JudgedBatch
+from elastic.training.level_fit import Outcomes, fit_levels
 from elastic.training.partial_results import Found, read_partial, write_partial
 
 SAVE_EVERY = 4  # batches of a process
@@ -46,6 +55,7 @@ class HeadNeed(LightningModule):
         sparse: modes and sizes of the heads.
         recipe: how to measure.
         rows: those that make the order, and those that its curve is measured on.
+        level_rows: those that level routers are fitted to (`fit`); None: no routers are wanted.
         partial: file that keeps what is measured until the end.
         data: what the calibration should say about its rows, beside their checksums.
         dtype: of the backbone's weights.
@@ -66,6 +76,7 @@ class HeadNeed(LightningModule):
         gguf_file: str | None = None,
         checkpointing: bool | None = None,
         loss_chunk: int = 1024,
+        level_rows: RowSet | None = None,
     ) -> None:
         super().__init__()
         if dtype not in DTYPES:
@@ -73,8 +84,8 @@ class HeadNeed(LightningModule):
         self.backbone, self.sparse, self.recipe, self.data = backbone, sparse, recipe, data or {}
         self.partial, self.dtype_name, self.gguf_file = partial, dtype, gguf_file
         self.checkpointing, self.loss_chunk = checkpointing, loss_chunk
-        self.order_rows, self.curve_rows = rows
-        self.rounds: list[Round] = [*recipe.rounds(), CurveRound()]
+        self.order_rows, self.curve_rows, self.level_rows = *rows, level_rows
+        self.rounds: list[Round] = [*recipe.rounds(), CurveRound(), *([OutcomeRound()] if level_rows else [])]
         self.model: Any = None
         self.provenance: dict[str, Any] = {}
         self.found: Found = {}
@@ -162,6 +173,7 @@ class HeadNeed(LightningModule):
 
     def _origin(self) -> dict[str, Any]:
         """Everything that the result depends on; partial results of anything else are of no use."""
+        levels = {} if self.level_rows is None else {OUTCOMES: self.level_rows.summary()}
         return {
             "backbone": backbone_id(self.backbone),
             "architecture": self.shape,
@@ -171,7 +183,7 @@ class HeadNeed(LightningModule):
             "settings": self.recipe.settings(),
             "dtype": self.dtype_name,
             "backend": backend_for(self.device, self.model.dtype, self.shape["head_dim"], True, self.sparse),
-            "data": {**self.data, "order": self.order_rows.summary(), CURVE: self.curve_rows.summary()},
+            "data": {**self.data, "order": self.order_rows.summary(), CURVE: self.curve_rows.summary(), **levels},
             "versions": {
                 "elastic-attention": __version__,
                 **{name: version(name) for name in ("torch", "transformers")},
@@ -179,6 +191,8 @@ class HeadNeed(LightningModule):
         }
 
     def _rows(self, of: Round) -> RowSet:
+        if of.name == OUTCOMES and self.level_rows is not None:
+            return self.level_rows
         return self.curve_rows if of.name == CURVE else self.order_rows
 
     def _routes(self, of: Round) -> Tensor:
@@ -202,68 +216,40 @@ class HeadNeed(LightningModule):
     def calibration(self) -> Calibration:
         """The result, once every round has run."""
         order, need_T = self._ranking()
-        kl = source_means(self._values(self.rounds[-1]), self.curve_rows.sources)
+        kl = source_means(self._values(CurveRound()), self.curve_rows.sources)
         overall = torch.stack(list(kl.values())).mean(0)
         curve = Curve(LEVELS, _numbers(overall), {name: _numbers(values) for name, values in kl.items()})
         return Calibration(tuple(map(_numbers, need_T.view(self.size))), tuple(order), curve, self.provenance)
 
+    def outcomes(self) -> Outcomes:
+        """What level routers are fitted to.
+
+        Raises:
+            ValueError: there are no rows for them.
+        """
+        if self.level_rows is None:
+            raise ValueError("no rows were given to fit level routers to; pass level_rows")
+        values = self._values(OutcomeRound())
+        reach = values[:, len(LEVELS) :].view(len(values), self.size[0], 2, self.size[1])
+        return Outcomes(
+            reach, torch.tensor(self.level_rows.lengths), values[:, : len(LEVELS)], LEVELS, self.level_rows.sources
+        )
+
+    def fit(self, budget: float) -> list[float]:
+        """Exchange the model's static routers for level routers, fitted to what was measured.
+
+        Args:
+            budget: divergence that they stay below, in nats per answer token.
+
+        Returns:
+            Share of the variance of the breaking level that each layer's router explains.
+        """
+        outcomes, order = self.outcomes(), self._ranking().order
+        self.model.requires_grad_(False)
+        detach(self.model)
+        attach(self.model, ElasticConfig(RouterConfig(kind="level", budget=budget), self.sparse))
+        return fit_levels(cast(list[LevelRouter], routers(self.model)), order, outcomes, self.sparse)
+
 
 def _numbers(values: Tensor) -> tuple[float, ...]:
     return tuple(map(rounded, values.tolist()))
-
-
-class CalibrationBar(TQDMProgressBar):
-    """A bar over all rounds, which names the one that runs."""
-
-    test_description = "calibrating"
-
-    def on_test_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, *rest: Any) -> None:
-        """Name the round."""
-        super().on_test_batch_start(trainer, pl_module, batch, *rest)
-        of = pl_module.rounds[batch["round"]]
-        self.test_progress_bar.set_description(f"{self.test_description}, {of.name}", refresh=False)
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """None: the counts say it all."""
-        return {}
-
-
-def measure(module: HeadNeed, device: str = "cpu", devices: int = 1, progress: bool = True) -> Calibration:
-    """Run what is missing of a calibration; the result is the same for any number of processes.
-
-    Args:
-        device: `cpu`, `cuda`, or `cuda:N` for one GPU of several.
-        devices: processes, a GPU each with `cuda`.
-        progress: show a bar.
-    """
-    place = torch.device(device)
-    trainer = Trainer(
-        accelerator="gpu" if place.type == "cuda" else "cpu",
-        devices=devices if place.index is None else [place.index],
-        strategy="ddp" if devices > 1 else "auto",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=progress,
-        callbacks=[CalibrationBar()] if progress else [],
-        inference_mode=False,
-        use_distributed_sampler=False,  # `test_dataloader` shares the work
-    )
-    with repeatable():
-        trainer.test(module, verbose=False)
-    return module.calibration()
-
-
-@contextmanager
-def repeatable() -> Iterator[None]:
-    """Inside, sums on a GPU are made in a fixed order where torch and the kernels can."""
-    memory: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    memory.fill_uninitialized_memory = False  # nothing reads it
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        memory.fill_uninitialized_memory = filled

@@ -15,7 +15,8 @@ from torch import Tensor
 from elastic.routing.calibration import LEVELS, first_heads
 from elastic.training.resume import noise_seed
 
-CURVE = "curve"
+CURVE, OUTCOMES = "curve", "levels"
+REACHED = 0.75  # of `LEVELS`: reach is measured where heads run about as sparse as in use
 # Shares of random routes in which a head runs sparse, by its place in the order: those that are cheap usually do, those
 # that are needed seldom, and every head is seen both ways.
 CHEAP, NEEDED = (0.5, 0.8), (0.85, 0.1)  # place from 0 to 1, share; between the two it falls in a line
@@ -42,6 +43,10 @@ class Judged(Protocol):
 
     def gradients(self, routes_NDLK: Tensor) -> Tensor:
         """d KL / d route of each sample under D routes of its own, [N, D, L, K]."""
+        ...
+
+    def reach(self, route_LK: Tensor) -> Tensor:
+        """Largest and recent reach of each sample's heads under a route, [N, L, 2, K]."""
         ...
 
 
@@ -156,6 +161,28 @@ class CurveRound:
 
     def learn(self, known: Ranking, _routes: Tensor, _values: Tensor, _sources: Sequence[str]) -> Ranking:
         """Nothing: its samples are others than those that make the order."""
+        return known
+
+
+@dataclass(frozen=True)
+class OutcomeRound:
+    """What the order costs each sample at each of `LEVELS`, and how far its heads reach: what level routers are fitted
+    to.
+    """
+
+    name: str = OUTCOMES
+
+    def routes(self, known: Ranking, size: tuple[int, int], sources: Sequence[str]) -> Tensor:
+        """[levels, L, K]."""
+        return CurveRound().routes(known, size, sources)
+
+    def measure(self, batch: Judged, routes: Tensor, _place: slice) -> Tensor:
+        """Divergences [n, levels], then reach [n, L * 2 * K]."""
+        reach = batch.reach(routes[LEVELS.index(REACHED)]).flatten(1)
+        return torch.cat([batch.divergences(routes), reach], 1)
+
+    def learn(self, known: Ranking, _routes: Tensor, _values: Tensor, _sources: Sequence[str]) -> Ranking:
+        """Nothing about the order."""
         return known
 
 

@@ -8,12 +8,30 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.prompt_reach import prompt_reach
+from elastic.attention.routed import Routed
+from elastic.attention.row_slice import RowSlice
 from elastic.config import SparseConfig
 from elastic.data.packing import Batch
-from elastic.model.attach import override_routes
+from elastic.kernels import Reach
+from elastic.model.attach import override_routes, set_row_slice
 from elastic.protocols import CausalLM
 from elastic.training.evaluation_module import packed_hidden_states
 from elastic.training.losses import answer_divergence, labelled_positions
+
+
+class _Watch(RowSlice):
+    """Attention as ever; on the side, the reach of every layer."""
+
+    def __init__(self) -> None:
+        self.reach: list[Reach] = []
+
+    def attend(
+        self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float
+    ) -> Routed:
+        self.reach.append(prompt_reach(q_BHSD, k_BKSD, plan.layout, plan.sparse, scale))
+        return super().attend(q_BHSD, k_BKSD, v_BKSD, route_NK, plan, scale)
 
 
 class JudgedBatch:
@@ -49,6 +67,17 @@ class JudgedBatch:
                 (gradient,) = torch.autograd.grad(self._divergence(route).sum(), route)
             found.append(gradient.transpose(0, 1))
         return torch.stack(found, dim=1)
+
+    def reach(self, route_LK: Tensor) -> Tensor:
+        """Largest and recent reach of each sample's heads under a route, [N, L, 2, K]."""
+        watch = _Watch()
+        previous = set_row_slice(self.model, watch)
+        try:
+            with torch.no_grad(), override_routes(self.model, route_LK):
+                packed_hidden_states(self.model, self.batch)
+        finally:
+            set_row_slice(self.model, previous)
+        return torch.stack([torch.stack(found, 1) for found in watch.reach], 1)
 
     def _divergence(self, route: Tensor) -> Tensor:
         dense_PE = self.dense_answers

@@ -7,7 +7,8 @@ import torch
 
 import elastic
 from elastic import cli
-from elastic.model.attach import last_routes, override_routes
+from elastic.model.attach import elastic_config, last_routes, override_routes, routers
+from elastic.model.checkpoint import read_elastic
 from elastic.routing.calibration import read_calibration
 from tests.helpers.training import build_data
 from tests.test_design_page import fields_of
@@ -67,6 +68,25 @@ def test_packed_data_and_settings_of_a_configuration(tmp_path):
     assert (found.sparse.sink, found.sparse.window, found.sparse.block) == (4, 16, 4)
     assert found.provenance["data"]["from"] == "packed data" and found.provenance["settings"] == {"levels": [0.0]}
     assert set(found.curve.sources) == {"single_qa/tiny", "in_context/tiny"}
+
+
+def test_level_routers(tmp_path, capsys):
+    """Order, cost and routers in one command; the checkpoint answers at once."""
+    out, levels = tmp_path / "cal.json", tmp_path / "levels"
+    assert run(*TINY, "--lengths", "100", "--out", out, "--levels", levels, "--level-samples", 12, "--budget", 0.3) == 0
+    said, _ = capsys.readouterr()
+    assert "Rows for the levels: 12 samples" in said and f"Written: {out}, {levels}\n" in said
+    assert f'Next: elastic generate --checkpoint {levels} --prompt "..."' in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cal.json", "levels"]
+    model, tokenizer = elastic.load(levels)
+    router = elastic_config(model).router
+    assert (router.kind, router.budget) == ("level", 0.3)
+    order = torch.cat([of.rank for of in routers(model)]).argsort().tolist()
+    assert order == list(read_calibration(out).order)
+    (answer,) = elastic.generate(model, tokenizer, PROMPT, 4)
+    assert len(answer.token_ids) == 4
+    metadata = read_elastic(levels)
+    assert metadata["recipe"]["by"] == "outcomes" and len(metadata["metrics"]["explained variance by layer"]) == 3
 
 
 def test_own_texts(tmp_path):
@@ -166,6 +186,10 @@ def test_serve_takes_the_method(file, capsys, monkeypatch):
         ([*TINY, "--devices", "0"], "--devices 0 with --device cpu"),
         ([*TINY, "--rates", "0"], "expected shares of the heads between 0 and 1"),
         ([*TINY, "--by", "ablation", "--rounds", "0.5"], "expected MSR levels that ascend from 0"),
+        ([*TINY, "--levels", "{folder}"], "{folder} exists but is not a checkpoint that may be replaced"),
+        ([*TINY, "--levels", "new", "--level-samples", "0"], "--level-samples 0 is below 1"),
+        ([*TINY, "--levels", "new", "--budget", "0"], "router.budget=0.0 is not a number above 0"),
+        ([*TINY, "--levels", "new", "--modes", "fa-xa"], "--levels goes with modes fa-ssa, not fa-xa"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(options, message, tmp_path, capsys, monkeypatch):

@@ -12,7 +12,8 @@ from elastic.config import SparseConfig
 from elastic.files import write_atomic
 from elastic.model.loading import load_backbone
 from elastic.routing.calibration import LEVELS, agreement
-from elastic.training.calibration import HeadNeed, measure
+from elastic.training.calibration import HeadNeed
+from elastic.training.calibration_run import measure
 from elastic.training.head_need import Recipe
 from elastic.training.partial_results import partial_file, read_partial, write_partial
 from tests.helpers.models import tiny_model
