@@ -81,11 +81,16 @@ def test_a_run_is_tested_with_its_resolved_configuration(folder):
             assert after[kind][name] == pytest.approx(row, rel=1e-4, nan_ok=True)
 
 
-def test_a_run_is_resumed(folder):
+def test_a_run_under_the_earlier_multipliers_is_refused_and_its_routers_are_trained_further(folder, capsys):
     assert torch.load(folder / "run" / "last.ckpt", weights_only=True)["global_step"] == 2
-    command = ["fit", "-c", "run/config.yaml", "--ckpt_path", "last", "--trainer.max_steps", "3"]
-    assert cli.main([*command, "--trainer.val_check_interval", "3"]) == 0
-    assert torch.load(folder / "run" / "last.ckpt", weights_only=True)["global_step"] == 3
+    command = ["fit", "-c", "run/config.yaml", "--trainer.max_steps", "3", "--trainer.val_check_interval", "3"]
+    assert cli.main([*command, "--ckpt_path", "last"]) == 2
+    assert "had one multiplier l1 for both bounds of a target" in capsys.readouterr().err
+    again = ["--model.routers", "run/checkpoint", "--trainer.default_root_dir", "again"]
+    assert cli.main([*command, *again]) == 0
+    state = torch.load(folder / "again" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 3 and "multipliers.u" in state["state_dict"]
+    assert cli.main([*command, *again, "--ckpt_path", "last", "--trainer.max_steps", "4"]) == 0
 
 
 def test_a_class_that_moved_is_refused_by_its_name(folder, capsys):

@@ -146,13 +146,17 @@ class Follow(Callback):
         """Loss, MSR by task and multipliers by task over the steps."""
         by_task = {
             kind: {task: self.curves[f"{kind}/{task}"] for task in TASKS if f"{kind}/{task}" in self.curves}
-            for kind in ("msr", "l1")
+            for kind in ("msr", "u", "v")
+        }
+        prices = {  # of MSR: above 0 it is too high, below 0 too low
+            task: [(step, u - v) for (step, u), (_, v) in zip(points, by_task["v"][task], strict=True)]
+            for task, points in by_task["u"].items()
         }
         return curves_figure(
             {
                 "language loss (smoothed)": {"loss": smooth(self.curves["loss"])},
                 "MSR by task (smoothed)": {task: smooth(points) for task, points in by_task["msr"].items()},
-                "multiplier l1 by task": by_task["l1"],
+                "multipliers u - v by task": prices,
             }
         )
 

@@ -101,7 +101,7 @@ def test_two_processes_train_the_routers_of_one(data, tmp_path, strategy, kind):
     assert one["rows"] != two["rows"]
     for name, value in router_tensors(single).items():
         assert torch.equal(one["state"][name], two["state"][name]), name  # multipliers included
-        torch.testing.assert_close(one["state"][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(one["state"][name], value, rtol=1e-4, atol=3e-5, msg=lambda m, n=name: f"{n}: {m}")
     multipliers = [value for name, value in one["state"].items() if name.startswith("multipliers.")]
     assert any(value.abs().max() > 1e-3 for value in multipliers)
     assert one["state"]["model.model.layers.0.self_attn.router.head.4.weight"].abs().max() > 1e-3
