@@ -120,7 +120,7 @@ def test_defaults():
 
 def test_routers_in_a_checkpoint():
     rows = fields_of("router.safetensors")
-    sizes = {"D": 8, "K": 3, "T": len(beside("task_index", "TASKS"))}
+    sizes = {"D": 8, "K": 3, "T": len(beside("task_index", "TASKS")), "C": len(public("CLASSES"))}
 
     def documented(*kinds: str) -> dict[str, tuple[list[int], str]]:
         return {
@@ -143,12 +143,12 @@ def test_routers_in_a_checkpoint():
     assert coded(public("BudgetMultipliers")(), "multipliers.") == documented("quality")
     with safe_open(SHIPPED / "router.safetensors", "pt") as file:
         names = {re.sub(r"^layers\.\d+\.", "", name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    assert names == set(documented("input", "head_offset", "target"))
+    assert names == {*documented("input", "head_offset"), "multipliers.l1", "multipliers.l2"}  # of an earlier version
 
 
 def _numbers(shape: str, sizes: dict[str, int]) -> str:
     """`[4D, 2]` with numbers for letters."""
-    return re.sub(r"(\d*)([DKT])", lambda found: str(int(found[1] or 1) * sizes[found[2]]), shape)
+    return re.sub(r"(\d*)([CDKT])", lambda found: str(int(found[1] or 1) * sizes[found[2]]), shape)
 
 
 def test_description_of_a_checkpoint(tmp_path):

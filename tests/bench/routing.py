@@ -39,7 +39,19 @@ ROUTERS = {"static": ["configs/router/static.yaml"], "elastic": []}
 BIASES = (-3, -2, -1, 1.5)
 BASELINES = ("dense", "streaming", "random:0.7", "random:0.7:1")
 METRICS = "metrics.csv"
-DRAWN = ("loss", "regulariser", "msr/", "kl/", "l/", "l1/", "l2/", "router_entropy", "gradient_norm", "step_seconds")
+DRAWN = (
+    "loss",
+    "regulariser",
+    "msr/",
+    "kl/",
+    "l/",
+    "u/",
+    "v/",
+    "l2/",
+    "router_entropy",
+    "gradient_norm",
+    "step_seconds",
+)
 FILES_OF = {  # what each part leaves, and what it is kept as
     "fit": {METRICS: METRICS, "checkpoint/elastic.json": "elastic.json"},
     "validate": {"results_validation.json": "results_validation.json"},

@@ -17,6 +17,7 @@ from elastic.bench.studies.routing_tables import (
     HEADLINES,
     HEADS,
     POINT,
+    PRICES,
     TRAINING,
     headline_cells,
 )
@@ -26,7 +27,7 @@ from elastic.data.tasks import ROBUST, SENSITIVE
 
 SUMMARY = "what trained routers keep of the dense model's quality, from recorded runs"
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % quantiles by number of seeds
-UNITS = {**dict.fromkeys(("loss", "text loss", "kl"), "nats a token"), **dict.fromkeys(("regulariser", "l", "l1"), "")}
+UNITS = {**dict.fromkeys(("loss", "text loss", "kl"), "nats a token"), **dict.fromkeys(("regulariser", *PRICES), "")}
 MEASURES = {"retrieval": Point.retrieval, "needles": Point.needles, "text loss": Point.loss}
 
 
@@ -135,7 +136,7 @@ def _in_common(runs: Sequence[Run]) -> Iterator[tuple[float, list[Point]]]:
 def run_records(study: Study, run: Run) -> Iterator[Measurement]:
     """What is drawn of one run: scalars over the steps of training, and each head's share of held-out inputs on SA."""
     quality = run.objective == "quality"
-    kinds = ("loss", "kl", "msr", "l") if quality else ("loss", "regulariser", "msr", "l1")
+    kinds = ("loss", "kl", "msr", *PRICES) if quality else ("loss", "regulariser", "msr", *PRICES)
     curves = run.curves()
     for name in (name for kind in kinds for name in curves if name.partition("/")[0] == kind):
         steps, values = zip(*curves[name], strict=True)

@@ -31,9 +31,12 @@ TRAINED = {  # panels of `training_figure`: kind of scalar -> title, whether it 
     "regulariser": ("regulariser", True),
     "kl": ("divergence from dense, nats", True),
     "msr": ("MSR by task", True),
+    "u": ("multiplier u (MSR too high)", False),
+    "v": ("multiplier v (MSR too low)", False),
     "l": ("multiplier by task", False),
-    "l1": ("multiplier by task", False),
+    "l1": ("multiplier by task", False),  # of runs from before there was one for each bound
 }
+PRICES = ("u", "v", "l", "l1")
 
 
 def figures(found: Sequence[Measurement]) -> dict[str, Any]:
