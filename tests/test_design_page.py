@@ -224,6 +224,7 @@ def test_what_evaluation_writes():
         (sample,) = module.predict_step(batch, 0)
     assert list(sample) == list(fields_of("predictions.jsonl"))
     assert list(public("results_of")(module, "test", None)) == list(fields_of("results_<stage>.json"))
+    assert list(fields_of("samples_<stage>.jsonl")) == [*public("ABOUT"), "<method>_<score>", "<ratio>"]
     checkpoint: dict = {"state_dict": {}}
     module.on_save_checkpoint(checkpoint)
     assert list(checkpoint["elastic"]) == list(fields_of("last.ckpt"))

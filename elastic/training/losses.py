@@ -73,6 +73,24 @@ def chunked_divergence(routed_PE: Tensor, dense_PE: Tensor, lm_head: nn.Module, 
     return torch.cat(parts) if parts else routed_PE.new_zeros(0, dtype=torch.float32)
 
 
+def answer_divergence(
+    routed_1SE: Tensor, dense_PE: Tensor, lm_head: nn.Module, labels_1S: Tensor, cu_seq_lens: Tensor, chunk: int
+) -> Tensor:
+    """Mean KL(dense || routed) over each sample's labelled positions in nats, fp32 [N].
+
+    Args:
+        routed_1SE: final hidden states of the routed pass.
+        dense_PE: those of the dense pass at the labelled positions.
+
+    Raises:
+        ValueError: a sample without a labelled token, or a chunk below 1.
+    """
+    sample_P, count_N = labelled_samples(labels_1S, cu_seq_lens)
+    routed_PE, _ = labelled_positions(routed_1SE, labels_1S)
+    divergence_P = chunked_divergence(routed_PE, dense_PE, lm_head, chunk)
+    return torch.zeros_like(count_N).index_add(0, sample_P, divergence_P) / count_N
+
+
 def labelled_positions(hidden_1SE: Tensor, labels_1S: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states [P, E] that predict a labelled token, and those tokens [P]."""
     target = labels_1S[:, 1:]

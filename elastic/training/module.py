@@ -16,7 +16,7 @@ from elastic.attention.routed import backend_for
 from elastic.config import ElasticConfig
 from elastic.data.packing import Batch
 from elastic.data.tasks import TASKS
-from elastic.model.attach import last_routes, override_routes, pooled_keys, routers, set_temperature, update_statistics
+from elastic.model.attach import last_routes, pooled_keys, routers, set_temperature, update_statistics
 from elastic.model.checkpoint import MULTIPLIERS, is_trainable
 from elastic.model.compiling import compile_layers
 from elastic.model.loading import architecture_hash
@@ -26,7 +26,6 @@ from elastic.routing.sparsity import esr, msr
 from elastic.training import schedules
 from elastic.training.config import ObjectiveConfig, OptimiserConfig, TemperatureConfig
 from elastic.training.evaluation_module import RoutedModule
-from elastic.training.losses import labelled_positions
 from elastic.training.metrics import StepAverages
 from elastic.training.objective import Interval, RoutedPass, build_objective
 from elastic.training.resume import check_checkpoint, noise_seed
@@ -208,14 +207,6 @@ class ElasticModule(RoutedModule):
             averages.add("router_entropy", entropy(state.logits))
         averages.add_per_task("msr", task, ratio)
         averages.add_per_task("esr", task, esr(state.route, state.lengths, self.elastic.sparse, state.density)[1])
-
-    @torch.no_grad()
-    def _dense_answers(self, batch: Batch) -> Tensor:
-        """Hidden states [P, E] of the dense pass at the labelled positions. Runs before the routed pass, whose routes
-        stay the last ones.
-        """
-        with override_routes(self.model, 0, self.elastic.sparse.dense):
-            return labelled_positions(self.hidden_states(batch), batch["labels"])[0]
 
     def _log_step(self, scalars: dict[str, float]) -> None:
         """Scalars over optimiser steps; `loss` and MSR are in the progress bar too."""

@@ -16,13 +16,7 @@ from torch.nn import functional as F
 from elastic.data.packing import Batch
 from elastic.data.tasks import SENSITIVE, TASKS, task_index
 from elastic.training.config import ObjectiveConfig
-from elastic.training.losses import (
-    answer_losses,
-    chunked_cross_entropy,
-    chunked_divergence,
-    labelled_positions,
-    labelled_samples,
-)
+from elastic.training.losses import answer_divergence, answer_losses, chunked_cross_entropy
 from elastic.training.multipliers import CLASSES, SPAN, BudgetMultipliers, LagrangeMultipliers
 
 Interval = float | list[float] | tuple[float, float]
@@ -221,10 +215,9 @@ class QualityObjective:
         if routed.dense_PE is None:
             raise ValueError("objective quality needs the dense pass of the batch; needs_dense says so")
         batch, task = routed.batch, routed.batch["task_id"]
-        hidden_PE, _ = labelled_positions(routed.hidden_1SE, batch["labels"])
-        sample_P, count_N = labelled_samples(batch["labels"], batch["cu_seq_lens"])
-        divergence_P = chunked_divergence(hidden_PE, routed.dense_PE, routed.lm_head, routed.chunk)
-        divergence_N = divergence_P.new_zeros(count_N.shape).index_add(0, sample_P, divergence_P) / count_N
+        divergence_N = answer_divergence(
+            routed.hidden_1SE, routed.dense_PE, routed.lm_head, batch["labels"], batch["cu_seq_lens"], routed.chunk
+        )
         budget_T = torch.tensor(list(self.budgets.values()))
         loss = quality_loss(
             routed.msr_N, divergence_N, task, budget_T, self.config.cost, self.multipliers, routed.samples_T
