@@ -11,37 +11,14 @@ constexpr int kTokens = 16;              // of a warp's tile: its keys and value
 constexpr int kStep = kWarps * kTokens;  // the warps take turns
 constexpr int kRowBytes = 2 * kD, kChunks = kD / 8, kTileBytes = kTokens * kRowBytes;
 
-// offset[h] = units before head h, for all heads and the end; a head that sees nothing has one empty unit.
-ELASTIC_FN Share build_list(const DecodeParams& p, int* offset, int* totals) {
-  const int heads = p.samples * p.kv_heads, each = (heads + kThreads - 1) / kThreads;
-  const int from = min(int(threadIdx.x) * each, heads), to = min(from + each, heads), lane = threadIdx.x % 32;
-  int sum = 0;
-  for (int h = from; h < to; ++h) {
-    offset[h] = sum;
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(p.base + h));
-    sum += units_of(span_of(p, h).count);
-  }
-  int scan = sum;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(~0u, scan, step);
-    if (lane >= step) scan += other;
-  }
-  if (lane == 31) totals[threadIdx.x / 32] = scan;
-  __syncthreads();
-  int before = scan - sum, units = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < int(threadIdx.x) / 32) before += totals[w];
-    units += totals[w];
-  }
-  for (int h = from; h < to; ++h) offset[h] += before;
-  if (threadIdx.x == 0) offset[heads] = units;
-  __syncthreads();
-  return share_of(units, gridDim.x, blockIdx.x);
-}
+struct Tokens {  // that a head sees
+  const DecodeParams& p;
 
-ELASTIC_FN u32 swizzled(u32 tile, int row, int chunk) { return tile + row * kRowBytes + ((chunk ^ (row & 7)) << 4); }
+  ELASTIC_FN int operator()(int head) const {
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(p.base + head));
+    return span_of(p, head).count;
+  }
+};
 
 // Runs ahead of the computation through the same items and tiles.
 struct Loader {
@@ -69,7 +46,7 @@ struct Loader {
       if (pos + kTokens <= item.end && (pos >= span.sink || pos + kTokens <= span.sink)) {
 #pragma unroll
         for (int i = 0; i < kCopies; ++i, key += apart) {
-          const u32 place = swizzled(stage, row + i * kRowsApart, chunk);
+          const u32 place = swizzled<kRowBytes>(stage, row + i * kRowsApart, chunk);
           copy_async(place, key, true);
           copy_async(place + kTileBytes, key + to_value, true);
         }
@@ -78,7 +55,7 @@ struct Loader {
         for (int i = 0; i < kCopies; ++i, key += apart) {
           const int token = at + i * kRowsApart;
           const i64 jump = in_sink && token >= span.sink ? span.skip * p.token_stride * kRowBytes : 0;
-          const u32 place = swizzled(stage, row + i * kRowsApart, chunk);
+          const u32 place = swizzled<kRowBytes>(stage, row + i * kRowsApart, chunk);
           copy_async(place, key + jump, token < item.end);
           copy_async(place + kTileBytes, key + jump + to_value, token < item.end);
         }
@@ -111,7 +88,7 @@ ELASTIC_FN void attend(float (&o)[kD / 2], Softmax& softmax, const u32 (&q)[kD /
 #pragma unroll
   for (int kk = 0; kk < kD / 16; ++kk) {
     u32 b[4];
-    load_matrix(b, swizzled(stage, (lane & 7) + ((lane >> 4) << 3), 2 * kk + ((lane >> 3) & 1)));
+    load_matrix(b, swizzled<kRowBytes>(stage, (lane & 7) + ((lane >> 4) << 3), 2 * kk + ((lane >> 3) & 1)));
     mma(kk % 2 ? odd : s, q[kk], b[0], b[1]);
     mma((kk % 2 ? odd : s) + 4, q[kk], b[2], b[3]);
   }
@@ -130,7 +107,7 @@ ELASTIC_FN void attend(float (&o)[kD / 2], Softmax& softmax, const u32 (&q)[kD /
 #pragma unroll
   for (int j = 0; j < kD / 16; ++j) {
     u32 b[4];
-    load_matrix_transposed(b, swizzled(stage + kTileBytes, lane & 15, 2 * j + (lane >> 4)));
+    load_matrix_transposed(b, swizzled<kRowBytes>(stage + kTileBytes, lane & 15, 2 * j + (lane >> 4)));
     mma(o + 8 * j, a, b[0], b[1]);
     mma(o + 8 * j + 4, a, b[2], b[3]);
   }
@@ -147,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(elastic::kThreads, 1)
   float* rows = (float*)(memory + kWarps * kStages * 2 * kTileBytes);
   Shared& shared = *(Shared*)(rows + kWarps * group * kPitch);
   int* offset = (int*)(&shared + 1);
-  const Share share = build_list(p, offset, shared.units);
+  const Share share = build_list<kThreads>(p.samples * p.kv_heads, offset, shared.units, Tokens{p});
   if (share.first >= share.last) return;
   int head = head_at(offset, p.samples * p.kv_heads, share.first);
   const int first_head = head;

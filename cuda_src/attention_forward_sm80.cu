@@ -14,16 +14,13 @@ constexpr int kThreads = 256;
 constexpr int kRowBytes = kD * 2;
 constexpr int kChunks = kD / 8;  // 16-byte chunks of a row
 
-// Chunks are permuted inside each group of eight rows, so that ldmatrix meets no bank twice.
-ELASTIC_FN u32 swizzled(u32 base, int row, int chunk) { return base + row * kRowBytes + ((chunk ^ (row & 7)) << 4); }
-
 template <int kRows>
 ELASTIC_FN void load_rows(u32 shared, const char* source, i64 token_bytes, int valid_rows) {
 #pragma unroll
   for (int i = 0; i < kRows * kChunks / kThreads; ++i) {
     const int index = i * kThreads + threadIdx.x, row = index / kChunks, chunk = index % kChunks;
     const bool valid = row < valid_rows;
-    copy_async(swizzled(shared, row, chunk), valid ? source + row * token_bytes + chunk * 16 : source, valid);
+    copy_async(swizzled<kRowBytes>(shared, row, chunk), valid ? source + row * token_bytes + chunk * 16 : source, valid);
   }
 }
 
@@ -50,11 +47,11 @@ ELASTIC_FN void score(float (&s)[32], u32 shared_q, u32 shared_k, int warp, int 
 #pragma unroll
   for (int kk = 0; kk < kD / 16; ++kk) {
     u32 a[4];
-    load_matrix(a, swizzled(shared_q, warp * 16 + (lane & 15), 2 * kk + (lane >> 4)));
+    load_matrix(a, swizzled<kRowBytes>(shared_q, warp * 16 + (lane & 15), 2 * kk + (lane >> 4)));
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       u32 b[4];
-      load_matrix(b, swizzled(shared_k, j * 16 + (lane & 7) + ((lane >> 4) << 3), 2 * kk + ((lane >> 3) & 1)));
+      load_matrix(b, swizzled<kRowBytes>(shared_k, j * 16 + (lane & 7) + ((lane >> 4) << 3), 2 * kk + ((lane >> 3) & 1)));
       mma(s + 8 * j, a, b[0], b[1]);
       mma(s + 8 * j + 4, a, b[2], b[3]);
     }
@@ -70,7 +67,7 @@ ELASTIC_FN void accumulate(float (&o)[kD / 2], const float (&s)[32], u32 shared_
 #pragma unroll
     for (int j = 0; j < kD / 16; ++j) {
       u32 b[4];
-      load_matrix_transposed(b, swizzled(shared_v, kk * 16 + (lane & 15), 2 * j + (lane >> 4)));
+      load_matrix_transposed(b, swizzled<kRowBytes>(shared_v, kk * 16 + (lane & 15), 2 * j + (lane >> 4)));
       mma(o + 8 * j, a, b[0], b[1]);
       mma(o + 8 * j + 4, a, b[2], b[3]);
     }

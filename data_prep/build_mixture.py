@@ -17,6 +17,7 @@ from elastic.files import is_foreign, new_folder
 
 from . import generators, tiny_language
 from .draw import token_count, word_count
+from .overlap import WINDOW
 
 RECIPE = "mixture.json"
 LANGUAGES: dict[str, tuple[Sequence[str], Callable[[str, str, int, int, int], Iterable[Record]]]] = {
@@ -37,6 +38,7 @@ def build_mixture(
     chosen: Sequence[str] | None = None,
     text: Path | None = None,
     code: Path | None = None,
+    window: int | None = None,
 ) -> dict[str, dict[str, int]]:
     """Write the records and their recipe, `mixture.json`; returns counts by split and task.
 
@@ -54,10 +56,12 @@ def build_mixture(
         tokenizer: counts context lengths in its tokens (the tiny language has one token a word anyway).
         chosen: generators of the language `text`; default all. The tasks are then those that they make.
         text, code: folders of the user's documents and source files, instead of what Python itself carries.
+        window: end of a context, counted as `words` is, that answers of robust tasks may share text with
+            (overlap.py); default 512. For the language `text`.
 
     Raises:
-        ValueError: an unknown language or generator, a task that is lacking, counts below 1, or a folder that holds
-            something else.
+        ValueError: an unknown language or generator, a task that is lacking, counts below 1, text that is too little
+            for the contexts, or a folder that holds something else.
         FileNotFoundError: `text` or `code` without files for every split.
     """
     tasks = _tasks(language, tasks, chosen)
@@ -71,10 +75,11 @@ def build_mixture(
     _, make = LANGUAGES[language]
     if language == "text":
         measure = word_count if tokenizer is None else token_count(tokenizer)
-        make = partial(generators.generate_task, chosen=chosen, measure=measure, text=text, code=code)
+        recipe["window"] = window = WINDOW if window is None else window
+        make = partial(generators.generate_task, chosen=chosen, measure=measure, text=text, code=code, window=window)
         recipe["generators"] = [name for task in tasks for name in generators.generators_of(task, chosen)]
-    elif (chosen, text, code) != (None, None, None):
-        raise ValueError(f"generators and folders of text or code belong to language 'text', not {language!r}")
+    elif (chosen, text, code, window) != (None, None, None, None):
+        raise ValueError(f"generators, a window and folders belong to language 'text', not {language!r}")
 
     def records(task: str, split: str) -> Iterable[Record]:
         return make(task, split, per_task if split == "train" else held_out, words, seed)
@@ -136,6 +141,9 @@ def main(argv: list[str] | None = None, prog: str = "python -m data_prep.build_m
     )
     parser.add_argument("--text", type=Path, metavar="DIR", help="folder of .txt, .md or .rst files to draw prose from")
     parser.add_argument("--code", type=Path, metavar="DIR", help="source tree to draw code from")
+    parser.add_argument(
+        "--window", type=int, help=f"end of a context that robust answers may share text with (default {WINDOW})"
+    )
     args = parser.parse_args(argv)
     from elastic.model.loading import load_tokenizer
 
@@ -153,6 +161,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m data_prep.build_m
             args.generators,
             args.text,
             args.code,
+            args.window,
         )
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -5,7 +5,7 @@ continuations, code, and many-shot classification.
 import re
 
 from . import questions, sources, wording
-from .draw import Draw, Parts, cut_words, tail, word_count
+from .draw import Draw, Parts, cut_words, longest_end, longest_start, tail, word_count
 
 
 def verbatim_copy(draw: Draw) -> Parts:
@@ -48,6 +48,7 @@ def passage_qa(draw: Draw) -> Parts:
     else:
         prefix = " ".join(words[:6])
         question, answer = draw.pick(questions.REST).format(start=prefix), " ".join(words[6:12])
+    draw.used.add(wanted)
     others = draw.sentences(draw.room_beside(wanted, question))
     lines = draw.hide([line for line in others if line.split()[:6] != words[:6]], [wanted])
     per_passage = max(3, draw.rng.randint(4, 9))
@@ -64,20 +65,25 @@ def continuation(draw: Draw) -> Parts:
     answer = cut_words(text, -size)
     context = cut_words(text, 0, -size)
     last_words = cut_words(context, -8)
-    return Parts(_shortened(draw, context, draw.length), draw.pick(questions.CONTINUE), answer, last_words)
+    return Parts(longest_end(context, draw.length, draw.measure), draw.pick(questions.CONTINUE), answer, last_words)
 
 
 def summary(draw: Draw) -> Parts:
-    """The opening paragraph of a document, which is taken out of it; shorter documents follow others."""
+    """The opening paragraph of a document, which is taken out of it; shorter documents follow others, which do not hold
+    that paragraph either: docstrings of a class include those of its methods.
+    """
     pairs = sources.summaries(draw.split, draw.text)
     answer, document = draw.rng.choice(pairs)
     question = draw.pick(questions.SUMMARISE)
-    document = _first(draw, document, draw.room_beside(question))
+    document = longest_start(document, draw.room_beside(question), draw.measure)
     room = draw.room_beside(document, question)
+    others = draw.deck("documents with an opening paragraph", "text", pairs)
     before: list[str] = []
     while room > draw.length // 5:
-        first, text = draw.rng.choice(pairs)
-        other = _first(draw, f"{first}\n\n{text}", room)
+        other = "\n\n".join(next(others))
+        if answer in " ".join(other.split()):
+            continue
+        other = longest_start(other, room, draw.measure)
         room -= draw.measure(f"\n\n{other}")
         before.append(other)
     parts = [*before, document]
@@ -102,10 +108,12 @@ def code_completion(draw: Draw) -> Parts:
             break
     before = f"{head.format(name=name)}\n" + "\n".join(lines[:cut])
     room = 5 * draw.length  # characters of code, about as many tokens as prose of that many words has
-    neighbours = [file for file in files if file[0] != name and file[0].split("/")[0] == name.split("/")[0]]
-    others = [*draw.rng.sample(neighbours, len(neighbours)), *draw.rng.sample(files, min(len(files), 16))]
+    package = name.split("/")[0]
+    near = [file for file in files if file[0].split("/")[0] == package and file[0] != name]
+    far = [file for file in files if file[0].split("/")[0] != package]
+    others = draw.deck("other source files", "code", near, far)
     while len(before) < room:
-        other, code = others.pop(0) if others else draw.rng.choice(files)
+        other, code = next(others)
         before = f"{head.format(name=other)}\n{code}\n\n\n{before}"
     question = draw.pick(questions.COMPLETE)
     context = tail(before, room)
@@ -116,23 +124,22 @@ def code_completion(draw: Draw) -> Parts:
 
 def many_shot(draw: Draw) -> Parts:
     """Classification of words by many examples; now and then the classes have arbitrary names. The answer ends one
-    example more.
+    example more. There are few words, so that they come again, but only after all others: the latest examples hold
+    every word.
     """
     classes = draw.rng.sample(list(wording.CLASSES), draw.rng.randint(3, len(wording.CLASSES)))
     labels = dict(zip(classes, classes, strict=True))
     if draw.rng.random() < 0.4:
         labels = dict(zip(classes, draw.rng.sample(draw.half(wording.LABELS), len(classes)), strict=True))
     style = draw.rng.randrange(len(draw.half(questions.SHOTS)))
-
-    def drawn() -> tuple[str, str]:
-        chosen = draw.rng.choice(classes)
-        return draw.pick(wording.CLASSES[chosen]), labels[chosen]
+    words = [(word, labels[name]) for name in classes for word in draw.half(wording.CLASSES[name])]
+    rounds = draw.rounds(words)
 
     def shot() -> str:
-        word, label = drawn()
+        word, label = next(rounds)
         return draw.half(questions.SHOTS)[style].format(word=word, label=label)
 
-    word, label = drawn()
+    word, label = draw.rng.choice(words)
     question = draw.half(questions.SHOT_QUESTIONS)[style].format(word=word)
     prefix = draw.half(questions.SHOTS)[style].format(word=word, label="").rstrip()
     return Parts("\n".join(draw.repeated(shot, draw.room_beside(question))), question, label, prefix)
@@ -140,22 +147,4 @@ def many_shot(draw: Draw) -> Parts:
 
 def _passage(draw: Draw, room: int) -> str:
     """One run of sentences of prose that fits."""
-    return _first(draw, " ".join(draw.sentences(max(12, room))), max(12, room))
-
-
-def _first(draw: Draw, text: str, room: int) -> str:
-    """The longest beginning, in words, that fits into the room."""
-    words = word_count(text)
-    while (found := draw.measure(text)) > room and words > 1:
-        words = max(1, min(words - 1, int(words * room / found)))
-        text = cut_words(text, 0, words)
-    return text
-
-
-def _shortened(draw: Draw, text: str, room: int) -> str:
-    """The longest end, in words, that fits into the room."""
-    words = word_count(text)
-    while (found := draw.measure(text)) > room and words > 1:
-        words = max(1, min(words - 1, int(words * room / found)))
-        text = cut_words(text, -words)
-    return text
+    return longest_start(" ".join(draw.sentences(max(12, room))), max(12, room), draw.measure)

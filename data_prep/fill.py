@@ -51,5 +51,6 @@ def _draw(
         return None
     seed = -1 - (mixture.seed * 1_000_003 + number[0]) * 1_000_003 - number[1]  # ordinary parts have seeds from 0 on
     shortest = max(shortest, length * 3 // 4)
-    made = generate(source.generator or name, split, 1, length, seed, measure, *mixture.folders, shortest)
+    name_of, more = source.generator or name, (mixture.window, source.system)
+    made = generate(name_of, split, 1, length, seed, measure, *mixture.folders, shortest, *more)
     return replace(tokenise(next(made), tokenizer), source=name)

@@ -93,7 +93,7 @@ def mapped(name: str, task: str, fields: Mapping[str, str]) -> Converter:
         )
 
     def convert(row: Row) -> Record:
-        values = {f: row[fields[f]] if f in fields else "" for f in FIELDS}
+        values: dict[str, Any] = {f: row[fields[f]] if f in fields else "" for f in FIELDS}
         return Record(task, **values, source=name)
 
     return convert

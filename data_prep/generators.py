@@ -12,8 +12,11 @@ from elastic.data.tasks import TASKS
 
 from . import documents, needles
 from .draw import Draw, Measure, Parts, word_count
+from .foreign import FOREIGN, generate_foreign
+from .overlap import WINDOW, overlap_fault
 
 SHORTEST = 64
+TRIES = 200  # for one record, until the overlap rule accepts it
 GENERATORS: dict[str, tuple[str, Callable[[Draw], Parts]]] = {
     "needle_single": ("single_qa", needles.single),
     "needle_multi_key": ("single_qa", needles.multi_key),
@@ -35,8 +38,14 @@ def generators_of(task: str, chosen: Sequence[str] | None = None) -> list[str]:
     """Names of the generators of a task class, all or those chosen.
 
     Raises:
-        ValueError: an unknown generator.
+        ValueError: an unknown generator, or one of the foreign evaluation set.
     """
+    evaluation = [name for name in chosen or () if name in FOREIGN]
+    if evaluation:
+        raise ValueError(
+            f"{', '.join(evaluation)}: for evaluation alone, so never among records to train on; `elastic data_prep "
+            "pack_mixture` packs them from a mixture without a train split, such as mixture/foreign"
+        )
     unknown = [name for name in chosen or () if name not in GENERATORS]
     if unknown:
         raise ValueError(f"no generator {', '.join(unknown)}; known are {', '.join(GENERATORS)}")
@@ -53,30 +62,54 @@ def generate(
     text: Path | None = None,
     code: Path | None = None,
     shortest: int | None = None,
+    window: int = WINDOW,
+    system: str | None = None,
 ) -> Iterator[Record]:
-    """`count` records of one generator with contexts of about `shortest` to `length`; deterministic.
+    """`count` records of one generator, or of one foreign kind, with contexts of about `shortest` to `length`;
+    deterministic.
 
     Args:
         seed: records of other seeds, splits and generators are other draws.
         shortest: shortest context; default half of the longest.
         length: longest context, in words, or in tokens where `measure` is `draw.token_count(tokenizer)`.
         text, code: folders of documents and of source files to use instead of what Python itself carries.
+        window: end of the context that robust answers may share text with, in the same unit; see overlap.py. Foreign
+            kinds have none.
+        system: system prompt of a foreign kind: none, short or long; None: in turn.
 
     Raises:
-        ValueError: an unknown generator, or contexts too short.
+        ValueError: an unknown generator, contexts too short, a negative window, or text that is too little or
+            repeats itself; a system prompt for a generator that has none, or the split train for a foreign kind.
         FileNotFoundError: folders without text for this split.
     """
+    if name in FOREIGN:
+        yield from generate_foreign(name, split, count, length, seed, measure, text, code, shortest, system)
+        return
     generators_of("", [name])
+    if system is not None:
+        raise ValueError(f"system={system!r} for {name}; only foreign kinds have system prompts to choose from")
     shortest = length // 2 if shortest is None else shortest
     if length < SHORTEST or not 32 <= shortest <= length:
         raise ValueError(
             f"contexts of {shortest} to {length} words are too short for the text generators; use {SHORTEST} or more"
         )
+    if window < 0:
+        raise ValueError(f"window={window} is negative; expected a length, 0 for none")
     task, make = GENERATORS[name]
     rng = random.Random(f"{name}/{split}/{seed}")
     for i in range(count):
-        parts = make(Draw(rng, split, rng.randint(shortest, length), measure, text, code))
-        yield Record(task, **parts._asdict(), source=f"{name}/{split}/{i}")
+        wanted, source = rng.randint(shortest, length), f"{name}/{split}/{i}"
+        for _ in range(TRIES):
+            parts = make(Draw(rng, split, wanted, measure, text, code))
+            record = Record(task, **parts._asdict(), source=source)
+            if (fault := overlap_fault(record, window, measure)) is None:
+                break
+        else:
+            raise ValueError(
+                f"{TRIES} draws of {source} in a row repeat text, at last: {fault}; name folders whose files repeat "
+                "each other less (`text:` and `code:` in a mixture, --text, --code), or raise the window"
+            )
+        yield record
 
 
 def generate_task(

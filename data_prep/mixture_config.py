@@ -1,5 +1,6 @@
 """What a mixture file says: sources with their weights, token budgets, context lengths, targets per task."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ import yaml
 from elastic.data.shards import SPLITS
 from elastic.data.tasks import TASKS
 
+from .foreign import FOREIGN, check_foreign
 from .generators import GENERATORS, SHORTEST
+from .overlap import WINDOW
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,15 @@ class Source:
         path: record files, with `{split}` in the place of the split's name; None: a generator.
         generator: its name, where the source has another one: `needle_single-8192: {generator: needle_single, ...}`.
         context: shortest and longest generated context in tokens, where they differ from the mixture's.
+        system: system prompt of a foreign kind (`foreign.SYSTEMS`); None: in turn. In a file, a list makes a source of
+            each, named `<source>-none` and so on, with equal parts of the weight.
     """
 
     weight: float = 1.0
     path: str | None = None
     generator: str | None = None
     context: tuple[int, int] | None = None
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class Mixture:
         targets: wanted MSR per task, a number or [low, high]; written into `train.yaml` beside the data.
         text, code: folders that generators draw from, instead of what Python itself carries.
         part_tokens: tokens of one shard: the unit of work, of memory and of resuming.
+        window: tokens at the end of a context that answers of robust tasks may share text with (overlap.py); that of
+            the streaming heads to be trained.
     """
 
     backbone: str
@@ -55,6 +63,7 @@ class Mixture:
     text: str | None = None
     code: str | None = None
     part_tokens: int = 1_000_000
+    window: int = WINDOW
 
     def __post_init__(self) -> None:
         if set(self.tokens) - set(SPLITS) or not self.tokens or min(self.tokens.values()) < self.seq_length:
@@ -71,12 +80,7 @@ class Mixture:
         if not self.sources:
             raise ValueError(f"no sources; name generators ({', '.join(GENERATORS)}) or record files")
         for name, source in self.sources.items():
-            if source.path is None and (source.generator or name) not in GENERATORS:
-                raise ValueError(
-                    f"source {name!r} has no path and is not a generator; generators are {', '.join(GENERATORS)}"
-                )
-            if source.path is not None and (source.generator or source.context):
-                raise ValueError(f"source {name!r} has a path, so it takes no generator and no context; leave them out")
+            self._check_origin(name, source)
             if not 0 < source.weight < float("inf"):
                 raise ValueError(f"source {name!r} has the weight {source.weight}; expected a number above 0")
         unknown = [task for task in self.targets if task not in TASKS]
@@ -84,6 +88,28 @@ class Mixture:
             raise ValueError(f"targets name {', '.join(unknown)}; known tasks are {', '.join(TASKS)}")
         if self.part_tokens < self.seq_length:
             raise ValueError(f"part_tokens={self.part_tokens} is below seq_length={self.seq_length}")
+        if self.window < 0:
+            raise ValueError(f"window={self.window} is negative; expected a length in tokens, 0 for none")
+
+    def _check_origin(self, name: str, source: Source) -> None:
+        """Refuse what is not record files, a generator, or a foreign kind in a mixture without a train split."""
+        generator = source.generator or name
+        if source.path is not None:
+            if source.generator or source.context or source.system:
+                raise ValueError(
+                    f"source {name!r} has a path, so it takes no generator and no context, nor a system prompt; "
+                    "leave them out"
+                )
+        elif generator in FOREIGN:
+            for split in self.tokens:
+                check_foreign(generator, split, source.system, source.context or self.context)
+        elif generator not in GENERATORS:
+            raise ValueError(
+                f"source {name!r} has no path and is not a generator; generators are "
+                f"{', '.join((*GENERATORS, *FOREIGN))}"
+            )
+        elif source.system is not None:
+            raise ValueError(f"source {name!r} has a system prompt to choose; only foreign kinds do, so leave it out")
 
     def parts(self, split: str) -> int:
         """Number of shards of a split, all of about the same size."""
@@ -121,10 +147,21 @@ def read_mixture(path: str | Path) -> Mixture:
         names = {f.name for f in fields(Mixture)}
         if not isinstance(values, dict) or set(values) - names:
             raise ValueError(f"unknown keys {sorted(set(values) - names)}; expected some of {', '.join(sorted(names))}")
-        sources = {name: _source(settings or {}) for name, settings in values.get("sources", {}).items()}
+        sources = dict(pair for key, of in values.get("sources", {}).items() for pair in _sources(key, of or {}))
         return Mixture(**{**values, "sources": sources, "context": tuple(values.get("context", ()))})
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _sources(name: str, settings: dict[str, Any]) -> Iterator[tuple[str, Source]]:
+    """The source, or one for each of its system prompts."""
+    systems = settings.get("system")
+    if not isinstance(systems, list) or not systems:
+        yield name, _source(settings)
+        return
+    weight = settings.get("weight", 1.0) / len(systems)
+    for system in systems:
+        yield f"{name}-{system}", _source({**settings, "system": system, "weight": weight})
 
 
 def _source(settings: dict[str, Any]) -> Source:

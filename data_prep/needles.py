@@ -114,13 +114,15 @@ def fact_chain(draw: Draw) -> Parts:
 
 
 def _hidden(draw: Draw, facts: list[str], question: str, ordered: bool = False) -> str:
-    """The facts between sentences of prose, or now and then in a text that repeats itself."""
+    """The facts between sentences of prose, or now and then in a text that repeats itself. Sentences come again only
+    after all of the split's: no answer lies in them, and contexts longer than the text are wanted.
+    """
     room = draw.room_beside(*facts, question)
     if draw.rng.random() < 0.25:
         noise = draw.pick(wording.NOISE)
         lines = draw.repeated(lambda: noise, room)
     else:
-        lines = draw.sentences(room)
+        lines = draw.sentences(room, again=True)
     return " ".join(draw.hide(lines, facts, ordered))
 
 

@@ -30,6 +30,7 @@ from .draw import token_count
 from .fill import FULL, fill_up
 from .generators import generate
 from .mixture_config import Mixture, read_mixture
+from .overlap import overlap_fault
 
 RECIPE, TRAIN_CONFIG = "recipe.json", "train.yaml"
 ENDLESS = 1 << 40
@@ -137,12 +138,18 @@ def _drawn(mixture: Mixture, name: str, split: str, part: int, budget: float, re
 def _records(mixture: Mixture, name: str, split: str, part: int, measure: Any, report: ReadReport) -> Iterator[Record]:
     source = mixture.sources[name]
     if source.path is not None:
-        yield from read_records(source.path.format(split=split), report, every=mixture.parts(split), first=part)
+        path = source.path.format(split=split)
+        for number, record in enumerate(read_records(path, report, every=mixture.parts(split), first=part), 1):
+            if (fault := overlap_fault(record, mixture.window, measure)) is None:
+                yield record
+            else:
+                report.good -= 1
+                report.bad.append(f"{path}: good record {number} of the part ({record.source or 'no source'}): {fault}")
         return
     shortest, longest = source.context or mixture.context
     seed = mixture.seed * 1_000_003 + part
-    generator = source.generator or name
-    yield from generate(generator, split, ENDLESS, longest, seed, measure, *mixture.folders, shortest)
+    generator, more = source.generator or name, (mixture.window, source.system)
+    yield from generate(generator, split, ENDLESS, longest, seed, measure, *mixture.folders, shortest, *more)
 
 
 @lru_cache(maxsize=1)

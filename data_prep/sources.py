@@ -89,13 +89,14 @@ def code(split: str, folder: Path | None = None) -> tuple[tuple[str, str], ...]:
 @lru_cache(maxsize=6)
 def summaries(split: str, folder: Path | None = None) -> tuple[tuple[str, str], ...]:
     """(summary, document) pairs: the first paragraph of a docstring with the rest and the docstrings of its members, or
-    the first paragraph of a user's document and the rest.
+    the first paragraph of a user's document and the rest, which does not hold that paragraph again.
 
     Raises:
         FileNotFoundError: no document with an opening paragraph of 6 to 150 words and at least 40 words below it.
     """
     pairs = _documented(split) if folder is None else [_opening(text) for text in prose(split, folder)]
     fitting = [(s, d) for s, d in pairs if 6 <= len(s.split()) <= 150 and len(d.split()) >= 40]
+    fitting = [(s, d) for s, d in fitting if s not in " ".join(d.split())]
     return _some(fitting, f"documents with an opening paragraph for the {split} split in {folder or 'Python'}")
 
 

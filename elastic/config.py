@@ -13,6 +13,7 @@ Mode = Literal["full", "streaming", "xattention"]
 Granule = Literal["token", "block"]
 FeatureNorm = Literal["running", "none"]
 RouterKind = Literal["input", "static"]
+PoolOver = Literal["user", "prompt"]
 CacheKind = Literal["full", "elastic"]
 
 BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
@@ -23,7 +24,9 @@ class RouterConfig:
     """How a router sees its layer.
 
     Attributes:
-        pool_tokens: P of the boundary pooling: the first P and last P prompt tokens are averaged (P >= 1).
+        pool_tokens: P of the boundary pooling: the first P and last P tokens are averaged (P >= 1).
+        pool_over: of what the `user` wrote, so that neither the template nor another system prompt changes a decision,
+            or of the whole `prompt` with its template, as checkpoints from before this setting were trained.
         feature_norm: `running` standardises the pooled keys with statistics gathered in training; `none` is the
             paper's router.
         kind: `input` decides from the keys; `static` learns one pattern for every input, the rival that elastic
@@ -36,9 +39,11 @@ class RouterConfig:
     feature_norm: FeatureNorm = "running"
     kind: RouterKind = "input"
     head_offset: bool = False
+    pool_over: PoolOver = "user"
 
     def __post_init__(self) -> None:
         _check_int("router.pool_tokens", self.pool_tokens, minimum=1)
+        _check_choice("router.pool_over", self.pool_over, get_args(PoolOver))
         _check_choice("router.feature_norm", self.feature_norm, get_args(FeatureNorm))
         if not isinstance(self.head_offset, bool):
             raise ValueError(f"router.head_offset={self.head_offset!r} is not true or false")

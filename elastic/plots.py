@@ -117,6 +117,36 @@ def panels_figure(rows: Sequence[Sequence[Panel]]) -> Any:
     return figure
 
 
+def need_figure(need_LK: Sequence[Sequence[float]], curves: Mapping[str, Curve], title: str = "") -> Any:
+    """A calibration: need of each KV head as a heatmap, and below it what following the order costs by level; a
+    matplotlib `Figure`.
+
+    Args:
+        need_LK: [L][K], nats per answer token; what is below 0 is drawn as 0.
+        curves: (MSR, KL) points by name of what they are the mean over.
+        title: above the heatmap.
+    """
+    from matplotlib.colors import PowerNorm
+
+    heads, need = len(need_LK[0]), torch.tensor(need_LK).clamp_min(0.0)
+    figure = _figure(WIDTH, 3.6 + max(1.2, 0.11 * heads + 0.9))
+    above, below = figure.subplots(2, 1, height_ratios=[max(1.2, 0.11 * heads + 0.9), 3.2])
+    scale = PowerNorm(
+        0.5, 0.0, max(float(need.max()), 1e-12)
+    )  # most heads need little: the square root tells them apart
+    image = above.imshow(need.T.numpy(), norm=scale, cmap="cividis", aspect="auto")
+    figure.colorbar(image, ax=above, label="nats a token", fraction=0.03, pad=0.02)
+    above.set_yticks(range(heads) if heads <= 4 else [0, heads - 1])
+    above.set_xlabel("layer (rows: KV heads)", fontsize=9)
+    above.locator_params(axis="x", integer=True)
+    above.set_title(title, fontsize=10)
+    shown = {name: [(x, y) for x, y in points if y > 0] for name, points in curves.items()}
+    panel = Panel("KL to dense by level of the order", shown, "MSR", "nats a token", yscale="log", marker="o")
+    drawn = _draw(below, panel, list(shown))
+    below.legend(drawn.values(), drawn.keys(), fontsize=7, frameon=False, ncols=2)
+    return figure
+
+
 def _draw(axis: Any, panel: Panel, labels: Sequence[str]) -> dict[str, Any]:
     """Draw a panel; its lines by label."""
     drawn = {}

@@ -204,6 +204,9 @@ class Tokenizer(Protocol):
     pad_token: str | None
 
     @property
+    def is_fast(self) -> bool: ...
+
+    @property
     def eos_token_id(self) -> int | None: ...
 
     @property

@@ -55,7 +55,8 @@ def test_a_checkpoint_answers_and_routes_as_before():
 
 
 def checksum(batch):
-    """sha256 of every tensor's values, by name."""
+    """sha256 of every tensor's values, by name. Where old rows say nothing, the users' words are the prompts."""
+    assert torch.equal(batch.pop("user_spans"), batch["prompt_spans"])
     old = [(name, value) for name, value in sorted(batch.items()) if name not in ("place", "counted")]
     flat = [[name, value.tolist() if isinstance(value, torch.Tensor) else value] for name, value in old]
     return hashlib.sha256(json.dumps(flat).encode()).hexdigest()
@@ -89,6 +90,7 @@ def test_a_run_under_the_earlier_multipliers_is_refused_and_its_routers_are_trai
     assert cli.main([*command, "--ckpt_path", "last"]) == 2
     assert "had one multiplier l1 for both bounds of a target" in capsys.readouterr().err
     again = ["--model.routers", "run/checkpoint", "--trainer.default_root_dir", "again"]
+    again += ["--model.elastic.router.pool_over", "prompt"]  # as these routers were trained
     assert cli.main([*command, *again]) == 0
     state = torch.load(folder / "again" / "last.ckpt", weights_only=True)
     assert state["global_step"] == 3 and "multipliers.u" in state["state_dict"]

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 import elastic
 from elastic._version import __version__
 from elastic.cli import main
+from tests.helpers.pages import PAGES, blocks
 
 ROOT = Path(__file__).parent.parent
 FORMS = sorted(path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml")
@@ -102,3 +104,16 @@ def test_wheels_hold_the_version(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     found = config.read_configuration(tmp_path / "pyproject.toml", expand=True)
     assert found["project"]["version"] == __version__
+
+
+def test_git_ignores_what_the_pages_write():
+    """Files and folders that users make by copying commands and snippets into a clone."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a git checkout")
+    written = r'(?:--(?:out|picture|heatmap|report-json|sweep|trainer.default_root_dir)|save_elastic\()[ "]*([\w./-]+)'
+    made = {path for page in PAGES for block in blocks(page) for path in re.findall(written, block.text)}
+    made |= {block.file for page in PAGES for block in blocks(page) if block.file}
+    assert {"data/small", "routes.json", "routes.png", "shares.png", "heads.tsv", "my-routers", "runs/smollm2"} <= made
+    paths = [f"{path}{'' if Path(path).suffix else '/'}" for path in sorted(made)]
+    done = subprocess.run(["git", "check-ignore", "--no-index", *paths], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == paths, done.stderr

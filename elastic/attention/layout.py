@@ -25,7 +25,8 @@ class Layout:
 
     Attributes:
         row_N, begin_N, end_N: int64; the sample's row and its key positions [begin, end).
-        prompt_end_N: int64; end of the part that the router may see (begin_N is its start).
+        prompt_end_N: int64; end of the prompt, after which answers begin.
+        user_begin_N, user_end_N: int64; the part of the prompt that the user wrote, as far as known.
         rows, queries, keys: B, Lq and Lk, cache included.
         packed: several samples share a row (then Lq = Lk).
         padded: some position belongs to no sample.
@@ -36,6 +37,8 @@ class Layout:
     begin_N: Tensor
     end_N: Tensor
     prompt_end_N: Tensor
+    user_begin_N: Tensor
+    user_end_N: Tensor
     rows: int
     queries: int
     keys: int
@@ -104,12 +107,14 @@ def batch_layout(
     device: torch.device,
     attention_mask: Tensor | None = None,
     prompt_end: Tensor | None = None,
+    user_spans: Tensor | None = None,
 ) -> Layout:
     """One sample per row.
 
     Args:
         attention_mask: [B, Lk] with 1 on valid tokens, which must be one run per row (left or right padding).
         prompt_end: [B], key positions; default the end of the valid tokens.
+        user_spans: [B, 2], key positions; default the whole prompt.
 
     Raises:
         ValueError: a mask of another shape, a row without valid tokens, or padding between valid tokens.
@@ -135,7 +140,8 @@ def batch_layout(
             if bool((last + 1 != end).any()):
                 raise ValueError("attention_mask has padding between valid tokens; pad on one side only")
     prompt_end = end if prompt_end is None else prompt_end.to(device)
-    return Layout(row, begin, end, prompt_end, rows, queries, keys, packed=False, padded=padded)
+    user = _user(user_spans, begin, prompt_end)
+    return Layout(row, begin, end, prompt_end, *user, rows, queries, keys, packed=False, padded=padded)
 
 
 def decode_layout(prefill: Layout, rows: int, past: int, attention_mask: Tensor | None = None) -> Layout:
@@ -162,9 +168,17 @@ def decode_layout(prefill: Layout, rows: int, past: int, attention_mask: Tensor 
                     "pad prompts on the left"
                 )
     return Layout(
-        prefill.row_N, begin, torch.full_like(begin, keys), torch.full_like(begin, keys), rows, 1, keys,
-        packed=False, padded=prefill.padded,
+        prefill.row_N, begin, torch.full_like(begin, keys), torch.full_like(begin, keys), prefill.user_begin_N,
+        prefill.user_end_N, rows, 1, keys, packed=False, padded=prefill.padded,
     )  # fmt: skip
+
+
+def _user(spans: Tensor | None, begin_N: Tensor, prompt_end_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Begin and end of what the user wrote; the whole prompt where nobody says."""
+    if spans is None:
+        return begin_N, prompt_end_N
+    begin, end = spans.to(device=begin_N.device, dtype=torch.int64).unbind(1)
+    return begin, end
 
 
 def _bad_mask(mask: Tensor, rows: int, keys: int) -> ValueError:
@@ -174,7 +188,9 @@ def _bad_mask(mask: Tensor, rows: int, keys: int) -> ValueError:
     )
 
 
-def packed_layout(cu_seq_lens: Tensor, prompt_end: Tensor | None, length: int, device: torch.device) -> Layout:
+def packed_layout(
+    cu_seq_lens: Tensor, prompt_end: Tensor | None, length: int, device: torch.device, user_spans: Tensor | None = None
+) -> Layout:
     """Samples packed into one row of `length` tokens; `cu_seq_lens` [N + 1] holds their boundaries from 0 to `length`.
 
     Raises:
@@ -190,4 +206,5 @@ def packed_layout(cu_seq_lens: Tensor, prompt_end: Tensor | None, length: int, d
     begin, end = bounds[:-1], bounds[1:]
     prompt_end = end if prompt_end is None else prompt_end.to(device)
     row = torch.zeros_like(begin)
-    return Layout(row, begin, end, prompt_end, 1, length, length, packed=True, padded=False, bounds=tuple(host))
+    user = _user(user_spans, begin, prompt_end)
+    return Layout(row, begin, end, prompt_end, *user, 1, length, length, packed=True, padded=False, bounds=tuple(host))

@@ -2,7 +2,8 @@
 
 `fused` is what inference runs: gather the prompt's boundaries, project them to keys, one launch for pooling, features,
 MLPs, decision and modes. `torch` is its slow twin. `fused-keys` and `torch-keys` begin where the keys are at hand: the
-part that the budget of docs/design.md section 3 counts. Device times are those of calls in a CUDA graph, over the
+part that the budget of docs/design.md section 3 counts. `reach` and `reach-torch` are the feature that looks at all
+keys, which `elastic.bench.reach` times. Device times are those of calls in a CUDA graph, over the
 routers of several layers in turn, so that no weight waits in the cache; host times are the launch path alone.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import Layout, batch_layout
-from elastic.bench import records, tables
+from elastic.bench import reach, records, tables
 from elastic.bench.cases import DTYPES
 from elastic.bench.options import add_record_options, kernel_device
 from elastic.bench.race import DISAGREED
@@ -99,7 +100,7 @@ def whole(layers: list[RoutedAttention], hidden: Tensor, of_pass: ForwardPass) -
 def from_keys(layers: list[RoutedAttention], hidden: Tensor, of_pass: ForwardPass) -> list[Callable[[], HeadPlan]]:
     """Per layer: route and plan from keys that are gathered and projected already."""
     config, row_slice = of_pass.config, of_pass.row_slice
-    pooling = Pooling.shared(of_pass.layout, config.router.pool_tokens, hidden.shape[1], row_slice)
+    pooling = Pooling.shared(of_pass.layout, config.router, hidden.shape[1], row_slice)
     pooled = hidden.flatten(0, 1).index_select(0, pooling.token_M).unflatten(0, pooling.weight_N2P.shape)
     keys = [prerope_keys(attn, pooled) for attn in layers]
 
@@ -166,8 +167,10 @@ def run_case(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the benchmark."""
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N",
+    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, metavar="N",
                         help="tokens of the prompt (default 512 8K 128K 1M)")  # fmt: skip
+    parser.add_argument("--reach-lengths", type=int, nargs="*", default=reach.LENGTHS, metavar="N",
+                        help="tokens of the prompts that reach is timed on (default 8K 32K 128K)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="samples (default 1)")
     parser.add_argument("--hidden", type=int, default=4096, metavar="E", help="hidden size (default 4096)")
     parser.add_argument("--kv-heads", type=int, default=8, metavar="K", help="KV heads (default 8)")
@@ -177,16 +180,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, command: str) -> int:
-    """Time every length, show the table, write `<out>/<tag>.json`.
+    """Time every length of both kinds, show the table, write `<out>/<tag>.json`.
 
     Returns:
-        0, or 1 where the kernel decides otherwise than PyTorch.
+        0, or 1 where a kernel finds something else than PyTorch.
 
     Raises:
         ValueError: options that do not fit, or no GPU that runs the kernel.
     """
-    if min(*args.lengths, args.batch, args.hidden, args.kv_heads) < 1:
-        raise ValueError("--lengths, --batch, --hidden and --kv-heads must be at least 1")
+    if min(*args.lengths, *args.reach_lengths, args.batch, args.hidden, args.kv_heads) < 1:
+        raise ValueError("--lengths, --reach-lengths, --batch, --hidden and --kv-heads must be at least 1")
+    if not (args.lengths or args.reach_lengths):
+        raise ValueError("nothing to time; give --lengths or --reach-lengths at least one value")
     device, config = kernel_device(args, unsupported_reason), ElasticConfig()
     stamp, path = records.stamp(command, args.commit, device), Path(args.out) / f"{args.tag}.json"
     stamp["kernel"] = "route_prompt"
@@ -196,5 +201,11 @@ def run(args: argparse.Namespace, command: str) -> int:
         found += [{**record, **stamp} for record in run_case(case, config, args.budget_ms, str(device), number == 0)]
         records.save(path, found)  # after every length: a long run that is stopped leaves what it has
         torch.cuda.empty_cache()
+    for shape in reach.SHAPES:
+        for length in args.reach_lengths:
+            timed = reach.run_reach(reach.ReachCase(length, *shape, args.dtype), args.budget_ms, str(device))
+            found += [{**record, **stamp, "kernel": "reach"} for record in timed]
+            records.save(path, found)
+            torch.cuda.empty_cache()
     say(f"\n{tables.terminal(found)}\n\nWritten: {path}")
     return int(any(record["metric"] == LEFT_OUT for record in found))

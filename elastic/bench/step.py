@@ -69,12 +69,14 @@ def random_row(length: int, samples: int, vocabulary: int, device: torch.device)
     labels = torch.full_like(ids, IGNORE)
     for _, end in pairwise(bounds.tolist()):
         labels[0, end - ANSWER : end] = ids[0, end - ANSWER : end]
+    prompts = torch.stack([bounds[:-1], bounds[1:] - ANSWER], dim=1).long().to(device)
     return Batch(
         input_ids=ids.to(device),
         labels=labels.to(device),
         position_ids=torch.arange(length // samples).repeat(samples)[None].to(device),
         cu_seq_lens=bounds.to(device),
-        prompt_spans=torch.stack([bounds[:-1], bounds[1:] - ANSWER], dim=1).long().to(device),
+        prompt_spans=prompts,
+        user_spans=prompts,
         task_id=(torch.arange(samples) % len(TASKS)).to(device),
         source=["random"] * samples,
     )

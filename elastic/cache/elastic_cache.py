@@ -56,8 +56,8 @@ class ElasticCache(Cache):
 
     def reset(self) -> None:
         """Empty the cache."""
-        self.counts, self.pooled = list[int](), list[int]()
-        self.begin_B = self.count_B = torch.zeros(0, dtype=torch.int64)
+        self.counts = list[int]()
+        self.pooled_B = self.begin_B = self.count_B = torch.zeros(0, dtype=torch.int64)
         self.visible_LBK: Visible | None = None
         self.rows_LBK = self.base_LBK = self.ring_LBK = torch.zeros(0)
         for layer in self.layers:
@@ -97,7 +97,9 @@ class ElasticCache(Cache):
     def _finish(self, layout: Layout) -> None:
         """The last layer has taken in a prompt or a turn."""
         if not layout.past:
-            self.pooled = [min(count, self.config.router.pool_tokens) for count in layout.lengths]
+            begin = layout.user_begin_N if self.config.router.pool_over == "user" else layout.begin_N
+            pooled = torch.minimum(begin + self.config.router.pool_tokens, layout.end_N)
+            self.pooled_B = pooled - layout.begin_N
         self.counts = layout.lengths
         self.begin_B, self.count_B = layout.begin_N, layout.end_N - layout.begin_N
         self._forget_rows()
@@ -217,8 +219,8 @@ class ElasticCache(Cache):
         self.settle()
         self._resize(chosen, [self.layers[0].held().capacity[b] for b in chosen])
         index = upload(chosen, self.count_B.device)
-        self.begin_B, self.count_B = self.begin_B[index], self.count_B[index]
-        self.counts, self.pooled = [self.counts[b] for b in chosen], [self.pooled[b] for b in chosen]
+        self.begin_B, self.count_B, self.pooled_B = self.begin_B[index], self.count_B[index], self.pooled_B[index]
+        self.counts = [self.counts[b] for b in chosen]
         record = find_record(self)
         if record is not None:
             record.select(index)
@@ -248,9 +250,10 @@ class ElasticCache(Cache):
             return
         self.settle()
         left = [count - removed for count in self.counts]
-        if any(kept < pooled for kept, pooled in zip(left, self.pooled, strict=True)):
+        pooled = self.pooled_B.tolist()
+        if any(kept < first for kept, first in zip(left, pooled, strict=True)):
             raise ValueError(
-                f"cropping {removed} tokens leaves {left} by sample, fewer than the first {self.pooled} that the "
+                f"cropping {removed} tokens leaves {left} by sample, fewer than the first {pooled} that the "
                 "routes were decided on; start from an empty cache"
             )
         sparse = self.config.sparse

@@ -88,11 +88,10 @@ class RouteRecord:
         self.pooled_N = None if self.pooled_N is None else self.pooled_N[index]
         layout = self.layout
         if layout is not None:
-            begin, end, prompt_end = (x[index] for x in (layout.begin_N, layout.end_N, layout.prompt_end_N))
-            row = torch.arange(index.shape[0], device=begin.device)
-            self.layout = replace(
-                layout, row_N=row, begin_N=begin, end_N=end, prompt_end_N=prompt_end, rows=index.shape[0]
-            )
+            names = ("begin_N", "end_N", "prompt_end_N", "user_begin_N", "user_end_N")
+            places = {name: getattr(layout, name)[index] for name in names}
+            row = torch.arange(index.shape[0], device=index.device)
+            self.layout = replace(layout, row_N=row, rows=index.shape[0], **places)
         self._modes = None
 
 

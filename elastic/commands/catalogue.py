@@ -8,6 +8,7 @@ TRAINING = {
 }
 COMMANDS = {
     "data_prep": "make training data: records from generators or published data sets, then packed rows",
+    "calibrate": "measure what each KV head is needed for, and write an order of the heads",
     "generate": "answer prompts with a routed model and show its routes",
     "serve": "serve a routed model over an OpenAI-compatible HTTP endpoint",
     "eval": "compare dense, sparse, static, random and trained routing on RULER and LongBench",

@@ -66,9 +66,14 @@ def run(out: Path, tiny: bool, steps: int | None, seed: int) -> None:
     heatmap = save_png(share_figure(module.route_maps, title), out / "heatmap.png")
     curves = save_png(follow.figure(), out / "curves.png")
     say(f"Written: {checkpoint}, {heatmap}, {curves}\n")
-    say("4/4 Loading the checkpoint and answering two held-out prompts\n")
+    say("4/4 Loading the checkpoint and answering two held-out prompts")
+    say("    in the model's own words, which a small backbone often gets wrong, dense too; the table is the measure\n")
     answer_two(checkpoint, out / "records" / "test", settings.prompts, settings.new_tokens)
-    say(f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes. Next: elastic generate --checkpoint {checkpoint}")
+    minutes = (time.perf_counter() - began) / 60
+    prompt, answer = training.question(settings, seed)
+    say(f'\nDone in {minutes:.1f} minutes. Next: elastic generate --checkpoint {checkpoint} --prompt "{prompt}"')
+    if answer:
+        say(f"    a held-out question; the right answer is {answer}")
 
 
 def score_table(results: dict[str, dict[str, float]]) -> str:

@@ -54,9 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
         "there is made first, by ranking the backbone's heads by retrieval score",
     )
     parser.add_argument("--points", type=int, default=9, metavar="N", help="of a sweep (default 9)")
-    parser.add_argument(
-        "--backbone", default="smollm2-135m", help="of methods without checkpoint (default smollm2-135m)"
-    )
+    backbone = "of all methods (default: that of the checkpoints among them, else smollm2-135m)"
+    parser.add_argument("--backbone", metavar="NAME", help=backbone)
     parser.add_argument("--out", type=Path, default=Path("runs/eval"), metavar="DIR", help="default runs/eval")
     parser.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="samples in a forward pass (default 16)"
@@ -66,10 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default float32)")
-    parser.add_argument("--sink", type=int, default=64, help="of methods without checkpoint, in tokens (default 64)")
-    parser.add_argument("--window", type=int, default=256, help="likewise (default 256)")
-    parser.add_argument("--block", type=int, default=64, help="likewise (default 64)")
-    parser.add_argument("--stride", type=int, default=16, help="of XAttention (default 16)")
+    sink = "of methods without checkpoint, in tokens (default: that of the checkpoints among the methods, else 64)"
+    parser.add_argument("--sink", type=int, metavar="N", help=sink)
+    parser.add_argument("--window", type=int, metavar="N", help="likewise (else 256)")
+    parser.add_argument("--block", type=int, metavar="N", help="likewise (else 64)")
+    parser.add_argument("--stride", type=int, metavar="N", help="of XAttention, likewise (else 16)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
     return parser
 
@@ -88,11 +88,12 @@ def main(argv: list[str]) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Check everything that can be checked, evaluate, print the table, write the files."""
-    methods = parse_methods(args.methods, of_run=False)
+    named = parse_methods(args.methods, of_run=False)
     for package in ("lm_eval", "wonderwords"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the package {package} is missing; run `pip install 'elastic-attention[eval]'`")
-    from elastic.evaluation.benchmark import choose, reasons
+    from elastic.evaluation.benchmark import choose, corrections_of, reasons
+    from elastic.evaluation.like_with_like import common_backbone, common_sizes, uneven
     from elastic.evaluation.longbench import TASKS, LongBench
     from elastic.evaluation.ruler import PRESETS, Ruler
     from elastic.evaluation.ruler_data import RulerData
@@ -100,33 +101,45 @@ def run(args: argparse.Namespace) -> None:
     from elastic.evaluation.summary import group_table, summary_table, write_summary
     from elastic.evaluation.sweep import make_ranking, sweep_methods, write_sweep
 
+    methods = named if args.sweep is None else sweep_methods(args.sweep, args.points)
+    sizes = {"sink": args.sink, "window": args.window, "block": args.block, "stride": args.stride}
+    backbone, sparse = common_backbone(methods, args.backbone), common_sizes(methods, sizes)
+    notes = [f"Uneven: {difference}" for difference in uneven(methods, sparse)]
     data = RulerData(args.essays, args.squad, args.hotpotqa, args.words)
     longbench = [LongBench(name, args.data) for name in TASKS]
     benchmarks: list[Benchmark] = [Ruler(data), Ruler(data, paper=True), *longbench]
     family, samples = PRESETS.get(args.preset, ("ruler", None))
     asked = args.tasks or [family]
-    plan = _plan(args, choose(benchmarks, asked), samples if args.limit is None else args.limit)
+    samples = samples if args.limit is None else args.limit
+    plan = _plan(args, backbone, sparse, choose(benchmarks, asked), samples)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its notes on things that are meant
     began = time.perf_counter()
     if args.sweep is not None:
         make_ranking(plan, args.sweep)
-        methods = sweep_methods(args.sweep, args.points)
     rows = run(plan, methods, args.out)
     tables = "\n\n".join(filter(None, (summary_table(rows), group_table(rows))))
-    say(f"\nscore ± half of the 95 % interval @ MSR\n\n{tables}\n")
+    say(f"\nscore ± half of the 95 % interval @ MSR, on {plan.backbone}\n\n{tables}\n")
+    for note in notes:
+        say(note)
     for benchmark in dict.fromkeys(benchmark for benchmark, _ in plan.tasks):
         if benchmark.name in asked and benchmark.left_out():
             say(f"Not in the means of {benchmark.name}: {reasons(benchmark.left_out())}")
-        for correction in benchmark.corrections:
+        for correction in corrections_of(benchmark, [task for owner, task in plan.tasks if owner is benchmark]):
             say(f"Corrected: {correction}")
     for row in (row for benchmark in longbench for row in benchmark.skipped):
         say(f"Not a usable document: {row}")
-    written = write_summary(rows, args.out) + (write_sweep(rows, args.out) if args.sweep else [])
+    written = write_summary(rows, args.out, notes) + (write_sweep(rows, args.out) if args.sweep else [])
     say(f"Written: {args.out / 'samples'}, {args.out / 'summary'}.{{json,txt}}, {', '.join(map(str, written))}")
     say(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes.")
 
 
-def _plan(args: argparse.Namespace, tasks: list[tuple["Benchmark", str]], samples: int | None) -> "EvaluationPlan":
+def _plan(
+    args: argparse.Namespace,
+    backbone: str,
+    sparse: SparseConfig,
+    tasks: list[tuple["Benchmark", str]],
+    samples: int | None,
+) -> "EvaluationPlan":
     from elastic.evaluation.runner import EvaluationPlan
 
     try:
@@ -138,7 +151,7 @@ def _plan(args: argparse.Namespace, tasks: list[tuple["Benchmark", str]], sample
     if samples is None and any(benchmark.by_length for benchmark, _ in tasks):
         samples = 50
     return EvaluationPlan(
-        args.backbone,
+        backbone,
         args.device,
         args.dtype,
         tuple(tasks),
@@ -146,6 +159,6 @@ def _plan(args: argparse.Namespace, tasks: list[tuple["Benchmark", str]], sample
         samples,
         args.batch_size,
         args.chat,
-        SparseConfig(sink=args.sink, window=args.window, block=args.block, stride=args.stride),
+        sparse,
         args.seed,
     )

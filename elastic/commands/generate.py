@@ -17,13 +17,14 @@ from elastic.protocols import CausalLM, Tokenizer
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     parser = Parser(prog="elastic generate", description=COMMANDS["generate"])
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder with elastic.json")
+    routers = "folder with elastic.json, or static:<file>[@<msr>]: heads of a calibration or a pattern file"
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help=routers)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="the user's message; - reads standard input")
     source.add_argument("--prompt-file", type=Path, metavar="FILE", help="UTF-8 file with the user's message")
     source.add_argument("stdin", nargs="?", choices=["-"], metavar="-", help="read the message from standard input")
     parser.add_argument("--raw", action="store_true", help="take the prompt as it is, without the chat template")
-    parser.add_argument("--backbone", metavar="NAME", help="default: the backbone the checkpoint was trained on")
+    parser.add_argument("--backbone", metavar="NAME", help="default: what the checkpoint was trained on")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
     bias = "above 0 more heads run sparse, below 0 fewer (default: as the checkpoint says)"
     parser.add_argument("--sparsity-bias", type=float, metavar="X", help=bias)

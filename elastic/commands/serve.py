@@ -11,11 +11,13 @@ from elastic.console import Parser, complain, say
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     parser = Parser(prog="elastic serve", description=COMMANDS["serve"])
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder with elastic.json")
-    parser.add_argument("--backbone", metavar="NAME", help="default: the backbone the checkpoint was trained on")
+    routers = "folder with elastic.json, or static:<file>[@<msr>]: heads of a calibration or a pattern file"
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help=routers)
+    parser.add_argument("--backbone", metavar="NAME", help="default: what the checkpoint was trained on")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default float32)")
-    parser.add_argument("--name", metavar="NAME", help="under which clients ask for it (default: the folder's name)")
+    name = "under which clients ask for it (default: that of the folder or file)"
+    parser.add_argument("--name", metavar="NAME", help=name)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
     parser.add_argument("--port", type=int, default=8000, help="default 8000")
     parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="requests in a batch (default 8)")
@@ -57,7 +59,7 @@ def serve(args: argparse.Namespace) -> None:
 
     limits = ServerLimits(args.max_new_tokens, args.timeout, args.max_body, args.grace)
     model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype)
-    name = args.name or args.checkpoint.resolve().name
+    name = args.name or Path(args.checkpoint).resolve().name
     app = build_app(
         name,
         limits,

@@ -6,7 +6,7 @@ aligned with the inputs (the loss shifts them) and -100 on prompts.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Sample:
-    """One tokenised record: the first `prompt_length` tokens are the prompt, which routers see; then `prefix_length`
-    tokens with which the assistant's turn begins, which nobody has to predict; the rest is the answer. `source` names
-    the generator or data set, so that results can be told apart by it.
+    """One tokenised record: the first `prompt_length` tokens are the prompt, of which `user` [first, last) is what the
+    user wrote (None: all of it), which routers see; then `prefix_length` tokens with which the assistant's turn begins,
+    which nobody has to predict; the rest is the answer. `source` names the generator or data set, so that results can
+    be told apart by it.
     """
 
     input_ids: list[int]
@@ -31,6 +32,7 @@ class Sample:
     task_id: int
     source: str = "unknown"
     prefix_length: int = 0
+    user: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not (0 < self.prompt_length <= self.answer_start < len(self.input_ids)):
@@ -38,6 +40,16 @@ class Sample:
                 f"a sample of {len(self.input_ids)} tokens has a prompt of {self.prompt_length} and "
                 f"{self.prefix_length} given ones after it; it needs at least one prompt token and one answer token"
             )
+        first, last = self.user_span
+        if not 0 <= first < last <= self.prompt_length:
+            raise ValueError(
+                f"the user's words are [{first}, {last}) of a prompt of {self.prompt_length} tokens; give a part of it"
+            )
+
+    @property
+    def user_span(self) -> tuple[int, int]:
+        """Tokens [first, last) of what the user wrote."""
+        return self.user or (0, self.prompt_length)
 
     @property
     def answer_start(self) -> int:
@@ -46,19 +58,22 @@ class Sample:
 
 
 class PackedRow(TypedDict):
-    """Samples in one row; S tokens, N samples. `cu_seq_lens` has N + 1 boundaries, `prompt_spans` N pairs."""
+    """Samples in one row; S tokens, N samples. `cu_seq_lens` has N + 1 boundaries, `prompt_spans` and `user_spans` N
+    pairs. Rows packed before there were `user_spans` lack them: the whole prompt then is the user's.
+    """
 
     input_ids: list[int]
     labels: list[int]
     cu_seq_lens: list[int]
     prompt_spans: list[list[int]]
+    user_spans: NotRequired[list[list[int]]]
     task_id: list[int]
     source: list[str]
 
 
 class Batch(TypedDict):
-    """Ids, labels and positions: int64 [1, S]; cu_seq_lens: int32 [N + 1]; prompt_spans: int64 [N, 2]; task_id: [N];
-    source: N names.
+    """Ids, labels and positions: int64 [1, S]; cu_seq_lens: int32 [N + 1]; prompt_spans, user_spans: int64 [N, 2];
+    task_id: [N]; source: N names.
     """
 
     input_ids: Tensor
@@ -66,6 +81,7 @@ class Batch(TypedDict):
     position_ids: Tensor
     cu_seq_lens: Tensor
     prompt_spans: Tensor
+    user_spans: Tensor
     task_id: Tensor
     source: list[str]
 
@@ -85,13 +101,14 @@ def tokenise(record: Record, tokenizer: Tokenizer) -> Sample:
             f"{type(tokenizer).__name__} {tokenizer.name_or_path!r} lacks a chat template or an end-of-sequence token; "
             "use an instruction-tuned backbone"
         )
-    prompt = encode_prompt([{"role": "user", "content": record.prompt}], tokenizer)
+    prompt = encode_prompt(record.messages, tokenizer)
     prefix, gap = record.answer_prefix, "" if record.answer_prefix[-1:].isspace() else " "
     given = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
     answer = tokenizer(f"{gap if prefix else ''}{record.answer}", add_special_tokens=False)["input_ids"]
     end = [] if prefix else [tokenizer.eos_token_id]
     task = task_index(record.task)
-    return Sample([*prompt, *given, *answer, *end], len(prompt), task, record.source_name, len(given))
+    ids = [*prompt.ids, *given, *answer, *end]
+    return Sample(ids, len(prompt), task, record.source_name, len(given), prompt.user)
 
 
 def pack(samples: Iterable[Sample], seq_length: int, buffer: int = 1024) -> Iterator[PackedRow]:
@@ -135,13 +152,14 @@ def best_fit(samples: Iterable[Sample], seq_length: int) -> list[list[Sample]]:
 
 def packed_row(samples: list[Sample]) -> PackedRow:
     """Samples one after the other in one row."""
-    row = PackedRow(input_ids=[], labels=[], cu_seq_lens=[0], prompt_spans=[], task_id=[], source=[])
+    row = PackedRow(input_ids=[], labels=[], cu_seq_lens=[0], prompt_spans=[], user_spans=[], task_id=[], source=[])
     for sample in samples:
         start = len(row["input_ids"])
         row["input_ids"] += sample.input_ids
         row["labels"] += [IGNORE] * sample.answer_start + sample.input_ids[sample.answer_start :]
         row["cu_seq_lens"].append(len(row["input_ids"]))
         row["prompt_spans"].append([start, start + sample.prompt_length])
+        row["user_spans"].append([start + place for place in sample.user_span])
         row["task_id"].append(sample.task_id)
         row["source"].append(sample.source)
     return row
@@ -155,11 +173,14 @@ def collate(rows: list[PackedRow]) -> Batch:
     """
     if not rows:
         raise ValueError("no rows to collate; a batch needs at least one")
-    bounds, spans, positions = [0], [], []
+    bounds, positions = [0], []
+    prompts: list[list[int]] = []
+    users: list[list[int]] = []
     for row in rows:
         start = bounds[-1]
         bounds += [start + end for end in row["cu_seq_lens"][1:]]
-        spans += [[start + begin, start + end] for begin, end in row["prompt_spans"]]
+        prompts += [[start + begin, start + end] for begin, end in row["prompt_spans"]]
+        users += [[start + begin, start + end] for begin, end in row.get("user_spans") or row["prompt_spans"]]
         positions += [torch.arange(e - b) for b, e in zip(row["cu_seq_lens"], row["cu_seq_lens"][1:], strict=False)]
 
     def joined(key: str) -> Tensor:
@@ -170,7 +191,8 @@ def collate(rows: list[PackedRow]) -> Batch:
         labels=joined("labels")[None],
         position_ids=torch.cat(positions)[None],
         cu_seq_lens=torch.tensor(bounds, dtype=torch.int32),
-        prompt_spans=torch.tensor(spans, dtype=torch.int64),
+        prompt_spans=torch.tensor(prompts, dtype=torch.int64),
+        user_spans=torch.tensor(users, dtype=torch.int64),
         task_id=joined("task_id"),
         source=[name for row in rows for name in row["source"]],
     )

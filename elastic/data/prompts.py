@@ -1,6 +1,12 @@
-"""Prompts as people write them, to token ids: chat template, left padding, and what is refused."""
+"""Prompts as people write them, to token ids: chat template, which of the tokens the user wrote, left padding, and what
+is refused.
 
+Routers look at what the user wrote and never at the template or the system prompt (docs/design.md section 3).
+"""
+
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +16,28 @@ from elastic.protocols import CausalLM, Tokenizer
 
 Message = Mapping[str, str]
 Prompts = str | Sequence[str] | Sequence[Message]
+_MARK = "\u2060{}\u2060"  # stands for what a user wrote; word joiners, so that no template trims or escapes it
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt in tokens.
+
+    Attributes:
+        ids: token ids.
+        user: [first, last) of the tokens from the beginning of the user's first message to the end of the last one.
+    """
+
+    ids: list[int]
+    user: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def whole(cls, ids: list[int]) -> "EncodedPrompt":
+        """A prompt of which nothing else is known: all of it counts as the user's."""
+        return cls(ids, (0, len(ids)))
 
 
 def single_prompts(prompt: Any) -> list[str | list[Message]]:
@@ -27,8 +55,10 @@ def single_prompts(prompt: Any) -> list[str | list[Message]]:
     raise ValueError(f"prompt is a list of {kinds}; expected texts, or one conversation of role/content messages")
 
 
-def encode(item: str | list[Message], tokenizer: Tokenizer, chat_template: bool) -> list[int]:
-    """Token ids of one prompt.
+def encode(
+    item: str | list[Message], tokenizer: Tokenizer, chat_template: bool, tools: Sequence[Any] | None = None
+) -> EncodedPrompt:
+    """One prompt in tokens; `tools` are what the chat template tells the model that it may call.
 
     Raises:
         ValueError: an empty prompt, or messages without a chat template.
@@ -37,10 +67,13 @@ def encode(item: str | list[Message], tokenizer: Tokenizer, chat_template: bool)
         if not item.strip():
             raise ValueError("the prompt is empty; write at least one word")
         if not chat_template:
-            return tokenizer(item)["input_ids"]
+            if tools:
+                raise ValueError("tools are told to the model by its chat template; leave out chat_template=False")
+            return EncodedPrompt.whole(tokenizer(item)["input_ids"])
         item = [{"role": "user", "content": item}]
     for message in item:
-        if not {"role", "content"} <= message.keys() or not str(message["content"]).strip():
+        empty = not str(message.get("content", "")).strip() and message.get("role") != "system"  # no system prompt
+        if not {"role", "content"} <= message.keys() or empty:
             raise ValueError(f"message {dict(message)} has no role or no content; expected both, not empty")
     if not chat_template or tokenizer.chat_template is None:
         raise ValueError(
@@ -48,11 +81,11 @@ def encode(item: str | list[Message], tokenizer: Tokenizer, chat_template: bool)
             + ("but chat_template=False was given" if not chat_template else "which this tokenizer does not have")
             + "; pass a text with chat_template=False"
         )
-    return encode_prompt([dict(message) for message in item], tokenizer)
+    return encode_prompt([dict(message) for message in item], tokenizer, **({"tools": list(tools)} if tools else {}))
 
 
-def encode_messages(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a conversation in the tokenizer's chat template, ready for the answer.
+def encode_messages(messages: Sequence[Message], tokenizer: Tokenizer) -> EncodedPrompt:
+    """A conversation in the tokenizer's chat template, ready for the answer.
 
     Raises:
         ValueError: a message without text, or a tokenizer without a template.
@@ -60,13 +93,66 @@ def encode_messages(messages: Sequence[Message], tokenizer: Tokenizer) -> list[i
     return encode(list(messages), tokenizer, chat_template=True)
 
 
-def encode_prompt(messages: list[dict[str, str]], tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a chat up to and including the generation prompt."""
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def encode_prompt(messages: list[dict[str, str]], tokenizer: Tokenizer, **options: Any) -> EncodedPrompt:
+    """A chat in tokens, up to and including the generation prompt; `options` are the chat template's."""
+    text = _render(messages, tokenizer, **options)
+    if not tokenizer.is_fast:
+        warnings.warn(
+            f"{type(tokenizer).__name__} does not tell where its tokens come from, so routers see the chat template "
+            "too; use a fast tokenizer",
+            stacklevel=2,
+        )
+        return EncodedPrompt.whole(tokenizer(text, add_special_tokens=False)["input_ids"])
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    span = token_span(encoded["offset_mapping"], user_text(messages, tokenizer, **options))
+    return EncodedPrompt(encoded["input_ids"], span)
 
 
-def left_pad(encoded: list[list[int]], pad: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+def user_text(messages: list[dict[str, str]], tokenizer: Tokenizer, **options: Any) -> tuple[int, int]:
+    """Characters [first, last) of the rendered chat from the beginning of the user's first message to the end of the
+    last one. Found by rendering the chat with marks in their places; the whole text, with a warning, where the template
+    does more with what users write than trimming it.
+    """
+    text, places = _render(messages, tokenizer, **options), [i for i, m in enumerate(messages) if m["role"] == "user"]
+    if not places:
+        return 0, len(text)
+    marked = [dict(message) for message in messages]
+    for name, place in (("first", places[0]), ("last", places[-1])):
+        marked[place]["content"] = _MARK.format(name)
+    other = _render(marked, tokenizer, **options)
+    first, last = (_MARK.format("last" if places[0] == places[-1] else "first"), _MARK.format("last"))
+    begin, end = other.find(first), len(text) - (len(other) - other.rfind(last) - len(last))
+    wrote, ends = (messages[place]["content"].strip() for place in (places[0], places[-1]))
+    if not (text[begin:].lstrip().startswith(wrote) and text[:end].rstrip().endswith(ends)):
+        warnings.warn(
+            f"the chat template of {tokenizer.name_or_path!r} changes what users write, so routers see it too",
+            stacklevel=2,
+        )
+        return 0, len(text)
+    return begin, end
+
+
+def token_span(offsets: Sequence[tuple[int, int]], characters: tuple[int, int]) -> tuple[int, int]:
+    """Tokens [first, last) that hold these characters; `offsets` are the characters of every token."""
+    first, last = characters
+    held = [i for i, (begin, end) in enumerate(offsets) if begin < last and end > first and end > begin]
+    return (held[0], held[-1] + 1) if held else (0, len(offsets))
+
+
+def _render(messages: list[dict[str, str]], tokenizer: Tokenizer, **options: Any) -> str:
+    options = {"add_generation_prompt": True, **options}
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    return text
+
+
+def padded_spans(prompts: Sequence[EncodedPrompt], device: torch.device) -> Tensor:
+    """Where the users' words are in the left-padded rows, int64 [B, 2]."""
+    longest = max(map(len, prompts))
+    spans = [[place + longest - len(prompt) for place in prompt.user] for prompt in prompts]
+    return torch.tensor(spans, device=device)
+
+
+def left_pad(encoded: Sequence[list[int]], pad: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, both [B, S], with the padding on the left; rows of one length need no `pad`."""
     longest = max(map(len, encoded))
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded], device=device)
@@ -74,14 +160,14 @@ def left_pad(encoded: list[list[int]], pad: int | None, device: torch.device) ->
     return ids, mask
 
 
-def check_length(encoded: list[list[int]], model: CausalLM, max_new_tokens: int) -> None:
+def check_length(encoded: Sequence[EncodedPrompt], model: CausalLM, max_new_tokens: int) -> None:
     """Refuse prompts that are empty or leave no room for the new tokens."""
     limit = model.config.max_position_embeddings
-    for number, ids in enumerate(encoded):
-        if not ids:
+    for number, prompt in enumerate(encoded):
+        if not prompt.ids:
             raise ValueError(f"prompt {number} has no tokens; write at least one word")
-        if len(ids) + max_new_tokens > limit:
+        if len(prompt) + max_new_tokens > limit:
             raise ValueError(
-                f"prompt {number} has {len(ids)} tokens and {max_new_tokens} new ones were asked for, but the model "
-                f"reads at most {limit}; shorten the prompt or max_new_tokens to {max(0, limit - len(ids))}"
+                f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} new ones were asked for, but the model "
+                f"reads at most {limit}; shorten the prompt or max_new_tokens to {max(0, limit - len(prompt))}"
             )

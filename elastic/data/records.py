@@ -22,6 +22,8 @@ class Record:
         source: where the record came from: the name of a generator or data set, then a slash and an id if wanted.
         answer_prefix: how the assistant's turn begins, up to the answer; given, not asked for. Models answer in
             sentences, so a bare value is judged fairly only as the end of one.
+        system: the system prompt; None leaves the chat template's own, an empty text asks for none.
+        turns: earlier turns of the conversation, (what the user said, what the assistant answered).
     """
 
     task: str
@@ -30,18 +32,15 @@ class Record:
     answer: str
     source: str = ""
     answer_prefix: str = ""
+    system: str | None = None
+    turns: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if not isinstance(value, str):
-                raise ValueError(f"field {f.name!r} is a {type(value).__name__}, expected text")
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"field {f.name!r} has half a surrogate pair at character {error.start}; write valid Unicode"
-                ) from error
+        object.__setattr__(self, "turns", _turns(self.turns))
+        for name in ("task", "context", "question", "answer", "source", "answer_prefix"):
+            _check_text(name, getattr(self, name))
+        if self.system is not None:
+            _check_text("system", self.system)
         task_index(self.task)
         for name in ("context", "answer"):
             if not getattr(self, name).strip():
@@ -51,6 +50,14 @@ class Record:
     def prompt(self) -> str:
         """What the user says."""
         return f"{self.context}\n\n{self.question}" if self.question else self.context
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation up to the answer, as chat templates take it."""
+        said = [] if self.system is None else [("system", self.system)]
+        for user, assistant in self.turns:
+            said += [("user", user), ("assistant", assistant)]
+        return [{"role": role, "content": text} for role, text in (*said, ("user", self.prompt))]
 
     @property
     def source_name(self) -> str:
@@ -70,6 +77,30 @@ class Record:
                 f"record fields do not fit: missing {missing or 'none'}, unknown {unknown or 'none'}; expected {names}"
             )
         return cls(**values)
+
+
+def _turns(value: Any) -> tuple[tuple[str, str], ...]:
+    """Earlier turns as tuples; in a file they are lists."""
+    pairs = value if isinstance(value, list | tuple) else None
+    if pairs is None or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"field 'turns' is {value!r:.80}, expected a list of [user text, assistant text]")
+    for user, assistant in pairs:
+        for text in (user, assistant):
+            _check_text("turns", text)
+            if not text.strip():
+                raise ValueError("field 'turns' holds an empty text; leave that turn out")
+    return tuple((user, assistant) for user, assistant in pairs)
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"field {name!r} is a {type(value).__name__}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"field {name!r} has half a surrogate pair at character {error.start}; write valid Unicode"
+        ) from error
 
 
 def read_records(
@@ -103,10 +134,16 @@ def read_records(
 
 
 def write_records(path: str | Path, records: Iterable[Record]) -> int:
-    """Write JSON Lines in UTF-8, one record a line, as they come; returns their number."""
+    """Write JSON Lines in UTF-8, one record a line, as they come; returns their number. A system prompt and earlier
+    turns are written where there are any.
+    """
     count = 0
     with open(path, "w", encoding="utf-8") as file:
         for record in records:
-            file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+            values = asdict(record)
+            for name in ("system", "turns"):
+                if not getattr(record, name) and values[name] != "":
+                    del values[name]
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")
             count += 1
     return count

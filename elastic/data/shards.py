@@ -111,6 +111,7 @@ def read_manifest(data_dir: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
             f"no data at {data_dir} ({MANIFEST} is missing); build it with `elastic data_prep tokenize_and_pack`"
+            " (docs/data.md)"
         )
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -169,6 +170,7 @@ def _features() -> Any:
             "labels": ids,
             "cu_seq_lens": ids,
             "prompt_spans": List(ids),
+            "user_spans": List(ids),
             "task_id": ids,
             "source": List(Value("string")),
         }

@@ -1,5 +1,6 @@
 """What the runner asks of a benchmark: names of its tasks, and lm-evaluation-harness tasks over their documents."""
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -42,7 +43,9 @@ class Benchmark(Protocol):
 
     @property
     def corrections(self) -> tuple[str, ...]:
-        """Where its tasks differ from the harness' own, one sentence each."""
+        """Where its tasks differ from the harness' own, one sentence each. One that begins with a task's name, or a
+        pattern such as `ruler_qa_*`, and a colon is about these tasks alone.
+        """
         ...
 
     def tasks(self) -> Sequence[str]:
@@ -101,6 +104,16 @@ def choose(benchmarks: Sequence[Benchmark], names: Sequence[str]) -> list[tuple[
             found = [(owner, name)]
         chosen += [pair for pair in found if pair not in chosen]
     return chosen
+
+
+def corrections_of(benchmark: Benchmark, tasks: Sequence[str]) -> list[str]:
+    """The benchmark's corrections that concern some of these tasks."""
+
+    def concerns(correction: str) -> bool:
+        subject, colon, _ = correction.partition(": ")
+        return not colon or " " in subject or bool(fnmatch.filter(tasks, subject))
+
+    return [correction for correction in benchmark.corrections if concerns(correction)]
 
 
 def reasons(left_out: Mapping[str, str]) -> str:

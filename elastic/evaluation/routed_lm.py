@@ -1,11 +1,12 @@
-"""lm-evaluation-harness' Hugging Face model with routed attention: routes follow from the context alone, over-long
-prompts are cut in the middle, and every sample leaves its MSR, ESR, prefill time and tokens.
+"""lm-evaluation-harness' Hugging Face model with routed attention: routes follow from the context alone, of which
+routers see what the user wrote; over-long prompts are cut in the middle, and every sample leaves its MSR, ESR, prefill
+time and tokens.
 """
 
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -14,10 +15,10 @@ from torch.nn import functional as F
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from elastic.config import SparseConfig
-from elastic.data.prompts import left_pad
+from elastic.data.prompts import EncodedPrompt, left_pad, padded_spans, token_span, user_text
 from elastic.inference.decode_graph import can_graph, graphed
 from elastic.inference.generate import eos_ids, new_cache
-from elastic.model.attach import elastic_config, last_routes, override_routes, route_of
+from elastic.model.attach import elastic_config, last_routes, override_routes, route_of, user_wrote
 from elastic.model.loading import architecture
 from elastic.protocols import CausalLM, KVCache, Tokenizer
 from elastic.routing.sparsity import esr, msr
@@ -39,6 +40,20 @@ class PrefillStats:
     esr_all: float
     prefill_seconds: float
     tokens: int
+    cut: int
+
+
+class _Context(NamedTuple):
+    """A context about to be read.
+
+    Attributes:
+        text: as the harness gave it.
+        prompt: what is left of it after cutting.
+        cut: tokens cut out of the middle.
+    """
+
+    text: str
+    prompt: EncodedPrompt
     cut: int
 
 
@@ -74,20 +89,50 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         )
         self.route, self.sparse = route, sparse or elastic_config(model).sparse
         self.prefill_stats: dict[str, PrefillStats] = {}
-        self._waiting: list[tuple[str, int, int]] = []
+        self._waiting: list[_Context] = []
         self._encoded: dict[str, list[int]] = {}
+        self._offsets: dict[str, list[tuple[int, int]]] = {}
+        self._user: dict[str, tuple[int, int]] = {}  # characters of the user's words, by text
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Answers; the prompts are encoded all at once, on all cores, where the harness encodes each one twice."""
         start = self.tokenizer.decode(self.prefix_token_id)
         texts = list(dict.fromkeys(r.args[0] for r in requests if not r.args[0].startswith(start)))
         if texts and self.add_bos_token is None:
-            self._encoded = dict(zip(texts, self.tokenizer(texts)["input_ids"], strict=True))
+            encoded = self.tokenizer(texts, return_offsets_mapping=True)
+            self._encoded = dict(zip(texts, encoded["input_ids"], strict=True))
+            self._offsets = dict(zip(texts, encoded["offset_mapping"], strict=True))
         try:
             answers: list[str] = super().generate_until(requests, disable_tqdm)
             return answers
         finally:
-            self._encoded = {}
+            self._encoded, self._offsets = {}, {}
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The chat as text, of which we remember what the user wrote."""
+        text: str = super().apply_chat_template(chat_history, add_generation_prompt)
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        self._user[text] = user_text(chat_history, self.tokenizer, **options, **self.chat_template_args)
+        return text
+
+    def _context(self, text: str, ids: list[int], limit: int | None) -> _Context:
+        kept = cut_middle(ids, limit)
+        user, cut = self._user_span(text, ids), len(ids) - len(kept)
+        first = len(kept) // 2  # tokens before what was cut out
+        begin, end = (place if place <= first else max(first, place - cut) for place in user)
+        return _Context(text, EncodedPrompt(kept, (begin, end) if begin < end else (0, len(kept))), cut)
+
+    def _user_span(self, text: str, ids: list[int]) -> tuple[int, int]:
+        """Tokens of the user's words; a context that no chat template made counts whole."""
+        characters = self._user.get(text)
+        if characters is None:
+            return 0, len(ids)
+        offsets = self._offsets.get(text)
+        if offsets is None:
+            offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        begin, end = token_span(offsets, characters)
+        added = len(ids) - len(offsets)  # tokens that the harness put before it
+        return begin + added, end + added
 
     def tok_encode(self, string: str, *arguments: Any, **options: Any) -> list[int]:
         """Ids of a text."""
@@ -101,9 +146,11 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         if padding_side != "left" or truncation:
             raise ValueError(f"padding_side={padding_side!r}, truncation={truncation}; expected 'left' and False")
         encoded = [list(self.tok_encode(text)) for text in strings]
-        kept = [cut_middle(ids, left_truncate_len) for ids in encoded]
-        self._waiting = [(s, len(k), len(e) - len(k)) for s, k, e in zip(strings, kept, encoded, strict=True)]
-        return left_pad(kept, self.tokenizer.pad_token_id, torch.device("cpu"))
+        pairs = zip(strings, encoded, strict=True)
+        self._waiting = [self._context(text, ids, left_truncate_len) for text, ids in pairs]
+        return left_pad(
+            [context.prompt.ids for context in self._waiting], self.tokenizer.pad_token_id, torch.device("cpu")
+        )
 
     @torch.no_grad()
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation: Any) -> Tensor:
@@ -112,7 +159,9 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             stop = [text for text in stop if text != self.tok_decode(self.eot_token_id, skip_special_tokens=False)]
         clock, graph = _Clock(self.device), can_graph(self.model, architecture(self.model)["head_dim"])
         generation |= {"stop": stop, "logits_processor": LogitsProcessorList([clock])}
-        with override_routes(self.model, self.route, self.sparse):
+        prompts = [context.prompt for context in self._waiting]
+        spans = padded_spans(prompts, torch.device("cpu")) if prompts else None
+        with override_routes(self.model, self.route, self.sparse), user_wrote(self.model, spans):
             ours = new_cache(self.model, max_length - context.shape[1], "full") if graph else None
             cache: KVCache = DynamicCache(config=self.model.config) if ours is None else ours
             with nullcontext() if ours is None else graphed(self.model, ours):
@@ -130,26 +179,25 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         results: list[tuple[float, bool]] = []
         size = override_bs or int(self.batch_size)
         for start in range(0, len(requests), size):
-            chunk = [
-                (pair, cut_middle(c, self.max_length + 1 - len(a)), c, a)
-                for pair, c, a in requests[start : start + size]
-            ]
-            rows = [kept + answer[:-1] for _, kept, _, answer in chunk]
-            self._waiting = [(pair[0], len(kept), len(c) - len(kept)) for pair, kept, c, _ in chunk]
-            logits, seconds = self._packed(rows, [len(kept) for _, kept, _, _ in chunk])
+            chunk = requests[start : start + size]
+            self._waiting = [self._context(pair[0], ids, self.max_length + 1 - len(a)) for pair, ids, a in chunk]
+            prompts = [context.prompt for context in self._waiting]
+            rows = [prompt.ids + answer[:-1] for prompt, (_, _, answer) in zip(prompts, chunk, strict=True)]
+            logits, seconds = self._packed(rows, prompts)
             state = last_routes(self.model)
-            self._keep(state.route, state.density, torch.tensor([len(kept) for _, kept, _, _ in chunk]), seconds)
-            for piece, (_, _, _, answer) in zip(torch.split(logits, [len(row) for row in rows]), chunk, strict=True):
+            self._keep(state.route, state.density, torch.tensor([len(prompt) for prompt in prompts]), seconds)
+            for piece, (_, _, answer) in zip(torch.split(logits, [len(row) for row in rows]), chunk, strict=True):
                 scores = F.log_softmax(piece[-len(answer) :].float(), dim=-1)
                 target = torch.tensor(answer, device=scores.device)
                 total = scores.gather(1, target[:, None]).sum()
                 results.append((float(total), bool((scores.argmax(-1) == target).all())))
         return results
 
-    def _packed(self, rows: list[list[int]], prompts: list[int]) -> tuple[Tensor, float]:
+    def _packed(self, rows: list[list[int]], prompts: list[EncodedPrompt]) -> tuple[Tensor, float]:
         """Logits [S, vocabulary] of rows one after the other, and the seconds they took."""
         ends = torch.tensor([0, *map(len, rows)]).cumsum(0)
-        spans = torch.stack([ends[:-1], ends[:-1] + torch.tensor(prompts)], dim=1)
+        lengths, users = (torch.tensor(part) for part in ([len(p) for p in prompts], [p.user for p in prompts]))
+        spans = torch.stack([ends[:-1], ends[:-1] + lengths], dim=1)
         started = time.perf_counter()
         with override_routes(self.model, self.route, self.sparse):
             logits = self.model(
@@ -157,6 +205,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 position_ids=torch.cat([torch.arange(len(row)) for row in rows])[None].to(self.device),
                 cu_seq_lens=ends.to(torch.int32).to(self.device),
                 prompt_spans=spans.to(self.device),
+                user_spans=(ends[:-1, None] + users).to(self.device),
                 use_cache=False,
             ).logits[0]
         return logits, time.perf_counter() - started
@@ -164,9 +213,9 @@ class RoutedLM(HFLM):  # type: ignore[misc]
     def _keep(self, route_LNK: Tensor, density_LNK: Tensor | None, lengths_N: Tensor, seconds: float) -> None:
         route = route_LNK.detach().cpu().double()
         last, mean = esr(route, lengths_N.cpu(), self.sparse, density_LNK)
-        for n, (text, tokens, cut) in enumerate(self._waiting):
+        for n, (text, prompt, cut) in enumerate(self._waiting):
             self.prefill_stats[text] = PrefillStats(
-                float(msr(route)[n]), float(last[n]), float(mean[n]), seconds, tokens, cut
+                float(msr(route)[n]), float(last[n]), float(mean[n]), seconds, len(prompt), cut
             )
 
 

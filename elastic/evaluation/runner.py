@@ -13,6 +13,7 @@ from tqdm import tqdm
 from elastic._version import __version__
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.evaluation.benchmark import Benchmark, Request
+from elastic.evaluation.like_with_like import trained
 from elastic.evaluation.scores import BY, LOCK, row_of
 from elastic.files import alone, file_sha256, write_atomic
 from elastic.protocols import CausalLM, Tokenizer
@@ -40,7 +41,7 @@ class EvaluationPlan:
     """What `elastic eval` is asked for.
 
     Attributes:
-        backbone, device, dtype: of the model; `elastic` methods bring the backbone of their checkpoint.
+        backbone, device, dtype: of the model, the same for all methods.
         tasks: benchmarks and names of their tasks.
         lengths: tokens of prompt and answer, for the benchmarks that have lengths.
         samples: per task and length; None takes all documents of a benchmark without lengths.
@@ -129,7 +130,7 @@ def load_model(plan: EvaluationPlan, method: Method) -> tuple[CausalLM, Tokenize
     if method.checkpoint is not None:
         from elastic.inference.generate import load
 
-        return load(method.checkpoint, device=plan.device, dtype=plan.dtype)
+        return load(method.checkpoint, plan.backbone, plan.device, plan.dtype)
     from elastic.model.attach import attach
     from elastic.model.loading import load_backbone
 
@@ -154,7 +155,7 @@ def _evaluate(
     requests = [Request(cell.task, cell.length, plan.samples, tokenizer, plan.seed, chat) for cell in cells]
     tasks = [cell.benchmark.harness_task(request) for cell, request in zip(cells, requests, strict=True)]
     shape = architecture(model)
-    route = method.routes(shape["num_layers"], shape["num_kv_heads"])
+    route = method.routes(shape["num_layers"], shape["num_kv_heads"], shape)
     sparse = method.sparse(plan.sparse if method.checkpoint is None else elastic_config(model).sparse)
     lm = RoutedLM(model, tokenizer, route, plan.batch_size, sparse=sparse)
     started = time.perf_counter()
@@ -200,6 +201,7 @@ def _by_harness(lm: Any, tasks: list[Any], chat: bool) -> dict[str, Any]:
 
 def _origin(plan: EvaluationPlan, method: Method, cell: Cell) -> dict[str, Any]:
     """What a result file depends on and how it was made; it is used again only where all but the batch size agrees."""
+    own = plan.sparse if method.checkpoint is None else trained(method.checkpoint).sparse
     return {
         "method": method.name,
         "task": cell.task,
@@ -211,7 +213,7 @@ def _origin(plan: EvaluationPlan, method: Method, cell: Cell) -> dict[str, Any]:
         "dtype": plan.dtype,
         "device": plan.device.partition(":")[0],  # any GPU's results are as good as another's
         "batch_size": plan.batch_size,
-        "sparse": asdict(plan.sparse if method.checkpoint else method.sparse(plan.sparse)),
+        "sparse": asdict(method.sparse(own)),
         **({RANDOM_SEED: method.seed} if method.kind == "random" else {}),
         "checkpoint": _stamp(method),
         "documents": cell.benchmark.identity(cell.task),
@@ -244,6 +246,8 @@ def _read(file: Path, origin: dict[str, Any]) -> list[dict[str, Any]] | None:
         return None
     if RANDOM_SEED in origin:  # older files lack it: there the seed of the samples drew the heads
         first = {RANDOM_SEED: first.get("seed"), **first}
+    if origin["method"] == "dense":  # no head has the sizes, and by default they follow the checkpoints beside it
+        first = {**first, "sparse": origin["sparse"]}
     wanted = {**origin, "count": len(samples), "batch_size": first.get("batch_size")}
     return samples if first == wanted else None
 

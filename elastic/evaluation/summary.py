@@ -1,6 +1,7 @@
 """Table and pictures of an evaluation."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,11 @@ def _values(rows: Rows, key: str) -> list[Any]:
     return list(dict.fromkeys(row[key] for row in rows))
 
 
-def write_summary(rows: Rows, out: Path) -> list[Path]:
-    """`summary.json`, the tables as `summary.txt`, and the pictures: score against length (in tokens, or by group) and
-    against MSR, MSR and score per task.
+def write_summary(rows: Rows, out: Path, notes: Sequence[str] = ()) -> list[Path]:
+    """`summary.json`, the tables and notes on them as `summary.txt`, and the pictures: score against length (in tokens,
+    or by group) and against MSR, MSR and score per task.
     """
-    tables = filter(None, (summary_table(rows), group_table(rows)))
+    tables = filter(None, (summary_table(rows), group_table(rows), "\n".join(notes)))
     with alone(out / LOCK):
         write_atomic(out / "summary.json", json.dumps(rows, indent=1) + "\n")
         write_atomic(out / "summary.txt", "\n\n".join(tables) + "\n")

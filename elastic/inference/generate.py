@@ -1,5 +1,6 @@
 """Load routers onto their backbone and generate text through `model.generate` (docs/design.md section 7)."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,13 +10,17 @@ import torch
 
 from elastic.attention.routed import backend_for
 from elastic.cache.elastic_cache import ElasticCache
-from elastic.data.prompts import Prompts, check_length, encode, left_pad, single_prompts
+from elastic.config import SparseConfig
+from elastic.data.prompts import EncodedPrompt, Prompts, check_length, encode, left_pad, padded_spans, single_prompts
 from elastic.inference.decode_graph import can_graph, graphed
 from elastic.inference.report import RouteReport, route_reports
-from elastic.model.attach import biased, elastic_config, is_attached, route_of, set_config
+from elastic.model.attach import biased, elastic_config, is_attached, route_of, set_config, user_wrote
 from elastic.model.checkpoint import load_into, read_elastic
 from elastic.model.loading import architecture, load_backbone
+from elastic.model.static_routers import attach_static
 from elastic.protocols import CausalLM, KVCache, Tokenizer
+from elastic.routing.calibration import is_calibration, read_calibration
+from elastic.routing.methods import Method, parse_method
 
 _OWN = ("input_ids", "inputs_embeds", "attention_mask", "past_key_values", "return_dict_in_generate", "max_length")
 _REFUSED = {
@@ -56,23 +61,47 @@ def load(
     """A backbone with the routers of a checkpoint, frozen and in eval mode, and its tokenizer.
 
     Args:
-        path: checkpoint folder.
-        backbone: name to load the backbone by; default the one it was trained on.
+        path: checkpoint folder; or `static:<file>[@<msr>]`, the heads of a calibration (`elastic calibrate`) or of a
+            pattern file, the same for every input.
+        backbone: name to load the backbone by; default the one that was trained on or calibrated.
         device: a torch device.
         dtype: of the backbone's weights; routers stay fp32.
         gguf_file: file name where the backbone's weights are in GGUF format.
         kv_cache: what `generate` keeps of a prompt, `full` or `elastic`; default: as the checkpoint says.
 
     Raises:
-        FileNotFoundError: no checkpoint, or no such backbone.
-        ValueError: a damaged checkpoint, or one for another backbone.
+        FileNotFoundError: no checkpoint, no file, or no such backbone.
+        ValueError: a damaged checkpoint or file, or one for another backbone.
     """
-    name = backbone or read_elastic(path)["backbone"]
-    model, tokenizer = load_backbone(name, dtype=dtype, device=device, gguf_file=gguf_file)
-    load_into(model, path)
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "gguf_file": gguf_file}
+    method = _static_method(path)
+    if method is None:
+        model, tokenizer = load_backbone(backbone or read_elastic(path)["backbone"], **options)
+        load_into(model, path)
+    else:
+        model, tokenizer = _load_static(method, backbone, options)
     if kv_cache is not None:
         set_config(model, replace(elastic_config(model), kv_cache=kv_cache))  # type: ignore[arg-type]
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def _static_method(path: str | Path) -> Method | None:
+    """The method that is named instead of a checkpoint folder, if one is."""
+    return parse_method(str(path)) if str(path).startswith("static:") and not Path(path).exists() else None
+
+
+def _load_static(method: Method, backbone: str | None, options: dict[str, Any]) -> tuple[CausalLM, Tokenizer]:
+    file = Path(method.file or "")
+    if not file.is_file():
+        raise FileNotFoundError(f"{method.name}: no file {file}; `elastic calibrate --out {file}` writes one")
+    sparse = SparseConfig()
+    if is_calibration(file):
+        found = read_calibration(file)
+        backbone, sparse = backbone or found.backbone, found.sparse
+    if backbone is None:
+        raise ValueError(f"pattern file {file} does not say which backbone it is of; name it (backbone, --backbone)")
+    model, tokenizer = load_backbone(backbone, **options)
+    return attach_static(model, file, method.msr, sparse), tokenizer
 
 
 def generate(
@@ -85,6 +114,7 @@ def generate(
     kv_cache: str | None = None,
     streamer: Any = None,
     chat_template: bool = True,
+    tools: Sequence[Any] | None = None,
     **options: Any,
 ) -> list[Generation]:
     """Answer prompts; greedy unless `do_sample=True` is among the options of `model.generate`.
@@ -98,6 +128,7 @@ def generate(
         streamer: a transformers streamer, for one prompt.
         chat_template: put texts into the tokenizer's chat template as the user's message, as in training; False takes
             them as they are.
+        tools: functions or JSON schemas that the chat template tells the model it may call.
         **options: passed to `model.generate`. Decode steps replay a CUDA graph where the decode kernel runs, except
             with beams, with the same numbers; `cuda_graph=False` launches them one by one.
 
@@ -110,7 +141,7 @@ def generate(
     """
     _check_model(model)
     _check_options(options, max_new_tokens)
-    encoded = [encode(item, tokenizer, chat_template) for item in single_prompts(prompt)]
+    encoded = [encode(item, tokenizer, chat_template, tools) for item in single_prompts(prompt)]
     if streamer is not None and len(encoded) != 1:
         raise ValueError(f"a streamer shows one answer but {len(encoded)} prompts were given; pass one prompt")
     check_length(encoded, model, max_new_tokens)
@@ -121,7 +152,7 @@ def generate(
 def answer_tokens(
     model: CausalLM,
     tokenizer: Tokenizer,
-    encoded: list[list[int]],
+    encoded: list[EncodedPrompt],
     *,
     max_new_tokens: int,
     sparsity_bias: float | None = None,
@@ -134,12 +165,14 @@ def answer_tokens(
     Their length is not checked: rows that a stopping criterion ends may share a batch with longer answers.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids, mask = left_pad(encoded, pad, model.device)
+    ids, mask = left_pad([prompt.ids for prompt in encoded], pad, model.device)
+    spans = padded_spans(encoded, torch.device("cpu"))
     cache = new_cache(model, max_new_tokens, kv_cache)
     graph = cuda_graph and options.get("num_beams", 1) == 1 and can_graph(model, architecture(model)["head_dim"])
     options.setdefault("do_sample", False)
     options |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
-    with torch.no_grad(), biased(model, sparsity_bias), graphed(model, cache) if graph else nullcontext():
+    replayed = graphed(model, cache) if graph else nullcontext()
+    with torch.no_grad(), biased(model, sparsity_bias), user_wrote(model, spans), replayed:
         output = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
     reports = route_report(model, cache)[:: len(cache.counts) // len(encoded)]  # beams of a prompt share its route
     answers = [_answer(row[ids.shape[1] :].tolist(), eos_ids(model), pad) for row in output]

@@ -6,14 +6,22 @@ from elastic.kernels.attention_backward import attention_backward
 from elastic.kernels.attention_decode import attention_decode
 from elastic.kernels.attention_forward import attention_forward
 from elastic.kernels.block_bits import bits_from_indices, bits_from_mask
-from elastic.kernels.devices import kernel_path, unsupported_backward, unsupported_reason, unsupported_selection
+from elastic.kernels.devices import (
+    kernel_path,
+    unsupported_backward,
+    unsupported_reach,
+    unsupported_reason,
+    unsupported_selection,
+)
 from elastic.kernels.params import Pattern, Ranges
+from elastic.kernels.reach import Reach, reach
 from elastic.kernels.route_gap import period_of, route_gap, slot_table
 from elastic.kernels.xattention_select import select_blocks
 
 __all__ = [
     "Pattern",
     "Ranges",
+    "Reach",
     "attention_backward",
     "attention_decode",
     "attention_forward",
@@ -21,10 +29,12 @@ __all__ = [
     "bits_from_mask",
     "kernel_path",
     "period_of",
+    "reach",
     "route_gap",
     "select_blocks",
     "slot_table",
     "unsupported_backward",
+    "unsupported_reach",
     "unsupported_reason",
     "unsupported_selection",
 ]

@@ -17,10 +17,17 @@ from torch import Tensor
 
 from elastic.kernels import jit, operators
 from elastic.kernels.checks import HEAD_DIMS, check_scale
-from elastic.kernels.devices import MAX_GROUP, DecodeConfig, capability_of, decode_config, processors_of, shared_limit
+from elastic.kernels.devices import (
+    MAX_GROUP,
+    MAX_HEADS,
+    DecodeConfig,
+    capability_of,
+    decode_config,
+    processors_of,
+    shared_limit,
+)
 from elastic.kernels.params import is_half
 
-MAX_HEADS = 4096
 _PARAMS = struct.Struct("<10Q3q3if")
 
 
@@ -171,8 +178,8 @@ def check_decode_cuda(q: Tensor, keys: Tensor, values: Tensor, heads: int) -> No
 
 
 @lru_cache(maxsize=256)
-def _arrivals(device: torch.device, _stream: int, _capture: int) -> Tensor:
-    """Zeros that no other launch in flight uses, of any number of heads; every launch leaves them zero again.
+def arrivals(device: torch.device, _stream: int, _capture: int) -> Tensor:
+    """int32 zeros that no other launch in flight uses, of any number of heads; every launch leaves them zero again.
 
     One tensor per stream; a captured graph gets its own, because graphs captured on one stream may replay on several.
     """
@@ -199,7 +206,7 @@ def launch_decode(
     index, kv_heads = q.device.index, base.shape[1]
     group = query_heads // kv_heads
     partial = torch.empty(2 * config.grid * group * (dim + 2), dtype=torch.float32, device=q.device)
-    arrived = _arrivals(q.device, jit.current_stream(index), jit.capture_id(index))
+    arrived = arrivals(q.device, jit.current_stream(index), jit.capture_id(index))
     tensors = (q, keys, values, out, base, *spans, partial, arrived)
     addresses = (x.data_ptr() for x in tensors)
     strides = (q.stride(0), q.stride(1), token_stride)

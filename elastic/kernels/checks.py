@@ -95,6 +95,23 @@ def check_metadata(q: Tensor, k: Tensor, mode: Tensor, ranges: Ranges, bits: Ten
             f"mode describes {samples} samples but the batch has {q.shape[0]} rows; give row [N] (the batch row of "
             "every sample) when several samples share a row"
         )
+    check_ranges(q, k, samples, ranges)
+    if bits is not None:
+        rows, words = -(-q.shape[1] // QUERY_BLOCK), -(-k.shape[1] // (32 * block))
+        wanted = (samples, q.shape[2], rows, words)
+        if bits.dim() == 4 and ranges.begin_q is not None and ranges.end_q is not None:
+            rows = min(rows, max(1, bits.shape[2]))  # short samples need no more rows than they have query blocks
+        if bits.dtype != torch.int32 or tuple(bits.shape) != (*wanted[:2], rows, words) or not bits.is_contiguous():
+            raise ValueError(
+                f"bits is {bits.dtype} {list(bits.shape)}, expected contiguous torch.int32 {list(wanted)}: samples, "
+                f"query heads, query blocks of {QUERY_BLOCK} (those of the longest sample suffice, with begin_q and "
+                f"end_q), words of 32 key blocks of {block}; build it with bits_from_mask or bits_from_indices"
+            )
+    _check_devices(q, {"mode": mode, "bits": bits})
+
+
+def check_ranges(q: Tensor, k: Tensor, samples: int, ranges: Ranges) -> None:
+    """Ranges of so many samples, in [B, Sq, H, D] and [B, Sk, K, D]."""
     if 0 < k.shape[1] < q.shape[1] and not any(values is not None for values in ranges):
         raise ValueError(
             f"{q.shape[1]} queries and {k.shape[1]} keys; expected at least as many keys, because the queries are the "
@@ -107,18 +124,11 @@ def check_metadata(q: Tensor, k: Tensor, mode: Tensor, ranges: Ranges, bits: Ten
             raise ValueError(
                 f"{name} is {values.dtype} {list(values.shape)}, expected contiguous torch.int32 [{samples}]"
             )
-    if bits is not None:
-        rows, words = -(-q.shape[1] // QUERY_BLOCK), -(-k.shape[1] // (32 * block))
-        wanted = (samples, q.shape[2], rows, words)
-        if bits.dim() == 4 and ranges.begin_q is not None and ranges.end_q is not None:
-            rows = min(rows, max(1, bits.shape[2]))  # short samples need no more rows than they have query blocks
-        if bits.dtype != torch.int32 or tuple(bits.shape) != (*wanted[:2], rows, words) or not bits.is_contiguous():
-            raise ValueError(
-                f"bits is {bits.dtype} {list(bits.shape)}, expected contiguous torch.int32 {list(wanted)}: samples, "
-                f"query heads, query blocks of {QUERY_BLOCK} (those of the longest sample suffice, with begin_q and "
-                f"end_q), words of 32 key blocks of {block}; build it with bits_from_mask or bits_from_indices"
-            )
-    for name, tensor in {"mode": mode, "bits": bits, **ranges.named()}.items():
+    _check_devices(q, ranges.named())
+
+
+def _check_devices(q: Tensor, others: dict[str, Tensor | None]) -> None:
+    for name, tensor in others.items():
         if tensor is not None and tensor.device != q.device:
             raise ValueError(f"{name} lies on {tensor.device} and q on {q.device}; expected one device")
 

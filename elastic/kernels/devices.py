@@ -7,7 +7,17 @@ import torch
 
 from elastic.kernels import jit
 from elastic.kernels.checks import HEAD_DIMS
-from elastic.kernels.params import BACKWARD_TILE, HALF_BLOCK, KEY_BLOCK, KEY_CELLS, QUERY_BLOCK, ROW_TILE, is_half
+from elastic.kernels.params import (
+    BACKWARD_TILE,
+    HALF_BLOCK,
+    KEY_BLOCK,
+    KEY_CELLS,
+    QUERY_BLOCK,
+    REACH_QUERIES,
+    REACH_TILE,
+    ROW_TILE,
+    is_half,
+)
 
 # The kernels' own numbers, compared with those of cuda_src by tests/kernels/test_constants.py.
 SM90_THREADS, SM80_THREADS, ROWS_THREADS = 384, 256, 256  # of a CTA
@@ -15,6 +25,9 @@ CONSUMER_WARPS = 8  # of the kernels of compute capability 9.0
 FORWARD_STAGES, BACKWARD_STAGES, SELECTION_STAGES = {64: 4, 128: 2}, 2, 4  # of K and V by head dim, of Q and dO, of all
 MAX_GROUP = 16  # query heads per KV head that fit the decode kernel's tile
 DECODE_TOKENS, DECODE_PADDING = 16, 8  # of a warp's tile; floats between two output rows
+MAX_REACH_GROUP, REACH_BLOCK = 8, 64  # query heads per KV head that a reach kernel takes; rows of a block, on 9.0
+REACH_STAGES = {(8, 0): 4, (9, 0): 8}  # at most, of a ring of key tiles
+REACH_PART, REACH_SHARED, MAX_HEADS = 16, 512, 4096  # bytes: a row's sums, what a CTA notes; KV heads of all samples
 _SHARED_SM90 = 232448  # bytes that a CTA can have on compute capability 9.0
 _ALIGNMENT, _CONTROL, _SEGMENT = 1024, 1024, 16  # bytes: tiles begin at multiples; barriers and headers; schedule entry
 _CLASSES = 3  # of heads: a schedule has so many segments per sample
@@ -23,13 +36,14 @@ _SWIZZLE = 128  # bytes: the width of a tile's rows in shared memory
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one launch runs: kernel file, compile target, threads and shared bytes of a CTA, CTAs."""
+    """How one launch runs: kernel file, compile target, threads and shared bytes of a CTA, CTAs, macros."""
 
     name: str
     arch: str
     threads: int
     shared_bytes: int
     grid: int
+    macros: tuple[str, ...] = ()
 
 
 def launch_config(
@@ -128,6 +142,40 @@ def decode_config(
     return DecodeConfig(arch, warps, stages, stages * stage + rest, grid)
 
 
+def reach_config(
+    capability: tuple[int, int], processors: int, shared_limit: int, head_dim: int, group: int, heads: int, tiles: int
+) -> LaunchConfig:
+    """Launch choices of reach.
+
+    Args:
+        shared_limit: bytes of shared memory that a CTA can have.
+        group: query heads per KV head.
+        heads: samples times KV heads.
+        tiles: an upper bound of the key tiles of all heads.
+
+    Raises:
+        ValueError: a GPU older than compute capability 8.0, or a group that the kernels do not take.
+    """
+    arch, tile, grid = _arch_of(capability), 2 * REACH_TILE * head_dim, max(1, min(processors, tiles))
+    if not 1 <= group <= MAX_REACH_GROUP:
+        raise ValueError(
+            f"{group} query heads per KV head; the reach kernels take at most {MAX_REACH_GROUP}, use "
+            "elastic.kernels.reach_oracle on this model"
+        )
+    entries, room = 4 * (heads + 1), 4 * (MAX_HEADS + 1)  # of the list of heads; as if it were the longest
+    if capability == (9, 0):
+        blocks = -(-group * REACH_QUERIES // REACH_BLOCK)
+        rest = _ALIGNMENT + _CONTROL + blocks * REACH_BLOCK * (2 * head_dim + 2 * REACH_PART)
+        stages = min(REACH_STAGES[9, 0], (_SHARED_SM90 - rest - room) // tile) // 2 * 2  # half for each warpgroup
+        macros = (f"ELASTIC_BLOCKS={blocks}", f"ELASTIC_STAGES={stages}")
+        return LaunchConfig("reach_sm90", "sm_90a", SM90_THREADS, stages * tile + rest + entries, grid, macros)
+    warps = group * max(1, min(REACH_TILE // 32, 8 // group))  # several of a query head take turns
+    rest = 32 * warps * REACH_PART + REACH_SHARED
+    stages = min(REACH_STAGES[8, 0], (shared_limit - rest - room) // tile)
+    macros = (f"ELASTIC_WARPS={warps}", f"ELASTIC_STAGES={stages}")
+    return LaunchConfig("reach_sm80", arch, 32 * warps, stages * tile + rest + entries, grid, macros)
+
+
 @cache
 def capability_of(index: int) -> tuple[int, int]:
     """Compute capability of a GPU."""
@@ -166,6 +214,16 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int) 
     if capability_of(device.index or 0) < (8, 0):
         return "the kernels need compute capability 8.0"
     return None if jit.is_installed() else "CuPy is not installed"
+
+
+def unsupported_reach(device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -> str | None:
+    """Why the reach kernels cannot run on such tensors here, with `group` query heads per KV head, in a few words; None
+    if they can. `elastic.kernels.reach_oracle` runs anywhere.
+    """
+    reason = unsupported_reason(device, dtype, head_dim)
+    if reason is None and not 1 <= group <= MAX_REACH_GROUP:
+        return f"{group} query heads per KV head: the reach kernels take at most {MAX_REACH_GROUP}"
+    return reason
 
 
 @cache

@@ -13,13 +13,14 @@ from torch import Tensor
 
 FULL, STREAMING, BLOCK_SPARSE = 0, 1, 2  # modes of a head
 QUERY_BLOCK, KEY_BLOCK, HALF_BLOCK = 128, 128, 64  # tokens: of a query tile, of a key tile, of half a key tile
-PARAMS_BYTES, BACKWARD_BYTES, SELECTION_BYTES = 768, 960, 832
+PARAMS_BYTES, BACKWARD_BYTES, SELECTION_BYTES, REACH_BYTES = 768, 960, 832, 832
 BACKWARD_TILE = 8192  # query rows of a backward tile times head dim
 ROW_TILE, KEY_CELLS = 128, 256  # of the block selection: rows of a tile, cells of a key tile, of `stride` tokens each
+REACH_QUERIES, REACH_RECENT, REACH_TILE = 32, 8, 128  # last queries looked at, and of these the last; keys of a tile
 MAP_BYTES = 128
 _POINTERS, _SIZES = struct.Struct("<13Q"), struct.Struct("<12q12i2f")
 _ADDRESSES, _STRIDES = struct.Struct("<7Q"), struct.Struct("<12qi36x")
-_SELECTION = struct.Struct("<dQ4i32x")
+_SELECTION, _ANSWERS = struct.Struct("<dQ4i32x"), struct.Struct("<2Q48x")
 
 
 class Pattern(NamedTuple):
@@ -158,6 +159,11 @@ def pack_selection(
 ) -> bytes:
     """What `elastic::SelectParams` adds to `Params`."""
     return _SELECTION.pack(threshold, _address(mass), tail_q, tail_k, columns, shared_units)
+
+
+def pack_answers(largest: Tensor, recent: Tensor) -> bytes:
+    """What `elastic::ReachParams` adds to `Params`."""
+    return _ANSWERS.pack(largest.data_ptr(), recent.data_ptr())
 
 
 def is_half(dtype: torch.dtype) -> bool:

@@ -45,6 +45,7 @@ __all__ = [
     "set_row_slice",
     "set_temperature",
     "update_statistics",
+    "user_wrote",
 ]
 
 HANDLE = "_elastic_handle"
@@ -237,6 +238,20 @@ def biased(model: CausalLM, sparsity_bias: float | None) -> Iterator[None]:
     changed = replace(forced, bias=forced.bias if sparsity_bias is None else sparsity_bias)
     changed.applied_to(state.config)  # refuses what the configuration refuses
     with forcing(state, changed):
+        yield
+
+
+@contextmanager
+def user_wrote(model: CausalLM, spans_B2: Tensor | None) -> Iterator[None]:
+    """Inside the context, prompts are read with the users' words in these places, in this thread (or asyncio task)
+    alone; for `model.generate`, which takes no `user_spans` of its own. None leaves what is in force.
+
+    Args:
+        spans_B2: int64 [B, 2], first and last + 1 position in the padded rows.
+    """
+    state = handle_of(model).state
+    forced = forced_on(state)
+    with forcing(state, replace(forced, user_spans=forced.user_spans if spans_B2 is None else spans_B2)):
         yield
 
 

@@ -118,6 +118,8 @@ def read_elastic(path: str | Path) -> dict[str, Any]:
     try:
         metadata: dict[str, Any] = json.loads((path / METADATA).read_text(encoding="utf-8"))
         found = metadata["format"]
+        router = metadata["config"].get("router", {})
+        router.setdefault("pool_over", "prompt")  # what it was before there was a choice
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / METADATA} is damaged ({_reason(error)}); {_WAY_OUT}") from error
     if found != FORMAT:

@@ -74,9 +74,10 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
     cache = kwargs.get("past_key_values")
     past = 0 if cache is None else int(cache.get_seq_length())
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    bounds, spans = kwargs.pop("cu_seq_lens", None), kwargs.pop("prompt_spans", None)
-    prompt_end, modes = None if spans is None else _prompt_end(spans), None
+    bounds, spans, user = (kwargs.pop(name, None) for name in ("cu_seq_lens", "prompt_spans", "user_spans"))
+    prompt_end, modes = None if spans is None else _spans("prompt_spans", spans)[:, 1], None
     record = find_record(cache)
+    user = _user_spans(user, forced_on(state).user_spans, rows)
     if past and queries == 1 and bounds is None and record is not None and record.layout is not None:
         layout = decode_layout(record.layout, rows, past, mask)
         modes = record.modes(override, config.dense_decode, config.sparse)
@@ -86,16 +87,19 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
                 f"packed input (cu_seq_lens) came with {rows} rows, {past} cached tokens and "
                 f"{'an' if mask is not None else 'no'} attention_mask; expected one row, no cache, no mask"
             )
-        layout = packed_layout(bounds, prompt_end, queries, tokens.device)
+        layout = packed_layout(bounds, prompt_end, queries, tokens.device, user)
     elif row_slice.size > 1:
         raise ValueError(
             "a slice of a sequence came without cu_seq_lens; under context_parallel, pass packed rows by "
             "elastic.training.context_parallel.shard"
         )
     else:
-        layout = batch_layout(rows, queries, past, tokens.device, mask, prompt_end)
+        layout = batch_layout(rows, queries, past, tokens.device, mask, prompt_end, user)
+        layout = _later_turn(layout, record, user)
     if prompt_end is not None:
         _check_prompts(layout, spans)
+    if user is not None and modes is None:
+        _check_user(layout, user)
     return ForwardPass(
         layout, config, override=override, mode_LNK=modes, row_slice=row_slice, temperature=state.temperature,
         fused=state.fused,
@@ -140,7 +144,7 @@ def _decide(attn: RoutedAttention, hidden_BSE: Tensor, of_pass: ForwardPass, rec
     """
     layout, config, row_slice = of_pass.layout, of_pass.config, of_pass.row_slice
     pooled_N = record.pooled_N if record is not None and layout.past else None
-    pooling = Pooling.shared(layout, config.router.pool_tokens, hidden_BSE.shape[1], row_slice, pooled_N)
+    pooling = Pooling.shared(layout, config.router, hidden_BSE.shape[1], row_slice, pooled_N)
     keys = prerope_keys(attn, hidden_BSE.flatten(0, 1).index_select(0, pooling.token_M))
     earlier = record.heads.get(attn.layer_idx) if record is not None and layout.past else None
     decision, first = decide_from_keys(
@@ -177,12 +181,42 @@ def _given(route: int | Tensor, layer: int, samples: int, kv_heads: int, device:
     return torch.full((samples, kv_heads), float(route), device=device)
 
 
-def _prompt_end(spans: Tensor) -> Tensor:
+def _spans(name: str, spans: Tensor) -> Tensor:
     if spans.dim() != 2 or spans.shape[1] != 2:
-        raise ValueError(
-            f"prompt_spans has shape {list(spans.shape)}, expected [samples, 2] (start and end of each prompt)"
-        )
-    return spans[:, 1].to(torch.int64)
+        raise ValueError(f"{name} has shape {list(spans.shape)}, expected [samples, 2] (start and end of each prompt)")
+    return spans.to(torch.int64)
+
+
+def _user_spans(given: Tensor | None, forced: Tensor | None, rows: int) -> Tensor | None:
+    """Where the users' words are: as the call says, or `user_wrote`, for every beam of its rows."""
+    if given is not None:
+        return _spans("user_spans", given)
+    if forced is None:
+        return None
+    return _spans("user_spans", forced).repeat_interleave(max(1, rows // max(1, forced.shape[0])), 0)
+
+
+def _later_turn(layout: Layout, record: RouteRecord | None, user: Tensor | None) -> Layout:
+    """A new turn's layout: unless the call says otherwise, the users' words begin where they began in the first."""
+    if not layout.past or user is not None or record is None or record.layout is None:
+        return layout
+    return replace(layout, user_begin_N=record.layout.user_begin_N)
+
+
+def _check_user(layout: Layout, spans: Tensor) -> None:
+    """Users' words must be non-empty parts of the prompts, one each. Checked where the spans are on the CPU."""
+    samples = layout.row_N.shape[0]
+    if spans.shape[0] != samples:
+        raise ValueError(f"user_spans has {spans.shape[0]} parts for {samples} samples; expected one each")
+    if spans.device.type != "cpu":
+        return
+    limits = torch.stack([layout.begin_N, layout.prompt_end_N], 1).cpu()
+    for n, ((start, stop), (begin, end)) in enumerate(zip(spans.tolist(), limits.tolist(), strict=True)):
+        if not begin <= start < stop <= end:
+            raise ValueError(
+                f"user span [{start}, {stop}) of sample {n} is not a part of its prompt, the tokens [{begin}, {end}), "
+                "of at least one token"
+            )
 
 
 def _check_prompts(layout: Layout, spans: Tensor) -> None:

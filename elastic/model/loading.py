@@ -70,6 +70,13 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Tokenizer:
     return tokenizer
 
 
+def longest_context(name: str, *, gguf_file: str | None = None) -> int:
+    """Tokens that a backbone reads at most, by its configuration; no weights are loaded."""
+    from transformers import AutoConfig
+
+    return int(_pretrained(AutoConfig, name, gguf_file=gguf_file).max_position_embeddings)
+
+
 def check_device(device: str) -> None:
     """Refuse a device that torch does not know or this machine does not have."""
     import torch
@@ -94,7 +101,28 @@ def backbone_id(name: str) -> str:
 
 def architecture(model: CausalLM) -> dict[str, Any]:
     """What routers depend on, and what identifies the backbone's shape."""
-    config = model.config
+    return _shape(model.config)
+
+
+def backbone_architecture(name: str) -> dict[str, Any]:
+    """`architecture` of a backbone by its configuration; no weights are loaded.
+
+    Raises:
+        FileNotFoundError: no such backbone here.
+        ValueError: a configuration that cannot be read, or that lacks what routers depend on.
+    """
+    from transformers import AutoConfig
+
+    config = _pretrained(AutoConfig, name, gguf_file=None)
+    try:
+        return _shape(config)
+    except AttributeError as error:
+        raise ValueError(
+            f"backbone {name!r} of type {config.model_type!r} cannot be routed: its configuration has no {error.name}"
+        ) from error
+
+
+def _shape(config: Any) -> dict[str, Any]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return {
         "model_type": config.model_type,

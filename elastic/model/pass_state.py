@@ -111,17 +111,19 @@ class AttachedState:
 
 @dataclass(frozen=True)
 class Forced:
-    """What `override_routes` and `biased` ask for in the present thread; None leaves the model's own.
+    """What `override_routes`, `biased` and `user_wrote` ask for in the present thread; None leaves the model's own.
 
     Attributes:
         route: 0, 1, or [L, K] or [L, N, K] in {0, 1}.
         sparse: modes and pattern sizes.
         bias: `sparsity_bias`.
+        user_spans: int64 [B, 2]; where the users' words are in the prompts to come.
     """
 
     route: int | Tensor | None = None
     sparse: SparseConfig | None = None
     bias: float | None = None
+    user_spans: Tensor | None = None
 
     def applied_to(self, config: ElasticConfig) -> ElasticConfig:
         """The configuration under these modes and this bias."""

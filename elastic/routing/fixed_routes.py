@@ -1,12 +1,17 @@
-"""Routes that do not depend on the input: all heads alike, heads drawn at random, heads of a pattern file.
+"""Routes that do not depend on the input: all heads alike, heads drawn at random, heads of a pattern file or of a
+calibration.
 
 Legend: L layers, K KV heads.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from elastic.routing.calibration import first_heads, is_calibration, read_calibration
 
 
 def uniform(layers: int, kv_heads: int, route: int) -> Tensor:
@@ -17,20 +22,51 @@ def uniform(layers: int, kv_heads: int, route: int) -> Tensor:
 def drawn(layers: int, kv_heads: int, msr: float, seed: int) -> Tensor:
     """A share `msr` of all heads, drawn by `seed`, on route 1, [L, K]."""
     order = torch.randperm(layers * kv_heads, generator=torch.Generator().manual_seed(seed))
-    return _first(order, msr, layers, kv_heads)
+    return first_heads(order.tolist(), msr, layers, kv_heads)
 
 
-def of_pattern(path: Path, layers: int, kv_heads: int, msr: float | None = None) -> Tensor:
-    """Routes [L, K] of a pattern file: one line per layer, one number per KV head, divided by tabs, spaces or commas. A
-    number is how much the head needs full attention (DuoAttention's scores, PruLong's masks): from 0.5 on it is full.
+def of_pattern(
+    path: Path, layers: int, kv_heads: int, msr: float | None = None, architecture: Mapping[str, Any] | None = None
+) -> Tensor:
+    """Routes [L, K] of a pattern file or a calibration: the first heads of its order (`head_order`) on route 1.
+
+    Raises:
+        OSError, ValueError: as `head_order`.
+    """
+    order, level = head_order(path, layers, kv_heads, msr, architecture)
+    return first_heads(order, level, layers, kv_heads)
+
+
+def head_order(
+    path: Path, layers: int, kv_heads: int, msr: float | None = None, architecture: Mapping[str, Any] | None = None
+) -> tuple[Sequence[int], float]:
+    """All heads (layer * K + KV head) of a file, those first that need full attention least, and the share of them that
+    runs on route 1.
+
+    A pattern file has one line per layer and one number per KV head, divided by tabs, spaces or commas. A number is how
+    much the head needs full attention (DuoAttention's scores, PruLong's masks). A calibration is what
+    `elastic calibrate` wrote.
 
     Args:
-        msr: run this share of the heads on route 1 instead, those with the lowest numbers.
+        msr: the share; None: the heads below 0.5 of a pattern, `Calibration.level()` of a calibration.
+        architecture: of the backbone, which a calibration must be of, as far as it is known.
 
     Raises:
         OSError: a file that cannot be read.
-        ValueError: not numbers, or not as many as the backbone has layers and KV heads.
+        ValueError: not numbers, not as many as the backbone has layers and KV heads, or a calibration that is damaged
+            or of another architecture.
     """
+    if is_calibration(path):
+        found = read_calibration(path)
+        found.check_backbone(architecture or {"num_layers": layers, "num_kv_heads": kv_heads}, path)
+        return found.order, found.level() if msr is None else msr
+    score_LK = _scores(path, layers, kv_heads)
+    below = float((score_LK < 0.5).float().mean())
+    return score_LK.flatten().argsort(stable=True).tolist(), below if msr is None else msr
+
+
+def _scores(path: Path, layers: int, kv_heads: int) -> Tensor:
+    """The numbers of a pattern file, [L, K]."""
     try:
         lines = [line.replace(",", " ").split() for line in path.read_text(encoding="utf-8").splitlines()]
         values = [[float(cell) for cell in line] for line in lines if line]
@@ -42,14 +78,4 @@ def of_pattern(path: Path, layers: int, kv_heads: int, msr: float | None = None)
             f"pattern {path} has {len(values)} lines of {found} numbers; this backbone needs {layers} lines "
             f"(layers) of {kv_heads} (KV heads)"
         )
-    score_LK = torch.tensor(values)
-    if msr is None:
-        return (score_LK < 0.5).float()
-    return _first(score_LK.flatten().argsort(stable=True), msr, layers, kv_heads)
-
-
-def _first(order: Tensor, msr: float, layers: int, kv_heads: int) -> Tensor:
-    """The first heads of an order, a share `msr` of all, on route 1."""
-    route = torch.zeros(layers * kv_heads)
-    route[order[: round(msr * layers * kv_heads)]] = 1.0
-    return route.view(layers, kv_heads)
+    return torch.tensor(values)

@@ -7,7 +7,7 @@ import.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,11 +51,13 @@ class Method:
 
     Attributes:
         kind: `dense`, `streaming`, `xattention`: every head in that mode, whatever the configuration; `random`: heads
-            drawn once; `static`: the heads of a pattern file; `elastic`: the routers decide.
+            drawn once; `static`: the heads of a pattern file or a calibration; `elastic`: the routers
+            decide.
         threshold: of XAttention; None leaves the configuration's.
-        msr: share of heads on route 1. None with `static`: the heads that the file scores below 0.5.
+        msr: share of heads on route 1. None with `static`: the heads that a pattern scores below 0.5, or the level of a
+            calibration that stays within its budget (`elastic.routing.calibration`).
         seed: of the random heads.
-        file: pattern file, a line per layer and a number per KV head.
+        file: pattern file, a line per layer and a number per KV head, or what `elastic calibrate` wrote.
         modes: a key of `MODES`: the routers' decisions choose between these instead of the configuration's.
         checkpoint: folder of the routers; None: those that are evaluated (`elastic test`).
         bias: `sparsity_bias` of the routers (docs/design.md section 2); None leaves the checkpoint's own.
@@ -91,19 +93,24 @@ class Method:
         route0, route1 = (own.route0, own.route1) if modes is None else MODES[modes]
         return replace(own, route0=route0, route1=route1, threshold=self.threshold or own.threshold)
 
-    def routes(self, layers: int, kv_heads: int) -> "Tensor | None":
+    def routes(
+        self, layers: int, kv_heads: int, architecture: Mapping[str, Any] | None = None
+    ) -> "Tensor | None":  # fmt: skip
         """Routes [L, K] in {0, 1} for `override_routes`; None lets the routers decide.
 
+        Args:
+            architecture: of the backbone (`elastic.model.loading.architecture`), which a calibration must be of.
+
         Raises:
-            OSError: a pattern file that cannot be read.
-            ValueError: one that does not fit L layers of K KV heads.
+            OSError: a file that cannot be read.
+            ValueError: one that does not fit L layers of K KV heads, or a calibration of another architecture.
         """
         from elastic.routing.fixed_routes import drawn, of_pattern, uniform
 
         if self.kind == "random":
             return drawn(layers, kv_heads, self.msr or 0.0, self.seed)
         if self.file is not None:
-            return of_pattern(Path(self.file), layers, kv_heads, self.msr)
+            return of_pattern(Path(self.file), layers, kv_heads, self.msr, architecture)
         return uniform(layers, kv_heads, _UNIFORM[self.kind]) if self.kind in _UNIFORM else None
 
 

@@ -1,4 +1,4 @@
-"""Boundary pooling: which tokens of a prompt the router sees, and the sums of their keys (docs/design.md section 3).
+"""Boundary pooling: which of the user's words the router sees, and the sums of their keys (docs/design.md section 3).
 
 Legend: N samples, P pooled tokens at either end of the prompt, M = N * 2P, K KV heads, D head dim.
 """
@@ -10,13 +10,15 @@ from torch import Tensor
 
 from elastic.attention.layout import Layout
 from elastic.attention.row_slice import RowSlice
+from elastic.config import RouterConfig
 
 
 @dataclass(frozen=True)
 class BoundarySlots:
-    """Which tokens the boundary pooling averages, per sample: P slots at the prompt's start and P at its end.
+    """Which tokens the boundary pooling averages, per sample: P slots at the start of what the user wrote and P at its
+    end.
 
-    A prompt shorter than 2P counts each token once: its end slots that fall among the first P tokens weigh 0.
+    A text shorter than 2P counts each token once: its end slots that fall among the first P tokens weigh 0.
 
     Attributes:
         index_N2P: key positions in the row, clamped into it where the weight is 0.
@@ -28,7 +30,7 @@ class BoundarySlots:
 
     @classmethod
     def of(cls, begin_N: Tensor, end_N: Tensor, pool_tokens: int) -> "BoundarySlots":
-        """Slots of the prompts [begin, end), in int64 row positions; no host synchronisation."""
+        """Slots of the texts [begin, end), in int64 row positions; no host synchronisation."""
         step = torch.arange(pool_tokens, device=begin_N.device)
         first = begin_N[:, None] + step
         last = end_N[:, None] - pool_tokens + step
@@ -61,26 +63,25 @@ class Pooling:
 
     @classmethod
     def shared(
-        cls, layout: Layout, pool_tokens: int, here: int, row_slice: RowSlice, earlier_N: Tensor | None = None
+        cls, layout: Layout, config: RouterConfig, here: int, row_slice: RowSlice, earlier_N: Tensor | None = None
     ) -> "Pooling":
         """The pooling of all layers of a forward pass, made by the first of them."""
-        return layout.memo(
-            ("pooling", pool_tokens, here), lambda: cls.of(layout, pool_tokens, here, row_slice, earlier_N)
-        )
+        return layout.memo(("pooling", config, here), lambda: cls.of(layout, config, here, row_slice, earlier_N))
 
     @classmethod
     def of(
-        cls, layout: Layout, pool_tokens: int, here: int, row_slice: RowSlice, earlier_N: Tensor | None = None
+        cls, layout: Layout, config: RouterConfig, here: int, row_slice: RowSlice, earlier_N: Tensor | None = None
     ) -> "Pooling":
         """For a slice of `here` tokens of every row; `earlier_N` is `first_N` of the turn before. Generated tokens
         among the first P were never pooled and do not count.
         """
-        slots = BoundarySlots.of(layout.begin_N, layout.prompt_end_N, pool_tokens)
+        spans = {"user": (layout.user_begin_N, layout.user_end_N), "prompt": (layout.begin_N, layout.prompt_end_N)}
+        slots = BoundarySlots.of(*spans[config.pool_over], config.pool_tokens)
         position = slots.index_N2P - layout.past - row_slice.rank * here
         weight = slots.weight_N2P * ((position >= 0) & (position < here))
         token = layout.row_N[:, None] * here + position.clamp(0, here - 1)
         counted = slots.weight_N2P * (slots.index_N2P >= layout.past)
-        first = counted[:, :pool_tokens].sum(1)
+        first = counted[:, : config.pool_tokens].sum(1)
         first = first if earlier_N is None else first + earlier_N
-        count = first + counted[:, pool_tokens:].sum(1)
+        count = first + counted[:, config.pool_tokens :].sum(1)
         return cls(token.flatten(), weight, first, count.clamp_min(1.0)[:, None, None])

@@ -119,6 +119,7 @@ def shard(batch: Batch, row_slice: RowSlice) -> dict[str, Tensor]:
         "position_ids": batch["position_ids"][:, here],
         "cu_seq_lens": batch["cu_seq_lens"],
         "prompt_spans": batch["prompt_spans"],
+        "user_spans": batch["user_spans"],
     }
 
 

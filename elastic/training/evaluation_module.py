@@ -86,7 +86,7 @@ class RoutedModule(LightningModule):
         model, self.tokenizer = load_backbone(self.backbone, dtype=self.dtype_name, gguf_file=self.gguf_file)
         data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
         if getattr(data, "manifest", None) is not None:
-            check_data(data.manifest, model, self.tokenizer, self.backbone)
+            check_data(data.manifest, model.config.max_position_embeddings, self.tokenizer, self.backbone)
         self.model = self._attached(model).train()  # routers sample in training mode only
         self.shape = architecture(model)
         if self.device_mesh is not None:
@@ -97,7 +97,7 @@ class RoutedModule(LightningModule):
                 )
             shard_backbone(self.model, self.device_mesh["data_parallel"])
         size = self.shape["num_layers"], self.shape["num_kv_heads"]
-        self.fixed_routes = [method.routes(*size) for method in self.methods]
+        self.fixed_routes = [method.routes(*size, self.shape) for method in self.methods]
         self.columns = judged_columns(self.methods)
         self.means = TaskMeans(self.columns)
         manifest = getattr(data, "manifest", None) or {"splits": {}}
@@ -105,7 +105,8 @@ class RoutedModule(LightningModule):
         self.source_means = TaskMeans(self.columns, tuple(sorted(sources)))
         self.samples = SampleRecords(self.columns)
         self.route_share = RouteShare(*size)
-        self.density = LayerDensity(tuple(method.name for method in self.methods), self.shape["num_layers"])
+        counted = (method.name for method in self.methods if method.sparse(self.elastic.sparse).has("xattention"))
+        self.density = LayerDensity(tuple(counted), self.shape["num_layers"])
 
     def _attached(self, model: CausalLM) -> CausalLM:
         if self.begins_with is None:
@@ -123,14 +124,7 @@ class RoutedModule(LightningModule):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final hidden states [1, S, E] of a packed batch; the routes are then in `last_routes(self.model)`."""
-        decoder: Decoder = self.model.get_decoder()
-        return decoder(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            cu_seq_lens=batch["cu_seq_lens"],
-            prompt_spans=batch["prompt_spans"],
-            use_cache=False,
-        ).last_hidden_state
+        return packed_hidden_states(self.model, batch)
 
     def validation_step(self, batch: PlacedBatch, batch_idx: int) -> None:
         """Scores of every method on one batch."""
@@ -233,10 +227,24 @@ class RoutedModule(LightningModule):
 
     def _finish(self, stage: str) -> None:
         self.results, self.route_maps = self.means.compute(), self.route_share.compute()
-        self.source_results, self.densities = self.source_means.compute(), self.density.compute()
+        self.source_results = self.source_means.compute() if self.source_means.names else {}
+        self.densities = self.density.compute() if self.density.methods else {}
         self.sample_results = self.samples.compute()
         for metric in (self.density, self.means, self.source_means, self.route_share, self.samples):
             metric.reset()
         for task, row in self.results.items():
             for name in self.columns:
                 self.log(f"{stage}/{name}/{task}", row[name], rank_zero_only=True)
+
+
+def packed_hidden_states(model: CausalLM, batch: Batch) -> Tensor:
+    """Final hidden states [1, S, E] of an attached model on a packed batch."""
+    decoder: Decoder = model.get_decoder()
+    return decoder(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        cu_seq_lens=batch["cu_seq_lens"],
+        prompt_spans=batch["prompt_spans"],
+        user_spans=batch["user_spans"],
+        use_cache=False,
+    ).last_hidden_state

@@ -161,7 +161,7 @@ class RouteShare(Metric):
 
 class LayerDensity(Metric):
     """Share of the query-key pairs that XAttention heads visited, per method and layer: the mean over samples and
-    these heads, over all processes.
+    these heads, over all processes. The methods are those whose modes include XAttention.
     """
 
     total: Tensor

@@ -10,7 +10,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from elastic.data.shards import tokenizer_hash
 from elastic.files import new_file
 from elastic.model.checkpoint import MULTIPLIERS
-from elastic.protocols import CausalLM, Tokenizer
+from elastic.protocols import Tokenizer
 
 ALWAYS = ("architecture", "router")  # the rest must agree only where training resumes
 
@@ -63,6 +63,9 @@ def check_checkpoint(checkpoint: dict[str, Any], mine: dict[str, Any], wanted: s
             "(--model.routers <its folder>/checkpoint and another trainer.default_root_dir), or finish it with the "
             "version that began it"
         )
+    known = theirs.get("router")
+    if isinstance(known, dict):  # settings that were not there when it was written
+        theirs = {**theirs, "router": {**mine["router"], **known}}
     for key in mine if fitting else ALWAYS:
         if theirs.get(key) != mine[key]:
             raise ValueError(
@@ -80,13 +83,16 @@ def check_checkpoint(checkpoint: dict[str, Any], mine: dict[str, Any], wanted: s
         )
 
 
-def check_data(manifest: dict[str, Any], model: CausalLM, tokenizer: Tokenizer, backbone: str) -> None:
+def check_data(manifest: dict[str, Any], limit: int, tokenizer: Tokenizer, backbone: str) -> None:
     """Refuse packed data that was made for another tokenizer or is too long for the backbone.
+
+    Args:
+        limit: tokens that the backbone reads.
 
     Raises:
         ValueError: with both values.
     """
-    length, limit = manifest["seq_length"], model.config.max_position_embeddings
+    length = manifest["seq_length"]
     if length > limit:
         raise ValueError(
             f"packed rows hold {length} tokens but backbone {backbone!r} reads at most {limit}; pack the data with "

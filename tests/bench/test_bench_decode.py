@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from elastic import cli
-from elastic.bench import decode, records, replay, router, tables
+from elastic.bench import decode, reach, records, replay, router, tables
 from elastic.bench.decode import RIVALS, DecodeCase
 from elastic.bench.router import RouteCase
 from elastic.bench.timing import Timing
@@ -85,6 +85,21 @@ def test_router_records(on_cpu, monkeypatch):
     assert [r["metric"] for r in again] == ["time", "host time"] * 4
 
 
+def test_reach_records(on_cpu, monkeypatch):
+    """The kernel's place is its twin's on the CPU; a kernel that finds something else is not timed."""
+    case = reach.ReachCase(2304, 4, 2, 64, "fp16")
+    assert case.name == "reach-d64-2304" and reach.ReachCase(131_072, *reach.SHAPES[0]).name == "reach-128k"
+    found = reach.run_reach(case, 400.0, "cpu")
+    assert [r["who"] for r in found if r["metric"] == "time"] == ["reach", "reach-torch"]
+    assert {r["value"] for r in found if r["metric"] == "eff"} == {2304 * 2 * 64 * 2 / 2e9}
+    nothing = torch.zeros(1, 2)
+    monkeypatch.setattr(reach, "reach", lambda *_: (nothing, nothing))
+    found = reach.run_reach(case, 400.0, "cpu")
+    assert [r["who"] for r in found if r["metric"] == "time"] == ["reach-torch"]
+    (left_out,) = [r for r in found if r["metric"] == records.LEFT_OUT]
+    assert left_out["who"] == "reach" and left_out["why"].startswith("its output differs from ours by 0.")
+
+
 def test_keys_at_hand_are_the_gathered_ones():
     """Both starting points give the same routes."""
     case, config = RouteCase(300, 2, 32, 2, 64, "bf16"), ElasticConfig()
@@ -123,6 +138,8 @@ def test_tables_name_the_unit_of_a_rate(on_cpu):
         (["decode", "--contestants", "cudn"], "invalid choice: 'cudn'"),
         (["decode"], "needs an NVIDIA GPU"),
         (["router", "--lengths", "0"], "must be at least 1"),
+        (["router", "--reach-lengths", "0"], "must be at least 1"),
+        (["router", "--lengths", "--reach-lengths"], "nothing to time"),
         (["router"], "needs an NVIDIA GPU"),
     ],
 )

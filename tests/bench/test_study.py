@@ -14,7 +14,7 @@ from elastic.bench.drawing import figures
 from elastic.bench.records import load
 from elastic.bench.studies.ablation import records
 from elastic.bench.studies.paired import over_seeds
-from elastic.bench.studies.routing import equal_quality, lead
+from elastic.bench.studies.routing import equal_quality, headlines, lead
 from elastic.bench.studies.runs import Point, by_bias, points_of, read_study, score_of, slack
 from elastic.config import ElasticConfig
 from elastic.data.shards import SPLITS
@@ -146,6 +146,17 @@ def test_every_source_has_its_own_bound(study):
         slack(by_bias(found)[1], points_of(found)[-1])
     found["source_tasks"] = {"pass key": "single_qa"}
     assert slack(by_bias(found)[1], points_of(found)[-1]) == pytest.approx(1.0)
+
+
+def test_data_without_some_kinds_of_sources_are_judged_by_the_others():
+    found = results("input", ("dense",), dict.fromkeys(WORSE, 0.0))
+    found["sources"] = {
+        "foreign_pass_key-1024": found["sources"]["verbatim_copy"],
+        "foreign_code": found["sources"]["continuation"],
+    }
+    point, dense = by_bias(found)[1], points_of(found)[-1]
+    assert set(point.measures()) == {"retrieval", "text loss"} and slack(point, dense) == pytest.approx(1.0)
+    assert {"needles of dense", "in-context of dense"}.isdisjoint(headlines(point, dense))
 
 
 def test_a_lead_is_a_difference_of_msr_at_equal_quality(study):

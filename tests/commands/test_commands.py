@@ -2,15 +2,19 @@
 
 import io
 import json
+import re
+import shlex
 import sys
 from dataclasses import replace
 
 import pytest
 
-from data_prep.tiny_language import TASKS
+from data_prep.tiny_language import SHARES, TASKS, VOCABULARY, _eighth
 from elastic.commands import demo, doctor, generate
+from elastic.data.records import Record
+from elastic.inference.generate import generate as run_generation
 from elastic.model import loading
-from elastic.model.attach import attach
+from elastic.model.attach import attach, override_routes
 from elastic.model.checkpoint import METADATA, read_elastic, save_elastic
 from tests.helpers.models import small_config, varied_routers
 
@@ -218,6 +222,24 @@ def test_demo_end_to_end(capsys, monkeypatch, tmp_path):
     assert metadata["backbone"] == "tiny"
     assert metadata["recipe"]["steps"] == 6 and metadata["recipe"]["seed"] == 1
     assert set(metadata["metrics"]) == set(TASKS)
+    (after,) = re.findall(r"Next: elastic (.*)", out)
+    assert shlex.split(after)[:-1] == ["generate", "--checkpoint", str(tmp_path / "checkpoint"), "--prompt"]
+    assert shlex.split(after)[-1] == demo_training.question(small, 1)[0]
+
+
+def test_the_demo_ends_with_a_question_that_its_backbone_answers():
+    """In the words of the tiny language, from the held-out share of all its records."""
+    from elastic.commands.demo_training import SMALL, SMALLEST, question
+
+    prompt, answer = question(SMALLEST, 0)
+    *context, find, key = prompt.split()
+    assert {*prompt.split(), *answer.split()} <= set(VOCABULARY) and find == "find"
+    assert _eighth(Record("single_qa", " ".join(context), f"{find} {key}", answer, "")) in SHARES["test"]
+    model, tokenizer = loading.load_backbone("tiny")
+    attach(model, small_config())
+    with override_routes(model, 0):
+        assert run_generation(model, tokenizer, prompt, max_new_tokens=8)[0].text == answer
+    assert question(SMALL, 0) == ("Name three oceans.", "")
 
 
 def test_demo_refuses(capsys, tmp_path):

@@ -58,6 +58,7 @@ def test_corpora_come_back_as_written(data):
         "labels": [-100] * 5 + [4, 5, 6],
         "cu_seq_lens": [0, 8],
         "prompt_spans": [[0, 5]],
+        "user_spans": [[0, 5]],
         "task_id": [1],
         "source": ["made"],
     }

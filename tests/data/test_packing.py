@@ -97,13 +97,16 @@ def test_a_given_beginning_of_the_answer_is_neither_prompt_nor_label():
 
 def test_the_answer_is_set_off_from_its_beginning_once():
     class Letters:
-        chat_template, eos_token_id = "", 0
+        chat_template, eos_token_id, is_fast = "", 0, True
 
         def apply_chat_template(self, messages, **_):
             return messages[0]["content"]
 
         def __call__(self, text, **_):
-            return {"input_ids": [ord(letter) for letter in text]}
+            return {
+                "input_ids": [ord(letter) for letter in text],
+                "offset_mapping": [(i, i + 1) for i in range(len(text))],
+            }
 
     def spelled(prefix):
         sample = tokenise(Record("code", "c", "", "a", answer_prefix=prefix), Letters())
@@ -166,7 +169,8 @@ def encoded(**changes):
         (encoded(context="half \ud83d"), "field 'context' has half a surrogate pair at character 5"),
         (
             encoded(label="x"),
-            "unknown ['label']; expected ['task', 'context', 'question', 'answer', 'source', 'answer_prefix']",
+            "unknown ['label']; expected ['task', 'context', 'question', 'answer', 'source', 'answer_prefix', "
+            "'system', 'turns']",
         ),
         (json.dumps({"task": "code", "context": "x"}).encode(), "missing ['question', 'answer']"),
         (b"[" * 100_000, "nested too deeply for a record"),

@@ -2,6 +2,7 @@
 with or without the cache that CUDA graphs need.
 """
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -200,3 +201,24 @@ def test_prompts_are_encoded_at_once_as_the_harness_encodes_them(model, tokenize
     assert seen == {text: wanted[text] for text in texts if text != "<e>begun"}
     assert not lm._encoded and lm.tok_encode(texts[0]) == wanted[texts[0]]
     assert lm.tok_encode(texts[0], left_truncate_len=3) == wanted[texts[0]][-3:]
+
+
+def test_routers_see_what_the_user_wrote(model, tokenizer, monkeypatch):
+    """Through the chat template, the beginning of the answer and the cut in the middle, for answers and likelihoods."""
+    seen, chatty = [], copy.deepcopy(tokenizer)
+    chatty.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    lm = RoutedLM(model, chatty, None, batch_size=2, max_length=64)
+    monkeypatch.setattr(RoutedLM, "_keep", lambda self, *_: seen.extend(self._waiting))
+    chats = [[{"role": "user", "content": "a lamp " * n}, {"role": "assistant", "content": "It"}] for n in (4, 90)]
+    texts = [lm.apply_chat_template(chat, add_generation_prompt=False) for chat in chats]
+    generated(lm, texts, {"until": [], "max_gen_toks": 2})
+    lm._loglikelihood_tokens([((text, " is"), lm.tok_encode(text), [5, 6]) for text in texts])
+    assert len(seen) == 4
+    for text, prompt, cut in seen:
+        first, last = prompt.user
+        words = chatty.decode(prompt.ids[first:last]).replace(" ", "")
+        assert words.startswith("alampalamp") and words.endswith("alamp") and set(words) == set("alamp")
+        assert (cut > 0) == (text == texts[1]) and 0 < first < last < len(prompt)

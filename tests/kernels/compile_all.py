@@ -9,7 +9,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 
-from elastic.kernels.devices import decode_config
+from elastic.kernels.devices import decode_config, reach_config
 from elastic.kernels.jit import Variant, cubin_path
 
 STRESS = ("ELASTIC_STRESS=1", "ELASTIC_WATCHDOG=1")
@@ -29,9 +29,22 @@ def variants() -> list[Variant]:
         found.append(Variant("attention_forward_sm80", "sm_90", dim, bf16))
         found.append(Variant("attention_backward_rows", "sm_90", dim, bf16))
         found.append(Variant("route_prompt", "sm_90", dim, bf16, ("ELASTIC_PARTS=8",)))
+        found += reach_variants(dim, bf16)
         for macros in sorted(decode_macros(dim)):
             found.append(Variant("attention_decode", "sm_90", dim, bf16, macros))
     return found
+
+
+def reach_variants(dim: int, bf16: bool) -> list[Variant]:
+    """Both kernels for every grouping, and the builds of the delay tests."""
+    found = []
+    for group in range(1, 9):
+        for capability in ((8, 0), (9, 0)):
+            config = reach_config(capability, H100[1], H100[2], dim, group, 8, 64)
+            arch = "sm_90" if capability == (8, 0) else config.arch
+            debugs = ((), STRESS) if capability == (9, 0) and group == 4 and bf16 else ((),)
+            found += [Variant(config.name, arch, dim, bf16, (*config.macros, *debug)) for debug in debugs]
+    return list(dict.fromkeys(found))
 
 
 def decode_macros(dim: int) -> set[tuple[str, str]]:

@@ -7,34 +7,38 @@ python -m tests.kernels.sanitize count log
 compute-sanitizer --kernel-name kns=attention_decode python -m tests.kernels.sanitize decode
 compute-sanitizer --kernel-name kns=route_prompt python -m tests.kernels.sanitize router
 compute-sanitizer --tool racecheck --kernel-name kns=xattention python -m tests.kernels.sanitize select
+compute-sanitizer --tool racecheck --kernel-name kns=reach python -m tests.kernels.sanitize reach
 
 The kernels are compiled with line numbers. initcheck must see all kernels, because PyTorch's write what ours read;
 `count` then tells whose reads it reports. `run` is forward, backward and the route's gap, `decode` decode attention,
-`router` the router, `select` XAttention's choice of key blocks. memcheck sees an overrun of a tensor only where PyTorch
-does not cut tensors out of larger blocks: set PYTORCH_NO_CUDA_MEMORY_CACHING=1.
+`router` the router, `select` XAttention's choice of key blocks, `reach` both kernels of reach. memcheck sees an overrun
+of a tensor only where PyTorch does not cut tensors out of larger blocks: set PYTORCH_NO_CUDA_MEMORY_CACHING=1.
 """
 
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from elastic.kernels import jit, route_gap
-from elastic.kernels.params import Pattern
+from elastic.kernels.params import Pattern, Ranges
 from elastic.kernels.route_prompt import route_prompt
 from tests.kernels.generators import placed, random_problem, tensor
-from tests.kernels.gpu import run
+from tests.kernels.gpu import paths, run
 from tests.kernels.gpu_backward import forward_exact, run_backward, upstream
 from tests.kernels.gpu_decode import configs, random_decode, run_decode
+from tests.kernels.gpu_reach import judge_reach, run_reach
 from tests.kernels.gpu_selection import Selection, judge_selection, run_selection
+from tests.kernels.test_reach_gpu import mixed
 from tests.kernels.test_router_gpu import linears, operands, trained_router
 
 SEEDS = (2, 232, 157, 182, 221, 0, 1)  # small; tails, packing, every mode, both head dims
-OURS = re.compile(r"attention_\w+|route_prompt|xattention_\w+")
+OURS = re.compile(r"attention_\w+|route_prompt|xattention_\w+|reach_\w+")
 DECODE_SEEDS = (1, 3, 9, 11, 16)
 
 
@@ -127,6 +131,26 @@ def select(debug: tuple[str, ...]) -> None:
         done(f"select {shapes} stride {problem.stride} block {block}", started)
 
 
+def reach_problems() -> Iterator[tuple[Tensor, Tensor, Pattern, Ranges]]:
+    """The small random problems, and longer ones, whose key tiles take every place of a ring several times."""
+    for seed in SEEDS:
+        q, k, _, _, pattern, ranges, _ = random_problem(seed).args()
+        yield q, k, pattern, ranges
+    for group, dim in ((4, 128), (3, 64)):
+        q, k, ranges = mixed(group, dim, torch.bfloat16)
+        yield q, k, Pattern(64, 256), ranges
+
+
+def far(_debug: tuple[str, ...]) -> None:
+    """Reach by every kernel, the CTAs one for all heads and several for each."""
+    for q, k, pattern, ranges in reach_problems():
+        started = time.perf_counter()
+        for path in paths():
+            for processors in (1, 7):
+                judge_reach(run_reach(q, k, pattern, ranges, path, processors), q, k, pattern, ranges)
+        done(f"reach q {list(q.shape)} k {list(k.shape)} {q.dtype}", started)
+
+
 def count(log: str) -> Counter[str]:
     """Reports by kernel: ours by name, all others together."""
     found: Counter[str] = Counter()
@@ -143,6 +167,7 @@ PARTS: dict[str, Callable[[tuple[str, ...]], None]] = {
     "decode": decode,
     "router": route,
     "select": select,
+    "reach": far,
 }
 
 if __name__ == "__main__":

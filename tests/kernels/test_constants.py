@@ -11,6 +11,7 @@ from tests.kernels.cuda_constants import Constants, as_python
 
 FORWARD, FORWARD_SM80 = "attention_forward_sm90.cu", "attention_forward_sm80.cu"
 BACKWARD, ROWS = "attention_backward_sm90.cu", "attention_backward_rows.cu"
+REACH, REACH_SM80 = "reach_sm90.cu", "reach_sm80.cu"
 SELECT, DECODE, ROUTER = "xattention_select_sm90.cu", "attention_decode.cu", "route_prompt.cu"
 # (file of cuda_src, its name, module below elastic, its name)
 SAME = [
@@ -35,6 +36,12 @@ SAME = [
     (SELECT, "kUnits", "kernels.xattention_oracle", "UNITS"),
     (DECODE, "kRows", "kernels.devices", "MAX_GROUP"),
     (DECODE, "kTokens", "kernels.devices", "DECODE_TOKENS"),
+    (REACH, "kQueries", "kernels.params", "REACH_QUERIES"),
+    (REACH, "kRecent", "kernels.params", "REACH_RECENT"),
+    (REACH, "kTile", "kernels.params", "REACH_TILE"),
+    (REACH, "kBlockRows", "kernels.devices", "REACH_BLOCK"),
+    (REACH, "kPartBytes", "kernels.devices", "REACH_PART"),
+    (REACH_SM80, "kSharedBytes", "kernels.devices", "REACH_SHARED"),
     (ROUTER, "kRows", "kernels.route_prompt", "_ROWS"),
     (ROUTER, "kThreads", "kernels.route_prompt", "_THREADS"),
     (ROUTER, "kEpsilon", "routing.router", "EPSILON"),
@@ -45,11 +52,21 @@ SIZES = [
     (FORWARD, "Params", params.PARAMS_BYTES),
     (BACKWARD, "BackwardParams", params.BACKWARD_BYTES),
     (SELECT, "SelectParams", params.SELECTION_BYTES),
+    (REACH, "ReachParams", params.REACH_BYTES),
 ]
 
 
-def constants(file: str, head_dim: int = 128) -> Constants:
-    macros = {"STRIDE": 16, "BLOCK": 128, "WARPS": 8, "STAGES": 6, "PARTS": 8, "HEAD_DIM": head_dim}
+def constants(file: str, head_dim: int = 128, **sizes: int) -> Constants:
+    macros = {
+        "STRIDE": 16,
+        "BLOCK": 128,
+        "WARPS": 8,
+        "STAGES": 6,
+        "PARTS": 8,
+        "BLOCKS": 2,
+        "HEAD_DIM": head_dim,
+        **sizes,
+    }
     return Constants(file, kHeadDim=head_dim, **{f"ELASTIC_{name}": value for name, value in macros.items()})
 
 
@@ -91,7 +108,7 @@ def test_launches_have_the_shared_memory_that_the_kernels_lay_out(head_dim: int)
 
 
 def test_sm90_kernels_are_bounded_by_the_threads_they_are_launched_with() -> None:
-    for file in (FORWARD, BACKWARD, SELECT):
+    for file in (FORWARD, BACKWARD, SELECT, REACH):
         assert f"__launch_bounds__({devices.SM90_THREADS}, 1)" in (jit.CUDA_SRC / file).read_text()
 
 
@@ -103,6 +120,24 @@ def test_the_router_has_shared_memory_for_its_rows_and_a_slice_of_the_weights(he
     assert router.value("kSlice") * module._CLUSTER == head_dim * router.value("kWide")
     weights = 4 * router.value("kLayers") * (router.value("kSlice") + router.value("kWide") // module._CLUSTER)
     assert module._shared_bytes(head_dim, module._CLUSTER) == values + weights
+
+
+@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_reach_has_shared_memory_for_its_tiles_and_rows(head_dim: int, group: int) -> None:
+    """For six heads, whose list has seven entries."""
+    for file, capability in ((REACH, (9, 0)), (REACH_SM80, (8, 0))):
+        config = devices.reach_config(capability, 100, 166_912, head_dim, group, 6, 9)
+        sizes = {
+            name.removeprefix("ELASTIC_"): int(value) for name, _, value in (m.partition("=") for m in config.macros)
+        }
+        kernel = constants(file, head_dim, **sizes)
+        if file == REACH:
+            assert config.shared_bytes == 1024 + kernel.value("ReachLayout.list") + 4 * 7
+            continue
+        assert config.threads == kernel.value("kThreads")
+        tiles, parts = sizes["STAGES"] * kernel.value("kTileBytes"), config.threads * kernel.value("kPartBytes")
+        assert config.shared_bytes == tiles + parts + kernel.value("kSharedBytes") + 4 * 7
 
 
 def test_a_number_that_is_gone_is_missed() -> None:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import itertools
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -113,6 +114,19 @@ def test_evaluation_scores_dense_and_routed_in_one_pass(trained):
         assert row["msr"] == pytest.approx(float(module.route_maps[task].mean()), abs=1e-6)
         assert f"test/elastic_exact/{task}" in trainer.callback_metrics
     assert module.results["single_qa"]["dense_exact"] > 0.9  # the shipped backbone finds its needles
+
+
+def test_only_what_was_gathered_is_computed(data, tmp_path, trained):
+    """Without a warning of the metrics: XAttention's density where a method has such heads."""
+    elastic = replace(SMALL, sparse=replace(SMALL.sparse, stride=4))
+    methods = ["dense", "elastic", "xattention:0.5"]
+    module, loader, trainer = small_run(data, tmp_path, fit=False, elastic=elastic, methods=methods)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*`compute` method of metric")
+        trained[2].test(*trained[:2], verbose=False)
+        trainer.test(module, loader, verbose=False)
+    assert trained[0].densities == {} and module.densities.keys() == {"xattention:0.5"}
+    assert len(module.densities["xattention:0.5"]) == 3 and all(0 < x <= 1 for x in module.densities["xattention:0.5"])
 
 
 def test_scores_equal_a_plain_computation(trained, data):

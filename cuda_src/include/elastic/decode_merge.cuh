@@ -4,6 +4,7 @@
 #pragma once
 #include "elastic/decode_list.cuh"
 #include "elastic/ptx_sm80.cuh"
+#include "elastic/share_list.cuh"
 #include "elastic/softmax.cuh"
 
 namespace elastic {
@@ -16,13 +17,8 @@ struct Shared {  // dynamic shared memory after the rings
   float peak[kWarps][kRows], sum[kWarps][kRows];
   float2 total[kRows];  // maximum and sum over the warps
   int units[kWarps];
-  Parts parts[2];  // of the CTA's first and last head
-  int merges[2];   // whether this CTA was the last one of them
+  Arrivals arrivals;
 };
-
-ELASTIC_FN float weight_of(float peak, float top, float scale_log2) {
-  return peak == minus_infinity() ? 0.0f : exp2_approx((peak - top) * scale_log2);
-}
 
 ELASTIC_FN void store_pair(const DecodeParams& p, int head, int row, int column, float x, float y) {
   const int group = p.heads / p.kv_heads;
@@ -157,27 +153,17 @@ ELASTIC_FN void merge(const DecodeParams& p, const Parts& parts, int head, float
   }
 }
 
-// Says that this CTA's parts are stored; a CTA that finds all parts of a head stored merges them. Only the first and
-// the last head of a share can be shared, and both are reported at its end, so that no head waits for another.
+// Merges the heads of which this CTA was the last to store a part.
 ELASTIC_FN void finish_shared(const DecodeParams& p, const Share& share, const int* offset, int first, int last,
                               Shared& shared, float* ring, int ring_bytes, float* rows) {
   __threadfence();
   __syncthreads();
-  if (threadIdx.x < 2) {
-    const int head = threadIdx.x == 0 ? first : last;
-    const Parts parts = parts_of(share, offset, head);
-    const bool counts = parts.count > 1 && (threadIdx.x == 0 || first != last);
-    const bool merges = counts && atomicAdd(p.arrived + head, 1) == parts.count - 1;
-    if (merges) p.arrived[head] = 0;
-    shared.parts[threadIdx.x] = parts;
-    shared.merges[threadIdx.x] = merges;
-    __threadfence();
-  }
+  report_parts(p.arrived, share, offset, first, last, shared.arrivals, threadIdx.x);
   __syncthreads();
 #pragma unroll 1
   for (int i = 0; i < 2; ++i) {
     const int head = i == 0 ? first : last;
-    if (shared.merges[i]) merge(p, shared.parts[i], head, ring, ring_bytes, rows);
+    if (shared.arrivals.merges[i]) merge(p, shared.arrivals.parts[i], head, ring, ring_bytes, rows);
   }
 }
 

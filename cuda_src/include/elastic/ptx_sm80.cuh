@@ -18,6 +18,12 @@ ELASTIC_FN void copy_wait_all_but() {
 }
 ELASTIC_FN void copy_wait() { copy_wait_all_but<0>(); }
 
+// Where 16 bytes of a row lie: they are permuted inside each group of eight rows, so that ldmatrix meets no bank twice.
+template <int kRowBytes>
+ELASTIC_FN u32 swizzled(u32 tile, int row, int chunk) {
+  return tile + row * kRowBytes + ((chunk ^ (row & 7)) << 4);
+}
+
 ELASTIC_FN void load_matrix(u32 (&r)[4], u32 shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -105,6 +105,11 @@ struct Softmax {
   }
 };
 
+// What a sum under the maximum `peak` counts under the maximum `top`.
+ELASTIC_FN float weight_of(float peak, float top, float scale_log2) {
+  return peak == minus_infinity() ? 0.0f : exp2_approx((peak - top) * scale_log2);
+}
+
 // Most blocks change no maximum of a warp's rows, so most calls multiply nothing.
 template <int kCount>
 ELASTIC_FN void rescale(float (&o)[kCount], const float (&alpha)[2]) {

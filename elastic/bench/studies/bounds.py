@@ -27,6 +27,11 @@ GENERATOR_TASKS = {
     **dict.fromkeys(("continuation", "summary"), "summarization"),
     "code_completion": "code",
     "many_shot": "in_context",
+    **dict.fromkeys(("foreign_pass_key", "foreign_needle", "foreign_json", "foreign_play"), "single_qa"),
+    **dict.fromkeys(("foreign_last_paragraph", "foreign_chat"), "single_qa"),
+    "foreign_multi_needle": "multihop_qa",
+    **dict.fromkeys(("foreign_continuation", "foreign_summary"), "summarization"),
+    "foreign_code": "code",
 }
 
 

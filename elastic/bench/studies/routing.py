@@ -31,7 +31,6 @@ from elastic.data.tasks import ROBUST, SENSITIVE
 
 SUMMARY = "what trained routers keep of the dense model's quality, from recorded runs"
 UNITS = {**dict.fromkeys(("loss", "text loss", "kl"), "nats a token"), **dict.fromkeys(("regulariser", *PRICES), "")}
-MEASURES = {"retrieval": Point.retrieval, "needles": Point.needles, "text loss": Point.loss}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,9 +59,10 @@ def headlines(point: Point, dense: Point) -> dict[str, float]:
     kept = point.kept(dense)
     exact = [float(share) for name, share in kept.shares.items() if name != RETRIEVAL]
     sensitive, robust = point.mean_over(SENSITIVE), point.mean_over(ROBUST)
+    base = dense.measures()
     return {
-        **{f"{name} of dense": measure(point)[0] / measure(dense)[0] for name, measure in MEASURES.items()},
-        "worst text loss of dense": max(float(loss) for loss in kept.losses.values()),
+        **{f"{name} of dense": value / base[name][0] for name, (value, _) in point.measures().items()},
+        **({"worst text loss of dense": max(map(float, kept.losses.values()))} if kept.losses else {}),
         **({"in-context of dense": min(exact)} if exact else {}),
         "mean MSR": point.mean_msr,
         "MSR sensitive": sensitive,
@@ -172,9 +172,12 @@ def _points(study: Study) -> Iterator[Measurement]:
     points = [(None, point, study.dense) for point in study.baselines.values()]
     points += [(one, point, one.dense) for one in study.runs for point in one.points]
     for run, point, dense in points:
-        for metric, measure in MEASURES.items():
-            (value, half), base = measure(point), measure(dense)[0]
-            extra = {"of_dense": value / base, "mean_msr": point.mean_msr, "msr": point.msr_by_task}
+        for metric, (value, half) in point.measures().items():
+            extra = {
+                "of_dense": value / dense.measures()[metric][0],
+                "mean_msr": point.mean_msr,
+                "msr": point.msr_by_task,
+            }
             yield _record(study.stamp, POINT, metric, value, half=half, **extra, **_about(run, point))
 
 

@@ -27,8 +27,10 @@ Row = dict[str, float]
 FILES = ("results_validation.json", "elastic.json", "metrics.csv")
 TEST, TEST_SAMPLES = "results_test.json", "samples_test.jsonl"
 STAMP = "stamp.json"
-ACCURACY = ("variable_tracking", "verbatim_copy")  # answers so long that tables show the share of right tokens
+# Answers so long that tables show the share of right tokens.
+ACCURACY = ("variable_tracking", "verbatim_copy", "foreign_json", "foreign_multi_needle")
 RETRIEVAL = tuple(name for name, task in GENERATOR_TASKS.items() if task in SENSITIVE)
+LOSS = tuple(name for name, task in GENERATOR_TASKS.items() if bound_score(task) == "loss")
 
 
 def score_of(source: str, tasks: Mapping[str, str] | None = None) -> str:
@@ -98,16 +100,24 @@ class Point:
 
     def retrieval(self) -> tuple[float, float]:
         """Mean of exact answers over the sources of sensitive tasks, and the half width of its 95 % interval."""
-        return self._mean([source for source, task in self.source_tasks.items() if task in SENSITIVE], "exact")
-
-    def needles(self) -> tuple[float, float]:
-        """The same for the needles alone."""
-        return self._mean([source for source in self.sources if source.startswith("needle")], "exact")
+        return self.measures()["retrieval"]
 
     def loss(self) -> tuple[float, float]:
         """Mean loss of the text sources, and the half width of its 95 % interval."""
+        return self.measures()["text loss"]
+
+    def measures(self) -> dict[str, tuple[float, float]]:
+        """Means over kinds of sources, each source of the same weight, and the half widths of their 95 % intervals:
+        exact answers of the sources of sensitive tasks and of the needles among them, loss of the text sources; those
+        kinds that were evaluated.
+        """
         tasks = self.source_tasks
-        return self._mean([source for source in tasks if bound_score(tasks[source]) == "loss"], "loss")
+        kinds = {
+            "retrieval": ([source for source in tasks if tasks[source] in SENSITIVE], "exact"),
+            "needles": ([source for source in tasks if source.startswith("needle")], "exact"),
+            "text loss": ([source for source in tasks if bound_score(tasks[source]) == "loss"], "loss"),
+        }
+        return {name: self._mean(sources, score) for name, (sources, score) in kinds.items() if sources}
 
     def _mean(self, sources: Sequence[str], score: str) -> tuple[float, float]:
         values, halves = zip(*(self.value(source, score) for source in sources), strict=True)

@@ -126,10 +126,10 @@ class _Answer:
                 400, f"{wanted} new tokens were asked for; this server makes {limits.max_new_tokens}", "max_tokens"
             )
         try:
-            ids = encode_messages([message.plain() for message in body.messages], engine.tokenizer)
-            room = engine.model.config.max_position_embeddings - len(ids)
+            prompt = encode_messages([message.plain() for message in body.messages], engine.tokenizer)
+            room = engine.model.config.max_position_embeddings - len(prompt)
             limit = wanted if body.limit else max(1, min(wanted, room))
-            check_length([ids], engine.model, limit)
+            check_length([prompt], engine.model, limit)
         except ValueError as error:
             raise _RefusedError(400, str(error), "messages") from error
         sampling = Sampling(body.temperature, body.top_p, body.seed, body.sparsity_bias)
@@ -138,7 +138,7 @@ class _Answer:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.body, self.envelope, self.metrics = body, Envelope(model_name), metrics
         self.job = Job(
-            ids,
+            prompt,
             limit,
             sampling,
             body.stops,
@@ -153,7 +153,7 @@ class _Answer:
     @property
     def usage(self) -> dict[str, int]:
         """Tokens read and written."""
-        prompt, new = len(self.job.ids), self.job.new_tokens
+        prompt, new = len(self.job.prompt), self.job.new_tokens
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     async def next_event(self) -> Event:

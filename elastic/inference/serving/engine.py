@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from elastic.data.prompts import EncodedPrompt
 from elastic.inference.generate import answer_tokens, eos_ids
 from elastic.inference.serving.text import TextCutter
 from elastic.protocols import CausalLM, Tokenizer
@@ -53,7 +54,7 @@ class Job:
     """One request in the engine.
 
     Attributes:
-        ids: the prompt's tokens.
+        prompt: in tokens.
         limit: new tokens at most.
         sampling: must agree within a batch.
         stops: texts that end the answer and are not part of it.
@@ -63,7 +64,7 @@ class Job:
         cancelled: set by whoever no longer wants the answer.
     """
 
-    ids: list[int]
+    prompt: EncodedPrompt
     limit: int
     sampling: Sampling
     stops: tuple[str, ...]
@@ -184,7 +185,7 @@ class Engine:
             results = answer_tokens(
                 self.model,
                 self.tokenizer,
-                [job.ids for job in batch],
+                [job.prompt for job in batch],
                 max_new_tokens=max(job.limit for job in batch),
                 streamer=rows,
                 stopping_criteria=StoppingCriteriaList([_Done(rows)]),
@@ -197,7 +198,7 @@ class Engine:
             return
         for row, (job, result) in enumerate(zip(batch, results, strict=True)):
             rows.finish(row, {"msr": result.report.msr, "esr": result.report.esr_all, "backend": result.report.backend})
-            self.metrics.finished(len(job.ids), job.new_tokens, result.report.msr)
+            self.metrics.finished(len(job.prompt), job.new_tokens, result.report.msr)
 
 
 def _together(first: Job, other: Job) -> bool:

@@ -1,0 +1,288 @@
+"""`elastic calibrate`: measure what each KV head of a backbone is needed for, and write an order of the heads."""
+
+import argparse
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elastic.commands.catalogue import COMMANDS
+from elastic.config import SparseConfig
+from elastic.console import Parser, complain, say, table
+from elastic.files import find_config
+from elastic.routing.calibration import BUDGET, Calibration, agreement, read_calibration
+from elastic.routing.methods import MODES
+
+if TYPE_CHECKING:
+    from elastic.data.calibration_rows import RowSet
+
+SHARES = (0.1, 0.2, 0.3)  # of the heads, that two orders are compared on
+SIZES = ("sink", "window", "block")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is calibrated: a backbone, and what its heads choose between."""
+
+    backbone: str
+    dtype: str
+    gguf_file: str | None
+    sparse: SparseConfig
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = Parser(prog="elastic calibrate", description=COMMANDS["calibrate"])
+    what = parser.add_argument_group("what is measured")
+    named = "backbone, dtype and sparse settings of a shipped configuration (tiny, model/qwen3-4b) or a YAML file"
+    what.add_argument("-c", "--config", action="append", default=[], metavar="NAME|FILE", help=named)
+    what.add_argument("--backbone", metavar="NAME", help="tiny, smollm2-135m, a folder or a hub id")
+    what.add_argument("--gguf-file", metavar="FILE", help="where its weights are in GGUF format")
+    what.add_argument("--dtype", help="float32, bfloat16 or float16 (default float32)")
+    for name in SIZES:
+        default = getattr(SparseConfig(), name)
+        what.add_argument(f"--{name}", type=int, metavar="N", help=f"of streaming heads, in tokens (default {default})")
+    what.add_argument("--modes", choices=list(MODES), help="modes of routes 0 and 1 (default fa-ssa)")
+    ways = "gradient: one backward pass for all heads; ablation: every head by itself, in rounds (default gradient)"
+    what.add_argument("--by", choices=("gradient", "ablation"), default="gradient", help=ways)
+    what.add_argument(
+        "--rates",
+        type=_numbers,
+        default=(0.1, 0.2, 0.35),
+        metavar="P,P",
+        help="of random routes (default 0.1,0.2,0.35)",
+    )
+    context = "random routes of the second round, in which cheap heads mostly run sparse (default 3; 0: no such round)"
+    what.add_argument("--draws", type=int, default=3, metavar="N", help=context)
+    what.add_argument(
+        "--rounds", type=_numbers, default=(0.0, 0.5, 0.75), metavar="M,M", help="of ablation (default 0,0.5,0.75)"
+    )
+    rows = parser.add_argument_group("on which rows (default: the offline generators)")
+    rows.add_argument("--data", type=Path, metavar="DIR", help="packed data")
+    rows.add_argument("--split", default="train", help="of packed data (default train)")
+    rows.add_argument("--text", type=Path, metavar="DIR", help="folder of .txt and .md files, judged as they are")
+    samples = "that make the order; half as many measure what it costs (default 144)"
+    rows.add_argument("--samples", type=int, default=144, metavar="N", help=samples)
+    lengths = "tokens of contexts or pieces of text (default 2, 4 and 6 times what streaming heads see)"
+    rows.add_argument("--lengths", type=_whole, metavar="N,N", help=lengths)
+    rows.add_argument("--seed", type=int, default=0, help="of rows and random routes (default 0)")
+    run = parser.add_argument_group("how it runs")
+    run.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
+    run.add_argument("--devices", type=int, default=1, metavar="N", help="processes, a GPU each (default 1)")
+    batch = "in a forward pass, at least one sample (default 32768)"
+    run.add_argument("--batch-tokens", type=int, default=32768, metavar="N", help=batch)
+    again = "recompute layers in the backward pass, for memory (default: from a billion parameters on)"
+    run.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help=again)
+    out = parser.add_argument_group("what comes out")
+    out.add_argument(
+        "--out", type=Path, metavar="FILE", help="calibration to write (default runs/calibrate/<backbone>.json)"
+    )
+    out.add_argument("--picture", type=Path, metavar="FILE", help="draw need and cost as a PNG picture")
+    other = "print how well the order finds the heads that this calibration needs most; two files: compare the first "
+    out.add_argument("--compare", type=Path, nargs="+", metavar="FILE", help=f"{other}with the second, measure nothing")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run the command."""
+    args = build_parser().parse_args(argv)
+    # Threads that spin while they wait make a shared machine many times slower; sums on a GPU repeat only with the
+    # second. torch must not be loaded before these.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        if len(args.compare or ()) > 1:
+            if len(args.compare) > 2:
+                raise ValueError(f"--compare names {len(args.compare)} files; expected one or two")
+            say(comparison(*map(read_calibration, args.compare)))
+        else:
+            run(args)
+    except (ValueError, OSError) as error:
+        return complain("calibrate", error)
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check everything that can be checked, measure, write the file, say what it is good for."""
+    target = read_target(args)
+    out = args.out or Path("runs/calibrate") / f"{Path(target.backbone).name}.json"
+    reference = check_outputs(out, args)
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from elastic.commands.calibration_data import Wanted, build
+    from elastic.model.loading import check_device
+    from elastic.training.head_need import Recipe
+    from elastic.training.partial_results import partial_file
+
+    check_device(args.device)
+    if args.devices < 1 or (":" in args.device and args.devices > 1):
+        raise ValueError(f"--devices {args.devices} with --device {args.device}; expected 1, or more with cpu or cuda")
+    recipe = Recipe(args.by, args.rates, args.draws, args.rounds, args.seed)
+    tell: Callable[[str], Any] = rank_zero_only(say)  # other processes run this too
+    began = time.perf_counter()
+    rows, origin = build(
+        Wanted(target.backbone, target.gguf_file, target.sparse, args.samples, args.lengths, args.batch_tokens,
+               args.seed, args.data, args.split, args.text)
+    )  # fmt: skip
+    tell("\n".join(map(describe, ("order", "its cost"), rows)))
+    found = _measured(args, target, recipe, rows, partial_file(out), origin)
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        return
+    found.write(out)
+    partial_file(out).unlink(missing_ok=True)
+    say(f"\n{cost_table(found)}\n")
+    if reference is not None:
+        say(f"{comparison(found, reference)}\n")
+    picture = [str(draw(found, args.picture))] if args.picture else []
+    say(f"Written: {', '.join([str(out), *picture])}")
+    say(advice(found, out))
+    say(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes.")
+
+
+def read_target(args: argparse.Namespace) -> Target:
+    """Backbone and sparse settings: of the configurations, later ones winning, then of the options.
+
+    Raises:
+        FileNotFoundError: no such configuration.
+        ValueError: no backbone, or settings that do not exist.
+    """
+    import yaml
+
+    model: dict[str, Any] = {}
+    sparse: dict[str, Any] = {}
+    for name in args.config:
+        try:
+            layer = (yaml.safe_load(find_config(name).read_text(encoding="utf-8")) or {}).get("model") or {}
+            model |= {key: layer[key] for key in ("backbone", "dtype", "gguf_file") if key in layer}
+            sparse |= (layer.get("elastic") or {}).get("sparse") or {}
+        except (yaml.YAMLError, AttributeError, TypeError) as error:
+            raise ValueError(f"-c {name} is not a configuration of this project ({error})") from error
+    known = [field.name for field in fields(SparseConfig)]
+    if unknown := sorted(set(sparse) - set(known)):
+        raise ValueError(f"-c names the sparse settings {', '.join(unknown)}; known are {', '.join(known)}")
+    sparse |= {name: value for name in SIZES if (value := getattr(args, name)) is not None}
+    backbone = args.backbone or model.get("backbone")
+    if not backbone:
+        raise ValueError("no backbone is named; use --backbone NAME, or -c with a configuration that has one")
+    settings = SparseConfig(**sparse)
+    if args.modes:
+        route0, route1 = MODES[args.modes]
+        settings = replace(settings, route0=route0, route1=route1)
+    dtype, gguf_file = args.dtype or model.get("dtype") or "float32", args.gguf_file or model.get("gguf_file")
+    return Target(backbone, dtype, gguf_file, settings)
+
+
+def check_outputs(out: Path, args: argparse.Namespace) -> Calibration | None:
+    """Refuse what could not be written before anything is measured; the calibration to compare with, if one is named.
+
+    Raises:
+        ValueError: names that do not fit, or a file that is something else.
+    """
+    if out.suffix != ".json":
+        raise ValueError(f"--out {out} does not end in .json; a calibration is a JSON file")
+    if out.exists():
+        try:
+            read_calibration(out)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--out {out} exists but is not a calibration that may be replaced ({error})") from error
+    if args.picture is not None and args.picture.suffix.lower() != ".png":
+        raise ValueError(f"--picture {args.picture} does not end in .png; pictures are written as PNG")
+    return read_calibration(args.compare[0]) if args.compare else None
+
+
+def describe(purpose: str, rows: "RowSet") -> str:
+    """One line about a set of rows."""
+    found = rows.summary()
+    return (
+        f"Rows for the {purpose.removeprefix('its ')}: {found['samples']} samples of {len(found['sources'])} sources, "
+        f"{found['tokens']} tokens in {len(rows.batches)} batches"
+    )
+
+
+def _measured(
+    args: argparse.Namespace, target: Target, recipe: Any, rows: tuple["RowSet", "RowSet"], partial: Path, origin: Any
+) -> Calibration:
+    """The calibration; a batch that does not fit into memory is the user's to make smaller."""
+    import torch
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from elastic.training.calibration import HeadNeed, measure
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice of libraries that no user can act on
+        try:
+            module = HeadNeed(
+                target.backbone, target.sparse, recipe, rows, partial, origin, target.dtype, target.gguf_file,
+                args.checkpointing,
+            )  # fmt: skip
+            return measure(module, args.device, args.devices)
+        except MisconfigurationException as error:
+            raise ValueError(str(error)) from error
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"a batch ran out of the memory of {args.device} with --batch-tokens {args.batch_tokens}; use fewer, "
+                "--checkpointing, or shorter --lengths; what was measured so far is kept where rows stay the same"
+            ) from error
+
+
+def cost_table(found: Calibration) -> str:
+    """What the order costs at each level: the mean over sources, and the source that pays most."""
+    rows = []
+    for place, (msr, kl) in enumerate(zip(found.curve.msr, found.curve.kl, strict=True)):
+        worst = max(found.curve.sources, key=lambda name: found.curve.sources[name][place])
+        rows.append([f"{msr:g}", f"{kl:.4f}", f"{found.curve.sources[worst][place]:.4f}", worst])
+    return table(["MSR", "KL to dense", "highest", "of source"], rows)
+
+
+def comparison(mine: Calibration, reference: Calibration) -> str:
+    """How well one order finds the heads that another needs most, as a table."""
+    found = [agreement(mine, reference, share) for share in SHARES]
+    rows = [
+        [f"{share:.0%}", str(of.heads), f"{of.shared:.0%}", f"{of.covered:.3f}"]
+        for share, of in zip(SHARES, found, strict=True)
+    ]
+    title = f"order by {mine.provenance['by']} beside {reference.provenance['by']}"
+    return f"{title}\n{table(['most needed', 'heads', 'in both', 'need covered'], rows)}"
+
+
+def draw(found: Calibration, path: Path) -> Path:
+    """Write the picture."""
+    from elastic.plots import need_figure, save_png
+
+    title = f"{found.backbone}: need by {found.provenance['by']}"
+    curves = {"mean": found.curve.kl, **found.curve.sources}
+    points = {name: list(zip(found.curve.msr, kl, strict=True)) for name, kl in curves.items()}
+    return save_png(need_figure(found.need, points, title), path)
+
+
+def advice(found: Calibration, out: Path) -> str:
+    """What `static:` makes of the file, and what to do next."""
+    level = found.level()
+    if level:
+        cost = found.curve.kl[found.curve.msr.index(level)]
+        says = f"runs at MSR {level:g}, the highest level that costs at most {BUDGET} nats a token ({cost:.4f})"
+    else:
+        says = f"is the dense model, because every level costs more than {BUDGET} nats a token; name one after an @"
+    at = f"static:{out}@{level or 0.5:g}"
+    return (
+        f"static:{out} {says}\n"
+        f'Next: elastic generate --checkpoint {at} --prompt "...", or elastic eval --methods dense {at} with '
+        "--backbone, --sink, --window and --block of the calibration"
+    )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def _whole(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+# What argparse calls them in its messages.
+_numbers.__name__, _whole.__name__ = "list of numbers", "list of whole numbers"

@@ -1,0 +1,140 @@
+"""The rows of `elastic calibrate`: of the offline generators, of packed data, or of a user's own texts. All are drawn
+by seed, so every process makes the same ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from elastic.commands.data_prep import part
+from elastic.config import SparseConfig
+from elastic.data.calibration_rows import RowSet, batches_of, of_folder, text_samples
+from elastic.data.packing import Sample, tokenise
+from elastic.data.shards import verify
+from elastic.model.loading import TINY, load_tokenizer, longest_context
+from elastic.protocols import Tokenizer
+from elastic.training.resume import check_data
+
+MULTIPLES = (2, 4, 6)  # of sink + window: default lengths of the contexts, as far as the backbone reads so many tokens
+REST = 0.125  # of the longest context, left for question, template and answer
+FROM = 0.75  # of a length is the shortest context that a generator makes for it
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for.
+
+    Attributes:
+        backbone, gguf_file: whose tokenizer to use.
+        sparse: sizes that contexts must exceed.
+        samples: that make the order; half as many measure what it costs.
+        lengths: of contexts or pieces, in tokens; None: `default_lengths`.
+        batch_tokens: tokens in one forward pass.
+        seed: of what is drawn.
+        folder, split: packed data to draw from instead.
+        texts: folder of texts to cut into pieces instead.
+    """
+
+    backbone: str
+    gguf_file: str | None
+    sparse: SparseConfig
+    samples: int
+    lengths: tuple[int, ...] | None
+    batch_tokens: int
+    seed: int
+    folder: Path | None
+    split: str
+    texts: Path | None
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
+        if self.folder is not None and self.texts is not None:
+            raise ValueError("--data and --text both name what to judge heads by; give one of them")
+        if self.folder is not None and self.lengths is not None:
+            raise ValueError("--lengths does not go with --data, whose rows are packed already; leave it out")
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Samples that make the order, and samples that measure what it costs."""
+        return self.samples, -(-self.samples // 2)
+
+
+def build(wanted: Wanted) -> tuple[tuple[RowSet, RowSet], dict[str, Any]]:
+    """The two sets of rows, which share none, and what a calibration says about them.
+
+    Raises:
+        FileNotFoundError: folders that are missing or empty.
+        ValueError: lengths that do not fit the backbone or the window, packed data of another tokenizer, too few rows.
+    """
+    limit = longest_context(wanted.backbone, gguf_file=wanted.gguf_file)
+    tokenizer = load_tokenizer(wanted.backbone, gguf_file=wanted.gguf_file)
+    if wanted.folder is not None:
+        manifest = verify(wanted.folder)
+        check_data(manifest, limit, tokenizer, wanted.backbone)
+        rows = of_folder(wanted.folder, manifest, wanted.split, wanted.counts, wanted.batch_tokens, wanted.seed)
+        return rows, {"from": "packed data", "split": wanted.split, "seed": wanted.seed}
+    lengths = checked_lengths(wanted, limit)
+    count, apart = wanted.counts
+    if wanted.texts is not None:
+        pieces = text_samples(wanted.texts, tokenizer, lengths, count + apart, wanted.seed)
+        samples = pieces[:count], pieces[count:]
+    else:
+        samples = (
+            generated(wanted, tokenizer, lengths, limit, "train", count),
+            generated(wanted, tokenizer, lengths, limit, "validation", apart),
+        )
+    first, second = (batches_of(drawn, wanted.batch_tokens) for drawn in samples)
+    origin = "generators" if wanted.texts is None else "texts"
+    return (first, second), {"from": origin, "lengths": list(lengths), "seed": wanted.seed}
+
+
+def checked_lengths(wanted: Wanted, limit: int) -> tuple[int, ...]:
+    """The lengths asked for, or those of `MULTIPLES` that the backbone reads.
+
+    Raises:
+        ValueError: lengths that the backbone does not read, or in which streaming heads see everything.
+    """
+    sparse = wanted.sparse
+    seen = sparse.sink + sparse.window if sparse.has("streaming") else 1024
+    longest = int(limit * (1 - REST)) if wanted.texts is None else limit
+    lengths = wanted.lengths or tuple(seen * times for times in MULTIPLES if seen * times <= longest) or (longest,)
+    if max(lengths) > limit:
+        raise ValueError(f"--lengths {max(lengths)} is more than the {limit} tokens that {wanted.backbone} reads")
+    if min(lengths) <= seen and sparse.has("streaming"):
+        raise ValueError(
+            f"contexts of {min(lengths)} tokens lie within sink {sparse.sink} + window {sparse.window}, where "
+            f"streaming heads see everything; ask for longer --lengths or a smaller --window ({wanted.backbone} reads "
+            f"{limit} tokens)"
+        )
+    return lengths
+
+
+def generated(
+    wanted: Wanted, tokenizer: Tokenizer, lengths: Sequence[int], limit: int, split: str, count: int
+) -> list[Sample]:
+    """Samples of every generator and length in turn; those that come out longer than the backbone reads are left out.
+
+    Raises:
+        ValueError: lengths that no generator can fill, or that leave no sample.
+    """
+    tiny = wanted.backbone == TINY
+    names = part("tiny_language").TASKS if tiny else tuple(part("generators").GENERATORS)
+    cells = [(name, place) for place in range(len(lengths)) for name in names]
+    measure = part("draw").token_count(tokenizer)
+    samples = []
+    for number, (name, place) in enumerate(cells):
+        wanted_here = count // len(cells) + (number < count % len(cells))
+        seed, length = wanted.seed * 1000 + place, lengths[place]
+        if tiny:
+            records = part("tiny_language").build_records(name, split, wanted_here, length, seed)
+        else:
+            shortest = int(FROM * length)
+            records = part("generators").generate(name, split, wanted_here, length, seed, measure, shortest=shortest)
+        samples += [replace(tokenise(record, tokenizer), source=name) for record in records]
+    fitting = [sample for sample in samples if len(sample.input_ids) <= limit]
+    if not fitting:
+        raise ValueError(f"all {len(samples)} samples are longer than {limit} tokens; ask for shorter --lengths")
+    return fitting

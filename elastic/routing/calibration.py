@@ -1,0 +1,227 @@
+"""Calibration files: what each KV head of a backbone is needed for, an order of the heads by it, and what following the
+order costs. `elastic calibrate` writes them; `static:<file>@<msr>` runs them. No torch import at the top.
+
+Legend: L layers, K KV heads. A head is named by one number, layer * K + KV head.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elastic.config import SparseConfig
+from elastic.files import write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+BUDGET = 0.02  # nats per answer token: what `static:<file>` without an MSR may cost, as `objective.budget`
+LEVELS = (0.0, 0.25, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+VOCABULARY = "vocab_size"  # which a backbone may extend without becoming another one
+_WAY_OUT = "measure it again with `elastic calibrate`"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What following an order costs, on rows that did not make it.
+
+    Attributes:
+        msr: levels that were measured, ascending.
+        kl: KL(dense || that level) in nats per answer token at each of them, the mean over sources.
+        sources: the same of every source.
+    """
+
+    msr: tuple[float, ...]
+    kl: tuple[float, ...]
+    sources: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `elastic calibrate` found for a backbone.
+
+    Attributes:
+        need: [L][K], nats per answer token: what it costs to let the head run sparse.
+        order: all heads, the least needed first. Rounds of ablation measure each head beside those that are sparse
+            already, so `need` alone does not give it.
+        curve: what the order costs.
+        provenance: backbone, architecture, sparse settings, data, seed, versions and how it was measured.
+    """
+
+    need: tuple[tuple[float, ...], ...]
+    order: tuple[int, ...]
+    curve: Curve
+    provenance: Mapping[str, Any]
+
+    @property
+    def backbone(self) -> str:
+        """Name to load the backbone by."""
+        return str(self.provenance["backbone"])
+
+    @property
+    def sparse(self) -> SparseConfig:
+        """Modes and sizes that the heads were measured with."""
+        return SparseConfig(**self.provenance["sparse"])
+
+    def level(self, budget: float = BUDGET) -> float:
+        """The highest measured MSR up to which every level's mean KL is within the budget, in nats per answer token; 0
+        where none is.
+        """
+        found = 0.0
+        for msr, kl in zip(self.curve.msr, self.curve.kl, strict=True):
+            if kl > budget:
+                break
+            found = msr
+        return found
+
+    def routes(self, msr: float | None = None) -> "Tensor":
+        """Routes [L, K] in {0, 1}: the first heads of the order, a share `msr` of all, on route 1; None: `level()`."""
+        return first_heads(self.order, self.level() if msr is None else msr, len(self.need), len(self.need[0]))
+
+    def check_backbone(self, architecture: Mapping[str, Any], path: str | Path) -> None:
+        """Refuse another backbone than the one that was measured; only the vocabulary may differ.
+
+        Args:
+            architecture: of the backbone here (`elastic.model.loading.architecture`), or the part of it that is known.
+            path: the file, for the message.
+
+        Raises:
+            ValueError: naming both.
+        """
+        theirs = self.provenance["architecture"]
+        differing = [key for key, value in architecture.items() if key != VOCABULARY and theirs.get(key) != value]
+        if differing:
+            there, here = (", ".join(f"{key}={of.get(key)}" for key in differing) for of in (theirs, architecture))
+            raise ValueError(
+                f"calibration {path} is of {self.backbone!r} with {there}, but this backbone has {here}; calibrate "
+                "this backbone, or use the one that was measured"
+            )
+
+    def write(self, path: str | Path) -> None:
+        """Write the file, whole or not at all; the same calibration gives the same bytes."""
+        curve = {"msr": self.curve.msr, "kl": self.curve.kl, "sources": dict(self.curve.sources)}
+        values = {"format": FORMAT, **self.provenance, "need": self.need, "order": self.order, "curve": curve}
+        write_atomic(path, _compact(json.dumps(values, indent=1, ensure_ascii=False)) + "\n")
+
+
+def first_heads(order: Sequence[int], msr: float, layers: int, kv_heads: int) -> "Tensor":
+    """The first heads of an order, a share `msr` of all, on route 1, [L, K]."""
+    import torch
+
+    route = torch.zeros(layers * kv_heads)
+    route[list(order[: round(msr * layers * kv_heads)])] = 1.0
+    return route.view(layers, kv_heads)
+
+
+def _compact(text: str) -> str:
+    """Indented JSON with its innermost lists on one line each; no line break is inside a string."""
+
+    def joined(found: re.Match[str]) -> str:
+        return f"[{', '.join(line.strip().removesuffix(',') for line in found[1].splitlines())}]"
+
+    return re.sub(r"\[\n([^\[\]{}]*?)\n\s*\]", joined, text)
+
+
+def is_calibration(path: Path) -> bool:
+    """Whether a file is a calibration, or meant to be one, not a table of numbers.
+
+    Raises:
+        OSError: a file that cannot be read.
+    """
+    with open(path, "rb") as stream:
+        return stream.read(64).lstrip().startswith(b"{")
+
+
+def read_calibration(path: str | Path) -> Calibration:
+    """The calibration in a file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, of another kind, or of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no calibration file at {path}; `elastic calibrate --out {path}` writes one")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a calibration file ({error}); {_WAY_OUT}") from error
+    if not isinstance(values, dict) or "need" not in values:
+        raise ValueError(f"{path} holds JSON, but not a calibration (`need` is missing); {_WAY_OUT}")
+    if values.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has format {values.get('format')!r}, this version reads format {FORMAT}; update elastic-attention"
+        )
+    try:
+        return _checked(values)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is damaged ({reason}); {_WAY_OUT}") from error
+
+
+def _checked(values: dict[str, Any]) -> Calibration:
+    """Raises KeyError, TypeError or ValueError where a field is missing or does not fit the others."""
+    need = tuple(_numbers(row, "need") for row in values["need"])
+    shape = values["architecture"]
+    if not need or {len(row) for row in need} != {shape["num_kv_heads"]} or len(need) != shape["num_layers"]:
+        raise ValueError(f"need is not a table of {shape['num_layers']} layers and {shape['num_kv_heads']} KV heads")
+    order = tuple(values["order"])
+    if sorted(order) != list(range(len(need) * len(need[0]))):
+        raise ValueError("order does not name every head once")
+    given = values["curve"]
+    sources = {str(name): _numbers(kl, f"curve of {name}") for name, kl in given["sources"].items()}
+    curve = Curve(_numbers(given["msr"], "curve"), _numbers(given["kl"], "curve"), sources)
+    if {len(curve.msr)} != {len(curve.kl), *map(len, sources.values())} or list(curve.msr) != sorted(set(curve.msr)):
+        raise ValueError("the curve's levels are not ascending, or not as many as its values")
+    provenance = {key: value for key, value in values.items() if key not in ("format", "need", "order", "curve")}
+    found = Calibration(need, order, curve, provenance)
+    _ = found.sparse, found.backbone
+    return found
+
+
+def _numbers(values: Sequence[Any], what: str) -> tuple[float, ...]:
+    numbers = tuple(float(value) for value in values)
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{what} holds NaN or infinity")
+    return numbers
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well one order finds the heads that another one needs most.
+
+    Attributes:
+        heads: size of the two sets that are compared.
+        shared: share of the heads that are in both.
+        covered: need, by the reference, of the heads that the order would keep full, relative to that of the heads
+            that the reference itself keeps; 1 is as good as the reference. Heads that do no harm count as 0.
+    """
+
+    heads: int
+    shared: float
+    covered: float
+
+
+def agreement(mine: Calibration, reference: Calibration, share: float = 0.2) -> Agreement:
+    """Compare the most needed heads, a share of all, of two calibrations of one backbone.
+
+    Raises:
+        ValueError: calibrations of another number of layers or KV heads, or a share without a head.
+    """
+    sizes = [(len(found.need), len(found.need[0])) for found in (mine, reference)]
+    if sizes[0] != sizes[1]:
+        there, here = (f"{layers} layers of {kv_heads} KV heads" for layers, kv_heads in sizes)
+        raise ValueError(f"calibrations of {there} and of {here} cannot be compared; they must be of one backbone")
+    count = round(share * len(mine.order))
+    if not 0 < count <= len(mine.order):
+        raise ValueError(f"share={share} of {len(mine.order)} heads is {count} heads; expected at least one")
+    need = [max(0.0, value) for row in reference.need for value in row]
+    own, best = (set(found.order[-count:]) for found in (mine, reference))
+    total = sum(need[head] for head in best)
+    covered = sum(need[head] for head in own) / total if total else 1.0
+    return Agreement(count, len(own & best) / count, covered)
