@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 Mode = Literal["full", "streaming", "xattention"]
 Granule = Literal["token", "block"]
 FeatureNorm = Literal["running", "none"]
-RouterKind = Literal["input", "static"]
+RouterKind = Literal["paper", "level", "static"]
 PoolOver = Literal["user", "prompt"]
 CacheKind = Literal["full", "elastic"]
 
@@ -27,19 +27,27 @@ class RouterConfig:
         pool_tokens: P of the boundary pooling: the first P and last P tokens are averaged (P >= 1).
         pool_over: of what the `user` wrote, so that neither the template nor another system prompt changes a decision,
             or of the whole `prompt` with its template, as checkpoints from before this setting were trained.
+        budget: level routers go as far as the divergence from the dense backbone is expected to stay below this, in
+            nats per answer token.
+        caution: what level routers take off the level of a strange input, in MSR per deviation beyond the usual;
+            higher keeps more full heads on inputs unlike those of training.
         feature_norm: `running` standardises the pooled keys with statistics gathered in training; `none` is the
             paper's router.
-        kind: `input` decides from the keys; `static` learns one pattern for every input, the rival that elastic
-            routing is measured against. A static router reads none of the other settings.
+        kind: `paper` decides head by head from the keys; `level` goes down a measured order of the heads, as far as the
+            input's reach and length allow; `static` learns one pattern for every input, the rival that elastic routing
+            is measured against. A level router reads `budget` and `caution` alone, a static one none of the settings.
+            `input` is what `paper` was called before.
         head_offset: add learned logits of each KV head to the router's. Standardising takes away what tells the heads
             of a layer apart, so without it a router that they share cannot say "this head, always".
     """
 
     pool_tokens: int = 100
     feature_norm: FeatureNorm = "running"
-    kind: RouterKind = "input"
+    kind: RouterKind = "paper"
     head_offset: bool = False
     pool_over: PoolOver = "user"
+    budget: float = 0.1
+    caution: float = 0.05
 
     def __post_init__(self) -> None:
         _check_int("router.pool_tokens", self.pool_tokens, minimum=1)
@@ -47,7 +55,13 @@ class RouterConfig:
         _check_choice("router.feature_norm", self.feature_norm, get_args(FeatureNorm))
         if not isinstance(self.head_offset, bool):
             raise ValueError(f"router.head_offset={self.head_offset!r} is not true or false")
+        if self.kind == "input":  # type: ignore[comparison-overlap]
+            object.__setattr__(self, "kind", "paper")
         _check_choice("router.kind", self.kind, get_args(RouterKind))
+        if not _is_number(self.budget) or not 0 < self.budget < math.inf:
+            raise ValueError(f"router.budget={self.budget!r} is not a number above 0; it counts nats per answer token")
+        if not _is_number(self.caution) or not 0 <= self.caution < math.inf:
+            raise ValueError(f"router.caution={self.caution!r} is not a number of 0 or more; 0 switches it off")
 
 
 @dataclass(frozen=True)

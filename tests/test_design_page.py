@@ -120,7 +120,7 @@ def test_defaults():
 
 def test_routers_in_a_checkpoint():
     rows = fields_of("router.safetensors")
-    sizes = {"D": 8, "K": 3, "T": len(beside("task_index", "TASKS")), "C": len(public("CLASSES"))}
+    sizes = {"D": 8, "K": 3, "T": len(beside("task_index", "TASKS")), "C": len(public("CLASSES")), "F": 2 * 3 + 1}
 
     def documented(*kinds: str) -> dict[str, tuple[list[int], str]]:
         return {
@@ -136,19 +136,23 @@ def test_routers_in_a_checkpoint():
     def router(**settings) -> torch.nn.Module:
         return public("build_router")(sizes["K"], sizes["D"], elastic.RouterConfig(**settings))
 
-    assert coded(router()) == documented("input")
-    assert coded(router(head_offset=True)) == documented("input", "head_offset")
+    assert coded(router()) == documented("paper")
+    assert coded(router(head_offset=True)) == documented("paper", "head_offset")
+    level = {
+        name: (json.loads(_numbers(*of, sizes)), dtype) for name, (*of, dtype) in fields_of("a level router").items()
+    }
+    assert coded(router(kind="level")) == level
     assert coded(router(kind="static")) == documented("static")
     assert coded(public("LagrangeMultipliers")(), "multipliers.") == documented("target")
     assert coded(public("BudgetMultipliers")(), "multipliers.") == documented("quality")
     with safe_open(SHIPPED / "router.safetensors", "pt") as file:
         names = {re.sub(r"^layers\.\d+\.", "", name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    assert names == {*documented("input", "head_offset"), "multipliers.l1", "multipliers.l2"}  # of an earlier version
+    assert names == {*documented("paper", "head_offset"), "multipliers.l1", "multipliers.l2"}  # of an earlier version
 
 
 def _numbers(shape: str, sizes: dict[str, int]) -> str:
     """`[4D, 2]` with numbers for letters."""
-    return re.sub(r"(\d*)([CDKT])", lambda found: str(int(found[1] or 1) * sizes[found[2]]), shape)
+    return re.sub(r"(\d*)([CDFKT])", lambda found: str(int(found[1] or 1) * sizes[found[2]]), shape)
 
 
 def test_description_of_a_checkpoint(tmp_path):

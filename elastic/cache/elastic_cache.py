@@ -86,12 +86,12 @@ class ElasticCache(Cache):
         layer = self.layers[layer_idx]
         rows_BK = self.rows_LBK[layer_idx] if self.rows_LBK.numel() else self.rows_LBK
         held = layer.update(key_states, value_states, rows_BK, self.begin_B, self.count_B)
-        assert layer.plan is not None
-        if not layer.plan.layout.decoding:
+        assert layer.layout is not None
+        if not layer.layout.decoding:
             if layer_idx >= _BEHIND:
-                self._settle(self.layers[layer_idx - _BEHIND], layer.plan.layout)
+                self._settle(self.layers[layer_idx - _BEHIND], layer.layout)
             if layer_idx == len(self.layers) - 1:
-                self._finish(layer.plan.layout)
+                self._finish(layer.layout)
         return held
 
     def _finish(self, layout: Layout) -> None:
@@ -177,17 +177,19 @@ class ElasticCache(Cache):
     def settle(self) -> None:
         """Give every layer that still waits its storage."""
         for layer in self.layers:
-            if layer.waiting is not None and layer.plan is not None:
-                self._settle(layer, layer.plan.layout)
+            if layer.waiting is not None and layer.layout is not None:
+                self._settle(layer, layer.layout)
 
     def _settle(self, layer: ElasticLayer, layout: Layout) -> None:
         if layer.waiting is None:
             return
-        k, v, mode = layer.waiting
-        rings = mode.get() == STREAMING if self.config.kv_cache == "elastic" else torch.zeros(mode.host.shape)
+        (k, v), modes = layer.waiting, layer.modes
+        if modes is None:
+            raise ValueError("a layer was given keys but no routes; its attention must run before the cache is used")
+        rings = modes.get() == STREAMING if self.config.kv_cache == "elastic" else torch.zeros(modes.host.shape)
         capacity = [self._room(count) for count in layout.lengths]
         begin, count = layout.begin_N, layout.end_N - layout.begin_N
-        layer.waiting = None
+        layer.waiting = layer.modes = None
         layer.pool = KVPool.build(k, v, begin, count, rings.bool().tolist(), capacity, self.config.sparse)
 
     def _room(self, count: int) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from elastic.attention.head_plan import HeadPlan
+from elastic.attention.layout import Layout
 from elastic.cache.kv_pool import KVPool
 
 
@@ -37,7 +38,8 @@ class ElasticLayer(CacheLayerMixin):
 
     Attributes:
         seen: tokens so far, padding included.
-        plan: of the present forward pass; set before `update`.
+        layout, plan: of the present forward pass. The plan may follow after `update`, since some routers look at the
+            new keys first.
     """
 
     is_sliding = False
@@ -46,8 +48,20 @@ class ElasticLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]  # transformers annotates no constructor of a layer
         self.seen = 0
         self.pool: KVPool | None = None
+        self.layout: Layout | None = None
         self.plan: HeadPlan | None = None
-        self.waiting: tuple[Tensor, Tensor, HostCopy] | None = None
+        self.waiting: tuple[Tensor, Tensor] | None = None
+        self.modes: HostCopy | None = None
+
+    def begin(self, layout: Layout) -> None:
+        """Before the layer runs."""
+        self.layout, self.plan, self.modes = layout, None, None
+
+    def follow(self, plan: HeadPlan) -> None:
+        """Take the layer's plan, whose modes say what must be kept of a prompt or a turn."""
+        self.plan = plan
+        if not plan.layout.decoding:
+            self.modes = HostCopy(plan.mode_NK)
 
     def lazy_initialization(self, key_states: Tensor, _value_states: Tensor | None = None) -> None:
         """Required of every layer; storage is made when the routes are known."""
@@ -66,13 +80,13 @@ class ElasticLayer(CacheLayerMixin):
             What attention runs on: all positions of a prompt or a new turn (dropped ones as zeros); only the new token
             in a decode step, which reads the pool.
         """
-        if self.plan is None:
+        if self.layout is None:
             raise ValueError(
                 "an ElasticCache was given to a model without routers; call elastic.attach(model, config) or use "
                 "transformers' DynamicCache"
             )
         self.lazy_initialization(key_states)
-        layout, self.seen = self.plan.layout, self.plan.layout.keys
+        layout, self.seen = self.layout, self.layout.keys
         if layout.decoding:
             self.held().append(rows_BK, key_states, value_states)
             return key_states, value_states
@@ -80,7 +94,7 @@ class ElasticLayer(CacheLayerMixin):
             keys, values = self.held().dense(begin_B, count_B, layout.past)
             key_states, value_states = torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
             self.pool = None
-        self.waiting = (key_states, value_states, HostCopy(self.plan.mode_NK))
+        self.waiting = (key_states, value_states)
         return key_states, value_states
 
     def held(self) -> KVPool:
@@ -109,4 +123,5 @@ class ElasticLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Empty the layer."""
-        self.seen, self.pool, self.plan, self.waiting = 0, None, None, None
+        self.seen, self.pool, self.waiting = 0, None, None
+        self.layout = self.plan = self.modes = None

@@ -16,7 +16,7 @@ from elastic.protocols import CausalLM, Tokenizer
 
 Message = Mapping[str, str]
 Prompts = str | Sequence[str] | Sequence[Message]
-_MARK = "\u2060{}\u2060"  # stands for what a user wrote; word joiners, so that no template trims or escapes it
+_MARK = "\u2060{}\u2060"  # in place of what a user wrote; word joiners, so that no template trims or escapes it
 
 
 @dataclass(frozen=True)

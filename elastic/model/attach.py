@@ -25,20 +25,22 @@ from elastic.model.families import FAMILIES, RoutedAttention, attention_layers
 from elastic.model.layer_hooks import before_attention, before_decoder
 from elastic.model.pass_state import AttachedState, PassRecord, PassRoutes, forced_on, forcing
 from elastic.protocols import AttentionModule, CausalLM
-from elastic.routing.router import Router, build_router
+from elastic.routing.kinds import build_router
+from elastic.routing.router import Router
 
 __all__ = [
     "FAMILIES",
     "PassRoutes",
     "RouteRecord",
+    "at_level",
     "attach",
     "biased",
     "detach",
     "elastic_config",
     "is_attached",
+    "last_features",
     "last_routes",
     "override_routes",
-    "pooled_keys",
     "route_of",
     "routers",
     "set_config",
@@ -90,9 +92,9 @@ def attach(model: Model, config: ElasticConfig | None = None) -> Model:
         raise ValueError("this model already has routers; call elastic.detach(model) first")
     layers = attention_layers(model)
     made = []
-    for attn in layers:
+    for layer, attn in enumerate(layers):
         weight = attn.k_proj.weight
-        router = build_router(weight.shape[0] // attn.head_dim, attn.head_dim, config.router)
+        router = build_router(weight.shape[0] // attn.head_dim, attn.head_dim, config.router, layer)
         made.append(router.to(weight.device).train(model.training))
     register()
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -242,6 +244,27 @@ def biased(model: CausalLM, sparsity_bias: float | None) -> Iterator[None]:
 
 
 @contextmanager
+def at_level(model: CausalLM, level: float | Tensor | None) -> Iterator[None]:
+    """Inside the context, level routers run every sample at this share of the order, in this thread (or asyncio task)
+    alone, and still say what they would have expected; None leaves the decision to them.
+
+    Args:
+        level: an MSR, or one for each sample [N].
+
+    Raises:
+        ValueError: routers of another kind, or a level outside [0, 1].
+    """
+    state = handle_of(model).state
+    if state.config.router.kind != "level":
+        raise ValueError(f"at_level needs routers of kind level, not {state.config.router.kind}; use override_routes")
+    level_N = None if level is None else torch.atleast_1d(torch.as_tensor(level, dtype=torch.float32))
+    if level_N is not None and not bool(((level_N >= 0) & (level_N <= 1)).all()):
+        raise ValueError(f"level={level!r} is outside [0, 1]; it is a share of all heads")
+    with forcing(state, replace(forced_on(state), level_N=level_N)):
+        yield
+
+
+@contextmanager
 def user_wrote(model: CausalLM, spans_B2: Tensor | None) -> Iterator[None]:
     """Inside the context, prompts are read with the users' words in these places, in this thread (or asyncio task)
     alone; for `model.generate`, which takes no `user_spans` of its own. None leaves what is in force.
@@ -262,23 +285,25 @@ def set_temperature(model: CausalLM, temperature: float) -> None:
     handle_of(model).state.temperature = temperature
 
 
-def pooled_keys(model: CausalLM) -> Tensor:
-    """Pooled keys [L, N, K, D] that the pass of `last_routes` was routed on.
+def last_features(model: CausalLM) -> Tensor:
+    """What the pass of `last_routes` was routed on: pooled keys [L, N, K, D], or features [L, N, F] of level routers.
 
     Raises:
         RuntimeError: no forward pass yet, or one whose routes were given by `override_routes`.
     """
     decisions = _last_record(model).decisions
-    pooled = [keys for keys in (decisions[layer].pooled_NKD for layer in sorted(decisions)) if keys is not None]
-    if len(pooled) < len(decisions):
+    found = [
+        features for features in (decisions[layer].features for layer in sorted(decisions)) if features is not None
+    ]
+    if len(found) < len(decisions):
         raise RuntimeError("no routes yet: run a forward pass of the attached model, outside override_routes")
-    return torch.stack(pooled)
+    return torch.stack(found)
 
 
-def update_statistics(model: CausalLM, pooled_LNKD: Tensor) -> None:
-    """Fold pooled keys, as `pooled_keys` returns them, into the routers' running statistics; call once per step."""
-    for router, pooled_NKD in zip(routers(model), pooled_LNKD, strict=True):
-        router.update_statistics(pooled_NKD)
+def update_statistics(model: CausalLM, features_LN: Tensor) -> None:
+    """Fold what `last_features` returns into the routers' running statistics; call once per step."""
+    for router, features in zip(routers(model), features_LN, strict=True):
+        router.update_statistics(features)
 
 
 def handle_of(model: CausalLM) -> Handle:

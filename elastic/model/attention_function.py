@@ -6,15 +6,16 @@ compiled take `elastic_compiled`, the same function closed to the compiler. The 
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from elastic.cache.decode_attention import decode_attention
 from elastic.cache.elastic_cache import ElasticCache
-from elastic.model.layer_hooks import CALL
-from elastic.model.pass_state import LayerCall
+from elastic.model.families import RoutedAttention
+from elastic.model.layer_hooks import CALL, decide_after_rope
+from elastic.model.pass_state import LayerCall, PendingCall
 
 IMPLEMENTATION, COMPILED = "elastic", "elastic_compiled"
 
@@ -31,7 +32,7 @@ def attention_function(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: q [B, H, Lq, D], k and v [B, K, Lk, D] after RoPE -> [B, Lq, H, D]."""
     call = kwargs.get(CALL)
-    if not isinstance(call, LayerCall):
+    if not isinstance(call, LayerCall | PendingCall):
         raise ValueError(
             "attention implementation 'elastic' was chosen without routers; call elastic.attach(model, config)"
         )
@@ -39,6 +40,8 @@ def attention_function(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(call, PendingCall):
+        call = decide_after_rope(cast(RoutedAttention, module), query, key, scale, call)
     plan, elastic = call.plan, call.cache if isinstance(call.cache, ElasticCache) else None
     if plan.layout.decoding and (elastic is not None or not torch.is_grad_enabled()):
         stored = None if elastic is None else elastic.stored(call.layer)

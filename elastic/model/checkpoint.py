@@ -20,7 +20,7 @@ from elastic.files import file_sha256, is_foreign, new_folder, set_aside
 from elastic.model.attach import Model, attach, elastic_config, routers
 from elastic.model.loading import architecture, architecture_hash
 from elastic.protocols import CausalLM
-from elastic.routing.router import build_router
+from elastic.routing.kinds import build_router
 
 FORMAT = 1
 WEIGHTS, METADATA = "router.safetensors", "elastic.json"
@@ -169,10 +169,13 @@ def _check_backbone(mine: dict[str, Any], metadata: dict[str, Any], path: str | 
 def _expected(shape: dict[str, Any], config: ElasticConfig) -> dict[str, Tensor]:
     """The router tensors that a backbone of this shape needs, without data."""
     with torch.device("meta"):
-        router = build_router(shape["num_kv_heads"], shape["head_dim"], config.router)
+        made = [
+            build_router(shape["num_kv_heads"], shape["head_dim"], config.router, layer)
+            for layer in range(shape["num_layers"])
+        ]
     return {
         f"layers.{layer}.{name}": value
-        for layer in range(shape["num_layers"])
+        for layer, router in enumerate(made)
         for name, value in router.state_dict().items()
     }
 

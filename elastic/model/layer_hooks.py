@@ -9,19 +9,28 @@ hidden size.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from elastic.attention.head_plan import HeadPlan
-from elastic.attention.layout import Layout, batch_layout, decode_layout, packed_layout
+from elastic.attention.layout import (
+    Layout,
+    batch_layout,
+    check_prompts,
+    check_user,
+    decode_layout,
+    packed_layout,
+    pairs,
+)
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.route_record import RouteRecord, find_record, new_record
 from elastic.model.families import RoutedAttention, prerope_keys
-from elastic.model.pass_state import AttachedState, ForwardPass, LayerCall, forced_on
+from elastic.model.pass_state import AttachedState, ForwardPass, LayerCall, PendingCall, forced_on
 from elastic.protocols import KVCache
-from elastic.routing.decision import decide_from_keys
+from elastic.routing.decision import decide_from_keys, decide_from_reach
+from elastic.routing.level import LevelRouter
 from elastic.routing.pooling import Pooling
 from elastic.routing.router import Decision
 
@@ -50,18 +59,18 @@ def before_attention(attn: RoutedAttention, args: Args, kwargs: dict[str, Any]) 
         raise ValueError("this layer was called outside the attached model's decoder; call the whole model")
     config, layout, layer = of_pass.config, of_pass.layout, attn.layer_idx
     elastic = cache if isinstance(cache, ElasticCache) else None
+    if elastic is not None:
+        elastic.layers[layer].begin(layout)
     if of_pass.mode_LNK is not None:
         plan = HeadPlan(of_pass.mode_LNK[layer], config.sparse, layout)
-        route = plan.mode_NK
-    else:
-        dropped = None if elastic is None else elastic.dropped(layer)
-        decision = route_layer(attn, args[0] if args else kwargs["hidden_states"], of_pass, cache, dropped)
-        of_pass.record.decisions[layer] = decision
-        route = decision.route_NK
-        plan = HeadPlan.build(route, config.sparse, layout, config.gradient_share, decision.mode_NK)
-    if elastic is not None:
-        elastic.layers[layer].plan = plan
-    return args, {**kwargs, CALL: LayerCall(of_pass, layer, route, plan, cache)}
+        if elastic is not None:
+            elastic.layers[layer].follow(plan)
+        return args, {**kwargs, CALL: LayerCall(of_pass, layer, plan.mode_NK, plan, cache)}
+    dropped = None if elastic is None else elastic.dropped(layer)
+    if attn.router.after_rope and of_pass.override is None:
+        return args, {**kwargs, CALL: PendingCall(of_pass, cache, dropped)}
+    decision = route_layer(attn, args[0] if args else kwargs["hidden_states"], of_pass, cache, dropped)
+    return args, {**kwargs, CALL: _planned(decision, layer, of_pass, cache)}
 
 
 def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardPass:
@@ -75,7 +84,7 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
     past = 0 if cache is None else int(cache.get_seq_length())
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     bounds, spans, user = (kwargs.pop(name, None) for name in ("cu_seq_lens", "prompt_spans", "user_spans"))
-    prompt_end, modes = None if spans is None else _spans("prompt_spans", spans)[:, 1], None
+    prompt_end, modes = None if spans is None else pairs("prompt_spans", spans)[:, 1], None
     record = find_record(cache)
     user = _user_spans(user, forced_on(state).user_spans, rows)
     if past and queries == 1 and bounds is None and record is not None and record.layout is not None:
@@ -97,12 +106,12 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
         layout = batch_layout(rows, queries, past, tokens.device, mask, prompt_end, user)
         layout = _later_turn(layout, record, user)
     if prompt_end is not None:
-        _check_prompts(layout, spans)
+        check_prompts(layout, spans)
     if user is not None and modes is None:
-        _check_user(layout, user)
+        check_user(layout, user)
     return ForwardPass(
         layout, config, override=override, mode_LNK=modes, row_slice=row_slice, temperature=state.temperature,
-        fused=state.fused,
+        fused=state.fused, level_N=forced_on(state).level_N,
     )  # fmt: skip
 
 
@@ -129,12 +138,48 @@ def route_layer(
         decision = Decision(route, None, None)
     else:
         decision = _decide(attn, hidden_BSE, of_pass, record)
+    return _settled(decision, attn.layer_idx, of_pass, record, dropped_NK)
+
+
+def decide_after_rope(
+    attn: RoutedAttention, q_BHSD: Tensor, k_BKSD: Tensor, scale: float, call: PendingCall
+) -> LayerCall:
+    """The call of a layer whose router looks at queries and keys after RoPE, now that they are there."""
+    of_pass, layer, cache, dropped = call.of_pass, attn.layer_idx, call.cache, call.dropped_NK
+    if of_pass.row_slice.size > 1:
+        raise ValueError(
+            "level routers look at the last queries and all keys of a row, of which context parallelism leaves each "
+            "process a slice; train them with DDP or FSDP, or use routers of kind paper"
+        )
+    record = _record(cache, of_pass.layout, layer)
+    earlier = of_pass.record.decisions[layer - 1].reach_NR if layer else None
+    decision = decide_from_reach(
+        cast(LevelRouter, attn.router), q_BHSD, k_BKSD, of_pass.layout, of_pass.config, scale, earlier,
+        dropped_NK=dropped, level_N=of_pass.level_N, temperature=of_pass.temperature,
+    )  # fmt: skip
+    return _planned(_settled(decision, layer, of_pass, record, dropped), layer, of_pass, cache)
+
+
+def _planned(decision: Decision, layer: int, of_pass: ForwardPass, cache: KVCache | None) -> LayerCall:
+    """What attention is told of a decision, which the pass and an elastic cache remember."""
+    config = of_pass.config
+    of_pass.record.decisions[layer] = decision
+    plan = HeadPlan.build(decision.route_NK, config.sparse, of_pass.layout, config.gradient_share, decision.mode_NK)
+    if isinstance(cache, ElasticCache):
+        cache.layers[layer].follow(plan)
+    return LayerCall(of_pass, layer, decision.route_NK, plan, cache)
+
+
+def _settled(
+    decision: Decision, layer: int, of_pass: ForwardPass, record: RouteRecord | None, dropped_NK: Tensor | None
+) -> Decision:
+    """The decision with what is fixed already, kept on the cache's record."""
     if dropped_NK is not None:
         streaming = float(of_pass.config.sparse.route1 == "streaming")
         decision = replace(decision, route_NK=torch.where(dropped_NK, streaming, decision.route_NK), mode_NK=None)
     if record is not None:
-        record.set_route(attn.layer_idx, decision.route_NK)
-        record.layout, record.override = layout, override
+        record.set_route(layer, decision.route_NK)
+        record.layout, record.override = of_pass.layout, of_pass.override
     return decision
 
 
@@ -181,19 +226,13 @@ def _given(route: int | Tensor, layer: int, samples: int, kv_heads: int, device:
     return torch.full((samples, kv_heads), float(route), device=device)
 
 
-def _spans(name: str, spans: Tensor) -> Tensor:
-    if spans.dim() != 2 or spans.shape[1] != 2:
-        raise ValueError(f"{name} has shape {list(spans.shape)}, expected [samples, 2] (start and end of each prompt)")
-    return spans.to(torch.int64)
-
-
 def _user_spans(given: Tensor | None, forced: Tensor | None, rows: int) -> Tensor | None:
     """Where the users' words are: as the call says, or `user_wrote`, for every beam of its rows."""
     if given is not None:
-        return _spans("user_spans", given)
+        return pairs("user_spans", given)
     if forced is None:
         return None
-    return _spans("user_spans", forced).repeat_interleave(max(1, rows // max(1, forced.shape[0])), 0)
+    return pairs("user_spans", forced).repeat_interleave(max(1, rows // max(1, forced.shape[0])), 0)
 
 
 def _later_turn(layout: Layout, record: RouteRecord | None, user: Tensor | None) -> Layout:
@@ -201,33 +240,3 @@ def _later_turn(layout: Layout, record: RouteRecord | None, user: Tensor | None)
     if not layout.past or user is not None or record is None or record.layout is None:
         return layout
     return replace(layout, user_begin_N=record.layout.user_begin_N)
-
-
-def _check_user(layout: Layout, spans: Tensor) -> None:
-    """Users' words must be non-empty parts of the prompts, one each. Checked where the spans are on the CPU."""
-    samples = layout.row_N.shape[0]
-    if spans.shape[0] != samples:
-        raise ValueError(f"user_spans has {spans.shape[0]} parts for {samples} samples; expected one each")
-    if spans.device.type != "cpu":
-        return
-    limits = torch.stack([layout.begin_N, layout.prompt_end_N], 1).cpu()
-    for n, ((start, stop), (begin, end)) in enumerate(zip(spans.tolist(), limits.tolist(), strict=True)):
-        if not begin <= start < stop <= end:
-            raise ValueError(
-                f"user span [{start}, {stop}) of sample {n} is not a part of its prompt, the tokens [{begin}, {end}), "
-                "of at least one token"
-            )
-
-
-def _check_prompts(layout: Layout, spans: Tensor) -> None:
-    """Prompts must be the non-empty heads of their samples, one each."""
-    samples = layout.row_N.shape[0]
-    if spans.shape[0] != samples:
-        raise ValueError(f"prompt_spans has {spans.shape[0]} prompts for {samples} samples; expected one each")
-    for n, ((_, begin, end), (start, stop)) in enumerate(zip(layout.spans, spans.tolist(), strict=True)):
-        if start != begin or not begin < stop <= end:
-            raise ValueError(
-                f"prompt span [{start}, {stop}) of sample {n} does not fit; its tokens are [{begin}, {end}), and a "
-                "prompt "
-                "starts with its sample and holds at least one token"
-            )

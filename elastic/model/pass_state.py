@@ -118,12 +118,14 @@ class Forced:
         sparse: modes and pattern sizes.
         bias: `sparsity_bias`.
         user_spans: int64 [B, 2]; where the users' words are in the prompts to come.
+        level_N: MSR [N] at which level routers run each sample, whatever they would say.
     """
 
     route: int | Tensor | None = None
     sparse: SparseConfig | None = None
     bias: float | None = None
     user_spans: Tensor | None = None
+    level_N: Tensor | None = None
 
     def applied_to(self, config: ElasticConfig) -> ElasticConfig:
         """The configuration under these modes and this bias."""
@@ -163,19 +165,36 @@ class ForwardPass:
         record: what the layers decide.
         override: routes given from outside; None lets the routers decide.
         mode_LNK: in a decode step what every head does, by the decisions of the prefill; None: routes are decided.
+        level_N: MSR that level routers are given, see `Forced`.
         row_slice, temperature, fused: see `AttachedState`.
     """
 
-    __slots__ = ("config", "fused", "layout", "mode_LNK", "override", "record", "row_slice", "temperature")
+    __slots__ = ("config", "fused", "layout", "level_N", "mode_LNK", "override", "record", "row_slice", "temperature")
 
     def __init__(
         self, layout: Layout, config: ElasticConfig, *, override: int | Tensor | None = None,
         mode_LNK: Tensor | None = None, row_slice: RowSlice | None = None, temperature: float = 1.0, fused: bool = True,
+        level_N: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.layout, self.config, self.record = layout, config, PassRecord(layout)
         self.override, self.mode_LNK = override, mode_LNK
         self.row_slice = row_slice or RowSlice()
-        self.temperature, self.fused = temperature, fused
+        self.temperature, self.fused, self.level_N = temperature, fused, level_N
+
+
+@dataclass(frozen=True, eq=False)
+class PendingCall:
+    """What the attention function is handed where the router decides after RoPE.
+
+    Attributes:
+        of_pass: the pass.
+        cache: the KV cache that the layer was given, or None.
+        dropped_NK: bool; heads whose cached keys allow streaming attention only.
+    """
+
+    of_pass: ForwardPass
+    cache: KVCache | None = None
+    dropped_NK: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

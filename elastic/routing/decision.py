@@ -1,5 +1,6 @@
-"""A layer's decision from the keys at the prompt's boundaries: pooling, router, route. Inference on a GPU runs one
-fused kernel, everything else PyTorch; reports say which.
+"""A layer's decision: from the keys at the prompt's boundaries before RoPE (pooling, router, route), or from its reach
+after RoPE (level routers). Boundary decisions in inference on a GPU run one fused kernel, everything else PyTorch;
+reports say which.
 
 Legend: N samples, B rows, S tokens, E hidden size, P pooled tokens at either end of the prompt, M = N * 2P, K KV heads,
 D head dim.
@@ -9,11 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
+from elastic.attention.layout import Layout
 from elastic.attention.modes import mode_ids
+from elastic.attention.prompt_reach import prompt_reach
 from elastic.attention.row_slice import RowSlice
 from elastic.config import ElasticConfig
 from elastic.kernels import unsupported_reason
 from elastic.kernels.route_prompt import route_prompt
+from elastic.routing.level import LevelRouter
 from elastic.routing.pooling import Pooling, half_sums
 from elastic.routing.relaxation import decide, sample_route
 from elastic.routing.router import AttentionRouter, Decision, Router
@@ -42,6 +46,31 @@ def decide_from_keys(
     bias = config.sparsity_bias
     route = sample_route(logits, temperature) if router.training else decide(logits.detach(), bias)
     return Decision(route, logits, pooled.detach()), first
+
+
+def decide_from_reach(
+    router: LevelRouter, q_BHSD: Tensor, k_BKSD: Tensor, layout: Layout, config: ElasticConfig, scale: float,
+    earlier_NR: Tensor | None, *, dropped_NK: Tensor | None = None, level_N: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Decision:  # fmt: skip
+    """Decision of a level router from queries and keys after RoPE, at most the last 32 of what the user wrote.
+
+    Args:
+        earlier_NR: reach in the layers before; None in the first.
+        dropped_NK: bool; heads whose cached keys are not all there, so that they tell nothing.
+        level_N: MSR that each sample is run at instead, see `at_level`.
+    """
+    found = prompt_reach(q_BHSD, k_BKSD, layout, config.sparse, scale)
+    reached = router.with_earlier(found.largest, found.recent, earlier_NR, dropped_NK)
+    features = router.features(reached, layout.user_end_N - layout.begin_N, config.sparse)
+    logits = router(features)
+    if level_N is not None:
+        route = router.route_at(level_N.expand(features.shape[0]))
+    elif router.training:
+        route = sample_route(logits, temperature)
+    else:
+        route = decide(logits.detach(), config.sparsity_bias)
+    return Decision(route, logits, features.detach(), reach_NR=reached)
 
 
 def is_fused(router: Router, keys_N2PKD: Tensor) -> bool:

@@ -24,28 +24,35 @@ class Decision:
 
     Attributes:
         route_NK: in {0, 1}, with the straight-through gradient in training.
-        logits_NK2, pooled_NKD: what it was decided from; None when the route was given from outside.
+        logits_NK2: what it was decided from; None when the route was given from outside, as are the next.
+        features: pooled keys [N, K, D], or the features [N, F] of a level router.
         mode_NK: the route in modes of the head plan, where the kernel that decided made it too.
+        reach_NR: reach in this layer and those before, which a level router of the next layer must know.
     """
 
     route_NK: Tensor
     logits_NK2: Tensor | None
-    pooled_NKD: Tensor | None
+    features: Tensor | None
     mode_NK: Tensor | None = None
+    reach_NR: Tensor | None = None
 
 
 class Router(nn.Module):
-    """What the routers of all kinds share: pooled keys [N, K, D] in, logits [N, K, 2] out.
+    """What the routers of all kinds share: features in, pooled keys [N, K, D] unless said otherwise; logits [N, K, 2]
+    out.
 
     Attributes:
         kv_heads: K.
+        after_rope: whether it looks at queries and keys after RoPE, so that the layer is routed then.
     """
+
+    after_rope = False
 
     def __init__(self, num_kv_heads: int) -> None:
         super().__init__()
         self.kv_heads = num_kv_heads
 
-    def update_statistics(self, _pooled_NKD: Tensor) -> None:
+    def update_statistics(self, _features: Tensor) -> None:
         """Gather statistics of the features, where this kind keeps any."""
 
     def begin_at(self, _sparse_logit: float) -> None:
@@ -180,13 +187,6 @@ def _keep_variance(layer: nn.Module) -> None:
     assert isinstance(layer, nn.Linear)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     nn.init.zeros_(layer.bias)
-
-
-def build_router(num_kv_heads: int, head_dim: int, config: RouterConfig) -> Router:
-    """A router of the configured kind."""
-    if config.kind == "static":
-        return StaticRouter(num_kv_heads)
-    return AttentionRouter(num_kv_heads, head_dim, config)
 
 
 def entropy(logits: Tensor) -> Tensor:

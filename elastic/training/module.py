@@ -16,7 +16,7 @@ from elastic.attention.routed import backend_for
 from elastic.config import ElasticConfig
 from elastic.data.packing import Batch
 from elastic.data.tasks import TASKS
-from elastic.model.attach import last_routes, pooled_keys, routers, set_temperature, update_statistics
+from elastic.model.attach import last_features, last_routes, routers, set_temperature, update_statistics
 from elastic.model.checkpoint import MULTIPLIERS, is_trainable
 from elastic.model.compiling import compile_layers
 from elastic.model.loading import architecture_hash
@@ -139,7 +139,7 @@ class ElasticModule(RoutedModule):
                 # same, and so do other numbers of processes.
                 torch.manual_seed(noise_seed(self.noise_seed, step, self.global_rank * len(batch) + index))
                 self._accumulate(micro, len(batch), samples, averages)
-            pooled.append(pooled_keys(self.model))
+            pooled.append(last_features(self.model))
         if progress < self.optimiser.warmup:
             update_statistics(self.model, torch.cat(pooled, dim=1))  # once: all micro-batches see the same features
         weights = [p for group in descent.param_groups for p in group["params"]]

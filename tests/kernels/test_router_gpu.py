@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.kernels.route_prompt import RoutedPrompt, route_prompt
-from elastic.model.attach import attach, last_routes, pooled_keys
+from elastic.model.attach import attach, last_features, last_routes
 from elastic.routing.relaxation import decide
 from elastic.routing.router import AttentionRouter
 from tests.helpers.models import tiny_model, varied_routers
@@ -125,7 +125,7 @@ def test_a_model_routes_as_in_pytorch(family: str) -> None:
         decisions = model._elastic_handle.state.last.record.decisions
         kernel = all(decision.mode_NK is not None for decision in decisions.values())
         assert kernel == fused
-        found.append((first, last_routes(model), pooled_keys(model)))
+        found.append((first, last_routes(model), last_features(model)))
     torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-2, atol=1e-2)
     for one, other in zip(found[0][:2], found[1][:2], strict=True):
         sure = (other.logits[..., 1] - other.logits[..., 0]).abs() > 0.05  # later layers read bf16 outputs of earlier

@@ -13,9 +13,9 @@ from elastic.model.attach import (
     detach,
     elastic_config,
     is_attached,
+    last_features,
     last_routes,
     override_routes,
-    pooled_keys,
     route_of,
     routers,
     set_config,
@@ -140,9 +140,9 @@ def test_a_new_turn_routes_again_over_the_whole_conversation():
     cache = DynamicCache(config=model.config)
     model(first, past_key_values=cache)
     model(second, past_key_values=cache)
-    turn = pooled_keys(model)[0]
+    turn = last_features(model)[0]
     model(torch.cat([first, second], 1), use_cache=False)
-    torch.testing.assert_close(turn, pooled_keys(model)[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(turn, last_features(model)[0], rtol=0, atol=1e-6)
     assert route_of(cache).prompt_lengths.tolist() == [70]
 
 
@@ -155,7 +155,7 @@ def test_generated_tokens_are_never_pooled():
     layer = model.model.layers[0]
     keys = prerope_keys(layer.self_attn, layer.input_layernorm(model.model.embed_tokens(ids)))
     expected = keys[:, [*range(5), 7, *range(29, 37)]].mean(1)
-    torch.testing.assert_close(pooled_keys(model)[0], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(last_features(model)[0], expected, rtol=0, atol=1e-6)
 
 
 def test_static_cache_generates_the_same_tokens():
@@ -241,9 +241,9 @@ def test_only_routers_are_trainable_and_statistics_are_gathered():
     assert names and all(".self_attn.router." in name for name in names)
     before = routers(model)[1].count.clone()
     model(random_ids(3, 40))
-    update_statistics(model, pooled_keys(model))
+    update_statistics(model, last_features(model))
     assert before == 0 and routers(model)[1].count == 3
-    pooled = pooled_keys(model)[1]
+    pooled = last_features(model)[1]
     torch.testing.assert_close(routers(model)[1].mean, pooled.mean(0))
     torch.testing.assert_close(routers(model)[1].var, pooled.var(0, unbiased=False), rtol=1e-4, atol=1e-7)
 

@@ -19,9 +19,9 @@ from elastic.model.attach import (
     detach,
     elastic_config,
     is_attached,
+    last_features,
     last_routes,
     override_routes,
-    pooled_keys,
     route_of,
     set_config,
 )
@@ -275,4 +275,4 @@ def test_two_models_are_forced_one_by_one() -> None:
         for model in (one, two):
             model(IDS, use_cache=False)
     assert last_routes(one).route.min() == 1.0 and last_routes(two).route.max() == 0.0
-    assert pooled_keys(one).shape == (LAYERS, 2, KV_HEADS, 16)
+    assert last_features(one).shape == (LAYERS, 2, KV_HEADS, 16)

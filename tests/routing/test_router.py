@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from elastic.config import RouterConfig
+from elastic.routing.kinds import build_router
 from elastic.routing.pooling import BoundarySlots, half_sums
-from elastic.routing.router import MIN_STATISTICS, AttentionRouter, build_router, entropy
+from elastic.routing.router import MIN_STATISTICS, AttentionRouter, entropy
 
 
 def naive_pool(keys_SKD: torch.Tensor, begin: int, end: int, pool: int) -> torch.Tensor:

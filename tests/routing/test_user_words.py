@@ -12,11 +12,11 @@ from elastic.config import ElasticConfig, RouterConfig
 from elastic.data.prompts import EncodedPrompt
 from elastic.inference.generate import answer_tokens, load, new_cache
 from elastic.model import loading
-from elastic.model.attach import attach, last_routes, pooled_keys, user_wrote
+from elastic.model.attach import attach, last_features, last_routes, user_wrote
 from elastic.model.checkpoint import save_elastic
 from tests.helpers.models import FAMILIES, left_padded, random_ids, small_config, tiny_model, varied_routers
 
-USER = slice(12, 60)  # of 70 tokens; before it stands a system prompt, after it the template's end
+USER = slice(12, 60)  # of 70 tokens; before it comes a system prompt, after it the template's end
 
 
 def routed(family="llama", **router):
@@ -41,12 +41,12 @@ def test_the_first_layer_sees_the_users_words_alone(family):
     model, ids, other = routed(family), random_ids(1, 70), random_ids(1, 33, seed=5)
     user = ids[:, USER]
     decided(model, ids, user_spans=span([12, 60]))
-    here = pooled_keys(model)[0]
+    here = last_features(model)[0]
     elsewhere = torch.cat([other, user, other[:, :3]], 1)
     decided(model, elsewhere, user_spans=span([33, 81]))
-    torch.testing.assert_close(pooled_keys(model)[0], here)
+    torch.testing.assert_close(last_features(model)[0], here)
     decided(model, ids)
-    assert not torch.allclose(pooled_keys(model)[0], here)
+    assert not torch.allclose(last_features(model)[0], here)
 
 
 def test_routers_of_older_checkpoints_see_the_whole_prompt():

@@ -10,7 +10,8 @@ from elastic import cli
 from elastic.config import ElasticConfig, RouterConfig
 from elastic.model.attach import attach, last_routes, override_routes, routers
 from elastic.model.checkpoint import WEIGHTS, load_into, save_elastic
-from elastic.routing.router import StaticRouter, build_router
+from elastic.routing.kinds import build_router
+from elastic.routing.router import StaticRouter
 from elastic.training.config import OptimiserConfig
 from elastic.training.multipliers import LagrangeMultipliers
 from tests.helpers.models import KV_HEADS, LAYERS, random_ids, small_config, tiny_model

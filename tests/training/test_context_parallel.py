@@ -9,7 +9,7 @@ from torch import multiprocessing
 
 from elastic.attention.row_slice import RowSlice
 from elastic.data.packing import Sample, collate, pack
-from elastic.model.attach import attach, last_routes, override_routes, pooled_keys, routers, set_row_slice
+from elastic.model.attach import attach, last_features, last_routes, override_routes, routers, set_row_slice
 from elastic.routing.sparsity import msr
 from elastic.training.context_parallel import RowSliceGroup, context_parallel, divergence, language_loss, shard
 from elastic.training.losses import chunked_cross_entropy
@@ -51,7 +51,7 @@ def trained_pass(model, row_slice: RowSlice, checkpointing: bool) -> dict[str, t
     return {
         "hidden": hidden.detach(),
         "route": state.route.detach(),
-        "pooled": pooled_keys(model),
+        "pooled": last_features(model),
         "density": torch.zeros(0) if state.density is None else state.density,
         "loss": loss.detach(),
         "gradients": torch.cat([p.grad.reshape(-1) for p in [*parameters, *multipliers.parameters()]]),
