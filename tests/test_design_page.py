@@ -120,7 +120,7 @@ def test_defaults():
 
 def test_routers_in_a_checkpoint():
     rows = fields_of("router.safetensors")
-    sizes = {"D": 8, "K": 3, "T": len(beside("task_index", "TASKS")), "F": 2 * 3 + 1}
+    sizes = {"D": 8, "K": 3, "T": len(beside("task_index", "TASKS")), "C": len(public("CLASSES")), "F": 2 * 3 + 1}
 
     def documented(*kinds: str) -> dict[str, tuple[list[int], str]]:
         return {
@@ -147,12 +147,12 @@ def test_routers_in_a_checkpoint():
     assert coded(public("BudgetMultipliers")(), "multipliers.") == documented("quality")
     with safe_open(SHIPPED / "router.safetensors", "pt") as file:
         names = {re.sub(r"^layers\.\d+\.", "", name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    assert names == set(documented("paper", "head_offset", "target"))
+    assert names == {*documented("paper", "head_offset"), "multipliers.l1", "multipliers.l2"}  # of an earlier version
 
 
 def _numbers(shape: str, sizes: dict[str, int]) -> str:
     """`[4D, 2]` with numbers for letters."""
-    return re.sub(r"(\d*)([DFKT])", lambda found: str(int(found[1] or 1) * sizes[found[2]]), shape)
+    return re.sub(r"(\d*)([CDFKT])", lambda found: str(int(found[1] or 1) * sizes[found[2]]), shape)
 
 
 def test_description_of_a_checkpoint(tmp_path):
@@ -228,6 +228,7 @@ def test_what_evaluation_writes():
         (sample,) = module.predict_step(batch, 0)
     assert list(sample) == list(fields_of("predictions.jsonl"))
     assert list(public("results_of")(module, "test", None)) == list(fields_of("results_<stage>.json"))
+    assert list(fields_of("samples_<stage>.jsonl")) == [*public("ABOUT"), "<method>_<score>", "<ratio>"]
     checkpoint: dict = {"state_dict": {}}
     module.on_save_checkpoint(checkpoint)
     assert list(checkpoint["elastic"]) == list(fields_of("last.ckpt"))

@@ -6,7 +6,9 @@ from pathlib import Path
 from elastic.bench.e2e_tables import FIRST_TOKEN, e2e_cells
 from elastic.bench.records import DIGITS, LEFT_OUT, Measurement
 from elastic.bench.studies import ablation, evaluation, methods
-from elastic.bench.studies.routing_tables import HEADLINE, NOTES, curve_cells, headline_cells, source_cells
+from elastic.bench.studies.leads import paired_cells
+from elastic.bench.studies.routing_notes import PAIRED_NOTES, notes
+from elastic.bench.studies.routing_tables import HEADLINE, curve_cells, headline_cells, source_cells
 from elastic.console import table
 
 HEADLINES = ("attention", "backward", "e2e", "decode", "router", "routing")  # runs that the page opens with
@@ -135,7 +137,9 @@ def stated(record: Measurement) -> str:
 def quality(found: Sequence[Measurement]) -> list[str]:
     """The part of the page about trained routers."""
     made = (headline_cells(found), curve_cells(found), source_cells(found))
-    return [NOTES, "", *(line for header, rows in made for line in _table(header, rows))]
+    header, rows = paired_cells(found)
+    paired = [PAIRED_NOTES, "", *_table(header, rows)] if rows else []
+    return [notes(found), "", *(line for header, rows in made for line in _table(header, rows)), *paired]
 
 
 def shape_of(record: Measurement) -> str:

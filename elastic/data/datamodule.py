@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import ConcatDataset, DataLoader, Sampler
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, Sampler
 
 from elastic.data.packing import Batch, PackedRow, collate
 from elastic.data.shards import open_corpus, verify
@@ -139,11 +140,61 @@ class _Micro:
         return [collate(rows[i : i + self.rows]) for i in range(0, len(rows), self.rows)]
 
 
+class PlacedBatch(Batch):
+    """A batch of evaluation.
+
+    place: int64 [N, 3], where each sample lies in the data: its corpus (its place among those of the split's manifest),
+        row in the corpus, place in the row. The same for any weights, number of processes and rows of a batch.
+    counted: bool [N], False in rows that are read again only so that all processes take equally many steps.
+    """
+
+    place: Tensor
+    counted: Tensor
+
+
+class PlacedRows(Dataset[Any]):
+    """Rows of some corpora one after the other, each with its `place` and whether it is `counted`; past their end they
+    begin again, not counted.
+
+    Args:
+        corpora: rows by the corpus' place in the manifest.
+    """
+
+    def __init__(self, corpora: dict[int, Any]) -> None:
+        self.rows: Any = ConcatDataset(list(corpora.values()))
+        self.places = [(corpus, row) for corpus, rows in corpora.items() for row in range(len(rows))]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        place = index % len(self)
+        return {**self.rows[place], "place": self.places[place], "counted": index < len(self)}
+
+
+class SharedRows(DistributedSampler[Any]):
+    """Every `num_replicas`-th row for each process, beyond the last row where they would not be equally many. Lightning
+    leaves samplers of this class as they are.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, self.total_size, self.num_replicas))
+
+
+def collate_placed(rows: list[dict[str, Any]]) -> PlacedBatch:
+    """Join rows of `PlacedRows` into one batch."""
+    batch = collate(rows)  # type: ignore[arg-type]  # rows with two fields more
+    sizes = [len(row["task_id"]) for row in rows]
+    places = [(*row["place"], index) for row, size in zip(rows, sizes, strict=True) for index in range(size)]
+    counted = [row["counted"] for row, size in zip(rows, sizes, strict=True) for _ in range(size)]
+    return PlacedBatch(**batch, place=torch.tensor(places), counted=torch.tensor(counted))
+
+
 class MixtureDataModule(LightningDataModule):
     """Packed corpora of one data folder, sensitive and robust ones mixed by weight.
 
-    In training every process gets its own share of each step's rows. In evaluation every process reads every row, so
-    that all take equally many steps and results do not depend on their number.
+    In training every process gets its own share of each step's rows. Validation and test rows are shared out too, one
+    by one; some are read twice where they do not divide, so that all processes take equally many steps, but count once.
 
     Args:
         data_dir: folder written by `elastic data_prep tokenize_and_pack`.
@@ -200,22 +251,34 @@ class MixtureDataModule(LightningDataModule):
         sampler = MixtureSampler(sizes, weights, self.rows_per_step, self.seed, rank, world)
         return ResumableLoader(ConcatDataset(data), sampler, self.micro_batch_rows, self.num_workers)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Batches of `micro_batch_rows` rows, in order."""
+    def val_dataloader(self) -> DataLoader[PlacedBatch]:
+        """Batches of `micro_batch_rows` rows, in order; this process's share."""
         return self._sequential("validation")
 
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Batches of `micro_batch_rows` rows, in order."""
+    def test_dataloader(self) -> DataLoader[PlacedBatch]:
+        """Batches of `micro_batch_rows` rows, in order; this process's share."""
         return self._sequential("test")
 
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """Batches of `micro_batch_rows` rows, in order."""
-        return self._sequential("test")
+    def predict_dataloader(self) -> DataLoader[PlacedBatch]:
+        """Batches of `micro_batch_rows` rows, in order; all of them in every process."""
+        return self._sequential("test", shared=False)
 
-    def _sequential(self, split: str) -> DataLoader[Batch]:
-        data = [open_corpus(self.data_dir, split, name) for name in self._corpora(split)]
-        rows = self.micro_batch_rows
-        return DataLoader(ConcatDataset(data), batch_size=rows, collate_fn=collate, num_workers=self.num_workers)
+    def _sequential(self, split: str, shared: bool = True) -> DataLoader[PlacedBatch]:
+        chosen = self._corpora(split)
+        known = list((self.manifest or {})["splits"][split])
+        data = PlacedRows({known.index(name): open_corpus(self.data_dir, split, name) for name in chosen})
+        world = self.trainer.world_size if self.trainer and shared else 1
+        sampler = None
+        if world > 1:
+            rank = self.trainer.global_rank if self.trainer else 0
+            sampler = SharedRows(data, num_replicas=world, rank=rank, shuffle=False)
+        return DataLoader(
+            data,
+            batch_size=self.micro_batch_rows,
+            sampler=sampler,
+            collate_fn=collate_placed,
+            num_workers=self.num_workers,
+        )
 
     def _corpora(self, split: str) -> list[str]:
         """Corpora of a split that the weights leave in."""

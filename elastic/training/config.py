@@ -28,12 +28,12 @@ class OptimiserConfig:
         clip_norm: bound on the norm of the routers' gradient.
         multiplier_lr: peak rate of the multipliers' ascent. The paper's 1e-3 hardly moves them within a few hundred
             steps; short runs need 2e-2 or more.
-        multiplier_limit: bound on |l1| and l2.
+        multiplier_limit: bound on every multiplier; none is below 0.
         warmup: share of the steps with linearly rising rates, in which the feature statistics are gathered.
         heads_first: share of the steps in which only logits of single heads learn (`router.head_offset`), before the
             shared router begins with a warm-up of its own, so that which heads matter is looked for before how many of
-            them an input needs. Until then objective `target` holds all tasks to the interval that spans theirs. 0 lets
-            both begin together.
+            them an input needs. Until then objective `target` holds all inputs to the interval that spans those of the
+            tasks, by multipliers of its own; the tasks' begin with the shared router. 0 lets all begin together.
         start: SA logit of every head before the first step. 0 is the paper's, undecided; below 0 training begins near
             the dense model, where dropping one head shows: with half of the heads dropped at random retrieval is gone
             whatever the rest do, and its gradient says nothing.
@@ -108,6 +108,8 @@ class ObjectiveConfig:
         price: quality: what every multiplier begins at.
         average: target: cross-entropy is the mean over answer `tokens` (the paper), or over the answers of each task
             and then over `tasks`. By tokens, a continuation of 256 tokens weighs as much as fifty answers of five.
+        damping: target: what the price of the squared distance to a target begins at. 0 is the paper's; above 0 MSR
+            swings less about its target, since linear prices alone have nothing that slows it down.
     """
 
     kind: ObjectiveKind = "target"
@@ -116,6 +118,7 @@ class ObjectiveConfig:
     budgets: dict[str, float] = field(default_factory=dict)
     price: float = 0.0
     average: Average = "tokens"
+    damping: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ObjectiveKind):
@@ -128,8 +131,9 @@ class ObjectiveConfig:
             )
         if not _number("objective.cost", self.cost) > 0:
             raise ValueError(f"objective.cost={self.cost} is not positive; 1.0 is usual")
-        if _number("objective.price", self.price) < 0:
-            raise ValueError(f"objective.price={self.price} is below 0; 0 is the default")
+        for name in ("price", "damping"):
+            if _number(f"objective.{name}", value := getattr(self, name)) < 0:
+                raise ValueError(f"objective.{name}={value} is below 0; 0 is the default")
         for task, value in {"": self.budget, **self.budgets}.items():
             name = f"objective.budgets[{task!r}]" if task else "objective.budget"
             if task:

@@ -7,6 +7,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from elastic.config import ElasticConfig
+from elastic.data.datamodule import PlacedBatch
 from elastic.data.packing import Batch
 from elastic.data.shards import sources_of
 from elastic.data.tasks import TASKS
@@ -14,10 +15,20 @@ from elastic.model.attach import attach, biased, last_routes, override_routes, s
 from elastic.model.checkpoint import load_into, read_elastic
 from elastic.model.loading import DTYPES, architecture, load_backbone
 from elastic.protocols import CausalLM, Decoder
-from elastic.routing.methods import columns, parse_methods, ratio_columns
+from elastic.routing.methods import parse_methods, ratio_columns
 from elastic.routing.sparsity import esr, msr, xattention_heads
-from elastic.training.metrics import Answers, LayerDensity, RouteShare, TaskMeans, score_answers
+from elastic.training.losses import answer_divergence, labelled_positions
+from elastic.training.metrics import (
+    DIVERGENCE,
+    Answers,
+    LayerDensity,
+    RouteShare,
+    TaskMeans,
+    judged_columns,
+    score_answers,
+)
 from elastic.training.resume import check_data
+from elastic.training.sample_records import SOURCE, TASK, SampleRecords
 from elastic.training.sharding import ShardedBackbone, shard_backbone
 
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -60,6 +71,7 @@ class RoutedModule(LightningModule):
         self.source_results: dict[str, dict[str, float]] = {}
         self.route_maps: dict[str, Tensor] = {}
         self.densities: dict[str, list[float | None]] = {}
+        self.sample_results: tuple[Tensor, Tensor] = torch.zeros(0), torch.zeros(0)
 
     def configure_model(self) -> None:
         """Load the backbone and attach routers, once; refuse what cannot be trained before anything runs."""
@@ -86,11 +98,12 @@ class RoutedModule(LightningModule):
             shard_backbone(self.model, self.device_mesh["data_parallel"])
         size = self.shape["num_layers"], self.shape["num_kv_heads"]
         self.fixed_routes = [method.routes(*size, self.shape) for method in self.methods]
-        self.columns = columns(self.methods)
+        self.columns = judged_columns(self.methods)
         self.means = TaskMeans(self.columns)
         manifest = getattr(data, "manifest", None) or {"splits": {}}
         sources = {name for split in manifest["splits"] for name in sources_of(manifest, split)}
         self.source_means = TaskMeans(self.columns, tuple(sorted(sources)))
+        self.samples = SampleRecords(self.columns)
         self.route_share = RouteShare(*size)
         counted = (method.name for method in self.methods if method.sparse(self.elastic.sparse).has("xattention"))
         self.density = LayerDensity(tuple(counted), self.shape["num_layers"])
@@ -113,11 +126,11 @@ class RoutedModule(LightningModule):
         """Final hidden states [1, S, E] of a packed batch; the routes are then in `last_routes(self.model)`."""
         return packed_hidden_states(self.model, batch)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: PlacedBatch, batch_idx: int) -> None:
         """Scores of every method on one batch."""
         self._evaluate(batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: PlacedBatch, batch_idx: int) -> None:
         """Scores of every method on one batch."""
         self._evaluate(batch)
 
@@ -136,30 +149,64 @@ class RoutedModule(LightningModule):
             for n in range(len(batch["task_id"]))
         ]
 
-    def _answers(self, batch: Batch) -> Answers:
-        hidden, head = self.hidden_states(batch), self.model.get_output_embeddings()
-        return score_answers(hidden, head, batch["labels"], batch["cu_seq_lens"], self.loss_chunk)
+    def _answers(self, batch: Batch, hidden_1SE: Tensor | None = None) -> Answers:
+        """Scores of the answers, after a forward pass where the final hidden states are not given."""
+        hidden_1SE = self.hidden_states(batch) if hidden_1SE is None else hidden_1SE
+        head = self.model.get_output_embeddings()
+        return score_answers(hidden_1SE, head, batch["labels"], batch["cu_seq_lens"], self.loss_chunk)
 
     @torch.no_grad()
-    def _evaluate(self, batch: Batch) -> None:
+    def _dense_answers(self, batch: Batch) -> Tensor:
+        """Hidden states [P, E] of the dense pass at the labelled positions, the teacher of a divergence. Runs before
+        the routed pass, whose routes stay the last ones.
+        """
+        with override_routes(self.model, 0, self.elastic.sparse.dense):
+            return labelled_positions(self.hidden_states(batch), batch["labels"])[0]
+
+    @torch.no_grad()
+    def _evaluate(self, batch: PlacedBatch) -> None:
+        """Measure every method on the samples of a batch, the dense model first."""
+        pairs = list(zip(self.methods, self.fixed_routes, strict=True))
+        pairs.sort(key=lambda pair: pair[0].kind != "dense")
+        dense_PE = None if pairs[0][0].kind == "dense" else self._dense_answers(batch)
         values: dict[str, Tensor] = {}
-        for method, routes in zip(self.methods, self.fixed_routes, strict=True):
+        kept = batch["counted"]
+        for method, routes in pairs:
             sparse = method.sparse(self.elastic.sparse)
             with override_routes(self.model, routes, sparse), biased(self.model, method.bias):
-                scores = self._answers(batch).scores
-            state = last_routes(self.model)
+                hidden = self.hidden_states(batch)
+            scores, state = self._answers(batch, hidden).scores, last_routes(self.model)
+            if dense_PE is None:
+                dense_PE = labelled_positions(hidden, batch["labels"])[0]
+            else:
+                scores[DIVERGENCE] = self._divergence(batch, hidden, dense_PE)
             if state.density is not None:
-                self.density.update(method.name, state.density, xattention_heads(state.route, sparse))
+                runs = xattention_heads(state.route, sparse)
+                self.density.update(method.name, state.density[:, kept], runs[:, kept])
             last, overall = esr(state.route, state.lengths, sparse, state.density)
             measured = {"msr": msr(state.route), "esr_last": last, "esr_all": overall}
             values |= {f"{method.name}_{name}": score for name, score in scores.items()}
             values |= {column: measured[ratio] for ratio, column in ratio_columns(method.name).items()}
             if method.name == "elastic":
-                self.route_share.update(batch["task_id"], state.route)
-        self.means.update(batch["task_id"], values)
-        if self.source_means.names:
-            places = [self.source_means.names.index(name) for name in batch["source"]]
-            self.source_means.update(torch.tensor(places), values)
+                self.route_share.update(batch["task_id"][kept], state.route[:, kept])
+        self._add(batch, {name: value[kept] for name, value in values.items()})
+
+    def _divergence(self, batch: Batch, hidden_1SE: Tensor, dense_PE: Tensor) -> Tensor:
+        """KL(dense || this pass) per sample, nats an answer token, fp32 [N]."""
+        head = self.model.get_output_embeddings()
+        return answer_divergence(hidden_1SE, dense_PE, head, batch["labels"], batch["cu_seq_lens"], self.loss_chunk)
+
+    def _add(self, batch: PlacedBatch, values: dict[str, Tensor]) -> None:
+        """Take in what was measured of the samples of a batch that count."""
+        kept, task_N = batch["counted"], batch["task_id"]
+        names = self.source_means.names
+        source_N = torch.tensor([names.index(name) if names else 0 for name in batch["source"]], device=task_N.device)
+        self.means.update(task_N[kept], values)
+        if names:
+            self.source_means.update(source_N[kept], values)
+        tokens_N = batch["cu_seq_lens"].diff().to(task_N)
+        about_NX = torch.cat([batch["place"], torch.stack([source_N, task_N, tokens_N], dim=1)], dim=1)
+        self.samples.update(about_NX[kept], values)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means per task."""
@@ -170,14 +217,21 @@ class RoutedModule(LightningModule):
         """Log the means per task."""
         self._finish("test")
 
+    def source_tasks(self) -> dict[str, str]:
+        """The task class of every source in the last evaluation whose samples are of one class."""
+        about, names = self.sample_results[0].long().tolist(), self.source_means.names
+        tasks: dict[str, set[str]] = {}
+        for line in about if names else ():
+            tasks.setdefault(names[line[SOURCE]], set()).add(TASKS[line[TASK]])
+        return {source: min(of) for source, of in sorted(tasks.items()) if len(of) == 1}
+
     def _finish(self, stage: str) -> None:
         self.results, self.route_maps = self.means.compute(), self.route_share.compute()
         self.source_results = self.source_means.compute() if self.source_means.names else {}
         self.densities = self.density.compute() if self.density.methods else {}
-        self.density.reset()
-        self.means.reset()
-        self.source_means.reset()
-        self.route_share.reset()
+        self.sample_results = self.samples.compute()
+        for metric in (self.density, self.means, self.source_means, self.route_share, self.samples):
+            metric.reset()
         for task, row in self.results.items():
             for name in self.columns:
                 self.log(f"{stage}/{name}/{task}", row[name], rank_zero_only=True)

@@ -3,6 +3,7 @@
 Legend: N samples, T task classes, L layers, K KV heads, S tokens, P labelled positions, E hidden size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,17 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from elastic.data.tasks import TASKS
+from elastic.routing.methods import Method, columns
 from elastic.training.losses import labelled_positions, labelled_samples
+
+DIVERGENCE = "kl"
+
+
+def judged_columns(methods: Sequence[Method]) -> tuple[str, ...]:
+    """Names of everything that evaluation measures per sample: `columns` of the methods, and `<method>_kl`, the
+    divergence from the dense model in nats an answer token, of all but that model itself.
+    """
+    return (*columns(methods), *(f"{method.name}_{DIVERGENCE}" for method in methods if method.kind != "dense"))
 
 
 @dataclass(frozen=True)

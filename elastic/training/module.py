@@ -16,15 +16,8 @@ from elastic.attention.routed import backend_for
 from elastic.config import ElasticConfig
 from elastic.data.packing import Batch
 from elastic.data.tasks import TASKS
-from elastic.model.attach import (
-    last_features,
-    last_routes,
-    override_routes,
-    routers,
-    set_temperature,
-    update_statistics,
-)
-from elastic.model.checkpoint import is_trainable
+from elastic.model.attach import last_features, last_routes, routers, set_temperature, update_statistics
+from elastic.model.checkpoint import MULTIPLIERS, is_trainable
 from elastic.model.compiling import compile_layers
 from elastic.model.loading import architecture_hash
 from elastic.routing.methods import DEFAULT_METHODS
@@ -33,7 +26,6 @@ from elastic.routing.sparsity import esr, msr
 from elastic.training import schedules
 from elastic.training.config import ObjectiveConfig, OptimiserConfig, TemperatureConfig
 from elastic.training.evaluation_module import RoutedModule
-from elastic.training.losses import labelled_positions
 from elastic.training.metrics import StepAverages
 from elastic.training.objective import Interval, RoutedPass, build_objective
 from elastic.training.resume import check_checkpoint, noise_seed
@@ -140,13 +132,13 @@ class ElasticModule(RoutedModule):
         set_temperature(self.model, temperature)
         descent, ascent = (optimiser.optimizer for optimiser in self.optimizers())  # type: ignore[union-attr]
         self._set_rates(descent, ascent)
-        pooled = []
+        samples, pooled = self._samples_per_pass(batch), []
         for index, micro in enumerate(batch):
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 # The noise depends on seed, step and place of the micro-batch in the step only: a resumed run draws the
                 # same, and so do other numbers of processes.
                 torch.manual_seed(noise_seed(self.noise_seed, step, self.global_rank * len(batch) + index))
-                self._accumulate(micro, len(batch), averages)
+                self._accumulate(micro, len(batch), samples, averages)
             pooled.append(last_features(self.model))
         if progress < self.optimiser.warmup:
             update_statistics(self.model, torch.cat(pooled, dim=1))  # once: all micro-batches see the same features
@@ -171,7 +163,7 @@ class ElasticModule(RoutedModule):
         self._log_step(
             {
                 **means,
-                **self.multipliers.by_task(),
+                **self.multipliers.by_class(),
                 "temperature": temperature,
                 "lr": descent.param_groups[0]["lr"],
                 "multiplier_lr": ascent.param_groups[0]["lr"],
@@ -180,14 +172,32 @@ class ElasticModule(RoutedModule):
             }
         )
 
-    def _accumulate(self, batch: Batch, parts: int, averages: StepAverages) -> None:
+    def _samples_per_pass(self, batch: list[Batch]) -> Tensor:
+        """Samples of each task in the step, over all micro-batches and processes, divided by the number of passes,
+        float [T]: see `RoutedPass.samples_T`.
+        """
+        count_T = torch.bincount(torch.cat([micro["task_id"] for micro in batch]), minlength=len(TASKS))
+        total_T: Tensor = self.trainer.strategy.reduce(count_T.float(), reduce_op="sum")
+        return total_T / (len(batch) * self.trainer.world_size)
+
+    @property
+    def _heads_alone(self) -> bool:
+        """Whether the step about to be taken is one of `optimiser.heads_first`: the shared router's rate is 0."""
+        return self._rate_progress <= self.optimiser.heads_first
+
+    @property
+    def _rate_progress(self) -> float:
+        """Progress of the step about to be taken, for rates; neither the first nor the last is 0."""
+        return (self.global_step + 1) / (self.total_steps + 1)
+
+    def _accumulate(self, batch: Batch, parts: int, samples_T: Tensor, averages: StepAverages) -> None:
         """Forward and backward of one micro-batch out of `parts`."""
         dense = self._dense_answers(batch) if self.objective.needs_dense else None
         hidden = self.hidden_states(batch)
         state, task, head = last_routes(self.model), batch["task_id"], self.model.get_output_embeddings()
         ratio = msr(state.route)
-        shared_target = self.global_step < self.optimiser.heads_first * self.total_steps
-        verdict = self.objective.judge(RoutedPass(batch, hidden, ratio, dense, head, self.loss_chunk, shared_target))
+        routed = RoutedPass(batch, hidden, ratio, dense, head, self.loss_chunk, self._heads_alone, samples_T)
+        verdict = self.objective.judge(routed)
         self.manual_backward(verdict.loss / parts)
         for name, value in {"objective": verdict.loss, **verdict.parts}.items():
             averages.add(name, value)
@@ -198,25 +208,22 @@ class ElasticModule(RoutedModule):
         averages.add_per_task("msr", task, ratio)
         averages.add_per_task("esr", task, esr(state.route, state.lengths, self.elastic.sparse, state.density)[1])
 
-    @torch.no_grad()
-    def _dense_answers(self, batch: Batch) -> Tensor:
-        """Hidden states [P, E] of the dense pass at the labelled positions. Runs before the routed pass, whose routes
-        stay the last ones.
-        """
-        with override_routes(self.model, 0, self.elastic.sparse.dense):
-            return labelled_positions(self.hidden_states(batch), batch["labels"])[0]
-
     def _log_step(self, scalars: dict[str, float]) -> None:
         """Scalars over optimiser steps; `loss` and MSR are in the progress bar too."""
         self.log("step", float(self.global_step))  # the logger's own count may run ahead in manual optimisation
         for name, value in scalars.items():
             self.log(f"train/{name}", value, prog_bar=name == "loss" or name.startswith(("msr/", "kl/")), batch_size=1)
 
-    def _set_rates(self, *optimisers: torch.optim.Optimizer) -> None:
-        """Learning rates of the step about to be taken; neither the first nor the last is 0."""
-        progress = (self.global_step + 1) / (self.total_steps + 1)
-        for group in (group for optimiser in optimisers for group in optimiser.param_groups):
-            group["lr"] = schedules.learning_rate(progress, group["peak"], self.optimiser.warmup, group["begin"])
+    def _set_rates(self, descent: torch.optim.Optimizer, ascent: torch.optim.Optimizer) -> None:
+        """Learning rates of the step about to be taken. Multipliers that begin with the shared router warm up with
+        it, those that were in force before it from the first step on.
+        """
+        anew = self.objective.begins_anew and not self._heads_alone
+        ascent.param_groups[0]["begin"] = self.optimiser.heads_first if anew else 0.0
+        for group in (*descent.param_groups, *ascent.param_groups):
+            group["lr"] = schedules.learning_rate(
+                self._rate_progress, group["peak"], self.optimiser.warmup, group["begin"]
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep routers and multipliers only, and what a resumed run must agree on."""
@@ -224,8 +231,13 @@ class ElasticModule(RoutedModule):
         checkpoint["elastic"] = self._identity()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another backbone or configuration, or one that lacks or adds keys."""
+        """Refuse a checkpoint of another backbone or configuration, or one that lacks or adds keys. Multipliers are for
+        training alone: evaluation reads those of no version.
+        """
         fitting = self._trainer is not None and self.trainer.training
+        if not fitting:
+            kept = checkpoint["state_dict"].items()
+            checkpoint["state_dict"] = {name: value for name, value in kept if not name.startswith(MULTIPLIERS)}
         check_checkpoint(checkpoint, self._identity(), {k for k in self.state_dict() if is_trainable(k)}, fitting)
 
     def _identity(self) -> dict[str, Any]:

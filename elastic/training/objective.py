@@ -1,9 +1,8 @@
-"""The two training objectives (docs/design.md section 5) and their Lagrange multipliers, which ascend while the routers
-descend.
+"""The two training objectives (docs/design.md section 5), which routers descend and multipliers ascend.
 
 `target` is the paper's (eq. 8): language loss, and a price on MSR outside the task's target. `quality` asks for the
 sparsest routes whose answers stay within a budget of divergence from the dense backbone.
-Legend: N samples, T task classes, S tokens, P labelled positions, E hidden size.
+Legend: N samples, T task classes, C = T + 1 classes of `multipliers`, S tokens, P labelled positions, E hidden size.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,13 +16,8 @@ from torch.nn import functional as F
 from elastic.data.packing import Batch
 from elastic.data.tasks import SENSITIVE, TASKS, task_index
 from elastic.training.config import ObjectiveConfig
-from elastic.training.losses import (
-    answer_losses,
-    chunked_cross_entropy,
-    chunked_divergence,
-    labelled_positions,
-    labelled_samples,
-)
+from elastic.training.losses import answer_divergence, answer_losses, chunked_cross_entropy
+from elastic.training.multipliers import CLASSES, SPAN, BudgetMultipliers, LagrangeMultipliers
 
 Interval = float | list[float] | tuple[float, float]
 
@@ -45,72 +39,36 @@ def target_intervals(targets: Mapping[str, Interval]) -> list[tuple[float, float
     return intervals
 
 
-class Multipliers(nn.Module):
-    """One price per task class under each name in `lowest`.
-
-    Args:
-        limit: bound on every price, so that it cannot grow without bound where a constraint cannot be met.
-        lowest: name -> lowest allowed price in units of the limit, 0 or -1.
-        start: what all begin at, within the limit.
+def slacks(msr_N: Tensor, class_N: Tensor, intervals: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
+    """By how much each sample's MSR is above its class's interval and below it, MSR - hi and lo - MSR, [N] each;
+    negative where the bound holds.
     """
-
-    def __init__(self, limit: float, lowest: dict[str, float], start: float = 0.0) -> None:
-        super().__init__()
-        if not limit > 0:
-            raise ValueError(f"multiplier limit={limit} is not positive; 10 is usual")
-        if abs(start) > limit:
-            raise ValueError(f"multipliers start at {start}, beyond their limit={limit}; raise the limit")
-        self.limit, self.lowest = limit, lowest
-        for name in lowest:
-            self.register_parameter(name, nn.Parameter(torch.full((len(TASKS),), start)))
-
-    def by_task(self) -> dict[str, float]:
-        """`<name>/<task>` of every multiplier and task class."""
-        rows = [(name, getattr(self, name).tolist()) for name in self.lowest]
-        return {f"{name}/{task}": value for name, row in rows for task, value in zip(TASKS, row, strict=True)}
-
-    @torch.no_grad()
-    def project(self) -> None:
-        """Back into the allowed range. Call after every ascent step."""
-        for name, lowest in self.lowest.items():
-            getattr(self, name).clamp_(lowest * self.limit, self.limit)
-
-
-class LagrangeMultipliers(Multipliers):
-    """l1 and l2 per task class, the price of an MSR outside its target: |l1| <= limit, 0 <= l2 <= limit."""
-
-    l1: Tensor
-    l2: Tensor
-
-    def __init__(self, limit: float = 10.0) -> None:
-        super().__init__(limit, {"l1": -1.0, "l2": 0.0})
-
-
-class BudgetMultipliers(Multipliers):
-    """l per task class, the price of a divergence over its budget: 0 <= l <= limit."""
-
-    l: Tensor  # noqa: E741 - the symbol of the equation
-
-    def __init__(self, limit: float = 10.0, start: float = 0.0) -> None:
-        super().__init__(limit, {"l": 0.0}, start)
-
-
-def signed_distance(msr_N: Tensor, task_N: Tensor, intervals: list[tuple[float, float]]) -> Tensor:
-    """Distance [N] of each sample's MSR to its task's interval: negative below, 0 inside, positive above."""
-    bounds = torch.tensor(intervals, dtype=msr_N.dtype, device=msr_N.device)[task_N]
-    return F.relu(msr_N - bounds[:, 1]) - F.relu(bounds[:, 0] - msr_N)
+    bounds = torch.tensor(intervals, dtype=msr_N.dtype, device=msr_N.device)[class_N]
+    return msr_N - bounds[:, 1], bounds[:, 0] - msr_N
 
 
 def sparsity_loss(
-    msr_N: Tensor, task_N: Tensor, intervals: list[tuple[float, float]], multipliers: LagrangeMultipliers
+    msr_N: Tensor,
+    class_N: Tensor,
+    intervals: list[tuple[float, float]],
+    multipliers: LagrangeMultipliers,
+    samples_C: Tensor | None = None,
 ) -> Tensor:
-    """Mean over the tasks present of the mean over their samples of l1 d + l2 d^2, d = `signed_distance`. Scalar.
+    """Sum over classes of the mean over their samples of u (MSR - hi) + v (lo - MSR) + l2 d^2, with d the distance of
+    MSR to [lo, hi], 0 inside. Scalar.
 
-    Its gradient raises l1 where MSR is above its target and lowers it where below.
+    Its gradients to u and v are the signed slacks, so that either falls while its bound holds. For lo = hi = t the
+    linear part is (u - v) (MSR - t), the paper's l1 = u - v.
+
+    Args:
+        class_N: class of each sample, a place in `intervals`.
+        samples_C: samples of each class that the means are over; default: those given.
     """
-    distance = signed_distance(msr_N, task_N, intervals)
-    price_T, present_T = mean_per_task(multipliers.l1[task_N] * distance + multipliers.l2[task_N] * distance**2, task_N)
-    return price_T.sum() / present_T.sum()
+    above_N, below_N = slacks(msr_N, class_N, intervals)
+    distance_N = F.relu(above_N) + F.relu(below_N)
+    linear_N = multipliers.u[class_N] * above_N + multipliers.v[class_N] * below_N
+    samples_C = torch.bincount(class_N, minlength=len(intervals)) if samples_C is None else samples_C
+    return ((linear_N + multipliers.l2[class_N] * distance_N**2) / samples_C[class_N]).sum()
 
 
 def quality_loss(
@@ -120,16 +78,19 @@ def quality_loss(
     budget_T: Tensor,
     cost: float,
     multipliers: BudgetMultipliers,
+    samples_T: Tensor | None = None,
 ) -> Tensor:
     """cost (1 - MSR) + sum over the tasks present of l (KL - budget); MSR and KL averaged within tasks. Scalar.
 
-    MSR is the mean over the tasks present, so that every task weighs the same however many samples it has. The
-    gradient raises l where the divergence exceeds its budget and lowers it where it does not.
+    MSR is the mean over the tasks present, so that every task weighs the same however many samples it has.
+
+    Args:
+        samples_T: samples of each task that the means are over; default: those given.
     """
-    msr_T, present_T = mean_per_task(msr_N, task_N)
-    divergence_T, _ = mean_per_task(divergence_N, task_N)
-    full = 1.0 - msr_T.sum() / present_T.sum()
-    return cost * full + (multipliers.l * (divergence_T - budget_T.to(divergence_T)) * present_T).sum()
+    samples_T = torch.bincount(task_N, minlength=len(TASKS)) if samples_T is None else samples_T
+    over_N = divergence_N - budget_T.to(divergence_N)[task_N]
+    full = 1.0 - (msr_N / samples_T[task_N]).sum() / (samples_T > 0).sum()
+    return cost * full + (multipliers.l[task_N] * over_N / samples_T[task_N]).sum()
 
 
 def mean_per_task(values_N: Tensor, task_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,6 +113,9 @@ class RoutedPass:
         lm_head: the output head.
         chunk: positions whose logits exist at a time.
         shared_target: whether routes are learnt for all inputs alike, so that targets cannot differ by task.
+        samples_T: samples of each task in the step, divided by the number of its passes, whose mean loss is descended:
+            what a sum over this pass's samples is divided by, to be its part of the step's mean. None: this pass is
+            the step.
     """
 
     batch: Batch
@@ -161,6 +125,7 @@ class RoutedPass:
     lm_head: nn.Module
     chunk: int
     shared_target: bool = False
+    samples_T: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -185,23 +150,30 @@ class TargetObjective:
         targets: wanted MSR per task class, see `target_intervals`.
         limit: bound on the multipliers.
         average: what cross-entropy is the mean over: answer `tokens`, or answers within a task, then `tasks`.
+        damping: what the price of the squared distance begins at.
     """
 
     needs_dense = False
+    begins_anew = True  # tasks have prices of their own from when the shared router begins (`optimiser.heads_first`)
 
-    def __init__(self, targets: Mapping[str, Interval], limit: float, average: str = "tokens") -> None:
-        self.intervals, self.average = target_intervals(targets), average
+    def __init__(
+        self, targets: Mapping[str, Interval], limit: float, average: str = "tokens", damping: float = 0.0
+    ) -> None:
+        self.intervals, self.average, self.damping = target_intervals(targets), average, damping
         self.span = (min(lo for lo, _ in self.intervals), max(hi for _, hi in self.intervals))
-        self.multipliers = LagrangeMultipliers(limit)
+        self.multipliers = LagrangeMultipliers(limit, damping)
 
     def judge(self, routed: RoutedPass) -> Judgement:
         """Cross-entropy of the answers, and the price of MSR outside its targets; while all inputs share one target,
-        outside the interval that spans them all, so that robust tasks do not drop what sensitive ones need.
+        outside the interval that spans them all, so that robust tasks do not drop what sensitive ones need. Prices that
+        are not in force have no gradient, so they stay where they are: at their start until then.
         """
-        batch = routed.batch
-        language = self._language(routed)
-        intervals = [self.span] * len(self.intervals) if routed.shared_target else self.intervals
-        regulariser = sparsity_loss(routed.msr_N, batch["task_id"], intervals, self.multipliers)
+        language, class_N, samples_C = self._language(routed), routed.batch["task_id"], None
+        if routed.samples_T is not None:
+            samples_C = torch.cat([routed.samples_T, routed.samples_T.sum(0, keepdim=True)])
+        if routed.shared_target:
+            class_N = torch.full_like(class_N, CLASSES.index(SPAN))
+        regulariser = sparsity_loss(routed.msr_N, class_N, [*self.intervals, self.span], self.multipliers, samples_C)
         parts = {"loss": language.detach(), "regulariser": regulariser.detach()}
         return Judgement(language + regulariser, parts, {})
 
@@ -214,8 +186,9 @@ class TargetObjective:
         return loss_T.sum() / present_T.sum()
 
     def settings(self) -> dict[str, Any]:
-        """Kind, targets, and what cross-entropy is averaged over."""
-        return {"kind": "target", "targets": dict(zip(TASKS, self.intervals, strict=True)), "average": self.average}
+        """Kind, targets, what cross-entropy is averaged over, and damping."""
+        targets = dict(zip(TASKS, self.intervals, strict=True))
+        return {"kind": "target", "targets": targets, "average": self.average, "damping": self.damping}
 
 
 class QualityObjective:
@@ -230,6 +203,7 @@ class QualityObjective:
     """
 
     needs_dense = True
+    begins_anew = False  # a budget is of a task from the start, whatever part of the routers learns
 
     def __init__(self, config: ObjectiveConfig, limit: float) -> None:
         self.config = config
@@ -241,12 +215,13 @@ class QualityObjective:
         if routed.dense_PE is None:
             raise ValueError("objective quality needs the dense pass of the batch; needs_dense says so")
         batch, task = routed.batch, routed.batch["task_id"]
-        hidden_PE, _ = labelled_positions(routed.hidden_1SE, batch["labels"])
-        sample_P, count_N = labelled_samples(batch["labels"], batch["cu_seq_lens"])
-        divergence_P = chunked_divergence(hidden_PE, routed.dense_PE, routed.lm_head, routed.chunk)
-        divergence_N = divergence_P.new_zeros(count_N.shape).index_add(0, sample_P, divergence_P) / count_N
+        divergence_N = answer_divergence(
+            routed.hidden_1SE, routed.dense_PE, routed.lm_head, batch["labels"], batch["cu_seq_lens"], routed.chunk
+        )
         budget_T = torch.tensor(list(self.budgets.values()))
-        loss = quality_loss(routed.msr_N, divergence_N, task, budget_T, self.config.cost, self.multipliers)
+        loss = quality_loss(
+            routed.msr_N, divergence_N, task, budget_T, self.config.cost, self.multipliers, routed.samples_T
+        )
         return Judgement(loss, {"loss": loss.detach()}, {"kl": divergence_N.detach()})
 
     def settings(self) -> dict[str, Any]:
@@ -260,7 +235,7 @@ Objective = TargetObjective | QualityObjective
 def build_objective(config: ObjectiveConfig, targets: Mapping[str, Interval], limit: float) -> Objective:
     """The objective that a configuration names; targets are read by `target` only."""
     kinds: dict[str, Callable[[], Objective]] = {
-        "target": lambda: TargetObjective(targets, limit, config.average),
+        "target": lambda: TargetObjective(targets, limit, config.average, config.damping),
         "quality": lambda: QualityObjective(config, limit),
     }
     return kinds[config.kind]()

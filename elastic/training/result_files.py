@@ -1,4 +1,4 @@
-"""Files and tables that evaluation writes."""
+"""Files and tables that evaluation writes (docs/design.md section 10)."""
 
 import json
 import os
@@ -11,10 +11,14 @@ from elastic.console import say, table
 from elastic.files import write_atomic
 from elastic.training.callbacks import run_folder
 from elastic.training.evaluation_module import RoutedModule
+from elastic.training.metrics import DIVERGENCE
+from elastic.training.sample_records import sample_lines
 
 
 class ResultsFile(Callback):
-    """After `validate` or `test`: a table on the terminal and `results_<stage>.json` in the run's folder."""
+    """After `validate` or `test`: a table on the terminal, and in the run's folder `results_<stage>.json` and, with a
+    line per sample, `samples_<stage>.jsonl`.
+    """
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """A validation of its own, not one within training."""
@@ -46,17 +50,27 @@ class PredictionFile(Callback):
 
 
 def results_table(results: dict[str, dict[str, float]], methods: list[str], group: str = "task") -> str:
-    """Per task or source: exact answers and loss of every method, MSR and ESR of the routers, samples."""
-    columns = {f"{method} {score}": f"{method}_{score}" for score in ("exact", "loss") for method in methods}
+    """Per task or source: exact answers and loss of every method and its divergence from dense, MSR and ESR of the
+    routers, samples.
+    """
+    shown = [(score, method) for score in ("exact", "loss", DIVERGENCE) for method in methods]
+    columns = {f"{m} {score}": f"{m}_{score}" for score, m in shown if (score, m) != (DIVERGENCE, "dense")}
     columns |= {"MSR": "msr", "ESR last": "esr_last", "ESR all": "esr_all"}
     rows = [[task, *(f"{row[key]:.3f}" for key in columns.values()), str(row["n"])] for task, row in results.items()]
     return table([group, *columns, "samples"], rows)
 
 
-def results_of(module: RoutedModule, split: str, checkpoint: str | None) -> dict[str, Any]:
-    """Everything that the evaluation of a module found, fit for JSON."""
+def results_of(module: RoutedModule, split: str, checkpoint: str | None, samples: str | None = None) -> dict[str, Any]:
+    """Everything that the evaluation of a module found, fit for JSON.
+
+    Args:
+        split: `validation` or `test`.
+        checkpoint: path of the routers' checkpoint.
+        samples: name of the file with a line per sample.
+    """
     return {
-        "protocol": "answers teacher-forced on packed rows; every method runs the same backbone: dense, "
+        "protocol": "answers teacher-forced on packed rows, kl: divergence from the dense model in nats an answer "
+        "token; every method runs the same backbone: dense, "
         "streaming and xattention with all heads in that mode, random with heads drawn once, static with heads from a "
         "file, elastic as the routers decide (@: their sparsity_bias; /: the modes they choose between); routes: share "
         "of samples on route 1 by task, layer and KV head",
@@ -65,9 +79,11 @@ def results_of(module: RoutedModule, split: str, checkpoint: str | None) -> dict
         "elastic": module.elastic.to_dict(),
         "methods": [method.name for method in module.methods],
         "checkpoint": checkpoint,
+        "samples": samples,
         "routes": {task: share.tolist() for task, share in module.route_maps.items()},
         "tasks": module.results,
         "sources": module.source_results,
+        "source_tasks": module.source_tasks(),
         "xattention_density_by_layer": module.densities,
     }
 
@@ -75,11 +91,16 @@ def results_of(module: RoutedModule, split: str, checkpoint: str | None) -> dict
 def _report(trainer: Trainer, module: RoutedModule, split: str) -> None:
     if not trainer.is_global_zero:
         return
-    path = run_folder(trainer) / f"results_{split}.json"
+    path, samples = (run_folder(trainer) / name for name in (f"results_{split}.json", f"samples_{split}.jsonl"))
     checkpoint = os.path.relpath(trainer.ckpt_path, path.parent) if trainer.ckpt_path else None
-    write_atomic(path, json.dumps(results_of(module, split, checkpoint), indent=1) + "\n")
+    if module.source_results:  # data with a manifest, which names corpora and sources
+        corpora = list(trainer.datamodule.manifest["splits"][split])  # type: ignore[attr-defined]
+        names = module.source_means.names
+        write_atomic(samples, "".join(sample_lines(module.sample_results, module.columns, corpora, names)))
+    results = results_of(module, split, checkpoint, samples.name if module.source_results else None)
+    write_atomic(path, json.dumps(results, indent=1) + "\n")
     methods = [method.name for method in module.methods]
     say(results_table(module.results, methods))
     if module.source_results:
         say("\n" + results_table(module.source_results, methods, "source"))
-    say(f"results: {path}")
+    say(f"results: {path}" + (f", by sample: {samples.name}" if module.source_results else ""))

@@ -9,6 +9,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from elastic.data.shards import tokenizer_hash
 from elastic.files import new_file
+from elastic.model.checkpoint import MULTIPLIERS
 from elastic.protocols import Tokenizer
 
 ALWAYS = ("architecture", "router")  # the rest must agree only where training resumes
@@ -45,14 +46,23 @@ def check_checkpoint(checkpoint: dict[str, Any], mine: dict[str, Any], wanted: s
         checkpoint: as `ElasticModule.on_save_checkpoint` left it.
         mine: what this run was made of, compared with the checkpoint's.
         wanted: names of the trained tensors.
-        fitting: training resumes, so that everything must agree; otherwise only what the tensors depend on.
+        fitting: training resumes, so that everything must agree; otherwise only what the tensors depend on, which
+            multipliers are not part of.
 
     Raises:
-        ValueError: written by something else, of another backbone or configuration, or with missing or added tensors.
+        ValueError: written by something else, of another backbone or configuration, by a version with other
+            multipliers, or with missing or added tensors.
     """
     theirs = checkpoint.get("elastic")
     if theirs is None:
         raise ValueError("this checkpoint was not written by `elastic fit`; pass the last.ckpt of a run")
+    if fitting and f"{MULTIPLIERS}l1" in checkpoint["state_dict"]:
+        raise ValueError(
+            "the checkpoint is of an earlier version, which had one multiplier l1 for both bounds of a target instead "
+            "of u and v: resumed, the run would end as neither version's. Train its routers further in a new run "
+            "(--model.routers <its folder>/checkpoint and another trainer.default_root_dir), or finish it with the "
+            "version that began it"
+        )
     known = theirs.get("router")
     if isinstance(known, dict):  # settings that were not there when it was written
         theirs = {**theirs, "router": {**mine["router"], **known}}
@@ -63,6 +73,8 @@ def check_checkpoint(checkpoint: dict[str, Any], mine: dict[str, Any], wanted: s
                 "settings it was trained with, or start a new run in another trainer.default_root_dir"
             )
     found = set(checkpoint["state_dict"])
+    if not fitting:
+        wanted = {name for name in wanted if not name.startswith(MULTIPLIERS)}
     if wanted != found:
         missing, unexpected = ", ".join(sorted(wanted - found)[:3]), ", ".join(sorted(found - wanted)[:3])
         raise ValueError(

@@ -58,8 +58,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     from torch.utils.data import DataLoader, Subset
 
     from elastic.config import ElasticConfig
-    from elastic.data.datamodule import MixtureDataModule
-    from elastic.data.packing import collate
+    from elastic.data.datamodule import MixtureDataModule, collate_placed
     from elastic.model.checkpoint import read_elastic
     from elastic.training.evaluation_module import RoutedModule
     from elastic.training.result_files import results_of
@@ -82,7 +81,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         def test_dataloader(self) -> DataLoader:
             rows = super().test_dataloader().dataset
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-            return DataLoader(Subset(rows, order), batch_size=args.batch_rows, collate_fn=collate)
+            return DataLoader(Subset(rows, order), batch_size=args.batch_rows, collate_fn=collate_placed)
 
     module = Timed(stored["backbone"], config, args.dtype, None, 1024, args.methods, str(args.checkpoint))
     data = Shuffled(str(args.data), rows_per_step=args.batch_rows, micro_batch_rows=args.batch_rows)

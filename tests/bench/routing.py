@@ -27,7 +27,6 @@ from typing import TypeVar
 import torch
 
 from elastic.bench.records import stamp
-from elastic.bench.studies.runs import chosen_bias
 from elastic.data.shards import MANIFEST
 from elastic.routing.methods import Method
 
@@ -39,11 +38,23 @@ ROUTERS = {"static": ["configs/router/static.yaml"], "elastic": []}
 BIASES = (-3, -2, -1, 1.5)
 BASELINES = ("dense", "streaming", "random:0.7", "random:0.7:1")
 METRICS = "metrics.csv"
-DRAWN = ("loss", "regulariser", "msr/", "kl/", "l/", "l1/", "l2/", "router_entropy", "gradient_norm", "step_seconds")
+DRAWN = (
+    "loss",
+    "regulariser",
+    "msr/",
+    "kl/",
+    "l/",
+    "u/",
+    "v/",
+    "l2/",
+    "router_entropy",
+    "gradient_norm",
+    "step_seconds",
+)
 FILES_OF = {  # what each part leaves, and what it is kept as
     "fit": {METRICS: METRICS, "checkpoint/elastic.json": "elastic.json"},
     "validate": {"results_validation.json": "results_validation.json"},
-    "test": {"results_test.json": "results_test.json"},
+    "test": {name: name for name in ("results_test.json", "samples_test.jsonl")},
 }
 DATA = {"train": "configs/mixture/offline.yaml", "heldout": "configs/mixture/heldout.yaml"}
 
@@ -110,11 +121,11 @@ def words_of(part: str, plan: Plan, folder: Path, args: argparse.Namespace) -> l
         words = [f"--data.data_dir={args.data / 'train'}", f"{logger}={folder}", "--trainer.limit_val_batches=0"]
         return [part, *common, *words, *(["--model.compiled=true"] if args.compiled else [])]
     words = [f"--data.data_dir={args.data / 'heldout'}", f"{logger}={folder / 'judged'}"]
-    methods = ["elastic", *map(elastic_at, args.biases), "dense"]
-    if part == "test":
-        validation = json.loads((args.out / plan.name / FILES_OF["validate"]["results_validation.json"]).read_text())
-        chosen = dict.fromkeys(("elastic", elastic_at(chosen_bias(validation))))  # evaluation always has the first
-        methods = [*chosen, *(BASELINES if plan == args.first else [])]
+    methods = ["elastic", *map(elastic_at, args.biases)]  # on the test rows too: methods are compared at equal quality
+    if part == "validate" or plan != args.first:
+        methods.append("dense")
+    else:
+        methods += [*BASELINES, *args.baselines]
     return [part, *common, *words, f"--model.methods={json.dumps(methods)}"]
 
 
@@ -186,6 +197,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--biases", type=float, nargs="*", default=BIASES, help="operating points beside bias 0")
+    parser.add_argument("--baselines", nargs="*", default=[], help="methods tested beside the first run, by name")
     parser.add_argument("--checkpoints", type=int, nargs="*", default=[0], help="seeds whose checkpoints are kept")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time on each visible GPU")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start and resume nothing after these")
@@ -198,7 +210,11 @@ def main(argv: list[str]) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     build_data(args.data)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    told = ["--compiled"] * args.compiled + [*(["--", *args.extra] if args.extra else [])]
+    told = (
+        ["--baselines", *args.baselines] * bool(args.baselines)
+        + ["--compiled"] * args.compiled
+        + [*(["--", *args.extra] if args.extra else [])]
+    )
     if tuple(args.biases) != BIASES:
         told = ["--biases", *map("{:g}".format, args.biases), *told]
     command = " ".join(["python tests/bench/routing.py", *told])

@@ -13,8 +13,9 @@ from elastic import cli
 from elastic.bench.drawing import figures
 from elastic.bench.records import load
 from elastic.bench.studies.ablation import records
-from elastic.bench.studies.routing import equal_quality, lead, over_seeds
-from elastic.bench.studies.runs import Point, read_study, score_of, slack
+from elastic.bench.studies.paired import over_seeds
+from elastic.bench.studies.routing import equal_quality, headlines, lead
+from elastic.bench.studies.runs import Point, by_bias, points_of, read_study, score_of, slack
 from elastic.config import ElasticConfig
 from elastic.data.shards import SPLITS
 from elastic.data.tasks import TASKS
@@ -118,6 +119,46 @@ def test_the_validation_rows_choose_the_operating_point(study):
         _ = read_study(study).runs[1].tested
 
 
+def test_every_source_has_its_own_bound(study):
+    """A rise of one text source is not hidden by another's fall, nor lost many-shot answers by retrieval."""
+    found = results("input", ("dense",), dict.fromkeys(WORSE, 0.0))
+    found["sources"]["summary"] = dict(found["sources"]["continuation"])
+    dense = points_of(found)[-1]
+    assert slack(by_bias(found)[1], dense) == pytest.approx(1.0)
+
+    def judged(source, score, factor):
+        changed = json.loads(json.dumps(found))
+        changed["sources"][source][f"elastic_{score}"] *= factor
+        return slack(by_bias(changed)[1], points_of(changed)[-1])
+
+    assert judged("continuation", "loss", 1.01) == pytest.approx(0.5)
+    assert judged("summary", "loss", 0.9) == pytest.approx(1.0)
+    up_and_down = json.loads(json.dumps(found))
+    for source, factor in (("continuation", 1.03), ("summary", 0.97)):  # the mean is that of dense
+        up_and_down["sources"][source]["elastic_loss"] *= factor
+    assert slack(by_bias(up_and_down)[1], points_of(up_and_down)[-1]) == pytest.approx(-0.5)
+    assert judged("many_shot", "exact", 0.96) == pytest.approx(-1 / 3)
+    assert judged("many_shot", "accuracy", 0.5) == pytest.approx(1.0)  # not what it is judged by
+    assert judged("verbatim_copy", "exact", 0.97) == pytest.approx((0.99 - 0.97) / 0.03)  # one of three in retrieval
+    assert judged("verbatim_copy", "accuracy", 0.5) == pytest.approx(1.0)
+    found["sources"]["pass key"] = found["sources"]["verbatim_copy"]
+    with pytest.raises(ValueError, match="source 'pass key' is of no task class that its results tell"):
+        slack(by_bias(found)[1], points_of(found)[-1])
+    found["source_tasks"] = {"pass key": "single_qa"}
+    assert slack(by_bias(found)[1], points_of(found)[-1]) == pytest.approx(1.0)
+
+
+def test_data_without_some_kinds_of_sources_are_judged_by_the_others():
+    found = results("input", ("dense",), dict.fromkeys(WORSE, 0.0))
+    found["sources"] = {
+        "foreign_pass_key-1024": found["sources"]["verbatim_copy"],
+        "foreign_code": found["sources"]["continuation"],
+    }
+    point, dense = by_bias(found)[1], points_of(found)[-1]
+    assert set(point.measures()) == {"retrieval", "text loss"} and slack(point, dense) == pytest.approx(1.0)
+    assert {"needles of dense", "in-context of dense"}.isdisjoint(headlines(point, dense))
+
+
 def test_a_lead_is_a_difference_of_msr_at_equal_quality(study):
     def judged(router, worse):
         kind = "static" if router == "static" else "input"
@@ -137,7 +178,9 @@ def test_a_lead_is_a_difference_of_msr_at_equal_quality(study):
 def test_intervals_over_seeds():
     assert over_seeds([0.5]) == (0.5, None)
     mean, half = over_seeds([0.1, 0.2, 0.3])
-    assert (mean, half) == (pytest.approx(0.2), pytest.approx(4.30 * 0.1 / 3**0.5))
+    assert (mean, half) == (pytest.approx(0.2), pytest.approx(4.303 * 0.1 / 3**0.5))
+    with pytest.raises(ValueError, match="11 seeds; quantiles are known for up to 10"):
+        over_seeds([0.0] * 11)
 
 
 def test_the_command_writes_records_pictures_and_the_table(study, tmp_path, capsys):
@@ -154,7 +197,10 @@ def test_the_command_writes_records_pictures_and_the_table(study, tmp_path, caps
     headline = {(r["who"], r["metric"]): r for r in records if r["case"] == "headline"}
     kept = headline["elastic, quality", "retrieval of dense"]
     assert kept["value"] == pytest.approx(0.98) and kept["half"] == 0 and kept["seeds"] == [0, 1, 2]
-    assert headline["elastic, quality", "MSR robust - sensitive"]["value"] == pytest.approx(0.1)
+    apart = [headline["elastic, quality", f"MSR {part}"]["value"] for part in ("robust", "sensitive")]
+    assert apart == pytest.approx([0.7, 0.6])
+    assert headline["elastic, quality", "worst text loss of dense"]["value"] == pytest.approx(1.02)
+    assert headline["elastic, quality", "in-context of dense"]["value"] == pytest.approx(0.98)
     assert headline["elastic, quality", "mean MSR"]["biases"] == [0, 0, 0]
     equal = headline["static, quality", "MSR at equal quality"]  # the validation rows say it; the test rows are to come
     assert equal["value"] == pytest.approx(0.66 + 0.24 * 3 / 4, rel=1e-4) and equal["half"] is None
@@ -162,7 +208,7 @@ def test_the_command_writes_records_pictures_and_the_table(study, tmp_path, caps
     assert lead["value"] == lead["by_seed"][0] == pytest.approx(0.0) and lead["seeds"] == [0] and not lead["at_least"]
     assert ("static, quality", "mean MSR") not in headline
     curve = {(r["who"], r["bias"], r["metric"]): r for r in records if r["case"] == "curve"}
-    assert curve["elastic, quality", -2, "mean MSR"]["value"] == pytest.approx(0.3) and len(curve) == 2 * 3 * 5
+    assert curve["elastic, quality", -2, "mean MSR"]["value"] == pytest.approx(0.3) and len(curve) == 2 * 3 * 8
     needle = [r for r in records if r["case"] == "needle_single-1024"]
     assert {r["who"] for r in needle} == {"dense", "streaming", "elastic-0", "elastic-1", "elastic-2"}
     assert all(r["n"] == 100 and r["half"] == 0.05 for r in needle)
@@ -253,7 +299,10 @@ def test_the_driver_trains_evaluates_and_skips_what_is_done(tmp_path, packed):
     run = read_study(tmp_path / "out").runs[0]
     assert (run.router, run.objective, run.seed) == ("static", "target", 5)
     assert run.test["methods"] == ["elastic", "elastic@2", "dense", "streaming", "random:0.7", "random:0.7:1"]
-    assert run.chosen_bias == run.tested.bias == 2  # the tiny model retrieves nothing, so nothing is lost
+    assert run.chosen_bias == run.tested.bias
+    assert run.at(run.chosen_bias).mean_msr == run.at(2).mean_msr  # nothing is retrieved, so nothing is lost
+    assert run.samples is not None and len(run.samples.ids) == sum(row["n"] for row in run.test["tasks"].values())
+    assert {"elastic@2_kl", "dense_exact", "random:0.7_msr"} <= run.samples.columns.keys()
     assert run.validation["methods"] == ["elastic", "elastic@2", "dense"]
     assert run.validation["split"] == "validation" and run.test["split"] == "test"
     assert run.recipe["step"] == 2 and len(run.curves()["loss"]) == 2

@@ -100,7 +100,7 @@ def test_later_files_and_flags_win(layers, tmp_path, monkeypatch, capsys):
     settings = yaml.safe_load(text)
     assert code == 0
     assert settings["trainer"]["max_steps"] == 4  # debug.yaml
-    assert settings["model"]["optimiser"]["multiplier_lr"] == 0.1  # tiny.yaml
+    assert settings["model"]["optimiser"]["multiplier_lr"] == 0.05  # tiny.yaml
     assert settings["model"]["optimiser"]["lr"] == 0.5  # flag
 
 

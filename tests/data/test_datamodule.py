@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +138,36 @@ def test_evaluation_reads_every_row_once_in_order(data):
         assert [batch["input_ids"][0, 0].item() for batch in loader()] == list(range(32))
     module.setup("validate")
     assert len(module.val_dataloader()) == 32
+
+
+@pytest.mark.parametrize(("world", "rows"), [(2, 1), (3, 2), (5, 4), (40, 1)])
+def test_processes_share_out_the_rows_of_evaluation_and_count_each_once(data, world, rows):
+    module = MixtureDataModule(str(data), rows_per_step=rows, micro_batch_rows=rows)
+    module.setup("test")
+    steps, seen = set(), []
+    for rank in range(world):
+        module.trainer = SimpleNamespace(world_size=world, global_rank=rank)
+        batches = list(module.test_dataloader())
+        steps.add(len(batches))
+        assert len(list(module.predict_dataloader())) == -(-32 // rows)  # all of them
+        for batch in batches:
+            assert batch["place"].shape == (len(batch["task_id"]), 3) and batch["counted"].dtype == torch.bool
+            seen += [tuple(place) for place in batch["place"][batch["counted"]].tolist()]
+    assert len(steps) == 1
+    module.trainer = None
+    alone = [tuple(place) for batch in module.test_dataloader() for place in batch["place"].tolist()]
+    assert sorted(seen) == sorted(alone) and len(set(alone)) == len(alone) >= 32
+
+
+def test_places_do_not_depend_on_weights(data):
+    everything = MixtureDataModule(str(data))
+    names = list(read_manifest(data)["splits"]["test"])
+    second = MixtureDataModule(str(data), weights={names[0]: 0.0})
+    places = []
+    for module in (everything, second):
+        module.setup("test")
+        places.append([tuple(place) for batch in module.test_dataloader() for place in batch["place"].tolist()])
+    assert places[1] == [place for place in places[0] if place[0] == 1] != places[0]
 
 
 class Recorder(LightningModule):

@@ -17,7 +17,7 @@ from elastic.model.checkpoint import (
     router_state,
     save_elastic,
 )
-from elastic.training.objective import LagrangeMultipliers
+from elastic.training.multipliers import LagrangeMultipliers
 from tests.helpers.models import LAYERS, random_ids, small_config, tiny_model, varied_routers
 
 
@@ -69,7 +69,7 @@ def test_the_files_hold_exactly_routers_and_multipliers(saved):
     parts = ["task.0", "task.2", "head.0", "head.2", "head.4"]
     names = [f"{part}.{kind}" for part in parts for kind in ("weight", "bias")] + ["mean", "var", "count"]
     expected = {f"layers.{layer}.{name}" for layer in range(LAYERS) for name in names}
-    assert set(load_file(saved / WEIGHTS)) == expected | {"multipliers.l1", "multipliers.l2"}
+    assert set(load_file(saved / WEIGHTS)) == expected | {f"multipliers.{name}" for name in ("u", "v", "l2")}
     metadata = read_elastic(saved)
     assert metadata["config"] == small_config().to_dict()
     assert metadata["backbone"] == "somewhere/tiny"
@@ -84,8 +84,8 @@ def test_the_predicate_splits_a_training_state_dict():
     module.model, module.multipliers = attach(tiny_model(), small_config()), LagrangeMultipliers()
     keys = list(module.state_dict())
     chosen = [k for k in keys if is_trainable(k)]
-    assert len(chosen) == LAYERS * len(routers(module.model)[0].state_dict()) + 2
-    assert all("router" in k or k in ("multipliers.l1", "multipliers.l2") for k in chosen)
+    assert len(chosen) == LAYERS * len(routers(module.model)[0].state_dict()) + 3
+    assert all("router" in k or k in ("multipliers.u", "multipliers.v", "multipliers.l2") for k in chosen)
     trained = [n for n, p in module.named_parameters() if p.requires_grad]
     assert trained == [n for n, _ in module.named_parameters() if is_trainable(n)]
     assert not is_trainable("model.layers.0.self_attn.k_proj.weight")

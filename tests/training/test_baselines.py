@@ -13,7 +13,7 @@ from elastic.model.checkpoint import WEIGHTS, load_into, save_elastic
 from elastic.routing.kinds import build_router
 from elastic.routing.router import StaticRouter
 from elastic.training.config import OptimiserConfig
-from elastic.training.objective import LagrangeMultipliers
+from elastic.training.multipliers import LagrangeMultipliers
 from tests.helpers.models import KV_HEADS, LAYERS, random_ids, small_config, tiny_model
 from tests.helpers.training import ROOT, SMALL, build_data, small_run
 
@@ -63,8 +63,7 @@ def test_a_static_pattern_trains_saves_and_loads_like_a_router(data, tmp_path):
     assert all(router.logits.abs().max() > 0 for router in routers(module.model))
     assert set(trainer._checkpoint_connector.dump_checkpoint()["state_dict"]) == {
         *(f"model.model.layers.{layer}.self_attn.router.logits" for layer in range(3)),
-        "multipliers.l1",
-        "multipliers.l2",
+        *(f"multipliers.{name}" for name in ("u", "v", "l2")),
     }
     again, *_ = small_run(data, tmp_path, 3, elastic=STATIC, optimiser=quick)
     for one, two in zip(routers(module.model), routers(again.model), strict=True):
@@ -76,8 +75,7 @@ def test_a_static_checkpoint_round_trips_and_is_refused_as_an_input_router(tmp_p
     save_elastic(tmp_path / "ck", model, "tiny", LagrangeMultipliers())
     assert set(load_file(tmp_path / "ck" / WEIGHTS)) == {
         *(f"layers.{layer}.logits" for layer in range(LAYERS)),
-        "multipliers.l1",
-        "multipliers.l2",
+        *(f"multipliers.{name}" for name in ("u", "v", "l2")),
     }
     again = load_into(tiny_model(), tmp_path / "ck")
     ids = random_ids(2, 40)

@@ -13,7 +13,8 @@ from elastic.model.attach import attach, last_features, last_routes, override_ro
 from elastic.routing.sparsity import msr
 from elastic.training.context_parallel import RowSliceGroup, context_parallel, divergence, language_loss, shard
 from elastic.training.losses import chunked_cross_entropy
-from elastic.training.objective import LagrangeMultipliers, sparsity_loss, target_intervals
+from elastic.training.multipliers import LagrangeMultipliers
+from elastic.training.objective import sparsity_loss, target_intervals
 from elastic.training.sharding import average_gradients
 from tests.helpers.models import random_ids, small_config, tiny_model, varied_routers
 
@@ -40,7 +41,7 @@ def trained_pass(model, row_slice: RowSlice, checkpointing: bool) -> dict[str, t
     state, head = last_routes(model), model.get_output_embeddings()
     multipliers = LagrangeMultipliers()
     with torch.no_grad():
-        multipliers.l1.fill_(0.5)
+        multipliers.u.fill_(0.5)
     language = language_loss(hidden, head, batch["labels"], 4, row_slice)
     loss = language + sparsity_loss(msr(state.route), batch["task_id"], target_intervals({}), multipliers)
     loss.backward()

@@ -19,6 +19,7 @@ from elastic.training.module import ElasticModule
 from tests.helpers.training import SMALL, build_data, router_tensors, small_run
 
 QUICK = OptimiserConfig(lr=1e-2, multiplier_lr=0.5)
+FIRST = "model.model.layers.0.self_attn.router.count"
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,9 @@ def test_steps_move_routers_raise_multipliers_and_leave_the_backbone(data, tmp_p
     for router in routers(module.model):
         assert router.head[-1].weight.abs().max() > 0  # starts at zero
         assert router.count > 0 and not torch.equal(router.mean, torch.zeros_like(router.mean))
-    l1, l2 = module.multipliers.l1, module.multipliers.l2
-    assert l1[task_index("in_context")] < 0 < l2[task_index("in_context")]  # far below its target of 1.0
-    assert l1[task_index("code")] == l2[task_index("code")] == 0  # not in the data
+    prices, below = module.multipliers.by_class(), task_index("in_context")
+    assert prices["u/in_context"] == 0 < prices["v/in_context"] and module.multipliers.l2[below] > 0  # 1.0 is far
+    assert all(prices[f"{name}/{absent}"] == 0 for name in ("u", "v", "l2") for absent in ("code", "span"))
 
 
 def test_optimisers_hold_exactly_the_routers_and_the_multipliers(trained):
@@ -59,7 +60,7 @@ def test_optimisers_hold_exactly_the_routers_and_the_multipliers(trained):
     held = [[names[id(p)] for group in o.param_groups for p in group["params"]] for o in (descent, ascent)]
     trainable = {name for name, p in module.named_parameters() if p.requires_grad}
     assert set(held[0]) | set(held[1]) == trainable == {n for n in names.values() if is_trainable(n)}
-    assert sorted(held[1]) == ["multipliers.l1", "multipliers.l2"]
+    assert sorted(held[1]) == ["multipliers.l2", "multipliers.u", "multipliers.v"]
     assert len(held[0]) == len(set(held[0])) == 10 * len(routers(module.model))
     decayed, plain = descent.param_groups
     assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
@@ -75,7 +76,7 @@ def test_one_batch_is_one_step(trained):
 def test_logged_names(trained):
     names = set(trained[2].callback_metrics)
     expected = {"loss", "regulariser", "router_entropy", "gradient_norm", "temperature", "lr", "multiplier_lr"}
-    expected |= {"step_seconds", "tokens_per_second"} | {f"{x}/{t}" for x in ("l1", "l2") for t in TASKS}
+    expected |= {"step_seconds", "tokens_per_second"} | {f"{x}/{t}" for x in ("u", "v", "l2") for t in (*TASKS, "span")}
     assert {f"train/{name}" for name in expected} | {"step"} <= names
     assert any(name.startswith("train/msr/") for name in names) and any(n.startswith("train/esr/") for n in names)
 
@@ -167,14 +168,14 @@ def test_checkpoints_hold_only_what_is_trained(trained, tmp_path):
     checkpoint = trainer._checkpoint_connector.dump_checkpoint()
     keys = set(checkpoint["state_dict"])
     assert keys == {name for name in module.state_dict() if is_trainable(name)}
-    assert len(keys) == 3 * (10 + 3) + 2  # per layer: five linear layers and three statistics; two multipliers
+    assert len(keys) == 3 * (10 + 3) + 3  # per layer: five linear layers and three statistics; three multipliers
     assert len(checkpoint["optimizer_states"]) == 2
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["state_dict"].pop("multipliers.l1"), "missing tensors multipliers.l1, unexpected tensors none"),
+        (lambda c: c["state_dict"].pop(FIRST), f"missing tensors {FIRST}, unexpected tensors none"),
         (lambda c: c["state_dict"].update(stray=0), "missing tensors none, unexpected tensors stray"),
         (lambda c: c.pop("elastic"), "not written by `elastic fit`"),
         (lambda c: c["elastic"].update(architecture="other"), "trained with architecture other, this run has"),
@@ -233,13 +234,39 @@ def test_heads_first_leaves_the_shared_router_as_it_is(data, tmp_path):
 
 
 def test_tasks_share_a_target_only_while_routes_are_alike(data, tmp_path):
-    _, loader, trainer = small_run(data, tmp_path, steps=3, fit=False)
+    _, loader, trainer = small_run(data, tmp_path, steps=4, fit=False)
     elastic = replace(SMALL, router=replace(SMALL.router, head_offset=True))
-    module, seen = ElasticModule(elastic=elastic, optimiser=OptimiserConfig(heads_first=0.5)), []
+    module, seen = ElasticModule(elastic=elastic, optimiser=OptimiserConfig(heads_first=0.5, multiplier_lr=0.1)), {}
     judge = module.objective.judge
-    module.objective.judge = lambda routed: (seen.append((module.global_step, routed.shared_target)), judge(routed))[1]
+
+    def watched(routed):
+        rates = [optimiser.optimizer.param_groups[0]["lr"] for optimiser in module.optimizers()]
+        moved = {name for name, value in module.multipliers.by_class().items() if value != 0}
+        seen[module.global_step] = (routed.shared_target, *(rate > 0 for rate in rates), moved)
+        return judge(routed)
+
+    module.objective.judge = watched
     trainer.fit(module, loader)
-    assert dict(seen) == {0: True, 1: True, 2: False}
+    span = {"v/span", "l2/span"}  # MSR begins at a half, below the lower bound of 0.7
+    # whether all share a target; whether the shared router and the multipliers move; which of these have moved before
+    assert seen.pop(3)[3] - span == {"v/single_qa", "l2/single_qa"}  # the task of step 2's rows
+    assert seen == {0: (True, False, True, set()), 1: (True, False, True, span), 2: (False, True, True, span)}
+
+
+def test_prices_are_of_the_means_over_a_whole_step(data, tmp_path):
+    """A step of four micro-batches, and the samples that each is told are its share."""
+    _, loader, trainer = small_run(data, tmp_path, steps=1, rows_per_step=4, fit=False)
+    module, seen = ElasticModule(elastic=SMALL, optimiser=QUICK), []
+    judge = module.objective.judge
+    module.objective.judge = lambda routed: (seen.append(routed), judge(routed))[1]
+    trainer.fit(module, loader)
+    count = sum(torch.bincount(routed.batch["task_id"], minlength=len(TASKS)) for routed in seen)
+    assert len(seen) == 4 and all(torch.equal(routed.samples_T, count / 4) for routed in seen)
+    task, ratio = (torch.cat(parts) for parts in ([r.batch["task_id"] for r in seen], [r.msr_N.detach() for r in seen]))
+    for name in ("single_qa", "in_context"):
+        below = module.objective.intervals[task_index(name)][0] - ratio[task == task_index(name)].mean()
+        rate = module.optimizers()[1].param_groups[0]["lr"]
+        assert module.multipliers.by_class()[f"v/{name}"] == pytest.approx(float(rate * below), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from elastic.data.tasks import ROBUST, SENSITIVE, TASKS, task_index
 from elastic.training import schedules
 from elastic.training.config import ObjectiveConfig
 from elastic.training.losses import answer_losses, chunked_cross_entropy, labelled_positions
+from elastic.training.multipliers import CLASSES, LagrangeMultipliers
 from elastic.training.objective import (
-    LagrangeMultipliers,
     RoutedPass,
     TargetObjective,
-    signed_distance,
+    slacks,
     sparsity_loss,
     target_intervals,
 )
@@ -44,28 +44,36 @@ def test_bad_targets_are_refused(targets, message):
         target_intervals(targets)
 
 
-def test_distance_is_zero_inside_the_interval_and_signed_outside():
+def test_slacks_are_signed_and_of_one_bound_each():
     intervals = target_intervals({"code": [0.4, 0.6]})
     task = torch.full((4,), task_index("code"))
-    distance = signed_distance(torch.tensor([0.3, 0.4, 0.6, 0.8]), task, intervals)
-    torch.testing.assert_close(distance, torch.tensor([-0.1, 0.0, 0.0, 0.2]))
+    above, below = slacks(torch.tensor([0.3, 0.4, 0.6, 0.8]), task, intervals)
+    torch.testing.assert_close(above, torch.tensor([-0.3, -0.2, 0.0, 0.2]))
+    torch.testing.assert_close(below, torch.tensor([0.1, 0.0, -0.2, -0.4]))
 
 
-def filled(l1: float = 0.0, l2: float = 0.0) -> LagrangeMultipliers:
+def filled(u: float = 0.0, v: float = 0.0, l2: float = 0.0) -> LagrangeMultipliers:
     multipliers = LagrangeMultipliers()
     with torch.no_grad():
-        multipliers.l1.fill_(l1)
-        multipliers.l2.fill_(l2)
+        for name, value in (("u", u), ("v", v), ("l2", l2)):
+            getattr(multipliers, name).fill_(value)
     return multipliers
 
 
-def test_regulariser_averages_within_tasks_then_over_tasks_present():
+def test_regulariser_averages_within_tasks_and_sums_over_them():
     ratio = torch.tensor([0.5, 0.7, 0.7, 0.8])
     task = torch.tensor([task_index(t) for t in ("single_qa", "single_qa", "single_qa", "code")])
-    loss = sparsity_loss(ratio, task, target_intervals({}), filled(l1=2.0, l2=3.0))
-    qa = (2 * -0.2 + 3 * 0.04) / 3
-    code = 2 * -0.2 + 3 * 0.04
-    assert loss.item() == pytest.approx((qa + code) / 2, abs=1e-6)
+    intervals = target_intervals({"single_qa": [0.6, 0.65]})
+    loss = sparsity_loss(ratio, task, intervals, filled(u=2.0, v=5.0, l2=3.0))
+    msr = (0.5 + 0.7 + 0.7) / 3
+    qa = 2 * (msr - 0.65) + 5 * (0.6 - msr) + 3 * (0.1**2 + 0.05**2 + 0.05**2) / 3
+    code = 2 * (0.8 - 1) + 5 * (1 - 0.8) + 3 * 0.04
+    assert loss.item() == pytest.approx(qa + code, abs=1e-6)
+    parts = [
+        sparsity_loss(ratio[part], task[part], intervals, filled(2.0, 5.0, 3.0), torch.tensor([3.0, 0, 0, 1.0, 0]) / 2)
+        for part in (slice(0, 2), slice(2, 4))
+    ]  # two passes of a step, whose mean is descended
+    assert torch.stack(parts).mean().item() == pytest.approx(qa + code, abs=1e-6)
 
 
 def test_ascent_moves_multipliers_against_the_violation_and_descent_moves_msr_to_its_target():
@@ -75,22 +83,23 @@ def test_ascent_moves_multipliers_against_the_violation_and_descent_moves_msr_to
     ascent = torch.optim.SGD(multipliers.parameters(), lr=1.0, maximize=True)
     sparsity_loss(ratio, task, target_intervals({}), multipliers).backward()
     ascent.step()
-    assert multipliers.l1[0] > 0 > multipliers.l1[task_index("code")]
-    assert multipliers.l2[0] > 0 < multipliers.l2[task_index("code")]
-    assert multipliers.l1[1] == multipliers.l2[1] == 0  # absent tasks stay
+    multipliers.project()
+    code = task_index("code")
+    assert multipliers.u[0] > 0 == multipliers.v[0] and multipliers.v[code] > 0 == multipliers.u[code]
+    assert multipliers.l2[0] > 0 < multipliers.l2[code]
+    assert multipliers.u[1] == multipliers.v[1] == multipliers.l2[1] == 0  # absent tasks stay
     ratio.grad = None
     sparsity_loss(ratio, task, target_intervals({}), multipliers).backward()
     assert ratio.grad is not None and ratio.grad[0] > 0 > ratio.grad[1]
 
 
 def test_projection_bounds_the_multipliers():
-    multipliers = filled(l1=-50.0, l2=-1.0)
+    multipliers = filled(u=-50.0, v=50.0, l2=-1.0)
     multipliers.project()
-    assert multipliers.l1.tolist() == [-10.0] * len(TASKS)
-    assert multipliers.l2.tolist() == [0.0] * len(TASKS)
-    assert set(multipliers.by_task()) == {f"{name}/{task}" for name in ("l1", "l2") for task in (*SENSITIVE, *ROBUST)}
-    with pytest.raises(ValueError, match="multiplier limit=0 is not positive"):
-        LagrangeMultipliers(0)
+    assert multipliers.u.tolist() == multipliers.l2.tolist() == [0.0] * len(CLASSES)
+    assert multipliers.v.tolist() == [10.0] * len(CLASSES)
+    names = {f"{name}/{task}" for name in ("u", "v", "l2") for task in (*SENSITIVE, *ROBUST, "span")}
+    assert set(multipliers.by_class()) == names
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 1000])
@@ -150,23 +159,23 @@ def test_inputs_that_are_routed_alike_share_the_widest_target():
     batch = {"labels": labels, "cu_seq_lens": bounds, "task_id": task}
     targets = {"single_qa": [0.5, 0.6], "multihop_qa": [0.6, 0.7], "code": [0.9, 1.0], "summarization": 0.95}
     objective = TargetObjective({**targets, "in_context": 1.0}, 10.0)
-    objective.multipliers = filled(l1=2.0, l2=3.0)
+    objective.multipliers = filled(u=2.0, v=2.5, l2=3.0)
     head = nn.Linear(8, 31, bias=False)
 
-    def regulariser(ratio, shared_target):
-        routed = RoutedPass(batch, hidden, torch.full((4,), ratio), None, head, 4, shared_target)
-        return float(objective.judge(routed).parts["regulariser"])
+    def judged(ratio, shared_target, samples=None):
+        objective.multipliers.zero_grad()
+        routed = RoutedPass(batch, hidden, torch.tensor(ratio), None, head, 4, shared_target, samples)
+        verdict = objective.judge(routed)
+        verdict.loss.backward()
+        return float(verdict.parts["regulariser"]), objective.multipliers.v.grad.nonzero()[:, 0].tolist()
 
     assert objective.span == (0.5, 1.0)
-    assert (
-        regulariser(0.75, shared_target=True)
-        == regulariser(0.5, shared_target=True)
-        == 0
-        != regulariser(0.75, shared_target=False)
-    )
-    assert regulariser(0.4, shared_target=True) == pytest.approx(
-        -2.0 * 0.1 + 3.0 * 0.1**2
-    )  # every task is below the span
+    mean = 0.45  # one class: the mean is over all samples
+    alike = 2.0 * (mean - 1.0) + 2.5 * (0.5 - mean) + 3.0 * (0.1**2 + 0.1**2) / 4
+    every = torch.tensor([1.0, 2.0, 0.0, 1.0, 0.0])
+    for samples in (None, every):
+        assert judged([0.4, 0.5, 0.5, 0.4], True, samples) == (pytest.approx(alike), [len(TASKS)])  # the span's alone
+        assert judged([0.75] * 4, False, samples)[1] == sorted({0, 1, 3})  # those of the tasks that are there
 
 
 def test_only_labelled_positions_reach_the_head_a_chunk_at_a_time():

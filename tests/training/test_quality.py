@@ -10,7 +10,8 @@ from elastic import cli
 from elastic.data.tasks import TASKS, task_index
 from elastic.training.config import ObjectiveConfig, OptimiserConfig
 from elastic.training.losses import chunked_divergence, labelled_samples
-from elastic.training.objective import BudgetMultipliers, QualityObjective, RoutedPass, quality_loss
+from elastic.training.multipliers import BudgetMultipliers
+from elastic.training.objective import QualityObjective, RoutedPass, quality_loss
 from tests.helpers.training import ROOT, build_data, router_tensors, small_run
 
 QUALITY = ObjectiveConfig("quality", budget=0.05)
@@ -62,7 +63,15 @@ def test_quality_loss_by_hand():
     budget = torch.full((len(TASKS),), 0.1)
     loss = quality_loss(torch.tensor([0.2, 0.4, 0.8]), torch.tensor([0.3, 0.5, 0.0]), task, budget, 2.0, multipliers)
     code = 1.0 + task_index("code")
-    assert loss.item() == pytest.approx(2.0 * (1 - (0.3 + 0.8) / 2) + 1.0 * (0.4 - 0.1) + code * (0.0 - 0.1), abs=1e-6)
+    whole = 2.0 * (1 - (0.3 + 0.8) / 2) + 1.0 * (0.4 - 0.1) + code * (0.0 - 0.1)
+    assert loss.item() == pytest.approx(whole, abs=1e-6)
+    samples = torch.zeros(len(TASKS))
+    samples[task[0]], samples[task[2]] = 2 / 2, 1 / 2  # of a step of two passes, whose mean is descended
+    passes = [
+        quality_loss(torch.tensor(msr), torch.tensor(kl), task[which], budget, 2.0, multipliers, samples)
+        for msr, kl, which in (([0.2], [0.3], [0]), ([0.4, 0.8], [0.5, 0.0], [1, 2]))
+    ]
+    assert torch.stack(passes).mean().item() == pytest.approx(whole, abs=1e-6)
 
 
 def test_prices_rise_over_budget_fall_below_it_and_never_leave_their_range():
@@ -83,17 +92,21 @@ def test_prices_rise_over_budget_fall_below_it_and_never_leave_their_range():
     assert first[task_index("summarization")] == 0.0  # absent
     assert step([0.9, 0.05])[0] == 3.0
     assert step([0.0, 0.05])[0] == pytest.approx(2.0)
-    assert set(multipliers.by_task()) == {f"l/{name}" for name in TASKS}
+    assert set(multipliers.by_class()) == {f"l/{name}" for name in TASKS}
 
 
 def test_prices_begin_where_they_are_told():
     assert BudgetMultipliers(10.0, 4.0).l.tolist() == [4.0] * len(TASKS)
     objective = QualityObjective(ObjectiveConfig("quality", price=5.0), 10.0)
     assert objective.multipliers.l.tolist() == [5.0] * len(TASKS) and objective.settings()["price"] == 5.0
-    with pytest.raises(ValueError, match=r"multipliers start at 20\.0, beyond their limit=10\.0; raise the limit"):
+    with pytest.raises(
+        ValueError, match=r"start at \{.l.: 20\.0\}, not within 0 and their limit=10\.0; raise the limit"
+    ):
         QualityObjective(ObjectiveConfig("quality", price=20.0), 10.0)
     with pytest.raises(ValueError, match=r"objective\.price=-1 is below 0"):
         ObjectiveConfig(price=-1)
+    with pytest.raises(ValueError, match=r"objective\.damping=-1 is below 0"):
+        ObjectiveConfig(damping=-1)
 
 
 def packed_problem():
@@ -150,7 +163,7 @@ def test_a_run_raises_the_price_of_what_is_over_budget(data, tmp_path):
     assert loose.multipliers.l.abs().max() == 0
     names = set(trainer.callback_metrics)
     assert {"train/kl/single_qa", "train/l/single_qa", "train/msr/single_qa", "train/loss"} <= names
-    assert not {name for name in names if "regulariser" in name or "l1" in name}
+    assert not {name for name in names if "regulariser" in name or "/u/" in name}
     bias = [
         [value for name, value in router_tensors(module).items() if name.endswith("head.4.bias")]
         for module in (tight, loose)
@@ -187,7 +200,7 @@ def test_two_steps_through_the_command_then_test_and_load(data, tmp_path):
     recipe = read_elastic(root / "checkpoint")["recipe"]
     assert recipe["objective"]["kind"] == "quality" and recipe["objective"]["budgets"]["single_qa"] == 0.01
     state = torch.load(root / "last.ckpt", weights_only=True)["state_dict"]
-    assert "multipliers.l" in state and "multipliers.l1" not in state
+    assert "multipliers.l" in state and "multipliers.u" not in state
     more = [*flags, "--trainer.max_steps=3", "--model.objective.budgets.single_qa=0.01", "--ckpt_path=last"]
     assert cli.main(["fit", *files, *more]) == 0
     assert cli.main(["test", *files, *flags, "--ckpt_path=last", "--model.objective.kind=quality"]) == 0

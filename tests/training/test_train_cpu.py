@@ -56,7 +56,13 @@ def test_tensorboard_counts_optimiser_steps_and_holds_pictures(run):
     assert [point.step for point in events.Scalars("train/loss")] == [1, 2, 3, 4]
     assert [point.step for point in events.Scalars("val/msr/in_context")] == [2, 4]
     assert any(tag.startswith("routes/") for tag in events.Tags()["images"])
-    wanted = {"train/temperature", "train/l1/single_qa", "train/l2/in_context", "train/tokens_per_second"}
+    wanted = {
+        "train/temperature",
+        "train/u/single_qa",
+        "train/v/span",
+        "train/l2/in_context",
+        "train/tokens_per_second",
+    }
     assert wanted <= set(events.Tags()["scalars"])
 
 

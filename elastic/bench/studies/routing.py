@@ -4,11 +4,15 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from elastic.bench import drawing
 from elastic.bench.records import Measurement, save
+from elastic.bench.studies.bounds import RETRIEVAL
+from elastic.bench.studies.leads import paired_cells, paired_records
+from elastic.bench.studies.paired import over_seeds
+from elastic.bench.studies.routing_notes import BOUNDS, BY_SOURCE
 from elastic.bench.studies.routing_tables import (
     AT_LEAST,
     CURVE,
@@ -17,6 +21,7 @@ from elastic.bench.studies.routing_tables import (
     HEADLINES,
     HEADS,
     POINT,
+    PRICES,
     TRAINING,
     headline_cells,
 )
@@ -25,9 +30,7 @@ from elastic.console import say, table
 from elastic.data.tasks import ROBUST, SENSITIVE
 
 SUMMARY = "what trained routers keep of the dense model's quality, from recorded runs"
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % quantiles by number of seeds
-UNITS = {**dict.fromkeys(("loss", "text loss", "kl"), "nats a token"), **dict.fromkeys(("regulariser", "l", "l1"), "")}
-MEASURES = {"retrieval": Point.retrieval, "needles": Point.needles, "text loss": Point.loss}
+UNITS = {**dict.fromkeys(("loss", "text loss", "kl"), "nats a token"), **dict.fromkeys(("regulariser", *PRICES), "")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,17 +48,26 @@ def run(args: argparse.Namespace, _command: str) -> int:
     found = [*records(study), *run_records(study, drawn)]
     path = save(args.out / f"{args.tag}.json", found)
     say(table(*headline_cells(found)))
+    header, rows = paired_cells(found)
+    say("\n" + table(header, rows) if rows else "\nNo samples_test.jsonl in the study: no paired comparison.")
     say(f"\nwrote {', '.join(map(str, [path, *drawing.draw(path, found)]))}")
     return 0
 
 
 def headlines(point: Point, dense: Point) -> dict[str, float]:
     """The figures of one operating point that the study is judged by."""
-    msr = point.msr_by_task
+    kept = point.kept(dense)
+    exact = [float(share) for name, share in kept.shares.items() if name != RETRIEVAL]
+    sensitive, robust = point.mean_over(SENSITIVE), point.mean_over(ROBUST)
+    base = dense.measures()
     return {
-        **{f"{name} of dense": measure(point)[0] / measure(dense)[0] for name, measure in MEASURES.items()},
+        **{f"{name} of dense": value / base[name][0] for name, (value, _) in point.measures().items()},
+        **({"worst text loss of dense": max(map(float, kept.losses.values()))} if kept.losses else {}),
+        **({"in-context of dense": min(exact)} if exact else {}),
         "mean MSR": point.mean_msr,
-        "MSR robust - sensitive": fmean(msr[t] for t in ROBUST) - fmean(msr[t] for t in SENSITIVE),
+        "MSR sensitive": sensitive,
+        "MSR robust": robust,
+        "MSR robust - sensitive": robust - sensitive,
     }
 
 
@@ -74,15 +86,12 @@ def equal_quality(points: Sequence[Point], dense: Point) -> tuple[float | None, 
     return here.mean_msr + (beyond.mean_msr - here.mean_msr) * near / (near - far), False
 
 
-def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and the half width of its 95 % interval by Student's t; None for a single seed."""
-    half = STUDENT[len(values)] * stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return fmean(values), half
-
-
 def records(study: Study) -> list[Measurement]:
-    """Headlines of every group of seeds, its operating points, those of every run, then the scores by source."""
-    return [*_headlines(study), *_leads(study), *_curves(study), *_points(study), *_by_source(study)]
+    """Headlines of every group of seeds, its operating points, those of every run, the scores by source, then what is
+    paired by sample.
+    """
+    paired = ({**record, **study.stamp} for record in paired_records(study))
+    return [*_headlines(study), *_leads(study), *_curves(study), *_points(study), *_by_source(study), *paired]
 
 
 def _headlines(study: Study) -> Iterator[Measurement]:
@@ -90,12 +99,14 @@ def _headlines(study: Study) -> Iterator[Measurement]:
         common = {"who": _label(router, objective), "steps": runs[0].recipe["step"]}
         reached, open_ended = zip(*(equal_quality(run.points, run.dense) for run in runs), strict=True)
         about = {**common, "seeds": [run.seed for run in runs], "biases": [run.chosen_bias for run in runs]}
+        about[BOUNDS] = BY_SOURCE
         yield _over_seeds(study, HEADLINE, EQUAL, reached, {**about, AT_LEAST: any(open_ended)})
         tested = [(run.seed, run.tested) for run in runs if run.tested is not None]
         found = [headlines(point, study.dense) for _, point in tested]
         about = {**common, "seeds": [seed for seed, _ in tested], "biases": [point.bias for _, point in tested]}
-        for name in HEADLINES if tested else ():
-            yield _over_seeds(study, HEADLINE, name, [of_run[name] for of_run in found], about)
+        for name in HEADLINES:
+            if found and name in found[0]:
+                yield _over_seeds(study, HEADLINE, name, [of_run[name] for of_run in found], about)
 
 
 def _leads(study: Study) -> Iterator[Measurement]:
@@ -120,7 +131,7 @@ def _curves(study: Study) -> Iterator[Measurement]:
         for bias, points in _in_common(runs):
             found = [headlines(point, run.dense) for run, point in zip(runs, points, strict=True)]
             about = {"who": _label(router, objective), "seeds": [run.seed for run in runs], "bias": bias}
-            for name in HEADLINES:
+            for name in (name for name in HEADLINES if name in found[0]):
                 yield _over_seeds(study, CURVE, name, [of_run[name] for of_run in found], about)
 
 
@@ -135,7 +146,7 @@ def _in_common(runs: Sequence[Run]) -> Iterator[tuple[float, list[Point]]]:
 def run_records(study: Study, run: Run) -> Iterator[Measurement]:
     """What is drawn of one run: scalars over the steps of training, and each head's share of held-out inputs on SA."""
     quality = run.objective == "quality"
-    kinds = ("loss", "kl", "msr", "l") if quality else ("loss", "regulariser", "msr", "l1")
+    kinds = ("loss", "kl", "msr", *PRICES) if quality else ("loss", "regulariser", "msr", *PRICES)
     curves = run.curves()
     for name in (name for kind in kinds for name in curves if name.partition("/")[0] == kind):
         steps, values = zip(*curves[name], strict=True)
@@ -161,9 +172,12 @@ def _points(study: Study) -> Iterator[Measurement]:
     points = [(None, point, study.dense) for point in study.baselines.values()]
     points += [(one, point, one.dense) for one in study.runs for point in one.points]
     for run, point, dense in points:
-        for metric, measure in MEASURES.items():
-            (value, half), base = measure(point), measure(dense)[0]
-            extra = {"of_dense": value / base, "mean_msr": point.mean_msr, "msr": point.msr_by_task}
+        for metric, (value, half) in point.measures().items():
+            extra = {
+                "of_dense": value / dense.measures()[metric][0],
+                "mean_msr": point.mean_msr,
+                "msr": point.msr_by_task,
+            }
             yield _record(study.stamp, POINT, metric, value, half=half, **extra, **_about(run, point))
 
 
@@ -172,10 +186,11 @@ def _by_source(study: Study) -> Iterator[Measurement]:
     points += [(one, one.tested) for one in study.runs if one.tested is not None]
     for run, point in points:
         for source, row in point.sources.items():
-            value, half = point.value(source, score_of(source))
+            score = score_of(source, point.known)
+            value, half = point.value(source, score)
             extra = {name: point.ratio(row, name) for name in ("msr", "esr_last", "esr_all")}
             about = {**extra, **_about(run, point)}
-            yield _record(study.stamp, source, score_of(source), value, half=half, n=row["n"], **about)
+            yield _record(study.stamp, source, score, value, half=half, n=row["n"], **about)
 
 
 def _about(run: Run | None, point: Point) -> dict[str, Any]:

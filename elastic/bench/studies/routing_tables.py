@@ -7,33 +7,28 @@ from typing import Any
 import torch
 
 from elastic.bench.records import Measurement
-from elastic.bench.studies.runs import CHOSEN, KEPT, RISE
 from elastic.plots import Curve, Panel, in_rows, panels_figure, share_figure, smooth
 
 # Cases of records that are about no single source.
-HEADLINE, CURVE, POINT, TRAINING, HEADS = "headline", "curve", "point", "training", "heads"
+HEADLINE, CURVE, POINT, TRAINING, HEADS, PAIRED = "headline", "curve", "point", "training", "heads", "paired"
 AT_LEAST = "at_least"  # in records of MSR at equal quality: some seed's sparsest point is of equal quality still
-NOTES = f"""Answers teacher-forced on held-out samples (other seeds, wording and texts than in training); exact: all
-answer tokens right, which is what greedy decoding would give. Retrieval: mean of the exact and accuracy rows but
-many_shot; text loss: mean of the loss rows. ± half a 95 % interval: over seeds by Student's t in the first two tables,
-over samples in the third, where seeds are averaged.
-
-Validation rows: every operating point (second table), and MSR at equal quality: the largest mean MSR that keeps
-{KEPT:.0%} of dense retrieval and loses at most {RISE:.0%} on text, by straight lines between a run's points; ≥ where
-a seed's sparsest point is of equal quality still; `elastic - static` pairs seeds. They choose `sparsity_bias`: the
-sparsest that keeps {CHOSEN:.0%} of dense retrieval at that loss, or the best where none does. Test rows, which had no
-part in choosing: the chosen points, other columns of the first table and in the third. Empty cells: not measured."""
 EQUAL = "MSR at equal quality"
-HEADLINES = ("retrieval of dense", "needles of dense", "text loss of dense", "mean MSR", "MSR robust - sensitive")
+HEADLINES = (
+    *("retrieval of dense", "needles of dense", "text loss of dense"),
+    *("worst text loss of dense", "in-context of dense", "mean MSR", "MSR sensitive", "MSR robust"),
+)
 DRAWN = ("retrieval", "needles", "text loss")  # scores that `quality_figure` draws as shares of the dense model's
 TRAINED = {  # panels of `training_figure`: kind of scalar -> title, whether it is smoothed
     "loss": ("loss", True),
     "regulariser": ("regulariser", True),
     "kl": ("divergence from dense, nats", True),
     "msr": ("MSR by task", True),
+    "u": ("multiplier u (MSR too high)", False),
+    "v": ("multiplier v (MSR too low)", False),
     "l": ("multiplier by task", False),
-    "l1": ("multiplier by task", False),
+    "l1": ("multiplier by task", False),  # of runs from before there was one for each bound
 }
+PRICES = ("u", "v", "l", "l1")
 
 
 def figures(found: Sequence[Measurement]) -> dict[str, Any]:
@@ -96,29 +91,35 @@ def training_figure(found: Sequence[Measurement]) -> Any:
     return panels_figure(in_rows(drawn))
 
 
+def headline_names(found: Sequence[Measurement]) -> list[str]:
+    """Figures that operating points are judged by, those that the records have, in their order."""
+    return list(dict.fromkeys(record["metric"] for record in found if record["case"] == CURVE))
+
+
 def headline_cells(found: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a line per group of runs."""
     value = {(record["who"], record["metric"]): record for record in found if record["case"] == HEADLINE}
-    rows = []
+    names, rows = headline_names(found), []
     for who in dict.fromkeys(who for who, _ in value):
         equal, tested = value[who, EQUAL], value.get((who, HEADLINES[0]))
         size = [str(len(equal["seeds"])), str(equal["steps"]), _cell(equal), _listed(equal["biases"])]
         size.append("" if tested is None else str(len(tested["seeds"])))
-        rows.append([who, *size, *(_cell(value.get((who, name))) for name in HEADLINES)])
-    return ["router, objective", "seeds", "steps", EQUAL, "bias chosen", "seeds tested", *HEADLINES], rows
+        rows.append([who, *size, *(_cell(value.get((who, name))) for name in names)])
+    return ["router, objective", "seeds", "steps", EQUAL, "bias chosen", "seeds tested", *names], rows
 
 
 def curve_cells(found: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a line per group of runs and operating point."""
     value = {(r["who"], r["bias"], r["metric"]): r for r in found if r["case"] == CURVE}
     lines = dict.fromkeys((who, bias) for who, bias, _ in value)
-    rows = [[who, f"{bias:g}", *(_cell(value[who, bias, name]) for name in HEADLINES)] for who, bias in lines]
-    return ["router, objective", "bias", *HEADLINES], rows
+    names = headline_names(found)
+    rows = [[who, f"{bias:g}", *(_cell(value[who, bias, name]) for name in names)] for who, bias in lines]
+    return ["router, objective", "bias", *names], rows
 
 
 def source_cells(found: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a line per source, a column per method, seeds averaged: `score ± half @ MSR`."""
-    shown = [record for record in found if record["case"] not in (HEADLINE, CURVE, POINT, TRAINING, HEADS)]
+    shown = [record for record in found if record["case"] not in (HEADLINE, CURVE, POINT, TRAINING, HEADS, PAIRED)]
     cells: dict[tuple[str, str], list[Measurement]] = {}
     for record in shown:
         cells.setdefault((record["case"], record["method"]), []).append(record)

@@ -2,48 +2,41 @@
 
 A study is a folder: `stamp.json` (GPU, versions, commit, command) and a folder for each run with
 `results_validation.json` (all operating points; they choose one), `metrics.csv`, `elastic.json` (its checkpoint's) and,
-once it is measured, `results_test.json` (the chosen operating point, on rows that had no part in choosing).
+once it is measured, `results_test.json` (the chosen operating point, on rows that had no part in choosing) with
+`samples_test.jsonl` (the same and all other points by sample; older studies have none).
 """
 
 import csv
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from elastic.bench.studies.bounds import CHOSEN, GENERATOR_TASKS, Kept, bound_score, generator_of, kept, task_of
+from elastic.bench.studies.samples import Samples, read_samples
+from elastic.data.tasks import SENSITIVE
 from elastic.routing.methods import Method, parse_method, ratio_columns, renamed
 
 Row = dict[str, float]
 FILES = ("results_validation.json", "elastic.json", "metrics.csv")
-TEST = "results_test.json"
+TEST, TEST_SAMPLES = "results_test.json", "samples_test.jsonl"
 STAMP = "stamp.json"
-KEPT, RISE = 0.97, 0.02  # equal quality: share of dense retrieval that must stay, rise of loss that may be
-CHOSEN = 0.99  # share that a point to be chosen keeps: the best of several points owes some of its lead to luck
-# What counts in a source: answers right in every token, share of right tokens where answers are long, or loss.
-EXACT = (
-    *("needle_single", "needle_multi_key", "needle_multi_value", "needle_multi_query", "passage_qa", "fact_chain"),
-    *("foreign_pass_key", "foreign_needle", "foreign_play", "foreign_last_paragraph", "foreign_chat"),
-)
+# Answers so long that tables show the share of right tokens.
 ACCURACY = ("variable_tracking", "verbatim_copy", "foreign_json", "foreign_multi_needle")
-LOSS = (
-    *("continuation", "summary", "code_completion"),
-    *("foreign_continuation", "foreign_summary", "foreign_code"),
-)
-RETRIEVAL = (*EXACT, *ACCURACY)
+RETRIEVAL = tuple(name for name, task in GENERATOR_TASKS.items() if task in SENSITIVE)
+LOSS = tuple(name for name, task in GENERATOR_TASKS.items() if bound_score(task) == "loss")
 
 
-def generator_of(source: str) -> str:
-    """`needle_single` of `needle_single-4096`."""
-    return source.partition("-")[0]
-
-
-def score_of(source: str) -> str:
-    """Name of the score that counts: `exact`, `accuracy` or `loss`."""
-    name = generator_of(source)
-    return "loss" if name in LOSS else "accuracy" if name in ACCURACY else "exact"
+def score_of(source: str, tasks: Mapping[str, str] | None = None) -> str:
+    """Name of the score that tables show of a source: `exact`, `accuracy` or `loss`."""
+    task = (tasks or {}).get(source) or GENERATOR_TASKS.get(generator_of(source))
+    return "accuracy" if generator_of(source) in ACCURACY else "exact" if task is None else bound_score(task)
 
 
 @dataclass(frozen=True)
@@ -53,11 +46,13 @@ class Point:
     Attributes:
         method: its name in the file, possibly an old one (`elastic.routing.methods.renamed`).
         sources, tasks: rows of the results file.
+        known: task class by source, as the file tells.
     """
 
     method: str
     sources: dict[str, Row]
     tasks: dict[str, Row]
+    known: dict[str, str] = field(default_factory=dict)
 
     @property
     def parsed(self) -> Method:
@@ -94,35 +89,62 @@ class Point:
         """Mean of the tasks' MSR, every task of the same weight."""
         return fmean(self.msr_by_task.values())
 
-    def retrieval(self) -> tuple[float, float]:
-        """Mean score of the retrieval sources, and the half width of its 95 % interval."""
-        return self._mean([source for source in self.sources if generator_of(source) in RETRIEVAL])
+    @property
+    def source_tasks(self) -> dict[str, str]:
+        """Task class of every source."""
+        return {source: task_of(source, self.known) for source in self.sources}
 
-    def needles(self) -> tuple[float, float]:
-        """The same for the needles alone."""
-        return self._mean([source for source in self.sources if source.startswith("needle")])
+    def mean_over(self, tasks: Sequence[str]) -> float:
+        """Mean MSR of those of some tasks that were measured, every task of the same weight."""
+        return fmean(msr for task, msr in self.msr_by_task.items() if task in tasks)
+
+    def retrieval(self) -> tuple[float, float]:
+        """Mean of exact answers over the sources of sensitive tasks, and the half width of its 95 % interval."""
+        return self.measures()["retrieval"]
 
     def loss(self) -> tuple[float, float]:
         """Mean loss of the text sources, and the half width of its 95 % interval."""
-        return self._mean([source for source in self.sources if generator_of(source) in LOSS])
+        return self.measures()["text loss"]
 
-    def _mean(self, sources: Sequence[str]) -> tuple[float, float]:
-        values, halves = zip(*(self.value(source, score_of(source)) for source in sources), strict=True)
+    def measures(self) -> dict[str, tuple[float, float]]:
+        """Means over kinds of sources, each source of the same weight, and the half widths of their 95 % intervals:
+        exact answers of the sources of sensitive tasks and of the needles among them, loss of the text sources; those
+        kinds that were evaluated.
+        """
+        tasks = self.source_tasks
+        kinds = {
+            "retrieval": ([source for source in tasks if tasks[source] in SENSITIVE], "exact"),
+            "needles": ([source for source in tasks if source.startswith("needle")], "exact"),
+            "text loss": ([source for source in tasks if bound_score(tasks[source]) == "loss"], "loss"),
+        }
+        return {name: self._mean(sources, score) for name, (sources, score) in kinds.items() if sources}
+
+    def _mean(self, sources: Sequence[str], score: str) -> tuple[float, float]:
+        values, halves = zip(*(self.value(source, score) for source in sources), strict=True)
         return fmean(values), sum(half**2 for half in halves) ** 0.5 / len(halves)
 
+    def _tensor(self, source: str, score: str) -> Tensor:
+        return torch.tensor(self.value(source, score)[0], dtype=torch.float64)
 
-def slack(point: Point, dense: Point, kept: float = KEPT) -> float:
-    """How far inside both bounds of equal quality a point is: 1 = as good as dense, 0 = on a bound, below 0 = worse. A
+    def kept(self, dense: "Point") -> Kept:
+        """What it keeps of the dense model's quality, source by source."""
+        return kept(self.source_tasks, self._tensor, dense._tensor)
+
+
+def slack(point: Point, dense: Point, share: float | None = None) -> float:
+    """How far inside all bounds of equal quality a point is: 1 = as good as dense, 0 = on a bound, below 0 = worse. A
     dense model that retrieves nothing has nothing to lose.
+
+    Args:
+        share: of dense retrieval that must stay; default `bounds.KEPT`. Other sources have bounds of their own.
     """
-    base, rise = dense.retrieval()[0], point.loss()[0] / dense.loss()[0] - 1
-    share = point.retrieval()[0] / base if base else 1.0
-    return min((share - kept) / (1 - kept), (RISE - rise) / RISE)
+    found = point.kept(dense)
+    return float(found.slack() if share is None else found.slack(share))
 
 
 def chosen_bias(validation: dict[str, Any]) -> float:
-    """The sparsest bias that keeps `CHOSEN` of dense retrieval and loses at most `RISE` on text, or the best where none
-    does; of `results_validation.json`.
+    """The sparsest bias that keeps `CHOSEN` of dense retrieval within the bounds of all other sources, or the best
+    where none does; of `results_validation.json`.
     """
     dense, points = _dense_of(validation), by_bias(validation)
     inside = [point for point in points if slack(point, dense, CHOSEN) >= 0]
@@ -146,6 +168,12 @@ class Run:
     validation: dict[str, Any]
     test: dict[str, Any] | None
     recipe: dict[str, Any]
+
+    @cached_property
+    def samples(self) -> Samples | None:
+        """Test rows by sample, with all operating points; None of runs from before there was such a file."""
+        file = self.folder / TEST_SAMPLES
+        return read_samples(file) if file.is_file() else None
 
     @property
     def name(self) -> str:
@@ -220,7 +248,8 @@ def by_bias(results: dict[str, Any]) -> list[Point]:
 
 def points_of(results: dict[str, Any]) -> list[Point]:
     """All methods of a results file."""
-    return [Point(method, results["sources"], results["tasks"]) for method in results["methods"]]
+    known = results.get("source_tasks", {})
+    return [Point(method, results["sources"], results["tasks"], known) for method in results["methods"]]
 
 
 @dataclass(frozen=True)
