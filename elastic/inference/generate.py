@@ -17,7 +17,7 @@ from elastic.inference.report import RouteReport, route_reports
 from elastic.model.attach import biased, elastic_config, is_attached, route_of, set_config, user_wrote
 from elastic.model.checkpoint import load_into, read_elastic
 from elastic.model.loading import architecture, load_backbone
-from elastic.model.static_routers import attach_static
+from elastic.model.ordered_routers import attach_static
 from elastic.protocols import CausalLM, KVCache, Tokenizer
 from elastic.routing.calibration import is_calibration, read_calibration
 from elastic.routing.methods import Method, parse_method

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from elastic.config import RouterConfig, SparseConfig
-from elastic.routing.router import MIN_STATISTICS, Router
+from elastic.routing.router import MIN_STATISTICS, STEEPNESS, Router
 
-STEEPNESS = 10.0  # `sparsity_bias` of 1 lets a tenth of all heads more run sparse
 USUAL = 3.0  # deviations of the outline from its mean that are nothing strange
 SMALLEST = 1e-6  # variance of a feature
 
@@ -58,9 +57,10 @@ class LevelRouter(Router):
         self.register_buffer("fitted_budget", torch.tensor(config.budget))
 
     @torch.no_grad()
-    def begin_from(self, rank_K: Tensor) -> None:
-        """Take the heads' places in the order: the share of all heads of the model before each, in [0, 1)."""
-        self.rank.copy_(rank_K)
+    def begin_in_order(self, place_K: Tensor, level: float) -> None:
+        """Take the heads' places, and the level for all inputs."""
+        self.rank.copy_(place_K)
+        self.bias.fill_(level)
 
     @torch.no_grad()
     def begin_at(self, sparse_logit: float) -> None:

@@ -16,6 +16,7 @@ from elastic.config import RouterConfig
 MIN_STATISTICS = 8  # samples before the deviation means anything
 STANDARDISED_LIMIT = 10.0  # features further out than this many deviations carry no more information than the sign
 EPSILON = 1e-5  # added to the variance
+STEEPNESS = 10.0  # of logits along an order of heads: a `sparsity_bias` of 1 lets a tenth of all heads more run sparse
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,12 @@ class Router(nn.Module):
         """Let every head begin with this logit for SA (and 0 for FA) instead of undecided."""
         raise NotImplementedError
 
+    def begin_in_order(self, _place_K: Tensor, _level: float) -> None:
+        """Let the heads before a level of an order begin on route 1. A head's place is the share of all heads of the
+        model that come before it, in (0, 1).
+        """
+        raise NotImplementedError
+
     def head_logits(self) -> list[nn.Parameter]:
         """Logits [K, 2] of their own that KV heads have; they learn at another rate than shared weights."""
         raise NotImplementedError
@@ -81,6 +88,12 @@ class StaticRouter(Router):
     def begin_at(self, sparse_logit: float) -> None:
         """Every head's own SA logit."""
         self.logits[:, 1] = sparse_logit
+
+    @torch.no_grad()
+    def begin_in_order(self, place_K: Tensor, level: float) -> None:
+        """Every head's own SA logit."""
+        self.logits[:, 0] = 0.0
+        self.logits[:, 1] = STEEPNESS * (level - place_K)
 
     def head_logits(self) -> list[nn.Parameter]:
         """The whole pattern."""
@@ -141,6 +154,20 @@ class AttentionRouter(Router):
         """The last bias, whose weights start at zero."""
         undecided: Any = self.head[-1]
         undecided.bias[1] = sparse_logit
+
+    @torch.no_grad()
+    def begin_in_order(self, place_K: Tensor, level: float) -> None:
+        """The heads' offsets.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.offset is None:
+            raise ValueError(
+                "routers of kind paper begin in an order by offsets of their heads; set router.head_offset"
+            )
+        self.offset[:, 0] = 0.0
+        self.offset[:, 1] = STEEPNESS * (level - place_K)
 
     def head_logits(self) -> list[nn.Parameter]:
         """The heads' offsets, where there are any."""

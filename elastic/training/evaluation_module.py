@@ -1,5 +1,6 @@
 """A frozen backbone with routers as a LightningModule: how it is built, and how it is evaluated."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from elastic.data.tasks import TASKS
 from elastic.model.attach import attach, biased, last_routes, override_routes, set_config
 from elastic.model.checkpoint import load_into, read_elastic
 from elastic.model.loading import DTYPES, architecture, load_backbone
+from elastic.model.ordered_routers import begin_in_order
 from elastic.protocols import CausalLM, Decoder
-from elastic.routing.methods import parse_methods, ratio_columns
+from elastic.routing.fixed_routes import head_order
+from elastic.routing.methods import Method, parse_method, parse_methods, ratio_columns
 from elastic.routing.sparsity import esr, msr, xattention_heads
 from elastic.training.losses import answer_divergence, labelled_positions
 from elastic.training.metrics import (
@@ -111,6 +114,8 @@ class RoutedModule(LightningModule):
     def _attached(self, model: CausalLM) -> CausalLM:
         if self.begins_with is None:
             return attach(model, self.elastic)
+        if self.begins_with.startswith("static:"):
+            return self._in_order(model, parse_method(self.begins_with))
         theirs, mine = read_elastic(self.begins_with)["config"], self.elastic.to_dict()
         for name in ("router", "sparse"):
             if theirs[name] != mine[name]:
@@ -121,6 +126,13 @@ class RoutedModule(LightningModule):
         load_into(model, self.begins_with)
         set_config(model, self.elastic)
         return model
+
+    def _in_order(self, model: CausalLM, method: Method) -> CausalLM:
+        """Routers of the configured kind, in the order of a pattern file or a calibration."""
+        shape = architecture(model)
+        size = shape["num_layers"], shape["num_kv_heads"]
+        order, level = head_order(Path(str(method.file)), *size, method.msr, shape)
+        return begin_in_order(attach(model, self.elastic), order, level)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final hidden states [1, S, E] of a packed batch; the routes are then in `last_routes(self.model)`."""

@@ -93,8 +93,8 @@ def fit_levels(
     for layer, (router, rank_K) in enumerate(zip(routers, rank.view(len(routers), -1), strict=True)):
         reach_MR = outcomes.reach_MLR[:, : layer + 1].flatten(1)
         features = router.features(reach_MR, outcomes.length_M, sparse).double()
+        router.begin_in_order(rank_K, 0.0)
         explained.append(_fit(router, features, at, weight_M, contrast))
-        router.begin_from(rank_K)
         router.slope.fill_(slope)
         router.fitted_budget.fill_(budget)
     return explained

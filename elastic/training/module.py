@@ -50,7 +50,8 @@ class ElasticModule(RoutedModule):
         compiled: torch.compile what surrounds attention in the backbone's layers
             (`elastic.model.compiling.compile_layers`).
         methods: what evaluation compares, by name (docs/evaluation.md, Methods); default dense and elastic.
-        routers: checkpoint folder that training or evaluation begins with; None: fresh routers.
+        routers: checkpoint folder that training or evaluation begins with, or `static:<file>[@<msr>]`: fresh routers
+            that begin in the order of a calibration or a pattern file; None: fresh ones, undecided.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ SPARSE = SparseConfig(sink=128, window=512)
 def single(**settings):
     router = build_router(HEADS, 16, RouterConfig(kind="level", **settings), LAYER)
     assert isinstance(router, LevelRouter)
-    router.begin_from(torch.tensor([0.1, 0.35, 0.6, 0.85]))
+    router.begin_in_order(torch.tensor([0.1, 0.35, 0.6, 0.85]), 0.5)
     return router.eval()
 
 
@@ -53,7 +53,7 @@ def model_with_levels(family="llama", seed=0, **settings):
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(LAYERS * KV_HEADS, generator=generator).float().view(LAYERS, KV_HEADS)
     for router, place in zip(routers(model), order, strict=True):
-        router.begin_from((place + 0.5) / (LAYERS * KV_HEADS))
+        router.begin_in_order((place + 0.5) / (LAYERS * KV_HEADS), 0.5)
         with torch.no_grad():
             router.weight.copy_(4 * torch.randn(router.weight.shape, generator=generator))
             router.bias.fill_(0.5 - float(router.weight[:-1].sum()) * 0.6)

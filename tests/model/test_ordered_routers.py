@@ -6,13 +6,19 @@ import torch
 import elastic
 from elastic.config import ElasticConfig, RouterConfig
 from elastic.model.attach import attach, biased, last_routes, override_routes, routers
-from elastic.model.static_routers import attach_static, static_routers
+from elastic.model.ordered_routers import attach_static, begin_in_order
 from elastic.routing.calibration import first_heads
+from elastic.training.module import ElasticModule
 from tests.helpers.models import KV_HEADS, LAYERS, random_ids, small_config, tiny_model
 
 HEADS = LAYERS * KV_HEADS
 ORDER = [4, 1, 0, 5, 3, 2]
-STATIC = ElasticConfig(RouterConfig(kind="static"), small_config().sparse)
+KINDS = {
+    "static": RouterConfig(kind="static"),
+    "level": RouterConfig(kind="level"),
+    "paper": RouterConfig(pool_tokens=8, head_offset=True),
+}
+STATIC = ElasticConfig(KINDS["static"], small_config().sparse)
 
 
 @torch.no_grad()
@@ -21,9 +27,10 @@ def routes_of(model):
     return last_routes(model).route
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("msr", [0, 1 / 6, 0.5, 0.8, 1])
-def test_the_first_heads_of_the_order_run_sparse(msr):
-    model = static_routers(attach(tiny_model(), STATIC), ORDER, msr)
+def test_the_first_heads_of_the_order_run_sparse(msr, kind):
+    model = begin_in_order(attach(tiny_model(), ElasticConfig(KINDS[kind], small_config().sparse)), ORDER, msr)
     wanted = first_heads(ORDER, msr, LAYERS, KV_HEADS)
     assert torch.equal(routes_of(model), wanted[:, None].expand(-1, 2, -1))
     with torch.no_grad():
@@ -32,8 +39,9 @@ def test_the_first_heads_of_the_order_run_sparse(msr):
             assert torch.equal(own, model(random_ids(2, 40)).logits)
 
 
-def test_the_bias_moves_the_level_along_the_order():
-    model = static_routers(attach(tiny_model(), STATIC), ORDER, 0.5)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bias_moves_the_level_along_the_order(kind):
+    model = begin_in_order(attach(tiny_model(), ElasticConfig(KINDS[kind], small_config().sparse)), ORDER, 0.5)
     for bias, heads in ((-100, 0), (-10 / 6, 2), (0, 3), (10 / 6, 4), (20 / 6, 5), (100, 6)):
         with biased(model, bias):
             expected = first_heads(ORDER, heads / HEADS, LAYERS, KV_HEADS)
@@ -43,11 +51,11 @@ def test_the_bias_moves_the_level_along_the_order():
 def test_what_does_not_fit_is_refused():
     model = attach(tiny_model(), STATIC)
     with pytest.raises(ValueError, match="has 5 entries; expected each of the 6 heads"):
-        static_routers(model, ORDER[:5], 0.5)
+        begin_in_order(model, ORDER[:5], 0.5)
     with pytest.raises(ValueError, match=r"msr=1.5 is not a share"):
-        static_routers(model, ORDER, 1.5)
-    with pytest.raises(ValueError, match="of kind AttentionRouter, which decide by the input"):
-        static_routers(attach(tiny_model(), small_config()), ORDER, 0.5)
+        begin_in_order(model, ORDER, 1.5)
+    with pytest.raises(ValueError, match=r"by offsets of their heads; set router.head_offset"):
+        begin_in_order(attach(tiny_model(), small_config()), ORDER, 0.5)
 
 
 def test_a_pattern_file_becomes_routers(tmp_path):
@@ -65,7 +73,7 @@ def test_a_pattern_file_becomes_routers(tmp_path):
 
 def test_static_routers_are_saved_and_loaded(tmp_path):
     model, _ = elastic.model.loading.load_backbone("tiny")
-    static_routers(attach(model, STATIC), ORDER, 0.5)
+    begin_in_order(attach(model, STATIC), ORDER, 0.5)
     path = elastic.save_elastic(tmp_path / "made", model, "tiny")
     again, tokenizer = elastic.load(path)
     for one, two in zip(routers(model), routers(again), strict=True):
@@ -73,3 +81,22 @@ def test_static_routers_are_saved_and_loaded(tmp_path):
     for kind in ("full", "elastic"):
         (answer,) = elastic.generate(again, tokenizer, "f1 " * 60, max_new_tokens=3, kv_cache=kind)
         assert answer.report.msr == 0.5 and answer.report.kv_cache == kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_begins_in_the_order(kind, tmp_path):
+    """`model.routers: static:<file>@<msr>` of `elastic fit`."""
+    file = tmp_path / "heads.tsv"
+    file.write_text("0.9 0.1\n0.2 0.6\n0.3 0.8\n")
+    module = ElasticModule("tiny", ElasticConfig(KINDS[kind], small_config().sparse), routers=f"static:{file}@0.5")
+    module.configure_model()
+    module.model.eval()
+    with torch.no_grad():
+        module.model(random_ids(1, 40) % 40)
+    assert last_routes(module.model).route[:, 0].tolist() == [[0, 1], [1, 0], [1, 0]]
+
+
+def test_training_from_an_order_that_is_not_there(tmp_path):
+    module = ElasticModule("tiny", STATIC, routers=f"static:{tmp_path}/none.json@0.5")
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        module.configure_model()
