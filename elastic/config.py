@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 Mode = Literal["full", "streaming", "xattention"]
 Granule = Literal["token", "block"]
 FeatureNorm = Literal["running", "none"]
-RouterKind = Literal["paper", "level", "static"]
+RouterKind = Literal["paper", "level", "static", "input"]
 PoolOver = Literal["user", "prompt"]
 CacheKind = Literal["full", "elastic"]
 
@@ -55,7 +55,7 @@ class RouterConfig:
         _check_choice("router.feature_norm", self.feature_norm, get_args(FeatureNorm))
         if not isinstance(self.head_offset, bool):
             raise ValueError(f"router.head_offset={self.head_offset!r} is not true or false")
-        if self.kind == "input":  # type: ignore[comparison-overlap]
+        if self.kind == "input":
             object.__setattr__(self, "kind", "paper")
         _check_choice("router.kind", self.kind, get_args(RouterKind))
         if not _is_number(self.budget) or not 0 < self.budget < math.inf:
