@@ -116,7 +116,8 @@ class RoutedModule(LightningModule):
             return attach(model, self.elastic)
         if self.begins_with.startswith("static:"):
             return self._in_order(model, parse_method(self.begins_with))
-        theirs, mine = read_elastic(self.begins_with)["config"], self.elastic.to_dict()
+        theirs = ElasticConfig.from_dict(read_elastic(self.begins_with)["config"]).to_dict()
+        mine = self.elastic.to_dict()
         for name in ("router", "sparse"):
             if theirs[name] != mine[name]:
                 raise ValueError(

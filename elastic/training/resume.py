@@ -2,11 +2,13 @@
 that are complete or absent, and checks of what must agree before training starts or resumes.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from elastic.config import RouterConfig
 from elastic.data.shards import tokenizer_hash
 from elastic.files import new_file
 from elastic.model.checkpoint import MULTIPLIERS
@@ -65,7 +67,7 @@ def check_checkpoint(checkpoint: dict[str, Any], mine: dict[str, Any], wanted: s
         )
     known = theirs.get("router")
     if isinstance(known, dict):  # settings that were not there when it was written
-        theirs = {**theirs, "router": {**mine["router"], **known}}
+        theirs = {**theirs, "router": asdict(RouterConfig(**{**mine["router"], **known}))}
     for key in mine if fitting else ALWAYS:
         if theirs.get(key) != mine[key]:
             raise ValueError(
