@@ -29,14 +29,14 @@ def alone(q: Tensor, k: Tensor, row: int, begin: int, end: int, first: int | Non
     return reach(own_q.transpose(1, 2), own_k.transpose(1, 2), pattern)
 
 
-def check(q: Tensor, k: Tensor, layout: Layout, spans: list[tuple], first_N: Tensor | None = None) -> None:
+def check(q: Tensor, k: Tensor, layout: Layout, spans: list[tuple]) -> None:
     """Every sample as it is alone; tokens of no prompt are NaN."""
     used = torch.zeros(k.shape[0], k.shape[2], dtype=torch.bool)
     for row, begin, end, *_ in spans:
         used[row, begin:end] = True
     past = k.shape[2] - q.shape[2]
     k.transpose(1, 2)[~used], q.transpose(1, 2)[~used[:, past:]] = torch.nan, torch.nan
-    found = prompt_reach(q, k, layout, SPARSE, SCALE, first_N)
+    found = prompt_reach(q, k, layout, SPARSE, SCALE)
     for n, span in enumerate(spans):
         wanted = alone(q, k, *span)
         assert (wanted.largest > 0).all()
@@ -70,11 +70,12 @@ def test_a_later_turn_looks_back_into_the_cache() -> None:
 
 
 def test_only_queries_from_the_users_text_on_count() -> None:
-    first = torch.tensor([85, 60])
-    check(*operands(2, 90, 90), batch_layout(2, 90, 0, CPU), [(0, 0, 90, 85), (1, 0, 90, 60)], first)
+    users = torch.tensor([[85, 90], [60, 80]])
+    layout = batch_layout(2, 90, 0, CPU, user_spans=users)
+    check(*operands(2, 90, 90), layout, [(0, 0, 90, 85), (1, 0, 80, 60)])
     q, k = operands(1, 20, 150)
-    layout = batch_layout(1, 20, 130, CPU)
-    check(q, k, layout, [(0, 0, 150, 5)], torch.tensor([5]))  # no query before the turn's own is here
+    layout = batch_layout(1, 20, 130, CPU, user_spans=torch.tensor([[5, 150]]))
+    check(q, k, layout, [(0, 0, 150, 5)])  # no query before the turn's own is here
 
 
 def test_a_prompt_without_a_query_here_or_within_the_window_has_no_reach() -> None:

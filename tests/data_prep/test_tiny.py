@@ -122,7 +122,7 @@ def test_the_chat_template_frames_turns_as_in_training(shipped):
         {"role": "assistant", "content": "3 4"},
         {"role": "user", "content": "find k1"},
     ]
-    assert tokenizer.decode(encode_prompt(turns, tokenizer)).split() == (
+    assert tokenizer.decode(encode_prompt(turns, tokenizer).ids).split() == (
         ["<user>", "f1", "f2", "<assistant>", "3", "4", "<eos>", "<user>", "find", "k1", "<assistant>"]
     )
     sample = tokenise(build_records("single_qa", "test", 1, 60, 0)[0], tokenizer)
@@ -145,7 +145,7 @@ def test_local_tasks_need_no_more_than_a_window(shipped, task):
 def test_the_model_generates_what_the_needle_says(shipped):
     model, tokenizer = shipped
     record = next(r for r in build_records("single_qa", "test", 4, 200, 1))
-    ids = torch.tensor([encode_prompt([{"role": "user", "content": record.prompt}], tokenizer)])
+    ids = torch.tensor([encode_prompt([{"role": "user", "content": record.prompt}], tokenizer).ids])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     assert tokenizer.decode(out[0, ids.shape[1] :]).split() == [*record.answer.split(), "<eos>"]
 
