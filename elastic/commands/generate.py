@@ -27,7 +27,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backbone", metavar="NAME", help="default: what the checkpoint was trained on")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
     bias = "above 0 more heads run sparse, below 0 fewer (default: as the checkpoint says)"
-    parser.add_argument("--sparsity-bias", type=float, metavar="X", help=bias)
+    knob = parser.add_mutually_exclusive_group()
+    knob.add_argument("--sparsity-bias", type=float, metavar="X", help=bias)
+    nats = "level routers: divergence from dense to stay below, nats per answer token (default: the checkpoint's)"
+    knob.add_argument("--budget", type=float, metavar="NATS", help=nats)
     parser.add_argument(
         "--kv-cache",
         choices=("full", "elastic"),
@@ -84,7 +87,8 @@ def _answer(args: argparse.Namespace, prompt: str) -> None:
         return _streamer(tokenizer)
 
     with prompt_progress(model):
-        result = generate(model, tokenizer, prompt, sparsity_bias=args.sparsity_bias, streamer=stream(), **options)[0]
+        knob = {"sparsity_bias": args.sparsity_bias, "budget": args.budget}
+        result = generate(model, tokenizer, prompt, **knob, streamer=stream(), **options)[0]
     say(result.report.render(supports_unicode(sys.stderr)), stream=sys.stderr)
     if args.dense:
         say("\nall heads full:", stream=sys.stderr)

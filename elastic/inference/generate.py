@@ -12,6 +12,7 @@ from elastic.attention.routed import backend_for
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.config import SparseConfig
 from elastic.data.prompts import EncodedPrompt, Prompts, check_length, encode, left_pad, padded_spans, single_prompts
+from elastic.inference.budget import bias_of_budget
 from elastic.inference.decode_graph import can_graph, graphed
 from elastic.inference.report import RouteReport, route_reports
 from elastic.model.attach import biased, elastic_config, is_attached, route_of, set_config, user_wrote
@@ -111,6 +112,7 @@ def generate(
     max_new_tokens: int = 64,
     *,
     sparsity_bias: float | None = None,
+    budget: float | None = None,
     kv_cache: str | None = None,
     streamer: Any = None,
     chat_template: bool = True,
@@ -123,6 +125,8 @@ def generate(
         prompt: a text, a list of texts, or one conversation as a list of {"role", "content"} messages.
         max_new_tokens: length limit of an answer.
         sparsity_bias: for this call only, instead of the configuration's: above 0 more heads run SA.
+        budget: for this call only, level routers: divergence from the dense model to stay below, in nats per answer
+            token, instead of the checkpoint's.
         kv_cache: for this call only: `full` keeps every token of every head, `elastic` only sink + window of streaming
             heads; the answers are the same.
         streamer: a transformers streamer, for one prompt.
@@ -141,6 +145,10 @@ def generate(
     """
     _check_model(model)
     _check_options(options, max_new_tokens)
+    if budget is not None:
+        if sparsity_bias is not None:
+            raise ValueError(f"budget={budget} and sparsity_bias={sparsity_bias} both say how sparse; give one of them")
+        sparsity_bias = bias_of_budget(model, budget)
     encoded = [encode(item, tokenizer, chat_template, tools) for item in single_prompts(prompt)]
     if streamer is not None and len(encoded) != 1:
         raise ValueError(f"a streamer shows one answer but {len(encoded)} prompts were given; pass one prompt")

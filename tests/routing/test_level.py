@@ -9,7 +9,8 @@ import torch
 
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.data.prompts import EncodedPrompt
-from elastic.inference.generate import answer_tokens, load, new_cache
+from elastic.inference.budget import bias_of_budget
+from elastic.inference.generate import answer_tokens, generate, load, new_cache
 from elastic.model import loading
 from elastic.model.attach import (
     at_level,
@@ -236,6 +237,34 @@ def test_a_given_level_is_run_and_still_judged():
     other = attach(tiny_model(), small_config())
     with pytest.raises(ValueError, match="at_level needs routers of kind level, not paper"), at_level(other, 0.5):
         pass
+
+
+def test_a_budget_for_one_call_is_that_of_the_routers():
+    ids, config = random_ids(2, 70), small_config().sparse
+    made = {}
+    for budget in (0.1, 0.4):
+        model = model_with_levels(budget=budget)
+        for router in routers(model):
+            router.slope.fill_(0.8)
+            router.fitted_budget.fill_(0.1)
+        made[budget] = model, decided(model, ids).route
+    assert not torch.equal(made[0.1][1], made[0.4][1])
+    for own, other in ((0.1, 0.4), (0.4, 0.1)):
+        model = made[own][0]
+        with biased(model, bias_of_budget(model, other)):
+            assert torch.equal(decided(model, ids).route, made[other][1])
+        assert bias_of_budget(model, own) == 0.0
+    tokenizer, prompt = loading.load_tokenizer("tiny"), "f1 f2 f3 " * 20 + "find k1"
+    for budget, (model, _) in made.items():
+        by_call = generate(made[0.1][0], tokenizer, prompt, 2, budget=budget)
+        assert by_call[0].report.route == generate(model, tokenizer, prompt, 2)[0].report.route
+    for wrong in (0, -1, math.inf, True):
+        with pytest.raises(ValueError, match="is not a number above 0"):
+            generate(model, tokenizer, prompt, 2, budget=wrong)
+    with pytest.raises(ValueError, match="both say how sparse"):
+        generate(model, tokenizer, prompt, 2, budget=0.1, sparsity_bias=1.0)
+    with pytest.raises(ValueError, match="routers of kind paper, which know nothing of divergences"):
+        generate(attach(tiny_model(), ElasticConfig(sparse=config)), tokenizer, prompt, 2, budget=0.1)
 
 
 def test_an_override_needs_no_reach():
