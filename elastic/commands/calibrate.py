@@ -120,6 +120,8 @@ def run(args: argparse.Namespace) -> None:
     target = read_target(args)
     out = args.out or Path("runs/calibrate") / f"{Path(target.backbone).name}.json"
     reference = check_outputs(out, args)
+    if args.levels is not None:
+        check_levels(args, target)
     from lightning.pytorch.utilities import rank_zero_only
 
     from elastic.commands.calibration_data import Wanted, build
@@ -201,19 +203,26 @@ def check_outputs(out: Path, args: argparse.Namespace) -> Calibration | None:
             raise ValueError(f"--out {out} exists but is not a calibration that may be replaced ({error})") from error
     if args.picture is not None and args.picture.suffix.lower() != ".png":
         raise ValueError(f"--picture {args.picture} does not end in .png; pictures are written as PNG")
-    if args.levels is not None:
-        from elastic.model.checkpoint import METADATA
-
-        if is_foreign(args.levels, METADATA):
-            raise ValueError(f"--levels {args.levels} exists but is not a checkpoint that may be replaced")
-        if args.modes not in (None, "fa-ssa"):
-            raise ValueError(
-                f"--levels goes with modes fa-ssa, not {args.modes}: reach is what streaming heads do not see"
-            )
-        RouterConfig(kind="level", budget=args.budget)
-        if args.level_samples < 1:
-            raise ValueError(f"--level-samples {args.level_samples} is below 1")
     return read_calibration(args.compare[0]) if args.compare else None
+
+
+def check_levels(args: argparse.Namespace, target: Target) -> None:
+    """Refuse level routers that could not be fitted or written, before anything is measured.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    from elastic.model.checkpoint import METADATA
+
+    if is_foreign(args.levels, METADATA):
+        raise ValueError(f"--levels {args.levels} exists but is not a checkpoint that may be replaced")
+    if (target.sparse.route0, target.sparse.route1) != ("full", "streaming"):
+        raise ValueError(
+            f"--levels goes with FA-SSA, not {target.sparse.name}: routers go by what streaming heads do not see"
+        )
+    RouterConfig(kind="level", budget=args.budget)
+    if args.level_samples < 1:
+        raise ValueError(f"--level-samples {args.level_samples} is below 1")
 
 
 def _measured(

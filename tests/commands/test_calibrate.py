@@ -15,6 +15,7 @@ from tests.test_design_page import fields_of
 
 FAST = ["--samples", "6", "--rates", "0.3", "--draws", "0"]
 TINY = ["--backbone", "tiny", "--sink", "4", "--window", "16", "--block", "4", *FAST]
+WIDE = ["--sink", "64", "--window", "64", "--block", "64"]
 PROMPT = "f4 f5 " * 30 + "key k3 1 2 3 4 " + "f6 " * 20 + "find k3"
 
 
@@ -189,7 +190,7 @@ def test_serve_takes_the_method(file, capsys, monkeypatch):
         ([*TINY, "--levels", "{folder}"], "{folder} exists but is not a checkpoint that may be replaced"),
         ([*TINY, "--levels", "new", "--level-samples", "0"], "--level-samples 0 is below 1"),
         ([*TINY, "--levels", "new", "--budget", "0"], "router.budget=0.0 is not a number above 0"),
-        ([*TINY, "--levels", "new", "--modes", "fa-xa"], "--levels goes with modes fa-ssa, not fa-xa"),
+        (["--backbone", "tiny", *WIDE, "--levels", "new", "--modes", "fa-xa"], "--levels goes with FA-SSA, not FA-XA"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(options, message, tmp_path, capsys, monkeypatch):

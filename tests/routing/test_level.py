@@ -131,7 +131,7 @@ def test_strange_inputs_keep_more_full_heads():
     router, features = gathered()
     unlike = features[:100] + 0.5  # a dozen deviations of the means
     assert float(router.strangeness(features).mean()) < 0.05 < 1.0 < float(router.strangeness(unlike).min())
-    assert float(router.level(unlike).max()) < float(router.level(features).mean())
+    assert bool((router.level(unlike) < router.level(features).mean()).all())
     bold = single(caution=0.0)
     bold.load_state_dict(router.state_dict())
     torch.testing.assert_close(bold.level(unlike), bold.level(features[:100]))  # no weights: one level for all
