@@ -27,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if name not in {**TRAINING, **COMMANDS}:
         return complain(name, _unknown(name))
+    # Threads that spin while they wait make a shared machine many times slower. OpenMP reads this once, with torch.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code: int
         if name in TRAINING:

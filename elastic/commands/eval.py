@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import logging
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,8 +76,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the command."""
     args = build_parser().parse_args(argv)
-    # Threads that spin while they wait make a shared machine many times slower; torch must not be loaded before this.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         run(args)
     except (ValueError, OSError) as error:

@@ -50,6 +50,46 @@ def test_the_bias_of_generate_is_the_checkpoints_own(capsys):
     assert "below 0 fewer (default: as the checkpoint says)" in " ".join(text.split())
 
 
+# Stands in for torch's import: says what OpenMP would read, and ends.
+WAITING = """
+import os, runpy, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("torch waits", os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["elastic", *sys.argv[1:]]
+runpy.run_module("elastic", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(pytest.param((name, "-c", "debug"), id=name) for name in catalogue.TRAINING),
+        ("generate", "--checkpoint", "none", "--prompt", "a"),
+        ("serve", "--checkpoint", "none"),
+        ("calibrate", "--backbone", "tiny"),
+        ("bench", "attention"),
+        ("demo", "--tiny"),
+        ("doctor",),
+        ("data_prep", "build_mixture", "--language", "tiny", "--out", "records"),
+        ("data_prep", "pack_mixture", "mixture/offline", "--out", "data"),
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_every_command_has_its_threads_wait_without_spinning(arguments, tmp_path):
+    """Set before torch is loaded, unless the user has."""
+    for chosen, read in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        environment = command_environment()
+        environment.pop("OMP_WAIT_POLICY", None)
+        environment |= {"OMP_WAIT_POLICY": chosen} if chosen else {}
+        argv = [sys.executable, "-c", WAITING, *arguments]
+        done = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
+        assert done.stdout == f"torch waits {read}\n", done.stdout + done.stderr
+
+
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("elastic 0.")
