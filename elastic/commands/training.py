@@ -21,7 +21,7 @@ from elastic.training.callbacks import LAST, ElasticCheckpoint, ResumeCheckpoint
 from elastic.training.config import ALLOCATOR
 from elastic.training.module import ElasticModule
 from elastic.training.result_files import PredictionFile, ResultsFile
-from elastic.training.resume import AtomicCheckpointIO
+from elastic.training.resume import AtomicCheckpointIO, local_checkpoint
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,
@@ -99,6 +99,8 @@ class ElasticCLI(LightningCLI):
                 )
             kwargs["ckpt_path"] = str(path) if path.is_file() else None
             say(f"checkpoint: {path if path.is_file() else f'{path} does not exist yet, starting from the beginning'}")
+        elif kwargs.get("ckpt_path") is not None:
+            kwargs["ckpt_path"] = str(local_checkpoint(kwargs["ckpt_path"]))
         if subcommand in ("validate", "test"):
             kwargs["verbose"] = False  # ResultsFile prints the table
         if subcommand == "predict":

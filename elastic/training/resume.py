@@ -2,7 +2,9 @@
 that are complete or absent, and checks of what must agree before training starts or resumes.
 """
 
+import pickle
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,12 +28,49 @@ def noise_seed(*parts: int) -> int:
     return value >> 1
 
 
+def local_checkpoint(path: Any) -> Path:
+    """The file at a path given as `--ckpt_path`.
+
+    Raises:
+        ValueError: an address; what it answers with could be anything.
+        FileNotFoundError: no file there.
+    """
+    if "://" in str(path):
+        raise ValueError(f"--ckpt_path {path} is an address; checkpoints are local files, so download it first")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--ckpt_path {path}: no such file; expected `last` or the last.ckpt of a run")
+    return Path(path)
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its final place, flushes it to the disk and renames it over the old one.
+    """Writes a checkpoint beside its final place, flushes it to the disk and renames it over the old one. Reads local
+    files alone, and of those tensors and plain values alone.
 
     Lightning's own writer goes through the system's temporary folder, whose rename is no longer atomic where that
-    folder lies on another file system.
+    folder lies on another file system. Its own reader takes addresses too, and runs what a pickle from one says.
     """
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """The content of a checkpoint, read with `weights_only=True` whatever is asked for.
+
+        Raises:
+            ValueError: an address, a damaged file, or one that holds more than tensors and plain values.
+            FileNotFoundError: no such file.
+        """
+        path = local_checkpoint(path)
+        try:
+            found = torch.load(path, map_location=map_location, weights_only=True)
+        except (EOFError, RuntimeError, pickle.UnpicklingError, KeyError, ValueError) as error:
+            first = str(error).split("\n")[0] or type(error).__name__
+            raise ValueError(
+                f"{path} is damaged or was not written by `elastic fit` ({first}); put an undamaged copy there, or "
+                "remove it to begin the run again"
+            ) from error
+        if not isinstance(found, dict) or "state_dict" not in found:
+            raise ValueError(f"{path} was not written by `elastic fit`; pass the last.ckpt of a run")
+        return found
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write `checkpoint` to `path`."""

@@ -3,12 +3,14 @@
 import os
 import random
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from elastic import cli
 from elastic.training.resume import AtomicCheckpointIO, noise_seed
 from tests.helpers.training import ROOT, build_data, fit_process
 
@@ -104,7 +106,7 @@ def test_a_finished_run_is_not_trained_further(data, unbroken):
 
 def test_a_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
     writer, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
-    writer.save_checkpoint({"step": 1}, path)
+    writer.save_checkpoint({"state_dict": {}, "step": 1}, path)
 
     def fail(*_):
         raise OSError("disk full")
@@ -112,9 +114,56 @@ def test_a_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         writer.save_checkpoint({"step": 2}, path)
-    assert writer.load_checkpoint(path, weights_only=True) == {"step": 1}
+    assert writer.load_checkpoint(path, weights_only=True) == {"state_dict": {}, "step": 1}
     with pytest.raises(ValueError, match="storage_options=\\{\\} is not supported"):
         writer.save_checkpoint({}, path, {})
+
+
+class Planted:
+    """Unpickled, it makes the file `ran`."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_a_checkpoint_is_read_as_tensors_alone_whatever_is_asked(asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "planted": Planted()}, "last.ckpt")
+    with pytest.raises(ValueError, match="last.ckpt is damaged or was not written by `elastic fit`"):
+        AtomicCheckpointIO().load_checkpoint("last.ckpt", weights_only=asked)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:{port}/x.ckpt", "https://a.example/x", "file:///x", "s3://a/x"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_no_checkpoint_is_fetched_from_an_address(address, command, data, tmp_path, monkeypatch, capsys):
+    """Not even asked for: nobody comes to the port."""
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.1)
+        given = address.format(port=server.getsockname()[1])
+        flags = ["-c", "debug", f"--data.data_dir={data}", f"--ckpt_path={given}"]
+        assert cli.main([command, *flags]) == 2
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert f"--ckpt_path {given} is an address; checkpoints are local files" in capsys.readouterr().err
+
+
+DAMAGE = {"empty": lambda whole: b"", "cut": lambda whole: whole[: len(whole) // 2], "text": lambda whole: b"hello"}
+
+
+@pytest.mark.parametrize("kind", [*DAMAGE, "list"])
+def test_a_damaged_checkpoint_is_named(kind, tmp_path):
+    path = tmp_path / "last.ckpt"
+    torch.save([1] if kind == "list" else {"state_dict": {}}, path)
+    if kind in DAMAGE:
+        path.write_bytes(DAMAGE[kind](path.read_bytes()))
+    with pytest.raises(ValueError, match=r"last\.ckpt (is damaged or )?was not written by `elastic fit`") as caught:
+        AtomicCheckpointIO().load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="none: no such file; expected `last` or the last.ckpt of a run"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "none")
 
 
 def test_noise_seeds_differ_by_every_part_and_stay_the_same():
