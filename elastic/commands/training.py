@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import warnings
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,31 @@ class NamedConfig(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Read the settings; values that are neither a name nor a plain path (YAML text, URLs) are the parent's."""
         found = str(find_config(values)) if re.fullmatch(r"[\w./~-]+", values) else values
+        before = _mappings(cfg)
         super().__call__(parser, cfg, found, option_string)  # type: ignore[no-untyped-call]  # as jsonargparse wrote it
+        for key, value in _mappings(cfg).items():
+            cfg[key] = {**before.get(key, {}), **value}
+
+
+def _mappings(cfg: Any) -> dict[str, dict[str, Any]]:
+    """Settings of the model and the data that are mappings, such as `model.targets`: a later file adds to those of an
+    earlier one, key by key, as it does to settings; `null` empties them.
+    """
+    return {k: v for k, v in cfg.items() if isinstance(v, dict) and k.startswith(("model.", "data."))}
+
+
+def _files_first(arguments: list[str]) -> list[str]:
+    """The same arguments with the configurations before all flags, which win over them wherever they were written."""
+    files: list[str] = []
+    flags: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in ("-c", "--config"):
+            files += [argument, *islice(rest, 1)]
+        else:
+            config = argument.startswith("--config=") or (argument.startswith("-c") and argument[1] != "-")
+            (files if config else flags).append(argument)
+    return [*files, *flags]
 
 
 class ElasticCLI(LightningCLI):
@@ -70,8 +95,9 @@ class ElasticCLI(LightningCLI):
         parser.add_lightning_class_args(ElasticCheckpoint, "elastic_checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the given arguments; unlike the parent's, does not compare them with `sys.argv`."""
-        self.config = parser.parse_args(args)
+        """Parse the given arguments, flags after files; unlike the parent's, does not compare them with `sys.argv`."""
+        command, *rest = args
+        self.config = parser.parse_args([command, *_files_first(rest)])
 
     def _parse_ckpt_path(self) -> None:
         """The parent lets hyper-parameters in a checkpoint override files and flags. Here those always win."""
@@ -146,7 +172,8 @@ def _help(command: str) -> dict[str, str]:
     return {
         "usage": f"elastic {command} -c NAME|FILE [-c NAME|FILE ...] [--section.key VALUE ...] [--ckpt_path last]",
         "description": f"{TRAINING[command].capitalize()}. Settings come from shipped configurations by "
-        "name (train, model/qwen3-4b, ...) and from YAML files; later ones win over earlier ones, flags over both. "
+        "name (train, model/qwen3-4b, ...) and from YAML files; later ones win over earlier ones (mappings such as model.targets key by key), "
+        "flags over both, wherever they are. "
         "`--print_config` shows the settings that result."
         + ("" if command == "predict" else f" Names for `--model.methods`: {GRAMMAR}."),
     }

@@ -144,6 +144,48 @@ def test_later_files_and_flags_win(layers, tmp_path, monkeypatch, capsys):
     assert settings["model"]["optimiser"]["lr"] == 0.5  # flag
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--trainer.max_steps", "9", "-c", "{file}"),
+        ("--trainer.max_steps=9", "--config={file}", "-ctiny"),
+        ("-c", "tiny", "--trainer.max_steps", "9", "--config", "{file}"),
+    ],
+)
+def test_flags_win_wherever_they_are(arguments, tmp_path, monkeypatch, capsys):
+    """And later files over earlier ones: tiny.yaml has 200 steps, the first file 6."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("trainer: {max_steps: 6}\nmodel: {optimiser: {lr: 0.25}}\n")
+    filled = [argument.format(file="mine.yaml") for argument in arguments]
+    code, text, _ = in_process(capsys, "fit", *filled, "--print_config")
+    settings = yaml.safe_load(text)
+    assert code == 0 and settings["trainer"]["max_steps"] == 9
+    assert settings["model"]["optimiser"]["lr"] == (0.002 if filled[-1] == "-ctiny" else 0.25)
+
+
+def test_mappings_of_later_files_and_flags_add_to_earlier_ones(tmp_path, monkeypatch, capsys):
+    """`targets`, `weights` and `budgets`, in the settings that a run keeps as well."""
+    monkeypatch.chdir(tmp_path)
+    one = {
+        "model": {"targets": {"single_qa": 0.5, "code": 0.9}, "objective": {"budgets": {"code": 0.1}}},
+        "data": {"weights": {"a": 2.0, "b": 1.0}},
+    }
+    two = {
+        "model": {"targets": {"code": [0.2, 0.4]}, "objective": {"budgets": {"single_qa": 0.3}}},
+        "data": {"weights": {"b": 0.0}},
+    }
+    for name, layer in (("one", one), ("two", two), ("none", {"model": {"targets": None}})):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(layer))
+    flags = ("--model.targets.in_context=0.7", "-c", "one.yaml", "-c", "two.yaml", "--print_config")
+    _, text, _ = in_process(capsys, "fit", *flags)
+    settings = yaml.safe_load(text)
+    assert settings["model"]["targets"] == {"single_qa": 0.5, "code": [0.2, 0.4], "in_context": 0.7}
+    assert settings["model"]["objective"]["budgets"] == {"code": 0.1, "single_qa": 0.3}
+    assert settings["data"]["weights"] == {"a": 2.0, "b": 0.0}
+    _, text, _ = in_process(capsys, "fit", "-c", "one.yaml", "-c", "none.yaml", "-c", "two.yaml", "--print_config")
+    assert yaml.safe_load(text)["model"]["targets"] == {"code": [0.2, 0.4]}
+
+
 def test_a_file_of_the_user_wins_over_a_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()  # a folder is not a configuration: `data/tiny` is still the shipped one
