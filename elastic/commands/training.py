@@ -18,7 +18,14 @@ from elastic.console import say
 from elastic.data.datamodule import MixtureDataModule
 from elastic.files import config_names, find_config
 from elastic.routing.methods import GRAMMAR
-from elastic.training.callbacks import LAST, ElasticCheckpoint, ResumeCheckpoint, RoutingPictures, RunProgress
+from elastic.training.callbacks import (
+    LAST,
+    ElasticCheckpoint,
+    ResumeCheckpoint,
+    RoutingPictures,
+    RunProgress,
+    check_unused,
+)
 from elastic.training.config import ALLOCATOR
 from elastic.training.module import ElasticModule
 from elastic.training.result_files import PredictionFile, ResultsFile
@@ -117,6 +124,8 @@ class ElasticCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """`--ckpt_path last` means this run's own `last.ckpt`; training starts afresh where there is none yet."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "fit" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            check_unused(Path(self.trainer.default_root_dir), kwargs.get("ckpt_path"))
         if kwargs.get("ckpt_path") == "last":
             path = Path(self.trainer.default_root_dir) / LAST
             if not path.is_file() and subcommand != "fit":
@@ -172,7 +181,8 @@ def _help(command: str) -> dict[str, str]:
     return {
         "usage": f"elastic {command} -c NAME|FILE [-c NAME|FILE ...] [--section.key VALUE ...] [--ckpt_path last]",
         "description": f"{TRAINING[command].capitalize()}. Settings come from shipped configurations by "
-        "name (train, model/qwen3-4b, ...) and from YAML files; later ones win over earlier ones (mappings such as model.targets key by key), "
+        "name (train, model/qwen3-4b, ...) and from YAML files; later ones win over earlier ones "
+        "(mappings such as model.targets key by key), "
         "flags over both, wherever they are. "
         "`--print_config` shows the settings that result."
         + ("" if command == "predict" else f" Names for `--model.methods`: {GRAMMAR}."),

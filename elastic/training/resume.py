@@ -15,6 +15,7 @@ from elastic.data.shards import tokenizer_hash
 from elastic.files import new_file
 from elastic.model.checkpoint import MULTIPLIERS
 from elastic.protocols import Tokenizer
+from elastic.training.schedules import learning_rate
 
 ALWAYS = ("architecture", "router")  # the rest must agree only where training resumes
 
@@ -78,6 +79,40 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise ValueError(f"storage_options={storage_options!r} is not supported; checkpoints are local files")
         with new_file(path, sync=True) as scratch, open(scratch, "wb") as stream:  # a stream: no name in its bytes
             torch.save(checkpoint, stream)
+
+
+def changed_settings(began: dict[str, Any], now: dict[str, Any], step: int) -> list[str]:
+    """What a run resumes with that it did not begin with, and what that does; a line each, none where nothing differs.
+
+    Args:
+        began: settings of the run that wrote the checkpoint, by their names on the command line.
+        now: those of this run.
+        step: optimiser steps done so far.
+    """
+    differing = [name for name in now if name in began and began[name] != now[name]]
+    listed = ", ".join(f"{name} {began[name]} -> {now[name]}" for name in differing)
+    lines = [f"resumed with other settings than the run began with: {listed}"] if differing else []
+    before, after = (_rate(settings, step) for settings in (began, now))
+    if before != after:
+        lines.append(
+            f"schedules run over all steps of the settings given now: the routers' rate goes from {before:.2g} to "
+            f"{after:.2g} at step {step}. The weights will be those of neither run; for a clean one train in a new "
+            "folder, with --model.routers <this run's checkpoint> to begin where this one is"
+        )
+    if "data.micro_batch_rows" in differing:
+        lines.append(
+            "the routes' noise is drawn per micro-batch, so other micro_batch_rows draw other noise: the run will not "
+            "end with the weights of an unbroken one"
+        )
+    return lines
+
+
+def _rate(settings: dict[str, Any], step: int) -> float:
+    """The shared routers' rate at a step; 0 of a run that counts in epochs, whose length is not known here."""
+    if settings.get("trainer.max_steps", -1) < 1:
+        return 0.0
+    total, names = settings["trainer.max_steps"], ("lr", "warmup", "heads_first")
+    return learning_rate((step + 1) / (total + 1), *(settings[f"model.optimiser.{name}"] for name in names))
 
 
 def check_checkpoint(checkpoint: dict[str, Any], mine: dict[str, Any], wanted: set[str], fitting: bool) -> None:

@@ -1,7 +1,9 @@
 """A killed run ends with the same weights as an unbroken one, and a half-written checkpoint is never picked up."""
 
+import json
 import os
 import random
+import shutil
 import signal
 import socket
 import time
@@ -98,10 +100,92 @@ def test_killed_at_steps_and_in_a_save_ends_bit_equal(data, unbroken, tmp_path):
     assert log.count("does not exist yet, starting from the beginning") == 2 and log.count("checkpoint: run/last") == 4
 
 
-def test_a_finished_run_is_not_trained_further(data, unbroken):
-    before = final_state(unbroken)
+def test_a_finished_run_is_not_trained_further_and_says_so(data, unbroken):
+    before, export = final_state(unbroken), (unbroken / "run" / "checkpoint" / "elastic.json").stat()
     assert finish(fit_process(arguments(data), unbroken)) == 0
     assert_bit_equal(final_state(unbroken), before)
+    said = (unbroken / "fit.log").read_text().splitlines()[-1]
+    assert said == "nothing left to train: 30 of 30 steps are done; the routers are in run/checkpoint"
+    assert (unbroken / "run" / "checkpoint" / "elastic.json").stat() == export
+
+
+def test_killed_between_the_last_save_and_the_export_the_same_command_exports(data, tmp_path):
+    """Also where an export of an earlier step is there (every 9 of 12 steps), is damaged, or was removed."""
+    metadata = tmp_path / "run" / "checkpoint" / "elastic.json"
+
+    def exported():
+        return json.loads(metadata.read_text())["recipe"]["step"] if metadata.is_file() else None
+
+    assert finish(fit_process(arguments(data, 12), tmp_path, ("export", 2))) == -signal.SIGKILL
+    assert final_state(tmp_path)["global_step"] == 12 and exported() == 9
+    assert finish(fit_process(arguments(data, 12), tmp_path)) == 0 and exported() == 12
+    weights = (metadata.parent / "router.safetensors").read_bytes()
+    for damage in (lambda: metadata.write_text("{"), lambda: shutil.rmtree(metadata.parent)):
+        damage()
+        assert finish(fit_process(arguments(data, 12), tmp_path)) == 0 and exported() == 12
+        assert (metadata.parent / "router.safetensors").read_bytes() == weights
+
+
+@pytest.fixture(scope="module")
+def begun(data, tmp_path_factory):
+    """A run of six steps, to be resumed."""
+    folder = tmp_path_factory.mktemp("begun")
+    assert cli.main(["fit", *resumed(data, folder, 6)]) == 0
+    return folder / "run"
+
+
+def resumed(data, folder, steps, *more):
+    return [*arguments(data, steps), f"--trainer.default_root_dir={folder / 'run'}", *more]
+
+
+CHANGES = [
+    ((9, ()), ("trainer.max_steps 6 -> 9", "the routers' rate goes from 0 to 0.0031 at step 6")),
+    ((6, ("--model.optimiser.warmup=0.5",)), ("model.optimiser.warmup 0.2 -> 0.5",)),
+    ((6, ("--model.optimiser.multiplier_lr=0.5",)), ("model.optimiser.multiplier_lr 0.3 -> 0.5",)),
+    ((6, ("--model.temperature.final=0.5",)), ("model.temperature.final 0.3 -> 0.5",)),
+    ((6, ("--data.micro_batch_rows=2",)), ("data.micro_batch_rows 1 -> 2", "draw other noise")),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), CHANGES, ids=[said[0].split()[0] for _, said in CHANGES])
+def test_what_was_changed_since_the_run_began_is_said(given, said, data, begun, tmp_path, capsys):
+    shutil.copytree(begun, tmp_path / "run")
+    capsys.readouterr()
+    steps, more = given
+    assert cli.main(["fit", *resumed(data, tmp_path, steps, *more)]) == 0
+    error = capsys.readouterr().err
+    assert "resumed with other settings than the run began with: " in error
+    for part in said:
+        assert part in error, error
+
+
+def test_nothing_is_said_where_nothing_was_changed(data, begun, tmp_path, capsys):
+    shutil.copytree(begun, tmp_path / "run")
+    capsys.readouterr()
+    assert cli.main(["fit", *resumed(data, tmp_path, 6)]) == 0
+    assert "resumed with other settings" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("left", ["both", "last.ckpt", "checkpoint"])
+@pytest.mark.parametrize("given", [None, "other"])
+def test_a_used_folder_is_not_trained_over(given, left, data, begun, tmp_path, capsys):
+    """Neither afresh nor from another run's checkpoint."""
+    shutil.copytree(begun, tmp_path / "run")
+    for name in {"last.ckpt", "checkpoint"} - {left} if left != "both" else ():
+        (shutil.rmtree if name == "checkpoint" else os.remove)(tmp_path / "run" / name)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    flags = [flag for flag in resumed(data, tmp_path, 6) if "ckpt_path" not in flag]
+    flags += [] if given is None else [f"--ckpt_path={begun / 'last.ckpt'}"]
+    capsys.readouterr()
+    assert cli.main(["fit", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "run holds a run already" in error and "resume it with --ckpt_path last" in error
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
+
+
+def test_the_runs_own_checkpoint_may_be_given_by_its_path(data, begun, tmp_path):
+    shutil.copytree(begun, tmp_path / "run")
+    assert cli.main(["fit", *resumed(data, tmp_path, 6, f"--ckpt_path={tmp_path / 'run' / 'last.ckpt'}")]) == 0
 
 
 def test_a_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
