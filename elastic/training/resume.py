@@ -52,7 +52,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def load_checkpoint(
-        self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+        self, path: Any, map_location: Any = lambda storage, loc: storage, *_: Any, **__: Any
     ) -> dict[str, Any]:
         """The content of a checkpoint, read with `weights_only=True` whatever is asked for.
 
