@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             return _run(name, rest)
     except KeyboardInterrupt:
         return _stopped(name, rest)
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("ELASTIC_TRACEBACK"):
             raise
         return complain(name, error)
