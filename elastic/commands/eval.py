@@ -86,6 +86,8 @@ def main(argv: list[str]) -> int:
 def run(args: argparse.Namespace) -> None:
     """Check everything that can be checked, evaluate, print the table, write the files."""
     named = parse_methods(args.methods, of_run=False)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file; expected a folder for the results, so choose another")
     for package in ("lm_eval", "wonderwords"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the package {package} is missing; run `pip install 'elastic-attention[eval]'`")

@@ -8,13 +8,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # its __all__ is made at run time
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from elastic.commands.catalogue import TRAINING
-from elastic.console import say
+from elastic.console import hint, say
 from elastic.data.datamodule import MixtureDataModule
 from elastic.files import config_names, find_config
 from elastic.routing.methods import GRAMMAR
@@ -47,10 +48,39 @@ class NamedConfig(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Read the settings; values that are neither a name nor a plain path (YAML text, URLs) are the parent's."""
         found = str(find_config(values)) if re.fullmatch(r"[\w./~-]+", values) else values
+        if found != values or Path(found).is_file():
+            check_keys(parser, found)
         before = _mappings(cfg)
         super().__call__(parser, cfg, found, option_string)  # type: ignore[no-untyped-call]  # as jsonargparse wrote it
         for key, value in _mappings(cfg).items():
             cfg[key] = {**before.get(key, {}), **value}
+
+
+def check_keys(parser: Any, file: str) -> None:
+    """Refuse a setting that a file names and the command does not have.
+
+    Raises:
+        ValueError: with the file and the settings that are like it.
+    """
+    known = {action.dest for action in parser._actions}
+    try:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML in UTF-8: {error}") from error
+
+    def check(part: Any, prefix: str) -> None:
+        for key, value in part.items() if isinstance(part, dict) else ():
+            name = f"{prefix}{key}"
+            below = {dest for dest in known if dest.startswith(f"{name}.")}
+            if below:
+                check(value, f"{name}.")
+            elif name not in known:
+                beside = sorted({dest.removeprefix(prefix).split(".")[0] for dest in known if dest.startswith(prefix)})
+                raise ValueError(
+                    f"{file} sets {name}, which is not a setting; {hint(str(key), beside, 'settings there')}"
+                )
+
+    check(settings, "")
 
 
 def _mappings(cfg: Any) -> dict[str, dict[str, Any]]:

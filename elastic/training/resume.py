@@ -2,6 +2,7 @@
 that are complete or absent, and checks of what must agree before training starts or resumes.
 """
 
+import io
 import pickle
 from dataclasses import asdict
 from pathlib import Path
@@ -77,8 +78,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write `checkpoint` to `path`."""
         if storage_options is not None:
             raise ValueError(f"storage_options={storage_options!r} is not supported; checkpoints are local files")
-        with new_file(path, sync=True) as scratch, open(scratch, "wb") as stream:  # a stream: no name in its bytes
-            torch.save(checkpoint, stream)
+        whole = (
+            io.BytesIO()
+        )  # a stream: no name in its bytes; in memory: on a full disk torch's own writer says nothing
+        torch.save(checkpoint, whole)
+        with new_file(path, sync=True) as scratch:
+            scratch.write_bytes(whole.getbuffer())
 
 
 def changed_settings(began: dict[str, Any], now: dict[str, Any], step: int) -> list[str]:

@@ -206,6 +206,30 @@ def test_unknown_configurations_get_a_suggestion_and_the_names(tmp_path, monkeyp
         assert "names are data/offline, " in error and "objective/quality, " in error and "mixture" not in error
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("trainer: {max_step: 6}", "mine.yaml sets trainer.max_step, which is not a setting; did you mean max_steps"),
+        ("model: {optimiser: {lrr: 1}}", "mine.yaml sets model.optimiser.lrr, which is not a setting; did you mean lr"),
+        ("modle: {backbone: tiny}", "mine.yaml sets modle, which is not a setting; did you mean model"),
+        ("data: {zzz: 1}", "mine.yaml sets data.zzz, which is not a setting; settings there are data_dir, "),
+        ("trainer: [", "mine.yaml is not YAML in UTF-8: "),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_file_and_a_suggestion(text, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(text)
+    code, _, error = in_process(capsys, "fit", "-c", "tiny", "-c", "mine.yaml", "-c", "debug")
+    assert code == 2 and said in " ".join(error.split()) and "Traceback" not in error
+
+
+def test_eval_into_a_file_is_refused(tmp_path, capsys):
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    (tmp_path / "out").touch()
+    code, _, error = in_process(capsys, "eval", "--out", str(tmp_path / "out"))
+    assert code == 2 and f"--out {tmp_path / 'out'} is a file; expected a folder" in error and error.count("\n") == 1
+
+
 def test_data_prep_lists_and_runs_its_steps(tmp_path, capsys):
     from elastic.commands.data_prep import STEPS
 

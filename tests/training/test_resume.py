@@ -1,5 +1,6 @@
 """A killed run ends with the same weights as an unbroken one, and a half-written checkpoint is never picked up."""
 
+import errno
 import json
 import os
 import random
@@ -201,6 +202,34 @@ def test_a_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
     assert writer.load_checkpoint(path, weights_only=True) == {"state_dict": {}, "step": 1}
     with pytest.raises(ValueError, match="storage_options=\\{\\} is not supported"):
         writer.save_checkpoint({}, path, {})
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_names_it(tmp_path, monkeypatch):
+    writer, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    writer.save_checkpoint({"state_dict": {}, "step": 1}, path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*last\.ckpt'$"):
+        writer.save_checkpoint({"state_dict": {}, "step": 2}, path)
+    assert writer.load_checkpoint(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_that_is_a_link_stays_one(tmp_path):
+    """Also on another disk, and where the run's folder is the link."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "run")
+    link, target = tmp_path / "run" / "last.ckpt", tmp_path / "disk" / "kept.ckpt"
+    link.symlink_to(target)
+    writer = AtomicCheckpointIO()
+    for step, given in enumerate((link, tmp_path / "linked" / "last.ckpt")):
+        writer.save_checkpoint({"state_dict": {}, "step": step}, given)
+        assert link.is_symlink() and not target.is_symlink()
+        assert writer.load_checkpoint(link)["step"] == writer.load_checkpoint(target)["step"] == step
+    assert [path.name for path in link.parent.iterdir()] == ["last.ckpt"]
 
 
 class Planted:
