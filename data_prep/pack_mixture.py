@@ -53,7 +53,8 @@ def pack_mixture(mixture: Mixture, out: str | Path, workers: int = 2) -> dict[st
     out = Path(out)
     if is_foreign(out, MANIFEST):
         raise ValueError(f"{out} exists but is not an Elastic Attention data folder; choose another --out")
-    scratch = out.with_name(f".{out.name}.parts")
+    real = Path(os.path.realpath(out))  # a link may lead to another disk, and parts are renamed into place
+    scratch = real.with_name(f".{real.name}.parts")
     _begin(scratch, mixture)
     jobs = [(split, part) for split in SPLITS if split in mixture.tokens for part in range(mixture.parts(split))]
     entries: dict[tuple[str, int], dict[str, Any]] = {}

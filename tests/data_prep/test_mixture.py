@@ -227,6 +227,17 @@ def test_bad_mixture_files_are_refused(tmp_path, text, message):
         read_mixture(file)
 
 
+def test_a_data_folder_that_is_a_link_stays_one(mixture, tmp_path):
+    """Parts are made beside what it points to, which may be on another disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "disk" / "real")
+    small = replace(mixture, tokens={"train": 2_000}, sources={"needle_single": Source()})
+    (tmp_path / ".data.parts").touch()  # in the way of parts beside the link
+    pack_mixture.pack_mixture(small, tmp_path / "data", workers=1)
+    assert (tmp_path / "data").is_symlink() and verify(tmp_path / "disk" / "real") == verify(tmp_path / "data")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real"]
+
+
 @pytest.mark.parametrize(("written", "read"), [("1e6", 10**6), ("1.5e+6", 1_500_000), ("1_000_000", 10**6)])
 def test_counts_of_tokens_in_every_notation(written, read, tmp_path):
     """YAML takes 1e6 for text and 1.5e+6 for a float."""
