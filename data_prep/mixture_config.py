@@ -147,6 +147,10 @@ def read_mixture(path: str | Path) -> Mixture:
         names = {f.name for f in fields(Mixture)}
         if not isinstance(values, dict) or set(values) - names:
             raise ValueError(f"unknown keys {sorted(set(values) - names)}; expected some of {', '.join(sorted(names))}")
+        if isinstance(values.get("tokens"), dict):
+            values["tokens"] = {split: _whole(f"tokens.{split}", of) for split, of in values["tokens"].items()}
+        if "part_tokens" in values:
+            values["part_tokens"] = _whole("part_tokens", values["part_tokens"])
         sources = dict(pair for key, of in values.get("sources", {}).items() for pair in _sources(key, of or {}))
         return Mixture(**{**values, "sources": sources, "context": tuple(values.get("context", ()))})
     except (ValueError, TypeError, AttributeError) as error:
@@ -162,6 +166,17 @@ def _sources(name: str, settings: dict[str, Any]) -> Iterator[tuple[str, Source]
     weight = settings.get("weight", 1.0) / len(systems)
     for system in systems:
         yield f"{name}-{system}", _source({**settings, "system": system, "weight": weight})
+
+
+def _whole(name: str, value: Any) -> int:
+    """A count of tokens; 1e6, which YAML takes for text, and 1.0e+6 count as well."""
+    try:
+        count = float(value)
+    except (TypeError, ValueError):
+        count = 0.5
+    if isinstance(value, bool) or count != count // 1 or count in (float("inf"), float("-inf")):
+        raise ValueError(f"{name}={value!r} is not a whole number of tokens; write it as 1_000_000 or 1e6")
+    return int(count)
 
 
 def _source(settings: dict[str, Any]) -> Source:

@@ -3,9 +3,12 @@ To resume a killed run, repeat the command; memory is bounded by one shard, what
 """
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -50,7 +53,8 @@ def pack_mixture(mixture: Mixture, out: str | Path, workers: int = 2) -> dict[st
     out = Path(out)
     if is_foreign(out, MANIFEST):
         raise ValueError(f"{out} exists but is not an Elastic Attention data folder; choose another --out")
-    scratch = out.with_name(f".{out.name}.parts")
+    real = Path(os.path.realpath(out))  # a link may lead to another disk, and parts are renamed into place
+    scratch = real.with_name(f".{real.name}.parts")
     _begin(scratch, mixture)
     jobs = [(split, part) for split in SPLITS if split in mixture.tokens for part in range(mixture.parts(split))]
     entries: dict[tuple[str, int], dict[str, Any]] = {}
@@ -80,7 +84,8 @@ def _run(mixture: Mixture, scratch: Path, jobs: list[tuple[str, int]], workers: 
     if workers <= 1 or len(jobs) <= 1:
         yield from (pack_part(mixture, scratch, split, part) for split, part in jobs)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
         futures = [pool.submit(pack_part, mixture, scratch, split, part) for split, part in jobs]
         try:
             yield from (future.result() for future in futures)
@@ -91,7 +96,25 @@ def _run(mixture: Mixture, scratch: Path, jobs: list[tuple[str, int]], workers: 
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()  # in the middle of a shard, which would take minutes to end
             raise
+
+
+def _end_with_parent() -> None:
+    """Make this worker process end when its parent is gone, even killed. Ctrl-C, which a terminal sends to all
+    processes, is left to the parent, and SIGTERM ends it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def pack_part(mixture: Mixture, scratch: Path, split: str, part: int) -> dict[str, Any]:

@@ -2,20 +2,26 @@
 
 import importlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from elastic._version import __version__
-from elastic.commands.catalogue import COMMANDS, TRAINING
+from elastic.commands.catalogue import COMMANDS, RESUMED, TRAINING
 from elastic.console import complain, hint, say
 
 NOT_FINITE = 1  # exit code of a training run that diverged
+STOPPED = 130  # of a command that was stopped by Ctrl-C or SIGTERM
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `elastic <command> ...`; returns the exit code.
 
     0 success, 1 a failure of the run, 2 a request that cannot be met (one line on standard error; the traceback with
-    ELASTIC_TRACEBACK=1).
+    ELASTIC_TRACEBACK=1), 130 stopped by Ctrl-C or SIGTERM (one line that says how to resume).
     """
     argv = sys.argv[1:] if argv is None else argv
     name, rest = (argv[0], argv[1:]) if argv else ("--help", [])
@@ -27,14 +33,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if name not in {**TRAINING, **COMMANDS}:
         return complain(name, _unknown(name))
+    # Threads that spin while they wait make a shared machine many times slower. OpenMP reads this once, with torch.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code: int
-        if name in TRAINING:
-            code = importlib.import_module("elastic.commands.training").run(name, rest)
-        else:
-            code = importlib.import_module(f"elastic.commands.{name}").main(rest)
-        return code
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        with _stoppable():
+            return _run(name, rest)
+    except KeyboardInterrupt:
+        return _stopped(name, rest)
+    except (ValueError, OSError) as error:
         if os.environ.get("ELASTIC_TRACEBACK"):
             raise
         return complain(name, error)
@@ -43,6 +49,53 @@ def main(argv: list[str] | None = None) -> int:
             raise
         complain(name, error)
         return NOT_FINITE
+
+
+def _run(name: str, rest: list[str]) -> int:
+    try:
+        code: int
+        if name in TRAINING:
+            code = importlib.import_module("elastic.commands.training").run(name, rest)
+        else:
+            code = importlib.import_module(f"elastic.commands.{name}").main(rest)
+        return code
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's way of ending a run that was stopped
+            raise KeyboardInterrupt from end
+        raise
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Inside, SIGTERM stops this process as Ctrl-C does, so that it can end what it has started. Where something else
+    handles the signal it stays so: a caller, or Lightning under SLURM, which requeues the job.
+    """
+    mine = threading.current_thread() is threading.main_thread() and "SLURM_JOB_ID" not in os.environ
+    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    process = os.getpid()
+
+    def stop(number: int, _frame: Any) -> None:
+        if os.getpid() == process:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)  # a fork of this process, which has nothing to end
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _stopped(name: str, rest: list[str]) -> int:
+    """Say how to resume, once for all processes of a run."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        way = RESUMED.get(name) or RESUMED.get(" ".join([name, *rest[:1]])) or "repeated, it begins again"
+        start = "\n" if sys.stderr.isatty() else ""  # below a progress bar
+        say(f"{start}elastic {name}: stopped; {way}", stream=sys.stderr)
+    return STOPPED
 
 
 def usage() -> str:

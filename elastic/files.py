@@ -4,6 +4,7 @@ torch nor numpy.
 """
 
 import difflib
+import errno
 import glob
 import hashlib
 import os
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 NOT_SETTINGS = ("mixture", "eval")  # folders of configs/ whose files `elastic fit -c` cannot read
 
 
@@ -64,18 +66,44 @@ def cache_folder() -> Path:
 
 
 @contextmanager
+def _cache_errors(file: Path) -> Iterator[None]:
+    """Inside, where `file` is of `cache_folder`, a file that cannot be written is an error of the same number that
+    names ELASTIC_CACHE.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE or cache_folder() not in file.parents:
+            raise
+        reason = f"{error.strerror} (the cache; set ELASTIC_CACHE to a folder that can be written)"
+        raise OSError(error.errno, reason, error.filename or str(cache_folder())) from error
+
+
+@contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """Inside, an error of the system that names no file, as that of a full disk, gets `target`'s name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        raise
+
+
+@contextmanager
 def alone(lock: Path) -> Iterator[None]:
     """Inside, no other process is inside with the same lock file; the others wait, and a process that dies leaves. The
     folder of the lock is made if needed.
 
     Raises:
-        OSError: a folder that cannot be written.
+        OSError: a folder that cannot be written; one of the cache, also inside, with the way out.
     """
     from filelock import FileLock
 
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
-        yield
+    with _cache_errors(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            yield
 
 
 def text_sha256(text: str) -> str:
@@ -110,9 +138,10 @@ def new_file(target: str | Path, *, sync: bool = False) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = _scratch(target)
     try:
-        yield scratch
-        if sync:
-            _flush(scratch)
+        with _named(target):
+            yield scratch
+            if sync:
+                _flush(scratch)
         os.replace(scratch, target)
     except BaseException:
         _remove(scratch)
@@ -144,10 +173,11 @@ def new_folder(target: str | Path, *, sync: bool = False) -> Iterator[Path]:
     scratch = _scratch(target)
     try:
         scratch.mkdir(parents=True)
-        yield scratch
-        for file in scratch.rglob("*") if sync else ():
-            if file.is_file():
-                _flush(file)
+        with _named(target):
+            yield scratch
+            for file in scratch.rglob("*") if sync else ():
+                if file.is_file():
+                    _flush(file)
         put_in_place(scratch, target)
     except BaseException:
         _remove(scratch)

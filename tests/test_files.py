@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, and the one place where they do."""
 
+import errno
 import multiprocessing
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from elastic import files
-from elastic.files import file_sha256, is_foreign, new_file, new_folder, put_in_place, set_aside, text_sha256
+from elastic.files import alone, file_sha256, is_foreign, new_file, new_folder, put_in_place, set_aside, text_sha256
 
 ROOT = Path(__file__).parents[1]
 WRITERS, TIMES = 4, 40
@@ -104,6 +105,33 @@ def test_an_exception_leaves_what_was_there(make, error, tmp_path):
         scratch.touch()
         raise error
     assert list(tmp_path.iterdir()) == [target] and target.stat().st_ino == before
+
+
+@pytest.mark.parametrize("make", [new_file, new_folder])
+def test_an_error_of_the_disk_names_the_file(make, tmp_path):
+    """The system's own names none where a write fails."""
+    with pytest.raises(OSError, match=r"No space left on device: .*result'$"), make(tmp_path / "result"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match=r"Permission denied: 'other'$"), make(tmp_path / "result"):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), "other")
+
+
+def test_a_cache_that_cannot_be_written_says_how_to_choose_another(tmp_path, monkeypatch):
+    """Its folder cannot be made, and its disk is full; elsewhere there is no word of it."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "file"))
+    way = r"\(the cache; set ELASTIC_CACHE to a folder that can be written\): '{}'$"
+    lock = files.cache_folder() / "ruler" / "lock"
+    with pytest.raises(OSError, match=way.format(lock.parent)), alone(lock):
+        pass
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
+    for folder, said in (("cache", way.format(tmp_path / "cache" / "file")), ("own", r"device: '.*file'$")):
+        with (
+            pytest.raises(OSError, match=said),
+            alone(tmp_path / folder / "lock"),
+            new_file(tmp_path / folder / "file"),
+        ):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("make", [new_file, new_folder])

@@ -99,9 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the command."""
     args = build_parser().parse_args(argv)
-    # Threads that spin while they wait make a shared machine many times slower; sums on a GPU repeat only with the
-    # second. torch must not be loaded before these.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Sums on a GPU repeat only with this; torch must not be loaded before.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         if len(args.compare or ()) > 1:

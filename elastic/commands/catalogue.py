@@ -16,3 +16,9 @@ COMMANDS = {
     "bench": "time the kernels on this GPU beside their competitors; show recorded timings",
     "doctor": "what this machine can run, with a self-check",
 }
+# What a command that was stopped is resumed with; the others begin again.
+RESUMED = {
+    "fit": "to resume, repeat it with --ckpt_path last (from the last save in the run's folder)",
+    "eval": "to resume, repeat it; finished results stay",
+    "data_prep pack_mixture": "to resume, repeat it; finished shards stay",
+}

@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import logging
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,8 +76,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the command."""
     args = build_parser().parse_args(argv)
-    # Threads that spin while they wait make a shared machine many times slower; torch must not be loaded before this.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         run(args)
     except (ValueError, OSError) as error:
@@ -89,6 +86,8 @@ def main(argv: list[str]) -> int:
 def run(args: argparse.Namespace) -> None:
     """Check everything that can be checked, evaluate, print the table, write the files."""
     named = parse_methods(args.methods, of_run=False)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file; expected a folder for the results, so choose another")
     for package in ("lm_eval", "wonderwords"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the package {package} is missing; run `pip install 'elastic-attention[eval]'`")

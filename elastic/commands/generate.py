@@ -67,11 +67,11 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 def _read_prompt(args: argparse.Namespace) -> str:
     if args.prompt_file is None:
-        return sys.stdin.read() if "-" in (args.stdin, args.prompt) else args.prompt
+        return sys.stdin.read().removeprefix("\ufeff") if "-" in (args.stdin, args.prompt) else args.prompt
     if not args.prompt_file.is_file():
         raise FileNotFoundError(f"--prompt-file {args.prompt_file}: no such file")
     try:
-        return str(args.prompt_file.read_text(encoding="utf-8"))
+        return str(args.prompt_file.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompt-file {args.prompt_file} is not UTF-8 (byte {error.start}); convert it") from error
 

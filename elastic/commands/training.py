@@ -4,24 +4,33 @@ import logging
 import os
 import re
 import warnings
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # its __all__ is made at run time
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from elastic.commands.catalogue import TRAINING
-from elastic.console import say
+from elastic.console import hint, say
 from elastic.data.datamodule import MixtureDataModule
 from elastic.files import config_names, find_config
 from elastic.routing.methods import GRAMMAR
-from elastic.training.callbacks import LAST, ElasticCheckpoint, ResumeCheckpoint, RoutingPictures, RunProgress
+from elastic.training.callbacks import (
+    LAST,
+    ElasticCheckpoint,
+    ResumeCheckpoint,
+    RoutingPictures,
+    RunProgress,
+    check_unused,
+)
 from elastic.training.config import ALLOCATOR
 from elastic.training.module import ElasticModule
 from elastic.training.result_files import PredictionFile, ResultsFile
-from elastic.training.resume import AtomicCheckpointIO
+from elastic.training.resume import AtomicCheckpointIO, local_checkpoint
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,
@@ -39,7 +48,60 @@ class NamedConfig(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Read the settings; values that are neither a name nor a plain path (YAML text, URLs) are the parent's."""
         found = str(find_config(values)) if re.fullmatch(r"[\w./~-]+", values) else values
+        if found != values or Path(found).is_file():
+            check_keys(parser, found)
+        before = _mappings(cfg)
         super().__call__(parser, cfg, found, option_string)  # type: ignore[no-untyped-call]  # as jsonargparse wrote it
+        for key, value in _mappings(cfg).items():
+            cfg[key] = {**before.get(key, {}), **value}
+
+
+def check_keys(parser: Any, file: str) -> None:
+    """Refuse a setting that a file names and the command does not have.
+
+    Raises:
+        ValueError: with the file and the settings that are like it.
+    """
+    known = {action.dest for action in parser._actions}
+    try:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML in UTF-8: {error}") from error
+
+    def check(part: Any, prefix: str) -> None:
+        for key, value in part.items() if isinstance(part, dict) else ():
+            name = f"{prefix}{key}"
+            below = {dest for dest in known if dest.startswith(f"{name}.")}
+            if below:
+                check(value, f"{name}.")
+            elif name not in known:
+                beside = sorted({dest.removeprefix(prefix).split(".")[0] for dest in known if dest.startswith(prefix)})
+                raise ValueError(
+                    f"{file} sets {name}, which is not a setting; {hint(str(key), beside, 'settings there')}"
+                )
+
+    check(settings, "")
+
+
+def _mappings(cfg: Any) -> dict[str, dict[str, Any]]:
+    """Settings of the model and the data that are mappings, such as `model.targets`: a later file adds to those of an
+    earlier one, key by key, as it does to settings; `null` empties them.
+    """
+    return {k: v for k, v in cfg.items() if isinstance(v, dict) and k.startswith(("model.", "data."))}
+
+
+def _files_first(arguments: list[str]) -> list[str]:
+    """The same arguments with the configurations before all flags, which win over them wherever they were written."""
+    files: list[str] = []
+    flags: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in ("-c", "--config"):
+            files += [argument, *islice(rest, 1)]
+        else:
+            config = argument.startswith("--config=") or (argument.startswith("-c") and argument[1] != "-")
+            (files if config else flags).append(argument)
+    return [*files, *flags]
 
 
 class ElasticCLI(LightningCLI):
@@ -70,8 +132,9 @@ class ElasticCLI(LightningCLI):
         parser.add_lightning_class_args(ElasticCheckpoint, "elastic_checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the given arguments; unlike the parent's, does not compare them with `sys.argv`."""
-        self.config = parser.parse_args(args)
+        """Parse the given arguments, flags after files; unlike the parent's, does not compare them with `sys.argv`."""
+        command, *rest = args
+        self.config = parser.parse_args([command, *_files_first(rest)])
 
     def _parse_ckpt_path(self) -> None:
         """The parent lets hyper-parameters in a checkpoint override files and flags. Here those always win."""
@@ -91,6 +154,8 @@ class ElasticCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """`--ckpt_path last` means this run's own `last.ckpt`; training starts afresh where there is none yet."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "fit" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            check_unused(Path(self.trainer.default_root_dir), kwargs.get("ckpt_path"))
         if kwargs.get("ckpt_path") == "last":
             path = Path(self.trainer.default_root_dir) / LAST
             if not path.is_file() and subcommand != "fit":
@@ -99,6 +164,8 @@ class ElasticCLI(LightningCLI):
                 )
             kwargs["ckpt_path"] = str(path) if path.is_file() else None
             say(f"checkpoint: {path if path.is_file() else f'{path} does not exist yet, starting from the beginning'}")
+        elif kwargs.get("ckpt_path") is not None:
+            kwargs["ckpt_path"] = str(local_checkpoint(kwargs["ckpt_path"]))
         if subcommand in ("validate", "test"):
             kwargs["verbose"] = False  # ResultsFile prints the table
         if subcommand == "predict":
@@ -144,7 +211,9 @@ def _help(command: str) -> dict[str, str]:
     return {
         "usage": f"elastic {command} -c NAME|FILE [-c NAME|FILE ...] [--section.key VALUE ...] [--ckpt_path last]",
         "description": f"{TRAINING[command].capitalize()}. Settings come from shipped configurations by "
-        "name (train, model/qwen3-4b, ...) and from YAML files; later ones win over earlier ones, flags over both. "
+        "name (train, model/qwen3-4b, ...) and from YAML files; later ones win over earlier ones "
+        "(mappings such as model.targets key by key), "
+        "flags over both, wherever they are. "
         "`--print_config` shows the settings that result."
         + ("" if command == "predict" else f" Names for `--model.methods`: {GRAMMAR}."),
     }

@@ -1,7 +1,8 @@
 """Compiles `cuda_src` with NVRTC on first use, keeps the binaries on disk, launches them on torch's current stream.
 
 The only importer of CuPy. The cache key covers the sources, every header, the options and the compiler's version, so an
-edited header never runs an old kernel; files appear by an atomic rename, so processes never see half of one.
+edited header never runs an old kernel. Files appear by an atomic rename and are loaded only where their checksum, kept
+beside them, is right; processes that need the same one wait for the first to compile it.
 """
 
 import ctypes
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from elastic.files import cache_folder, new_file, shipped, text_sha256
+from elastic.files import alone, cache_folder, file_sha256, new_file, shipped, text_sha256, write_atomic
 
 CUDA_SRC = shipped("cuda_src")
 _log = logging.getLogger("elastic.kernels")
@@ -103,19 +104,43 @@ def compile_cubin(variant: Variant) -> tuple[bytes, str]:
 
 
 def cubin_path(variant: Variant) -> Path:
-    """The cached binary of a variant, compiled now if it is missing."""
+    """The cached binary of a variant, compiled now if it is missing or damaged.
+
+    Raises:
+        RuntimeError: as `compile_cubin`.
+        OSError: a cache folder that cannot be written, or a full disk.
+    """
     version = _import_nvrtc().getVersion()
     key = text_sha256(repr((_source_hash(), variant.file, variant.options, version)))[:24]
     path = cache_directory() / f"{variant.file}-{variant.arch}-d{variant.head_dim}-{key}.cubin"
-    if path.exists():
+    if _is_whole(path):
         return path
-    start = time.perf_counter()
-    _log.warning("compiling %s for %s, D %d (first use)", variant.file, variant.arch, variant.head_dim)
-    cubin, _ = compile_cubin(variant)
-    with new_file(path) as scratch:
-        scratch.write_bytes(cubin)
-    _log.warning("compiled in %.1f s, kept in %s", time.perf_counter() - start, path.parent)
+    with alone(path.with_suffix(".lock")):
+        if _is_whole(path):  # compiled by another process meanwhile
+            return path
+        start = time.perf_counter()
+        _log.warning("compiling %s for %s, D %d (%s)", variant.file, variant.arch, variant.head_dim, _reason(path))
+        cubin, _ = compile_cubin(variant)
+        with new_file(path) as scratch:
+            scratch.write_bytes(cubin)
+            checksum = file_sha256(scratch)
+        write_atomic(_checksum(path), checksum)
+        _log.warning("compiled in %.1f s, kept in %s", time.perf_counter() - start, path.parent)
     return path
+
+
+def _checksum(binary: Path) -> Path:
+    return binary.with_suffix(".sha256")
+
+
+def _is_whole(binary: Path) -> bool:
+    """Whether a binary is there as it was compiled. One without a checksum (earlier versions) counts as damaged."""
+    checksum = _checksum(binary)
+    return binary.is_file() and checksum.is_file() and checksum.read_text("utf-8") == file_sha256(binary)
+
+
+def _reason(binary: Path) -> str:
+    return f"{binary} is damaged, or of an earlier version" if binary.exists() else "first use"
 
 
 @cache

@@ -1,16 +1,22 @@
 """Callbacks of a training run: resumable and final checkpoints, routing pictures, the progress bar."""
 
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 
-from elastic.model.checkpoint import save_elastic
+from elastic.console import say
+from elastic.model.checkpoint import read_elastic, save_elastic
 from elastic.model.loading import backbone_id
 from elastic.plots import image_of, save_png, share_figure
+from elastic.training.resume import changed_settings
 
 LAST = "last.ckpt"
+LAST_NAME = "last"  # as it is typed
 CHECKPOINT = "checkpoint"
 
 
@@ -19,8 +25,28 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir)
 
 
+def check_unused(folder: Path, resumed: str | None) -> None:
+    """Refuse to begin a run over another one.
+
+    Args:
+        folder: of the run.
+        resumed: `last`, the checkpoint that it resumes from, or None.
+
+    Raises:
+        ValueError: the folder holds a run that is not resumed.
+    """
+    own = resumed == LAST_NAME or (resumed is not None and Path(resumed).resolve() == (folder / LAST).resolve())
+    held = [name for name in (LAST, CHECKPOINT) if (folder / name).exists()]
+    if held and not own:
+        raise ValueError(
+            f"trainer.default_root_dir {folder} holds a run already ({', '.join(held)}), which this one would write "
+            "over; resume it with --ckpt_path last, choose another folder, or remove that one"
+        )
+
+
 class ResumeCheckpoint(Checkpoint):
     """Saves `last.ckpt` in the run's folder, always after a whole optimiser step; `--ckpt_path last` resumes from it.
+    Says what was changed since the run began, and where nothing is left to do.
 
     Args:
         every_n_steps: optimiser steps between saves; the last step is always saved.
@@ -30,6 +56,26 @@ class ResumeCheckpoint(Checkpoint):
         if every_n_steps < 1:
             raise ValueError(f"resume_checkpoint.every_n_steps={every_n_steps} is below 1; 50 is usual")
         self.every_n_steps, self.saved = every_n_steps, -1
+        self.resumed_at: int | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the settings that a resumed run is compared with."""
+        checkpoint["elastic_settings"] = _schedule(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say what differs. Checkpoints of earlier versions do not tell."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self.resumed_at = int(checkpoint["global_step"])
+        began = checkpoint.get("elastic_settings", {})
+        for line in changed_settings(began, _schedule(trainer, pl_module), self.resumed_at) if began else ():
+            _tell(trainer, line)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that nothing was left to do."""
+        if self.resumed_at is not None and self.resumed_at == trainer.global_step:
+            steps = f"{trainer.global_step} of {trainer.max_steps} steps are done"
+            _tell(trainer, f"nothing left to train: {steps}; the routers are in {run_folder(trainer) / CHECKPOINT}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save when it is due. Checkpoints are the last callbacks to run."""
@@ -69,6 +115,19 @@ class ElasticCheckpoint(Callback):
         if not trainer.interrupted:
             self._write(trainer, pl_module)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write them too where a run that was killed after its last step is resumed, or its export was removed."""
+        if not trainer.interrupted and trainer.global_step and self._step(trainer) != trainer.global_step:
+            self._write(trainer, pl_module)
+
+    def _step(self, trainer: Trainer) -> int | None:
+        """After how many steps the checkpoint that is there was written; None: there is none, or it is damaged."""
+        try:
+            step: int | None = read_elastic(run_folder(trainer) / CHECKPOINT)["recipe"].get("step")
+        except (ValueError, FileNotFoundError):
+            return None
+        return step
+
     def _write(self, trainer: Trainer, module: Any) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             save_elastic(
@@ -99,13 +158,42 @@ class RoutingPictures(Callback):
 
 
 class RunProgress(TQDMProgressBar):
-    """Lightning's bar without the logger's version number."""
+    """Lightning's bar without the logger's version number. What is said after a run that failed or was stopped has a
+    line of its own.
+    """
+
+    def on_exception(self, *_: Any) -> None:
+        """End the line of each bar."""
+        for bar in (self._val_progress_bar, self._test_progress_bar, self._train_progress_bar):
+            if bar is not None:
+                bar.close()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What the bar shows after its counts."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return {name.removeprefix("train/"): value for name, value in metrics.items()}
+
+
+def _schedule(trainer: Trainer, module: Any) -> dict[str, Any]:
+    """Settings that a run may be resumed with although its weights depend on them, by their command-line names."""
+    own = {"model.optimiser": module.optimiser, "model.temperature": module.annealing}
+    parts = {f"{section}.{name}": value for section, part in own.items() for name, value in asdict(part).items()}
+    rows = getattr(getattr(trainer, "datamodule", None), "micro_batch_rows", None)
+    return {
+        "trainer.max_steps": trainer.max_steps,
+        "trainer.max_epochs": trainer.max_epochs,
+        "trainer.precision": str(trainer.precision),
+        "model.dtype": module.dtype_name,
+        **parts,
+        **({} if rows is None else {"data.micro_batch_rows": rows}),
+    }
+
+
+def _tell(trainer: Trainer, line: str) -> None:
+    """A line on standard error, from one process."""
+    if trainer.is_global_zero:
+        say(line, stream=sys.stderr)
 
 
 def data_origin(trainer: Trainer) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 that are complete or absent, and checks of what must agree before training starts or resumes.
 """
 
+import io
+import pickle
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from elastic.data.shards import tokenizer_hash
 from elastic.files import new_file
 from elastic.model.checkpoint import MULTIPLIERS
 from elastic.protocols import Tokenizer
+from elastic.training.schedules import learning_rate
 
 ALWAYS = ("architecture", "router")  # the rest must agree only where training resumes
 
@@ -26,19 +30,94 @@ def noise_seed(*parts: int) -> int:
     return value >> 1
 
 
+def local_checkpoint(path: Any) -> Path:
+    """The file at a path given as `--ckpt_path`.
+
+    Raises:
+        ValueError: an address; what it answers with could be anything.
+        FileNotFoundError: no file there.
+    """
+    if "://" in str(path):
+        raise ValueError(f"--ckpt_path {path} is an address; checkpoints are local files, so download it first")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--ckpt_path {path}: no such file; expected `last` or the last.ckpt of a run")
+    return Path(path)
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its final place, flushes it to the disk and renames it over the old one.
+    """Writes a checkpoint beside its final place, flushes it to the disk and renames it over the old one. Reads local
+    files alone, and of those tensors and plain values alone.
 
     Lightning's own writer goes through the system's temporary folder, whose rename is no longer atomic where that
-    folder lies on another file system.
+    folder lies on another file system. Its own reader takes addresses too, and runs what a pickle from one says.
     """
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, loc: storage, *_: Any, **__: Any
+    ) -> dict[str, Any]:
+        """The content of a checkpoint, read with `weights_only=True` whatever is asked for.
+
+        Raises:
+            ValueError: an address, a damaged file, or one that holds more than tensors and plain values.
+            FileNotFoundError: no such file.
+        """
+        path = local_checkpoint(path)
+        try:
+            found = torch.load(path, map_location=map_location, weights_only=True)
+        except (EOFError, RuntimeError, pickle.UnpicklingError, KeyError, ValueError) as error:
+            first = str(error).split("\n")[0] or type(error).__name__
+            raise ValueError(
+                f"{path} is damaged or was not written by `elastic fit` ({first}); put an undamaged copy there, or "
+                "remove it to begin the run again"
+            ) from error
+        if not isinstance(found, dict) or "state_dict" not in found:
+            raise ValueError(f"{path} was not written by `elastic fit`; pass the last.ckpt of a run")
+        return found
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write `checkpoint` to `path`."""
         if storage_options is not None:
             raise ValueError(f"storage_options={storage_options!r} is not supported; checkpoints are local files")
-        with new_file(path, sync=True) as scratch, open(scratch, "wb") as stream:  # a stream: no name in its bytes
-            torch.save(checkpoint, stream)
+        whole = (
+            io.BytesIO()
+        )  # a stream: no name in its bytes; in memory: on a full disk torch's own writer says nothing
+        torch.save(checkpoint, whole)
+        with new_file(path, sync=True) as scratch:
+            scratch.write_bytes(whole.getbuffer())
+
+
+def changed_settings(began: dict[str, Any], now: dict[str, Any], step: int) -> list[str]:
+    """What a run resumes with that it did not begin with, and what that does; a line each, none where nothing differs.
+
+    Args:
+        began: settings of the run that wrote the checkpoint, by their names on the command line.
+        now: those of this run.
+        step: optimiser steps done so far.
+    """
+    differing = [name for name in now if name in began and began[name] != now[name]]
+    listed = ", ".join(f"{name} {began[name]} -> {now[name]}" for name in differing)
+    lines = [f"resumed with other settings than the run began with: {listed}"] if differing else []
+    before, after = (_rate(settings, step) for settings in (began, now))
+    if before != after:
+        lines.append(
+            f"schedules run over all steps of the settings given now: the routers' rate goes from {before:.2g} to "
+            f"{after:.2g} at step {step}. The weights will be those of neither run; for a clean one train in a new "
+            "folder, with --model.routers <this run's checkpoint> to begin where this one is"
+        )
+    if "data.micro_batch_rows" in differing:
+        lines.append(
+            "the routes' noise is drawn per micro-batch, so other micro_batch_rows draw other noise: the run will not "
+            "end with the weights of an unbroken one"
+        )
+    return lines
+
+
+def _rate(settings: dict[str, Any], step: int) -> float:
+    """The shared routers' rate at a step; 0 of a run that counts in epochs, whose length is not known here."""
+    if settings.get("trainer.max_steps", -1) < 1:
+        return 0.0
+    total, names = settings["trainer.max_steps"], ("lr", "warmup", "heads_first")
+    return learning_rate((step + 1) / (total + 1), *(settings[f"model.optimiser.{name}"] for name in names))
 
 
 def check_checkpoint(checkpoint: dict[str, Any], mine: dict[str, Any], wanted: set[str], fitting: bool) -> None:

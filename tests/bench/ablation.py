@@ -36,7 +36,7 @@ def judge(name: str, flags: list[str], args: argparse.Namespace, gpu: str | None
     common = [*layers, f"--data.data_dir={args.data / 'train'}", *flags]
     common += [f"--trainer.default_root_dir={work}", "--trainer.enable_progress_bar=false", *args.extra]
     commands = [
-        ["fit", *common, "--trainer.limit_val_batches=0", f"{logger}={work}"],
+        ["fit", *common, "--trainer.limit_val_batches=0", f"{logger}={work}", "--ckpt_path=last"],
         ["validate", *common, f"--data.data_dir={args.data / 'heldout'}", f"{logger}={work / 'judged'}"],
     ]
     commands[1].append(f"--model.methods={json.dumps(METHODS)}")

@@ -50,6 +50,46 @@ def test_the_bias_of_generate_is_the_checkpoints_own(capsys):
     assert "below 0 fewer (default: as the checkpoint says)" in " ".join(text.split())
 
 
+# Stands in for torch's import: says what OpenMP would read, and ends.
+WAITING = """
+import os, runpy, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("torch waits", os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["elastic", *sys.argv[1:]]
+runpy.run_module("elastic", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(pytest.param((name, "-c", "debug"), id=name) for name in catalogue.TRAINING),
+        ("generate", "--checkpoint", "none", "--prompt", "a"),
+        ("serve", "--checkpoint", "none"),
+        ("calibrate", "--backbone", "tiny"),
+        ("bench", "attention"),
+        ("demo", "--tiny"),
+        ("doctor",),
+        ("data_prep", "build_mixture", "--language", "tiny", "--out", "records"),
+        ("data_prep", "pack_mixture", "mixture/offline", "--out", "data"),
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_every_command_has_its_threads_wait_without_spinning(arguments, tmp_path):
+    """Set before torch is loaded, unless the user has."""
+    for chosen, read in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        environment = command_environment()
+        environment.pop("OMP_WAIT_POLICY", None)
+        environment |= {"OMP_WAIT_POLICY": chosen} if chosen else {}
+        argv = [sys.executable, "-c", WAITING, *arguments]
+        done = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
+        assert done.stdout == f"torch waits {read}\n", done.stdout + done.stderr
+
+
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("elastic 0.")
@@ -104,6 +144,48 @@ def test_later_files_and_flags_win(layers, tmp_path, monkeypatch, capsys):
     assert settings["model"]["optimiser"]["lr"] == 0.5  # flag
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--trainer.max_steps", "9", "-c", "{file}"),
+        ("--trainer.max_steps=9", "--config={file}", "-ctiny"),
+        ("-c", "tiny", "--trainer.max_steps", "9", "--config", "{file}"),
+    ],
+)
+def test_flags_win_wherever_they_are(arguments, tmp_path, monkeypatch, capsys):
+    """And later files over earlier ones: tiny.yaml has 200 steps, the first file 6."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("trainer: {max_steps: 6}\nmodel: {optimiser: {lr: 0.25}}\n")
+    filled = [argument.format(file="mine.yaml") for argument in arguments]
+    code, text, _ = in_process(capsys, "fit", *filled, "--print_config")
+    settings = yaml.safe_load(text)
+    assert code == 0 and settings["trainer"]["max_steps"] == 9
+    assert settings["model"]["optimiser"]["lr"] == (0.002 if filled[-1] == "-ctiny" else 0.25)
+
+
+def test_mappings_of_later_files_and_flags_add_to_earlier_ones(tmp_path, monkeypatch, capsys):
+    """`targets`, `weights` and `budgets`, in the settings that a run keeps as well."""
+    monkeypatch.chdir(tmp_path)
+    one = {
+        "model": {"targets": {"single_qa": 0.5, "code": 0.9}, "objective": {"budgets": {"code": 0.1}}},
+        "data": {"weights": {"a": 2.0, "b": 1.0}},
+    }
+    two = {
+        "model": {"targets": {"code": [0.2, 0.4]}, "objective": {"budgets": {"single_qa": 0.3}}},
+        "data": {"weights": {"b": 0.0}},
+    }
+    for name, layer in (("one", one), ("two", two), ("none", {"model": {"targets": None}})):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(layer))
+    flags = ("--model.targets.in_context=0.7", "-c", "one.yaml", "-c", "two.yaml", "--print_config")
+    _, text, _ = in_process(capsys, "fit", *flags)
+    settings = yaml.safe_load(text)
+    assert settings["model"]["targets"] == {"single_qa": 0.5, "code": [0.2, 0.4], "in_context": 0.7}
+    assert settings["model"]["objective"]["budgets"] == {"code": 0.1, "single_qa": 0.3}
+    assert settings["data"]["weights"] == {"a": 2.0, "b": 0.0}
+    _, text, _ = in_process(capsys, "fit", "-c", "one.yaml", "-c", "none.yaml", "-c", "two.yaml", "--print_config")
+    assert yaml.safe_load(text)["model"]["targets"] == {"code": [0.2, 0.4]}
+
+
 def test_a_file_of_the_user_wins_over_a_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()  # a folder is not a configuration: `data/tiny` is still the shipped one
@@ -122,6 +204,30 @@ def test_unknown_configurations_get_a_suggestion_and_the_names(tmp_path, monkeyp
         assert f"neither a file {given} nor a shipped configuration" in error
         assert close in error.split("did you mean")[1].split("?")[0]
         assert "names are data/offline, " in error and "objective/quality, " in error and "mixture" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("trainer: {max_step: 6}", "mine.yaml sets trainer.max_step, which is not a setting; did you mean max_steps"),
+        ("model: {optimiser: {lrr: 1}}", "mine.yaml sets model.optimiser.lrr, which is not a setting; did you mean lr"),
+        ("modle: {backbone: tiny}", "mine.yaml sets modle, which is not a setting; did you mean model"),
+        ("data: {zzz: 1}", "mine.yaml sets data.zzz, which is not a setting; settings there are data_dir, "),
+        ("trainer: [", "mine.yaml is not YAML in UTF-8: "),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_file_and_a_suggestion(text, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(text)
+    code, _, error = in_process(capsys, "fit", "-c", "tiny", "-c", "mine.yaml", "-c", "debug")
+    assert code == 2 and said in " ".join(error.split()) and "Traceback" not in error
+
+
+def test_eval_into_a_file_is_refused(tmp_path, capsys):
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    (tmp_path / "out").touch()
+    code, _, error = in_process(capsys, "eval", "--out", str(tmp_path / "out"))
+    assert code == 2 and f"--out {tmp_path / 'out'} is a file; expected a folder" in error and error.count("\n") == 1
 
 
 def test_data_prep_lists_and_runs_its_steps(tmp_path, capsys):

@@ -83,17 +83,19 @@ def test_both_kinds_of_cache_give_the_same_answer(checkpoint, capsys):
 def test_prompt_from_standard_input(checkpoint, capsys, monkeypatch, options):
     run(checkpoint, "--prompt", PROMPT)
     expected = capsys.readouterr()
-    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
-    assert run(checkpoint, *options) == 0
-    assert capsys.readouterr() == expected
+    for mark in ("", "\ufeff"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(mark + PROMPT))
+        assert run(checkpoint, *options) == 0
+        assert capsys.readouterr() == expected
 
 
 def test_prompt_from_a_file(checkpoint, capsys, tmp_path):
     run(checkpoint, "--prompt", PROMPT)
     expected = capsys.readouterr()
-    (tmp_path / "p.txt").write_text(PROMPT)
-    assert run(checkpoint, "--prompt-file", tmp_path / "p.txt") == 0
-    assert capsys.readouterr() == expected
+    for encoding in ("utf-8", "utf-8-sig"):  # without and with a byte order mark
+        (tmp_path / "p.txt").write_text(PROMPT, encoding=encoding)
+        assert run(checkpoint, "--prompt-file", tmp_path / "p.txt") == 0
+        assert capsys.readouterr() == expected
 
 
 @pytest.mark.parametrize(

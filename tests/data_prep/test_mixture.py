@@ -225,3 +225,34 @@ def test_bad_mixture_files_are_refused(tmp_path, text, message):
     file.write_text(text if text.endswith("[") else yaml.safe_dump({**base, **yaml.safe_load(text)}))
     with pytest.raises(ValueError, match=message):
         read_mixture(file)
+
+
+def test_a_data_folder_that_is_a_link_stays_one(mixture, tmp_path):
+    """Parts are made beside what it points to, which may be on another disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "disk" / "real")
+    small = replace(mixture, tokens={"train": 2_000}, sources={"needle_single": Source()})
+    (tmp_path / ".data.parts").touch()  # in the way of parts beside the link
+    pack_mixture.pack_mixture(small, tmp_path / "data", workers=1)
+    assert (tmp_path / "data").is_symlink() and verify(tmp_path / "disk" / "real") == verify(tmp_path / "data")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real"]
+
+
+@pytest.mark.parametrize(("written", "read"), [("1e6", 10**6), ("1.5e+6", 1_500_000), ("1_000_000", 10**6)])
+def test_counts_of_tokens_in_every_notation(written, read, tmp_path):
+    """YAML takes 1e6 for text and 1.5e+6 for a float."""
+    text = (
+        f"backbone: tiny\nseq_length: 512\ntokens: {{train: {written}}}\ncontext: [64, 400]\npart_tokens: {written}\n"
+    )
+    (tmp_path / "m.yaml").write_text(text + "sources: {needle_single: {weight: 1}}\n")
+    mixture = read_mixture(tmp_path / "m.yaml")
+    assert mixture.tokens == {"train": read} and mixture.part_tokens == read
+    assert type(mixture.tokens["train"]) is type(mixture.part_tokens) is int
+
+
+@pytest.mark.parametrize("written", ["many", "1.5", "true", ".inf", ".nan", "[1]"])
+def test_counts_that_are_none(written, tmp_path):
+    text = f"backbone: tiny\nseq_length: 512\ntokens: {{train: {written}}}\ncontext: [64, 400]\n"
+    (tmp_path / "m.yaml").write_text(text + "sources: {needle_single: {weight: 1}}\n")
+    with pytest.raises(ValueError, match=r"m\.yaml: tokens\.train=.* is not a whole number of tokens"):
+        read_mixture(tmp_path / "m.yaml")

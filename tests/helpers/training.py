@@ -86,7 +86,7 @@ def fit_process(arguments: list[str], cwd: Path, dies: tuple[str, int] | None = 
 
     Args:
         dies: ("step", n) sends itself SIGKILL after step n; ("save", n) in the middle of writing its n-th resume
-            checkpoint; None lives.
+            checkpoint; ("export", n) where the n-th export would begin; None lives.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["elastic.commands.training", "tests.helpers.training"])
@@ -124,6 +124,18 @@ def _arm(moment: str, count: int) -> None:
             save(self, checkpoint, path, storage_options)
 
         AtomicCheckpointIO.save_checkpoint = dying_save  # type: ignore[method-assign]
+        return
+    if moment == "export":
+        from elastic.training import callbacks
+
+        export, exports = callbacks.save_elastic, iter(range(1, count + 1))
+
+        def dying_export(*given: Any, **named: Any) -> Any:
+            if next(exports) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return export(*given, **named)
+
+        callbacks.save_elastic = dying_export
         return
     step = ElasticModule.training_step
 

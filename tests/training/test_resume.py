@@ -1,14 +1,19 @@
 """A killed run ends with the same weights as an unbroken one, and a half-written checkpoint is never picked up."""
 
+import errno
+import json
 import os
 import random
+import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from elastic import cli
 from elastic.training.resume import AtomicCheckpointIO, noise_seed
 from tests.helpers.training import ROOT, build_data, fit_process
 
@@ -96,15 +101,97 @@ def test_killed_at_steps_and_in_a_save_ends_bit_equal(data, unbroken, tmp_path):
     assert log.count("does not exist yet, starting from the beginning") == 2 and log.count("checkpoint: run/last") == 4
 
 
-def test_a_finished_run_is_not_trained_further(data, unbroken):
-    before = final_state(unbroken)
+def test_a_finished_run_is_not_trained_further_and_says_so(data, unbroken):
+    before, export = final_state(unbroken), (unbroken / "run" / "checkpoint" / "elastic.json").stat()
     assert finish(fit_process(arguments(data), unbroken)) == 0
     assert_bit_equal(final_state(unbroken), before)
+    said = (unbroken / "fit.log").read_text().splitlines()[-1]
+    assert said == "nothing left to train: 30 of 30 steps are done; the routers are in run/checkpoint"
+    assert (unbroken / "run" / "checkpoint" / "elastic.json").stat() == export
+
+
+def test_killed_between_the_last_save_and_the_export_the_same_command_exports(data, tmp_path):
+    """Also where an export of an earlier step is there (every 9 of 12 steps), is damaged, or was removed."""
+    metadata = tmp_path / "run" / "checkpoint" / "elastic.json"
+
+    def exported():
+        return json.loads(metadata.read_text())["recipe"]["step"] if metadata.is_file() else None
+
+    assert finish(fit_process(arguments(data, 12), tmp_path, ("export", 2))) == -signal.SIGKILL
+    assert final_state(tmp_path)["global_step"] == 12 and exported() == 9
+    assert finish(fit_process(arguments(data, 12), tmp_path)) == 0 and exported() == 12
+    weights = (metadata.parent / "router.safetensors").read_bytes()
+    for damage in (lambda: metadata.write_text("{"), lambda: shutil.rmtree(metadata.parent)):
+        damage()
+        assert finish(fit_process(arguments(data, 12), tmp_path)) == 0 and exported() == 12
+        assert (metadata.parent / "router.safetensors").read_bytes() == weights
+
+
+@pytest.fixture(scope="module")
+def begun(data, tmp_path_factory):
+    """A run of six steps, to be resumed."""
+    folder = tmp_path_factory.mktemp("begun")
+    assert cli.main(["fit", *resumed(data, folder, 6)]) == 0
+    return folder / "run"
+
+
+def resumed(data, folder, steps, *more):
+    return [*arguments(data, steps), f"--trainer.default_root_dir={folder / 'run'}", *more]
+
+
+CHANGES = [
+    ((9, ()), ("trainer.max_steps 6 -> 9", "the routers' rate goes from 0 to 0.0031 at step 6")),
+    ((6, ("--model.optimiser.warmup=0.5",)), ("model.optimiser.warmup 0.2 -> 0.5",)),
+    ((6, ("--model.optimiser.multiplier_lr=0.5",)), ("model.optimiser.multiplier_lr 0.3 -> 0.5",)),
+    ((6, ("--model.temperature.final=0.5",)), ("model.temperature.final 0.3 -> 0.5",)),
+    ((6, ("--data.micro_batch_rows=2",)), ("data.micro_batch_rows 1 -> 2", "draw other noise")),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), CHANGES, ids=[said[0].split()[0] for _, said in CHANGES])
+def test_what_was_changed_since_the_run_began_is_said(given, said, data, begun, tmp_path, capsys):
+    shutil.copytree(begun, tmp_path / "run")
+    capsys.readouterr()
+    steps, more = given
+    assert cli.main(["fit", *resumed(data, tmp_path, steps, *more)]) == 0
+    error = capsys.readouterr().err
+    assert "resumed with other settings than the run began with: " in error
+    for part in said:
+        assert part in error, error
+
+
+def test_nothing_is_said_where_nothing_was_changed(data, begun, tmp_path, capsys):
+    shutil.copytree(begun, tmp_path / "run")
+    capsys.readouterr()
+    assert cli.main(["fit", *resumed(data, tmp_path, 6)]) == 0
+    assert "resumed with other settings" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("left", ["both", "last.ckpt", "checkpoint"])
+@pytest.mark.parametrize("given", [None, "other"])
+def test_a_used_folder_is_not_trained_over(given, left, data, begun, tmp_path, capsys):
+    """Neither afresh nor from another run's checkpoint."""
+    shutil.copytree(begun, tmp_path / "run")
+    for name in {"last.ckpt", "checkpoint"} - {left} if left != "both" else ():
+        (shutil.rmtree if name == "checkpoint" else os.remove)(tmp_path / "run" / name)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    flags = [flag for flag in resumed(data, tmp_path, 6) if "ckpt_path" not in flag]
+    flags += [] if given is None else [f"--ckpt_path={begun / 'last.ckpt'}"]
+    capsys.readouterr()
+    assert cli.main(["fit", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "run holds a run already" in error and "resume it with --ckpt_path last" in error
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
+
+
+def test_the_runs_own_checkpoint_may_be_given_by_its_path(data, begun, tmp_path):
+    shutil.copytree(begun, tmp_path / "run")
+    assert cli.main(["fit", *resumed(data, tmp_path, 6, f"--ckpt_path={tmp_path / 'run' / 'last.ckpt'}")]) == 0
 
 
 def test_a_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
     writer, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
-    writer.save_checkpoint({"step": 1}, path)
+    writer.save_checkpoint({"state_dict": {}, "step": 1}, path)
 
     def fail(*_):
         raise OSError("disk full")
@@ -112,9 +199,84 @@ def test_a_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         writer.save_checkpoint({"step": 2}, path)
-    assert writer.load_checkpoint(path, weights_only=True) == {"step": 1}
+    assert writer.load_checkpoint(path, weights_only=True) == {"state_dict": {}, "step": 1}
     with pytest.raises(ValueError, match="storage_options=\\{\\} is not supported"):
         writer.save_checkpoint({}, path, {})
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_names_it(tmp_path, monkeypatch):
+    writer, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    writer.save_checkpoint({"state_dict": {}, "step": 1}, path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*last\.ckpt'$"):
+        writer.save_checkpoint({"state_dict": {}, "step": 2}, path)
+    assert writer.load_checkpoint(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_that_is_a_link_stays_one(tmp_path):
+    """Also on another disk, and where the run's folder is the link."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "run")
+    link, target = tmp_path / "run" / "last.ckpt", tmp_path / "disk" / "kept.ckpt"
+    link.symlink_to(target)
+    writer = AtomicCheckpointIO()
+    for step, given in enumerate((link, tmp_path / "linked" / "last.ckpt")):
+        writer.save_checkpoint({"state_dict": {}, "step": step}, given)
+        assert link.is_symlink() and not target.is_symlink()
+        assert writer.load_checkpoint(link)["step"] == writer.load_checkpoint(target)["step"] == step
+    assert [path.name for path in link.parent.iterdir()] == ["last.ckpt"]
+
+
+class Planted:
+    """Unpickled, it makes the file `ran`."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_a_checkpoint_is_read_as_tensors_alone_whatever_is_asked(asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "planted": Planted()}, "last.ckpt")
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged or was not written by `elastic fit`"):
+        AtomicCheckpointIO().load_checkpoint("last.ckpt", weights_only=asked)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:{port}/x.ckpt", "https://a.example/x", "file:///x", "s3://a/x"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_no_checkpoint_is_fetched_from_an_address(address, command, data, tmp_path, monkeypatch, capsys):
+    """Not even asked for: nobody comes to the port."""
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.1)
+        given = address.format(port=server.getsockname()[1])
+        flags = ["-c", "debug", f"--data.data_dir={data}", f"--ckpt_path={given}"]
+        assert cli.main([command, *flags]) == 2
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert f"--ckpt_path {given} is an address; checkpoints are local files" in capsys.readouterr().err
+
+
+DAMAGE = {"empty": lambda whole: b"", "cut": lambda whole: whole[: len(whole) // 2], "text": lambda whole: b"hello"}
+
+
+@pytest.mark.parametrize("kind", [*DAMAGE, "list"])
+def test_a_damaged_checkpoint_is_named(kind, tmp_path):
+    path = tmp_path / "last.ckpt"
+    torch.save([1] if kind == "list" else {"state_dict": {}}, path)
+    if kind in DAMAGE:
+        path.write_bytes(DAMAGE[kind](path.read_bytes()))
+    with pytest.raises(ValueError, match=r"last\.ckpt (is damaged or )?was not written by `elastic fit`") as caught:
+        AtomicCheckpointIO().load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match=r"none: no such file; expected `last` or the last\.ckpt"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "none")
 
 
 def test_noise_seeds_differ_by_every_part_and_stay_the_same():
