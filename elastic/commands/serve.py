@@ -54,8 +54,9 @@ def serve(args: argparse.Namespace) -> None:
     import uvicorn
 
     from elastic.inference.generate import load
-    from elastic.inference.serving.app import ServerLimits, build_app
+    from elastic.inference.serving.app import build_app
     from elastic.inference.serving.engine import Engine
+    from elastic.inference.serving.limits import ServerLimits
 
     limits = ServerLimits(args.max_new_tokens, args.timeout, args.max_body, args.grace)
     model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype)

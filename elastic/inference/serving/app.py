@@ -9,7 +9,6 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,37 +17,14 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 
 from elastic.data.prompts import check_length, encode_messages
-from elastic.inference.serving.engine import Engine, Event, Job, QueueFullError, Sampling
-from elastic.inference.serving.limits import MaxBody
+from elastic.inference.serving.engine import Engine
+from elastic.inference.serving.jobs import Event, Job, QueueFullError, Sampling
+from elastic.inference.serving.limits import MaxBody, ServerLimits
 from elastic.inference.serving.metrics import Metrics
 from elastic.inference.serving.protocol import ChatRequest, Envelope, error_body
 
 _KINDS = {404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error", 504: "timeout_error"}
 CHAT = "/v1/chat/completions"
-
-
-@dataclass(frozen=True)
-class ServerLimits:
-    """What one client can ask for.
-
-    Attributes:
-        max_new_tokens: of one answer; also the default.
-        timeout: seconds from a request's arrival to its last token.
-        max_body: bytes of a request.
-        grace: seconds that requests have to finish when the server is stopped.
-    """
-
-    max_new_tokens: int = 512
-    timeout: float = 300.0
-    max_body: int = 8 << 20
-    grace: float = 30.0
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "timeout", "max_body"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not above 0; no request could be answered")
-        if self.grace < 0:
-            raise ValueError(f"grace={self.grace} is below 0; 0 stops at once")
 
 
 class _RefusedError(Exception):
