@@ -64,8 +64,8 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._waiting)
+        """Requests in the queue, without those that nobody waits for any more."""
+        return sum(job.given_up is None for job in tuple(self._waiting))
 
     def submit(self, job: Job) -> None:
         """Queue a request.
