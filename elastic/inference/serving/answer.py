@@ -9,34 +9,50 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from elastic.data.prompts import check_length, encode_messages
 from elastic.inference.serving.engine import Engine
 from elastic.inference.serving.errors import RefusedError
-from elastic.inference.serving.jobs import Event, Job, QueueFullError, Sampling
+from elastic.inference.serving.jobs import Event, Job, QueueFullError
 from elastic.inference.serving.limits import ServerLimits
 from elastic.inference.serving.metrics import Metrics
 from elastic.inference.serving.protocol import ChatRequest, Envelope
+from elastic.inference.serving.reading import PromptReader
 
 _T = TypeVar("_T")
 
 
 class Answer:
-    """One request in the engine.
+    """One request in the engine; `ask` makes it.
 
     Args:
-        engine: that answers.
-        metrics: told when the first text comes.
+        job: in the engine.
+        events: news of the job.
         body: what was asked.
         model_name: served name.
-        limits: of a request.
-
-    Raises:
-        RefusedError: a request that the engine cannot take.
+        metrics: told when the first text comes.
     """
 
     def __init__(
-        self, engine: Engine, metrics: Metrics, body: ChatRequest, model_name: str, limits: ServerLimits
+        self, job: Job, events: "asyncio.Queue[Event]", body: ChatRequest, model_name: str, metrics: Metrics
     ) -> None:
+        self.job, self.events, self.body, self.metrics = job, events, body, metrics
+        self.envelope = Envelope(model_name)
+
+    @classmethod
+    async def ask(
+        cls,
+        engine: Engine,
+        reader: PromptReader,
+        metrics: Metrics,
+        body: ChatRequest,
+        model_name: str,
+        limits: ServerLimits,
+    ) -> "Answer":
+        """Read the prompt and queue the request.
+
+        Raises:
+            RefusedError: a request that the engine cannot take.
+        """
+        deadline = time.monotonic() + limits.timeout
         if body.model != model_name:
             raise RefusedError(404, f"model {body.model!r} is not served here; use {model_name!r}", "model")
         wanted = body.limit or limits.max_new_tokens
@@ -44,24 +60,22 @@ class Answer:
             raise RefusedError(
                 400, f"{wanted} new tokens were asked for; this server makes {limits.max_new_tokens}", "max_tokens"
             )
+        prompt = await reader.read([message.plain() for message in body.messages])
+        room = reader.room - len(prompt)
+        if body.limit and wanted > room:
+            raise RefusedError(
+                400,
+                f"the messages have {len(prompt)} tokens and {wanted} new ones were asked for, but this model reads at "
+                f"most {reader.room}; shorten the messages, or set max_tokens to {room} or less",
+                "max_tokens",
+            )
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        job = Job(prompt, min(wanted, room), body.sampling, body.stops, deadline, _teller(events))
         try:
-            prompt = encode_messages([message.plain() for message in body.messages], engine.tokenizer)
-            room = engine.model.config.max_position_embeddings - len(prompt)
-            limit = wanted if body.limit else max(1, min(wanted, room))
-            check_length([prompt], engine.model, limit)
-        except ValueError as error:
-            raise RefusedError(400, str(error), "messages") from error
-        sampling = Sampling(body.temperature, body.top_p, body.seed, body.sparsity_bias)
-        if body.temperature == 0:
-            sampling = Sampling(sparsity_bias=body.sparsity_bias)
-        self.events: asyncio.Queue[Event] = asyncio.Queue()
-        self.body, self.envelope, self.metrics = body, Envelope(model_name), metrics
-        deadline = time.monotonic() + limits.timeout
-        self.job = Job(prompt, limit, sampling, body.stops, deadline, _teller(self.events))
-        try:
-            engine.submit(self.job)
+            engine.submit(job)
         except QueueFullError as error:
             raise RefusedError(429, f"{error}; try again later") from error
+        return cls(job, events, body, model_name, metrics)
 
     @property
     def usage(self) -> dict[str, int]:

@@ -19,6 +19,7 @@ from elastic.inference.serving.errors import handle_errors
 from elastic.inference.serving.limits import MaxBody, ServerLimits
 from elastic.inference.serving.metrics import Metrics
 from elastic.inference.serving.protocol import ChatRequest
+from elastic.inference.serving.reading import PromptReader
 
 CHAT = "/v1/chat/completions"
 
@@ -35,9 +36,11 @@ def build_app(model_name: str, limits: ServerLimits, make_engine: Callable[[Metr
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.engine = make_engine(metrics)
+        app.state.engine = engine = make_engine(metrics)
+        app.state.reader = PromptReader(engine.model, engine.tokenizer)
         yield
-        await asyncio.to_thread(app.state.engine.close, limits.grace)
+        app.state.reader.close()
+        await asyncio.to_thread(engine.close, limits.grace)
 
     app = FastAPI(title="Elastic Attention", lifespan=lifespan)
     app.add_middleware(MaxBody, limit=limits.max_body)
@@ -46,7 +49,8 @@ def build_app(model_name: str, limits: ServerLimits, make_engine: Callable[[Metr
 
     @app.post(CHAT)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        answer = Answer(app.state.engine, metrics, body, model_name, limits)
+        asked = Answer.ask(app.state.engine, app.state.reader, metrics, body, model_name, limits)
+        answer = await while_listening(request, asked)
         if not body.stream:
             return JSONResponse(await while_listening(request, answer.whole()))
         # Errors that come before any text get their HTTP status.
