@@ -16,6 +16,8 @@ _MOST_STOPS, _LONGEST_STOP = 16, 256  # texts, characters: every token is compar
 _MOST_MESSAGES = 2048
 _MOST_KEYS = 64  # of a JSON object; every unknown one would be an error of its own
 _LONGEST_ERROR = 400  # characters; errors quote what was given
+_COLDEST = 1e-5  # as vLLM's: logits divided by less leave the range of floats, and nothing but the first is drawn
+_LARGEST_BIAS = 1e6  # far beyond every logit of a router
 _NEUTRAL: dict[str, tuple[Any, ...]] = {  # values under which a setting that is not served changes nothing
     "n": (1,),
     "frequency_penalty": (0,),
@@ -93,15 +95,15 @@ class ChatRequest(_Object):
     messages: list[Message] = Field(min_length=1, max_length=_MOST_MESSAGES)
     max_tokens: int | None = Field(default=None, ge=1, le=_INT64)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=_INT64)
-    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    temperature: float = Field(default=1.0, ge=0.0, le=2.0, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, allow_inf_nan=False)
     seed: int | None = Field(default=None, ge=-_INT64 - 1, le=_INT64)
     stop: Annotated[list[Stop] | None, BeforeValidator(_texts), Field(max_length=_MOST_STOPS)] = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     metadata: dict[str, str] | None = Field(default=None, max_length=_MOST_KEYS)
-    sparsity_bias: float | None = Field(default=None, allow_inf_nan=False)
+    sparsity_bias: float | None = Field(default=None, ge=-_LARGEST_BIAS, le=_LARGEST_BIAS, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -116,8 +118,8 @@ class ChatRequest(_Object):
 
     @property
     def sampling(self) -> Sampling:
-        """How tokens are drawn; at temperature 0 nothing is drawn, and requests share batches."""
-        if self.temperature == 0:
+        """How tokens are drawn; at temperature 0, or too near to it, nothing is drawn, and requests share batches."""
+        if self.temperature < _COLDEST:
             return Sampling(sparsity_bias=self.sparsity_bias)
         return Sampling(self.temperature, self.top_p, self.seed, self.sparsity_bias)
 
