@@ -2,10 +2,16 @@
 
 import argparse
 import importlib.util
+import os
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from elastic.commands.catalogue import COMMANDS
 from elastic.console import Parser, complain, say
+
+if TYPE_CHECKING:
+    from elastic.inference.serving.door import Door
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,6 +26,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", metavar="NAME", help=name)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
     parser.add_argument("--port", type=int, default=8000, help="default 8000")
+    keys = "one of them must come with each request under /v1 (default: those in ELASTIC_API_KEY, else none is asked)"
+    parser.add_argument("--api-key", nargs="+", metavar="KEY", help=keys)
+    hosts = "names that clients may call this server by, * for any (default: loopback names and --host)"
+    parser.add_argument("--allowed-hosts", nargs="+", metavar="NAME", help=hosts)
     parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="requests in a batch (default 8)")
     parser.add_argument("--max-queue", type=int, default=64, metavar="N", help="waiting requests (default 64)")
     parser.add_argument(
@@ -55,9 +65,11 @@ def serve(args: argparse.Namespace) -> None:
 
     from elastic.inference.generate import load
     from elastic.inference.serving.app import build_app
+    from elastic.inference.serving.door import LOOPBACK
     from elastic.inference.serving.engine import Engine
     from elastic.inference.serving.limits import ServerLimits
 
+    door = door_of(args)
     limits = ServerLimits(args.max_new_tokens, args.timeout, args.max_body, args.grace)
     model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype)
     name = args.name or Path(args.checkpoint).resolve().name
@@ -72,6 +84,21 @@ def serve(args: argparse.Namespace) -> None:
             batch_seconds=args.batch_seconds,
             metrics=metrics,
         ),
+        door,
     )
     say(f"model {name!r} at http://{args.host}:{args.port}/v1 (chat/completions, models; /health, /metrics, /docs)")
+    if not door.api_keys and args.host not in LOOPBACK:
+        say(f"no --api-key was given: whoever reaches {args.host} can use the model", stream=sys.stderr)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=int(args.grace))
+
+
+def door_of(args: argparse.Namespace) -> "Door":
+    """Who is let in, by the options and ELASTIC_API_KEY.
+
+    Raises:
+        ValueError: a key that no client could send.
+    """
+    from elastic.inference.serving.door import LOOPBACK, Door
+
+    keys = args.api_key or os.environ.get("ELASTIC_API_KEY", "").split()
+    return Door(tuple(keys), (*LOOPBACK, args.host, *(args.allowed_hosts or ())))

@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from elastic.inference.serving.answer import Answer, while_listening
-from elastic.inference.serving.door import Counted
+from elastic.inference.serving.door import Counted, Door, Guarded
 from elastic.inference.serving.engine import Engine
 from elastic.inference.serving.errors import handle_errors
 from elastic.inference.serving.limits import MaxBody, ServerLimits
@@ -24,13 +24,16 @@ from elastic.inference.serving.reading import PromptReader
 CHAT = "/v1/chat/completions"
 
 
-def build_app(model_name: str, limits: ServerLimits, make_engine: Callable[[Metrics], Engine]) -> FastAPI:
+def build_app(
+    model_name: str, limits: ServerLimits, make_engine: Callable[[Metrics], Engine], door: Door | None = None
+) -> FastAPI:
     """The application; its engine starts and stops with it.
 
     Args:
         model_name: under which clients ask for the model.
         limits: of a request.
         make_engine: called once at start.
+        door: who is let in; default: this machine, without a key.
     """
     metrics = Metrics()
 
@@ -44,6 +47,7 @@ def build_app(model_name: str, limits: ServerLimits, make_engine: Callable[[Metr
 
     app = FastAPI(title="Elastic Attention", lifespan=lifespan)
     app.add_middleware(MaxBody, limit=limits.max_body)
+    app.add_middleware(Guarded, door=door or Door())
     app.add_middleware(Counted, path=CHAT, tell=lambda status: metrics.requests.labels(str(status)).inc())
     handle_errors(app)
 

@@ -11,6 +11,7 @@ from elastic.inference.serving.protocol import error_body
 
 _KINDS = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
     504: "timeout_error",
