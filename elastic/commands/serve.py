@@ -1,11 +1,13 @@
 """`elastic serve`: serve a routed model over an OpenAI-compatible HTTP endpoint."""
 
 import argparse
+import errno
 import importlib.util
 import os
+import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from elastic.commands.catalogue import COMMANDS
 from elastic.console import Parser, complain, say
@@ -71,25 +73,67 @@ def serve(args: argparse.Namespace) -> None:
 
     door = door_of(args)
     limits = ServerLimits(args.max_new_tokens, args.timeout, args.max_body, args.grace)
-    model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype)
-    name = args.name or Path(args.checkpoint).resolve().name
-    app = build_app(
-        name,
-        limits,
-        lambda metrics: Engine(
-            model,
-            tokenizer,
-            max_batch=args.max_batch,
-            max_queue=args.max_queue,
-            batch_seconds=args.batch_seconds,
-            metrics=metrics,
-        ),
-        door,
-    )
-    say(f"model {name!r} at http://{args.host}:{args.port}/v1 (chat/completions, models; /health, /metrics, /docs)")
-    if not door.api_keys and args.host not in LOOPBACK:
-        say(f"no --api-key was given: whoever reaches {args.host} can use the model", stream=sys.stderr)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=int(args.grace))
+    with listen_on(args.host, args.port) as listening:  # a used port is told before the model is loaded
+        model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype)
+        name = args.name or Path(args.checkpoint).resolve().name
+        app = build_app(
+            name,
+            limits,
+            lambda metrics: Engine(
+                model,
+                tokenizer,
+                max_batch=args.max_batch,
+                max_queue=args.max_queue,
+                batch_seconds=args.batch_seconds,
+                metrics=metrics,
+            ),
+            door,
+        )
+        url = f"http://{args.host}:{listening.getsockname()[1]}/v1"
+        say(f"model {name!r} at {url} (chat/completions, models; /health, /metrics, /docs)")
+        if not door.api_keys and args.host not in LOOPBACK:
+            say(f"no --api-key was given: whoever reaches {args.host} can use the model", stream=sys.stderr)
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(args.grace))
+        leave_at_once(listening)
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def listen_on(host: str, port: int) -> socket.socket:
+    """A socket that holds the address; it takes connections once the server runs.
+
+    Raises:
+        ValueError: a port that is none.
+        OSError: an address that is in use, not of this machine, or not allowed.
+    """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port {port} is no port; choose one of 1 to 65535, or 0 for any that is free")
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        try:
+            return _bound(family, kind, address, reuse=False)
+        except OSError:  # connections of a server that has just ended are remembered for a minute
+            return _bound(family, kind, address, reuse=True)
+    except OSError as error:
+        way = "choose another --port" if error.errno == errno.EADDRINUSE else "see --host and --port"
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}; {way}") from error
+
+
+def leave_at_once(listening: socket.socket) -> None:
+    """Let the next server take the address as soon as this one ends. Not before the model is loaded: until a socket
+    takes connections, a second one with this option could be bound to its address.
+    """
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+
+def _bound(family: int, kind: int, address: Any, reuse: bool) -> socket.socket:
+    made = socket.socket(family, kind)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+        made.bind(address)
+    except OSError:
+        made.close()
+        raise
+    return made
 
 
 def door_of(args: argparse.Namespace) -> "Door":

@@ -6,6 +6,7 @@ finish reason and has no bounded queue; transformers' server loads models itself
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from elastic.inference.serving.answer import Answer, while_listening
 from elastic.inference.serving.door import Counted, Door, Guarded
 from elastic.inference.serving.engine import Engine
-from elastic.inference.serving.errors import handle_errors
+from elastic.inference.serving.errors import RefusedError, handle_errors
 from elastic.inference.serving.limits import MaxBody, ServerLimits
 from elastic.inference.serving.metrics import Metrics
 from elastic.inference.serving.protocol import ChatRequest
@@ -36,6 +37,7 @@ def build_app(
         door: who is let in; default: this machine, without a key.
     """
     metrics = Metrics()
+    card = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "elastic"}
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -63,7 +65,13 @@ def build_app(
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": model_name, "object": "model", "owned_by": "elastic"}]}
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if name != model_name:
+            raise RefusedError(404, f"model {name!r} is not served here; use {model_name!r}", "model")
+        return card
 
     @app.get("/health")
     async def health() -> Response:

@@ -5,7 +5,7 @@ What a client may send but this server cannot do is refused by name, never ignor
 
 import time
 import uuid
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -18,15 +18,31 @@ _MOST_KEYS = 64  # of a JSON object; every unknown one would be an error of its 
 _LONGEST_ERROR = 400  # characters; errors quote what was given
 _COLDEST = 1e-5  # as vLLM's: logits divided by less leave the range of floats, and nothing but the first is drawn
 _LARGEST_BIAS = 1e6  # far beyond every logit of a router
-_NEUTRAL: dict[str, tuple[Any, ...]] = {  # values under which a setting that is not served changes nothing
+# Values under which a setting that is not served changes nothing. A null is a setting left out, everywhere.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
     "logprobs": (False,),
+    "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "modalities": (["text"],),
+}
+# What clients dump of an answer beside its text, when they send it back as a turn.
+_NEUTRAL_IN_TURNS: dict[str, tuple[Any, ...]] = {
+    "refusal": (),
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "tool_calls": ([],),
 }
 
 
@@ -46,16 +62,24 @@ Stop = Annotated[str, Field(max_length=_LONGEST_STOP)]
 
 
 class _Object(BaseModel):
-    """A JSON object of a request; names that it does not know are refused."""
+    """A JSON object of a request; names that it does not know are refused, nulls are left out."""
 
     model_config = ConfigDict(extra="forbid")
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _few_keys(cls, value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > _MOST_KEYS:
-            raise ValueError(f"{len(value)} settings were given; at most {_MOST_KEYS} are read")
-        return value
+    def _drop_neutral(cls, given: Any) -> Any:
+        """Drop settings that are at their neutral value, refuse those that are not served otherwise."""
+        if not isinstance(given, dict):
+            return given
+        if len(given) > _MOST_KEYS:
+            raise ValueError(f"{len(given)} settings were given; at most {_MOST_KEYS} are read")
+        kept = {name: value for name, value in given.items() if value is not None}
+        for name, neutral in cls.neutral.items():
+            if name in kept and kept.pop(name) not in neutral:
+                raise ValueError(f"{name}={given[name]!r} is not supported by this server; leave it out")
+        return kept
 
 
 class Part(_Object):
@@ -68,19 +92,23 @@ class Part(_Object):
 class Message(_Object):
     """One turn of the conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    neutral = _NEUTRAL_IN_TURNS
+
+    role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[Part], BeforeValidator(_parts), Field(max_length=_MOST_MESSAGES)]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
-        """Role and text, as chat templates take them."""
-        return {"role": self.role, "content": "".join(part.text for part in self.content)}
+        """Role and text, as chat templates take them; they know the developer by the protocol's former word."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": "".join(part.text for part in self.content)}
 
 
 class StreamOptions(_Object):
     """What a stream carries beside the text."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class ChatRequest(_Object):
@@ -90,6 +118,8 @@ class ChatRequest(_Object):
         sparsity_bias: not in the protocol: for this request instead of the configuration's, above 0 more heads run
             sparse.
     """
+
+    neutral = _NEUTRAL
 
     model: str
     messages: list[Message] = Field(min_length=1, max_length=_MOST_MESSAGES)
@@ -102,19 +132,10 @@ class ChatRequest(_Object):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = Field(default=None, max_length=_MOST_KEYS)
     sparsity_bias: float | None = Field(default=None, ge=-_LARGEST_BIAS, le=_LARGEST_BIAS, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, body: Any) -> Any:
-        """Drop settings that are at their neutral value, refuse them otherwise."""
-        if not isinstance(body, dict):
-            return body
-        for name, neutral in _NEUTRAL.items():
-            if name in body and body[name] is not None and body[name] not in neutral:
-                raise ValueError(f"{name}={body[name]!r} is not supported by this server; leave it out")
-        return {name: value for name, value in body.items() if name not in _NEUTRAL}
 
     @property
     def sampling(self) -> Sampling:
