@@ -102,11 +102,11 @@ def listen_on(host: str, port: int) -> socket.socket:
     """A socket that holds the address; it takes connections once the server runs.
 
     Raises:
-        ValueError: a port that is none.
+        ValueError: a port out of range.
         OSError: an address that is in use, not of this machine, or not allowed.
     """
     if not 0 <= port <= 65535:
-        raise ValueError(f"--port {port} is no port; choose one of 1 to 65535, or 0 for any that is free")
+        raise ValueError(f"--port {port} is out of range; choose one of 1 to 65535, or 0 for any that is free")
     try:
         family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         try:

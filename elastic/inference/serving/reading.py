@@ -31,7 +31,7 @@ class PromptReader:
         """The conversation in tokens, with room for one more.
 
         Raises:
-            RefusedError: an empty or too long conversation, one that the chat template refuses or that is no text, or
+            RefusedError: an empty or too long conversation, one that the chat template refuses or UTF-8 cannot write, or
                 too many prompts that wait to be read.
         """
         size = sum(len(message["content"]) for message in messages)
@@ -65,7 +65,7 @@ class PromptReader:
     def _encode(self, messages: Sequence[Message]) -> EncodedPrompt:
         try:
             for message in messages:
-                message["content"].encode()  # half of a surrogate pair is no text
+                message["content"].encode()  # UTF-8 cannot write half of a surrogate pair
             return encode_messages(messages, self.tokenizer)
         except TemplateError as error:
             raise RefusedError(

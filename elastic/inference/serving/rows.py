@@ -41,7 +41,7 @@ class Rows(BaseStreamer):
             if self.reasons[row] is None:
                 try:
                     self.reasons[row] = self._take(row, token)
-                except Exception as error:  # noqa: BLE001 - the others of the batch go on
+                except Exception as error:  # noqa: BLE001 - it ends this row alone
                     self._break(row, error)
 
     def end(self) -> None:
@@ -57,7 +57,7 @@ class Rows(BaseStreamer):
         else:
             try:
                 rest = self.cutters[row].rest()
-            except Exception as error:  # noqa: BLE001 - the others of the batch go on
+            except Exception as error:  # noqa: BLE001 - it ends this row alone
                 self._break(row, error)
                 return
             if rest:

@@ -2,7 +2,7 @@
 
 from elastic.protocols import Tokenizer
 
-_BROKEN = "\ufffd"  # what bytes that are no character decode to
+_BROKEN = "\ufffd"  # what bytes outside UTF-8 decode to
 _LONGEST_CHARACTER = 8  # tokens; a character has at most 4 bytes, and a token of bytes at least one
 
 
