@@ -31,8 +31,8 @@ class PromptReader:
         """The conversation in tokens, with room for one more.
 
         Raises:
-            RefusedError: an empty or too long conversation, one that the chat template refuses or UTF-8 cannot write, or
-                too many prompts that wait to be read.
+            RefusedError: an empty or too long conversation, one that UTF-8 cannot write or the chat template refuses,
+                or too many prompts that wait to be read.
         """
         size = sum(len(message["content"]) for message in messages)
         if size > self.characters:
