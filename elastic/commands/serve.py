@@ -1,11 +1,19 @@
 """`elastic serve`: serve a routed model over an OpenAI-compatible HTTP endpoint."""
 
 import argparse
+import errno
 import importlib.util
+import os
+import socket
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from elastic.commands.catalogue import COMMANDS
 from elastic.console import Parser, complain, say
+
+if TYPE_CHECKING:
+    from elastic.inference.serving.door import Door
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,6 +28,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", metavar="NAME", help=name)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
     parser.add_argument("--port", type=int, default=8000, help="default 8000")
+    keys = "one of them must come with each request under /v1 (default: those in ELASTIC_API_KEY, else none is asked)"
+    parser.add_argument("--api-key", nargs="+", metavar="KEY", help=keys)
+    hosts = "names that clients may call this server by, * for any (default: loopback names and --host)"
+    parser.add_argument("--allowed-hosts", nargs="+", metavar="NAME", help=hosts)
     parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="requests in a batch (default 8)")
     parser.add_argument("--max-queue", type=int, default=64, metavar="N", help="waiting requests (default 64)")
     parser.add_argument(
@@ -54,23 +66,83 @@ def serve(args: argparse.Namespace) -> None:
     import uvicorn
 
     from elastic.inference.generate import load
-    from elastic.inference.serving.app import ServerLimits, build_app
+    from elastic.inference.serving.app import build_app
+    from elastic.inference.serving.door import LOOPBACK
     from elastic.inference.serving.engine import Engine
+    from elastic.inference.serving.limits import ServerLimits
 
+    door = door_of(args)
     limits = ServerLimits(args.max_new_tokens, args.timeout, args.max_body, args.grace)
-    model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype)
-    name = args.name or Path(args.checkpoint).resolve().name
-    app = build_app(
-        name,
-        limits,
-        lambda metrics: Engine(
-            model,
-            tokenizer,
-            max_batch=args.max_batch,
-            max_queue=args.max_queue,
-            batch_seconds=args.batch_seconds,
-            metrics=metrics,
-        ),
-    )
-    say(f"model {name!r} at http://{args.host}:{args.port}/v1 (chat/completions, models; /health, /metrics, /docs)")
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=int(args.grace))
+    with listen_on(args.host, args.port) as listening:  # a used port is told before the model is loaded
+        model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype)
+        name = args.name or Path(args.checkpoint).resolve().name
+        app = build_app(
+            name,
+            limits,
+            lambda metrics: Engine(
+                model,
+                tokenizer,
+                max_batch=args.max_batch,
+                max_queue=args.max_queue,
+                batch_seconds=args.batch_seconds,
+                metrics=metrics,
+            ),
+            door,
+        )
+        url = f"http://{args.host}:{listening.getsockname()[1]}/v1"
+        say(f"model {name!r} at {url} (chat/completions, models; /health, /metrics, /docs)")
+        if not door.api_keys and args.host not in LOOPBACK:
+            say(f"no --api-key was given: whoever reaches {args.host} can use the model", stream=sys.stderr)
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(args.grace))
+        leave_at_once(listening)
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def listen_on(host: str, port: int) -> socket.socket:
+    """A socket that holds the address; it takes connections once the server runs.
+
+    Raises:
+        ValueError: a port out of range.
+        OSError: an address that is in use, not of this machine, or not allowed.
+    """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port {port} is out of range; choose one of 1 to 65535, or 0 for any that is free")
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        try:
+            return _bound(family, kind, address, reuse=False)
+        except OSError:  # connections of a server that has just ended are remembered for a minute
+            return _bound(family, kind, address, reuse=True)
+    except OSError as error:
+        way = "choose another --port" if error.errno == errno.EADDRINUSE else "see --host and --port"
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}; {way}") from error
+
+
+def leave_at_once(listening: socket.socket) -> None:
+    """Let the next server take the address as soon as this one ends. Not before the model is loaded: until a socket
+    takes connections, a second one with this option could be bound to its address.
+    """
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+
+def _bound(family: int, kind: int, address: Any, reuse: bool) -> socket.socket:
+    made = socket.socket(family, kind)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+        made.bind(address)
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
+def door_of(args: argparse.Namespace) -> "Door":
+    """Who is let in, by the options and ELASTIC_API_KEY.
+
+    Raises:
+        ValueError: a key that no client could send.
+    """
+    from elastic.inference.serving.door import LOOPBACK, Door
+
+    keys = args.api_key or os.environ.get("ELASTIC_API_KEY", "").split()
+    return Door(tuple(keys), (*LOOPBACK, args.host, *(args.allowed_hosts or ())))

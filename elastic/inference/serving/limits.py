@@ -1,9 +1,39 @@
-"""Refuse bodies that are too large before they are read into memory."""
+"""What one client can ask for, and bodies that are refused before they are read into memory."""
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from elastic.inference.serving.protocol import error_body
+
+_LONGEST = 1e6  # seconds
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """What one client can ask for.
+
+    Attributes:
+        max_new_tokens: of one answer; also the default.
+        timeout: seconds from a request's arrival to its last token.
+        max_body: bytes of a request.
+        grace: seconds that requests have to finish when the server is stopped.
+    """
+
+    max_new_tokens: int = 512
+    timeout: float = 300.0
+    max_body: int = 8 << 20
+    grace: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "timeout", "max_body"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} is not above 0; no request could be answered")
+        if not self.grace >= 0:
+            raise ValueError(f"grace={self.grace} is below 0; 0 stops at once")
+        for name in ("timeout", "grace"):
+            if getattr(self, name) > _LONGEST:  # clocks of the system count no further than some years
+                raise ValueError(f"{name}={getattr(self, name)} is above {_LONGEST:.0f} seconds; make it shorter")
 
 
 class MaxBody:

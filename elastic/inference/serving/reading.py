@@ -1,0 +1,75 @@
+"""Messages to tokens, beside the event loop: one thread reads prompts; what cannot fit is refused before."""
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from jinja2 import TemplateError
+
+from elastic.data.prompts import EncodedPrompt, Message, encode_messages
+from elastic.inference.serving.errors import RefusedError
+from elastic.protocols import CausalLM, Tokenizer
+
+_MOST_WAITING = 64  # prompts that wait to be read
+
+
+class PromptReader:
+    """Reads the prompts of all requests, one after another: tokenizers are not made for several threads.
+
+    Args:
+        model: whose configuration says how long a prompt may be.
+        tokenizer: with a chat template.
+    """
+
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.room = tokenizer, int(model.config.max_position_embeddings)
+        self.characters = self.room * max(map(len, tokenizer.backend_tokenizer.get_vocab()))
+        self._thread = ThreadPoolExecutor(1, "elastic-reader")
+        self._waiting = 0
+
+    async def read(self, messages: Sequence[Message]) -> EncodedPrompt:
+        """The conversation in tokens, with room for one more.
+
+        Raises:
+            RefusedError: an empty or too long conversation, one that UTF-8 cannot write or the chat template refuses,
+                or too many prompts that wait to be read.
+        """
+        size = sum(len(message["content"]) for message in messages)
+        if size > self.characters:
+            raise RefusedError(
+                400,
+                f"the messages have {size} characters, but the {self.room} tokens that this model reads are at most "
+                f"{self.characters}; shorten them",
+                "messages",
+            )
+        if self._waiting >= _MOST_WAITING:
+            raise RefusedError(429, f"{self._waiting} prompts wait to be read; try again later")
+        self._waiting += 1
+        try:
+            prompt = await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, messages)
+        finally:
+            self._waiting -= 1
+        if len(prompt) >= self.room:
+            raise RefusedError(
+                400,
+                f"the messages have {len(prompt)} tokens, but this model reads at most {self.room} with the answer; "
+                f"shorten them by {len(prompt) - self.room + 1} tokens or more",
+                "messages",
+            )
+        return prompt
+
+    def close(self) -> None:
+        """Let the thread end."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _encode(self, messages: Sequence[Message]) -> EncodedPrompt:
+        try:
+            for message in messages:
+                message["content"].encode()  # UTF-8 cannot write half of a surrogate pair
+            return encode_messages(messages, self.tokenizer)
+        except TemplateError as error:
+            raise RefusedError(
+                400, f"the chat template of this model refuses the messages: {error}", "messages"
+            ) from error
+        except ValueError as error:
+            raise RefusedError(400, str(error), "messages") from error
