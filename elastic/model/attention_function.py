@@ -52,8 +52,11 @@ def attention_function(
     return found.output, None
 
 
-def no_mask(**kwargs: Any) -> None:
-    """The layout carries padding and packing; no [S, S] mask is ever built for the whole batch."""
+def same_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """The 2-D mask as it came: the layout carries padding and packing, and no [S, S] mask is ever built for the whole
+    batch. With a compileable cache `generate` asks for the mask before the decoder does, which must still see it.
+    """
+    return attention_mask
 
 
 @cache
@@ -64,4 +67,4 @@ def register() -> None:
     closed: Any = torch.compiler.disable(attention_function)
     for name, function in ((IMPLEMENTATION, attention_function), (COMPILED, closed)):
         AttentionInterface.register(name, function)
-        AttentionMaskInterface.register(name, no_mask)
+        AttentionMaskInterface.register(name, same_mask)

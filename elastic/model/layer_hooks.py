@@ -15,15 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from elastic.attention.head_plan import HeadPlan
-from elastic.attention.layout import (
-    Layout,
-    batch_layout,
-    check_prompts,
-    check_user,
-    decode_layout,
-    packed_layout,
-    pairs,
-)
+from elastic.attention.layout import Layout, batch_layout, decode_layout, packed_bounds, packed_layout, plain_mask
+from elastic.attention.spans import check_prompts, check_user, pairs
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.route_record import RouteRecord, find_record, new_record
 from elastic.model.families import RoutedAttention, prerope_keys
@@ -82,8 +75,13 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
     rows, queries = tokens.shape[0], tokens.shape[1] * row_slice.size
     cache = kwargs.get("past_key_values")
     past = 0 if cache is None else int(cache.get_seq_length())
-    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    bounds, spans, user = (kwargs.pop(name, None) for name in ("cu_seq_lens", "prompt_spans", "user_spans"))
+    mask, positions = (
+        kwargs.get(name, args[place] if len(args) > place else None)
+        for place, name in ((1, "attention_mask"), (2, "position_ids"))
+    )
+    mask = plain_mask(mask)
+    bounds = packed_bounds(kwargs, positions, mask, queries)
+    spans, user = (kwargs.pop(name, None) for name in ("prompt_spans", "user_spans"))
     prompt_end, modes = None if spans is None else pairs("prompt_spans", spans)[:, 1], None
     record = find_record(cache)
     user = _user_spans(user, forced_on(state).user_spans, rows)
@@ -93,8 +91,8 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
     elif bounds is not None:
         if rows != 1 or past or mask is not None:
             raise ValueError(
-                f"packed input (cu_seq_lens) came with {rows} rows, {past} cached tokens and "
-                f"{'an' if mask is not None else 'no'} attention_mask; expected one row, no cache, no mask"
+                f"packed input (cu_seq_lens, or position_ids that begin again) came with {rows} rows, {past} cached "
+                f"tokens and {'an' if mask is not None else 'no'} attention_mask; expected one row, no cache, no mask"
             )
         layout = packed_layout(bounds, prompt_end, queries, tokens.device, user)
     elif row_slice.size > 1:
