@@ -124,6 +124,23 @@ def new_record(cache: KVCache) -> RouteRecord:
     return record
 
 
+def check_depth(cache: KVCache | None, layers: int) -> None:
+    """Refuse a cache that was made for, or filled by, a model of another number of layers.
+
+    Raises:
+        ValueError: it was.
+    """
+    record = find_record(cache)
+    if cache is None or record is None:
+        return
+    made_for = (len(record.layers) if cache.get_seq_length() else 0) or len(cache.layers)
+    if made_for not in (0, layers):
+        raise ValueError(
+            f"this {type(cache).__name__} belongs to a model of {made_for} layers, but this one has "
+            f"{layers}; start from an empty cache"
+        )
+
+
 def route_of(cache: KVCache) -> RouteRecord:
     """The decisions stored on a KV cache by the prefill that filled it.
 

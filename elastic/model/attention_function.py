@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from elastic.cache.decode_attention import decode_attention
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.model.families import RoutedAttention
-from elastic.model.layer_hooks import CALL, decide_after_rope
+from elastic.model.layer_hooks import CALL, COMPILED, IMPLEMENTATION, decide_after_rope
 from elastic.model.pass_state import LayerCall, PendingCall
 
-IMPLEMENTATION, COMPILED = "elastic", "elastic_compiled"
+__all__ = ["COMPILED", "IMPLEMENTATION", "attention_function", "register"]
 
 
 def attention_function(

@@ -12,13 +12,13 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import Layout, batch_layout, decode_layout, packed_bounds, packed_layout, plain_mask
 from elastic.attention.spans import check_prompts, check_user, pairs
 from elastic.cache.elastic_cache import ElasticCache
-from elastic.cache.route_record import RouteRecord, find_record, new_record
+from elastic.cache.route_record import RouteRecord, check_depth, find_record, new_record
 from elastic.model.families import RoutedAttention, prerope_keys
 from elastic.model.pass_state import AttachedState, ForwardPass, LayerCall, PendingCall, forced_on
 from elastic.protocols import KVCache
@@ -28,18 +28,25 @@ from elastic.routing.pooling import Pooling
 from elastic.routing.router import Decision
 
 CALL = "elastic_call"
+IMPLEMENTATION, COMPILED = "elastic", "elastic_compiled"  # names of the attention function
 Args = tuple[Any, ...]
 
 
 def before_decoder(
-    state: AttachedState, decoder: nn.Module, args: Args, kwargs: dict[str, Any]
+    state: AttachedState, decoder: Any, args: Args, kwargs: dict[str, Any]
 ) -> tuple[Args, dict[str, Any]]:
     """Begin a pass: read what is in force, lay out the samples, and make room in an elastic cache."""
     kwargs = dict(kwargs)
+    if decoder.config._attn_implementation not in (IMPLEMENTATION, COMPILED):
+        raise ValueError(
+            f"the attached model was switched to attention implementation {decoder.config._attn_implementation!r}, by "
+            "which no route is followed; switch back to 'elastic' with set_attn_implementation, or elastic.detach it"
+        )
+    cache = kwargs.get("past_key_values")
+    check_depth(cache, len(decoder.layers))
     of_pass = _begin(state, args, kwargs)
     if of_pass.mode_LNK is None:
         state.last.record = of_pass.record
-    cache = kwargs.get("past_key_values")
     if isinstance(cache, ElasticCache):
         cache.begin_pass(of_pass.mode_LNK, of_pass.override, of_pass.config)
     return args, {**kwargs, CALL: of_pass}
@@ -71,6 +78,10 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
     tokens = next((t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
     if tokens is None:
         raise ValueError("the model was called without input_ids and inputs_embeds; pass one of them")
+    if 0 in tokens.shape[:2]:
+        raise ValueError(
+            f"the batch is empty: {tokens.shape[0]} rows of {tokens.shape[1]} tokens; give at least one each"
+        )
     config, override, row_slice = state.config_in_force(), forced_on(state).route, state.row_slice
     rows, queries = tokens.shape[0], tokens.shape[1] * row_slice.size
     cache = kwargs.get("past_key_values")
