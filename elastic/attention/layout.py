@@ -144,15 +144,18 @@ def batch_layout(
     return Layout(row, begin, end, prompt_end, *user, rows, queries, keys, packed=False, padded=padded)
 
 
-def decode_layout(prefill: Layout, rows: int, past: int, attention_mask: Tensor | None = None) -> Layout:
-    """The layout of one more token on top of `past` cached ones. Nothing is read back from a GPU: there the mask must
+def decode_layout(
+    prefill: Layout, rows: int, past: int, attention_mask: Tensor | None = None, queries: int = 1
+) -> Layout:
+    """The layout of one more token, or of several candidates, on top of `past` cached ones. Nothing is read back from a
+    GPU: there the mask must
     continue the prompt's, which is checked on the CPU only.
 
     Raises:
         ValueError: another number of rows or a mask of another shape than the prompt's, or a prompt padded on the
             right, where a new token would follow padding.
     """
-    keys, begin = past + 1, prefill.begin_N
+    keys, begin = past + queries, prefill.begin_N
     if begin.shape[0] != rows:
         raise ValueError(
             f"a token for {rows} rows came with a cache of {begin.shape[0]}; was it filled by another batch?"
@@ -169,7 +172,7 @@ def decode_layout(prefill: Layout, rows: int, past: int, attention_mask: Tensor 
                 )
     return Layout(
         prefill.row_N, begin, torch.full_like(begin, keys), torch.full_like(begin, keys), prefill.user_begin_N,
-        prefill.user_end_N, rows, 1, keys, packed=False, padded=prefill.padded,
+        prefill.user_end_N, rows, queries, keys, packed=False, padded=prefill.padded,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from elastic.config import ElasticConfig, SparseConfig
 from elastic.model.attention_function import IMPLEMENTATION, register
 from elastic.model.chunking import chunk, unchunk
 from elastic.model.families import FAMILIES, RoutedAttention, attention_layers
+from elastic.model.generation import unwatch, watch
 from elastic.model.layer_hooks import before_attention, before_decoder
 from elastic.model.pass_state import AttachedState, PassRecord, PassRoutes, forced_on, forcing
 from elastic.protocols import AttentionModule, CausalLM
@@ -119,6 +120,7 @@ def _install(model: CausalLM, handle: Handle, layers: list[AttentionModule], mad
     for attn, router in zip(layers, made, strict=True):
         attn.add_module("router", router)
         handle.hooks.append(attn.register_forward_pre_hook(before_attention, with_kwargs=True))
+    watch(model, handle.state)
     decoder = model.get_decoder()
     chunk(decoder, handle.state.chunk_tokens)
     hook = partial(before_decoder, handle.state)
@@ -142,6 +144,7 @@ def _undo(model: CausalLM, handle: Handle) -> None:
         del part.forward
         if before is not None:
             part.forward = before
+    unwatch(model)
     unchunk(model.get_decoder())
     for attn in _attention_layers(model):
         attn._modules.pop("router", None)

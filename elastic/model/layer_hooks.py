@@ -48,7 +48,7 @@ def before_decoder(
     if of_pass.mode_LNK is None:
         state.last.record = of_pass.record
     if isinstance(cache, ElasticCache):
-        cache.begin_pass(of_pass.mode_LNK, of_pass.override, of_pass.config)
+        cache.begin_pass(of_pass.mode_LNK if of_pass.layout.queries == 1 else None, of_pass.override, of_pass.config)
     return args, {**kwargs, CALL: of_pass}
 
 
@@ -62,7 +62,9 @@ def before_attention(attn: RoutedAttention, args: Args, kwargs: dict[str, Any]) 
     if elastic is not None:
         elastic.layers[layer].begin(layout)
     if of_pass.mode_LNK is not None:
-        plan = HeadPlan(of_pass.mode_LNK[layer], config.sparse, layout)
+        # Candidates are read as decode steps read them, which choose no key blocks.
+        sparse = config.sparse if layout.decoding else config.sparse.dense
+        plan = HeadPlan(of_pass.mode_LNK[layer], sparse, layout)
         if elastic is not None:
             elastic.layers[layer].follow(plan)
         return args, {**kwargs, CALL: LayerCall(of_pass, layer, plan.mode_NK, plan, cache)}
@@ -96,8 +98,9 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
     prompt_end, modes = None if spans is None else pairs("prompt_spans", spans)[:, 1], None
     record = find_record(cache)
     user = _user_spans(user, forced_on(state).user_spans, rows)
-    if past and queries == 1 and bounds is None and record is not None and record.layout is not None:
-        layout = decode_layout(record.layout, rows, past, mask)
+    decoding = queries == 1 or forced_on(state).verifying
+    if past and decoding and bounds is None and record is not None and record.layout is not None:
+        layout = decode_layout(record.layout, rows, past, mask, queries)
         modes = record.modes(override, config.dense_decode, config.sparse)
     elif bounds is not None:
         if rows != 1 or past or mask is not None:
