@@ -210,6 +210,7 @@ def _decide(attn: RoutedAttention, hidden_BSE: Tensor, of_pass: ForwardPass, rec
     )  # fmt: skip
     if record is not None:
         record.heads[attn.layer_idx], record.pooled_N = first.detach(), pooling.first_N
+        record.note_pooled(layout, config.router)
     return decision
 
 
