@@ -5,11 +5,11 @@ padding, or one example of a packed row. Positions count keys, the cached ones i
 positions of a row.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -144,15 +144,18 @@ def batch_layout(
     return Layout(row, begin, end, prompt_end, *user, rows, queries, keys, packed=False, padded=padded)
 
 
-def decode_layout(prefill: Layout, rows: int, past: int, attention_mask: Tensor | None = None) -> Layout:
-    """The layout of one more token on top of `past` cached ones. Nothing is read back from a GPU: there the mask must
+def decode_layout(
+    prefill: Layout, rows: int, past: int, attention_mask: Tensor | None = None, queries: int = 1
+) -> Layout:
+    """The layout of one more token, or of several candidates, on top of `past` cached ones. Nothing is read back from a
+    GPU: there the mask must
     continue the prompt's, which is checked on the CPU only.
 
     Raises:
         ValueError: another number of rows or a mask of another shape than the prompt's, or a prompt padded on the
             right, where a new token would follow padding.
     """
-    keys, begin = past + 1, prefill.begin_N
+    keys, begin = past + queries, prefill.begin_N
     if begin.shape[0] != rows:
         raise ValueError(
             f"a token for {rows} rows came with a cache of {begin.shape[0]}; was it filled by another batch?"
@@ -169,8 +172,66 @@ def decode_layout(prefill: Layout, rows: int, past: int, attention_mask: Tensor 
                 )
     return Layout(
         prefill.row_N, begin, torch.full_like(begin, keys), torch.full_like(begin, keys), prefill.user_begin_N,
-        prefill.user_end_N, rows, 1, keys, packed=False, padded=prefill.padded,
+        prefill.user_end_N, rows, queries, keys, packed=False, padded=prefill.padded,
     )  # fmt: skip
+
+
+def plain_mask(mask: Any) -> Tensor | None:
+    """The batch's mask where it came by layer type, as some families are handed it with a compileable cache.
+
+    Raises:
+        ValueError: a mapping without a mask of full attention, or something else than a tensor.
+    """
+    if isinstance(mask, dict):
+        if "full_attention" not in mask:
+            raise ValueError(
+                f"attention_mask is a dict of {', '.join(map(str, mask)) or 'nothing'}; expected one mask of "
+                "full_attention: pass the tokenizer's 2D mask"
+            )
+        mask = mask["full_attention"]
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ValueError(f"attention_mask is a {type(mask).__name__}; pass the tokenizer's 2D mask")
+    return mask
+
+
+def packed_bounds(
+    kwargs: MutableMapping[str, Any], position_ids: Tensor | None, mask: Tensor | None, queries: int
+) -> Tensor | None:
+    """Boundaries [N + 1] of the samples of a packed row, wherever the batch says them; None: it is not packed.
+
+    Args:
+        kwargs: of the decoder; what says boundaries is taken out of it: this project's `cu_seq_lens`, transformers'
+            `cu_seq_lens_q` and `cu_seq_lens_k` with their lengths, and its `seq_idx` [1, S], the sample of every token.
+        position_ids: [1 or B, S]; without boundaries and mask, a sample begins where they do not grow by one, which is
+            how `DataCollatorWithFlattening` says it. Those of a slice of a row (then S < `queries`) are not looked at.
+
+    Raises:
+        ValueError: boundaries that contradict each other, or positions that begin again in several rows.
+    """
+    named = {name: kwargs.pop(name, None) for name in ("cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k")}
+    lengths = [kwargs.pop(name, None) for name in ("max_length_q", "max_length_k")]
+    seq_idx = kwargs.pop("seq_idx", None)
+    given = {name: bounds for name, bounds in named.items() if bounds is not None}
+    if given:
+        first = next(iter(given.values()))
+        if any(bounds.tolist() != first.tolist() for bounds in given.values()):
+            raise ValueError(f"{' and '.join(given)} differ; expected the same boundaries of the same samples")
+        return cast(Tensor, first)
+    if any(length is not None for length in lengths):
+        raise ValueError("max_length_q and max_length_k came without cu_seq_lens_q; pass the samples' boundaries too")
+    told, step = (position_ids, 1) if seq_idx is None else (seq_idx, 0)
+    if told is None or mask is not None or told.dim() != 2 or queries < 2:
+        return None
+    begins = told.diff(dim=1) != step
+    if told.shape[1] != queries or not bool(begins.any()):
+        return None
+    if told.shape[0] != 1:
+        raise ValueError(
+            f"position_ids begin again within {told.shape[0]} rows, so they hold several samples each; expected "
+            "one packed row, or an attention_mask that says which tokens are padding"
+        )
+    inner = begins[0].nonzero().flatten() + 1
+    return torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), queries)])
 
 
 def _user(spans: Tensor | None, begin_N: Tensor, prompt_end_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,40 +269,3 @@ def packed_layout(
     row = torch.zeros_like(begin)
     user = _user(user_spans, begin, prompt_end)
     return Layout(row, begin, end, prompt_end, *user, 1, length, length, packed=True, padded=False, bounds=tuple(host))
-
-
-def pairs(name: str, spans: Tensor) -> Tensor:
-    """The spans as int64 [samples, 2]; ValueError for another shape."""
-    if spans.dim() != 2 or spans.shape[1] != 2:
-        raise ValueError(f"{name} has shape {list(spans.shape)}, expected [samples, 2] (start and end of each prompt)")
-    return spans.to(torch.int64)
-
-
-def check_user(layout: Layout, spans: Tensor) -> None:
-    """Users' words must be non-empty parts of the prompts, one each. Checked where the spans are on the CPU."""
-    samples = layout.row_N.shape[0]
-    if spans.shape[0] != samples:
-        raise ValueError(f"user_spans has {spans.shape[0]} parts for {samples} samples; expected one each")
-    if spans.device.type != "cpu":
-        return
-    limits = torch.stack([layout.begin_N, layout.prompt_end_N], 1).cpu()
-    for n, ((start, stop), (begin, end)) in enumerate(zip(spans.tolist(), limits.tolist(), strict=True)):
-        if not begin <= start < stop <= end:
-            raise ValueError(
-                f"user span [{start}, {stop}) of sample {n} is not a part of its prompt, the tokens [{begin}, {end}), "
-                "of at least one token"
-            )
-
-
-def check_prompts(layout: Layout, spans: Tensor) -> None:
-    """Prompts must be the non-empty heads of their samples, one each."""
-    samples = layout.row_N.shape[0]
-    if spans.shape[0] != samples:
-        raise ValueError(f"prompt_spans has {spans.shape[0]} prompts for {samples} samples; expected one each")
-    for n, ((_, begin, end), (start, stop)) in enumerate(zip(layout.spans, spans.tolist(), strict=True)):
-        if start != begin or not begin < stop <= end:
-            raise ValueError(
-                f"prompt span [{start}, {stop}) of sample {n} does not fit; its tokens are [{begin}, {end}), and a "
-                "prompt "
-                "starts with its sample and holds at least one token"
-            )

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from elastic.model.attention_function import no_mask
 from elastic.protocols import CausalLM
 
 _UNMASKED_SDPA = "elastic-bench-unmasked"
@@ -52,7 +51,7 @@ def in_place_step(model: CausalLM, cache: Cache) -> Callable[[Tensor], Tensor]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     AttentionInterface.register(_UNMASKED_SDPA, sdpa_attention_forward)
-    AttentionMaskInterface.register(_UNMASKED_SDPA, no_mask)
+    AttentionMaskInterface.register(_UNMASKED_SDPA, lambda **_settings: None)
 
     @torch.no_grad()
     def step(token_B1: Tensor) -> Tensor:

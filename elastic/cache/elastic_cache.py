@@ -45,6 +45,7 @@ class ElasticCache(Cache):
         counts: valid tokens by sample.
     """
 
+    keeps_its_record = True  # its own operations move it
     layers: list[ElasticLayer]  # type: ignore[assignment]
 
     def __init__(self, num_layers: int, config: ElasticConfig, reserve: int = 0, step: int = STEP) -> None:

@@ -4,13 +4,14 @@ Legend: L layers, N samples, K KV heads, D head dim.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from elastic.attention.layout import Layout
 from elastic.attention.modes import mode_ids
-from elastic.config import SparseConfig
+from elastic.config import RouterConfig, SparseConfig
 from elastic.protocols import KVCache
 
 _RECORD = "_elastic_record"
@@ -25,6 +26,7 @@ class RouteRecord:
         heads: by layer, sum [N, K, D] of those of the conversation's first P keys that were pooled, for routing a
             later turn.
         pooled_N: how many keys those sums hold.
+        pooled_end_N: key position after the last of them.
         densities: by layer, what XAttention heads visited [N, K], see `elastic.attention.block_selection.density`.
         layout: of the prompt or turn that the routes were decided on.
         override: what `override_routes` gave at that time.
@@ -33,6 +35,7 @@ class RouteRecord:
     layers: dict[int, Tensor] = field(default_factory=dict)
     heads: dict[int, Tensor] = field(default_factory=dict)
     pooled_N: Tensor | None = None
+    pooled_end_N: Tensor | None = None
     densities: dict[int, Tensor] = field(default_factory=dict)
     layout: Layout | None = None
     override: int | Tensor | None = None
@@ -80,12 +83,21 @@ class RouteRecord:
         self._modes = (override, (dense, sparse), modes)
         return modes
 
+    def note_pooled(self, layout: Layout, router: RouterConfig) -> None:
+        """Remember how far the pooled start of a prompt or turn reaches."""
+        begin = layout.user_begin_N if router.pool_over == "user" else layout.begin_N
+        grown, before = begin + router.pool_tokens, self.pooled_end_N
+        if before is None or layout.past:
+            end = torch.minimum(grown, layout.end_N)
+            self.pooled_end_N = end if before is None else torch.where(grown > layout.past, end, before)
+
     def select(self, index: Tensor) -> None:
         """Follow a cache whose samples became `index`, int64 on the device."""
-        self.layers = {layer: route[index] for layer, route in self.layers.items()}
-        self.heads = {layer: total[index] for layer, total in self.heads.items()}
-        self.densities = {layer: density[index] for layer, density in self.densities.items()}
+        self.layers = {layer: route[index.to(route.device)] for layer, route in self.layers.items()}
+        self.heads = {layer: total[index.to(total.device)] for layer, total in self.heads.items()}
+        self.densities = {layer: density[index.to(density.device)] for layer, density in self.densities.items()}
         self.pooled_N = None if self.pooled_N is None else self.pooled_N[index]
+        self.pooled_end_N = None if self.pooled_end_N is None else self.pooled_end_N[index]
         layout = self.layout
         if layout is not None:
             names = ("begin_N", "end_N", "prompt_end_N", "user_begin_N", "user_end_N")
@@ -118,10 +130,70 @@ def find_record(cache: KVCache | None) -> RouteRecord | None:
 
 
 def new_record(cache: KVCache) -> RouteRecord:
-    """Give the cache an empty record."""
+    """Give the cache an empty record, which follows what happens to the cache."""
     record = RouteRecord()
     setattr(cache, _RECORD, record)
+    if not getattr(cache, "keeps_its_record", False):
+        for name in _FOLLOWED:
+            if hasattr(cache, name) and not isinstance(getattr(cache, name), _Followed):
+                setattr(cache, name, _Followed(cache, name))
     return record
+
+
+_FOLLOWED = ("crop", "reorder_cache", "batch_repeat_interleave", "batch_select_indices")
+
+
+class _Followed:
+    """An operation of a stock cache that its record takes part in. Copies with its cache."""
+
+    def __init__(self, cache: KVCache, name: str) -> None:
+        self.cache, self.name, self.inner = cache, name, getattr(cache, name)
+        self.__wrapped__ = self.inner
+
+    def __call__(self, what: Any) -> Any:
+        record = find_record(self.cache)
+        if record is not None and record.layout is not None:
+            if self.name == "crop":
+                _check_crop(record, int(self.cache.get_seq_length()), what)
+            else:
+                record.select(self._chosen(what, record.layout.row_N))
+        return self.inner(what)
+
+    def _chosen(self, what: Any, row_N: Tensor) -> Tensor:
+        if self.name == "batch_repeat_interleave":
+            return torch.arange(row_N.shape[0], device=row_N.device).repeat_interleave(what)
+        index: Tensor = torch.as_tensor(what, device=row_N.device)
+        return index.nonzero().flatten() if index.dtype == torch.bool else index
+
+
+def _check_crop(record: RouteRecord, seen: int, tokens_to_remove: int) -> None:
+    """Refuse to cut what the routes of a later turn are decided on, short of the whole."""
+    left = seen + tokens_to_remove if tokens_to_remove <= 0 else min(seen, tokens_to_remove)
+    if record.pooled_end_N is None or left <= 0:
+        return
+    pooled = record.pooled_end_N.tolist()
+    if any(left < end for end in pooled):
+        raise ValueError(
+            f"cropping to {left} tokens cuts the tokens up to {pooled} that the routes were decided on; start from an "
+            "empty cache"
+        )
+
+
+def check_depth(cache: KVCache | None, layers: int) -> None:
+    """Refuse a cache that was made for, or filled by, a model of another number of layers.
+
+    Raises:
+        ValueError: it was.
+    """
+    record = find_record(cache)
+    if cache is None or record is None:
+        return
+    made_for = (len(record.layers) if cache.get_seq_length() else 0) or len(cache.layers)
+    if made_for not in (0, layers):
+        raise ValueError(
+            f"this {type(cache).__name__} belongs to a model of {made_for} layers, but this one has "
+            f"{layers}; start from an empty cache"
+        )
 
 
 def route_of(cache: KVCache) -> RouteRecord:

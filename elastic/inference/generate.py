@@ -17,6 +17,7 @@ from elastic.inference.decode_graph import can_graph, graphed
 from elastic.inference.report import RouteReport, route_reports
 from elastic.model.attach import biased, elastic_config, is_attached, route_of, set_config, user_wrote
 from elastic.model.checkpoint import load_into, read_elastic
+from elastic.model.generation import REFUSED, VERIFIED, judge, setting
 from elastic.model.loading import architecture, load_backbone
 from elastic.model.ordered_routers import attach_static
 from elastic.protocols import CausalLM, KVCache, Tokenizer
@@ -25,13 +26,7 @@ from elastic.routing.methods import Method, parse_method
 
 _OWN = ("input_ids", "inputs_embeds", "attention_mask", "past_key_values", "return_dict_in_generate", "max_length")
 _REFUSED = {
-    "prefill_chunk_size": "the route is decided from the whole prompt, so it must be read in one pass",
-    "assistant_model": "assisted decoding re-reads several tokens at once, which would route again",
-    "assistant_early_exit": "assisted decoding re-reads several tokens at once, which would route again",
-    "prompt_lookup_num_tokens": "prompt lookup re-reads several tokens at once, which would route again",
-    "penalty_alpha": "contrastive search runs code from a hub on its own cache",
-    "dola_layers": "contrasting layers needs code from a hub",
-    "custom_generate": "foreign code may not keep the routes of a prompt",
+    **REFUSED,
     "cache_implementation": "the cache holds the routes; kv_cache='full' or 'elastic' chooses what it keeps",
 }
 
@@ -144,7 +139,7 @@ def generate(
             routers or in training mode.
     """
     _check_model(model)
-    _check_options(options, max_new_tokens)
+    _check_options(model, options, max_new_tokens)
     if budget is not None:
         if sparsity_bias is not None:
             raise ValueError(f"budget={budget} and sparsity_bias={sparsity_bias} both say how sparse; give one of them")
@@ -176,7 +171,7 @@ def answer_tokens(
     ids, mask = left_pad([prompt.ids for prompt in encoded], pad, model.device)
     spans = padded_spans(encoded, torch.device("cpu"))
     cache = new_cache(model, max_new_tokens, kv_cache)
-    graph = cuda_graph and options.get("num_beams", 1) == 1 and can_graph(model, architecture(model)["head_dim"])
+    graph = cuda_graph and _one_token_at_a_time(model, options) and can_graph(model, architecture(model)["head_dim"])
     options.setdefault("do_sample", False)
     options |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
     replayed = graphed(model, cache) if graph else nullcontext()
@@ -238,6 +233,11 @@ def eos_ids(model: CausalLM) -> list[int]:
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
+def _one_token_at_a_time(model: CausalLM, options: dict[str, Any]) -> bool:
+    beams = setting(model, options, "num_beams") or 1
+    return beams == 1 and all(setting(model, options, name) is None for name in VERIFIED)
+
+
 def _answer(tokens: list[int], ends: list[int], pad: int | None) -> list[int]:
     """Tokens up to the end of the answer; rows that finished early are padded to the longest."""
     stop = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
@@ -251,21 +251,15 @@ def _answer(tokens: list[int], ends: list[int], pad: int | None) -> list[int]:
 def _check_model(model: CausalLM) -> None:
     if not is_attached(model):
         raise ValueError("this model has no routers; load it with elastic.load(path) or call elastic.attach(model)")
-    if model.training:
-        raise ValueError("the model is in training mode, where routers draw at random; call model.eval() first")
 
 
-def _check_options(options: dict[str, Any], max_new_tokens: int) -> None:
+def _check_options(model: CausalLM, options: dict[str, Any], max_new_tokens: int) -> None:
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens!r} is not a whole number of 1 or more")
     own = [name for name in _OWN if name in options]
     if own:
         raise ValueError(f"generate sets {', '.join(own)} itself; for full control call model.generate")
-    for name, reason in _REFUSED.items():
-        if options.get(name) is not None:
-            raise ValueError(f"{name}={options[name]!r} is not supported: {reason}; leave it out")
-    if options.get("use_cache", True) is not True:
-        raise ValueError("use_cache=False is not supported: routes live on the cache; leave it out")
+    judge(model, options, _REFUSED)
     if options.get("num_return_sequences", 1) != 1:
         raise ValueError(
             f"num_return_sequences={options['num_return_sequences']}; expected 1: repeat the prompt instead"

@@ -22,6 +22,7 @@ from elastic.config import ElasticConfig, SparseConfig
 from elastic.model.attention_function import IMPLEMENTATION, register
 from elastic.model.chunking import chunk, unchunk
 from elastic.model.families import FAMILIES, RoutedAttention, attention_layers
+from elastic.model.generation import unwatch, watch
 from elastic.model.layer_hooks import before_attention, before_decoder
 from elastic.model.pass_state import AttachedState, PassRecord, PassRoutes, forced_on, forcing
 from elastic.protocols import AttentionModule, CausalLM
@@ -61,14 +62,14 @@ class Handle:
     Attributes:
         state: the settings.
         implementation: attention implementation from before.
-        trainable: `requires_grad` of the parameters from before.
+        trainable: the parameters from before with their names and `requires_grad`.
         hooks: what removes the hooks.
         compiled: modules that `compile_layers` gave another forward, each with the one of its own that it had, if any.
     """
 
     state: AttachedState
     implementation: str
-    trainable: dict[str, bool]
+    trainable: list[tuple[str, nn.Parameter, bool]]
     hooks: list[RemovableHandle] = field(default_factory=list)
     compiled: list[tuple[nn.Module, Any]] = field(default_factory=list)
 
@@ -91,13 +92,13 @@ def attach(model: Model, config: ElasticConfig | None = None) -> Model:
     if is_attached(model):
         raise ValueError("this model already has routers; call elastic.detach(model) first")
     layers = attention_layers(model)
+    kv_heads = model.config.num_key_value_heads  # not of the weights, which a quantised layer packs or does not have
     made = []
     for layer, attn in enumerate(layers):
-        weight = attn.k_proj.weight
-        router = build_router(weight.shape[0] // attn.head_dim, attn.head_dim, config.router, layer)
-        made.append(router.to(weight.device).train(model.training))
+        router = build_router(kv_heads, attn.head_dim, config.router, layer)
+        made.append(router.to(_device_of(attn.k_proj, model)).train(model.training))
     register()
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    trainable = [(name, parameter, parameter.requires_grad) for name, parameter in model.named_parameters()]
     handle = Handle(AttachedState(config), model.config._attn_implementation, trainable)
     try:
         _install(model, handle, layers, made)
@@ -119,6 +120,7 @@ def _install(model: CausalLM, handle: Handle, layers: list[AttentionModule], mad
     for attn, router in zip(layers, made, strict=True):
         attn.add_module("router", router)
         handle.hooks.append(attn.register_forward_pre_hook(before_attention, with_kwargs=True))
+    watch(model, handle.state)
     decoder = model.get_decoder()
     chunk(decoder, handle.state.chunk_tokens)
     hook = partial(before_decoder, handle.state)
@@ -142,12 +144,24 @@ def _undo(model: CausalLM, handle: Handle) -> None:
         del part.forward
         if before is not None:
             part.forward = before
+    unwatch(model)
     unchunk(model.get_decoder())
     for attn in _attention_layers(model):
         attn._modules.pop("router", None)
+    by_name = {name: flag for name, _, flag in handle.trainable}
+    by_identity = {id(parameter): flag for _, parameter, flag in handle.trainable}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(handle.trainable[name])
+        # An adapter renames what it wraps, and sharding replaces it under its name; what came later keeps its flag.
+        flag = by_identity.get(id(parameter), by_name.get(name))
+        if flag is not None:
+            parameter.requires_grad_(flag)
     model.set_attn_implementation(handle.implementation)
+
+
+def _device_of(projection: nn.Module, model: CausalLM) -> torch.device:
+    """Where a layer's keys are made; a packed layer may have buffers alone."""
+    tensors = (*projection.parameters(), *projection.buffers())
+    return tensors[0].device if tensors else model.device
 
 
 def is_attached(model: CausalLM) -> bool:

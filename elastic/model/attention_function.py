@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from elastic.cache.decode_attention import decode_attention
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.model.families import RoutedAttention
-from elastic.model.layer_hooks import CALL, decide_after_rope
+from elastic.model.layer_hooks import CALL, COMPILED, IMPLEMENTATION, decide_after_rope
 from elastic.model.pass_state import LayerCall, PendingCall
 
-IMPLEMENTATION, COMPILED = "elastic", "elastic_compiled"
+__all__ = ["COMPILED", "IMPLEMENTATION", "attention_function", "register"]
 
 
 def attention_function(
@@ -52,8 +52,11 @@ def attention_function(
     return found.output, None
 
 
-def no_mask(**kwargs: Any) -> None:
-    """The layout carries padding and packing; no [S, S] mask is ever built for the whole batch."""
+def same_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """The 2-D mask as it came: the layout carries padding and packing, and no [S, S] mask is ever built for the whole
+    batch. With a compileable cache `generate` asks for the mask before the decoder does, which must still see it.
+    """
+    return attention_mask
 
 
 @cache
@@ -64,4 +67,4 @@ def register() -> None:
     closed: Any = torch.compiler.disable(attention_function)
     for name, function in ((IMPLEMENTATION, attention_function), (COMPILED, closed)):
         AttentionInterface.register(name, function)
-        AttentionMaskInterface.register(name, no_mask)
+        AttentionMaskInterface.register(name, same_mask)

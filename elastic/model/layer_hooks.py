@@ -12,20 +12,13 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastic.attention.head_plan import HeadPlan
-from elastic.attention.layout import (
-    Layout,
-    batch_layout,
-    check_prompts,
-    check_user,
-    decode_layout,
-    packed_layout,
-    pairs,
-)
+from elastic.attention.layout import Layout, batch_layout, decode_layout, packed_bounds, packed_layout, plain_mask
+from elastic.attention.spans import check_prompts, check_user, pairs
 from elastic.cache.elastic_cache import ElasticCache
-from elastic.cache.route_record import RouteRecord, find_record, new_record
+from elastic.cache.route_record import RouteRecord, check_depth, find_record, new_record
 from elastic.model.families import RoutedAttention, prerope_keys
 from elastic.model.pass_state import AttachedState, ForwardPass, LayerCall, PendingCall, forced_on
 from elastic.protocols import KVCache
@@ -35,20 +28,27 @@ from elastic.routing.pooling import Pooling
 from elastic.routing.router import Decision
 
 CALL = "elastic_call"
+IMPLEMENTATION, COMPILED = "elastic", "elastic_compiled"  # names of the attention function
 Args = tuple[Any, ...]
 
 
 def before_decoder(
-    state: AttachedState, decoder: nn.Module, args: Args, kwargs: dict[str, Any]
+    state: AttachedState, decoder: Any, args: Args, kwargs: dict[str, Any]
 ) -> tuple[Args, dict[str, Any]]:
     """Begin a pass: read what is in force, lay out the samples, and make room in an elastic cache."""
     kwargs = dict(kwargs)
+    if decoder.config._attn_implementation not in (IMPLEMENTATION, COMPILED):
+        raise ValueError(
+            f"the attached model was switched to attention implementation {decoder.config._attn_implementation!r}, by "
+            "which no route is followed; switch back to 'elastic' with set_attn_implementation, or elastic.detach it"
+        )
+    cache = kwargs.get("past_key_values")
+    check_depth(cache, len(decoder.layers))
     of_pass = _begin(state, args, kwargs)
     if of_pass.mode_LNK is None:
         state.last.record = of_pass.record
-    cache = kwargs.get("past_key_values")
     if isinstance(cache, ElasticCache):
-        cache.begin_pass(of_pass.mode_LNK, of_pass.override, of_pass.config)
+        cache.begin_pass(of_pass.mode_LNK if of_pass.layout.queries == 1 else None, of_pass.override, of_pass.config)
     return args, {**kwargs, CALL: of_pass}
 
 
@@ -62,7 +62,9 @@ def before_attention(attn: RoutedAttention, args: Args, kwargs: dict[str, Any]) 
     if elastic is not None:
         elastic.layers[layer].begin(layout)
     if of_pass.mode_LNK is not None:
-        plan = HeadPlan(of_pass.mode_LNK[layer], config.sparse, layout)
+        # Candidates are read as decode steps read them, which choose no key blocks.
+        sparse = config.sparse if layout.decoding else config.sparse.dense
+        plan = HeadPlan(of_pass.mode_LNK[layer], sparse, layout)
         if elastic is not None:
             elastic.layers[layer].follow(plan)
         return args, {**kwargs, CALL: LayerCall(of_pass, layer, plan.mode_NK, plan, cache)}
@@ -78,23 +80,33 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
     tokens = next((t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
     if tokens is None:
         raise ValueError("the model was called without input_ids and inputs_embeds; pass one of them")
+    if 0 in tokens.shape[:2]:
+        raise ValueError(
+            f"the batch is empty: {tokens.shape[0]} rows of {tokens.shape[1]} tokens; give at least one each"
+        )
     config, override, row_slice = state.config_in_force(), forced_on(state).route, state.row_slice
     rows, queries = tokens.shape[0], tokens.shape[1] * row_slice.size
     cache = kwargs.get("past_key_values")
     past = 0 if cache is None else int(cache.get_seq_length())
-    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    bounds, spans, user = (kwargs.pop(name, None) for name in ("cu_seq_lens", "prompt_spans", "user_spans"))
+    mask, positions = (
+        kwargs.get(name, args[place] if len(args) > place else None)
+        for place, name in ((1, "attention_mask"), (2, "position_ids"))
+    )
+    mask = plain_mask(mask)
+    bounds = packed_bounds(kwargs, positions, mask, queries)
+    spans, user = (kwargs.pop(name, None) for name in ("prompt_spans", "user_spans"))
     prompt_end, modes = None if spans is None else pairs("prompt_spans", spans)[:, 1], None
     record = find_record(cache)
     user = _user_spans(user, forced_on(state).user_spans, rows)
-    if past and queries == 1 and bounds is None and record is not None and record.layout is not None:
-        layout = decode_layout(record.layout, rows, past, mask)
+    decoding = queries == 1 or forced_on(state).verifying
+    if past and decoding and bounds is None and record is not None and record.layout is not None:
+        layout = decode_layout(record.layout, rows, past, mask, queries)
         modes = record.modes(override, config.dense_decode, config.sparse)
     elif bounds is not None:
         if rows != 1 or past or mask is not None:
             raise ValueError(
-                f"packed input (cu_seq_lens) came with {rows} rows, {past} cached tokens and "
-                f"{'an' if mask is not None else 'no'} attention_mask; expected one row, no cache, no mask"
+                f"packed input (cu_seq_lens, or position_ids that begin again) came with {rows} rows, {past} cached "
+                f"tokens and {'an' if mask is not None else 'no'} attention_mask; expected one row, no cache, no mask"
             )
         layout = packed_layout(bounds, prompt_end, queries, tokens.device, user)
     elif row_slice.size > 1:
@@ -198,6 +210,7 @@ def _decide(attn: RoutedAttention, hidden_BSE: Tensor, of_pass: ForwardPass, rec
     )  # fmt: skip
     if record is not None:
         record.heads[attn.layer_idx], record.pooled_N = first.detach(), pooling.first_N
+        record.note_pooled(layout, config.router)
     return decision
 
 

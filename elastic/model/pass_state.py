@@ -119,6 +119,7 @@ class Forced:
         bias: `sparsity_bias`.
         user_spans: int64 [B, 2]; where the users' words are in the prompts to come.
         level_N: MSR [N] at which level routers run each sample, whatever they would say.
+        verifying: several tokens after the prompt are candidates of its answer, not a new turn.
     """
 
     route: int | Tensor | None = None
@@ -126,6 +127,7 @@ class Forced:
     bias: float | None = None
     user_spans: Tensor | None = None
     level_N: Tensor | None = None
+    verifying: bool = False
 
     def applied_to(self, config: ElasticConfig) -> ElasticConfig:
         """The configuration under these modes and this bias."""
@@ -151,6 +153,13 @@ def forcing(state: AttachedState, forced: Forced) -> Iterator[None]:
         yield
     finally:
         _FORCED.reset(token)
+
+
+@contextmanager
+def verifying(state: AttachedState, verified: bool) -> Iterator[None]:
+    """Say whether the tokens to come are candidates of an answer, in the present thread alone."""
+    with forcing(state, replace(forced_on(state), verifying=verified)):
+        yield
 
 
 class ForwardPass:

@@ -53,6 +53,11 @@ class Router(nn.Module):
         super().__init__()
         self.kv_heads = num_kv_heads
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "Router":
+        """Follow the model to another device, but not to another dtype: routers stay fp32."""
+        super()._apply(lambda t: _same_dtype(fn(t), t), recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def update_statistics(self, _features: Tensor) -> None:
         """Gather statistics of the features, where this kind keeps any."""
 
@@ -69,6 +74,11 @@ class Router(nn.Module):
     def head_logits(self) -> list[nn.Parameter]:
         """Logits [K, 2] of their own that KV heads have; they learn at another rate than shared weights."""
         raise NotImplementedError
+
+
+def _same_dtype(moved: Tensor, before: Tensor) -> Tensor:
+    """A moved tensor in the dtype from before, of the values from before where the move has rounded them."""
+    return moved if moved.dtype == before.dtype else before.detach().to(moved.device)
 
 
 class StaticRouter(Router):

@@ -218,8 +218,6 @@ def test_prompts_that_are_refused(model, tokenizer, prompt, message):
         ({"max_new_tokens": 500}, "has 90 tokens and 500 new ones.*at most 512; shorten.*max_new_tokens to 422"),
         ({"past_key_values": None}, "generate sets past_key_values itself; for full control call model.generate"),
         ({"prefill_chunk_size": 16}, "prefill_chunk_size=16 is not supported: the route is decided from the whole"),
-        ({"assistant_model": object()}, "assisted decoding re-reads several tokens at once"),
-        ({"prompt_lookup_num_tokens": 3}, "prompt lookup re-reads several tokens at once"),
         ({"penalty_alpha": 0.6}, "penalty_alpha=0.6 is not supported: contrastive search"),
         ({"custom_generate": "x/y"}, "foreign code may not keep the routes"),
         ({"cache_implementation": "static"}, "kv_cache='full' or 'elastic' chooses what it keeps"),

@@ -145,7 +145,9 @@ def test_saving_refuses_broken_routers(tmp_path):
     with pytest.raises(ValueError, match=r"layers\.1\.task\.0\.weight holds NaN or infinity.*train again with lower"):
         save_elastic(tmp_path / "ck", model, "tiny")
     with pytest.raises(ValueError, match=r"is torch\.float16.*expected torch\.float32"):
-        save_elastic(tmp_path / "ck", attach(tiny_model(), small_config()).half(), "tiny")
+        broken = attach(tiny_model(), small_config())
+        routers(broken)[0].task[0].weight.data = routers(broken)[0].task[0].weight.data.half()
+        save_elastic(tmp_path / "ck", broken, "tiny")
     assert not (tmp_path / "ck").exists()
 
 

@@ -1,0 +1,81 @@
+"""Models that are quantised before `attach`, adapted after it, or moved to another dtype."""
+
+import pytest
+import torch
+from torch import nn
+
+from elastic.model.attach import attach, detach, is_attached, override_routes, routers
+from tests.helpers.models import FAMILIES, KV_HEADS, random_ids, small_config, tiny_model, varied_routers
+
+
+class Packed(nn.Module):
+    """A projection as quantised layers have it: no `weight` (GPTQ, AWQ), or one of another shape (bitsandbytes)."""
+
+    def __init__(self, inner, weight):
+        super().__init__()
+        self.register_buffer("qweight", inner.weight.detach().clone())
+        self.register_buffer("add", None if inner.bias is None else inner.bias.detach().clone())
+        if weight:
+            packed = torch.zeros(inner.weight.numel() // 2, 1, dtype=torch.uint8)
+            self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, hidden):
+        return nn.functional.linear(hidden, self.qweight, self.add)
+
+
+class Lora(nn.Module):
+    """A linear layer wrapped as peft wraps it."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.Linear(base_layer.in_features, 2, bias=False)
+        self.lora_B = nn.Linear(2, base_layer.out_features, bias=False)
+
+    def forward(self, hidden):
+        return self.base_layer(hidden) + self.lora_B(self.lora_A(hidden))
+
+
+@pytest.mark.parametrize("weight", [True, False], ids=["packed", "without weight"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_are_of_the_config_not_of_the_weights(family, weight):
+    model, ids = tiny_model(family), random_ids(1, 40)
+    expected = model(ids).logits
+    for layer in model.model.layers:
+        layer.self_attn.k_proj = Packed(layer.self_attn.k_proj, weight)
+    attach(model, small_config())
+    assert {router.kv_heads for router in routers(model)} == {KV_HEADS}
+    model(ids)
+    with override_routes(model, 0):
+        assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_detach_after_lora(family, merged):
+    model, ids = attach(tiny_model(family), small_config()), random_ids(1, 40)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = Lora(layer.self_attn.q_proj)
+        if merged:
+            wrapped = layer.self_attn.q_proj
+            with torch.no_grad():
+                wrapped.base_layer.weight += wrapped.lora_B.weight @ wrapped.lora_A.weight
+            layer.self_attn.q_proj = wrapped.base_layer
+    with override_routes(model, 0):
+        expected = model(ids).logits
+    detach(model)
+    assert not is_attached(model) and not any("router" in name for name, _ in model.named_modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("move", [lambda m: m.bfloat16(), lambda m: m.to(torch.float16), lambda m: m.half()])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_routers_stay_fp32(family, move):
+    model = attach(tiny_model(family), small_config())
+    varied_routers(model)
+    before = [{k: v.clone() for k, v in router.state_dict().items()} for router in routers(model)]
+    move(model)
+    for router, values in zip(routers(model), before, strict=True):
+        assert all(torch.equal(value, values[name]) for name, value in router.state_dict().items())
+    assert model(random_ids(1, 40)).logits.dtype == model.dtype != torch.float32
