@@ -101,10 +101,8 @@ def measured(settings: "DemoSettings", out: Path, seed: int, step: Any) -> Path:
     outcomes, _ = held_out(module, found, rows.held_out)
     figures = rows_of(outcomes)
     say(f"\n{score_table(figures)}")
-    say(
-        "score: whole answers right of needles and fact_chain, answer tokens right of the others, both greedy after the"
-    )
-    say("record's own first words; MSR: share of heads that run sparse; KL: nats per answer token")
+    say("score: whole answers right of needles and fact_chain, answer tokens right of the others, both greedy after")
+    say("the record's own first words; MSR: share of heads that run sparse; KL: nats per answer token")
     say(f"\n{verdict(figures, settings.budget)}\n")
     recipe = {"command": "elastic demo", "seed": seed, "explained variance by layer": explained, **asdict(settings)}
     checkpoint = save_elastic(out / "checkpoint", module.model, settings.backbone, None, recipe, {"held out": figures})
@@ -149,7 +147,7 @@ def three_prompts(settings: "DemoSettings", checkpoint: Path, seed: int) -> None
     from elastic.inference.generate import load
 
     model, tokenizer = load(checkpoint)
-    about = ("the answer is far", "the answer is in the window", "go on" if settings.tiny else "a summary")
+    about = ("the answer is far", "the answer is in the window", "a pattern" if settings.tiny else "a summary")
     for number, three in enumerate(texts := shared_context(settings, tokenizer, seed, TRIES)):
         found = [answers(model, tokenizer, record, settings.new_tokens) for record in three]
         if all(is_right(record, dense, tokenizer) for record, (_, dense) in list(zip(three, found, strict=True))[:2]):
@@ -157,11 +155,8 @@ def three_prompts(settings: "DemoSettings", checkpoint: Path, seed: int) -> None
             break
     else:
         say(f"    the last of {len(texts)} texts; the dense model answers both questions of none")
-    say(
-        "    the same text before each"
-        + (", but the last, which goes on with a pattern" if settings.tiny else "")
-        + "\n"
-    )
+    same = "one text, its fact moved into the window for the second prompt; the third has a pattern of its own"
+    say(f"    {same if settings.tiny else 'the same text before each'}\n")
     for what, record, (routed, dense) in zip(about, three, found, strict=True):
         report = routed.report
         say(f"{what}: … {record.question}")

@@ -157,7 +157,7 @@ def fact_of(record: Record) -> str:
 def moved(record: Record, near: bool) -> Record:
     """A needle record with its fact where the window reaches it, or else in the first third of the context.
 
-    In prose the near place is the end, behind all sentences. The tiny backbone has never seen a key so near: there it
+    In prose the near place is the end, after all sentences. The tiny backbone has never seen a key so near: there it
     is `TINY_NEAR` words before the end.
     """
     fact = fact_of(record)
@@ -175,7 +175,7 @@ def moved(record: Record, near: bool) -> Record:
 def shared_context(settings: DemoSettings, tokenizer: Tokenizer, seed: int, tries: int) -> list[list[Record]]:
     """Held-out prompts to print, so many sets of three: a far question and a near one about the same text, and a
     request for a summary of it. The tiny backbone knows one key a text and no summaries: there the near question is the
-    far one with its fact moved, and the third prompt is a pattern to go on with.
+    far one with its fact moved, and the third prompt is a pattern to continue.
     """
     longest, first = max(settings.lengths), seed * 1000 + 500
     needles = drawn(settings, tokenizer, NEEDLE, "test", 2 * tries, longest, first)
