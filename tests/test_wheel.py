@@ -5,6 +5,8 @@ editable installation, and a clone that is not installed but on the path.
 """
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -199,8 +201,11 @@ def test_the_wheel_works_from_an_empty_folder(installed):
 
     assert installed.run("elastic", "--version") == f"elastic {__version__}\n"
     assert "self-check" in installed.run("elastic", "doctor")
-    shown = installed.run("elastic", "demo", "--tiny", "--steps", "5")
-    assert "Next: elastic generate --checkpoint runs/demo-tiny/checkpoint" in shown
+    shown = installed.run("elastic", "demo", "--tiny", "--samples", "2")
+    (after,) = re.findall("Next: (.*)", shown)
+    words = shlex.split(after)
+    assert " generate --checkpoint runs/demo-tiny/checkpoint --prompt " in after
+    assert installed.run("elastic", *words[words.index("generate") :])
     options = ("--language", "tiny", "--tasks", "single_qa", "in_context", "--per-task", "16", "--words", "160")
     installed.run("elastic", "data_prep", "build_mixture", *options, "--out", "records")
     options = ("--records", "records", "--backbone", "tiny", "--seq-length", "256", "--out", "data/pair")

@@ -12,7 +12,7 @@ COMMANDS = {
     "generate": "answer prompts with a routed model and show its routes",
     "serve": "serve a routed model over an OpenAI-compatible HTTP endpoint",
     "eval": "compare dense, sparse, static, random and trained routing on RULER and LongBench",
-    "demo": "the whole path on this machine: train, compare with dense, save, load, answer",
+    "demo": "what routing does, on this machine: ask, calibrate, fit routers, compare with dense, answer",
     "bench": "time the kernels on this GPU beside their competitors; show recorded timings",
     "doctor": "what this machine can run, with a self-check",
 }

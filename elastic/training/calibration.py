@@ -231,8 +231,10 @@ class HeadNeed(LightningModule):
             raise ValueError("no rows were given to fit level routers to; pass level_rows")
         values = self._values(OutcomeRound())
         reach = values[:, len(LEVELS) :].view(len(values), self.size[0], 2, self.size[1])
+        heads = self.size[0] * self.size[1]
+        ran = [round(level * heads) / heads for level in LEVELS]  # of few heads, far from the level asked for
         return Outcomes(
-            reach, torch.tensor(self.level_rows.lengths), values[:, : len(LEVELS)], LEVELS, self.level_rows.sources
+            reach, torch.tensor(self.level_rows.lengths), values[:, : len(LEVELS)], ran, self.level_rows.sources
         )
 
     def fit(self, budget: float) -> list[float]:

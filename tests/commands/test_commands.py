@@ -1,21 +1,15 @@
-"""The commands generate, doctor and demo, called as the `elastic` command calls them."""
+"""The commands generate and doctor, called as the `elastic` command calls them."""
 
 import io
 import json
-import re
-import shlex
 import sys
-from dataclasses import replace
 
 import pytest
 
-from data_prep.tiny_language import SHARES, TASKS, VOCABULARY, _eighth
-from elastic.commands import demo, doctor, generate
-from elastic.data.records import Record
-from elastic.inference.generate import generate as run_generation
+from elastic.commands import doctor, generate
 from elastic.model import loading
-from elastic.model.attach import attach, override_routes
-from elastic.model.checkpoint import METADATA, read_elastic, save_elastic
+from elastic.model.attach import attach
+from elastic.model.checkpoint import METADATA, save_elastic
 from tests.helpers.models import small_config, varied_routers
 
 PROMPT = "f4 f5 " * 30 + "key k3 1 2 3 4 " + "f6 " * 20 + "find k3"
@@ -204,60 +198,3 @@ def test_doctor_reports_a_crash_as_a_line(capsys, monkeypatch):
     monkeypatch.setattr(loading, "load_backbone", boom)
     assert doctor.main([]) == 1
     assert "FAIL  stock check" in (out := capsys.readouterr().out) and "RuntimeError: no luck" in out
-
-
-def test_demo_end_to_end(capsys, monkeypatch, tmp_path):
-    """The tiny demo, shortened: every part runs and every file is there."""
-    from elastic.commands import demo_training
-
-    small = replace(demo_training.SMALLEST, longest=64, seq_length=160, held_out=4, new_tokens=4)
-    monkeypatch.setattr(demo_training, "SMALLEST", small)
-    assert demo.main(["--tiny", "--out", str(tmp_path), "--steps", "6", "--seed", "1"]) == 0
-    out = capsys.readouterr().out
-    for task in TASKS:
-        assert f"\n{task} " in out
-    assert "of 6 heads are routed differently" in out
-    assert "expected:" in out and "elastic:" in out
-    for name in ("heatmap.png", "curves.png"):
-        assert 1000 < (tmp_path / name).stat().st_size < 150_000
-    metadata = read_elastic(tmp_path / "checkpoint")
-    assert metadata["backbone"] == "tiny"
-    assert metadata["recipe"]["steps"] == 6 and metadata["recipe"]["seed"] == 1
-    assert set(metadata["metrics"]) == set(TASKS)
-    (after,) = re.findall(r"Next: elastic (.*)", out)
-    assert shlex.split(after)[:-1] == ["generate", "--checkpoint", str(tmp_path / "checkpoint"), "--prompt"]
-    assert shlex.split(after)[-1] == demo_training.question(small, 1)[0]
-
-
-def test_the_demo_ends_with_a_question_that_its_backbone_answers():
-    """In the words of the tiny language, from the held-out share of all its records."""
-    from elastic.commands.demo_training import SMALL, SMALLEST, question
-
-    prompt, answer = question(SMALLEST, 0)
-    *context, find, key = prompt.split()
-    assert {*prompt.split(), *answer.split()} <= set(VOCABULARY) and find == "find"
-    assert _eighth(Record("single_qa", " ".join(context), f"{find} {key}", answer, "")) in SHARES["test"]
-    model, tokenizer = loading.load_backbone("tiny")
-    attach(model, small_config())
-    with override_routes(model, 0):
-        assert run_generation(model, tokenizer, prompt, max_new_tokens=8)[0].text == answer
-    assert question(SMALL, 0) == ("Name three oceans.", "")
-
-
-def test_demo_refuses(capsys, tmp_path):
-    assert demo.main(["--tiny", "--steps", "2"]) == 2
-    assert "--steps 2 is below 5" in capsys.readouterr().err
-    (tmp_path / "file").write_text("")
-    assert demo.main(["--tiny", "--out", str(tmp_path / "file")]) == 2
-    assert "File exists" in capsys.readouterr().err
-
-
-def row(msr, elastic=0.5):
-    return {"msr": msr, "dense_accuracy": 0.6, "elastic_accuracy": elastic, "n": 4.0}
-
-
-def test_the_verdict_says_when_routes_hardly_differ():
-    text = demo.verdict({"single_qa": row(0.8), "code": row(0.82)})
-    assert "hardly tell the tasks apart" in text and "changes by -0.100" in text
-    text = demo.verdict({"single_qa": row(0.5), "code": row(0.9, 0.6)})
-    assert "hardly" not in text and "Sensitive tasks run 50% of their heads sparse, robust tasks 90%." in text

@@ -9,6 +9,7 @@ import elastic
 from elastic.commands.calibration_data import build
 from elastic.config import RouterConfig, SparseConfig
 from elastic.model.attach import routers
+from elastic.routing.calibration import LEVELS as LEVELS_OF_FILES
 from elastic.routing.level import LevelRouter
 from elastic.training.calibration import HeadNeed
 from elastic.training.calibration_run import measure
@@ -113,6 +114,7 @@ def test_from_rows_to_a_model_that_answers(tmp_path):
     )
     found = measure(module, progress=False)
     of = module.outcomes()
+    assert list(of.levels) == [round(6 * level) / 6 for level in LEVELS_OF_FILES]  # the shares of six heads that ran
     assert of.kl_MJ.shape == (len(rows[2].sources), 11) and bool((of.kl_MJ[:, 0] < 1e-6).all())
     assert bool(((of.reach_MLR >= 0) & (of.reach_MLR <= 1 + 1e-6)).all()) and float(of.reach_MLR.max()) > 0.05
     explained = module.fit(budget=0.2)
