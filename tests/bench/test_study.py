@@ -208,7 +208,7 @@ def test_the_command_writes_records_pictures_and_the_table(study, tmp_path, caps
     assert lead["value"] == lead["by_seed"][0] == pytest.approx(0.0) and lead["seeds"] == [0] and not lead["at_least"]
     assert ("static, quality", "mean MSR") not in headline
     curve = {(r["who"], r["bias"], r["metric"]): r for r in records if r["case"] == "curve"}
-    assert curve["elastic, quality", -2, "mean MSR"]["value"] == pytest.approx(0.3) and len(curve) == 2 * 3 * 8
+    assert curve["elastic, quality", -2, "mean MSR"]["value"] == pytest.approx(0.3) and len(curve) == 2 * 3 * 9
     needle = [r for r in records if r["case"] == "needle_single-1024"]
     assert {r["who"] for r in needle} == {"dense", "streaming", "elastic-0", "elastic-1", "elastic-2"}
     assert all(r["n"] == 100 and r["half"] == 0.05 for r in needle)
