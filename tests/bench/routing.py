@@ -9,7 +9,7 @@ keeps the small files in one folder for `elastic bench routing`.
 
 Rivals are among the kinds: `need` is the order itself at several levels, `static` a learned pattern; dense, streaming
 and random heads are tested beside the first run. After a kill the same command resumes: finished parts are skipped,
-training continues from its last checkpoint. `--out` alone is enough to go on elsewhere with what is trained.
+training continues from its last checkpoint. `--out` alone is enough to resume elsewhere what is trained.
 """
 
 import argparse

@@ -9,7 +9,7 @@ from typing import Any
 
 from elastic.bench import drawing
 from elastic.bench.records import Measurement, save
-from elastic.bench.studies.bounds import RETRIEVAL
+from elastic.bench.studies.bounds import RETRIEVAL, kind_of
 from elastic.bench.studies.leads import paired_cells, paired_records
 from elastic.bench.studies.paired import over_seeds
 from elastic.bench.studies.routing_notes import BOUNDS, BY_SOURCE, ROWS
@@ -103,8 +103,8 @@ def equal_quality(points: Sequence[Point], dense: Point) -> tuple[float | None, 
 
 
 def records(study: Study) -> list[Measurement]:
-    """Headlines of every group of seeds, its operating points, those of every run, the scores by source, then what is
-    paired by sample.
+    """Headlines of every group of seeds, its operating points, those of every run, the scores by source (of the
+    foreign set by kind, lengths and system prompts merged), then what is paired by sample.
     """
     paired = ({**record, **study.stamp} for record in paired_records(study))
     return [*_headlines(study), *_leads(study), *_curves(study), *_points(study), *_by_source(study), *paired]
@@ -204,12 +204,23 @@ def _by_source(study: Study) -> Iterator[Measurement]:
     points: list[tuple[Run | None, Point]] = [(None, point) for point in study.baselines.values()]
     points += [(one, one.tested) for one in study.runs if one.tested is not None]
     for run, point in points:
-        for source, row in point.sources.items():
-            score = score_of(source, point.known)
-            value, half = point.value(source, score)
-            extra = {name: point.ratio(row, name) for name in ("msr", "esr_last", "esr_all")}
-            about = {**extra, **_about(run, point)}
-            yield _record(study.stamp, source, score, value, half=half, n=row["n"], **about)
+        groups: dict[str, list[str]] = {}
+        for source in point.sources:
+            groups.setdefault(kind_of(source) if study.rows else source, []).append(source)
+        for name, sources in groups.items():
+            about = {**_merged(point, sources), **_about(run, point)}
+            score = score_of(sources[0], point.known)
+            yield _record(study.stamp, name, score, about.pop("value"), half=about.pop("half"), **about)
+
+
+def _merged(point: Point, sources: Sequence[str]) -> dict[str, Any]:
+    """Score, ratios and number of samples of sources, each of the same weight."""
+    values, halves = zip(*(point.value(of, score_of(of, point.known)) for of in sources), strict=True)
+    found = {
+        name: fmean(point.ratio(point.sources[of], name) for of in sources) for name in ("msr", "esr_last", "esr_all")
+    }
+    half = sum(half**2 for half in halves) ** 0.5 / len(halves)
+    return {**found, "value": fmean(values), "half": half, "n": sum(int(point.sources[of]["n"]) for of in sources)}
 
 
 def _about(run: Run | None, point: Point) -> dict[str, Any]:
