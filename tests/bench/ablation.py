@@ -34,7 +34,8 @@ def judge(name: str, flags: list[str], args: argparse.Namespace, gpu: str | None
     layers = [word for layer in LAYERS for word in ("-c", str(ROOT / layer))]
     logger = "--trainer.logger.init_args.save_dir"
     common = [*layers, f"--data.data_dir={args.data / 'train'}", *flags]
-    common += [f"--trainer.default_root_dir={work}", "--trainer.enable_progress_bar=false", *args.extra]
+    common += [f"--trainer.default_root_dir={work}", "--trainer.enable_progress_bar=false", "--ckpt_path=last"]
+    common += args.extra
     commands = [
         ["fit", *common, "--trainer.limit_val_batches=0", f"{logger}={work}", "--ckpt_path=last"],
         ["validate", *common, f"--data.data_dir={args.data / 'heldout'}", f"{logger}={work / 'judged'}"],

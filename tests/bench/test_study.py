@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from data_prep.mixture_config import Mixture, Source
 from data_prep.pack_mixture import pack_mixture
@@ -13,6 +14,7 @@ from elastic import cli
 from elastic.bench.drawing import figures
 from elastic.bench.records import load
 from elastic.bench.studies.ablation import records
+from elastic.bench.studies.bounds import kind_of
 from elastic.bench.studies.paired import over_seeds
 from elastic.bench.studies.routing import equal_quality, headlines, lead
 from elastic.bench.studies.runs import Point, by_bias, points_of, read_study, score_of, slack
@@ -21,7 +23,9 @@ from elastic.data.shards import SPLITS
 from elastic.data.tasks import TASKS
 from elastic.model.attach import attach
 from elastic.model.checkpoint import read_elastic, save_elastic
+from elastic.routing.router import STEEPNESS
 from tests.bench import ablation, ship
+from tests.bench.routing_plans import KINDS, NEED, NEED_AT
 from tests.helpers.models import tiny_model
 from tests.helpers.training import ROOT, command_environment
 
@@ -208,7 +212,7 @@ def test_the_command_writes_records_pictures_and_the_table(study, tmp_path, caps
     assert lead["value"] == lead["by_seed"][0] == pytest.approx(0.0) and lead["seeds"] == [0] and not lead["at_least"]
     assert ("static, quality", "mean MSR") not in headline
     curve = {(r["who"], r["bias"], r["metric"]): r for r in records if r["case"] == "curve"}
-    assert curve["elastic, quality", -2, "mean MSR"]["value"] == pytest.approx(0.3) and len(curve) == 2 * 3 * 8
+    assert curve["elastic, quality", -2, "mean MSR"]["value"] == pytest.approx(0.3) and len(curve) == 2 * 3 * 9
     needle = [r for r in records if r["case"] == "needle_single-1024"]
     assert {r["who"] for r in needle} == {"dense", "streaming", "elastic-0", "elastic-1", "elastic-2"}
     assert all(r["n"] == 100 and r["half"] == 0.05 for r in needle)
@@ -272,32 +276,41 @@ SMALL_RUN = [
 ]
 
 
+SMALL_CALIBRATION = "--backbone tiny --dtype float32 --sink 4 --window 16 --block 4 --samples 12 --level-samples 24"
+
+
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     """A folder with data for both drivers."""
     folder = tmp_path_factory.mktemp("packed")
-    tokens = dict.fromkeys(SPLITS, 2000)
-    sources = {name: Source(1.0) for name in ("needle_single", "continuation", "many_shot")}
-    mixture = Mixture("tiny", seq_length=512, tokens=tokens, sources=sources, context=(64, 300), part_tokens=4000)
-    pack_mixture(mixture, folder / "train", 1)
+    own = {name: Source(1.0) for name in ("needle_single", "continuation", "many_shot")}
+    drawn = {"needle-128-none": "needle_single", "last_paragraph-128-long": "needle_multi_key"}
+    drawn |= {f"code-{length}-none": "continuation" for length in (128, 256)}  # names that the set has
+    foreign = {f"foreign_{name}": Source(1.0, generator=generator) for name, generator in drawn.items()}
+    for name, sources in (("train", own), ("foreign", foreign)):
+        tokens = dict.fromkeys(SPLITS, 3000) | {"train": 20000 if name == "train" else 3000}
+        mixture = Mixture("tiny", seq_length=512, tokens=tokens, sources=sources, context=(64, 300), part_tokens=4000)
+        pack_mixture(mixture, folder / name, 1)
     os.symlink(folder / "train", folder / "heldout")
     return folder
 
 
+def drive(folder, packed, *words, calibrate=SMALL_CALIBRATION):
+    """Run the driver of the study, small; what it says."""
+    command = [sys.executable, str(ROOT / "tests" / "bench" / "routing.py"), "--out", "out", "--work", "work"]
+    command += ["--data", str(packed), "--objectives", "target", *words, "--calibrate", calibrate, "--", *SMALL_RUN]
+    done = subprocess.run(
+        command, cwd=folder, env=command_environment(), capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def test_the_driver_trains_evaluates_and_skips_what_is_done(tmp_path, packed):
-    words = ["--out", "out", "--work", "work", "--data", str(packed), "--routers", "static", "--objectives", "target"]
-    words += ["--seeds", "5", "--biases", "2", "--checkpoints", "5", "--", *SMALL_RUN]
-
-    def drive():
-        command = [sys.executable, str(ROOT / "tests" / "bench" / "routing.py"), *words]
-        return subprocess.run(
-            command, cwd=tmp_path, env=command_environment(), capture_output=True, text=True, timeout=300
-        )
-
-    done = drive()
-    assert done.returncode == 0 and "static-target-5: fit" in done.stdout, done.stdout + done.stderr
+    words = ["--sets", "heldout", "--routers", "static", "--seeds", "5", "--biases", "2", "--checkpoints", "5"]
+    assert "static-target-5: fit" in drive(tmp_path, packed, *words)
     run = read_study(tmp_path / "out").runs[0]
-    assert (run.router, run.objective, run.seed) == ("static", "target", 5)
+    assert (run.router, run.objective, run.seed, run.steps) == ("static", "target", 5, 2)
     assert run.test["methods"] == ["elastic", "elastic@2", "dense", "streaming", "random:0.7", "random:0.7:1"]
     assert run.chosen_bias == run.tested.bias
     assert run.at(run.chosen_bias).mean_msr == run.at(2).mean_msr  # nothing is retrieved, so nothing is lost
@@ -307,7 +320,78 @@ def test_the_driver_trains_evaluates_and_skips_what_is_done(tmp_path, packed):
     assert run.validation["split"] == "validation" and run.test["split"] == "test"
     assert run.recipe["step"] == 2 and len(run.curves()["loss"]) == 2
     assert (run.folder / "checkpoint" / "router.safetensors").is_file()
-    assert "static-target-5: was there" in drive().stdout
+    assert "static-target-5: was there" in drive(tmp_path, packed, *words)
+
+
+@pytest.mark.slow
+def test_the_whole_study_of_orders_levels_and_the_foreign_set(tmp_path, packed, capsys):
+    """The driver, then tables of both sets of rows; a cut study resumes from its small files alone."""
+    words = ["--routers", "level", "need", "ordered", "--seeds", "3"]
+    said = drive(tmp_path, packed, *words, "--checkpoints", "--sets", "heldout")
+    assert "order-3: calibrate" in said and "ordered-target-3: fit" in said
+    out = tmp_path / "out"
+    assert (out / "ordered-target-3" / "checkpoint").is_dir()  # the foreign set is still to come
+    for path in (tmp_path / "work").iterdir():
+        path.rename(tmp_path / path.name)  # as on another machine
+    said = drive(tmp_path, packed, *words, "--checkpoints")
+    assert "order-3: was there" in said and "fit" not in said and said.count("test foreign") == 3
+    assert not (out / "ordered-target-3" / "checkpoint").exists()
+    runs = {run.router: run for run in read_study(out, "foreign").runs}
+    assert set(runs) == {"level", "need", "ordered"} and {run.seed for run in runs.values()} == {3}
+    assert [runs[name].objective for name in runs] == ["calibrated", "calibrated", "target"]
+    assert [point.bias for point in runs["level"].points] == sorted([0, *KINDS["level"].biases])
+    assert [runs[name].validation["elastic"]["router"]["kind"] for name in runs] == ["level", "static", "paper"]
+    msr = [point.mean_msr for point in runs["need"].points]
+    assert msr == sorted(msr) and msr[0] < msr[-1]
+    assert all(run.tested is not None and run.samples is not None for run in runs.values())
+    assert cli.main(["bench", "routing", str(out), "--out", str(tmp_path / "bench"), "--main", "ordered-target-3"]) == 0
+    assert "level - strongest static, calibrated" in capsys.readouterr().out
+    own, foreign = (load(tmp_path / "bench" / f"routing{part}.json") for part in ("", "-foreign"))
+    for found in (own, foreign):
+        paired = {r["who"]: r for r in found if r["case"] == "paired" and r["criterion"] == "97 % of retrieval"}
+        for who in ("level - strongest static, calibrated", "ordered - strongest static, target"):
+            assert paired[who]["rivals"] == ["need-calibrated-3"]
+    cases = {r["case"] for r in foreign}
+    assert {"foreign_needle", "foreign_code"} <= cases and not any(case.endswith("-none") for case in cases)
+    headline = {(r["who"], r["metric"]): r for r in foreign if r["case"] == "headline"}
+    assert 0 <= headline["level, calibrated", "MSR inside the window"]["value"] <= 1
+    assert ("level, calibrated", "MSR inside the window") not in {(r["who"], r["metric"]) for r in own}
+    assert cli.main(["bench", "table", str(tmp_path / "bench")]) == 0
+    page = capsys.readouterr().out
+    assert "## routing-foreign" in page and "The foreign set: kinds of questions" in page
+
+
+def test_both_sets_of_validation_rows_choose(study):
+    """The point must be within the bounds on each, and foreign test rows are reported at that point."""
+    folder = study / "elastic-1" / "foreign"
+    folder.mkdir()
+    for worse, bias in (({}, 0.0), ({"elastic": 0.1, "elastic:2": 0.1}, -2.0)):
+        (folder / "results_validation.json").write_text(json.dumps(results("input", ("dense",), worse)))
+        (folder / "results_test.json").write_text(json.dumps(results("input", ("dense",))))
+        own = next(run for run in read_study(study).runs if run.name == "elastic-1")
+        (found,) = read_study(study, "foreign").runs
+        assert own.chosen_bias == found.chosen_bias == found.tested.bias == bias and found.name == "elastic-1"
+    assert read_study(study).runs[0].chosen_bias == 0.0
+
+
+def test_lengths_and_system_prompts_of_a_text_are_bound_together():
+    found = results("input", ("dense",), dict.fromkeys(WORSE, 0.0))
+    row = found["sources"]["continuation"]
+    names = [f"foreign_code-{length}-{system}" for length in (1024, 2048) for system in ("none", "long")]
+    found["sources"] = {"foreign_needle-1024-none": found["sources"]["verbatim_copy"]}
+    found["sources"] |= {name: dict(row) for name in names}
+    found["sources"][names[0]]["elastic_loss"] *= 1.04  # beyond the bound alone, at half of it together
+    assert slack(by_bias(found)[1], points_of(found)[-1]) == pytest.approx(0.5)
+    assert [kind_of(name) for name in ("code_completion", "needle_single-1024", "my-texts")] == [
+        *("code_completion", "needle_single", "my-texts")
+    ]
+
+
+def test_points_of_the_order_are_the_shares_that_they_are_named_for():
+    heads = 90
+    place = (torch.arange(heads) + 0.5) / heads
+    shares = [int((STEEPNESS * (NEED_AT - place) + bias > 0).sum()) for bias in sorted([0, *NEED])]
+    assert shares == [54, 63, 68, 72, 77, 81, 86]
 
 
 def test_the_shipped_checkpoint_stands_at_the_chosen_point(study, tmp_path):

@@ -3,10 +3,12 @@ each other source.
 
 Retrieval is the mean of exact answers over the sources of sensitive tasks, each source of the same weight. Sources of
 robust tasks have a bound each, so that no rise of one is hidden by another's fall: loss where answers are running text
-(summaries, continuations, code), exact answers elsewhere.
+(summaries, continuations, code), exact answers elsewhere. Sources that differ only in length and system prompt
+(`foreign_code-2048-long`) are bound together: each has too few samples to tell 2 % from noise.
 Values are tensors of any one shape: a point's means, or means by draw and level (`paired.Resamples`).
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -40,6 +42,11 @@ def generator_of(source: str) -> str:
     return source.partition("-")[0]
 
 
+def kind_of(source: str) -> str:
+    """`foreign_code` of `foreign_code-2048-long`: the name without length and system prompt."""
+    return re.sub(r"-\d+(-(none|short|long))?$", "", source)
+
+
 def task_of(source: str, known: Mapping[str, str]) -> str:
     """Task class of a source: as the results tell, or of a generator by its name.
 
@@ -65,8 +72,8 @@ class Kept:
     """What a method keeps of the dense model's quality.
 
     Attributes:
-        shares: `retrieval` and the sources judged by exact answers: exact answers as a share of dense's.
-        losses: the sources judged by loss: loss as a multiple of dense's.
+        shares: `retrieval` and the kinds of sources judged by exact answers: exact answers as a share of dense's.
+        losses: the kinds of sources judged by loss: loss as a multiple of dense's.
     """
 
     shares: dict[str, Tensor]
@@ -100,13 +107,16 @@ def kept(tasks: Mapping[str, str], mine: Callable[[str, str], Tensor], dense: Ca
     if sensitive:
         shares[RETRIEVAL] = _share(*(_mean(of(source, "exact") for source in sensitive) for of in (mine, dense)))
     losses = {}
+    robust: dict[tuple[str, str], list[str]] = {}
     for source, task in tasks.items():
         if task not in SENSITIVE:
-            of_source = [of(source, bound_score(task)) for of in (mine, dense)]
-            if bound_score(task) == "loss":
-                losses[source] = of_source[0] / of_source[1]
-            else:
-                shares[source] = _share(*of_source)
+            robust.setdefault((kind_of(source), bound_score(task)), []).append(source)
+    for (kind, score), sources in robust.items():
+        of_kind = [_mean(of(source, score) for source in sources) for of in (mine, dense)]
+        if score == "loss":
+            losses[kind] = of_kind[0] / of_kind[1]
+        else:
+            shares[kind] = _share(*of_kind)
     return Kept(shares, losses)
 
 

@@ -1,4 +1,4 @@
-"""By how much more MSR elastic routing keeps dense quality than static heads, sample by sample: records and a table of
+"""By how much more MSR routers keep dense quality than static heads, sample by sample: records and a table of
 a study whose runs have `samples_test.jsonl`.
 """
 
@@ -13,7 +13,7 @@ from elastic.bench.studies.bounds import KEPT
 from elastic.bench.studies.equal_quality import PARTS, Comparison, Family, family
 from elastic.bench.studies.paired import Interval, Resamples, over_seeds
 from elastic.bench.studies.routing_tables import AT_LEAST, PAIRED
-from elastic.bench.studies.runs import Run, Study, by_bias
+from elastic.bench.studies.runs import RIVALS, Run, Study, by_bias
 from elastic.bench.studies.samples import Samples
 from elastic.routing.methods import parse_method
 
@@ -80,16 +80,21 @@ def _reached(
 def _leads(
     study: Study, comparison: Comparison, criterion: str, trained: dict[str, Family], fixed: Sequence[Family]
 ) -> Iterator[Measurement]:
-    for objective in dict.fromkeys(run.objective for run in study.runs):
-        learned = {run.seed: trained[run.name] for run in study.group("static", objective) if run.name in trained}
-        runs = [run for run in study.group("elastic", objective) if run.name in trained]
-        rivals = {run.name: [*fixed, *(learned[seed] for seed in (run.seed,) if seed in learned)] for run in runs}
-        runs = [run for run in runs if rivals[run.name]]
+    for (router, objective), group in study.groups().items():
+        if router in RIVALS:
+            continue
+        against = [run for kind in RIVALS for run in study.rivals(kind, objective) if run.name in trained]
+        rivals = {
+            run.name: [*fixed, *(trained[other.name] for other in against if other.seed == run.seed)] for run in group
+        }
+        runs = [run for run in group if run.name in trained and rivals[run.name]]
         found = [comparison.lead(trained[run.name], rivals[run.name], *CRITERIA[criterion]) for run in runs]
         if found:
             about = {"seeds": [run.seed for run in runs], "rivals": [lead.rival for lead in found]}
             about |= {AT_LEAST: any(x.at_least for x in found), AT_MOST: any(x.at_most for x in found)}
-            yield from _of_draws(criterion, f"elastic - strongest static, {objective}", [x.msr_R for x in found], about)
+            yield from _of_draws(
+                criterion, f"{router} - strongest static, {objective}", [x.msr_R for x in found], about
+            )
 
 
 def _of_draws(criterion: str, who: str, by_seed: Sequence[Draws], about: dict[str, Any]) -> Iterator[Measurement]:

@@ -9,10 +9,10 @@ from typing import Any
 
 from elastic.bench import drawing
 from elastic.bench.records import Measurement, save
-from elastic.bench.studies.bounds import RETRIEVAL
+from elastic.bench.studies.bounds import RETRIEVAL, kind_of
 from elastic.bench.studies.leads import paired_cells, paired_records
 from elastic.bench.studies.paired import over_seeds
-from elastic.bench.studies.routing_notes import BOUNDS, BY_SOURCE
+from elastic.bench.studies.routing_notes import BOUNDS, BY_SOURCE, ROWS
 from elastic.bench.studies.routing_tables import (
     AT_LEAST,
     CURVE,
@@ -20,12 +20,13 @@ from elastic.bench.studies.routing_tables import (
     HEADLINE,
     HEADLINES,
     HEADS,
+    INSIDE,
     POINT,
     PRICES,
     TRAINING,
     headline_cells,
 )
-from elastic.bench.studies.runs import Point, Run, Study, read_study, score_of, slack
+from elastic.bench.studies.runs import FOREIGN, RIVALS, Point, Run, Study, has_rows, read_study, score_of, slack
 from elastic.console import say, table
 from elastic.data.tasks import ROBUST, SENSITIVE
 
@@ -42,16 +43,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, _command: str) -> int:
-    """Write records and pictures; print the headline figures."""
-    study = read_study(args.folder)
-    drawn = study.runs[0] if args.main is None else named(study, args.main)
+    """Write records and pictures of each set of rows; print the headline figures."""
+    for rows in ("", FOREIGN):
+        study = read_study(args.folder, rows) if not rows or has_rows(args.folder, rows) else None
+        if study is None:
+            say("\nNo run of the study was validated on the foreign set.")
+            continue
+        say("\nForeign set:\n" if rows else "Rows of the training's kind:\n")
+        drawn = study.runs[0] if args.main is None else named(study, args.main)
+        _written(study, drawn, args.out / f"{args.tag}{f'-{rows}' * bool(rows)}.json")
+    return 0
+
+
+def _written(study: Study, drawn: Run, path: Path) -> None:
     found = [*records(study), *run_records(study, drawn)]
-    path = save(args.out / f"{args.tag}.json", found)
+    save(path, found)
     say(table(*headline_cells(found)))
     header, rows = paired_cells(found)
     say("\n" + table(header, rows) if rows else "\nNo samples_test.jsonl in the study: no paired comparison.")
     say(f"\nwrote {', '.join(map(str, [path, *drawing.draw(path, found)]))}")
-    return 0
 
 
 def headlines(point: Point, dense: Point) -> dict[str, float]:
@@ -59,16 +69,22 @@ def headlines(point: Point, dense: Point) -> dict[str, float]:
     kept = point.kept(dense)
     exact = [float(share) for name, share in kept.shares.items() if name != RETRIEVAL]
     sensitive, robust = point.mean_over(SENSITIVE), point.mean_over(ROBUST)
-    base = dense.measures()
+    base, inside = dense.measures(), point.msr_inside_window()
     return {
-        **{f"{name} of dense": value / base[name][0] for name, (value, _) in point.measures().items()},
+        **{f"{name} of dense": _of_dense(value, base[name][0]) for name, (value, _) in point.measures().items()},
         **({"worst text loss of dense": max(map(float, kept.losses.values()))} if kept.losses else {}),
         **({"in-context of dense": min(exact)} if exact else {}),
         "mean MSR": point.mean_msr,
         "MSR sensitive": sensitive,
         "MSR robust": robust,
         "MSR robust - sensitive": robust - sensitive,
+        **({} if inside is None else {INSIDE: inside}),
     }
+
+
+def _of_dense(value: float, dense: float) -> float:
+    """As a share; a dense model that answers nothing right has nothing to lose."""
+    return value / dense if dense else 1.0
 
 
 def equal_quality(points: Sequence[Point], dense: Point) -> tuple[float | None, bool]:
@@ -87,8 +103,8 @@ def equal_quality(points: Sequence[Point], dense: Point) -> tuple[float | None, 
 
 
 def records(study: Study) -> list[Measurement]:
-    """Headlines of every group of seeds, its operating points, those of every run, the scores by source, then what is
-    paired by sample.
+    """Headlines of every group of seeds, its operating points, those of every run, the scores by source (of the
+    foreign set by kind, lengths and system prompts merged), then what is paired by sample.
     """
     paired = ({**record, **study.stamp} for record in paired_records(study))
     return [*_headlines(study), *_leads(study), *_curves(study), *_points(study), *_by_source(study), *paired]
@@ -96,10 +112,10 @@ def records(study: Study) -> list[Measurement]:
 
 def _headlines(study: Study) -> Iterator[Measurement]:
     for (router, objective), runs in study.groups().items():
-        common = {"who": _label(router, objective), "steps": runs[0].recipe["step"]}
+        common = {"who": _label(router, objective), "steps": runs[0].steps}
         reached, open_ended = zip(*(equal_quality(run.points, run.dense) for run in runs), strict=True)
         about = {**common, "seeds": [run.seed for run in runs], "biases": [run.chosen_bias for run in runs]}
-        about[BOUNDS] = BY_SOURCE
+        about |= {BOUNDS: BY_SOURCE, **({ROWS: study.rows} if study.rows else {})}
         yield _over_seeds(study, HEADLINE, EQUAL, reached, {**about, AT_LEAST: any(open_ended)})
         tested = [(run.seed, run.tested) for run in runs if run.tested is not None]
         found = [headlines(point, study.dense) for _, point in tested]
@@ -110,14 +126,15 @@ def _headlines(study: Study) -> Iterator[Measurement]:
 
 
 def _leads(study: Study) -> Iterator[Measurement]:
-    """By how much more MSR elastic runs keep equal quality than the static runs of the same objective and seed."""
-    for objective in dict.fromkeys(run.objective for run in study.runs):
-        rivals = {run.seed: run for run in study.group("static", objective)}
-        runs = [run for run in study.group("elastic", objective) if run.seed in rivals]
-        if leads := [lead(run, rivals[run.seed]) for run in runs]:
-            about = {"who": f"elastic - static, {objective}", "steps": runs[0].recipe["step"], "biases": []}
-            about |= {"seeds": [run.seed for run in runs], AT_LEAST: any(more for _, more in leads)}
-            yield _over_seeds(study, HEADLINE, EQUAL, [value for value, _ in leads], about)
+    """By how much more MSR routers keep equal quality than static heads of the same seed, by kinds of both."""
+    for (router, objective), group in study.groups().items():
+        for kind in RIVALS if router not in RIVALS else ():
+            rivals = {run.seed: run for run in study.rivals(kind, objective)}
+            runs = [run for run in group if run.seed in rivals]
+            if leads := [lead(run, rivals[run.seed]) for run in runs]:
+                about = {"who": f"{router} - {kind}, {objective}", "steps": runs[0].steps, "biases": []}
+                about |= {"seeds": [run.seed for run in runs], AT_LEAST: any(more for _, more in leads)}
+                yield _over_seeds(study, HEADLINE, EQUAL, [value for value, _ in leads], about)
 
 
 def lead(run: Run, rival: Run) -> tuple[float | None, bool]:
@@ -144,10 +161,12 @@ def _in_common(runs: Sequence[Run]) -> Iterator[tuple[float, list[Point]]]:
 
 
 def run_records(study: Study, run: Run) -> Iterator[Measurement]:
-    """What is drawn of one run: scalars over the steps of training, and each head's share of held-out inputs on SA."""
+    """What is drawn of one run: scalars over the steps of training on its own rows, and each head's share of held-out
+    inputs on SA.
+    """
     quality = run.objective == "quality"
     kinds = ("loss", "kl", "msr", *PRICES) if quality else ("loss", "regulariser", "msr", *PRICES)
-    curves = run.curves()
+    curves = {} if run.rows else run.curves()
     for name in (name for kind in kinds for name in curves if name.partition("/")[0] == kind):
         steps, values = zip(*curves[name], strict=True)
         about = {"who": run.name, "steps": [int(step) for step in steps], "values": list(values)}
@@ -174,7 +193,7 @@ def _points(study: Study) -> Iterator[Measurement]:
     for run, point, dense in points:
         for metric, (value, half) in point.measures().items():
             extra = {
-                "of_dense": value / dense.measures()[metric][0],
+                "of_dense": _of_dense(value, dense.measures()[metric][0]),
                 "mean_msr": point.mean_msr,
                 "msr": point.msr_by_task,
             }
@@ -185,12 +204,23 @@ def _by_source(study: Study) -> Iterator[Measurement]:
     points: list[tuple[Run | None, Point]] = [(None, point) for point in study.baselines.values()]
     points += [(one, one.tested) for one in study.runs if one.tested is not None]
     for run, point in points:
-        for source, row in point.sources.items():
-            score = score_of(source, point.known)
-            value, half = point.value(source, score)
-            extra = {name: point.ratio(row, name) for name in ("msr", "esr_last", "esr_all")}
-            about = {**extra, **_about(run, point)}
-            yield _record(study.stamp, source, score, value, half=half, n=row["n"], **about)
+        groups: dict[str, list[str]] = {}
+        for source in point.sources:
+            groups.setdefault(kind_of(source) if study.rows else source, []).append(source)
+        for name, sources in groups.items():
+            about = {**_merged(point, sources), **_about(run, point)}
+            score = score_of(sources[0], point.known)
+            yield _record(study.stamp, name, score, about.pop("value"), half=about.pop("half"), **about)
+
+
+def _merged(point: Point, sources: Sequence[str]) -> dict[str, Any]:
+    """Score, ratios and number of samples of sources, each of the same weight."""
+    values, halves = zip(*(point.value(of, score_of(of, point.known)) for of in sources), strict=True)
+    found = {
+        name: fmean(point.ratio(point.sources[of], name) for of in sources) for name in ("msr", "esr_last", "esr_all")
+    }
+    half = sum(half**2 for half in halves) ** 0.5 / len(halves)
+    return {**found, "value": fmean(values), "half": half, "n": sum(int(point.sources[of]["n"]) for of in sources)}
 
 
 def _about(run: Run | None, point: Point) -> dict[str, Any]:

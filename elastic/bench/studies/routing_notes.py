@@ -9,6 +9,7 @@ from elastic.bench.studies.bounds import CHOSEN, KEPT, RISE
 from elastic.bench.studies.paired import RESAMPLES
 
 BOUNDS, BY_SOURCE = "bounds", "every source"  # a field of records of MSR at equal quality; earlier ones lack it
+ROWS = "rows"  # a field of records of headlines: the set of rows, where they are not of the training's kind
 _HOW = """Answers teacher-forced on held-out samples (other seeds, wording and texts than in training); exact: all
 answer tokens right, which is what greedy decoding would give."""
 _INTERVALS = """± half a 95 % interval: over seeds by Student's t in the first two tables,
@@ -38,6 +39,14 @@ family of static heads. [95 % interval of a paired bootstrap, {RESAMPLES:,} draw
 over seeds]; ± over seeds by Student's t."""
 
 
+FOREIGN_NOTES = """The foreign set: kinds of questions whose wording, names and layouts no training text shares
+(docs/evaluation.md). Operating points were chosen on the validation rows of this set and of the training's kind
+together, within the bounds on each; its test rows had no part. Lengths and system prompts of a text source are bound
+together."""
+
+
 def notes(found: Sequence[Measurement]) -> str:
     """The words for these records."""
+    if any(record.get(ROWS) for record in found):
+        return f"{FOREIGN_NOTES}\n\n{NOTES}"
     return NOTES if any(record.get(BOUNDS) == BY_SOURCE for record in found) else EARLIER_NOTES

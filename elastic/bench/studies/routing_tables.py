@@ -12,10 +12,11 @@ from elastic.plots import Curve, Panel, in_rows, panels_figure, share_figure, sm
 # Cases of records that are about no single source.
 HEADLINE, CURVE, POINT, TRAINING, HEADS, PAIRED = "headline", "curve", "point", "training", "heads", "paired"
 AT_LEAST = "at_least"  # in records of MSR at equal quality: some seed's sparsest point is of equal quality still
-EQUAL = "MSR at equal quality"
+EQUAL, INSIDE = "MSR at equal quality", "MSR inside the window"
 HEADLINES = (
     *("retrieval of dense", "needles of dense", "text loss of dense"),
     *("worst text loss of dense", "in-context of dense", "mean MSR", "MSR sensitive", "MSR robust"),
+    *("MSR robust - sensitive", INSIDE),
 )
 DRAWN = ("retrieval", "needles", "text loss")  # scores that `quality_figure` draws as shares of the dense model's
 TRAINED = {  # panels of `training_figure`: kind of scalar -> title, whether it is smoothed
@@ -63,8 +64,8 @@ def quality_figure(found: Sequence[Measurement]) -> Any:
                     halves.setdefault(router, []).append(record["half"] or 0.0)
             for record in baselines:
                 if record["metric"] == name:
-                    lines[record["who"]] = [(record["mean_msr"], record["of_dense"])]
-                    halves[record["who"]] = [_relative_half(record)]
+                    lines.setdefault(record["method"], []).append((record["mean_msr"], record["of_dense"]))
+                    halves.setdefault(record["method"], []).append(_relative_half(record))
             title = f"{name}, {objective} objective"
             row.append(Panel(title, lines, "mean MSR", "share of dense", marker="o", halves=halves))
         rows.append(row)

@@ -3,7 +3,9 @@
 A study is a folder: `stamp.json` (GPU, versions, commit, command) and a folder for each run with
 `results_validation.json` (all operating points; they choose one), `metrics.csv`, `elastic.json` (its checkpoint's) and,
 once it is measured, `results_test.json` (the chosen operating point, on rows that had no part in choosing) with
-`samples_test.jsonl` (the same and all other points by sample; older studies have none).
+`samples_test.jsonl` (the same and all other points by sample; older studies have none). A folder `foreign` in a run's
+holds the same files of the foreign set, whose validation rows then have a part in choosing. `plan.json` tells which
+kind of router it is, for which objective and from which seed; older runs are told by the other files.
 """
 
 import csv
@@ -26,9 +28,13 @@ from elastic.routing.methods import Method, parse_method, ratio_columns, renamed
 Row = dict[str, float]
 FILES = ("results_validation.json", "elastic.json", "metrics.csv")
 TEST, TEST_SAMPLES = "results_test.json", "samples_test.jsonl"
-STAMP = "stamp.json"
+STAMP, PLAN = "stamp.json", "plan.json"
+FOREIGN = "foreign"  # a set of rows; the others are a study's own
+UNTRAINED = "calibrated"  # in the place of an objective
+RIVALS = ("static", "need")  # routers that run the same heads for every input: a learned pattern, a measured order
 # Answers so long that tables show the share of right tokens.
 ACCURACY = ("variable_tracking", "verbatim_copy", "foreign_json", "foreign_multi_needle")
+IN_WINDOW = ("foreign_last_paragraph",)  # answers within the last few hundred tokens
 RETRIEVAL = tuple(name for name, task in GENERATOR_TASKS.items() if task in SENSITIVE)
 LOSS = tuple(name for name, task in GENERATOR_TASKS.items() if bound_score(task) == "loss")
 
@@ -98,6 +104,11 @@ class Point:
         """Mean MSR of those of some tasks that were measured, every task of the same weight."""
         return fmean(msr for task, msr in self.msr_by_task.items() if task in tasks)
 
+    def msr_inside_window(self) -> float | None:
+        """Mean MSR over the sources whose answers streaming heads see; None where there are none."""
+        found = [self.ratio(row) for source, row in self.sources.items() if generator_of(source) in IN_WINDOW]
+        return fmean(found) if found else None
+
     def retrieval(self) -> tuple[float, float]:
         """Mean of exact answers over the sources of sensitive tasks, and the half width of its 95 % interval."""
         return self.measures()["retrieval"]
@@ -142,15 +153,20 @@ def slack(point: Point, dense: Point, share: float | None = None) -> float:
     return float(found.slack() if share is None else found.slack(share))
 
 
-def chosen_bias(validation: dict[str, Any]) -> float:
+def chosen_bias(*validations: dict[str, Any]) -> float:
     """The sparsest bias that keeps `CHOSEN` of dense retrieval within the bounds of all other sources, or the best
-    where none does; of `results_validation.json`.
+    where none does; of one `results_validation.json`, or of those of several sets of rows, on each of which it must.
     """
-    dense, points = _dense_of(validation), by_bias(validation)
-    inside = [point for point in points if slack(point, dense, CHOSEN) >= 0]
+    sets = [(_dense_of(results), {point.bias: point for point in by_bias(results)}) for results in validations]
+    biases = [bias for bias in sets[0][1] if all(bias in points for _, points in sets)]
+
+    def worst(bias: float, share: float | None = None) -> float:
+        return min(slack(points[bias], dense, share) for dense, points in sets)
+
+    inside = [bias for bias in biases if worst(bias, CHOSEN) >= 0]
     if inside:
-        return max(inside, key=lambda point: point.mean_msr).bias
-    return max(points, key=lambda point: slack(point, dense)).bias
+        return max(inside, key=lambda bias: fmean(points[bias].mean_msr for _, points in sets))
+    return max(biases, key=worst)
 
 
 @dataclass(frozen=True)
@@ -162,17 +178,23 @@ class Run:
         validation: contents of `results_validation.json`, dense among its methods.
         test: contents of `results_test.json`; None before it is measured.
         recipe: how it was trained, from `elastic.json`.
+        plan: contents of `plan.json`; empty for runs from before there was one.
+        rows: folder below with the files of a set of rows; the run's own files where it is empty.
+        choosing: results of validation that choose the operating point; none: `validation`.
     """
 
     folder: Path
     validation: dict[str, Any]
     test: dict[str, Any] | None
     recipe: dict[str, Any]
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    rows: str = ""
+    choosing: tuple[dict[str, Any], ...] = ()
 
     @cached_property
     def samples(self) -> Samples | None:
         """Test rows by sample, with all operating points; None of runs from before there was such a file."""
-        file = self.folder / TEST_SAMPLES
+        file = self.folder / self.rows / TEST_SAMPLES
         return read_samples(file) if file.is_file() else None
 
     @property
@@ -182,18 +204,25 @@ class Run:
 
     @property
     def router(self) -> str:
-        """`elastic` (decides from the input) or `static`."""
+        """`elastic` (decides from the input), `static`, or another kind that the plan names."""
+        if self.plan:
+            return str(self.plan["router"])
         return "static" if self.validation["elastic"]["router"]["kind"] == "static" else "elastic"
 
     @property
     def objective(self) -> str:
-        """`quality` or `target`."""
-        return str(self.recipe["objective"]["kind"])
+        """`quality`, `target`, or `UNTRAINED`."""
+        return str(self.plan["objective"]) if self.plan else str(self.recipe["objective"]["kind"])
 
     @property
     def seed(self) -> int:
         """Seed of the run."""
-        return int(self.recipe["seed"])
+        return int(self.plan.get("seed", self.recipe.get("seed")))
+
+    @property
+    def steps(self) -> int:
+        """Steps of training; 0 without any."""
+        return 0 if self.objective == UNTRAINED else int(self.recipe["step"])
 
     @cached_property
     def points(self) -> list[Point]:
@@ -208,7 +237,7 @@ class Run:
     @property
     def chosen_bias(self) -> float:
         """What the validation rows chose: see `chosen_bias`."""
-        return chosen_bias(self.validation)
+        return chosen_bias(*(self.choosing or (self.validation,)))
 
     @cached_property
     def tested(self) -> Point | None:
@@ -216,8 +245,8 @@ class Run:
         found = [] if self.test is None else [p for p in by_bias(self.test) if p.bias == self.chosen_bias]
         if self.test is not None and not found:
             raise ValueError(
-                f"{self.folder / TEST} lacks bias {self.chosen_bias:g}, which the validation rows chose; remove it and "
-                "run the study again"
+                f"{self.folder / self.rows / TEST} lacks bias {self.chosen_bias:g}, which the validation rows "
+                "chose; remove it and run the study again"
             )
         return found[0] if found else None
 
@@ -231,8 +260,10 @@ class Run:
         return next((point for point in self.points if point.bias == bias), None)
 
     def curves(self) -> dict[str, list[tuple[float, float]]]:
-        """Scalars of the training steps by name, such as `msr/code`."""
+        """Scalars of the training steps by name, such as `msr/code`; none without training."""
         found: dict[str, list[tuple[float, float]]] = {}
+        if self.objective == UNTRAINED:
+            return found
         with open(self.folder / "metrics.csv", encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 for name, value in row.items():
@@ -258,6 +289,7 @@ class Study:
 
     stamp: dict[str, Any]
     runs: list[Run]
+    rows: str = ""
 
     @cached_property
     def baselines(self) -> dict[str, Point]:
@@ -273,14 +305,27 @@ class Study:
         """Runs that differ in their seed only."""
         return [run for run in self.runs if (run.router, run.objective) == (router, objective)]
 
+    def rivals(self, router: str, objective: str) -> list[Run]:
+        """Runs of a kind of `RIVALS` that runs of this objective are compared with: those of the same one, and all of
+        them where one side has none.
+        """
+        return [
+            run
+            for run in self.runs
+            if run.router == router and (objective == run.objective or UNTRAINED in (objective, run.objective))
+        ]
+
     def groups(self) -> dict[tuple[str, str], list[Run]]:
         """All groups, by (router, objective)."""
         keys = dict.fromkeys((run.router, run.objective) for run in self.runs)
         return {key: self.group(*key) for key in keys}
 
 
-def read_study(folder: Path) -> Study:
+def read_study(folder: Path, rows: str = "") -> Study:
     """Read a study; runs without `FILES` (not finished) are left out.
+
+    Args:
+        rows: `FOREIGN` for what was measured on the foreign set.
 
     Raises:
         FileNotFoundError: no `stamp.json`.
@@ -289,16 +334,31 @@ def read_study(folder: Path) -> Study:
     stamp = folder / STAMP
     if not stamp.is_file():
         raise FileNotFoundError(f"no study at {folder}: {stamp.name} is missing; tests/bench/routing.py writes one")
-    runs = []
-    for sub in sorted(path for path in folder.iterdir() if all((path / name).is_file() for name in FILES)):
-        validation, meta, test = (_read(sub / name) for name in (*FILES[:2], TEST))
-        runs.append(Run(sub, validation, test, meta["recipe"]))
-    study = Study(_read(stamp), runs)
+    runs = [_run(sub, rows) for sub in sorted(folder.iterdir()) if _is_finished(sub, rows)]
+    study = Study(_read(stamp), runs, rows)
     if not runs or (any(run.test for run in runs) and "dense" not in study.baselines):
         raise ValueError(
             f"{folder} holds {len(runs)} finished runs, none tested beside the dense model; run it to its end"
         )
     return study
+
+
+def has_rows(folder: Path, rows: str) -> bool:
+    """Whether any run of a study was validated on this set of rows."""
+    return any(_is_finished(sub, rows) for sub in folder.iterdir())
+
+
+def _is_finished(sub: Path, rows: str) -> bool:
+    plan = _read(sub / PLAN)
+    made = () if plan is not None and plan["objective"] == UNTRAINED else FILES[1:]
+    return all((sub / name).is_file() for name in (*made, Path(rows) / FILES[0]))
+
+
+def _run(sub: Path, rows: str) -> Run:
+    validation, test, plan = (_read(path) for path in (sub / rows / FILES[0], sub / rows / TEST, sub / PLAN))
+    choosing = tuple(found for name in ("", FOREIGN) if (found := _read(sub / name / FILES[0])) is not None)
+    made = _read(sub / FILES[1]) or {"recipe": {}}
+    return Run(sub, validation, test, made["recipe"], plan or {}, rows, choosing)
 
 
 def _read(file: Path) -> Any:
