@@ -174,11 +174,15 @@ def answer_tokens(
     graph = cuda_graph and _one_token_at_a_time(model, options) and can_graph(model, architecture(model)["head_dim"])
     options.setdefault("do_sample", False)
     options |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
+    if setting(model, options, "stop_strings") is not None:
+        options["tokenizer"] = tokenizer
     replayed = graphed(model, cache) if graph else nullcontext()
     with torch.no_grad(), biased(model, sparsity_bias), user_wrote(model, spans), replayed:
         output = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
     reports = route_report(model, cache)[:: len(cache.counts) // len(encoded)]  # beams of a prompt share its route
-    answers = [_answer(row[ids.shape[1] :].tolist(), eos_ids(model), pad) for row in output]
+    ends = setting(model, options, "eos_token_id")
+    ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+    answers = [_answer(row[ids.shape[1] :].tolist(), ends, pad) for row in output]
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
     return [Generation(*parts) for parts in zip(texts, answers, reports, strict=True)]
 
