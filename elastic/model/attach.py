@@ -1,7 +1,7 @@
 """Attach attention routers to a frozen Hugging Face causal LM from outside, and detach them again (docs/design.md
 section 6).
 
-No class or module is copied, subclassed or patched: a pre-hook on the decoder lays out the samples of the batch, a pre-hook on
+No class is copied, subclassed or patched: a pre-hook on the decoder lays out the samples of the batch, a pre-hook on
 every attention module routes them, and an attention function registered with transformers runs the head plan. Decisions
 of a generation live on its KV cache, so interleaved requests never mix.
 """
