@@ -72,6 +72,8 @@ def check_keys(parser: Any, file: str) -> None:
         for key, value in part.items() if isinstance(part, dict) else ():
             name = f"{prefix}{key}"
             below = {dest for dest in known if dest.startswith(f"{name}.")}
+            if isinstance(value, dict) and "class_path" in value:
+                continue  # settings of a class, which the parser knows once it has found the class
             if below:
                 check(value, f"{name}.")
             elif name not in known:
