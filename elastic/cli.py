@@ -90,9 +90,7 @@ def _stoppable() -> Iterator[None]:
 
 
 def _stopped(name: str, rest: list[str]) -> int:
-    """Say how to resume, once for all processes of a run. A server has no other end than a signal."""
-    if name == "serve":
-        return 0
+    """Say how to resume, once for all processes of a run."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         way = RESUMED.get(name) or RESUMED.get(" ".join([name, *rest[:1]])) or "repeated, it begins again"
         start = "\n" if sys.stderr.isatty() else ""  # below a progress bar

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +96,8 @@ def serve(args: argparse.Namespace) -> None:
             say(f"no --api-key was given: whoever reaches {args.host} can use the model", stream=sys.stderr)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(args.grace))
         leave_at_once(listening)
-        uvicorn.Server(config).run(sockets=[listening])
+        with suppress(KeyboardInterrupt):  # a signal is a server's usual end, which uvicorn raises again after it
+            uvicorn.Server(config).run(sockets=[listening])
 
 
 def listen_on(host: str, port: int) -> socket.socket:
