@@ -117,7 +117,7 @@ def test_an_error_of_the_disk_names_the_file(make, tmp_path):
 
 
 def test_a_cache_that_cannot_be_written_says_how_to_choose_another(tmp_path, monkeypatch):
-    """Its folder cannot be made, and its disk is full; elsewhere there is no word of it."""
+    """The cache is named where its folder cannot be made or its disk is full, and nowhere else."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "file"))
     way = r"\(the cache; set ELASTIC_CACHE to a folder that can be written\): '{}'$"
