@@ -12,6 +12,17 @@ import uvicorn
 
 from elastic.inference.serving.app import ServerLimits, build_app
 from elastic.inference.serving.engine import Engine
+from elastic.model import loading
+from elastic.model.attach import attach
+from tests.helpers.models import small_config
+
+
+def tiny_model():
+    """The tiny backbone with fresh routers, whose answers have no end but their limit, and its tokenizer."""
+    model, tokenizer = loading.load_backbone("tiny")
+    model.generation_config.eos_token_id = None
+    attach(model, small_config())
+    return model, tokenizer
 
 
 @contextmanager

@@ -11,19 +11,13 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 from elastic.commands.serve import build_parser, door_of
 from elastic.inference.serving.app import build_app
 from elastic.inference.serving.door import Door
-from elastic.model import loading
-from elastic.model.attach import attach
 from tests.helpers import server as helper
-from tests.helpers.models import small_config
-from tests.helpers.server import body_of, serving
+from tests.helpers.server import body_of, serving, tiny_model
 
 
 @pytest.fixture(scope="module")
 def model():
-    model, tokenizer = loading.load_backbone("tiny")
-    model.generation_config.eos_token_id = None
-    attach(model, small_config())
-    return model, tokenizer
+    return tiny_model()
 
 
 def call(address, path="/v1/models", method="GET", body=None, **headers):

@@ -18,18 +18,12 @@ from elastic.inference.serving.app import ServerLimits
 from elastic.inference.serving.engine import Engine
 from elastic.inference.serving.metrics import Metrics
 from elastic.inference.serving.text import TextCutter
-from elastic.model import loading
-from elastic.model.attach import attach
-from tests.helpers.models import small_config
-from tests.helpers.server import ask, body_of, events_of, post, serving
+from tests.helpers.server import ask, body_of, events_of, post, serving, tiny_model
 
 
 @pytest.fixture(scope="module")
 def model():
-    model, tokenizer = loading.load_backbone("tiny")
-    model.generation_config.eos_token_id = None
-    attach(model, small_config())
-    return model, tokenizer
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,12 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
 from elastic.inference.serving.app import ServerLimits
-from elastic.model import loading
-from elastic.model.attach import attach
-from tests.helpers.models import small_config
-from tests.helpers.server import ask, body_of, get, serving
+from tests.helpers.server import ask, body_of, get, serving, tiny_model
 
 
 @pytest.fixture(scope="module")
 def model():
-    model, tokenizer = loading.load_backbone("tiny")
-    model.generation_config.eos_token_id = None
-    attach(model, small_config())
-    return model, tokenizer
+    return tiny_model()
 
 
 def send(address, body):
