@@ -20,8 +20,11 @@ def check_user(layout: Layout, spans: Tensor) -> None:
         raise ValueError(f"user_spans has {spans.shape[0]} parts for {samples} samples; expected one each")
     if spans.device.type != "cpu":
         return
-    limits = torch.stack([layout.begin_N, layout.prompt_end_N], 1).cpu()
-    for n, ((start, stop), (begin, end)) in enumerate(zip(spans.tolist(), limits.tolist(), strict=True)):
+    whole = not (layout.padded or layout.packed) and layout.prompt_end_N is layout.end_N
+    limits = [[0, layout.keys]] * samples  # known here: nothing is read back from a GPU
+    if not whole:
+        limits = torch.stack([layout.begin_N, layout.prompt_end_N], 1).tolist()
+    for n, ((start, stop), (begin, end)) in enumerate(zip(spans.tolist(), limits, strict=True)):
         if not begin <= start < stop <= end:
             raise ValueError(
                 f"user span [{start}, {stop}) of sample {n} is not a part of its prompt, the tokens [{begin}, {end}), "
