@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 Mode = Literal["full", "streaming", "xattention"]
 Granule = Literal["token", "block"]
 FeatureNorm = Literal["running", "none"]
-RouterKind = Literal["paper", "level", "static", "input"]
+RouterKind = Literal["paper", "level", "reach", "static", "input"]
 PoolOver = Literal["user", "prompt"]
 CacheKind = Literal["full", "elastic"]
 
@@ -34,9 +34,9 @@ class RouterConfig:
         feature_norm: `running` standardises the pooled keys with statistics gathered in training; `none` is the
             paper's router.
         kind: `paper` decides head by head from the keys; `level` goes down a measured order of the heads, as far as the
-            input's reach and length allow; `static` learns one pattern for every input, the rival that elastic routing
-            is measured against. A level router reads `budget` and `caution` alone, a static one none of the settings.
-            `input` is what `paper` was called before.
+            input's reach and length allow; `reach` runs the heads that reach least sparse, without training; `static`
+            learns one pattern for every input, the rival that elastic routing is measured against. A level router reads
+            `budget` and `caution` alone, the last two none of the settings. `input` is what `paper` was called before.
         head_offset: add learned logits of each KV head to the router's. Standardising takes away what tells the heads
             of a layer apart, so without it a router that they share cannot say "this head, always".
     """

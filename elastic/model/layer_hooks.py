@@ -25,6 +25,7 @@ from elastic.protocols import KVCache
 from elastic.routing.decision import decide_from_keys, decide_from_reach
 from elastic.routing.level import LevelRouter
 from elastic.routing.pooling import Pooling
+from elastic.routing.reach_router import ReachRouter
 from elastic.routing.router import Decision
 
 CALL = "elastic_call"
@@ -160,13 +161,13 @@ def decide_after_rope(
     of_pass, layer, cache, dropped = call.of_pass, attn.layer_idx, call.cache, call.dropped_NK
     if of_pass.row_slice.size > 1:
         raise ValueError(
-            "level routers look at the last queries and all keys of a row, of which context parallelism leaves each "
-            "process a slice; train them with DDP or FSDP, or use routers of kind paper"
+            "routers by level or reach look at the last queries and all keys of a row, of which context parallelism "
+            "leaves each process a slice; train them with DDP or FSDP, or use routers of kind paper"
         )
     record = _record(cache, of_pass.layout, layer)
     earlier = of_pass.record.decisions[layer - 1].reach_NR if layer else None
     decision = decide_from_reach(
-        cast(LevelRouter, attn.router), q_BHSD, k_BKSD, of_pass.layout, of_pass.config, scale, earlier,
+        cast(LevelRouter | ReachRouter, attn.router), q_BHSD, k_BKSD, of_pass.layout, of_pass.config, scale, earlier,
         dropped_NK=dropped, level_N=of_pass.level_N, temperature=of_pass.temperature,
     )  # fmt: skip
     return _planned(_settled(decision, layer, of_pass, record, dropped), layer, of_pass, cache)

@@ -19,6 +19,7 @@ from elastic.kernels import unsupported_reason
 from elastic.kernels.route_prompt import route_prompt
 from elastic.routing.level import LevelRouter
 from elastic.routing.pooling import Pooling, half_sums
+from elastic.routing.reach_router import ReachRouter
 from elastic.routing.relaxation import decide, sample_route
 from elastic.routing.router import AttentionRouter, Decision, Router
 
@@ -49,22 +50,23 @@ def decide_from_keys(
 
 
 def decide_from_reach(
-    router: LevelRouter, q_BHSD: Tensor, k_BKSD: Tensor, layout: Layout, config: ElasticConfig, scale: float,
-    earlier_NR: Tensor | None, *, dropped_NK: Tensor | None = None, level_N: Tensor | None = None,
+    router: LevelRouter | ReachRouter, q_BHSD: Tensor, k_BKSD: Tensor, layout: Layout, config: ElasticConfig,
+    scale: float, earlier_NR: Tensor | None, *, dropped_NK: Tensor | None = None, level_N: Tensor | None = None,
     temperature: float = 1.0,
 ) -> Decision:  # fmt: skip
-    """Decision of a level router from queries and keys after RoPE, at most the last 32 of what the user wrote.
+    """Decision of a router by level or by reach from queries and keys after RoPE, at most the last 32 of what the user
+    wrote.
 
     Args:
         earlier_NR: reach in the layers before; None in the first.
         dropped_NK: bool; heads whose cached keys are not all there, so that they tell nothing.
-        level_N: MSR that each sample is run at instead, see `at_level`.
+        level_N: MSR that each sample is run at instead (level routers), see `at_level`.
     """
     found = prompt_reach(q_BHSD, k_BKSD, layout, config.sparse, scale)
     reached = router.with_earlier(found.largest, found.recent, earlier_NR, dropped_NK)
     features = router.features(reached, layout.user_end_N - layout.begin_N, config.sparse)
     logits = router(features)
-    if level_N is not None:
+    if level_N is not None and isinstance(router, LevelRouter):
         route = router.route_at(level_N.expand(features.shape[0]))
     elif router.training:
         route = sample_route(logits, temperature)

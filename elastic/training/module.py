@@ -97,6 +97,9 @@ class ElasticModule(RoutedModule):
         own = [p for router in routers(self.model) for p in router.head_logits()]
         shared = [p for router in routers(self.model) for p in router.parameters() if all(p is not o for o in own)]
         settings = self.optimiser
+        if not own and not shared:
+            kind = self.elastic.router.kind
+            raise ValueError(f"routers of kind {kind} have nothing to learn; `elastic test` evaluates them as they are")
         if settings.heads_first and not own:
             raise ValueError(
                 f"optimiser.heads_first={settings.heads_first} trains nothing at first, because no head has logits of "

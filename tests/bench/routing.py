@@ -169,6 +169,8 @@ def evaluate(
     routers = str(args.out / plan.name / CHECKPOINT)
     if plan.router == "need":
         routers = f"static:{order_of(plan.seed, args)}@{NEED_AT}"
+    elif plan.router == "reach":
+        routers = ""
     elif not Path(routers).is_dir():
         return f"not begun, {routers} is gone; remove {Path(routers).parent} to train again"
     methods = plan.methods(args.biases, beside)

@@ -21,7 +21,7 @@ DATA = {
 BASELINES = ("dense", "streaming", "random:0.7", "random:0.7:1")
 START = 0.75  # MSR that routers which begin in an order begin at
 # A share of the heads by bias, for routers in the order at 0.80 of 90 heads; half places would tie.
-NEED_AT, NEED = 0.8, (-2, -1, -0.45, 0.55, 1, 1.55)  # 0.6, 0.7, 0.756, 0.856, 0.9, 0.956
+NEED_AT, NEED = 0.8, (-4, -3, -2, -1, -0.45, 0.55, 1)  # 0.4, 0.5, 0.6, 0.7, 0.756, 0.856, 0.9
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,25 @@ class Kind:
         biases: its operating points beside bias 0.
         layers, flags: of `elastic fit`, beside those of all kinds.
         in_order: it begins with the order of heads of its seed.
+        trained: by `elastic fit`.
+        seeded: it differs from seed to seed; else it runs once.
     """
 
     biases: tuple[float, ...] = (-3, -2, -1, 1.5)
     layers: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     in_order: bool = False
+    trained: bool = True
+    seeded: bool = True
 
 
 OFFSETS = ("--model.elastic.router.kind=paper", "--model.elastic.router.head_offset=true")
 KINDS = {
-    "level": Kind((-3, -2, -1, 0.75, 1.5), in_order=True),  # fitted by `elastic calibrate`; a bias of 1 is 0.1 of MSR
-    "need": Kind(NEED, in_order=True),  # the order itself, the same heads for every input
+    # Fitted by `elastic calibrate`; a bias of 1 is 0.1 of MSR.
+    "level": Kind((-4, -3, -2, -1.5, -1, -0.5), in_order=True, trained=False),
+    "need": Kind(NEED, in_order=True, trained=False),  # the order itself, the same heads for every input
+    # The heads that reach least, without order or training; a bias of 1 is a tenth of a head's attention.
+    "reach": Kind((-2, -1, 1, 2), flags=("--model.elastic.router.kind=reach",), trained=False, seeded=False),
     "ordered": Kind(flags=OFFSETS, in_order=True),  # the paper's router, from the order on
     "elastic": Kind(),  # the paper's router
     "static": Kind(layers=("configs/router/static.yaml",)),  # one pattern, learned
@@ -92,10 +99,11 @@ class Plan:
         """`validate` or `test` them.
 
         Args:
-            routers: a checkpoint folder, whose settings are taken, or `static:<order>@<msr>`.
+            routers: a checkpoint folder, whose settings are taken, or `static:<order>@<msr>`; empty: fresh ones.
         """
         words = [f"--data.data_dir={data}", f"--trainer.logger.init_args.save_dir={folder / 'judged'}"]
-        words += [f"--model.routers={routers}", f"--model.methods={json.dumps(list(methods))}", *settings(routers)]
+        words += [f"--model.methods={json.dumps(list(methods))}"]
+        words += [f"--model.routers={routers}", *settings(routers)] if routers else []
         return [command, *self.common(folder, extra), *words]
 
     def methods(self, biases: Sequence[float] | None, beside: Sequence[str]) -> list[str]:
@@ -125,8 +133,9 @@ def plans(routers: Sequence[str], objectives: Sequence[str], seeds: Sequence[int
     """
     found = []
     for seed in seeds:
-        found += [Plan(router, UNTRAINED, seed) for router in routers if router in ("level", "need")]
-        trained = [router for router in routers if router not in ("level", "need")]
+        mine = [router for router in routers if KINDS[router].seeded or seed == seeds[0]]
+        found += [Plan(router, UNTRAINED, seed) for router in mine if not KINDS[router].trained]
+        trained = [router for router in mine if KINDS[router].trained]
         found += [Plan(router, objective, seed) for objective in objectives for router in trained]
     return found
 
