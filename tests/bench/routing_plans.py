@@ -21,7 +21,7 @@ DATA = {
 BASELINES = ("dense", "streaming", "random:0.7", "random:0.7:1")
 START = 0.75  # MSR that routers which begin in an order begin at
 # A share of the heads by bias, for routers in the order at 0.80 of 90 heads; half places would tie.
-NEED_AT, NEED = 0.8, (-4, -3, -2, -1, -0.45, 0.55, 1)  # 0.4, 0.5, 0.6, 0.7, 0.756, 0.856, 0.9
+NEED_AT, NEED = 0.8, (-3, -2, -1, -0.45)  # 0.5, 0.6, 0.7, 0.756
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Kind:
 OFFSETS = ("--model.elastic.router.kind=paper", "--model.elastic.router.head_offset=true")
 KINDS = {
     # Fitted by `elastic calibrate`; a bias of 1 is 0.1 of MSR.
-    "level": Kind((-4, -3, -2, -1.5, -1, -0.5), in_order=True, trained=False),
+    "level": Kind((-3, -2, -1.5, -1), in_order=True, trained=False),
     "need": Kind(NEED, in_order=True, trained=False),  # the order itself, the same heads for every input
     # The heads that reach least, without order or training; a bias of 1 is a tenth of a head's attention.
-    "reach": Kind((-2, -1, 1, 2), flags=("--model.elastic.router.kind=reach",), trained=False, seeded=False),
+    "reach": Kind((-4, -3, -2, -1), flags=("--model.elastic.router.kind=reach",), trained=False, seeded=False),
     "ordered": Kind(flags=OFFSETS, in_order=True),  # the paper's router, from the order on
     "elastic": Kind(),  # the paper's router
     "static": Kind(layers=("configs/router/static.yaml",)),  # one pattern, learned

@@ -391,7 +391,7 @@ def test_points_of_the_order_are_the_shares_that_they_are_named_for():
     heads = 90
     place = (torch.arange(heads) + 0.5) / heads
     shares = [int((STEEPNESS * (NEED_AT - place) + bias > 0).sum()) for bias in sorted([0, *NEED])]
-    assert shares == [36, 45, 54, 63, 68, 72, 77, 81]
+    assert shares == [45, 54, 63, 68, 72]
 
 
 def test_the_shipped_checkpoint_stands_at_the_chosen_point(study, tmp_path):
