@@ -58,7 +58,7 @@ class MixtureSampler(Sampler[list[int]]):
 
     def order(self) -> list[int]:
         """All processes' row indices of the current epoch."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + self.epoch)
         total = len(self) * self.rows * self.world
         picks = torch.multinomial(self.weights, total, replacement=True, generator=generator).tolist()
         offsets = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
@@ -69,7 +69,7 @@ class MixtureSampler(Sampler[list[int]]):
 def _endless(size: int, generator: torch.Generator) -> Iterator[int]:
     """Permutations of range(size), one after the other."""
     while True:
-        yield from torch.randperm(size, generator=generator).tolist()
+        yield from torch.randperm(size, generator=generator, device="cpu").tolist()
 
 
 class ResumableLoader:

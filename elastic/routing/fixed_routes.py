@@ -21,7 +21,7 @@ def uniform(layers: int, kv_heads: int, route: int) -> Tensor:
 
 def drawn(layers: int, kv_heads: int, msr: float, seed: int) -> Tensor:
     """A share `msr` of all heads, drawn by `seed`, on route 1, [L, K]."""
-    order = torch.randperm(layers * kv_heads, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(layers * kv_heads, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     return first_heads(order.tolist(), msr, layers, kv_heads)
 
 

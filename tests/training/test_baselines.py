@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 
 from elastic import cli
 from elastic.config import ElasticConfig, RouterConfig
+from elastic.data.datamodule import MixtureSampler
 from elastic.model.attach import attach, last_routes, override_routes, routers
 from elastic.model.checkpoint import WEIGHTS, load_into, save_elastic
+from elastic.routing.fixed_routes import drawn
 from elastic.routing.kinds import build_router
 from elastic.routing.router import StaticRouter
 from elastic.training.config import OptimiserConfig
@@ -110,6 +112,26 @@ def test_one_test_command_reports_every_method(data, tmp_path, capsys):
         assert row["streaming_esr_all"] > row["random:0.5_esr_all"] > 0
     needles = results["tasks"]["single_qa"]
     assert needles["dense_exact"] > needles["streaming_exact"]
+
+
+def test_routes_are_drawn_alike_where_another_device_is_the_default():
+    """Lightning builds models with the GPU as torch's default device."""
+    usual = drawn(3, 2, 0.5, 2), next(iter(MixtureSampler([12, 20], [1.0, 1.0], 2, 0)))
+    with torch.device("meta"):
+        assert next(iter(MixtureSampler([12, 20], [1.0, 1.0], 2, 0))) == usual[1]
+        drawn(3, 2, 0.5, 2)
+    assert usual[0].sum() == 3
+
+
+@pytest.mark.gpu
+def test_every_method_is_evaluated_on_a_gpu(data, tmp_path):
+    words = ["-c", str(ROOT / "configs" / "debug.yaml"), f"--data.data_dir={data}", "--trainer.accelerator=gpu"]
+    words += [f"--trainer.default_root_dir={tmp_path}", "--trainer.limit_test_batches=1.0"]
+    (tmp_path / "heads.tsv").write_text("1 0\n0 0\n1 1\n")
+    names = ["dense", "elastic", "streaming", "random:0.5", f"static:{tmp_path / 'heads.tsv'}"]
+    assert cli.main(["test", *words, f"--model.methods=[{', '.join(names)}]"]) == 0
+    found = json.loads((tmp_path / "results_test.json").read_text())["tasks"]
+    assert all(row["random:0.5_msr"] == 0.5 for row in found.values())
 
 
 def test_a_baseline_equals_its_override(data, tmp_path):
