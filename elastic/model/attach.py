@@ -37,6 +37,7 @@ __all__ = [
     "attach",
     "biased",
     "detach",
+    "drawn_by",
     "elastic_config",
     "is_attached",
     "last_features",
@@ -297,6 +298,18 @@ def set_temperature(model: CausalLM, temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} is not positive; the annealing must end above 0 (tau_min)")
     handle_of(model).state.temperature = temperature
+
+
+@contextmanager
+def drawn_by(model: CausalLM, gumbel_LNK2: Tensor) -> Iterator[None]:
+    """Inside the context, routes of a model in training mode are drawn by this noise, in this thread alone.
+
+    Args:
+        gumbel_LNK2: Gumbel(0, 1) noise [L, N, K, 2] for the N samples of the passes to come.
+    """
+    state = handle_of(model).state
+    with forcing(state, replace(forced_on(state), gumbel_LNK2=gumbel_LNK2)):
+        yield
 
 
 def last_features(model: CausalLM) -> Tensor:

@@ -179,14 +179,12 @@ def _schedule(trainer: Trainer, module: Any) -> dict[str, Any]:
     """Settings that a run may be resumed with although its weights depend on them, by their command-line names."""
     own = {"model.optimiser": module.optimiser, "model.temperature": module.annealing}
     parts = {f"{section}.{name}": value for section, part in own.items() for name, value in asdict(part).items()}
-    rows = getattr(getattr(trainer, "datamodule", None), "micro_batch_rows", None)
     return {
         "trainer.max_steps": trainer.max_steps,
         "trainer.max_epochs": trainer.max_epochs,
         "trainer.precision": str(trainer.precision),
         "model.dtype": module.dtype_name,
         **parts,
-        **({} if rows is None else {"data.micro_batch_rows": rows}),
     }
 
 
