@@ -73,7 +73,7 @@ class Norm(Protocol):
 
     weight: nn.Parameter
 
-    def __call__(self, hidden: Tensor, /) -> Tensor: ...
+    def forward(self, hidden: Tensor, /) -> Tensor: ...
 
 
 class AttentionModule(KeyProjection, Module, Protocol):

@@ -6,6 +6,7 @@ every attention module routes them, and an attention function registered with tr
 of a generation live on its KV cache, so interleaved requests never mix.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from elastic.model.families import FAMILIES, RoutedAttention, attention_layers
 from elastic.model.generation import unwatch, watch
 from elastic.model.layer_hooks import before_attention, before_decoder
 from elastic.model.pass_state import AttachedState, PassRecord, PassRoutes, forced_on, forcing
+from elastic.model.saving import save_as_before, save_backbone_alone
 from elastic.protocols import AttentionModule, CausalLM
 from elastic.routing.kinds import build_router
 from elastic.routing.router import Router
@@ -110,7 +112,16 @@ def attach(model: Model, config: ElasticConfig | None = None) -> Model:
     return model
 
 
+def _give_own_config(model: CausalLM) -> None:
+    """A copy of the config, which other models may share: the choice of the attention function is written there."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if vars(module).get("config") is shared:
+            vars(module)["config"] = own
+
+
 def _install(model: CausalLM, handle: Handle, layers: list[AttentionModule], made: list[Router]) -> None:
+    _give_own_config(model)
     model.set_attn_implementation(IMPLEMENTATION)
     if model.config._attn_implementation != IMPLEMENTATION:
         raise ValueError(
@@ -122,6 +133,7 @@ def _install(model: CausalLM, handle: Handle, layers: list[AttentionModule], mad
         attn.add_module("router", router)
         handle.hooks.append(attn.register_forward_pre_hook(before_attention, with_kwargs=True))
     watch(model, handle.state)
+    save_backbone_alone(model)
     decoder = model.get_decoder()
     chunk(decoder, handle.state.chunk_tokens)
     hook = partial(before_decoder, handle.state)
@@ -146,6 +158,7 @@ def _undo(model: CausalLM, handle: Handle) -> None:
         if before is not None:
             part.forward = before
     unwatch(model)
+    save_as_before(model)
     unchunk(model.get_decoder())
     for attn in _attention_layers(model):
         attn._modules.pop("router", None)
