@@ -175,14 +175,20 @@ class RoutedLM(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of continuations, samples packed into one row; the router sees the context only."""
+        """Log-likelihood of continuations, samples packed into one row; the router sees the context only. A rolling
+        window has no context of its own: all of it is the prompt, as when a model reads a text.
+        """
         results: list[tuple[float, bool]] = []
         size = override_bs or int(self.batch_size)
         for start in range(0, len(requests), size):
             chunk = requests[start : start + size]
-            self._waiting = [self._context(pair[0], ids, self.max_length + 1 - len(a)) for pair, ids, a in chunk]
+            self._waiting = [
+                self._context(pair[0] if pair else "", ids, self.max_length + 1 - len(a)) for pair, ids, a in chunk
+            ]
             prompts = [context.prompt for context in self._waiting]
             rows = [prompt.ids + answer[:-1] for prompt, (_, _, answer) in zip(prompts, chunk, strict=True)]
+            rolling = [pair is None for pair, _, _ in chunk]
+            prompts = [EncodedPrompt.whole(r) if w else p for p, r, w in zip(prompts, rows, rolling, strict=True)]
             logits, seconds = self._packed(rows, prompts)
             state = last_routes(self.model)
             self._keep(state.route, state.density, torch.tensor([len(prompt) for prompt in prompts]), seconds)
