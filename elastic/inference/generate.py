@@ -132,7 +132,7 @@ def generate(
             with beams, with the same numbers; `cuda_graph=False` launches them one by one.
 
     Returns:
-        One `Generation` per prompt, in order.
+        One `Generation` per prompt, in order; `num_return_sequences` of them per prompt, if that is among the options.
 
     Raises:
         ValueError: an empty prompt, one too long for the model, options that do not go together, or a model without
@@ -145,8 +145,9 @@ def generate(
             raise ValueError(f"budget={budget} and sparsity_bias={sparsity_bias} both say how sparse; give one of them")
         sparsity_bias = bias_of_budget(model, budget)
     encoded = [encode(item, tokenizer, chat_template, tools) for item in single_prompts(prompt)]
-    if streamer is not None and len(encoded) != 1:
-        raise ValueError(f"a streamer shows one answer but {len(encoded)} prompts were given; pass one prompt")
+    answers = len(encoded) * (setting(model, options, "num_return_sequences") or 1)
+    if streamer is not None and answers != 1:
+        raise ValueError(f"a streamer shows one answer but {answers} were asked for; pass one prompt")
     check_length(encoded, model, max_new_tokens)
     options |= {"max_new_tokens": max_new_tokens, "streamer": streamer}
     return answer_tokens(model, tokenizer, encoded, sparsity_bias=sparsity_bias, kv_cache=kv_cache, **options)
@@ -167,19 +168,22 @@ def answer_tokens(
 
     Their length is not checked: rows that a stopping criterion ends may share a batch with longer answers.
     """
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = options.get("pad_token_id", tokenizer.pad_token_id)
+    pad = tokenizer.eos_token_id if pad is None else pad
     ids, mask = left_pad([prompt.ids for prompt in encoded], pad, model.device)
     spans = padded_spans(encoded, torch.device("cpu"))
     cache = new_cache(model, max_new_tokens, kv_cache)
     graph = cuda_graph and _one_token_at_a_time(model, options) and can_graph(model, architecture(model)["head_dim"])
-    options.setdefault("do_sample", False)
+    options.setdefault("do_sample", bool(getattr(options.get("generation_config"), "do_sample", False)))
     options |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
     if setting(model, options, "stop_strings") is not None:
         options["tokenizer"] = tokenizer
     replayed = graphed(model, cache) if graph else nullcontext()
     with torch.no_grad(), biased(model, sparsity_bias), user_wrote(model, spans), replayed:
         output = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
-    reports = route_report(model, cache)[:: len(cache.counts) // len(encoded)]  # beams of a prompt share its route
+    each = len(output) // len(encoded)
+    reports = route_report(model, cache)[:: len(cache.counts) // len(encoded)]  # a prompt's answers share its route
+    reports = [report for report in reports for _ in range(each)]
     ends = setting(model, options, "eos_token_id")
     ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
     answers = [_answer(row[ids.shape[1] :].tolist(), ends, pad) for row in output]
@@ -264,7 +268,10 @@ def _check_options(model: CausalLM, options: dict[str, Any], max_new_tokens: int
     if own:
         raise ValueError(f"generate sets {', '.join(own)} itself; for full control call model.generate")
     judge(model, options, _REFUSED)
-    if options.get("num_return_sequences", 1) != 1:
-        raise ValueError(
-            f"num_return_sequences={options['num_return_sequences']}; expected 1: repeat the prompt instead"
-        )
+    for name in ("max_new_tokens", "max_length"):
+        value = getattr(options.get("generation_config"), name, None)
+        if value is not None and (name, value) != ("max_new_tokens", max_new_tokens):
+            raise ValueError(
+                f"generation_config has {name}={value}, the call max_new_tokens={max_new_tokens}; give the call what "
+                "you want and leave it out of the generation_config"
+            )
