@@ -230,6 +230,7 @@ def route_report(model: CausalLM, cache: KVCache) -> list[RouteReport]:
         element_size=model.dtype.itemsize,
         backend=backend_for(model.device, model.dtype, head_dim, sparse=sparse),
         density_LNK=record.density,
+        turns=record.turns,
         kv_cache=kind,
         held_N=held,
     )

@@ -231,6 +231,8 @@ def _record(cache: KVCache | None, layout: Layout, layer: int) -> RouteRecord | 
             "routers: "
             "start from an empty cache"
         )
+    elif layer == 0:
+        record.begin_turn(layout)
     return record
 
 
