@@ -1,6 +1,6 @@
 """Load routers onto their backbone and generate text through `model.generate` (docs/design.md section 7)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +11,17 @@ import torch
 from elastic.attention.routed import backend_for
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.config import SparseConfig
-from elastic.data.prompts import EncodedPrompt, Prompts, check_length, encode, left_pad, padded_spans, single_prompts
+from elastic.data.prompts import (
+    TEMPLATE,
+    EncodedPrompt,
+    Prompts,
+    check_length,
+    encode,
+    left_pad,
+    padded_spans,
+    set_template_kwargs,
+    single_prompts,
+)
 from elastic.inference.budget import bias_of_budget
 from elastic.inference.decode_graph import can_graph, graphed
 from elastic.inference.report import RouteReport, route_reports
@@ -72,7 +82,9 @@ def load(
     options: dict[str, Any] = {"dtype": dtype, "device": device, "gguf_file": gguf_file}
     method = _static_method(path)
     if method is None:
-        model, tokenizer = load_backbone(backbone or read_elastic(path)["backbone"], **options)
+        metadata = read_elastic(path)
+        model, tokenizer = load_backbone(backbone or metadata["backbone"], **options)
+        set_template_kwargs(tokenizer, metadata[TEMPLATE])
         load_into(model, path)
     else:
         model, tokenizer = _load_static(method, backbone, options)
@@ -112,6 +124,8 @@ def generate(
     streamer: Any = None,
     chat_template: bool = True,
     tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    sanitize_control_tokens: bool = False,
     **options: Any,
 ) -> list[Generation]:
     """Answer prompts; greedy unless `do_sample=True` is among the options of `model.generate`.
@@ -128,6 +142,9 @@ def generate(
         chat_template: put texts into the tokenizer's chat template as the user's message, as in training; False takes
             them as they are.
         tools: functions or JSON schemas that the chat template tells the model it may call.
+        chat_template_kwargs: for this call only: variables of the chat template, such as `enable_thinking`, beside
+            those of the checkpoint.
+        sanitize_control_tokens: control tokens that messages spell out, such as `<|im_start|>`, stay text.
         **options: passed to `model.generate`. Decode steps replay a CUDA graph where the decode kernel runs, except
             with beams, with the same numbers; `cuda_graph=False` launches them one by one.
 
@@ -144,7 +161,8 @@ def generate(
         if sparsity_bias is not None:
             raise ValueError(f"budget={budget} and sparsity_bias={sparsity_bias} both say how sparse; give one of them")
         sparsity_bias = bias_of_budget(model, budget)
-    encoded = [encode(item, tokenizer, chat_template, tools) for item in single_prompts(prompt)]
+    reading = (chat_template, tools, chat_template_kwargs, sanitize_control_tokens)
+    encoded = [encode(item, tokenizer, *reading) for item in single_prompts(prompt)]
     answers = len(encoded) * (setting(model, options, "num_return_sequences") or 1)
     if streamer is not None and answers != 1:
         raise ValueError(f"a streamer shows one answer but {answers} were asked for; pass one prompt")

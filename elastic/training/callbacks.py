@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
 from elastic.console import say
+from elastic.data.prompts import TEMPLATE
 from elastic.model.checkpoint import read_elastic, save_elastic
 from elastic.model.loading import backbone_id
 from elastic.plots import image_of, save_png, share_figure
@@ -130,13 +131,15 @@ class ElasticCheckpoint(Callback):
 
     def _write(self, trainer: Trainer, module: Any) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            data = data_origin(trainer)
             save_elastic(
                 run_folder(trainer) / CHECKPOINT,
                 module.model,
                 backbone_id(module.backbone),
                 module.multipliers,
-                recipe={**module.recipe(), "data": data_origin(trainer)},
+                recipe={**module.recipe(), "data": data},
                 metrics=module.results,
+                chat_template_kwargs=data.get(TEMPLATE, {}) if data else None,  # earlier data was told nothing
             )
 
 
