@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from elastic.data.prompts import TEMPLATE_KWARGS, check_kwargs
 from elastic.data.shards import SPLITS
 from elastic.data.tasks import TASKS
 
@@ -51,6 +52,7 @@ class Mixture:
         part_tokens: tokens of one shard: the unit of work, of memory and of resuming.
         window: tokens at the end of a context that answers of robust tasks may share text with (overlap.py); that of
             the streaming heads to be trained.
+        chat_template_kwargs: variables of the chat template.
     """
 
     backbone: str
@@ -64,8 +66,10 @@ class Mixture:
     code: str | None = None
     part_tokens: int = 1_000_000
     window: int = WINDOW
+    chat_template_kwargs: dict[str, Any] = field(default_factory=lambda: dict(TEMPLATE_KWARGS))
 
     def __post_init__(self) -> None:
+        check_kwargs(self.chat_template_kwargs)
         if set(self.tokens) - set(SPLITS) or not self.tokens or min(self.tokens.values()) < self.seq_length:
             raise ValueError(
                 f"tokens={self.tokens}; expected a budget of at least one row ({self.seq_length} tokens) for splits "

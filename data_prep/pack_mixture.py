@@ -24,8 +24,9 @@ from tqdm import tqdm
 from elastic.console import Parser
 from elastic.data.file_rows import ReadReport
 from elastic.data.packing import Sample, best_fit, packed_row, tokenise
+from elastic.data.prompts import set_template_kwargs
 from elastic.data.records import Record, read_records
-from elastic.data.shards import FORMAT, MANIFEST, SPLITS, tokenizer_hash, write_shard
+from elastic.data.shards import FORMAT, MANIFEST, SPLITS, tokenizer_origin, write_shard
 from elastic.files import find_config, is_foreign, new_file, put_in_place, write_atomic
 from elastic.model.loading import load_tokenizer
 
@@ -124,7 +125,7 @@ def pack_part(mixture: Mixture, scratch: Path, split: str, part: int) -> dict[st
     samples: list[Sample] = []
     for name in mixture.sources:
         samples += _drawn(mixture, name, split, part, budget * mixture.share(name), report)
-    rows = fill_up(best_fit(samples, mixture.seq_length), mixture, split, part, *_tokenizer(mixture.backbone))
+    rows = fill_up(best_fit(samples, mixture.seq_length), mixture, split, part, *_tokenizer_of(mixture))
     file = scratch / split / f"{_name(part)}.arrow"
     with new_file(file) as writing:
         entry = write_shard(writing, map(packed_row, rows))
@@ -135,7 +136,7 @@ def pack_part(mixture: Mixture, scratch: Path, split: str, part: int) -> dict[st
 
 def _drawn(mixture: Mixture, name: str, split: str, part: int, budget: float, report: ReadReport) -> list[Sample]:
     """Samples of one source up to its share of the budget; the last one goes in if at least half of it fits."""
-    tokenizer, measure = _tokenizer(mixture.backbone)
+    tokenizer, measure = _tokenizer_of(mixture)
     taken: list[Sample] = []
     left = budget
     for record in _records(mixture, name, split, part, measure, report):
@@ -175,6 +176,12 @@ def _records(mixture: Mixture, name: str, split: str, part: int, measure: Any, r
     yield from generate(generator, split, ENDLESS, longest, seed, measure, *mixture.folders, shortest, *more)
 
 
+def _tokenizer_of(mixture: Mixture) -> Any:
+    tokenizer, measure = _tokenizer(mixture.backbone)
+    set_template_kwargs(tokenizer, mixture.chat_template_kwargs)
+    return tokenizer, measure
+
+
 @lru_cache(maxsize=1)
 def _tokenizer(backbone: str) -> Any:
     tokenizer = load_tokenizer(backbone)
@@ -182,12 +189,12 @@ def _tokenizer(backbone: str) -> Any:
 
 
 def _origin(mixture: Mixture) -> dict[str, Any]:
-    tokenizer, _ = _tokenizer(mixture.backbone)
+    tokenizer, _ = _tokenizer_of(mixture)
     return {
         "seq_length": mixture.seq_length,
         "mixture": mixture.to_dict(),
         "versions": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},
-        "tokenizer": {"name": Path(tokenizer.name_or_path).name, "sha256": tokenizer_hash(tokenizer)},
+        **tokenizer_origin(tokenizer),
     }
 
 

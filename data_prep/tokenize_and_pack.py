@@ -12,8 +12,9 @@ from tqdm import tqdm
 from elastic.console import Parser
 from elastic.data.file_rows import ReadReport
 from elastic.data.packing import Sample, pack, tokenise
+from elastic.data.prompts import TEMPLATE_KWARGS, set_template_kwargs
 from elastic.data.records import read_records
-from elastic.data.shards import SPLITS, DataWriter, tokenizer_hash
+from elastic.data.shards import SPLITS, DataWriter, tokenizer_origin
 
 from .build_mixture import RECIPE
 
@@ -51,7 +52,7 @@ def prepare(records: str | Path, tokenizer: Any, out: str | Path, seq_length: in
         "seq_length": seq_length,
         "mixture": _recipe(records),
         "versions": {name: version(name) for name in ("transformers", "tokenizers", "datasets")},
-        "tokenizer": {"name": Path(tokenizer.name_or_path).name, "sha256": tokenizer_hash(tokenizer)},
+        **tokenizer_origin(tokenizer),
     }
     with DataWriter(out, origin) as writer:
         for split, file in tqdm(files, desc="packing", unit="file"):
@@ -87,11 +88,15 @@ def main(argv: list[str] | None = None, prog: str = "python -m data_prep.tokeniz
     )
     parser.add_argument("--seq-length", type=int, required=True, help="tokens of a packed row")
     parser.add_argument("--out", type=Path, required=True, help="data folder to write")
+    told = 'JSON object: variables of the chat template (default: {"enable_thinking": false})'
+    parser.add_argument("--chat-template-kwargs", type=json.loads, default=TEMPLATE_KWARGS, metavar="JSON", help=told)
     args = parser.parse_args(argv)
     from elastic.model.loading import load_tokenizer
 
     try:
-        manifest, report = prepare(args.records, load_tokenizer(args.backbone), args.out, args.seq_length)
+        tokenizer = load_tokenizer(args.backbone)
+        set_template_kwargs(tokenizer, args.chat_template_kwargs)
+        manifest, report = prepare(args.records, tokenizer, args.out, args.seq_length)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     for split, corpora in manifest["splits"].items():

@@ -73,7 +73,7 @@ class Norm(Protocol):
 
     weight: nn.Parameter
 
-    def __call__(self, hidden: Tensor, /) -> Tensor: ...
+    def forward(self, hidden: Tensor, /) -> Tensor: ...
 
 
 class AttentionModule(KeyProjection, Module, Protocol):
@@ -217,6 +217,11 @@ class Tokenizer(Protocol):
 
     @property
     def backend_tokenizer(self) -> Any: ...
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, Any]:
+        """By id, what was added to the vocabulary: `content`, and whether it is `special`."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -79,6 +79,7 @@ def random_row(length: int, samples: int, vocabulary: int, device: torch.device)
         user_spans=prompts,
         task_id=(torch.arange(samples) % len(TASKS)).to(device),
         source=["random"] * samples,
+        row_samples=[samples],
     )
 
 

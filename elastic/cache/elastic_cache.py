@@ -23,7 +23,7 @@ from elastic.attention.modes import STREAMING
 from elastic.cache.decode_attention import Stored
 from elastic.cache.kv_pool import KVPool, Visible, slot_of, upload, visible_slots
 from elastic.cache.layer import ElasticLayer
-from elastic.cache.route_record import find_record, new_record, same_override
+from elastic.cache.route_record import RouteRecord, find_record, new_record, same_override
 from elastic.config import ElasticConfig
 
 STEP = 1024  # tokens by which heads that keep everything grow
@@ -143,12 +143,21 @@ class ElasticCache(Cache):
         record = find_record(self)
         if self.config.kv_cache == "full" or record is None:
             return
-        if dense or not same_override(override, record.override):
+        if dense or not self._same_routes(override, record):
             what = "dense_decode was set" if dense else "override_routes changed"
             raise ValueError(
                 f"{what} after the prompt was read into an elastic KV cache, whose streaming heads have dropped keys; "
                 'read the prompt again, or use kv_cache="full"'
             )
+
+    def _same_routes(self, override: int | Tensor | None, record: RouteRecord) -> bool:
+        """Whether these routes were in force at the prompt; tensors are read only where another one came."""
+        kept = record.override
+        if not same_override(override, kept) and isinstance(override, Tensor) and isinstance(kept, Tensor):
+            if override.shape != kept.shape or not bool((override.to(kept.device) == kept).all()):
+                return False
+            record.override = override
+        return same_override(override, record.override)
 
     def advance(self) -> None:
         """Count a step that a CUDA graph replayed: everything on the device has moved already."""
@@ -275,6 +284,9 @@ class ElasticCache(Cache):
         """A copy that shares nothing: prefix reuse."""
         self.settle()
         twin = memo[id(self)] = type(self).__new__(type(self))
+        record = find_record(self)
+        if record is not None:
+            memo[id(record.override)] = record.override  # known by its identity
         for name, value in self.__dict__.items():
             setattr(twin, name, copy.deepcopy(value, memo))
         return twin

@@ -17,6 +17,37 @@ from elastic.protocols import KVCache
 _RECORD = "_elastic_record"
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Tokens that were read in one pass under one decision: the prompt, or a later turn.
+
+    Attributes:
+        route_LNK: int8.
+        density_LNK: float64, what XAttention heads visited; None if the configuration has none.
+        begin_N, end_N: int64; tokens of each sample before it, and up to its end.
+    """
+
+    route_LNK: Tensor
+    density_LNK: Tensor | None
+    begin_N: Tensor
+    end_N: Tensor
+
+    def cut(self, held_N: Tensor) -> "Turn":
+        """What is left of it in a cache that holds so many tokens of each sample."""
+        return replace(self, begin_N=torch.minimum(self.begin_N, held_N), end_N=torch.minimum(self.end_N, held_N))
+
+    def cpu(self) -> "Turn":
+        """Itself on the host."""
+        density = None if self.density_LNK is None else self.density_LNK.cpu()
+        return Turn(self.route_LNK.cpu(), density, self.begin_N.cpu(), self.end_N.cpu())
+
+    def select(self, index: Tensor) -> "Turn":
+        """Follow a cache whose samples became `index`."""
+        density = None if self.density_LNK is None else self.density_LNK[:, index.to(self.density_LNK.device)]
+        route = self.route_LNK[:, index.to(self.route_LNK.device)]
+        return Turn(route, density, self.begin_N[index], self.end_N[index])
+
+
 @dataclass
 class RouteRecord:
     """Decisions of one generation, kept on its KV cache.
@@ -30,6 +61,7 @@ class RouteRecord:
         densities: by layer, what XAttention heads visited [N, K], see `elastic.attention.block_selection.density`.
         layout: of the prompt or turn that the routes were decided on.
         override: what `override_routes` gave at that time.
+        earlier: the turns before the one that `layers` decided.
     """
 
     layers: dict[int, Tensor] = field(default_factory=dict)
@@ -39,6 +71,7 @@ class RouteRecord:
     densities: dict[int, Tensor] = field(default_factory=dict)
     layout: Layout | None = None
     override: int | Tensor | None = None
+    earlier: list[Turn] = field(default_factory=list)
     _modes: tuple[int | Tensor | None, tuple[bool, SparseConfig], Tensor] | None = None
 
     @property
@@ -56,6 +89,26 @@ class RouteRecord:
         """int64 [N] on the CPU; tokens of the prompt that the routes were decided on."""
         assert self.layout is not None
         return (self.layout.prompt_end_N - self.layout.begin_N).cpu()
+
+    @property
+    def turns(self) -> list[Turn]:
+        """All turns of the conversation, on the CPU."""
+        return [turn.cpu() for turn in (*self.earlier, self._turn)]
+
+    @property
+    def _turn(self) -> Turn:
+        """The prompt or turn that the routes were decided on."""
+        assert self.layout is not None
+        layout, stack = self.layout, torch.stack
+        density = stack([self.densities[i] for i in sorted(self.densities)]) if self.densities else None
+        begin = (layout.past - layout.begin_N).clamp_min(0)
+        route = stack([self.layers[i] for i in sorted(self.layers)])
+        return Turn(route, density, begin, layout.prompt_end_N - layout.begin_N)
+
+    def begin_turn(self, layout: Layout) -> None:
+        """A later turn is about to be decided; what a crop has removed since counts no more."""
+        held = (layout.past - layout.begin_N).clamp_min(0)
+        self.earlier = [turn.cut(held) for turn in (*self.earlier, self._turn)]
 
     def set_route(self, layer: int, route_NK: Tensor) -> None:
         """Remember a layer's decision."""
@@ -98,6 +151,7 @@ class RouteRecord:
         self.densities = {layer: density[index.to(density.device)] for layer, density in self.densities.items()}
         self.pooled_N = None if self.pooled_N is None else self.pooled_N[index]
         self.pooled_end_N = None if self.pooled_end_N is None else self.pooled_end_N[index]
+        self.earlier = [turn.select(index) for turn in self.earlier]
         layout = self.layout
         if layout is not None:
             names = ("begin_N", "end_N", "prompt_end_N", "user_begin_N", "user_end_N")

@@ -253,12 +253,14 @@ def _measured(
 
 def write_levels(module: "HeadNeed", found: Calibration, path: Path, budget: float) -> Path:
     """Fit level routers and write their checkpoint."""
+    from elastic.data.prompts import TEMPLATE
     from elastic.model.checkpoint import save_elastic
 
     explained = module.fit(budget)
     recipe = {"by": "outcomes", "order": found.provenance["by"], "budget": budget, "data": found.provenance["data"]}
     rounded = [round(share, 4) for share in explained]
-    return save_elastic(path, module.model, found.backbone, None, recipe, {"explained variance by layer": rounded})
+    measured, told = {"explained variance by layer": rounded}, found.provenance["data"].get(TEMPLATE)
+    return save_elastic(path, module.model, found.backbone, None, recipe, measured, told)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -12,6 +12,7 @@ from elastic.commands.data_prep import part
 from elastic.config import SparseConfig
 from elastic.data.calibration_rows import RowSet, batches_of, of_folder, text_samples
 from elastic.data.packing import Sample, tokenise
+from elastic.data.prompts import TEMPLATE
 from elastic.data.shards import verify
 from elastic.model.loading import TINY, load_tokenizer, longest_context
 from elastic.protocols import Tokenizer
@@ -79,7 +80,8 @@ def build(wanted: Wanted) -> tuple[list[RowSet], dict[str, Any]]:
         manifest = verify(wanted.folder)
         check_data(manifest, limit, tokenizer, wanted.backbone)
         rows = of_folder(wanted.folder, manifest, wanted.split, wanted.counts, wanted.batch_tokens, wanted.seed)
-        return rows, {"from": "packed data", "split": wanted.split, "seed": wanted.seed}
+        told = {TEMPLATE: manifest.get(TEMPLATE, {})}  # earlier data was told nothing
+        return rows, {"from": "packed data", "split": wanted.split, "seed": wanted.seed, **told}
     lengths = checked_lengths(wanted, limit)
     counts = wanted.counts
     if wanted.texts is not None:

@@ -5,7 +5,7 @@ import importlib.util
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from elastic.commands.catalogue import COMMANDS
 from elastic.config import SparseConfig
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the package {package} is missing; run `pip install 'elastic-attention[eval]'`")
     from elastic.evaluation.benchmark import choose, corrections_of, reasons
-    from elastic.evaluation.like_with_like import common_backbone, common_sizes, uneven
+    from elastic.evaluation.like_with_like import common_backbone, common_sizes, common_template, uneven
     from elastic.evaluation.longbench import TASKS, LongBench
     from elastic.evaluation.ruler import PRESETS, Ruler
     from elastic.evaluation.ruler_data import RulerData
@@ -110,7 +110,8 @@ def run(args: argparse.Namespace) -> None:
     family, samples = PRESETS.get(args.preset, ("ruler", None))
     asked = args.tasks or [family]
     samples = samples if args.limit is None else args.limit
-    plan = _plan(args, backbone, sparse, choose(benchmarks, asked), samples)
+    template = common_template(methods if args.chat else [])
+    plan = _plan(args, backbone, sparse, choose(benchmarks, asked), samples, template)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its notes on things that are meant
     began = time.perf_counter()
     if args.sweep is not None:
@@ -138,6 +139,7 @@ def _plan(
     sparse: SparseConfig,
     tasks: list[tuple["Benchmark", str]],
     samples: int | None,
+    template: dict[str, Any],
 ) -> "EvaluationPlan":
     from elastic.evaluation.runner import EvaluationPlan
 
@@ -160,4 +162,5 @@ def _plan(
         args.chat,
         sparse,
         args.seed,
+        template,
     )

@@ -24,6 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--prompt-file", type=Path, metavar="FILE", help="UTF-8 file with the user's message")
     source.add_argument("stdin", nargs="?", choices=["-"], metavar="-", help="read the message from standard input")
     parser.add_argument("--raw", action="store_true", help="take the prompt as it is, without the chat template")
+    safe = "control tokens that the prompt spells out, such as <|im_start|>, stay text (default: they become tokens)"
+    parser.add_argument("--sanitize-control-tokens", action="store_true", help=safe)
     parser.add_argument("--backbone", metavar="NAME", help="default: what the checkpoint was trained on")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
     bias = "above 0 more heads run sparse, below 0 fewer (default: as the checkpoint says)"
@@ -82,6 +84,7 @@ def _answer(args: argparse.Namespace, prompt: str) -> None:
 
     model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype, kv_cache=args.kv_cache)
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "chat_template": not args.raw}
+    options["sanitize_control_tokens"] = args.sanitize_control_tokens
 
     def stream() -> Any:
         return _streamer(tokenizer)

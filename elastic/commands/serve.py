@@ -42,6 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="of a request (default 300)")
     parser.add_argument("--max-body", type=int, default=8 << 20, metavar="BYTES", help="default 8 MiB")
     parser.add_argument("--grace", type=float, default=30.0, metavar="S", help="to finish at shutdown (default 30)")
+    safe = "control tokens that messages spell out, such as <|im_start|>, stay text (default: they become tokens)"
+    parser.add_argument("--sanitize-control-tokens", action="store_true", help=safe)
     return parser
 
 
@@ -73,7 +75,7 @@ def serve(args: argparse.Namespace) -> None:
     from elastic.inference.serving.limits import ServerLimits
 
     door = door_of(args)
-    limits = ServerLimits(args.max_new_tokens, args.timeout, args.max_body, args.grace)
+    limits = ServerLimits(args.max_new_tokens, args.timeout, args.max_body, args.grace, args.sanitize_control_tokens)
     with listen_on(args.host, args.port) as listening:  # a used port is told before the model is loaded
         model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype)
         name = args.name or Path(args.checkpoint).resolve().name

@@ -193,8 +193,8 @@ def collate_placed(rows: list[dict[str, Any]]) -> PlacedBatch:
 class MixtureDataModule(LightningDataModule):
     """Packed corpora of one data folder, sensitive and robust ones mixed by weight.
 
-    In training every process gets its own share of each step's rows. Validation and test rows are shared out too, one
-    by one; some are read twice where they do not divide, so that all processes take equally many steps, but count once.
+    In training every process gets its own share of each step's rows. All other rows are shared out too, one by one;
+    some are read twice where they do not divide, so that all processes take equally many steps, but count once.
 
     Args:
         data_dir: folder written by `elastic data_prep tokenize_and_pack`.
@@ -260,14 +260,14 @@ class MixtureDataModule(LightningDataModule):
         return self._sequential("test")
 
     def predict_dataloader(self) -> DataLoader[PlacedBatch]:
-        """Batches of `micro_batch_rows` rows, in order; all of them in every process."""
-        return self._sequential("test", shared=False)
+        """Batches of `micro_batch_rows` rows, in order; this process's share."""
+        return self._sequential("test")
 
-    def _sequential(self, split: str, shared: bool = True) -> DataLoader[PlacedBatch]:
+    def _sequential(self, split: str) -> DataLoader[PlacedBatch]:
         chosen = self._corpora(split)
         known = list((self.manifest or {})["splits"][split])
         data = PlacedRows({known.index(name): open_corpus(self.data_dir, split, name) for name in chosen})
-        world = self.trainer.world_size if self.trainer and shared else 1
+        world = self.trainer.world_size if self.trainer else 1
         sampler = None
         if world > 1:
             rank = self.trainer.global_rank if self.trainer else 0

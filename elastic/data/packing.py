@@ -73,7 +73,7 @@ class PackedRow(TypedDict):
 
 class Batch(TypedDict):
     """Ids, labels and positions: int64 [1, S]; cu_seq_lens: int32 [N + 1]; prompt_spans, user_spans: int64 [N, 2];
-    task_id: [N]; source: N names.
+    task_id: [N]; source: N names; row_samples: how many of the samples each of the joined rows has.
     """
 
     input_ids: Tensor
@@ -84,6 +84,7 @@ class Batch(TypedDict):
     user_spans: Tensor
     task_id: Tensor
     source: list[str]
+    row_samples: list[int]
 
 
 def tokenise(record: Record, tokenizer: Tokenizer) -> Sample:
@@ -195,4 +196,5 @@ def collate(rows: list[PackedRow]) -> Batch:
         user_spans=torch.tensor(users, dtype=torch.int64),
         task_id=joined("task_id"),
         source=[name for row in rows for name in row["source"]],
+        row_samples=[len(row["task_id"]) for row in rows],
     )

@@ -12,10 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic.data.control_tokens import encode_marked, mark, unmarked
 from elastic.protocols import CausalLM, Tokenizer
 
 Message = Mapping[str, str]
 Prompts = str | Sequence[str] | Sequence[Message]
+TEMPLATE = "chat_template_kwargs"  # their name in elastic.json and in manifests
+# What chat templates are told unless a tokenizer says otherwise: answers begin at once. Most templates do not ask.
+TEMPLATE_KWARGS = {"enable_thinking": False}
+_OWN_KWARGS = (
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "messages",
+    "padding", "return_dict", "return_tensors", "tokenize", "tools", "truncation",
+)  # fmt: skip
 _MARK = "\u2060{}\u2060"  # in place of what a user wrote; word joiners, so that no template trims or escapes it
 
 
@@ -56,9 +64,11 @@ def single_prompts(prompt: Any) -> list[str | list[Message]]:
 
 
 def encode(
-    item: str | list[Message], tokenizer: Tokenizer, chat_template: bool, tools: Sequence[Any] | None = None
-) -> EncodedPrompt:
-    """One prompt in tokens; `tools` are what the chat template tells the model that it may call.
+    item: str | list[Message], tokenizer: Tokenizer, chat_template: bool, tools: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None, sanitize: bool = False,
+) -> EncodedPrompt:  # fmt: skip
+    """One prompt in tokens; for `tools` and `kwargs` see `render`, for `sanitize` `encode_prompt`. A text that is taken
+    as it is may begin with the token that begins a text, as one that was rendered before does; it gets no second one.
 
     Raises:
         ValueError: an empty prompt, or messages without a chat template.
@@ -67,9 +77,12 @@ def encode(
         if not item.strip():
             raise ValueError("the prompt is empty; write at least one word")
         if not chat_template:
-            if tools:
-                raise ValueError("tools are told to the model by its chat template; leave out chat_template=False")
-            return EncodedPrompt.whole(tokenizer(item)["input_ids"])
+            given = {"tools": tools, "chat_template_kwargs": kwargs, "sanitize_control_tokens": sanitize}
+            if any(given.values()):
+                named = " and ".join(name for name, value in given.items() if value)
+                raise ValueError(f"{named} came for a text without chat template; leave out chat_template=False")
+            begun = bool(tokenizer.bos_token) and item.startswith(str(tokenizer.bos_token))
+            return EncodedPrompt.whole(tokenizer(item, add_special_tokens=not begun)["input_ids"])
         item = [{"role": "user", "content": item}]
     for message in item:
         empty = not str(message.get("content", "")).strip() and message.get("role") != "system"  # no system prompt
@@ -81,21 +94,39 @@ def encode(
             + ("but chat_template=False was given" if not chat_template else "which this tokenizer does not have")
             + "; pass a text with chat_template=False"
         )
-    return encode_prompt([dict(message) for message in item], tokenizer, **({"tools": list(tools)} if tools else {}))
+    return encode_prompt([dict(message) for message in item], tokenizer, sanitize, tools=tools, kwargs=kwargs)
 
 
-def encode_messages(messages: Sequence[Message], tokenizer: Tokenizer) -> EncodedPrompt:
-    """A conversation in the tokenizer's chat template, ready for the answer.
+def encode_messages(messages: Sequence[Message], tokenizer: Tokenizer, sanitize: bool = False) -> EncodedPrompt:
+    """A conversation in the tokenizer's chat template, ready for the answer; `sanitize` as in `encode_prompt`.
 
     Raises:
         ValueError: a message without text, or a tokenizer without a template.
     """
-    return encode(list(messages), tokenizer, chat_template=True)
+    return encode(list(messages), tokenizer, chat_template=True, sanitize=sanitize)
 
 
-def encode_prompt(messages: list[dict[str, str]], tokenizer: Tokenizer, **options: Any) -> EncodedPrompt:
-    """A chat in tokens, up to and including the generation prompt; `options` are the chat template's."""
-    text = _render(messages, tokenizer, **options)
+def encode_prompt(
+    messages: list[dict[str, str]], tokenizer: Tokenizer, sanitize: bool = False, **rendering: Any
+) -> EncodedPrompt:
+    """A chat in tokens, up to and including the generation prompt.
+
+    Args:
+        sanitize: control tokens that messages spell out stay text, see `elastic.data.control_tokens`.
+        rendering: keywords of `render`.
+
+    Raises:
+        ValueError: `sanitize` with a tokenizer that does not tell where its tokens come from.
+    """
+    if sanitize:
+        if not tokenizer.is_fast:
+            raise ValueError(f"sanitize_control_tokens needs a fast tokenizer, not {type(tokenizer).__name__}")
+        messages = mark(messages, tokenizer)
+        text, characters = render(messages, tokenizer, **rendering), user_text(messages, tokenizer, **rendering)
+        ids, offsets = encode_marked(text, tokenizer)
+        first, last = (len(unmarked(text[:place])) for place in characters)
+        return EncodedPrompt(ids, token_span(offsets, (first, last)))
+    text = render(messages, tokenizer, **rendering)
     if not tokenizer.is_fast:
         warnings.warn(
             f"{type(tokenizer).__name__} does not tell where its tokens come from, so routers see the chat template "
@@ -104,22 +135,22 @@ def encode_prompt(messages: list[dict[str, str]], tokenizer: Tokenizer, **option
         )
         return EncodedPrompt.whole(tokenizer(text, add_special_tokens=False)["input_ids"])
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    span = token_span(encoded["offset_mapping"], user_text(messages, tokenizer, **options))
+    span = token_span(encoded["offset_mapping"], user_text(messages, tokenizer, **rendering))
     return EncodedPrompt(encoded["input_ids"], span)
 
 
-def user_text(messages: list[dict[str, str]], tokenizer: Tokenizer, **options: Any) -> tuple[int, int]:
+def user_text(messages: list[dict[str, str]], tokenizer: Tokenizer, **rendering: Any) -> tuple[int, int]:
     """Characters [first, last) of the rendered chat from the beginning of the user's first message to the end of the
     last one. Found by rendering the chat with marks in their places; the whole text, with a warning, where the template
     does more with what users write than trimming it.
     """
-    text, places = _render(messages, tokenizer, **options), [i for i, m in enumerate(messages) if m["role"] == "user"]
+    text, places = render(messages, tokenizer, **rendering), [i for i, m in enumerate(messages) if m["role"] == "user"]
     if not places:
         return 0, len(text)
     marked = [dict(message) for message in messages]
     for name, place in (("first", places[0]), ("last", places[-1])):
         marked[place]["content"] = _MARK.format(name)
-    other = _render(marked, tokenizer, **options)
+    other = render(marked, tokenizer, **rendering)
     first, last = (_MARK.format("last" if places[0] == places[-1] else "first"), _MARK.format("last"))
     begin, end = other.find(first), len(text) - (len(other) - other.rfind(last) - len(last))
     wrote, ends = (messages[place]["content"].strip() for place in (places[0], places[-1]))
@@ -139,10 +170,52 @@ def token_span(offsets: Sequence[tuple[int, int]], characters: tuple[int, int]) 
     return (held[0], held[-1] + 1) if held else (0, len(offsets))
 
 
-def _render(messages: list[dict[str, str]], tokenizer: Tokenizer, **options: Any) -> str:
-    options = {"add_generation_prompt": True, **options}
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+def render(
+    messages: Sequence[Message], tokenizer: Tokenizer, *, begun: bool = False, tools: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
+    """A conversation as the model reads it: the one place where a chat template is applied, for data, generation,
+    serving and evaluation.
+
+    Args:
+        begun: the last message is the beginning of the assistant's answer, which is to be continued.
+        tools: functions or JSON schemas that the model is told it may call.
+        kwargs: variables of the template, beside the tokenizer's own (`template_kwargs`).
+    """
+    options: dict[str, Any] = {**template_kwargs(tokenizer), **check_kwargs(kwargs or {})}
+    if tools:
+        options["tools"] = list(tools)
+    ends = {"add_generation_prompt": not begun, "continue_final_message": begun}
+    text: str = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **ends, **options)
     return text
+
+
+def template_kwargs(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the chat template is told beside the conversation: what `set_template_kwargs` gave, or `TEMPLATE_KWARGS`."""
+    return dict(getattr(tokenizer, "chat_template_kwargs", TEMPLATE_KWARGS))
+
+
+def set_template_kwargs(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> None:
+    """Let every rendering with this tokenizer tell the chat template so.
+
+    Raises:
+        ValueError: names that say something else than the template's variables.
+    """
+    tokenizer.chat_template_kwargs = check_kwargs(kwargs)  # type: ignore[attr-defined]  # of our own
+
+
+def check_kwargs(kwargs: Any) -> dict[str, Any]:
+    """Variables of a chat template as they were given.
+
+    Raises:
+        ValueError: not a mapping, or names that say something else.
+    """
+    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+        raise ValueError(f"chat_template_kwargs={kwargs!r} is not a mapping of names to values")
+    own = [name for name in kwargs if name in _OWN_KWARGS]
+    if own:
+        raise ValueError(f"chat_template_kwargs name {', '.join(own)}, which are not variables of a template")
+    return dict(kwargs)
 
 
 def padded_spans(prompts: Sequence[EncodedPrompt], device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic.data.packing import PackedRow
+from elastic.data.prompts import TEMPLATE, template_kwargs
 from elastic.data.tasks import TASKS
 from elastic.files import file_sha256, is_foreign, new_folder, text_sha256
 from elastic.protocols import Tokenizer
@@ -152,6 +153,12 @@ def open_corpus(data_dir: str | Path, split: str, corpus: str) -> Any:
 def sources_of(manifest: dict[str, Any], split: str) -> tuple[str, ...]:
     """Names of the generators and data sets whose records a split holds, in alphabetical order."""
     return tuple(sorted({name for entry in manifest["splits"][split].values() for name in entry["sources"]}))
+
+
+def tokenizer_origin(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a manifest says about how records became tokens."""
+    named = {"name": Path(tokenizer.name_or_path).name, "sha256": tokenizer_hash(tokenizer)}
+    return {"tokenizer": named, TEMPLATE: template_kwargs(tokenizer)}
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:

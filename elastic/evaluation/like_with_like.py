@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic.config import ElasticConfig, SparseConfig
+from elastic.data.prompts import TEMPLATE, TEMPLATE_KWARGS
 from elastic.model.checkpoint import read_elastic
 from elastic.model.loading import SMOLLM2, backbone_architecture, backbone_id
 from elastic.routing.methods import Method
@@ -29,6 +30,7 @@ class Trained:
     backbone: str
     architecture: Mapping[str, Any]
     sparse: SparseConfig
+    template: Mapping[str, Any]
 
 
 def trained(path: str) -> Trained:
@@ -39,7 +41,24 @@ def trained(path: str) -> Trained:
     """
     found = read_elastic(path)
     sparse = ElasticConfig.from_dict(found["config"]).sparse
-    return Trained(path, found["backbone"], found["architecture"], sparse)
+    return Trained(path, found["backbone"], found["architecture"], sparse, {**TEMPLATE_KWARGS, **found[TEMPLATE]})
+
+
+def common_template(methods: Sequence[Method]) -> dict[str, Any]:
+    """What the chat template is told for all methods: what it was told in the training of their checkpoints.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: checkpoints that were told different things.
+    """
+    named = _checkpoints(methods)
+    other = next((one for one in named if one.template != named[0].template), None)
+    if other is not None:
+        raise ValueError(
+            f"checkpoint {named[0].path} was trained with chat_template_kwargs {dict(named[0].template)}, {other.path} "
+            f"with {dict(other.template)}, but all methods read the same prompts; evaluate them in two commands"
+        )
+    return dict(named[0].template if named else TEMPLATE_KWARGS)
 
 
 def common_backbone(methods: Sequence[Method], asked: str | None) -> str:

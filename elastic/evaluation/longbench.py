@@ -37,7 +37,7 @@ CORRECTIONS = {
 COMMON = (
     "an over-long prompt loses its middle, after the chat template is applied (the harness cuts its beginning, the "
     "official run the middle before the template)",
-    "thinking is off where the chat template knows enable_thinking",
+    "thinking is off where the chat template knows enable_thinking, unless a checkpoint was trained otherwise",
 )
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from elastic.config import SparseConfig
-from elastic.data.prompts import EncodedPrompt, left_pad, padded_spans, token_span, user_text
+from elastic.data.prompts import EncodedPrompt, left_pad, padded_spans, render, token_span, user_text
 from elastic.inference.decode_graph import can_graph, graphed
 from elastic.inference.generate import eos_ids, new_cache
 from elastic.model.attach import elastic_config, last_routes, override_routes, route_of, user_wrote
@@ -85,7 +85,6 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             batch_size=batch_size,
             max_length=limit,
             backend="causal",
-            enable_thinking=False,  # answers are short and begin at once; templates without such a switch ignore it
         )
         self.route, self.sparse = route, sparse or elastic_config(model).sparse
         self.prefill_stats: dict[str, PrefillStats] = {}
@@ -97,11 +96,14 @@ class RoutedLM(HFLM):  # type: ignore[misc]
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Answers; the prompts are encoded all at once, on all cores, where the harness encodes each one twice."""
         start = self.tokenizer.decode(self.prefix_token_id)
-        texts = list(dict.fromkeys(r.args[0] for r in requests if not r.args[0].startswith(start)))
-        if texts and self.add_bos_token is None:
-            encoded = self.tokenizer(texts, return_offsets_mapping=True)
-            self._encoded = dict(zip(texts, encoded["input_ids"], strict=True))
-            self._offsets = dict(zip(texts, encoded["offset_mapping"], strict=True))
+        given = list(dict.fromkeys(r.args[0] for r in requests))
+        rendered = [text for text in given if text in self._user]
+        plain = [text for text in given if text not in self._user and not text.startswith(start)]
+        for texts, special in ((rendered, False), (plain, True)):
+            if texts and self.add_bos_token is None:
+                encoded = self.tokenizer(texts, add_special_tokens=special, return_offsets_mapping=True)
+                self._encoded |= dict(zip(texts, encoded["input_ids"], strict=True))
+                self._offsets |= dict(zip(texts, encoded["offset_mapping"], strict=True))
         try:
             answers: list[str] = super().generate_until(requests, disable_tqdm)
             return answers
@@ -110,9 +112,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The chat as text, of which we remember what the user wrote."""
-        text: str = super().apply_chat_template(chat_history, add_generation_prompt)
-        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-        self._user[text] = user_text(chat_history, self.tokenizer, **options, **self.chat_template_args)
+        text = render(chat_history, self.tokenizer, begun=not add_generation_prompt)
+        self._user[text] = user_text(chat_history, self.tokenizer, begun=not add_generation_prompt)
         return text
 
     def _context(self, text: str, ids: list[int], limit: int | None) -> _Context:
@@ -137,6 +138,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
     def tok_encode(self, string: str, *arguments: Any, **options: Any) -> list[int]:
         """Ids of a text."""
         known = None if arguments or options else self._encoded.get(string)
+        if string in self._user and not arguments:
+            options.setdefault("add_special_tokens", False)  # the chat template has written them
         return super().tok_encode(string, *arguments, **options) if known is None else known
 
     def tok_batch_encode(
@@ -175,14 +178,20 @@ class RoutedLM(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of continuations, samples packed into one row; the router sees the context only."""
+        """Log-likelihood of continuations, samples packed into one row; the router sees the context only. A rolling
+        window has no context of its own: all of it is the prompt, as when a model reads a text.
+        """
         results: list[tuple[float, bool]] = []
         size = override_bs or int(self.batch_size)
         for start in range(0, len(requests), size):
             chunk = requests[start : start + size]
-            self._waiting = [self._context(pair[0], ids, self.max_length + 1 - len(a)) for pair, ids, a in chunk]
+            self._waiting = [
+                self._context(pair[0] if pair else "", ids, self.max_length + 1 - len(a)) for pair, ids, a in chunk
+            ]
             prompts = [context.prompt for context in self._waiting]
             rows = [prompt.ids + answer[:-1] for prompt, (_, _, answer) in zip(prompts, chunk, strict=True)]
+            rolling = [pair is None for pair, _, _ in chunk]
+            prompts = [EncodedPrompt.whole(r) if w else p for p, r, w in zip(prompts, rows, rolling, strict=True)]
             logits, seconds = self._packed(rows, prompts)
             state = last_routes(self.model)
             self._keep(state.route, state.density, torch.tensor([len(prompt) for prompt in prompts]), seconds)

@@ -5,6 +5,7 @@ length, tokenizer, data, seed and number.
 import json
 from typing import Any
 
+from elastic.data.prompts import render
 from elastic.data.shards import tokenizer_hash
 from elastic.evaluation.benchmark import Request
 from elastic.evaluation.ruler_data import RulerData
@@ -159,9 +160,7 @@ def prompt_tokens(doc: Doc, task: str, tokenizer: Tokenizer, chat: bool) -> int:
     if not chat:
         return len(tokenizer(f"{text}{_delimiter(task)}{prefix}")["input_ids"])
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": prefix}]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True, enable_thinking=False)
-    begun = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-    return len(tokenizer(prompt, add_special_tokens=not begun)["input_ids"])
+    return len(tokenizer(render(messages, tokenizer, begun=True), add_special_tokens=False)["input_ids"])
 
 
 def _delimiter(task: str) -> str:

@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from elastic._version import __version__
 from elastic.config import ElasticConfig, SparseConfig
+from elastic.data.prompts import TEMPLATE, TEMPLATE_KWARGS, set_template_kwargs
 from elastic.evaluation.benchmark import Benchmark, Request
 from elastic.evaluation.like_with_like import trained
 from elastic.evaluation.scores import BY, LOCK, row_of
@@ -49,6 +50,7 @@ class EvaluationPlan:
         chat: put prompts into the chat template, where the task's protocol allows it.
         sparse: pattern of the methods without a checkpoint.
         seed: of the samples.
+        template: what the chat template is told (`chat_template_kwargs`).
     """
 
     backbone: str
@@ -61,6 +63,7 @@ class EvaluationPlan:
     chat: bool
     sparse: SparseConfig
     seed: int
+    template: Mapping[str, Any] = field(default_factory=lambda: dict(TEMPLATE_KWARGS))
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size"):
@@ -130,12 +133,15 @@ def load_model(plan: EvaluationPlan, method: Method) -> tuple[CausalLM, Tokenize
     if method.checkpoint is not None:
         from elastic.inference.generate import load
 
-        return load(method.checkpoint, plan.backbone, plan.device, plan.dtype)
-    from elastic.model.attach import attach
-    from elastic.model.loading import load_backbone
+        model, tokenizer = load(method.checkpoint, plan.backbone, plan.device, plan.dtype)
+    else:
+        from elastic.model.attach import attach
+        from elastic.model.loading import load_backbone
 
-    model, tokenizer = load_backbone(plan.backbone, dtype=plan.dtype, device=plan.device)
-    return attach(model, ElasticConfig(sparse=plan.sparse)).eval(), tokenizer
+        model, tokenizer = load_backbone(plan.backbone, dtype=plan.dtype, device=plan.device)
+        model = attach(model, ElasticConfig(sparse=plan.sparse)).eval()
+    set_template_kwargs(tokenizer, plan.template)
+    return model, tokenizer
 
 
 def _evaluate(
@@ -202,13 +208,15 @@ def _by_harness(lm: Any, tasks: list[Any], chat: bool) -> dict[str, Any]:
 def _origin(plan: EvaluationPlan, method: Method, cell: Cell) -> dict[str, Any]:
     """What a result file depends on and how it was made; it is used again only where all but the batch size agrees."""
     own = plan.sparse if method.checkpoint is None else trained(method.checkpoint).sparse
+    chat = plan.chat and cell.benchmark.takes_chat(cell.task)
     return {
         "method": method.name,
         "task": cell.task,
         "length": cell.length,
         "samples": plan.samples,
         "seed": plan.seed,
-        "chat_template": plan.chat and cell.benchmark.takes_chat(cell.task),
+        "chat_template": chat,
+        **({TEMPLATE: dict(plan.template)} if chat and plan.template != TEMPLATE_KWARGS else {}),
         "backbone": plan.backbone,
         "dtype": plan.dtype,
         "device": plan.device.partition(":")[0],  # any GPU's results are as good as another's

@@ -1,6 +1,6 @@
 """Load routers onto their backbone and generate text through `model.generate` (docs/design.md section 7)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +11,17 @@ import torch
 from elastic.attention.routed import backend_for
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.config import SparseConfig
-from elastic.data.prompts import EncodedPrompt, Prompts, check_length, encode, left_pad, padded_spans, single_prompts
+from elastic.data.prompts import (
+    TEMPLATE,
+    EncodedPrompt,
+    Prompts,
+    check_length,
+    encode,
+    left_pad,
+    padded_spans,
+    set_template_kwargs,
+    single_prompts,
+)
 from elastic.inference.budget import bias_of_budget
 from elastic.inference.decode_graph import can_graph, graphed
 from elastic.inference.report import RouteReport, route_reports
@@ -72,7 +82,9 @@ def load(
     options: dict[str, Any] = {"dtype": dtype, "device": device, "gguf_file": gguf_file}
     method = _static_method(path)
     if method is None:
-        model, tokenizer = load_backbone(backbone or read_elastic(path)["backbone"], **options)
+        metadata = read_elastic(path)
+        model, tokenizer = load_backbone(backbone or metadata["backbone"], **options)
+        set_template_kwargs(tokenizer, metadata[TEMPLATE])
         load_into(model, path)
     else:
         model, tokenizer = _load_static(method, backbone, options)
@@ -112,6 +124,8 @@ def generate(
     streamer: Any = None,
     chat_template: bool = True,
     tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    sanitize_control_tokens: bool = False,
     **options: Any,
 ) -> list[Generation]:
     """Answer prompts; greedy unless `do_sample=True` is among the options of `model.generate`.
@@ -128,11 +142,14 @@ def generate(
         chat_template: put texts into the tokenizer's chat template as the user's message, as in training; False takes
             them as they are.
         tools: functions or JSON schemas that the chat template tells the model it may call.
+        chat_template_kwargs: for this call only: variables of the chat template, such as `enable_thinking`, beside
+            those of the checkpoint.
+        sanitize_control_tokens: control tokens that messages spell out, such as `<|im_start|>`, stay text.
         **options: passed to `model.generate`. Decode steps replay a CUDA graph where the decode kernel runs, except
             with beams, with the same numbers; `cuda_graph=False` launches them one by one.
 
     Returns:
-        One `Generation` per prompt, in order.
+        One `Generation` per prompt, in order; `num_return_sequences` of them per prompt, if that is among the options.
 
     Raises:
         ValueError: an empty prompt, one too long for the model, options that do not go together, or a model without
@@ -144,9 +161,11 @@ def generate(
         if sparsity_bias is not None:
             raise ValueError(f"budget={budget} and sparsity_bias={sparsity_bias} both say how sparse; give one of them")
         sparsity_bias = bias_of_budget(model, budget)
-    encoded = [encode(item, tokenizer, chat_template, tools) for item in single_prompts(prompt)]
-    if streamer is not None and len(encoded) != 1:
-        raise ValueError(f"a streamer shows one answer but {len(encoded)} prompts were given; pass one prompt")
+    reading = (chat_template, tools, chat_template_kwargs, sanitize_control_tokens)
+    encoded = [encode(item, tokenizer, *reading) for item in single_prompts(prompt)]
+    answers = len(encoded) * (setting(model, options, "num_return_sequences") or 1)
+    if streamer is not None and answers != 1:
+        raise ValueError(f"a streamer shows one answer but {answers} were asked for; pass one prompt")
     check_length(encoded, model, max_new_tokens)
     options |= {"max_new_tokens": max_new_tokens, "streamer": streamer}
     return answer_tokens(model, tokenizer, encoded, sparsity_bias=sparsity_bias, kv_cache=kv_cache, **options)
@@ -167,19 +186,22 @@ def answer_tokens(
 
     Their length is not checked: rows that a stopping criterion ends may share a batch with longer answers.
     """
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = options.get("pad_token_id", tokenizer.pad_token_id)
+    pad = tokenizer.eos_token_id if pad is None else pad
     ids, mask = left_pad([prompt.ids for prompt in encoded], pad, model.device)
     spans = padded_spans(encoded, torch.device("cpu"))
     cache = new_cache(model, max_new_tokens, kv_cache)
     graph = cuda_graph and _one_token_at_a_time(model, options) and can_graph(model, architecture(model)["head_dim"])
-    options.setdefault("do_sample", False)
+    options.setdefault("do_sample", bool(getattr(options.get("generation_config"), "do_sample", False)))
     options |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
     if setting(model, options, "stop_strings") is not None:
         options["tokenizer"] = tokenizer
     replayed = graphed(model, cache) if graph else nullcontext()
     with torch.no_grad(), biased(model, sparsity_bias), user_wrote(model, spans), replayed:
         output = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
-    reports = route_report(model, cache)[:: len(cache.counts) // len(encoded)]  # beams of a prompt share its route
+    each = len(output) // len(encoded)
+    reports = route_report(model, cache)[:: len(cache.counts) // len(encoded)]  # a prompt's answers share its route
+    reports = [report for report in reports for _ in range(each)]
     ends = setting(model, options, "eos_token_id")
     ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
     answers = [_answer(row[ids.shape[1] :].tolist(), ends, pad) for row in output]
@@ -226,6 +248,7 @@ def route_report(model: CausalLM, cache: KVCache) -> list[RouteReport]:
         element_size=model.dtype.itemsize,
         backend=backend_for(model.device, model.dtype, head_dim, sparse=sparse),
         density_LNK=record.density,
+        turns=record.turns,
         kv_cache=kind,
         held_N=held,
     )
@@ -264,7 +287,10 @@ def _check_options(model: CausalLM, options: dict[str, Any], max_new_tokens: int
     if own:
         raise ValueError(f"generate sets {', '.join(own)} itself; for full control call model.generate")
     judge(model, options, _REFUSED)
-    if options.get("num_return_sequences", 1) != 1:
-        raise ValueError(
-            f"num_return_sequences={options['num_return_sequences']}; expected 1: repeat the prompt instead"
-        )
+    for name in ("max_new_tokens", "max_length"):
+        value = getattr(options.get("generation_config"), name, None)
+        if value is not None and (name, value) != ("max_new_tokens", max_new_tokens):
+            raise ValueError(
+                f"generation_config has {name}={value}, the call max_new_tokens={max_new_tokens}; give the call what "
+                "you want and leave it out of the generation_config"
+            )

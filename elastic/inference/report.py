@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic.cache.route_record import Turn
 from elastic.config import SparseConfig
 from elastic.console import supports_unicode
 from elastic.plots import route_figure, save_png
-from elastic.routing.sparsity import density_by_layer, esr, kv_bytes_kept, msr
+from elastic.routing.sparsity import causal_pairs, density_by_layer, esr, kv_bytes_kept, msr
 
 GLYPHS, ASCII_GLYPHS = ("█", "░"), ("#", ".")  # FA, SA
 
@@ -33,13 +34,14 @@ class RouteReport:
         stride, threshold: of XAttention.
         msr: share of heads on SA.
         esr_last, esr_all: share of query-key pairs of the prompt not computed: last layer (the paper's), all layers.
+            After later turns: of the queries of all turns, each under the routes of its turn.
         kv_bytes_kept: what the cache of the prompt needs under these routes.
         kv_bytes_full: what the ordinary cache of the prompt holds.
         backend: the attention implementation that ran.
         kv_cache: what the cache keeps: full or elastic.
         kv_bytes_held: what the cache holds for this sample, generated tokens and reserved room included.
         density: by layer, share of the query-key pairs that its XAttention heads computed; None in a layer without
-            such heads, and empty if the configuration has none.
+            such heads, and empty if the configuration has none. Of all turns, as ESR.
     """
 
     route: tuple[tuple[int, ...], ...]
@@ -123,19 +125,20 @@ def route_reports(
     kv_cache: str,
     held_N: Sequence[int],
     density_LNK: Tensor | None = None,
+    turns: Sequence[Turn] = (),
 ) -> list[RouteReport]:
     """One report per sample.
 
     Args:
         route_LNK: decisions in {0, 1}.
-        lengths_N: prompt tokens of each sample.
+        lengths_N: prompt tokens of each sample, those of earlier turns included.
         sparse: modes and pattern sizes.
         head_dim: D.
         element_size: bytes of one number in the KV cache.
-        backend: name of the attention implementation.
-        kv_cache: full or elastic.
+        backend, kv_cache: as in the report.
         held_N: bytes that the cache holds for every sample.
-        density_LNK: what XAttention heads visited, see `elastic.routing.sparsity.esr`.
+        density_LNK: see `elastic.routing.sparsity.esr`.
+        turns: all turns of the conversation; default: there is one.
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -146,10 +149,10 @@ def route_reports(
             "[layers, samples, KV heads] and [samples]"
         )
     route = route_LNK.detach().cpu().double()
-    last, mean = esr(route, lengths_N, sparse, density_LNK)
-    density = density_by_layer(route, sparse, density_LNK)
+    one = Turn(route_LNK, density_LNK, torch.zeros_like(lengths_N), lengths_N)
+    last, mean, density = _over_turns(turns or [one], sparse)
     kept = kv_bytes_kept(route, lengths_N, sparse, head_dim, element_size)
-    heads = route.shape[0] * route.shape[2]
+    heads = route[:, 0].numel()
     return [
         RouteReport(
             route=tuple(tuple(int(r) for r in layer[n].tolist()) for layer in route),
@@ -171,6 +174,23 @@ def route_reports(
         )
         for n in range(route.shape[1])
     ]
+
+
+def _over_turns(turns: Sequence[Turn], sparse: SparseConfig) -> tuple[Tensor, Tensor, list[list[float | None]]]:
+    """`esr` [N], of the last layer and of all, and `density_by_layer` [N][L]; a turn counts by its pairs."""
+    pairs_TN, found = _pairs(turns), [esr(t.route_LNK, t.end_N, sparse, t.density_LNK, t.begin_N) for t in turns]
+    last, mean = ((torch.stack(of) * pairs_TN).sum(0) / pairs_TN.sum(0) for of in zip(*found, strict=True))
+    densities = [turn.density_LNK for turn in turns if turn.density_LNK is not None]
+    heads = turns[0].route_LNK.shape[2]
+    routes, weight = torch.cat([turn.route_LNK for turn in turns], 2), pairs_TN.repeat_interleave(heads, 0).T
+    return last, mean, density_by_layer(routes, sparse, torch.cat(densities, 2) if densities else None, weight)
+
+
+def _pairs(turns: Sequence[Turn]) -> Tensor:
+    """Causally visible pairs of each turn's queries, float64 [turns, N]."""
+    ends = [(turn.begin_N.tolist(), turn.end_N.tolist()) for turn in turns]
+    pairs = [[causal_pairs(end) - causal_pairs(begin) for begin, end in zip(*of, strict=True)] for of in ends]
+    return torch.tensor(pairs, dtype=torch.float64)
 
 
 def heads_that_differ(one: RouteReport, two: RouteReport) -> int:

@@ -6,6 +6,7 @@ every attention module routes them, and an attention function registered with tr
 of a generation live on its KV cache, so interleaved requests never mix.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from elastic.model.families import FAMILIES, RoutedAttention, attention_layers
 from elastic.model.generation import unwatch, watch
 from elastic.model.layer_hooks import before_attention, before_decoder
 from elastic.model.pass_state import AttachedState, PassRecord, PassRoutes, forced_on, forcing
+from elastic.model.saving import save_as_before, save_backbone_alone
 from elastic.protocols import AttentionModule, CausalLM
 from elastic.routing.kinds import build_router
 from elastic.routing.router import Router
@@ -37,6 +39,7 @@ __all__ = [
     "attach",
     "biased",
     "detach",
+    "drawn_by",
     "elastic_config",
     "is_attached",
     "last_features",
@@ -109,7 +112,16 @@ def attach(model: Model, config: ElasticConfig | None = None) -> Model:
     return model
 
 
+def _give_own_config(model: CausalLM) -> None:
+    """A copy of the config, which other models may share: the choice of the attention function is written there."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if vars(module).get("config") is shared:
+            vars(module)["config"] = own
+
+
 def _install(model: CausalLM, handle: Handle, layers: list[AttentionModule], made: list[Router]) -> None:
+    _give_own_config(model)
     model.set_attn_implementation(IMPLEMENTATION)
     if model.config._attn_implementation != IMPLEMENTATION:
         raise ValueError(
@@ -121,6 +133,7 @@ def _install(model: CausalLM, handle: Handle, layers: list[AttentionModule], mad
         attn.add_module("router", router)
         handle.hooks.append(attn.register_forward_pre_hook(before_attention, with_kwargs=True))
     watch(model, handle.state)
+    save_backbone_alone(model)
     decoder = model.get_decoder()
     chunk(decoder, handle.state.chunk_tokens)
     hook = partial(before_decoder, handle.state)
@@ -145,6 +158,7 @@ def _undo(model: CausalLM, handle: Handle) -> None:
         if before is not None:
             part.forward = before
     unwatch(model)
+    save_as_before(model)
     unchunk(model.get_decoder())
     for attn in _attention_layers(model):
         attn._modules.pop("router", None)
@@ -297,6 +311,18 @@ def set_temperature(model: CausalLM, temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} is not positive; the annealing must end above 0 (tau_min)")
     handle_of(model).state.temperature = temperature
+
+
+@contextmanager
+def drawn_by(model: CausalLM, gumbel_LNK2: Tensor) -> Iterator[None]:
+    """Inside the context, routes of a model in training mode are drawn by this noise, in this thread alone.
+
+    Args:
+        gumbel_LNK2: Gumbel(0, 1) noise [L, N, K, 2] for the N samples of the passes to come.
+    """
+    state = handle_of(model).state
+    with forcing(state, replace(forced_on(state), gumbel_LNK2=gumbel_LNK2)):
+        yield
 
 
 def last_features(model: CausalLM) -> Tensor:

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from elastic._version import __version__
 from elastic.config import ElasticConfig
+from elastic.data.prompts import TEMPLATE, TEMPLATE_KWARGS, check_kwargs
 from elastic.files import file_sha256, is_foreign, new_folder, set_aside
 from elastic.model.attach import Model, attach, elastic_config, routers
 from elastic.model.loading import architecture, architecture_hash
@@ -53,6 +55,7 @@ def save_elastic(
     multipliers: nn.Module | None = None,
     recipe: dict[str, Any] | None = None,
     metrics: dict[str, Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint folder; a checkpoint that exists there stays until the new one is complete.
 
@@ -63,6 +66,8 @@ def save_elastic(
         multipliers: those of the objective, kept for the record.
         recipe: how the routers were trained (data, steps, seed); must fit into JSON.
         metrics: what was measured; must fit into JSON.
+        chat_template_kwargs: what the chat template was told of the conversations in training, and is to be told in
+            use; default `elastic.data.prompts.TEMPLATE_KWARGS`.
 
     Raises:
         ValueError: a path that holds something else than a checkpoint, or routers that are not finite fp32.
@@ -83,6 +88,7 @@ def save_elastic(
             "format": FORMAT,
             "config": config.to_dict(),
             "backbone": backbone,
+            TEMPLATE: dict(TEMPLATE_KWARGS if chat_template_kwargs is None else chat_template_kwargs),
             "architecture": shape,
             "architecture_sha256": architecture_hash(model),
             "weights_sha256": file_sha256(scratch / WEIGHTS),
@@ -120,6 +126,7 @@ def read_elastic(path: str | Path) -> dict[str, Any]:
         found = metadata["format"]
         router = metadata["config"].get("router", {})
         router.setdefault("pool_over", "prompt")  # what it was before there was a choice
+        metadata[TEMPLATE] = check_kwargs(metadata.get(TEMPLATE, {}))  # earlier ones were told nothing
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / METADATA} is damaged ({_reason(error)}); {_WAY_OUT}") from error
     if found != FORMAT:

@@ -20,13 +20,14 @@ def prerope_keys(attn: KeyProjection, hidden_E: Tensor) -> Tensor:
     """Keys before RoPE, after the model's own k-norm where it has one: [..., E] -> [..., K, D].
 
     A norm over D numbers acts on every head by itself (Qwen3), one over K * D on all heads before they part (OLMo 2).
+    Hooks on these modules are for the layer's own call: they do not run here, and routers do not see what they change.
     """
-    keys: Tensor = attn.k_proj(hidden_E)
+    keys: Tensor = attn.k_proj.forward(hidden_E)
     norm: Norm | None = getattr(attn, "k_norm", None)
     if norm is not None and norm.weight.shape[-1] == keys.shape[-1]:
-        keys, norm = norm(keys), None
+        keys, norm = norm.forward(keys), None
     keys = keys.view(*keys.shape[:-1], -1, attn.head_dim)
-    return keys if norm is None else norm(keys)
+    return keys if norm is None else norm.forward(keys)
 
 
 def attention_layers(model: CausalLM) -> list[AttentionModule]:

@@ -85,7 +85,8 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
         raise ValueError(
             f"the batch is empty: {tokens.shape[0]} rows of {tokens.shape[1]} tokens; give at least one each"
         )
-    config, override, row_slice = state.config_in_force(), forced_on(state).route, state.row_slice
+    config, forced, row_slice = state.config_in_force(), forced_on(state), state.row_slice
+    override = forced.route
     rows, queries = tokens.shape[0], tokens.shape[1] * row_slice.size
     cache = kwargs.get("past_key_values")
     past = 0 if cache is None else int(cache.get_seq_length())
@@ -98,8 +99,8 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
     spans, user = (kwargs.pop(name, None) for name in ("prompt_spans", "user_spans"))
     prompt_end, modes = None if spans is None else pairs("prompt_spans", spans)[:, 1], None
     record = find_record(cache)
-    user = _user_spans(user, forced_on(state).user_spans, rows)
-    decoding = queries == 1 or forced_on(state).verifying
+    user = _user_spans(user, forced.user_spans, rows)
+    decoding = queries == 1 or forced.verifying
     if past and decoding and bounds is None and record is not None and record.layout is not None:
         layout = decode_layout(record.layout, rows, past, mask, queries)
         modes = record.modes(override, config.dense_decode, config.sparse)
@@ -124,7 +125,7 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
         check_user(layout, user)
     return ForwardPass(
         layout, config, override=override, mode_LNK=modes, row_slice=row_slice, temperature=state.temperature,
-        fused=state.fused, level_N=forced_on(state).level_N,
+        fused=state.fused, level_N=forced.level_N, gumbel_LNK2=forced.gumbel_LNK2,
     )  # fmt: skip
 
 
@@ -169,6 +170,7 @@ def decide_after_rope(
     decision = decide_from_reach(
         cast(LevelRouter | ReachRouter, attn.router), q_BHSD, k_BKSD, of_pass.layout, of_pass.config, scale, earlier,
         dropped_NK=dropped, level_N=of_pass.level_N, temperature=of_pass.temperature,
+        gumbel_NK2=of_pass.noise(layer),
     )  # fmt: skip
     return _planned(_settled(decision, layer, of_pass, record, dropped), layer, of_pass, cache)
 
@@ -207,7 +209,8 @@ def _decide(attn: RoutedAttention, hidden_BSE: Tensor, of_pass: ForwardPass, rec
     earlier = record.heads.get(attn.layer_idx) if record is not None and layout.past else None
     decision, first = decide_from_keys(
         attn.router, keys.unflatten(0, pooling.weight_N2P.shape), pooling, config, earlier,
-        row_slice=row_slice, temperature=of_pass.temperature, fused=of_pass.fused,
+        row_slice=row_slice, temperature=of_pass.temperature, gumbel_NK2=of_pass.noise(attn.layer_idx),
+        fused=of_pass.fused,
     )  # fmt: skip
     if record is not None:
         record.heads[attn.layer_idx], record.pooled_N = first.detach(), pooling.first_N
@@ -229,6 +232,8 @@ def _record(cache: KVCache | None, layout: Layout, layer: int) -> RouteRecord | 
             "routers: "
             "start from an empty cache"
         )
+    elif layer == 0:
+        record.begin_turn(layout)
     return record
 
 

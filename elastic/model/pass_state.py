@@ -120,6 +120,7 @@ class Forced:
         user_spans: int64 [B, 2]; where the users' words are in the prompts to come.
         level_N: MSR [N] at which level routers run each sample, whatever they would say.
         verifying: several tokens after the prompt are candidates of its answer, not a new turn.
+        gumbel_LNK2: noise [L, N, K, 2] that the routes of the passes to come are drawn by.
     """
 
     route: int | Tensor | None = None
@@ -128,6 +129,7 @@ class Forced:
     user_spans: Tensor | None = None
     level_N: Tensor | None = None
     verifying: bool = False
+    gumbel_LNK2: Tensor | None = None
 
     def applied_to(self, config: ElasticConfig) -> ElasticConfig:
         """The configuration under these modes and this bias."""
@@ -176,19 +178,28 @@ class ForwardPass:
         mode_LNK: in a decode step what every head does, by the decisions of the prefill; None: routes are decided.
         level_N: MSR that level routers are given, see `Forced`.
         row_slice, temperature, fused: see `AttachedState`.
+        gumbel_LNK2: see `Forced`.
     """
 
-    __slots__ = ("config", "fused", "layout", "level_N", "mode_LNK", "override", "record", "row_slice", "temperature")
+    __slots__ = (
+        "config", "fused", "gumbel_LNK2", "layout", "level_N", "mode_LNK", "override", "record", "row_slice",
+        "temperature",
+    )  # fmt: skip
 
     def __init__(
         self, layout: Layout, config: ElasticConfig, *, override: int | Tensor | None = None,
         mode_LNK: Tensor | None = None, row_slice: RowSlice | None = None, temperature: float = 1.0, fused: bool = True,
-        level_N: Tensor | None = None,
+        level_N: Tensor | None = None, gumbel_LNK2: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.layout, self.config, self.record = layout, config, PassRecord(layout)
         self.override, self.mode_LNK = override, mode_LNK
         self.row_slice = row_slice or RowSlice()
         self.temperature, self.fused, self.level_N = temperature, fused, level_N
+        self.gumbel_LNK2 = gumbel_LNK2
+
+    def noise(self, layer: int) -> Tensor | None:
+        """What the routes [N, K] of one layer are drawn by, [N, K, 2]; None: whatever comes."""
+        return None if self.gumbel_LNK2 is None else self.gumbel_LNK2[layer]
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,13 +26,13 @@ from elastic.routing.router import AttentionRouter, Decision, Router
 
 def decide_from_keys(
     router: Router, keys_N2PKD: Tensor, pooling: Pooling, config: ElasticConfig, earlier_NKD: Tensor | None, *,
-    row_slice: RowSlice, temperature: float = 1.0, fused: bool = True,
+    row_slice: RowSlice, temperature: float = 1.0, gumbel_NK2: Tensor | None = None, fused: bool = True,
 ) -> tuple[Decision, Tensor]:  # fmt: skip
     """Pooling and decision from the pre-RoPE keys of the prompt's boundaries.
 
     Args:
         earlier_NKD: what an earlier turn summed up of the first P keys.
-        temperature: of the Gumbel-softmax in training.
+        temperature, gumbel_NK2: of the Gumbel-softmax in training; default noise: drawn here.
         fused: whether the kernel may decide where it can.
 
     Returns:
@@ -45,14 +45,14 @@ def decide_from_keys(
     pooled = (first + last) / pooling.count_N11
     logits = router(pooled)
     bias = config.sparsity_bias
-    route = sample_route(logits, temperature) if router.training else decide(logits.detach(), bias)
+    route = sample_route(logits, temperature, gumbel_NK2) if router.training else decide(logits.detach(), bias)
     return Decision(route, logits, pooled.detach()), first
 
 
 def decide_from_reach(
     router: LevelRouter | ReachRouter, q_BHSD: Tensor, k_BKSD: Tensor, layout: Layout, config: ElasticConfig,
     scale: float, earlier_NR: Tensor | None, *, dropped_NK: Tensor | None = None, level_N: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float = 1.0, gumbel_NK2: Tensor | None = None,
 ) -> Decision:  # fmt: skip
     """Decision of a router by level or by reach from queries and keys after RoPE, at most the last 32 of what the user
     wrote.
@@ -61,6 +61,7 @@ def decide_from_reach(
         earlier_NR: reach in the layers before; None in the first.
         dropped_NK: bool; heads whose cached keys are not all there, so that they tell nothing.
         level_N: MSR that each sample is run at instead (level routers), see `at_level`.
+        temperature, gumbel_NK2: of the Gumbel-softmax in training; default noise: drawn here.
     """
     found = prompt_reach(q_BHSD, k_BKSD, layout, config.sparse, scale)
     reached = router.with_earlier(found.largest, found.recent, earlier_NR, dropped_NK)
@@ -69,7 +70,7 @@ def decide_from_reach(
     if level_N is not None and isinstance(router, LevelRouter):
         route = router.route_at(level_N.expand(features.shape[0]))
     elif router.training:
-        route = sample_route(logits, temperature)
+        route = sample_route(logits, temperature, gumbel_NK2)
     else:
         route = decide(logits.detach(), config.sparsity_bias)
     return Decision(route, logits, features.detach(), reach_NR=reached)

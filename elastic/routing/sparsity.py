@@ -21,7 +21,11 @@ def msr(route_LNK: Tensor) -> Tensor:
 
 
 def esr(
-    route_LNK: Tensor, lengths_N: Tensor, sparse: SparseConfig, density_LNK: Tensor | None = None
+    route_LNK: Tensor,
+    lengths_N: Tensor,
+    sparse: SparseConfig,
+    density_LNK: Tensor | None = None,
+    begin_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Effective sparsity ratio per sample: share of causally visible (query, key) pairs that no visited block computes.
 
@@ -31,12 +35,15 @@ def esr(
         sparse: modes of the two routes and pattern sizes.
         density_LNK: share of the pairs that XAttention heads visited, as the forward pass counted it; needed with
             such heads.
+        begin_N: first query of each sample that counts, where earlier ones were read under other routes; default 0.
 
     Returns:
         (`esr_last`, `esr_all`), float64 [N] on the route's device: of the last layer, as the paper reports it, and the
         mean over layers.
     """
-    pruned = [_pruned(mode, route_LNK, lengths_N, sparse, density_LNK) for mode in _modes(sparse)]
+    begins = [0] * len(lengths_N) if begin_N is None else begin_N.tolist()
+    queries = list(zip(begins, lengths_N.tolist(), strict=True))
+    pruned = [_pruned(mode, route_LNK, queries, sparse, density_LNK) for mode in _modes(sparse)]
     per_layer = torch.lerp(pruned[0], pruned[1], route_LNK.detach().double()).mean(2)
     return per_layer[-1], per_layer.mean(0)
 
@@ -46,13 +53,15 @@ def xattention_heads(route_LNK: Tensor, sparse: SparseConfig) -> Tensor:
     return (route_LNK.detach() > 0.5) == (sparse.route1 == "xattention")
 
 
-def density_by_layer(route_LNK: Tensor, sparse: SparseConfig, density_LNK: Tensor | None) -> list[list[float | None]]:
-    """What the XAttention heads of each sample and layer visited, the mean over these heads, [N][L]; None for a layer
-    without such heads, empty lists for a configuration without them.
+def density_by_layer(
+    route_LNK: Tensor, sparse: SparseConfig, density_LNK: Tensor | None, weight_NK: Tensor | None = None
+) -> list[list[float | None]]:
+    """What the XAttention heads of each sample and layer visited, the mean over these heads, by `weight_NK` if given,
+    [N][L]; None for a layer without such heads, empty lists for a configuration without them.
     """
     if density_LNK is None:
         return [[] for _ in range(route_LNK.shape[1])]
-    runs_LNK = xattention_heads(route_LNK, sparse).cpu()
+    runs_LNK = xattention_heads(route_LNK, sparse).cpu() * (1.0 if weight_NK is None else weight_NK)
     count_LN = runs_LNK.sum(-1)
     mean_LN = (density_LNK.detach().cpu() * runs_LNK).sum(-1) / count_LN
     pairs = zip(mean_LN.T.tolist(), count_LN.T.tolist(), strict=True)
@@ -60,9 +69,9 @@ def density_by_layer(route_LNK: Tensor, sparse: SparseConfig, density_LNK: Tenso
 
 
 def _pruned(
-    mode: str, route_LNK: Tensor, lengths_N: Tensor, sparse: SparseConfig, density_LNK: Tensor | None
+    mode: str, route_LNK: Tensor, queries: list[tuple[int, int]], sparse: SparseConfig, density_LNK: Tensor | None
 ) -> Tensor:
-    """Share of the pairs that heads of this mode leave out, float64 [L, N, K]."""
+    """Share of the pairs of each sample's queries [begin, end) that heads of this mode leave out, float64 [L, N, K]."""
     if mode == "xattention":
         if density_LNK is None:
             raise ValueError(
@@ -70,7 +79,10 @@ def _pruned(
                 "forward pass counted (routing(model).density, or that of route_of(cache))"
             )
         return 1 - density_LNK.to(route_LNK.device)
-    shares = [1 - visited_pairs(n, mode, sparse) / causal_pairs(n) for n in lengths_N.tolist()]
+    shares = []
+    for begin, end in queries:
+        visited = visited_pairs(end, mode, sparse) - visited_pairs(begin, mode, sparse)
+        shares.append(1 - visited / max(1, causal_pairs(end) - causal_pairs(begin)))
     return torch.tensor(shares, dtype=torch.float64).to(route_LNK.device)[:, None].expand(route_LNK.shape)
 
 

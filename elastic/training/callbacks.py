@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
 from elastic.console import say
+from elastic.data.prompts import TEMPLATE
 from elastic.model.checkpoint import read_elastic, save_elastic
 from elastic.model.loading import backbone_id
 from elastic.plots import image_of, save_png, share_figure
@@ -130,13 +131,15 @@ class ElasticCheckpoint(Callback):
 
     def _write(self, trainer: Trainer, module: Any) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            data = data_origin(trainer)
             save_elastic(
                 run_folder(trainer) / CHECKPOINT,
                 module.model,
                 backbone_id(module.backbone),
                 module.multipliers,
-                recipe={**module.recipe(), "data": data_origin(trainer)},
+                recipe={**module.recipe(), "data": data},
                 metrics=module.results,
+                chat_template_kwargs=data.get(TEMPLATE, {}) if data else None,  # earlier data was told nothing
             )
 
 
@@ -179,14 +182,12 @@ def _schedule(trainer: Trainer, module: Any) -> dict[str, Any]:
     """Settings that a run may be resumed with although its weights depend on them, by their command-line names."""
     own = {"model.optimiser": module.optimiser, "model.temperature": module.annealing}
     parts = {f"{section}.{name}": value for section, part in own.items() for name, value in asdict(part).items()}
-    rows = getattr(getattr(trainer, "datamodule", None), "micro_batch_rows", None)
     return {
         "trainer.max_steps": trainer.max_steps,
         "trainer.max_epochs": trainer.max_epochs,
         "trainer.precision": str(trainer.precision),
         "model.dtype": module.dtype_name,
         **parts,
-        **({} if rows is None else {"data.micro_batch_rows": rows}),
     }
 
 

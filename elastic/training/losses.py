@@ -16,8 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from elastic.data.packing import IGNORE
 
 
-def chunked_cross_entropy(hidden_1SE: Tensor, lm_head: nn.Module, labels_1S: Tensor, chunk: int) -> Tensor:
+def chunked_cross_entropy(
+    hidden_1SE: Tensor, lm_head: nn.Module, labels_1S: Tensor, chunk: int, tokens: Tensor | None = None
+) -> Tensor:
     """Mean next-token cross-entropy over labelled tokens, `chunk` positions of logits [chunk, V] at a time.
+
+    Args:
+        tokens: what the sum is divided by; default: the number of labelled tokens.
 
     Raises:
         ValueError: no labelled token, or a chunk below 1.
@@ -25,7 +30,7 @@ def chunked_cross_entropy(hidden_1SE: Tensor, lm_head: nn.Module, labels_1S: Ten
     hidden_PE, target_P = labelled_positions(hidden_1SE, labels_1S)
     if not target_P.numel():
         raise ValueError("the batch has no labelled token; every sample needs an answer")
-    return summed_cross_entropy(hidden_PE, target_P, lm_head, chunk) / target_P.shape[0]
+    return summed_cross_entropy(hidden_PE, target_P, lm_head, chunk) / (target_P.shape[0] if tokens is None else tokens)
 
 
 def summed_cross_entropy(hidden_PE: Tensor, target_P: Tensor, lm_head: nn.Module, chunk: int) -> Tensor:

@@ -3,7 +3,7 @@
 Legend: N samples, T task classes, L layers, K KV heads, S tokens, P labelled positions, E hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,35 +66,46 @@ def score_answers(
 
 
 class StepAverages:
-    """Scalars of one optimiser step, gathered over its micro-batches: plain means, and means per task.
+    """Scalars of one optimiser step, gathered over its micro-batches and all processes: plain means, and means per
+    task.
 
-    What is added stays on its device until `means`, so that a step waits for the GPU once.
+    What is added stays on its device until `means`, so that a step waits for the GPU once. All processes add the same
+    names in the same order.
     """
 
     def __init__(self) -> None:
-        self.found: list[tuple[str, Tensor, Tensor | None]] = []  # name, values, task of each
+        self.sums: dict[str, Tensor] = {}  # [2, groups]: sums of the observations and their numbers
 
-    def add(self, name: str, value: Tensor) -> None:
-        """One observation, a scalar."""
-        self.found.append((name, value.detach().reshape(1), None))
+    def add(self, name: str, value: Tensor, observations: int = 1) -> None:
+        """A scalar, the mean of so many observations."""
+        one = torch.full((1,), float(observations), dtype=torch.float64, device=value.device)
+        self._add(name, value.detach() * one, one)
 
     def add_per_task(self, name: str, task_N: Tensor, values_N: Tensor) -> None:
         """One observation per sample, under `name/task`."""
-        self.found.append((name, values_N.detach(), task_N))
+        values_N = values_N.detach().double()
+        empty = values_N.new_zeros(len(TASKS))
+        task_N = task_N.to(empty.device)
+        self._add(name, empty.index_add(0, task_N, values_N), empty.index_add(0, task_N, torch.ones_like(values_N)))
 
-    def means(self) -> dict[str, float]:
-        """Mean of everything observed."""
-        if not self.found:
-            return {}
-        parts = [part for _, values, task in self.found for part in (values, task) if part is not None]
-        flat = iter(torch.cat([part.to(parts[0].device, torch.float64) for part in parts]).tolist())
-        seen: dict[str, list[float]] = {}
-        for name, values, task in self.found:
-            numbers = [next(flat) for _ in range(len(values))]
-            places = [] if task is None else [f"{name}/{TASKS[int(next(flat))]}" for _ in range(len(task))]
-            for place, number in zip(places or [name], numbers, strict=True):
-                seen.setdefault(place, []).append(number)
-        return {place: sum(numbers) / len(numbers) for place, numbers in seen.items()}
+    def _add(self, name: str, total: Tensor, count: Tensor) -> None:
+        both = torch.stack([total, count])
+        self.sums[name] = self.sums[name] + both if name in self.sums else both
+
+    def means(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Mean of everything observed.
+
+        Args:
+            over_processes: sums a tensor over all processes.
+        """
+        names = [
+            place
+            for name, both in self.sums.items()
+            for place in ([name] if both.shape[1] == 1 else [f"{name}/{task}" for task in TASKS])
+        ]
+        device = next(iter(self.sums.values())).device
+        found = over_processes(torch.cat([both.to(device) for both in self.sums.values()], dim=1))
+        return {name: total / count for name, total, count in zip(names, *found.tolist(), strict=True) if count}
 
 
 class TaskMeans(Metric):

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from elastic.attention.routed import backend_for
 from elastic.config import ElasticConfig
-from elastic.data.packing import Batch
+from elastic.data.packing import IGNORE, Batch
 from elastic.data.tasks import TASKS
-from elastic.model.attach import last_features, last_routes, routers, set_temperature, update_statistics
+from elastic.model.attach import drawn_by, last_features, last_routes, routers, set_temperature, update_statistics
 from elastic.model.checkpoint import MULTIPLIERS, is_trainable
 from elastic.model.compiling import compile_layers
 from elastic.model.loading import architecture_hash
 from elastic.routing.methods import DEFAULT_METHODS
+from elastic.routing.relaxation import gumbel_noise
 from elastic.routing.router import entropy
 from elastic.routing.sparsity import esr, msr
 from elastic.training import schedules
@@ -136,13 +137,14 @@ class ElasticModule(RoutedModule):
         set_temperature(self.model, temperature)
         descent, ascent = (optimiser.optimizer for optimiser in self.optimizers())  # type: ignore[union-attr]
         self._set_rates(descent, ascent)
-        samples, pooled = self._samples_per_pass(batch), []
-        for index, micro in enumerate(batch):
+        (samples, answer_tokens, tokens), pooled = self._shares(batch), []
+        row = self.global_rank * sum(len(micro["row_samples"]) for micro in batch)  # its place in the step
+        for micro in batch:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                # The noise depends on seed, step and place of the micro-batch in the step only: a resumed run draws the
-                # same, and so do other numbers of processes.
-                torch.manual_seed(noise_seed(self.noise_seed, step, self.global_rank * len(batch) + index))
-                self._accumulate(micro, len(batch), samples, averages)
+                torch.manual_seed(noise_seed(self.noise_seed, step, row))  # which queries tell the route's gradient
+                with drawn_by(self.model, self._noise(micro["row_samples"], step, row)):
+                    self._accumulate(micro, len(batch), (samples, answer_tokens), averages)
+            row += len(micro["row_samples"])
             pooled.append(last_features(self.model))
         if progress < self.optimiser.warmup:
             update_statistics(self.model, torch.cat(pooled, dim=1))  # once: all micro-batches see the same features
@@ -150,11 +152,11 @@ class ElasticModule(RoutedModule):
         if isinstance(self.trainer.strategy, ShardedBackbone):  # DDP has averaged already
             average_gradients([*weights, *self.multipliers.parameters()])
         averages.add("gradient_norm", torch.nn.utils.clip_grad_norm_(weights, self.optimiser.clip_norm))
-        means = averages.means()  # the step's one wait for the GPU
+        means = averages.means(self._over_processes)  # the step's one wait for the GPU
         for name, what in (("objective", "objective"), ("gradient_norm", "routers' gradient norm")):
             if not math.isfinite(means[name]):
                 raise FloatingPointError(
-                    f"the {what} is {means[name]} at step {step} on {_tasks(batch)}; lower optimiser.lr or look at "
+                    f"the {what} is {means[name]} at step {step} on {_tasks(means)}; lower optimiser.lr or look at "
                     "that data"
                 )
         self.optimizers()[0].step()  # type: ignore[index]  # Lightning counts this one
@@ -163,7 +165,6 @@ class ElasticModule(RoutedModule):
         descent.zero_grad()
         ascent.zero_grad()
         seconds = time.perf_counter() - started
-        tokens = sum(micro["input_ids"].numel() for micro in batch)
         self._log_step(
             {
                 **means,
@@ -172,17 +173,36 @@ class ElasticModule(RoutedModule):
                 "lr": descent.param_groups[0]["lr"],
                 "multiplier_lr": ascent.param_groups[0]["lr"],
                 "step_seconds": seconds,
-                "tokens_per_second": tokens / seconds,
+                "tokens_per_second": float(tokens) / seconds,
             }
         )
 
-    def _samples_per_pass(self, batch: list[Batch]) -> Tensor:
-        """Samples of each task in the step, over all micro-batches and processes, divided by the number of passes,
-        float [T]: see `RoutedPass.samples_T`.
+    def _noise(self, row_samples: list[int], step: int, row: int) -> Tensor:
+        """Noise [L, N, K, 2] of the routes. That of a row depends on seed, step and the row's place in the step alone,
+        so that a resumed run draws the same, however the step is cut into micro-batches and shared out to processes.
+        """
+        layers, heads = self.shape["num_layers"], self.shape["num_kv_heads"]
+        drawn = []
+        for place, samples in enumerate(row_samples, row):
+            generator = torch.Generator().manual_seed(noise_seed(self.noise_seed, step, place))
+            drawn.append(gumbel_noise((layers, samples, heads, 2), generator))
+        return torch.cat(drawn, dim=1).to(self.device)
+
+    def _over_processes(self, part: Tensor) -> Tensor:
+        """Sum over all processes, on each of them."""
+        total: Tensor = self.trainer.strategy.reduce(part, reduce_op="sum")
+        return total
+
+    def _shares(self, batch: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the step, over all micro-batches and processes: samples of each task [T] and labelled tokens, both divided
+        by the number of passes (see `RoutedPass`), and tokens.
         """
         count_T = torch.bincount(torch.cat([micro["task_id"] for micro in batch]), minlength=len(TASKS))
-        total_T: Tensor = self.trainer.strategy.reduce(count_T.float(), reduce_op="sum")
-        return total_T / (len(batch) * self.trainer.world_size)
+        labelled = sum((micro["labels"][:, 1:] != IGNORE).sum() for micro in batch)
+        tokens = torch.tensor(sum(micro["input_ids"].numel() for micro in batch), device=count_T.device)
+        total = self._over_processes(torch.cat([count_T, torch.stack([torch.as_tensor(labelled), tokens])]).double())
+        shares = (total / (len(batch) * self.trainer.world_size)).float()
+        return shares[:-2], shares[-2], total[-1]
 
     @property
     def _heads_alone(self) -> bool:
@@ -194,13 +214,13 @@ class ElasticModule(RoutedModule):
         """Progress of the step about to be taken, for rates; neither the first nor the last is 0."""
         return (self.global_step + 1) / (self.total_steps + 1)
 
-    def _accumulate(self, batch: Batch, parts: int, samples_T: Tensor, averages: StepAverages) -> None:
+    def _accumulate(self, batch: Batch, parts: int, shares: tuple[Tensor, Tensor], averages: StepAverages) -> None:
         """Forward and backward of one micro-batch out of `parts`."""
         dense = self._dense_answers(batch) if self.objective.needs_dense else None
         hidden = self.hidden_states(batch)
         state, task, head = last_routes(self.model), batch["task_id"], self.model.get_output_embeddings()
         ratio = msr(state.route)
-        routed = RoutedPass(batch, hidden, ratio, dense, head, self.loss_chunk, self._heads_alone, samples_T)
+        routed = RoutedPass(batch, hidden, ratio, dense, head, self.loss_chunk, self._heads_alone, *shares)
         verdict = self.objective.judge(routed)
         self.manual_backward(verdict.loss / parts)
         for name, value in {"objective": verdict.loss, **verdict.parts}.items():
@@ -208,7 +228,7 @@ class ElasticModule(RoutedModule):
         for name, values in verdict.per_task.items():
             averages.add_per_task(name, task, values)
         if state.logits is not None:
-            averages.add("router_entropy", entropy(state.logits))
+            averages.add("router_entropy", entropy(state.logits), len(task))
         averages.add_per_task("msr", task, ratio)
         averages.add_per_task("esr", task, esr(state.route, state.lengths, self.elastic.sparse, state.density)[1])
 
@@ -269,6 +289,6 @@ class ElasticModule(RoutedModule):
         }
 
 
-def _tasks(batch: list[Batch]) -> str:
+def _tasks(means: dict[str, float]) -> str:
     """Names of the task classes in a step, for messages."""
-    return ", ".join(sorted({TASKS[i] for micro in batch for i in micro["task_id"].tolist()}))
+    return ", ".join(sorted(name.removeprefix("msr/") for name in means if name.startswith("msr/")))

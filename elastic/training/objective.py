@@ -93,13 +93,6 @@ def quality_loss(
     return cost * full + (multipliers.l[task_N] * over_N / samples_T[task_N]).sum()
 
 
-def mean_per_task(values_N: Tensor, task_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over each task's samples, [T] (0 where a task has none), and whether it has any, bool [T]."""
-    count_T = torch.bincount(task_N, minlength=len(TASKS))
-    total_T = values_N.new_zeros(len(TASKS)).index_add(0, task_N, values_N)
-    return total_T / count_T.clamp_min(1), count_T > 0
-
-
 @dataclass(frozen=True)
 class RoutedPass:
     """What an objective judges: one forward pass of a packed batch in training.
@@ -116,6 +109,7 @@ class RoutedPass:
         samples_T: samples of each task in the step, divided by the number of its passes, whose mean loss is descended:
             what a sum over this pass's samples is divided by, to be its part of the step's mean. None: this pass is
             the step.
+        answer_tokens: labelled tokens in the step, divided likewise.
     """
 
     batch: Batch
@@ -126,6 +120,7 @@ class RoutedPass:
     chunk: int
     shared_target: bool = False
     samples_T: Tensor | None = None
+    answer_tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -180,10 +175,10 @@ class TargetObjective:
     def _language(self, routed: RoutedPass) -> Tensor:
         batch, answers = routed.batch, (routed.hidden_1SE, routed.lm_head, routed.batch["labels"])
         if self.average == "tokens":
-            return chunked_cross_entropy(*answers, routed.chunk)
-        loss_N = answer_losses(*answers, batch["cu_seq_lens"], routed.chunk)
-        loss_T, present_T = mean_per_task(loss_N, batch["task_id"])
-        return loss_T.sum() / present_T.sum()
+            return chunked_cross_entropy(*answers, routed.chunk, routed.answer_tokens)
+        loss_N, task_N = answer_losses(*answers, batch["cu_seq_lens"], routed.chunk), batch["task_id"]
+        samples_T = torch.bincount(task_N, minlength=len(TASKS)) if routed.samples_T is None else routed.samples_T
+        return (loss_N / samples_T[task_N]).sum() / (samples_T > 0).sum()
 
     def settings(self) -> dict[str, Any]:
         """Kind, targets, what cross-entropy is averaged over, and damping."""

@@ -4,6 +4,7 @@ import json
 import os
 from typing import Any
 
+import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
@@ -31,22 +32,33 @@ class ResultsFile(Callback):
 
 
 class PredictionFile(Callback):
-    """Writes `predictions.jsonl` in the run's folder, one line per sample (other processes: `.rankN`)."""
+    """Writes `predictions.jsonl` in the run's folder, one line per sample of all processes, in the data's order."""
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with an empty file."""
-        self.path = run_folder(trainer) / f"predictions{f'.rank{rank}' if (rank := trainer.global_rank) else ''}.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("", encoding="utf-8")
+        self.path = run_folder(trainer) / "predictions.jsonl"
+        if trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("", encoding="utf-8")
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        """Append the samples of a batch."""
-        with open(self.path, "a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(sample) + "\n" for sample in outputs)
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Append the samples that count of a batch of every process."""
+        told = zip(batch["place"].tolist(), batch["counted"].tolist(), outputs, strict=True)
+        found = [[(place, sample) for place, counted, sample in told if counted]]
+        if trainer.world_size > 1:
+            found *= trainer.world_size
+            dist.all_gather_object(found, found[0])
+        if trainer.is_global_zero:
+            lines = sorted((pair for part in found for pair in part), key=lambda pair: pair[0])
+            with open(self.path, "a", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(sample) + "\n" for _, sample in lines)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where they are."""
-        say(f"predictions: {self.path}")
+        if trainer.is_global_zero:
+            say(f"predictions: {self.path}")
 
 
 def results_table(results: dict[str, dict[str, float]], methods: list[str], group: str = "task") -> str:

@@ -104,11 +104,6 @@ def changed_settings(began: dict[str, Any], now: dict[str, Any], step: int) -> l
             f"{after:.2g} at step {step}. The weights will be those of neither run; for a clean one train in a new "
             "folder, with --model.routers <this run's checkpoint> to begin where this one is"
         )
-    if "data.micro_batch_rows" in differing:
-        lines.append(
-            "the routes' noise is drawn per micro-batch, so other micro_batch_rows draw other noise: the run will not "
-            "end with the weights of an unbroken one"
-        )
     return lines
 
 

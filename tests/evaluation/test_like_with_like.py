@@ -19,7 +19,7 @@ pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 pytest.importorskip("wonderwords", reason="the extra `eval` is not installed")
 from elastic.evaluation import runner
 from elastic.evaluation.benchmark import corrections_of
-from elastic.evaluation.like_with_like import ALONE, common_backbone, common_sizes, uneven
+from elastic.evaluation.like_with_like import ALONE, common_backbone, common_sizes, common_template, uneven
 from elastic.evaluation.longbench import E, LongBench
 from elastic.evaluation.ruler import Ruler
 from elastic.routing.methods import parse_method
@@ -177,6 +177,37 @@ def test_differences_are_told(folder):
     assert uneven(methods("streaming", xa), own) == [f"block is 4 with streaming, 16 with {xa}"]
     with pytest.raises(ValueError, match=r"sparse.stride=16 does not divide sparse.block=4"):
         uneven(methods("xattention", small), own)  # before anything runs
+
+
+def test_all_methods_are_told_what_the_checkpoints_were_told(folder, tmp_path, monkeypatch):
+    model = attach(load_backbone("tiny")[0])
+    told = {"thinking": {"enable_thinking": True}, "default": None, "dated": {"date_string": "1 May"}}
+    for name, kwargs in told.items():
+        save_elastic(tmp_path / name, model, "tiny", chat_template_kwargs=kwargs)
+    thinking, default, dated = (f"elastic:{tmp_path / name}" for name in told)
+    off = {"enable_thinking": False}
+    assert common_template(methods("dense")) == common_template(methods("dense", default)) == off
+    assert common_template(methods(thinking, "dense")) == {"enable_thinking": True}
+    assert common_template(methods(dated)) == {**off, "date_string": "1 May"}
+    earlier = json.loads((tmp_path / "default" / "elastic.json").read_text())
+    del earlier["chat_template_kwargs"]
+    (tmp_path / "default" / "elastic.json").write_text(json.dumps(earlier))
+    assert common_template(methods(default, "dense")) == off  # as evaluation was before
+    with pytest.raises(ValueError, match=r"thinking was trained with chat_template_kwargs .*True.*in two commands"):
+        common_template(methods(thinking, default))
+    asked, sparse = ((Ruler(), "ruler_vt"),), SparseConfig(sink=4, window=32, block=4)
+    told = {"enable_thinking": True}
+    plans = [
+        runner.EvaluationPlan(
+            "tiny", "cpu", "float32", asked, (1024,), 1, 1, chat, sparse, 0, {"enable_thinking": True}
+        )
+        for chat in (True, False)
+    ]
+    for method in methods("dense", thinking):
+        assert runner.load_model(plans[0], method)[1].chat_template_kwargs == {"enable_thinking": True}
+        (cell,) = plans[0].cells()
+        named = [runner._origin(plan, method, cell).get("chat_template_kwargs") for plan in plans]
+        assert named == [{"enable_thinking": True}, None]
 
 
 def test_a_record_of_another_backbone_or_window_is_not_taken_up(folder, tmp_path):

@@ -222,3 +222,26 @@ def test_routers_see_what_the_user_wrote(model, tokenizer, monkeypatch):
         words = chatty.decode(prompt.ids[first:last]).replace(" ", "")
         assert words.startswith("alampalamp") and words.endswith("alamp") and set(words) == set("alamp")
         assert (cut > 0) == (text == texts[1]) and 0 < first < last < len(prompt)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_rolling_windows_are_read_as_prompts(model, tokenizer, size):
+    """Each under the routes that a plain pass of the window has; all heads full, the plain likelihood."""
+    import torch
+    from lm_eval.api.instance import Instance
+
+    texts = ["a short text", "x yz" * 30]  # of one window and of several
+    requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+    for route in (None, 0):
+        lm = RoutedLM(model, tokenizer, route, batch_size=size, max_length=50)
+        found = lm.loglikelihood_rolling(requests, disable_tqdm=True)
+        for text, total in zip(texts, found, strict=True):
+            ids, expected = [lm.prefix_token_id, *lm.tok_encode(text)], 0.0
+            for start in range(0, len(ids) - 1, 50):
+                answer = ids[start + 1 : start + 51]
+                row = ids[max(0, start + len(answer) - 50) : start + len(answer)]
+                with torch.no_grad(), override_routes(model, route) if route is not None else nullcontext():
+                    logits = model(torch.tensor([row]), use_cache=False).logits[0].float().log_softmax(-1)
+                picked = logits[-len(answer) :].gather(1, torch.tensor(answer)[:, None])
+                expected += float(picked.sum())
+            assert total == pytest.approx(expected, rel=1e-4)

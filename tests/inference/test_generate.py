@@ -4,7 +4,7 @@ from dataclasses import replace
 from threading import Thread
 
 import pytest
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from elastic.config import ElasticConfig
 from elastic.inference.generate import generate, load, new_cache, route_report
@@ -222,7 +222,10 @@ def test_prompts_that_are_refused(model, tokenizer, prompt, message):
         ({"custom_generate": "x/y"}, "foreign code may not keep the routes"),
         ({"cache_implementation": "static"}, "kv_cache='full' or 'elastic' chooses what it keeps"),
         ({"use_cache": False}, "use_cache=False is not supported: routes live on the cache"),
-        ({"num_return_sequences": 2}, "num_return_sequences=2; expected 1"),
+        (
+            {"generation_config": GenerationConfig(max_new_tokens=5)},
+            "generation_config has max_new_tokens=5, the call max_new_tokens=64; give the call what you want",
+        ),
     ],
 )
 def test_options_that_are_refused(model, tokenizer, options, message):
@@ -251,8 +254,10 @@ def test_messages_need_the_template(model, tokenizer):
 
 
 def test_a_streamer_takes_one_prompt(model, tokenizer):
-    with pytest.raises(ValueError, match="a streamer shows one answer but 2 prompts were given"):
+    with pytest.raises(ValueError, match="a streamer shows one answer but 2 were asked for"):
         generate(model, tokenizer, ["f1", "f2"], streamer=object())
+    with pytest.raises(ValueError, match="a streamer shows one answer but 3 were asked for"):
+        generate(model, tokenizer, "f1", streamer=object(), num_return_sequences=3, do_sample=True)
 
 
 def test_load_refuses(trained, tmp_path):

@@ -54,10 +54,11 @@ if __name__ == "__main__":
     )
     loader = MixtureDataModule(data, rows_per_step=2)
     trainer.fit(module, loader)
+    scalars = dict(trainer.callback_metrics)
     trainer.validate(module, loader, verbose=False)
     torch.save(
         {
-            "state": router_tensors(module), "step": trainer.global_step, "rows": module.rows,
+            "state": router_tensors(module), "step": trainer.global_step, "rows": module.rows, "scalars": scalars,
             "results": module.results, "samples": module.sample_results,
             "sharded": sum(isinstance(p, DTensor) for p in module.parameters()),
         },
@@ -105,6 +106,7 @@ def test_two_processes_train_the_routers_of_one(data, tmp_path, strategy, kind):
     multipliers = [value for name, value in one["state"].items() if name.startswith("multipliers.")]
     assert any(value.abs().max() > 1e-3 for value in multipliers)
     assert one["state"]["model.model.layers.0.self_attn.router.head.4.weight"].abs().max() > 1e-3
+    same_scalars(one["scalars"], two["scalars"], dict(trainer.callback_metrics))
     assert one["results"] == two["results"]
     assert all(map(torch.equal, one["samples"], two["samples"]))
     alone, loader, judge = small_run(data, tmp_path, fit=False, rows_per_step=3, **settings)
@@ -118,6 +120,14 @@ def test_two_processes_train_the_routers_of_one(data, tmp_path, strategy, kind):
     for task, row in alone.results.items():
         assert one["results"][task] == pytest.approx(row, rel=1e-4, abs=1e-5)
     assert not (tmp_path / "lightning_logs").exists()
+
+
+def same_scalars(one, two, alone):
+    """What both processes log is of the rows of both, as one process logs it that reads all of them."""
+    logged = {name for name in alone if name.startswith("train/")}
+    assert {name for name in one if name.startswith("train/")} == logged > {"train/loss", "train/objective"}
+    for name in logged - {"train/step_seconds", "train/tokens_per_second"}:
+        assert float(one[name]) == float(two[name]) == pytest.approx(float(alone[name]), rel=1e-3, abs=1e-4), name
 
 
 def test_the_command_trains_on_two_processes_and_strategies_share_checkpoints(data, tmp_path):

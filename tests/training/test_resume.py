@@ -144,7 +144,6 @@ CHANGES = [
     ((6, ("--model.optimiser.warmup=0.5",)), ("model.optimiser.warmup 0.2 -> 0.5",)),
     ((6, ("--model.optimiser.multiplier_lr=0.5",)), ("model.optimiser.multiplier_lr 0.3 -> 0.5",)),
     ((6, ("--model.temperature.final=0.5",)), ("model.temperature.final 0.3 -> 0.5",)),
-    ((6, ("--data.micro_batch_rows=2",)), ("data.micro_batch_rows 1 -> 2", "draw other noise")),
 ]
 
 

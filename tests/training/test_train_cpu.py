@@ -118,7 +118,7 @@ def test_what_fit_wrote_loads_and_generates_with_the_same_routes(run, data):
     batch = collate([open_corpus(data, "test", "in_context")[0]])  # corpora come in the order of their names
     with torch.no_grad():
         model(
-            **{key: value for key, value in batch.items() if key not in ("labels", "task_id", "source")},
+            **{key: value for key, value in batch.items() if key not in ("labels", "task_id", "source", "row_samples")},
             use_cache=False,
         )
     lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]

@@ -42,7 +42,7 @@ def build_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.engine = engine = make_engine(metrics)
-        app.state.reader = PromptReader(engine.model, engine.tokenizer)
+        app.state.reader = PromptReader(engine.model, engine.tokenizer, limits.sanitize_control_tokens)
         yield
         app.state.reader.close()
         await asyncio.to_thread(engine.close, limits.grace)

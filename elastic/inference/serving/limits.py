@@ -18,12 +18,14 @@ class ServerLimits:
         timeout: seconds from a request's arrival to its last token.
         max_body: bytes of a request.
         grace: seconds that requests have to finish when the server is stopped.
+        sanitize_control_tokens: control tokens that messages spell out, such as `<|im_start|>`, stay text.
     """
 
     max_new_tokens: int = 512
     timeout: float = 300.0
     max_body: int = 8 << 20
     grace: float = 30.0
+    sanitize_control_tokens: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "timeout", "max_body"):

@@ -19,9 +19,11 @@ class PromptReader:
     Args:
         model: whose configuration says how long a prompt may be.
         tokenizer: with a chat template.
+        sanitize: control tokens that messages spell out stay text.
     """
 
-    def __init__(self, model: CausalLM, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer, sanitize: bool = False) -> None:
+        self.sanitize = sanitize
         self.tokenizer, self.room = tokenizer, int(model.config.max_position_embeddings)
         self.characters = self.room * max(map(len, tokenizer.backend_tokenizer.get_vocab()))
         self._thread = ThreadPoolExecutor(1, "elastic-reader")
@@ -66,7 +68,7 @@ class PromptReader:
         try:
             for message in messages:
                 message["content"].encode()  # UTF-8 cannot write half of a surrogate pair
-            return encode_messages(messages, self.tokenizer)
+            return encode_messages(messages, self.tokenizer, self.sanitize)
         except TemplateError as error:
             raise RefusedError(
                 400, f"the chat template of this model refuses the messages: {error}", "messages"
