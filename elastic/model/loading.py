@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from elastic.data.context_length import context_length
 from elastic.files import alone, cache_folder, new_folder, shipped, text_sha256
 from elastic.protocols import CausalLM, Tokenizer
 
@@ -74,7 +75,7 @@ def longest_context(name: str, *, gguf_file: str | None = None) -> int:
     """Tokens that a backbone reads at most, by its configuration; no weights are loaded."""
     from transformers import AutoConfig
 
-    return int(_pretrained(AutoConfig, name, gguf_file=gguf_file).max_position_embeddings)
+    return context_length(_pretrained(AutoConfig, name, gguf_file=gguf_file))
 
 
 def check_device(device: str) -> None:
