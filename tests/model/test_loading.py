@@ -139,9 +139,7 @@ def with_code(copy, monkeypatch):
 @pytest.mark.parametrize("load", LOADERS)
 def test_a_backbone_that_needs_code_of_its_own_is_refused_by_name(with_code, load):
     edit_config(with_code, model_type="own", **OWN_MODEL)
-    with pytest.raises(
-        ValueError, match=r"backbone .* brings code of its own, which is never run; use one"
-    ):
+    with pytest.raises(ValueError, match=r"backbone .* brings code of its own, which is never run; use one"):
         load(str(with_code))
     assert not (with_code / "ran").exists()
 
