@@ -63,7 +63,7 @@ class Handle:
     Attributes:
         state: the settings.
         implementation: attention implementation from before.
-        trainable: the parameters from before with their names and `requires_grad`.
+        trainable: the parameters from before with their names (of a wrapper's own: none) and `requires_grad`.
         hooks: what removes the hooks.
         compiled: modules that `compile_layers` gave another forward, each with the one of its own that it had, if any.
     """
@@ -102,7 +102,8 @@ def attach(model: Model, config: ElasticConfig | None = None) -> Model:
         for layer, (attn, device) in enumerate(zip(layers, devices, strict=True))
     ]
     register()
-    trainable = [(name, parameter, parameter.requires_grad) for name, parameter in bare.named_parameters()]
+    named = {id(parameter): name for name, parameter in bare.named_parameters()}  # a wrapper may have more
+    trainable = [(named.get(id(parameter), ""), parameter, parameter.requires_grad) for parameter in model.parameters()]
     handle = Handle(AttachedState(config), bare.config._attn_implementation, trainable)
     try:
         _install(bare, handle, layers, made)
@@ -120,7 +121,8 @@ def _install(model: CausalLM, handle: Handle, layers: list[AttentionModule], mad
             f"{type(model).__name__} kept attention implementation {model.config._attn_implementation!r}; expected a "
             "model whose attention goes through transformers' AttentionInterface"
         )
-    model.requires_grad_(False)
+    for _, parameter, _ in handle.trainable:
+        parameter.requires_grad_(False)
     for attn, router in zip(layers, made, strict=True):
         attn.add_module("router", router)
         handle.hooks.append(attn.register_forward_pre_hook(before_attention, with_kwargs=True))
@@ -153,13 +155,12 @@ def _undo(model: CausalLM, handle: Handle) -> None:
     unchunk(model.get_decoder())
     for attn in _attention_layers(model):
         attn._modules.pop("router", None)
-    by_name = {name: flag for name, _, flag in handle.trainable}
-    by_identity = {id(parameter): flag for _, parameter, flag in handle.trainable}
-    for name, parameter in model.named_parameters():
-        # An adapter renames what it wraps, and sharding replaces it under its name; what came later keeps its flag.
-        flag = by_identity.get(id(parameter), by_name.get(name))
-        if flag is not None:
-            parameter.requires_grad_(flag)
+    # An adapter renames what it wraps, and sharding replaces it under its name; what came later keeps its flag.
+    now = dict(model.named_parameters())
+    for name, parameter, flag in handle.trainable:
+        parameter.requires_grad_(flag)
+        if name in now:
+            now[name].requires_grad_(flag)
     model.set_attn_implementation(handle.implementation)
 
 

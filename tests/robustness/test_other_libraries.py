@@ -44,7 +44,9 @@ class Wrapper(nn.Module):
 
 
 def twice_wrapped(model):
-    return Wrapper(Wrapper(model))
+    outer = Wrapper(Wrapper(model))
+    outer.prompt = nn.Parameter(torch.zeros(4, 64))  # as for prompt tuning
+    return outer
 
 
 def compiled(model):
@@ -71,7 +73,6 @@ STEPS = [
     (nn.Module, "add_module", 3),
     (nn.Module, "register_forward_pre_hook", 2),
     (nn.Module, "register_forward_pre_hook", 4),
-    (nn.Module, "requires_grad_", 1),
     (PreTrainedModel, "set_attn_implementation", 1),
 ]
 
@@ -131,9 +132,12 @@ def test_wrapper_and_model_are_one(wrap, inner_first):
     assert is_attached(model) and is_attached(wrapped) and elastic_config(model) is elastic_config(wrapped)
     with pytest.raises(ValueError, match="already has routers"):
         attach(second, small_config())
+    flags = {name: parameter.requires_grad for name, parameter in first.named_parameters() if "router" not in name}
+    assert not any(flags.values())
     with override_routes(second, 0):
         assert torch.equal(wrapped(IDS).logits, expected)
     detach(second)
+    assert all(parameter.requires_grad for parameter in wrapped.parameters())
     assert not is_attached(model) and not is_attached(wrapped)
     assert outside(model) == before and torch.equal(model(IDS).logits, expected)
 
