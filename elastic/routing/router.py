@@ -82,7 +82,7 @@ def check_router(router: nn.Module, layer: int) -> None:
     Raises:
         ValueError: values on the meta device.
     """
-    if any(parameter.is_meta for parameter in router.parameters()):
+    if next(router.parameters()).is_meta:  # all or none; this is asked in every layer of a prefill
         raise ValueError(
             f"the router of layer {layer} was offloaded together with the model; offload first (device_map of "
             "from_pretrained, or accelerate's functions), then attach routers or load them"
