@@ -308,3 +308,11 @@ def test_figures_of_the_results_page_are_in_the_records_page():
     for number in re.findall(r"(?<![\w.])\d+\.\d{2,}(?![\w.])", kept):
         digits = len(number.split(".")[1])
         assert any(f"{value:.{digits}f}" == number for value in measured), number
+
+
+def test_readme_says_how_long_its_commands_take_and_trains_in_seconds():
+    text = prose(README)
+    assert re.search(r"each of its 300 steps takes about two minutes, all of them ten hours", " ".join(text.split()))
+    assert re.search(r"The third takes hours on a CPU", text)
+    short = [block for block in blocks(README) if "elastic fit" in block.text and not block.needs]
+    assert short and all("-c tiny" in block.text for block in short)  # run by test_page_runs

@@ -1,5 +1,6 @@
 """What `elastic calibrate` tells: rows, cost of the order, agreement with another one, a picture, what to do next."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,16 +55,17 @@ def draw(found: Calibration, path: Path) -> Path:
 def advice(found: Calibration, out: Path, levels: Path | None = None) -> str:
     """What `static:` makes of the file, and what to do next."""
     if levels is not None:
-        return f'Next: elastic generate --checkpoint {levels} --prompt "..."'
+        return f'Next: elastic generate --checkpoint {shlex.quote(str(levels))} --prompt "..."'
     level = found.level()
     if level:
         cost = found.curve.kl[found.curve.msr.index(level)]
         says = f"runs at MSR {level:g}, the highest level that costs at most {BUDGET} nats a token ({cost:.4f})"
     else:
         says = f"is the dense model, because every level costs more than {BUDGET} nats a token; name one after an @"
-    at = f"static:{out}@{level or 0.5:g}"
+    at, sizes = shlex.quote(f"static:{out}@{level or 0.5:g}"), found.sparse
     return (
         f"static:{out} {says}\n"
-        f'Next: elastic generate --checkpoint {at} --prompt "...", or elastic eval --methods dense {at} with '
-        "--backbone, --sink, --window and --block of the calibration"
+        f'Next: elastic generate --checkpoint {at} --prompt "..."\n'
+        f"  or: elastic eval --backbone {shlex.quote(found.backbone)} --sink {sizes.sink} --window {sizes.window} "
+        f"--block {sizes.block} --methods dense {at}"
     )

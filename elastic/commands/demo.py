@@ -97,7 +97,7 @@ def measured(settings: "DemoSettings", out: Path, seed: int, step: Any) -> Path:
     say(f"    sparse heads see {sparse.sink} first and {sparse.window} last tokens ({sparse.name})")
     module, found, explained = calibrated(settings, rows, out, seed)
     say(f"\n{cost_table(found)}\n")
-    step(3, "Held-out samples: dense, the static order, and level routers at the same mean MSR")
+    step(3, "Held-out samples: dense, level routers, and the static order at their mean MSR, in whole heads")
     outcomes, _ = held_out(module, found, rows.held_out)
     figures = rows_of(outcomes)
     say(f"\n{score_table(figures)}")

@@ -5,7 +5,6 @@ Legend: L layers, N samples, K KV heads.
 """
 
 import logging
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from elastic.routing.calibration import Calibration, first_heads
 from elastic.training.calibration import HeadNeed
 from elastic.training.calibration_run import measure
 from elastic.training.evaluation_module import packed_hidden_states
+from elastic.training.intervals import wilson
 from elastic.training.losses import answer_divergence, labelled_positions
 from elastic.training.metrics import score_answers
 
@@ -121,16 +121,6 @@ def _scored(
         )
         for i, (source, msr) in enumerate(zip(batch["source"], msr_N.tolist(), strict=True))
     ]
-
-
-def wilson(mean: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of Wilson (1927) for a share of n samples, honest where n is small or the share 0 or 1; for a
-    mean of values between 0 and 1 it is too wide rather than too narrow.
-    """
-    if n < 1:
-        raise ValueError(f"n={n}; an interval needs at least one sample")
-    centre, spread = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
 
 
 def rows_of(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic.data.context_length import context_length
 from elastic.data.control_tokens import encode_marked, mark, unmarked
 from elastic.protocols import CausalLM, Tokenizer
 
@@ -235,7 +236,7 @@ def left_pad(encoded: Sequence[list[int]], pad: int | None, device: torch.device
 
 def check_length(encoded: Sequence[EncodedPrompt], model: CausalLM, max_new_tokens: int) -> None:
     """Refuse prompts that are empty or leave no room for the new tokens."""
-    limit = model.config.max_position_embeddings
+    limit = context_length(model.config)
     for number, prompt in enumerate(encoded):
         if not prompt.ids:
             raise ValueError(f"prompt {number} has no tokens; write at least one word")

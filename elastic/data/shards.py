@@ -71,8 +71,9 @@ class DataWriter:
 
 
 def write_shard(file: Path, rows: Iterable[PackedRow]) -> dict[str, Any]:
-    """Write one shard; returns its entry in a manifest: counts, samples per task and source, the token histogram per
-    task (`lengths`: samples of at most 2^k tokens and more than half of that) and the checksum.
+    """Write one shard; returns its entry in a manifest: counts, tokens of the longest sample, samples per task and
+    source, the token histogram per task (`lengths`: samples of at most 2^k tokens and more than half of that) and the
+    checksum.
     """
     from datasets.arrow_writer import ArrowWriter
 
@@ -80,6 +81,7 @@ def write_shard(file: Path, rows: Iterable[PackedRow]) -> dict[str, Any]:
     sources: Counter[str] = Counter()
     lengths: dict[str, Counter[int]] = {}
     tokens = samples = count = 0
+    longest = 0
     writer = ArrowWriter(path=str(file), features=_features())
     for row in rows:
         writer.write(dict(row))
@@ -88,12 +90,14 @@ def write_shard(file: Path, rows: Iterable[PackedRow]) -> dict[str, Any]:
         sources.update(row["source"])
         for name, (start, stop) in zip(names, pairwise(row["cu_seq_lens"]), strict=True):
             lengths.setdefault(name, Counter())[1 << (stop - start - 1).bit_length()] += 1
+            longest = max(longest, stop - start)
         count, tokens, samples = count + 1, tokens + len(row["input_ids"]), samples + len(names)
     writer.finalize()
     return {
         "rows": count,
         "samples": samples,
         "tokens": tokens,
+        "longest": longest,
         "tasks": dict(tasks),
         "sources": dict(sources),
         "lengths": {name: {str(k): found[k] for k in sorted(found)} for name, found in lengths.items()},
@@ -159,6 +163,15 @@ def tokenizer_origin(tokenizer: Tokenizer) -> dict[str, Any]:
     """What a manifest says about how records became tokens."""
     named = {"name": Path(tokenizer.name_or_path).name, "sha256": tokenizer_hash(tokenizer)}
     return {"tokenizer": named, TEMPLATE: template_kwargs(tokenizer)}
+
+
+def longest_sample(manifest: dict[str, Any]) -> int:
+    """Tokens of the longest sample; of data from before that was recorded, a power of two that no sample exceeds."""
+    entries = [entry for corpora in manifest["splits"].values() for entry in corpora.values()]
+    return max(
+        entry.get("longest") or max(int(size) for counts in entry["lengths"].values() for size in counts)
+        for entry in entries
+    )
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:

@@ -7,7 +7,6 @@ Official record of LongBench-E: input, context, answers, all_classes, length (wo
 """
 
 import importlib.util
-import warnings
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
@@ -18,7 +17,6 @@ from elastic.data.file_rows import ENDINGS, ReadReport, read_rows
 from elastic.evaluation.benchmark import Request
 from elastic.files import file_sha256, shipped
 
-warnings.filterwarnings("ignore", message="Using slow pure-python SequenceMatcher")  # the official run uses it too
 CONFIGS = shipped("configs") / "eval"
 E, V2 = "longbench_e", "longbench2"
 SETS = (
@@ -29,7 +27,7 @@ TASKS = {E: tuple(f"longbench_{name}_e" for name in SETS), V2: (V2,)}
 HUB = {E: "Xnhyacinth/LongBench", V2: "THUDM/LongBench-v2"}
 BUCKETS = ((4000, "0-4k"), (8000, "4-8k"))  # in words; from the last bound on: 8k+
 V2_STEMS = ("data", "longbench_v2", "longbench2")
-PACKAGES = ("jieba", "fuzzywuzzy", "rouge")  # of the harness' metrics
+PACKAGES = ("rouge",)  # of the metrics
 CORRECTIONS = {
     E: ("all 13 sets (the harness' group has 9), scores by length in words: 0-4k, 4-8k, 8k+",),
     V2: ("scores by difficulty (easy, hard) and by length (short, medium, long)",),
@@ -97,8 +95,6 @@ class LongBench:
     def identity(self, task: str) -> dict[str, Any]:
         """Checksum of the documents' file, number of documents, rows that were left out, versions of the metrics."""
         if task not in self._identities:
-            from elastic.evaluation.longbench_metrics import MATCHER
-
             report = ReadReport()
             documents(task, self.data, None, report)
             file = None if self.data is None else _file(task, self.data)
@@ -109,7 +105,7 @@ class LongBench:
                 "documents": report.good,
                 "left out": report.bad,
                 "task file": file_sha256(ours) if (ours := CONFIGS / f"{task}.yaml").is_file() else None,
-                "metrics": {**{package: version(package) for package in PACKAGES}, "matcher": MATCHER},
+                "metrics": {package: version(package) for package in PACKAGES},
             }
         return self._identities[task]
 
@@ -125,7 +121,7 @@ class LongBench:
 
 @cache
 def task_config(task: str) -> dict[str, Any]:
-    """The harness' task under our corrections.
+    """The harness' task under our corrections; its metrics are those of `longbench_metrics`.
 
     Raises:
         ValueError: no task files beside the installed package.
@@ -133,13 +129,17 @@ def task_config(task: str) -> dict[str, Any]:
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
 
+    from elastic.evaluation.longbench_metrics import OF_HARNESS
+
     if not (CONFIGS / f"{V2}.yaml").is_file():
         raise ValueError(f"no task files in {CONFIGS}; install from a clone of the repository (pip install -e .[eval])")
-    theirs, ours = Path(lm_eval.tasks.__file__).parent, CONFIGS / f"{task}.yaml"
-    if not ours.is_file():
-        return dict(load_yaml(theirs / "longbench" / f"{task.removeprefix('longbench_')}.yaml"))
-    config = load_yaml(ours, recursive=False)
-    return {**load_yaml(theirs / config.pop("include")), **config}
+    ours = CONFIGS / f"{task}.yaml"
+    config = load_yaml(ours, recursive=False) if ours.is_file() else {}
+    include = config.pop("include", f"longbench/{task.removeprefix('longbench_')}.yaml")
+    merged = {**load_yaml(Path(lm_eval.tasks.__file__).parent / include, resolve_func=False), **config}
+    if isinstance(named := merged["process_results"], str):  # not resolved: its file imports fuzzywuzzy
+        merged["process_results"] = OF_HARNESS[named.rpartition(".")[2]]
+    return merged
 
 
 def harness_task(task: str, docs: list[dict[str, Any]]) -> Any:

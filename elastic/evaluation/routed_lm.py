@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from elastic.config import SparseConfig
+from elastic.data.context_length import context_length
 from elastic.data.prompts import EncodedPrompt, left_pad, padded_spans, render, token_span, user_text
 from elastic.inference.decode_graph import can_graph, graphed
 from elastic.inference.generate import eos_ids, new_cache
@@ -78,12 +79,12 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         max_length: int | None = None,
         sparse: SparseConfig | None = None,
     ) -> None:
-        limit = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
+        limit = context_length(model.config)
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=batch_size,
-            max_length=limit,
+            max_length=min(max_length or limit, limit),
             backend="causal",
         )
         self.route, self.sparse = route, sparse or elastic_config(model).sparse

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from elastic._version import __version__
 from elastic.config import ElasticConfig, SparseConfig
+from elastic.data.context_length import context_length
 from elastic.data.prompts import TEMPLATE, TEMPLATE_KWARGS, set_template_kwargs
 from elastic.evaluation.benchmark import Benchmark, Request
 from elastic.evaluation.like_with_like import trained
@@ -154,7 +155,7 @@ def _evaluate(
     from elastic.model.attach import biased, elastic_config
     from elastic.model.loading import architecture
 
-    limit, first = model.config.max_position_embeddings, cells[0]
+    limit, first = context_length(model.config), cells[0]
     if first.length is not None and first.length > limit:
         raise ValueError(f"length {first.length} is over the {limit} tokens that {plan.backbone} reads; take it out")
     chat = plan.chat and first.benchmark.takes_chat(first.task)

@@ -1,9 +1,10 @@
 """What the samples of a task come to: mean score with its interval, routes, groups; one row of the tables."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
+
+from elastic.training.intervals import half_width
 
 LOCK = ".lock"  # of whoever writes into the folder of an evaluation
 BY = " by lm-evaluation-harness"  # ends the first line of a result's protocol, after the benchmark's name
@@ -53,8 +54,6 @@ def _groups(samples: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def interval(samples: list[dict[str, Any]]) -> float:
-    """Half of the 95 % interval of the mean score, by the normal approximation; 0 for a single sample."""
-    n = len(samples)
-    mean = sum(sample["score"] for sample in samples) / n
-    variance = sum((sample["score"] - mean) ** 2 for sample in samples) / max(1, n - 1)
-    return 1.96 * math.sqrt(variance / n)
+    """Half of the 95 % interval of the mean score, which is between 0 and 1."""
+    scores = [sample["score"] for sample in samples]
+    return half_width(sum(scores), sum(score**2 for score in scores), len(scores))

@@ -25,6 +25,7 @@ from elastic.model.chunking import chunk, unchunk
 from elastic.model.families import FAMILIES, RoutedAttention, attention_layers
 from elastic.model.generation import unwatch, watch
 from elastic.model.layer_hooks import before_attention, before_decoder
+from elastic.model.outside import device_of, unwrapped
 from elastic.model.pass_state import AttachedState, PassRecord, PassRoutes, forced_on, forcing
 from elastic.model.saving import save_as_before, save_backbone_alone
 from elastic.protocols import AttentionModule, CausalLM
@@ -65,7 +66,7 @@ class Handle:
     Attributes:
         state: the settings.
         implementation: attention implementation from before.
-        trainable: the parameters from before with their names and `requires_grad`.
+        trainable: the parameters from before with their names (of a wrapper's own: none) and `requires_grad`.
         hooks: what removes the hooks.
         compiled: modules that `compile_layers` gave another forward, each with the one of its own that it had, if any.
     """
@@ -82,7 +83,8 @@ def attach(model: Model, config: ElasticConfig | None = None) -> Model:
     place.
 
     Args:
-        model: a transformers causal LM of one of `FAMILIES`, on any device and dtype; routers stay fp32.
+        model: a transformers causal LM of one of `FAMILIES`, on any devices and in any dtype, quantised, offloaded, or
+            inside a wrapper such as peft's; routers stay fp32.
         config: router and pattern settings; default `ElasticConfig()`.
 
     Returns:
@@ -94,21 +96,24 @@ def attach(model: Model, config: ElasticConfig | None = None) -> Model:
     config = config or ElasticConfig()
     if is_attached(model):
         raise ValueError("this model already has routers; call elastic.detach(model) first")
-    layers = attention_layers(model)
-    kv_heads = model.config.num_key_value_heads  # not of the weights, which a quantised layer packs or does not have
-    made = []
-    for layer, attn in enumerate(layers):
-        router = build_router(kv_heads, attn.head_dim, config.router, layer)
-        made.append(router.to(_device_of(attn.k_proj, model)).train(model.training))
+    bare = unwrapped(model)
+    layers = attention_layers(bare)
+    kv_heads = bare.config.num_key_value_heads  # not of the weights, which a quantised layer packs or does not have
+    devices = [device_of(attn, layer, bare.device) for layer, attn in enumerate(layers)]
+    made = [
+        build_router(kv_heads, attn.head_dim, config.router, layer).to(device).train(bare.training)
+        for layer, (attn, device) in enumerate(zip(layers, devices, strict=True))
+    ]
     register()
-    trainable = [(name, parameter, parameter.requires_grad) for name, parameter in model.named_parameters()]
-    handle = Handle(AttachedState(config), model.config._attn_implementation, trainable)
+    named = {id(parameter): name for name, parameter in bare.named_parameters()}  # a wrapper may have more
+    trainable = [(named.get(id(parameter), ""), parameter, parameter.requires_grad) for parameter in model.parameters()]
+    handle = Handle(AttachedState(config), bare.config._attn_implementation, trainable)
     try:
-        _install(model, handle, layers, made)
+        _install(bare, handle, layers, made)
     except BaseException:
-        _undo(model, handle)
+        _undo(bare, handle)
         raise
-    setattr(model, HANDLE, handle)
+    setattr(bare, HANDLE, handle)
     return model
 
 
@@ -128,7 +133,8 @@ def _install(model: CausalLM, handle: Handle, layers: list[AttentionModule], mad
             f"{type(model).__name__} kept attention implementation {model.config._attn_implementation!r}; expected a "
             "model whose attention goes through transformers' AttentionInterface"
         )
-    model.requires_grad_(False)
+    for _, parameter, _ in handle.trainable:
+        parameter.requires_grad_(False)
     for attn, router in zip(layers, made, strict=True):
         attn.add_module("router", router)
         handle.hooks.append(attn.register_forward_pre_hook(before_attention, with_kwargs=True))
@@ -144,8 +150,9 @@ def detach(model: Model) -> Model:
     """Remove the routers and restore the stock model exactly: hooks, forwards, attention implementation and
     `requires_grad` flags.
     """
-    _undo(model, handle_of(model))
-    delattr(model, HANDLE)
+    handle, bare = handle_of(model), unwrapped(model)
+    _undo(bare, handle)
+    delattr(bare, HANDLE)
     return model
 
 
@@ -162,25 +169,18 @@ def _undo(model: CausalLM, handle: Handle) -> None:
     unchunk(model.get_decoder())
     for attn in _attention_layers(model):
         attn._modules.pop("router", None)
-    by_name = {name: flag for name, _, flag in handle.trainable}
-    by_identity = {id(parameter): flag for _, parameter, flag in handle.trainable}
-    for name, parameter in model.named_parameters():
-        # An adapter renames what it wraps, and sharding replaces it under its name; what came later keeps its flag.
-        flag = by_identity.get(id(parameter), by_name.get(name))
-        if flag is not None:
-            parameter.requires_grad_(flag)
+    # An adapter renames what it wraps, and sharding replaces it under its name; what came later keeps its flag.
+    now = dict(model.named_parameters())
+    for name, parameter, flag in handle.trainable:
+        parameter.requires_grad_(flag)
+        if name in now:
+            now[name].requires_grad_(flag)
     model.set_attn_implementation(handle.implementation)
 
 
-def _device_of(projection: nn.Module, model: CausalLM) -> torch.device:
-    """Where a layer's keys are made; a packed layer may have buffers alone."""
-    tensors = (*projection.parameters(), *projection.buffers())
-    return tensors[0].device if tensors else model.device
-
-
 def is_attached(model: CausalLM) -> bool:
-    """Whether `attach` was called on this model."""
-    return hasattr(model, HANDLE)
+    """Whether `attach` was called on this model, by itself or in a wrapper."""
+    return hasattr(unwrapped(model), HANDLE)
 
 
 def elastic_config(model: CausalLM) -> ElasticConfig:
@@ -349,7 +349,7 @@ def update_statistics(model: CausalLM, features_LN: Tensor) -> None:
 def handle_of(model: CausalLM) -> Handle:
     if not is_attached(model):
         raise ValueError("this model has no routers; call elastic.attach(model, config) or elastic.load(path) first")
-    handle: Handle = getattr(model, HANDLE)
+    handle: Handle = getattr(unwrapped(model), HANDLE)
     return handle
 
 

@@ -23,6 +23,7 @@ from elastic.model.attach import Model, attach, elastic_config, routers
 from elastic.model.loading import architecture, architecture_hash
 from elastic.protocols import CausalLM
 from elastic.routing.kinds import build_router
+from elastic.routing.router import Router, check_router
 
 FORMAT = 1
 WEIGHTS, METADATA = "router.safetensors", "elastic.json"
@@ -40,7 +41,18 @@ def is_trainable(name: str) -> bool:
 
 
 def router_state(model: CausalLM) -> dict[str, Tensor]:
-    """Router tensors of an attached model by layer, such as `layers.0.task.0.weight`, on the CPU."""
+    """Router tensors of an attached model by layer, such as `layers.0.task.0.weight`, on the CPU.
+
+    Raises:
+        ValueError: routers that were offloaded, or that another library has wrapped.
+    """
+    for layer, router in enumerate(routers(model)):
+        if not isinstance(router, Router):
+            raise ValueError(
+                f"the router of layer {layer} was wrapped in a {type(router).__name__}, beside which its first values "
+                "are kept; unwrap it first (merge_and_unload of peft)"
+            )
+        check_router(router, layer)
     return {
         f"layers.{layer}.{name}": value.detach().cpu().contiguous()
         for layer, router in enumerate(routers(model))

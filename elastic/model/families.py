@@ -34,8 +34,8 @@ def attention_layers(model: CausalLM) -> list[AttentionModule]:
     """The attention modules of a transformers causal LM in layer order.
 
     Raises:
-        ValueError: another family, another attention implementation than SDPA, a sliding window, attention dropout, an
-            attribute `router`.
+        ValueError: another family, another attention implementation than SDPA, tensor parallelism, fused projections,
+            a sliding window, attention dropout, an attribute `router`.
     """
     config: Any = getattr(model, "config", None)
     family = getattr(config, "model_type", type(model).__name__)
@@ -46,9 +46,19 @@ def attention_layers(model: CausalLM) -> list[AttentionModule]:
             f"the model runs attention by {config._attn_implementation!r}, expected 'sdpa', which full heads "
             "reproduce; load it with attn_implementation='sdpa'"
         )
+    if (parts := getattr(model, "tp_size", None) or 1) > 1:
+        raise ValueError(
+            f"the model is cut into {parts} parts by tensor parallelism, where each process has some of the KV heads "
+            "alone; load it without tp_plan"
+        )
     layers = [layer.self_attn for layer in model.get_decoder().layers]
-    for attn in layers:
-        where = f"layer {attn.layer_idx}"
+    for number, attn in enumerate(layers):
+        where = f"layer {number}"
+        if not hasattr(attn, "k_proj"):
+            raise ValueError(
+                f"{where} runs attention by {type(attn).__name__}, which has no k_proj, but routers read its keys; "
+                "load the model without fused layers"
+            )
         window = getattr(attn, "sliding_window", getattr(config, "sliding_window", None))
         if window is not None:
             raise ValueError(

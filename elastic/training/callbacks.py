@@ -1,5 +1,6 @@
 """Callbacks of a training run: resumable and final checkpoints, routing pictures, the progress bar."""
 
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -104,7 +105,7 @@ class ElasticCheckpoint(Callback):
     def __init__(self, every_n_steps: int = 0) -> None:
         if every_n_steps < 0:
             raise ValueError(f"elastic_checkpoint.every_n_steps={every_n_steps} is below 0; 0 writes at the end only")
-        self.every_n_steps = every_n_steps
+        self.every_n_steps, self.wrote = every_n_steps, ""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Write when it is due."""
@@ -117,9 +118,13 @@ class ElasticCheckpoint(Callback):
             self._write(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write them too where a run that was killed after its last step is resumed, or its export was removed."""
+        """Write them too where a run that was killed after its last step is resumed, or its export was removed. Say
+        where they are.
+        """
         if not trainer.interrupted and trainer.global_step and self._step(trainer) != trainer.global_step:
             self._write(trainer, pl_module)
+        if self.wrote:
+            _tell(trainer, f"trained routers: {self.wrote} (elastic generate --checkpoint {shlex.quote(self.wrote)})")
 
     def _step(self, trainer: Trainer) -> int | None:
         """After how many steps the checkpoint that is there was written; None: there is none, or it is damaged."""
@@ -132,7 +137,7 @@ class ElasticCheckpoint(Callback):
     def _write(self, trainer: Trainer, module: Any) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             data = data_origin(trainer)
-            save_elastic(
+            path = save_elastic(
                 run_folder(trainer) / CHECKPOINT,
                 module.model,
                 backbone_id(module.backbone),
@@ -141,6 +146,7 @@ class ElasticCheckpoint(Callback):
                 metrics=module.results,
                 chat_template_kwargs=data.get(TEMPLATE, {}) if data else None,  # earlier data was told nothing
             )
+            self.wrote = str(path)
 
 
 class RoutingPictures(Callback):
@@ -157,7 +163,7 @@ class RoutingPictures(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """One file with a panel per task."""
         if trainer.is_global_zero and pl_module.route_maps:
-            save_png(share_figure(pl_module.route_maps), run_folder(trainer) / "routes.png")
+            say(f"routes: {save_png(share_figure(pl_module.route_maps), run_folder(trainer) / 'routes.png')}")
 
 
 class RunProgress(TQDMProgressBar):

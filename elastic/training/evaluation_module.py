@@ -8,6 +8,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from elastic.config import ElasticConfig
+from elastic.data.context_length import context_length
 from elastic.data.datamodule import PlacedBatch
 from elastic.data.packing import Batch
 from elastic.data.shards import sources_of
@@ -89,7 +90,7 @@ class RoutedModule(LightningModule):
         model, self.tokenizer = load_backbone(self.backbone, dtype=self.dtype_name, gguf_file=self.gguf_file)
         data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
         if getattr(data, "manifest", None) is not None:
-            check_data(data.manifest, model.config.max_position_embeddings, self.tokenizer, self.backbone)
+            check_data(data.manifest, context_length(model.config), self.tokenizer, self.backbone)
         self.model = self._attached(model).train()  # routers sample in training mode only
         self.shape = architecture(model)
         if self.device_mesh is not None:

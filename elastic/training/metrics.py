@@ -14,6 +14,7 @@ from torchmetrics import Metric
 
 from elastic.data.tasks import TASKS
 from elastic.routing.methods import Method, columns
+from elastic.training.intervals import half_width, normal_half_width
 from elastic.training.losses import labelled_positions, labelled_samples
 
 DIVERGENCE = "kl"
@@ -135,16 +136,18 @@ class TaskMeans(Metric):
 
     def compute(self) -> dict[str, dict[str, float]]:
         """{group: {column: mean, f"{column}_95": half width of its 95 % interval, "n": samples}} of the groups that
-        occurred; the intervals are 1.96 standard errors.
+        occurred; losses and divergences have no bounds, all other columns are between 0 and 1.
         """
+        ways = [normal_half_width if c.endswith(("_loss", f"_{DIVERGENCE}")) else half_width for c in self.columns]
         found: dict[str, dict[str, float]] = {}
         for i, name in enumerate(self.names):
             n = int(self.count[i])
             if n:
-                mean = self.total[i] / n
-                half = 1.96 * ((self.square[i] / n - mean.square()).clamp(min=0.0) / max(1, n - 1)).sqrt()
+                mean = (self.total[i] / n).tolist()
+                sums = zip(ways, self.total[i].tolist(), self.square[i].tolist(), strict=True)
+                half = [way(total, square, n) for way, total, square in sums]
                 widths = [f"{column}_95" for column in self.columns]
-                found[name] = dict(zip((*self.columns, *widths), [*mean.tolist(), *half.tolist()], strict=True))
+                found[name] = dict(zip((*self.columns, *widths), [*mean, *half], strict=True))
                 found[name]["n"] = n
         return found
 

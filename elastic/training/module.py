@@ -5,15 +5,16 @@ the multipliers ascend on the same loss.
 """
 
 import math
+import sys
 import time
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from elastic.attention.routed import backend_for
 from elastic.config import ElasticConfig
+from elastic.console import say
 from elastic.data.packing import IGNORE, Batch
 from elastic.data.tasks import TASKS
 from elastic.model.attach import drawn_by, last_features, last_routes, routers, set_temperature, update_statistics
@@ -124,7 +125,8 @@ class ElasticModule(RoutedModule):
         self.total_steps, self.noise_seed = int(steps), torch.initial_seed()
         dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else self.model.dtype
         backend = backend_for(self.device, dtype, self.shape["head_dim"], training=True, sparse=self.elastic.sparse)
-        rank_zero_info(f"attention in training runs in {backend}")
+        if self.trainer.is_global_zero:
+            say(f"attention in training runs in {backend}", stream=sys.stderr)
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
         """Router descent on the accumulated micro-batches, then multiplier ascent."""

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from elastic.config import RouterConfig
-from elastic.data.shards import tokenizer_hash
+from elastic.data.shards import longest_sample, tokenizer_hash
 from elastic.files import new_file
 from elastic.model.checkpoint import MULTIPLIERS
 from elastic.protocols import Tokenizer
@@ -168,11 +168,11 @@ def check_data(manifest: dict[str, Any], limit: int, tokenizer: Tokenizer, backb
     Raises:
         ValueError: with both values.
     """
-    length = manifest["seq_length"]
-    if length > limit:
+    # Positions begin again with every sample of a row, so rows may be longer than what the backbone reads.
+    if manifest["seq_length"] > limit and (longest := longest_sample(manifest)) > limit:
         raise ValueError(
-            f"packed rows hold {length} tokens but backbone {backbone!r} reads at most {limit}; pack the data with "
-            f"--seq-length {limit} or less"
+            f"packed samples have up to {longest} tokens but backbone {backbone!r} reads at most {limit}; pack the "
+            f"data with --seq-length {limit} or less"
         )
     theirs = manifest["tokenizer"]
     if theirs["sha256"] != tokenizer_hash(tokenizer):

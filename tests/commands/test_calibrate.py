@@ -1,12 +1,16 @@
 """`elastic calibrate`, and what its file is good for at once: `elastic.load`, `elastic generate`, `elastic serve`."""
 
 import json
+import shlex
+import shutil
 
 import pytest
 import torch
 
 import elastic
 from elastic import cli
+from elastic.commands.calibration_report import advice
+from elastic.commands.eval import build_parser
 from elastic.model.attach import elastic_config, last_routes, override_routes, routers
 from elastic.model.checkpoint import read_elastic
 from elastic.routing.calibration import read_calibration
@@ -45,6 +49,21 @@ def test_what_it_writes_and_says(file, tmp_path, capsys):
     found = read_calibration(file)
     assert found.backbone == "tiny" and (found.sparse.sink, found.sparse.window, found.sparse.block) == (4, 16, 4)
     assert found.provenance["data"]["lengths"] == [80, 100] and found.provenance["data"]["from"] == "generators"
+
+
+def test_the_commands_that_it_ends_with_work_as_printed(file, tmp_path, capsys):
+    """Also where the path has a blank; the second of them names backbone and sizes."""
+    place = tmp_path / "two words" / "cal.json"
+    place.parent.mkdir()
+    shutil.copy(file, place)
+    told = advice(read_calibration(file), place)
+    first, second = (shlex.split(line.partition(": ")[2]) for line in told.splitlines() if "elastic " in line)
+    assert first[:2] == ["elastic", "generate"] and cli.main([*first[1:], "--max-new-tokens", "1"]) == 0
+    args = build_parser().parse_args(second[2:])
+    assert (args.backbone, args.sink, args.window, args.block) == ("tiny", 4, 16, 4)
+    assert args.methods == ["dense", f"static:{place}@0.5"]
+    (levels,) = (shlex.split(line) for line in advice(read_calibration(file), place, place.parent).splitlines())
+    assert levels[levels.index("--checkpoint") + 1] == str(place.parent)
 
 
 def test_the_page_has_every_field(file):

@@ -22,7 +22,6 @@ from elastic.commands.demo_measure import (
     is_right,
     rows_of,
     score_table,
-    wilson,
 )
 from elastic.commands.demo_records import FAR, NEAR, SMALL, SMALLEST, build_rows, fact_of, records, shared_context
 from elastic.data.packing import tokenise
@@ -141,16 +140,6 @@ def test_far_answers_are_outside_the_window_and_near_ones_inside(settings):
             assert len(ids.input_ids) - until + answer <= settings.sparse.window
     for one, two in zip(far, near, strict=True):
         assert (one.question, one.answer) == (two.question, two.answer)
-
-
-def test_intervals_are_honest_at_small_n():
-    """Against tables: Wilson 1927; 8 of 10 gives 0.490 to 0.943."""
-    assert wilson(0.8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
-    low, high = wilson(1.0, 2)
-    assert high == 1.0 and low == pytest.approx(0.342, abs=1e-3)
-    assert wilson(0.0, 2)[0] == 0.0
-    with pytest.raises(ValueError, match="n=0"):
-        wilson(0.5, 0)
 
 
 def outcome(kind, method, score, kl, msr):

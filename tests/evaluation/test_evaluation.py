@@ -11,6 +11,7 @@ from elastic.bench.tables import markdown
 from elastic.model.attach import attach
 from elastic.model.checkpoint import save_elastic
 from elastic.model.loading import load_backbone
+from elastic.training.intervals import wilson
 from tests.helpers.models import small_config
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
@@ -176,8 +177,9 @@ def test_tasks_that_fit_into_a_batch_are_evaluated_together(tmp_path, monkeypatc
 
 def test_intervals_and_means():
     rows = [{"score": s} for s in (0.0, 1.0, 1.0, 0.0)]
-    assert scores.interval(rows) == pytest.approx(1.96 * (1 / 3 / 4) ** 0.5)
-    assert scores.interval(rows[:1]) == 0
+    assert scores.interval(rows) == pytest.approx(0.5 - wilson(0.5, 4)[0], abs=0.01)
+    assert scores.interval(rows[:1]) > 0.7  # a single sample says little
+    assert scores.interval([{"score": 1.0}] * 2) > 0.6
     rows = [{"score": 1.0, "n": 1, "half_width": 0.3}, {"score": 0.0, "n": 3, "half_width": 0.4}]
     assert summary.mean(rows) == {"score": 0.5, "half_width": pytest.approx(0.25), "n": 4}
     weighted = summary.mean(rows, by_samples=True)

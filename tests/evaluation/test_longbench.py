@@ -1,18 +1,21 @@
 """LongBench-E and LongBench-v2: the official files become documents, each correction on its edge cases."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
-pytest.importorskip("jieba", reason="the extra `eval` is not installed")
-pytest.importorskip("fuzzywuzzy", reason="the extra `eval` is not installed")
 pytest.importorskip("rouge", reason="the extra `eval` is not installed")
 from elastic.data.file_rows import ReadReport
 from elastic.evaluation import longbench
 from elastic.evaluation import longbench_metrics as metrics
 
+ROOT = Path(__file__).parents[2]
 CLASSES = ["Date", "Date of birth", "Other location", "location"]
 
 
@@ -185,7 +188,75 @@ def test_code_is_compared_by_its_first_line(answer, score):
     assert (found == 1) == (score == 1)
 
 
-def test_uncorrected_sets_are_scored_by_the_harness(tmp_path):
+# What fuzzywuzzy 0.18 says over difflib, and rapidfuzz 3.14 where that is something else.
+RATIOS = [
+    ("return x", "return x", 100),
+    ("", "", 100),
+    ("", "return x", 0),
+    ("return x", "", 0),
+    ("x", "y", 0),
+    ("return y", "return x", 88),  # 87.5 is rounded to the even number
+    ("    if x:", "    if not x:", 82),
+    ("import os, sys", "import sys, os", 79),
+    ("for name in sorted(found):", "found = sorted(names)", 55),  # 60
+    ("abcabba", "cbabac", 46),  # 62
+    ("00011111", "11110001", 50),  # 62
+    ("a" * 201 + "b", "b" + "a" * 201, 0),  # 100; difflib leaves out what is frequent in a long text
+]
+
+
+@pytest.mark.parametrize(("line", "reference", "percent"), RATIOS)
+def test_the_ratio_of_code_lines_is_that_of_the_official_metric(line, reference, percent):
+    assert metrics.ratio(line, reference) == percent
+
+
+def made_up(random, vocabulary, most):
+    return " ".join(random.choice(vocabulary) for _ in range(random.randint(0, most)))
+
+
+def test_metrics_are_those_of_the_harness_on_made_up_answers():
+    """Where somebody has installed what the harness needs; this package does not ask for it."""
+    for name in ("jieba", "fuzzywuzzy"):
+        pytest.importorskip(name, reason=f"{name} is not installed, beside which the harness' metrics run")
+    from fuzzywuzzy import fuzz
+    from lm_eval.tasks.longbench import metrics as harness
+
+    random = Random(0)
+    code = [line for file in sorted(ROOT.glob("elastic/evaluation/*.py")) for line in file.read_text().split("\n")]
+    words = re.findall(r"\S+", "the a An red house of Riga , . yes! no 7 12 Paragraph 3 Date of birth It's x-y.")
+    for _ in range(1000):
+        line, other = random.choice(code), random.choice(code)
+        changed = other.replace(random.choice(other or " "), random.choice("xyz "))
+        for mine, reference in ((line, other), (changed, other)):
+            assert metrics.ratio(mine, reference) == fuzz.ratio(mine, reference), (mine, reference)
+        classes = random.sample([*CLASSES, "birth", "Other"], random.randint(1, 6))
+        answers = [made_up(random, words, 8) for _ in range(random.randint(1, 3))]
+        doc = {"answers": random.choice([answers, [random.choice(CLASSES)]]), "all_classes": classes}
+        answer = "\n" * random.randint(0, 2) + made_up(random, words, 10) + random.choice(["", "\nAnd more"])
+        for name, ours in metrics.OF_HARNESS.items():
+            if name == "get_retrieval_with_score":
+                doc = {**doc, "answers": [f"Paragraph {random.randint(1, 12)}"]}
+            assert ours(doc, [answer])["score"] == getattr(harness, name)(doc, [answer])["score"], (name, answer, doc)
+        theirs = harness.get_classification_score(doc, [metrics.first_line(answer)])["classification_score"]
+        assert metrics.classification(doc, [answer])["score"] == theirs, (answer, doc)
+
+
+def test_no_task_imports_what_is_under_another_kind_of_licence():
+    """In a process of its own, where fuzzywuzzy and jieba cannot be imported."""
+    script = """
+import sys
+sys.modules.update(fuzzywuzzy=None, jieba=None)
+from elastic.evaluation import longbench
+for name in longbench.TASKS:
+    for task in longbench.TASKS[name]:
+        assert callable(longbench.task_config(task)["process_results"]), task
+assert "lm_eval.tasks.longbench.metrics" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_uncorrected_sets_are_scored_by_the_whole_answer(tmp_path):
     for name, answers, cases in (
         ("qasper", ["yes", "it is unanswerable"], {"Yes.": 1, "": 0, "unanswerable": 0.5}),
         ("passage_count", ["7"], {"7": 1, "7 or 8": 0.5, "seven": 0, "": 0}),

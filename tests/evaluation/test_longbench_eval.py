@@ -17,8 +17,6 @@ from elastic.model.attach import attach
 from elastic.model.loading import load_backbone
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
-pytest.importorskip("jieba", reason="the extra `eval` is not installed")
-pytest.importorskip("fuzzywuzzy", reason="the extra `eval` is not installed")
 pytest.importorskip("rouge", reason="the extra `eval` is not installed")
 from elastic.evaluation import longbench, runner
 from elastic.evaluation.routed_lm import RoutedLM

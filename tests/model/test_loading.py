@@ -112,6 +112,70 @@ DAMAGE = {
 }
 
 
+CODE = """
+open({ran!r}, "w").close()
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class Config(LlamaConfig):
+    model_type = "own"
+class Model(LlamaForCausalLM):
+    config_class = Config
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+def generate(*args, **kwargs):
+    pass
+"""
+OWN_MODEL = {"auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+LOADERS = (load_backbone, loading.backbone_architecture, loading.longest_context)
+
+
+@pytest.fixture
+def with_code(copy, monkeypatch):
+    """A backbone folder with code that leaves a file where it runs; nobody answers questions."""
+    (copy / "own.py").write_text(CODE.format(ran=str(copy / "ran")))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    return copy
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_a_backbone_that_needs_code_of_its_own_is_refused_by_name(with_code, load):
+    edit_config(with_code, model_type="own", **OWN_MODEL)
+    with pytest.raises(ValueError, match=r"backbone .* brings code of its own, which is never run; use one"):
+        load(str(with_code))
+    assert not (with_code / "ran").exists()
+
+
+def own_tokenizer(folder):
+    file = folder / "tokenizer_config.json"
+    wanted = {"tokenizer_class": "Tokenizer", "auto_map": {"AutoTokenizer": [None, "own.Tokenizer"]}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **wanted}))
+
+
+def own_generation(folder):
+    (folder / "custom_generate").mkdir()
+    shutil.copy(folder / "own.py", folder / "custom_generate" / "generate.py")
+
+
+BESIDE = {
+    "model": lambda d: edit_config(d, **OWN_MODEL),
+    "tokenizer": own_tokenizer,
+    "generation": own_generation,
+    "kernels of a hub": lambda d: edit_config(d, _attn_implementation="kernels-community/flash-attn2"),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_code_that_is_not_needed_is_left_alone(with_code, monkeypatch, case):
+    def asked(name, *_, **__):
+        pytest.fail(f"kernels of {name} were asked for")
+
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", asked)
+    BESIDE[case](with_code)
+    model, tokenizer = load_backbone(str(with_code))
+    assert type(model).__module__.startswith("transformers.") and model.config._attn_implementation == "sdpa"
+    assert type(tokenizer).__module__.startswith("transformers.")
+    assert not (with_code / "ran").exists()
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_folder_is_refused_and_named(copy, damage):
     harm, message = DAMAGE[damage]

@@ -69,7 +69,10 @@ def test_detach_after_lora(family, merged):
     assert torch.equal(model(ids).logits, expected)
 
 
-@pytest.mark.parametrize("move", [lambda m: m.bfloat16(), lambda m: m.to(torch.float16), lambda m: m.half()])
+MOVES = [lambda m: m.bfloat16(), lambda m: m.to(torch.float16), lambda m: m.half(), lambda m: m.double()]
+
+
+@pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_routers_stay_fp32(family, move):
     model = attach(tiny_model(family), small_config())

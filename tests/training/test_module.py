@@ -299,5 +299,7 @@ def test_data_for_another_backbone_is_refused_before_training(data, tmp_path):
     module, loader, trainer = small_run(data, tmp_path, fit=False)
     loader.setup("fit")
     loader.manifest["seq_length"] = 1 << 20
-    with pytest.raises(ValueError, match="packed rows hold 1048576 tokens but backbone 'tiny' reads at most"):
+    for entry in loader.manifest["splits"]["train"].values():
+        entry["longest"] = 1 << 20
+    with pytest.raises(ValueError, match="packed samples have up to 1048576 tokens but backbone 'tiny' reads at most"):
         trainer.fit(module, loader)

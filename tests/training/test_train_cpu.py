@@ -31,6 +31,20 @@ def run(data, tmp_path_factory):
     return root
 
 
+def test_a_run_says_what_runs_attention_and_where_its_routers_are(data, tmp_path, capsys):
+    """The first line and the last, as docs/training.md says; after a test, where its picture is."""
+    root = tmp_path / "a run"
+    assert command("fit", data, root, "--trainer.max_steps=1") == 0
+    first, *_, last = capsys.readouterr().err.strip().splitlines()
+    assert first.startswith("attention in training runs in torch (cpu)")
+    assert last == f"trained routers: {root / 'checkpoint'} (elastic generate --checkpoint '{root / 'checkpoint'}')"
+    assert command("test", data, root, "--ckpt_path=last") == 0
+    out = capsys.readouterr().out
+    assert f"routes: {root / 'routes.png'}" in out and f"results: {root / 'results_test.json'}" in out
+    assert command("fit", data, root, "--ckpt_path=last", "--trainer.max_steps=1") == 0
+    assert "trained routers" not in capsys.readouterr().err  # nothing was left to train, which is said instead
+
+
 def test_a_run_leaves_its_files(run):
     names = {path.name for path in run.iterdir()}
     assert {"config.yaml", "last.ckpt", "checkpoint"} <= names

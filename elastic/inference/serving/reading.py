@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from jinja2 import TemplateError
 
+from elastic.data.context_length import context_length
 from elastic.data.prompts import EncodedPrompt, Message, encode_messages
 from elastic.inference.serving.errors import RefusedError
 from elastic.protocols import CausalLM, Tokenizer
@@ -24,7 +25,7 @@ class PromptReader:
 
     def __init__(self, model: CausalLM, tokenizer: Tokenizer, sanitize: bool = False) -> None:
         self.sanitize = sanitize
-        self.tokenizer, self.room = tokenizer, int(model.config.max_position_embeddings)
+        self.tokenizer, self.room = tokenizer, context_length(model.config)
         self.characters = self.room * max(map(len, tokenizer.backend_tokenizer.get_vocab()))
         self._thread = ThreadPoolExecutor(1, "elastic-reader")
         self._waiting = 0
