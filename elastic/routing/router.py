@@ -82,7 +82,8 @@ def check_router(router: nn.Module, layer: int) -> None:
     Raises:
         ValueError: values on the meta device.
     """
-    if next(router.parameters()).is_meta:  # all or none; this is asked in every layer of a prefill
+    first = next(router.parameters(), None)  # all are moved or none; this is asked in every layer of a prefill
+    if first is not None and first.is_meta:
         raise ValueError(
             f"the router of layer {layer} was offloaded together with the model; offload first (device_map of "
             "from_pretrained, or accelerate's functions), then attach routers or load them"
