@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from elastic.attention.head_plan import HeadPlan
-from elastic.attention.layout import Layout, batch_layout, decode_layout, packed_bounds, packed_layout, plain_mask
+from elastic.attention.layout import (
+    Layout,
+    batch_layout,
+    decode_layout,
+    packed_bounds,
+    packed_layout,
+    plain_mask,
+    right_padding,
+    turn_layout,
+)
 from elastic.attention.spans import check_prompts, check_user, pairs
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.route_record import RouteRecord, check_depth, find_record, new_record
@@ -116,7 +125,10 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
         )
     else:
         layout = batch_layout(rows, queries, past, tokens.device, mask, prompt_end, user)
-        layout = _later_turn(layout, record, user)
+        if past and record is not None and record.layout is not None:
+            layout = _later_turn(layout, record.layout, mask, user)
+        if layout.padded_right and forced_on(state).generating:
+            raise right_padding()
     if prompt_end is not None:
         check_prompts(layout, spans)
     if user is not None and modes is None:
@@ -248,8 +260,7 @@ def _user_spans(given: Tensor | None, forced: Tensor | None, rows: int) -> Tenso
     return pairs("user_spans", forced).repeat_interleave(max(1, rows // max(1, forced.shape[0])), 0)
 
 
-def _later_turn(layout: Layout, record: RouteRecord | None, user: Tensor | None) -> Layout:
+def _later_turn(layout: Layout, earlier: Layout, mask: Tensor | None, user: Tensor | None) -> Layout:
     """A new turn's layout: unless the call says otherwise, the users' words begin where they began in the first."""
-    if not layout.past or user is not None or record is None or record.layout is None:
-        return layout
-    return replace(layout, user_begin_N=record.layout.user_begin_N)
+    layout = turn_layout(earlier, layout, mask is not None)
+    return layout if user is not None else replace(layout, user_begin_N=earlier.user_begin_N)
