@@ -92,7 +92,7 @@ def test_rows_that_the_cache_does_not_have_are_refused(kind, route):
         for rows, tokens in ((6, 9), (1, 9), (6, 1)):
             with pytest.raises(ValueError, match=f"new tokens for {rows} rows came with a cache of 2"):
                 model(random_ids(rows, tokens), past_key_values=cache)
-        with pytest.raises(ValueError, match="new tokens for 6 rows came with a cache of 2.*batch_repeat_interleave"):
+        with pytest.raises(ValueError, match=r"new tokens for 6 rows came with a cache of 2.*batch_repeat_interleave"):
             model.generate(random_ids(2, 59), past_key_values=cache, max_new_tokens=2, num_beams=3)
 
 
