@@ -6,7 +6,7 @@ every attention module routes them, and an attention function registered with tr
 of a generation live on its KV cache, so interleaved requests never mix.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -299,8 +299,9 @@ def set_temperature(model: CausalLM, temperature: float) -> None:
     handle_of(model).state.temperature = temperature
 
 
-def last_features(model: CausalLM) -> Tensor:
-    """What the pass of `last_routes` was routed on: pooled keys [L, N, K, D], or features [L, N, F] of level routers.
+def last_features(model: CausalLM) -> list[Tensor]:
+    """What the pass of `last_routes` was routed on, by layer: pooled keys [N, K, D], or the features [N, F] of level
+    routers, which are more from layer to layer.
 
     Raises:
         RuntimeError: no forward pass yet, or one whose routes were given by `override_routes`.
@@ -311,13 +312,13 @@ def last_features(model: CausalLM) -> Tensor:
     ]
     if len(found) < len(decisions):
         raise RuntimeError("no routes yet: run a forward pass of the attached model, outside override_routes")
-    return torch.stack(found)
+    return found
 
 
-def update_statistics(model: CausalLM, features_LN: Tensor) -> None:
+def update_statistics(model: CausalLM, features: Iterable[Tensor]) -> None:
     """Fold what `last_features` returns into the routers' running statistics; call once per step."""
-    for router, features in zip(routers(model), features_LN, strict=True):
-        router.update_statistics(features)
+    for router, of_layer in zip(routers(model), features, strict=True):
+        router.update_statistics(of_layer)
 
 
 def handle_of(model: CausalLM) -> Handle:
