@@ -10,7 +10,15 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from elastic.cache.elastic_cache import ElasticCache
-from elastic.model.attach import attach, elastic_config, override_routes, route_of, set_config
+from elastic.model.attach import (
+    attach,
+    elastic_config,
+    last_features,
+    override_routes,
+    route_of,
+    routers,
+    set_config,
+)
 from tests.helpers.models import FAMILIES, LAYERS, left_padded, random_ids, small_config, tiny_model, varied_routers
 
 CACHES = {
@@ -142,3 +150,21 @@ def test_a_crop_into_the_padding_is_refused(kind, route):
             with pytest.raises(ValueError, match="start from an empty cache"):
                 cache.crop(cut)
     assert cache.get_seq_length() == 50
+
+
+@each_cache
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_routers_that_look_at_keys_see_those_alone_that_were_read(family, kind):
+    """A static cache hands out room for more."""
+    config = small_config()
+    model = attach(
+        tiny_model(family, initializer_range=0.3), replace(config, router=replace(config.router, kind="level"))
+    )
+    for router in routers(model):
+        router.update_statistics(torch.rand(32, router.weight.shape[0]))
+        torch.nn.init.normal_(router.weight, std=0.2, generator=torch.Generator().manual_seed(1))
+    model(random_ids(2, 50))
+    expected = last_features(model)
+    filled(model, kind)
+    torch.testing.assert_close(last_features(model), expected)
