@@ -50,7 +50,7 @@ class Case:
 
 def case_of(number: int) -> Case:
     """The case of a number, the same for every family. What transformers itself lacks or reads otherwise is left out:
-    masks of generations that are wider than the prompt, 4-D or by layer type, steps without positions among those of
+    masks of generations that are not [B, S], steps without positions among those of
     `generate`, which passes them.
     """
     draw = random.Random(number)
@@ -65,7 +65,7 @@ def case_of(number: int) -> Case:
         number,
         lengths,
         padding=_one_of(draw, {"left": 8, "right": 1, "packed": 1}),
-        mask="int" if generates and mask in ("4d", "dict", "wide") else mask,
+        mask="int" if generates and mask in ("4d", "dict", "new", "wide") else mask,
         positions=generates or draw.random() < 0.6,
         cache=cache,
         sizes=draw.choice(SIZES),
