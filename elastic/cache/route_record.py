@@ -77,15 +77,16 @@ class RouteRecord:
         route = torch.stack([self.layers[i] for i in sorted(self.layers)])
         if dense:
             route = torch.zeros_like(route)
-        elif override is not None:
-            route = given_routes(override, route)
+        elif override is not None and not same_override(override, self.override):
+            route = given_routes(override, route)  # else recorded, but for heads that could not follow it
         zero, one = mode_ids(sparse, queries=1)
         modes = torch.where(route > 0.5, one, zero).to(torch.int32)
         self._modes = (override, (dense, sparse), modes)
         return modes
 
-    def note_pooled(self, layout: Layout, router: RouterConfig) -> None:
-        """Remember how far the pooled start of a prompt or turn reaches."""
+    def keep_pooled(self, layer: int, first_NKD: Tensor, first_N: Tensor, layout: Layout, router: RouterConfig) -> None:
+        """Remember a layer's sum of the first P keys, how many they are, and how far they reach."""
+        self.heads[layer], self.pooled_N = first_NKD.detach(), first_N
         begin = layout.user_begin_N if router.pool_over == "user" else layout.begin_N
         grown, before = begin + router.pool_tokens, self.pooled_end_N
         if before is None or layout.past:
@@ -183,7 +184,7 @@ def _check_crop(record: RouteRecord, seen: int, tokens_to_remove: int) -> None:
     if record.layout is None or left <= 0:
         return
     needed, what = record.pooled_end_N, "that the routes were decided on"
-    if needed is None:  # routes were given
+    if needed is None:  # of routers that pool nothing
         needed, what = record.layout.begin_N + 1, "with which the rows begin"
     kept = needed.tolist()
     if any(left < end for end in kept):
