@@ -27,6 +27,7 @@ class Turn:
         begin, end: its tokens, of those that its sample holds.
         user: [A, E), what the user wrote, as far as it is still there.
         dropped: whether sparse heads of the turn before have dropped keys when it begins.
+        given: routes [L, K] that were given for it, if any.
         route: [L, K] in {0, 1}, as the report states it.
     """
 
@@ -34,6 +35,7 @@ class Turn:
     end: int
     user: tuple[int, int]
     dropped: bool = False
+    given: Tensor | None = None
     route: Tensor | None = None
 
 
@@ -46,12 +48,14 @@ class Sample:
         turns: in order.
         of_turn: of every token that was read, the turn whose routes it was read under.
         answer: of every token that was read, whether it was read as decode steps read.
+        given: of every token of an answer, the routes [L, K] that were given for it instead of its turn's, if any.
     """
 
     ids: list[int]
     turns: list[Turn] = field(default_factory=list)
     of_turn: list[int] = field(default_factory=list)
     answer: list[bool] = field(default_factory=list)
+    given: list[Tensor | None] = field(default_factory=list)
 
 
 class Reference:
@@ -65,6 +69,7 @@ class Reference:
         AttentionInterface.register(NAME, _attend)
         self.model = copy.deepcopy(model).double()
         self.model.set_attn_implementation(NAME)
+        self.given: Tensor | None = None
         self.keys: dict[int, Tensor] = {}  # of every layer, before RoPE and after the norm
         for layer, block in enumerate(self.model.model.layers):
             attn = block.self_attn
@@ -84,8 +89,9 @@ class Reference:
         return self.model(torch.tensor([self.sample.ids[: len(self.sample.answer)]]), use_cache=False).logits[0]
 
     @torch.no_grad()
-    def beams(self, steps: int, beams: int) -> tuple[list[int], float]:
-        """Tokens of the best beam and its score, where all tokens have been read."""
+    def beams(self, steps: int, beams: int, given: Tensor | None) -> tuple[list[int], float]:
+        """Tokens of the best beam and its score, where all tokens have been read; `given` are their routes, if any."""
+        self.given = given
         found = self.model.generate(
             torch.tensor([self.sample.ids]), max_new_tokens=steps, num_beams=beams, do_sample=False,
             return_dict_in_generate=True, output_scores=True,
@@ -119,8 +125,11 @@ class Reference:
         sample, more = self.sample, length - len(self.sample.answer)
         turn = torch.tensor(sample.of_turn + [len(sample.turns) - 1] * more)
         dense = torch.tensor(sample.answer + [True] * more) & self.config.dense_decode
-        routes = torch.stack([turn.route[layer] for turn in sample.turns if turn.route is not None])
-        return (routes[turn] == 1) & ~dense[:, None]
+        routes = torch.stack([turn.route[layer] for turn in sample.turns if turn.route is not None])[turn]
+        for token, given in enumerate([*sample.given, *[self.given] * more]):
+            if given is not None:
+                routes[token] = given[layer]
+        return (routes == 1) & ~dense[:, None]
 
     def _from_keys(self, layer: int, _hidden: Tensor) -> Tensor:
         """Margin [K] from keys that are pooled afresh."""

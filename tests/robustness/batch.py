@@ -47,14 +47,15 @@ class Batch:
         """Whether the unread tokens are a prompt or a turn; a single one is an answer's."""
         return self.seen == 0 or self.unread > 1
 
-    def begin(self, sparse: SparseConfig) -> None:
-        """The unread tokens are read now."""
+    def begin(self, sparse: SparseConfig, given: Tensor | None) -> None:
+        """The unread tokens are read now, under routes [L, K] that are given, if any are."""
+        self.given = given
         for sample in self.samples:
             begin, end = len(sample.answer), len(sample.ids)
             if self.reads_turn:
                 start = sample.turns[-1].user[0] if sample.turns else 0
                 dropped = self.case.cache == "elastic" and begin > sparse.sink + sparse.window
-                sample.turns.append(Turn(begin, end, (start, end), dropped))
+                sample.turns.append(Turn(begin, end, (start, end), dropped, given))
             self.was_read(sample, answer=not self.reads_turn)
 
     def was_read(self, sample: Sample, answer: bool) -> None:
@@ -62,6 +63,13 @@ class Batch:
         new = len(sample.ids) - len(sample.answer)
         sample.of_turn += [len(sample.turns) - 1] * new
         sample.answer += [answer] * new
+        sample.given += [self.other_routes(sample) if answer else None] * new
+
+    def other_routes(self, sample: Sample) -> Tensor | None:
+        """Routes that are given to answers now, and were not to their turn."""
+        of_turn = sample.turns[-1].given
+        same = self.given is not None and of_turn is not None and torch.equal(self.given, of_turn)
+        return None if same else self.given
 
     def answered(self, sequences: list[list[int]], columns: int) -> None:
         """Take the tokens after so many columns; the last has not been read yet."""
@@ -78,7 +86,7 @@ class Batch:
         for sample in self.samples:
             kept = max(0, len(sample.answer) - count)
             assert kept > 0 or not self.seen, "the cache has let a sample without tokens be"
-            del sample.ids[kept:], sample.of_turn[kept:], sample.answer[kept:]
+            del sample.ids[kept:], sample.of_turn[kept:], sample.answer[kept:], sample.given[kept:]
             for turn in sample.turns:
                 turn.user = (turn.user[0], min(turn.user[1], kept))
             if not self.seen:

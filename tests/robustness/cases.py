@@ -26,7 +26,8 @@ class Case:
         sizes, granule: of the sparse pattern.
         kind: of the routers.
         bias, dense_decode, chunk_tokens: settings of the model.
-        route: `own`, or what `override_routes` is given.
+        route: `own`, or what `override_routes` is given,
+        forced: in these steps, from and up to, counted from 0.
         user: whether `user_spans` say that the first third of a prompt is not the user's.
         steps: what happens, in order: a method of `tests.robustness.run_case.Run` and its arguments.
     """
@@ -44,6 +45,7 @@ class Case:
     dense_decode: bool
     chunk_tokens: int
     route: Any
+    forced: tuple[int, int]
     user: bool
     steps: tuple[Step, ...]
 
@@ -75,6 +77,7 @@ def case_of(number: int) -> Case:
         dense_decode=cache != "elastic" and draw.random() < 0.15,
         chunk_tokens=draw.choice((16384, 7, 1)),
         route=draw.choice(("own", "own", "own", 0, 1, pattern)),
+        forced=draw.choice(((0, 99), (0, 99), (0, 1), (1, 99), (1, 2))),
         user=draw.random() < 0.2,
         steps=steps,
     )

@@ -10,7 +10,6 @@ import re
 import sys
 import traceback
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.inference.generate import route_report
 from elastic.model.attach import attach, last_routes, override_routes, routers
 from tests.helpers.masked64 import Reference, Sample
-from tests.helpers.models import FAMILIES, LAYERS, tiny_model, varied_routers
+from tests.helpers.models import FAMILIES, KV_HEADS, LAYERS, tiny_model, varied_routers
 from tests.robustness.batch import Batch
 from tests.robustness.cases import Case, case_of
 
@@ -71,9 +70,9 @@ class Run:
         self.family, self.case, self.batch = family, case, Batch(family, case)
         self.model, self.config = attached(family, case)
         self.reference, self.worst = reference_of(family), 0.0
-        self.given = case.route if isinstance(case.route, int) else None
-        if isinstance(case.route, tuple):
-            self.given = torch.tensor(case.route)
+        self.override = torch.tensor(case.route) if isinstance(case.route, tuple) else case.route
+        self.routes = None if case.route == "own" else torch.as_tensor(self.override).expand(LAYERS, KV_HEADS)
+        self.given: Tensor | None = None  # in force
         self.cache: Any = None
         if case.cache == "dynamic":
             self.cache = DynamicCache(config=self.model.config)
@@ -85,19 +84,25 @@ class Run:
     @torch.no_grad()
     def __call__(self) -> None:
         """All steps; without a cache only the first, which may leave one."""
-        with nullcontext() if self.given is None else override_routes(self.model, self.given):
-            if self.case.padding == "packed":
-                return self.packed()
-            for name, *arguments in self.case.steps:
-                if self.cache is None and self.batch.seen:
-                    return None
+        if self.case.padding == "packed":
+            return self.packed()
+        begin, end = self.case.forced
+        for place, (name, *arguments) in enumerate(self.case.steps):
+            if self.cache is None and self.batch.seen:
+                return
+            if self.override == "own" or not begin <= place < end:
+                self.given = None
+                getattr(self, name)(*arguments)
+                continue
+            self.given = self.routes
+            with override_routes(self.model, self.override):
                 getattr(self, name)(*arguments)
 
     # -- steps
 
     def packed(self) -> None:
         """All prompts in one row."""
-        self.batch.begin(self.config.sparse)
+        self.batch.begin(self.config.sparse, self.given)
         self.cache = None
         logits = self.model(**self.batch.packed(), use_cache=False).logits[0]
         self.judge(list(logits.split([len(sample.ids) for sample in self.batch.samples])), True)
@@ -122,7 +127,7 @@ class Run:
         """One pass over the unread tokens; the logits of every sample's, [S, V] each."""
         batch, (ids, mask) = self.batch, self.batch.grid()
         width = batch.unread
-        batch.begin(self.config.sparse)
+        batch.begin(self.config.sparse, self.given)
         options = {**batch.mask(mask), **batch.positions(mask), **batch.user_spans()}
         cached = {"past_key_values": self.cache, "use_cache": self.cache is not None}
         logits = self.model(ids[:, -width:], **cached, **options).logits
@@ -145,7 +150,7 @@ class Run:
             options["cache_implementation"] = "static"
         if how == "beams" and batch.seen and self.case.number % 4 and self.case.cache != "static":
             self.cache.batch_repeat_interleave(3)  # without, it is refused
-        batch.begin(self.config.sparse)
+        batch.begin(self.config.sparse, self.given)
         found = self.model.generate(
             ids, past_key_values=self.cache, max_new_tokens=steps, do_sample=False, return_dict_in_generate=True,
             output_logits=True, **options, **batch.mask(mask),
@@ -220,7 +225,7 @@ class Run:
         """Compare with the reference's own search; two best beams may be as good as each other."""
         for row, sample in enumerate(self.batch.samples):
             self.reference.prepare(self.config, routers(self.model), sample, turn)
-            tokens, score = self.reference.beams(steps, 3)
+            tokens, score = self.reference.beams(steps, 3, self.batch.other_routes(sample))
             off = abs(float(found.sequences_scores[row]) - score)
             assert off < TOLERANCE, f"row {row}: the best beam's score is off by {off:.2g}"
             assert found.sequences[row, -steps:].tolist() == tokens[-steps:] or off < 1e-5, f"row {row}: another beam"
@@ -233,7 +238,7 @@ class Run:
         assert turn.route is not None
         asked, sure = (margin > 0).long(), margin.abs() > UNDECIDED
         if self.given is not None:
-            asked, sure = torch.as_tensor(self.given).expand_as(asked), torch.ones_like(sure)
+            asked, sure = self.given, torch.ones_like(sure)
         if turn.dropped:
             before = sample.turns[-2].route == 1
             asked, sure = torch.where(before, 1, asked), sure | before

@@ -168,3 +168,35 @@ def test_routers_that_look_at_keys_see_those_alone_that_were_read(family, kind):
     expected = last_features(model)
     filled(model, kind)
     torch.testing.assert_close(last_features(model), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_heads_that_dropped_keys_stay_streaming_under_given_routes(family):
+    model, turn = routed(family), random_ids(2, 9, 3)
+    cache, whole = filled(model, "elastic"), filled(model, "full")
+    with override_routes(model, 0):
+        model(turn, past_key_values=cache)
+        held = route_of(cache).route
+        assert held.any() and not held.all()
+        found = model(random_ids(2, 1, 4), past_key_values=cache).logits
+    with override_routes(model, held):
+        model(turn, past_key_values=whole)
+        expected = model(random_ids(2, 1, 4), past_key_values=whole).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static", "full"])
+@pytest.mark.parametrize("given", [0, PATTERN], ids=["full", "pattern"])
+@torch.no_grad()
+def test_a_turn_after_given_routes_is_routed_as_if_they_were_not(given, kind):
+    """The prompt's keys before attention are the same in the first layer, whatever its heads did."""
+    model = routed()
+    decided = []
+    for route in (None, given):
+        cache = CACHES[kind](model)
+        with override_routes(model, route):
+            model(random_ids(2, 12), past_key_values=cache)
+        model(random_ids(2, 9, 3), past_key_values=cache)
+        decided.append(last_features(model)[0])
+    assert torch.equal(*decided)
