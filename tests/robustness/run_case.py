@@ -29,7 +29,7 @@ from tests.robustness.cases import Case, case_of
 
 PACKAGE = Path(elastic.__file__).parent
 ROOM = 400  # tokens of a static cache
-TOLERANCE = 1e-3  # of logits, whose deviation is about 5
+TOLERANCE = 5e-3  # of logits, whose deviation is 2.4; rounding stays below 1e-3
 UNDECIDED = 1e-3  # margin of a decision that rounding may turn
 
 
