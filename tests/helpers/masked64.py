@@ -92,8 +92,9 @@ class Reference:
     def beams(self, steps: int, beams: int, given: Tensor | None) -> tuple[list[int], float]:
         """Tokens of the best beam and its score, where all tokens have been read; `given` are their routes, if any."""
         self.given = given
+        ids = torch.tensor([self.sample.ids])
         found = self.model.generate(
-            torch.tensor([self.sample.ids]), max_new_tokens=steps, num_beams=beams, do_sample=False,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, num_beams=beams, do_sample=False,
             return_dict_in_generate=True, output_scores=True,
         )  # fmt: skip
         return found.sequences[0].tolist(), float(found.sequences_scores[0])
