@@ -6,6 +6,7 @@ Frozen dataclasses without a torch import: cheap to build, safe to share, checke
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -16,6 +17,7 @@ RouterKind = Literal["paper", "level", "reach", "static", "input"]
 PoolOver = Literal["user", "prompt"]
 CacheKind = Literal["full", "elastic"]
 
+_LARGEST = 2**31 - 1  # 32 bits
 BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
 
 
@@ -180,7 +182,7 @@ class ElasticConfig:
                 f"gradient_share={share!r} is not 1, 1/2, 1/3, ...; 1.0 gives the exact gradient of the routes, 0.125 "
                 "an estimate from every eighth query block"
             )
-        if not _is_number(self.sparsity_bias) or not math.isfinite(self.sparsity_bias):
+        if not _is_number(self.sparsity_bias):
             raise ValueError(
                 f"sparsity_bias={self.sparsity_bias!r} is not a finite number; 0.0 leaves the routers' decisions as "
                 "they are"
@@ -210,14 +212,16 @@ def _known_keys(cls: type, values: Any, prefix: str) -> dict[str, Any]:
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
+            told = key if str(key).isprintable() else repr(key)
             raise ValueError(
-                f"unknown setting {prefix}{key}; known settings are {', '.join(prefix + k for k in known)}"
+                f"unknown setting {prefix}{told}; known settings are {', '.join(prefix + k for k in known)}"
             )
     return values
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a finite number that a float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -230,6 +234,8 @@ def _check_int(name: str, value: Any, minimum: int | None = None) -> None:
         raise ValueError(f"{name}={value!r} is a {type(value).__name__}, expected a whole number")
     if minimum is not None and value < minimum:
         raise ValueError(f"{name}={value} is below {minimum}; use {minimum} or more")
+    if value > _LARGEST:
+        raise ValueError(f"{name}={value!r:.20} is above {_LARGEST}, which is as far as the kernels count")
 
 
 def _check_multiple(name: str, value: Any, block: int, minimum: int) -> None:

@@ -1,12 +1,13 @@
-"""Files that come with the code, found wherever it is installed; and files that several processes share: the folder for
-what can be made again, locks, checksums, and files and folders that readers see whole or as they were. Loads neither
-torch nor numpy.
+"""Files that come with the code, found wherever it is installed; JSON files that somebody else may have written, read
+with one kind of error; and files that several processes share: the folder for what can be made again, locks, checksums,
+and files and folders that readers see whole or as they were. Loads neither torch nor numpy.
 """
 
 import difflib
 import errno
 import glob
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -14,9 +15,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 PACKAGE = Path(__file__).resolve().parent
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+_WORDS = {dict: "an object", list: "a list", str: "text", int: "a whole number"}
 NOT_SETTINGS = ("mixture", "eval")  # folders of configs/ whose files `elastic fit -c` cannot read
 
 
@@ -57,6 +61,35 @@ def find_config(given: str, kind: str | None = None) -> Path:
         f"there is neither a file {given} nor a shipped configuration of that name"
         f"{', did you mean ' + ' or '.join(close) + '?' if close else ';'} names are {', '.join(names)}"
     )
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file of UTF-8.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ValueError: not UTF-8, not JSON, or nested too deeply for any of this project's files.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def member(values: Any, name: str, kind: type[T]) -> T:
+    """The field `name` of an object, which must be a dict, list, str or int.
+
+    Raises:
+        ValueError: no object, no such field, or a value of another type; a bool is not an int.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{name!r} is looked for in {values!r:.40}, expected {_WORDS[dict]}")
+    if name not in values:
+        raise ValueError(f"{name!r} is missing")
+    value = values[name]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+        raise ValueError(f"{name!r} is {value!r:.40}, expected {_WORDS[kind]}")
+    return value
 
 
 def cache_folder() -> Path:

@@ -94,6 +94,9 @@ BAD = {
         r"router\.feature_norm='batch' is not known; use one of running, none",
     ),
     "bias": (lambda: ElasticConfig(sparsity_bias=float("nan")), "sparsity_bias=nan is not a finite number"),
+    "a bias beyond floats": (lambda: ElasticConfig(sparsity_bias=10**400), "is not a finite number"),
+    "a window beyond the kernels": (lambda: SparseConfig(window=2**31), "sparse.window=2147483648 is above 2147483647"),
+    "an unprintable name": (lambda: ElasticConfig.from_dict({"a\nb": 1}), r"unknown setting 'a\\nb'; known"),
     "decode": (lambda: ElasticConfig(dense_decode="yes"), "dense_decode='yes' is a str, expected true or false"),
     "nested": (lambda: ElasticConfig(sparse={"sink": 0}), r"ElasticConfig\.sparse is a dict, expected SparseConfig"),
     "unknown": (

@@ -203,6 +203,7 @@ def test_packed_data(tmp_path):
     assert set(public("collate")([row])) == {*rows, "position_ids", "row_samples"}
     top = fields_of("manifest.json")
     origin = {name: None for name in top if name not in ("format", "splits")}
+    origin |= {"seq_length": 8, "tokenizer": {"name": "tiny", "sha256": "0"}}  # which are read
     with public("DataWriter")(tmp_path / "data", origin) as writer:
         entry = writer.add("train", "made", [row])
     manifest = public("read_manifest")(tmp_path / "data")

@@ -6,7 +6,7 @@ positions of a row.
 """
 
 from collections.abc import Callable, Hashable, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, TypeVar, cast
@@ -30,6 +30,7 @@ class Layout:
         rows, queries, keys: B, Lq and Lk, cache included.
         packed: several samples share a row (then Lq = Lk).
         padded: some position belongs to no sample.
+        padded_right: some row ends in padding, so nothing can follow.
         bounds: the samples' boundaries in a packed row, known to the host.
     """
 
@@ -44,6 +45,7 @@ class Layout:
     keys: int
     packed: bool
     padded: bool
+    padded_right: bool = False
     bounds: tuple[int, ...] = ()
     _memo: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -122,7 +124,7 @@ def batch_layout(
     keys = past + queries
     row = torch.arange(rows, device=device)
     begin, end = torch.zeros_like(row), torch.full_like(row, keys)
-    padded = False
+    padded = padded_right = False
     if attention_mask is not None:
         if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < keys:
             raise _bad_mask(attention_mask, rows, keys)
@@ -139,41 +141,81 @@ def batch_layout(
             last = keys - 1 - valid.flip(1).int().argmax(1)
             if bool((last + 1 != end).any()):
                 raise ValueError("attention_mask has padding between valid tokens; pad on one side only")
+            padded_right = bool((end < keys).any())
     prompt_end = end if prompt_end is None else prompt_end.to(device)
     user = _user(user_spans, begin, prompt_end)
-    return Layout(row, begin, end, prompt_end, *user, rows, queries, keys, packed=False, padded=padded)
+    return Layout(row, begin, end, prompt_end, *user, rows, queries, keys, False, padded, padded_right)
 
 
 def decode_layout(
     prefill: Layout, rows: int, past: int, attention_mask: Tensor | None = None, queries: int = 1
 ) -> Layout:
     """The layout of one more token, or of several candidates, on top of `past` cached ones. Nothing is read back from a
-    GPU: there the mask must
-    continue the prompt's, which is checked on the CPU only.
+    GPU: there the mask must continue the prompt's, which is checked on the CPU only.
 
     Raises:
-        ValueError: another number of rows or a mask of another shape than the prompt's, or a prompt padded on the
-            right, where a new token would follow padding.
+        ValueError: a prompt that cannot be continued so, see `check_continued`, or a mask of another shape than its.
     """
+    check_continued(prefill, rows)
     keys, begin = past + queries, prefill.begin_N
-    if begin.shape[0] != rows:
-        raise ValueError(
-            f"a token for {rows} rows came with a cache of {begin.shape[0]}; was it filled by another batch?"
-        )
     if attention_mask is not None:
         if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < keys:
             raise _bad_mask(attention_mask, rows, keys)
         if attention_mask.device.type == "cpu":
             expected = torch.arange(keys) >= begin.cpu()[:, None]
             if not torch.equal(attention_mask[:, :keys].bool(), expected):
-                raise ValueError(
-                    "attention_mask does not continue the prompt's: padding on its left, then valid tokens only; "
-                    "pad prompts on the left"
-                )
+                raise _other_mask()
     return Layout(
         prefill.row_N, begin, torch.full_like(begin, keys), torch.full_like(begin, keys), prefill.user_begin_N,
         prefill.user_end_N, rows, queries, keys, packed=False, padded=prefill.padded,
     )  # fmt: skip
+
+
+def turn_layout(earlier: Layout, turn: Layout, masked: bool) -> Layout:
+    """The layout of a later turn: padding is where it was.
+
+    Args:
+        earlier: of the prompt or turn before.
+        turn: of the new tokens, as `batch_layout` made it.
+        masked: whether it was made from a mask.
+
+    Raises:
+        ValueError: a turn that cannot continue the prompt, see `check_continued`, or a mask with other padding.
+    """
+    check_continued(earlier, turn.rows)
+    if not earlier.padded and not turn.padded:
+        return turn
+    if masked and not torch.equal(turn.begin_N, earlier.begin_N):
+        raise _other_mask()
+    return replace(turn, begin_N=earlier.begin_N, padded=True)
+
+
+def check_continued(earlier: Layout, rows: int) -> None:
+    """Whether new tokens can follow a prompt.
+
+    Raises:
+        ValueError: another number of rows than the prompt's, or a prompt padded on the right, where they would follow
+            padding.
+    """
+    if earlier.begin_N.shape[0] != rows:
+        raise ValueError(
+            f"new tokens for {rows} rows came with a cache of {earlier.begin_N.shape[0]}; was it filled by another "
+            "batch? For beams, repeat it by batch_repeat_interleave"
+        )
+    if earlier.padded_right:
+        raise right_padding()
+
+
+def right_padding() -> ValueError:
+    """What to say of prompts that tokens are to follow."""
+    return ValueError("the prompt is padded on the right, so new tokens would follow padding; pad prompts on the left")
+
+
+def _other_mask() -> ValueError:
+    return ValueError(
+        "attention_mask does not continue the prompt's: padding on its left, then valid tokens only; pad prompts on "
+        "the left"
+    )
 
 
 def plain_mask(mask: Any) -> Tensor | None:

@@ -3,6 +3,7 @@
 Legend: L layers, N samples, K KV heads, D head dim.
 """
 
+import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -127,22 +128,31 @@ class RouteRecord:
             if same_override(earlier, override) and settings == (dense, sparse):
                 return modes
         route = torch.stack([self.layers[i] for i in sorted(self.layers)])
-        if override is not None:
-            route = given_routes(override, route)
-        elif dense:
+        if dense:
             route = torch.zeros_like(route)
+        elif override is not None and not same_override(override, self.override):
+            route = given_routes(override, route)  # else recorded, but for heads that could not follow it
         zero, one = mode_ids(sparse, queries=1)
         modes = torch.where(route > 0.5, one, zero).to(torch.int32)
         self._modes = (override, (dense, sparse), modes)
         return modes
 
-    def note_pooled(self, layout: Layout, router: RouterConfig) -> None:
-        """Remember how far the pooled start of a prompt or turn reaches."""
+    def keep_pooled(self, layer: int, first_NKD: Tensor, first_N: Tensor, layout: Layout, router: RouterConfig) -> None:
+        """Remember a layer's sum of the first P keys, how many they are, and how far they reach."""
+        self.heads[layer], self.pooled_N = first_NKD.detach(), first_N
         begin = layout.user_begin_N if router.pool_over == "user" else layout.begin_N
         grown, before = begin + router.pool_tokens, self.pooled_end_N
         if before is None or layout.past:
             end = torch.minimum(grown, layout.end_N)
             self.pooled_end_N = end if before is None else torch.where(grown > layout.past, end, before)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RouteRecord":
+        """A copy under the same override, which is compared by identity."""
+        memo[id(self.override)] = self.override
+        twin = RouteRecord.__new__(RouteRecord)
+        memo[id(self)] = twin
+        vars(twin).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return twin
 
     def select(self, index: Tensor) -> None:
         """Follow a cache whose samples became `index`, int64 on the device."""
@@ -206,12 +216,14 @@ class _Followed:
 
     def __call__(self, what: Any) -> Any:
         record = find_record(self.cache)
-        if record is not None and record.layout is not None:
-            if self.name == "crop":
-                _check_crop(record, int(self.cache.get_seq_length()), what)
-            else:
-                record.select(self._chosen(what, record.layout.row_N))
-        return self.inner(what)
+        if record is None or record.layout is None:
+            return self.inner(what)
+        if self.name == "crop":
+            _check_crop(record, int(self.cache.get_seq_length()), what)
+            return self.inner(what)
+        found = self.inner(what)  # first: a cache that cannot do this must keep its record
+        record.select(self._chosen(what, record.layout.row_N))
+        return found
 
     def _chosen(self, what: Any, row_N: Tensor) -> Tensor:
         if self.name == "batch_repeat_interleave":
@@ -221,16 +233,16 @@ class _Followed:
 
 
 def _check_crop(record: RouteRecord, seen: int, tokens_to_remove: int) -> None:
-    """Refuse to cut what the routes of a later turn are decided on, short of the whole."""
+    """Refuse to cut what the routes of a later turn are decided on, or a row's first token, short of the whole."""
     left = seen + tokens_to_remove if tokens_to_remove <= 0 else min(seen, tokens_to_remove)
-    if record.pooled_end_N is None or left <= 0:
+    if record.layout is None or left <= 0:
         return
-    pooled = record.pooled_end_N.tolist()
-    if any(left < end for end in pooled):
-        raise ValueError(
-            f"cropping to {left} tokens cuts the tokens up to {pooled} that the routes were decided on; start from an "
-            "empty cache"
-        )
+    needed, what = record.pooled_end_N, "that the routes were decided on"
+    if needed is None:  # of routers that pool nothing
+        needed, what = record.layout.begin_N + 1, "with which the rows begin"
+    kept = needed.tolist()
+    if any(left < end for end in kept):
+        raise ValueError(f"cropping to {left} tokens cuts the tokens up to {kept} {what}; start from an empty cache")
 
 
 def check_depth(cache: KVCache | None, layers: int) -> None:

@@ -70,6 +70,8 @@ def _jsonl(path: Path, report: ReadReport, every: int, first: int) -> Rows:
                 report.bad.append(f"{where}: not JSON ({error.msg} at column {error.colno})")
             except RecursionError:
                 report.bad.append(f"{where}: nested too deeply for a record")
+            except ValueError as error:  # a number of more digits than Python reads
+                report.bad.append(f"{where}: {error}")
 
 
 def _json(path: Path, report: ReadReport, every: int, first: int) -> Rows:
@@ -89,7 +91,7 @@ def _json(path: Path, report: ReadReport, every: int, first: int) -> Rows:
                     yield f"{path}: item {number}", value
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 after item {number} ({error}); convert the file to UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, or a number of more digits than Python reads
         raise ValueError(
             f"{path} is a damaged JSON array after item {number} ({error}); fetch it again, or write JSON Lines"
         ) from error

@@ -15,12 +15,13 @@ from typing import Any
 from elastic.data.packing import PackedRow
 from elastic.data.prompts import TEMPLATE, template_kwargs
 from elastic.data.tasks import TASKS
-from elastic.files import file_sha256, is_foreign, new_folder, text_sha256
+from elastic.files import file_sha256, is_foreign, member, new_folder, read_json, text_sha256
 from elastic.protocols import Tokenizer
 
 FORMAT = 2
 SPLITS = ("train", "validation", "test")
 MANIFEST = "manifest.json"
+_LONGEST_NAME = 200  # characters; file systems take 255 bytes, with the ending
 
 
 class DataWriter:
@@ -119,14 +120,36 @@ def read_manifest(data_dir: str | Path) -> dict[str, Any]:
             " (docs/data.md)"
         )
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = manifest["format"]
-        manifest["splits"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); build the data again") from error
+        manifest: dict[str, Any] = read_json(path)
+        found = member(manifest, "format", int)
+        if found == FORMAT:
+            _check(manifest)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); build the data again") from error
     if found != FORMAT:
         raise ValueError(f"{path} has format {found}, this version reads format {FORMAT}; build the data again")
     return manifest
+
+
+def _check(manifest: dict[str, Any]) -> None:
+    """ValueError unless what this package reads of a manifest is there."""
+    if member(manifest, "seq_length", int) < 1:
+        raise ValueError(f"seq_length is {manifest['seq_length']}, expected 1 or more")
+    tokenizer = member(manifest, "tokenizer", dict)
+    _ = [member(tokenizer, key, str) for key in ("name", "sha256")]
+    splits = member(manifest, "splits", dict)
+    for split in splits:
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r:.40} is unknown, expected some of {', '.join(SPLITS)}")
+        if not member(splits, split, dict):
+            raise ValueError(f"split {split!r} holds nothing")
+        for corpus in splits[split]:
+            if Path(corpus).name != corpus or not corpus.isprintable() or len(corpus) > _LONGEST_NAME:
+                raise ValueError(f"corpus {corpus!r:.40} is not the name of a file")
+            entry = member(splits[split], corpus, dict)
+            member(entry, "sha256", str)
+            _ = [member(entry, key, int) for key in ("rows", "samples", "tokens")]
+            _ = [member(entry, key, dict) for key in ("tasks", "sources", "lengths")]
 
 
 def verify(data_dir: str | Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ of a generation live on its KV cache, so interleaved requests never mix.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -325,8 +325,9 @@ def drawn_by(model: CausalLM, gumbel_LNK2: Tensor) -> Iterator[None]:
         yield
 
 
-def last_features(model: CausalLM) -> Tensor:
-    """What the pass of `last_routes` was routed on: pooled keys [L, N, K, D], or features [L, N, F] of level routers.
+def last_features(model: CausalLM) -> list[Tensor]:
+    """What the pass of `last_routes` was routed on, by layer: pooled keys [N, K, D], or the features [N, F] of level
+    routers, which are more from layer to layer.
 
     Raises:
         RuntimeError: no forward pass yet, or one whose routes were given by `override_routes`.
@@ -337,13 +338,13 @@ def last_features(model: CausalLM) -> Tensor:
     ]
     if len(found) < len(decisions):
         raise RuntimeError("no routes yet: run a forward pass of the attached model, outside override_routes")
-    return torch.stack(found)
+    return found
 
 
-def update_statistics(model: CausalLM, features_LN: Tensor) -> None:
+def update_statistics(model: CausalLM, features: Iterable[Tensor]) -> None:
     """Fold what `last_features` returns into the routers' running statistics; call once per step."""
-    for router, features in zip(routers(model), features_LN, strict=True):
-        router.update_statistics(features)
+    for router, of_layer in zip(routers(model), features, strict=True):
+        router.update_statistics(of_layer)
 
 
 def handle_of(model: CausalLM) -> Handle:

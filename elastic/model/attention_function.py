@@ -40,13 +40,13 @@ def attention_function(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    keys = call.of_pass.layout.keys  # a static cache hands out its whole allocation
     if isinstance(call, PendingCall):
-        call = decide_after_rope(cast(RoutedAttention, module), query, key, scale, call)
+        call = decide_after_rope(cast(RoutedAttention, module), query, key[:, :, :keys], scale, call)
     plan, elastic = call.plan, call.cache if isinstance(call.cache, ElasticCache) else None
     if plan.layout.decoding and (elastic is not None or not torch.is_grad_enabled()):
         stored = None if elastic is None else elastic.stored(call.layer)
         return decode_attention(query, key, value, plan, scale, stored), None
-    keys = plan.layout.keys  # a static cache hands out its whole allocation
     found = call.of_pass.row_slice.attend(query, key[:, :, :keys], value[:, :, :keys], call.route_NK, plan, scale)
     call.remember_density(found.density)
     return found.output, None

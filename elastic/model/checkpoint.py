@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from elastic._version import __version__
 from elastic.config import ElasticConfig
 from elastic.data.prompts import TEMPLATE, TEMPLATE_KWARGS, check_kwargs
-from elastic.files import file_sha256, is_foreign, new_folder, set_aside
+from elastic.files import file_sha256, is_foreign, member, new_folder, read_json, set_aside
 from elastic.model.attach import Model, attach, elastic_config, routers
 from elastic.model.loading import architecture, architecture_hash
 from elastic.protocols import CausalLM
@@ -134,20 +134,25 @@ def read_elastic(path: str | Path) -> dict[str, Any]:
             )
             raise FileNotFoundError(f"no checkpoint at {path}: {name} is missing; {hint}")
     try:
-        metadata: dict[str, Any] = json.loads((path / METADATA).read_text(encoding="utf-8"))
-        found = metadata["format"]
-        router = metadata["config"].get("router", {})
-        router.setdefault("pool_over", "prompt")  # what it was before there was a choice
+        metadata: dict[str, Any] = read_json(path / METADATA)
+        config, found = member(metadata, "config", dict), metadata.get("format")
+        config.setdefault("router", {})
+        member(config, "router", dict).setdefault("pool_over", "prompt")  # what it was before there was a choice
         metadata[TEMPLATE] = check_kwargs(metadata.get(TEMPLATE, {}))  # earlier ones were told nothing
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / METADATA} is damaged ({_reason(error)}); {_WAY_OUT}") from error
+    except ValueError as error:
+        raise ValueError(f"{path / METADATA} is damaged ({error}); {_WAY_OUT}") from error
     if found != FORMAT:
         raise ValueError(f"{path} has format {found!r}, this version reads format {FORMAT}; update elastic-attention")
     try:
-        ElasticConfig.from_dict(metadata["config"])
-        _ = [metadata["architecture"][key] for key in _SHAPE], metadata["backbone"], metadata["weights_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / METADATA} is damaged ({_reason(error)}); {_WAY_OUT}") from error
+        ElasticConfig.from_dict(config)
+        shape = member(metadata, "architecture", dict)
+        _ = [member(shape, key, int) for key in _SHAPE]
+        _ = [member(metadata, key, str) for key in ("backbone", "weights_sha256")]
+        for key in ("recipe", "metrics"):
+            metadata.setdefault(key, {})
+            member(metadata, key, dict)
+    except ValueError as error:
+        raise ValueError(f"{path / METADATA} is damaged ({error}); {_WAY_OUT}") from error
     return metadata
 
 
@@ -230,7 +235,3 @@ def _check_state(found: dict[str, Tensor], expected: dict[str, Tensor], what: st
 
 def _few(names: list[str]) -> str:
     return (", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")) or "none"
-
-
-def _reason(error: Exception) -> str:
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from elastic.cache.elastic_cache import ElasticCache
-from elastic.model.pass_state import AttachedState, verifying
+from elastic.model.pass_state import AttachedState, generating
 from elastic.protocols import CausalLM
 
 REFUSED = {
@@ -70,7 +70,7 @@ class Generate:
     def __call__(self, *args: Any, **options: Any) -> Any:
         if len(args) > 1:
             args, options = args[:1], {"generation_config": args[1], **options, **_positional(args[2:])}
-        with verifying(self.state, judge(self.model, options)):
+        with generating(self.state, judge(self.model, options)):
             return self.inner(*args, **options)
 
 

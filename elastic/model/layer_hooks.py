@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from elastic.attention.head_plan import HeadPlan
-from elastic.attention.layout import Layout, batch_layout, decode_layout, packed_bounds, packed_layout, plain_mask
+from elastic.attention.layout import (
+    Layout,
+    batch_layout,
+    decode_layout,
+    packed_bounds,
+    packed_layout,
+    plain_mask,
+    right_padding,
+    turn_layout,
+)
 from elastic.attention.spans import check_prompts, check_user, pairs
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.route_record import RouteRecord, check_depth, find_record, new_record
@@ -24,7 +33,7 @@ from elastic.model.pass_state import AttachedState, ForwardPass, LayerCall, Pend
 from elastic.protocols import KVCache
 from elastic.routing.decision import decide_from_keys, decide_from_reach
 from elastic.routing.level import LevelRouter
-from elastic.routing.pooling import Pooling
+from elastic.routing.pooling import Pooling, half_sums
 from elastic.routing.reach_router import ReachRouter
 from elastic.routing.router import Decision, check_router
 
@@ -120,7 +129,10 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
         )
     else:
         layout = batch_layout(rows, queries, past, tokens.device, mask, prompt_end, user)
-        layout = _later_turn(layout, record, user)
+        if past and record is not None and record.layout is not None:
+            layout = _later_turn(layout, record.layout, mask, user)
+        if layout.padded_right and forced_on(state).generating:
+            raise right_padding()
     if prompt_end is not None:
         check_prompts(layout, spans)
     if user is not None and modes is None:
@@ -152,6 +164,8 @@ def route_layer(
         samples = layout.row_N.shape[0]
         route = _given(override, attn.layer_idx, samples, attn.router.kv_heads, hidden_BSE.device)
         decision = Decision(route, None, None)
+        if record is not None and not attn.router.after_rope:
+            _pool_unrouted(attn, hidden_BSE, of_pass, record)
     else:
         decision = _decide(attn, hidden_BSE, of_pass, record)
     return _settled(decision, attn.layer_idx, of_pass, record, dropped_NK)
@@ -204,20 +218,37 @@ def _decide(attn: RoutedAttention, hidden_BSE: Tensor, of_pass: ForwardPass, rec
     """The router's decision on the prompt's boundaries. On a later turn the first P keys come from the record, the
     last P from the new tokens.
     """
-    layout, config, row_slice = of_pass.layout, of_pass.config, of_pass.row_slice
-    pooled_N = record.pooled_N if record is not None and layout.past else None
-    pooling = Pooling.shared(layout, config.router, hidden_BSE.shape[1], row_slice, pooled_N)
-    keys = prerope_keys(attn, hidden_BSE.flatten(0, 1).index_select(0, pooling.token_M))
-    earlier = record.heads.get(attn.layer_idx) if record is not None and layout.past else None
+    keys, pooling, earlier = _boundary_keys(attn, hidden_BSE, of_pass, record)
     decision, first = decide_from_keys(
-        attn.router, keys.unflatten(0, pooling.weight_N2P.shape), pooling, config, earlier,
-        row_slice=row_slice, temperature=of_pass.temperature, gumbel_NK2=of_pass.noise(attn.layer_idx),
-        fused=of_pass.fused,
+        attn.router, keys, pooling, of_pass.config, earlier, row_slice=of_pass.row_slice,
+        temperature=of_pass.temperature, gumbel_NK2=of_pass.noise(attn.layer_idx), fused=of_pass.fused,
     )  # fmt: skip
     if record is not None:
-        record.heads[attn.layer_idx], record.pooled_N = first.detach(), pooling.first_N
-        record.note_pooled(layout, config.router)
+        record.keep_pooled(attn.layer_idx, first, pooling.first_N, of_pass.layout, of_pass.config.router)
     return decision
+
+
+def _pool_unrouted(attn: RoutedAttention, hidden_BSE: Tensor, of_pass: ForwardPass, record: RouteRecord) -> None:
+    """Remember the first P keys of a pass whose routes were given: the router may decide a later turn."""
+    keys, pooling, earlier = _boundary_keys(attn, hidden_BSE, of_pass, record)
+    first = half_sums(keys, pooling.weight_N2P)[:, 0]
+    first = first if earlier is None else first + earlier
+    record.keep_pooled(attn.layer_idx, first, pooling.first_N, of_pass.layout, of_pass.config.router)
+
+
+def _boundary_keys(
+    attn: RoutedAttention, hidden_BSE: Tensor, of_pass: ForwardPass, record: RouteRecord | None
+) -> tuple[Tensor, Pooling, Tensor | None]:
+    """Pre-RoPE keys [N, 2P, K, D] of the prompt's boundaries, how they are pooled, and what earlier turns summed up of
+    the first P.
+    """
+    layout = of_pass.layout
+    before = record if layout.past else None
+    pooled_N = None if before is None else before.pooled_N
+    pooling = Pooling.shared(layout, of_pass.config.router, hidden_BSE.shape[1], of_pass.row_slice, pooled_N)
+    keys = prerope_keys(attn, hidden_BSE.flatten(0, 1).index_select(0, pooling.token_M))
+    earlier = None if before is None else before.heads.get(attn.layer_idx)
+    return keys.unflatten(0, pooling.weight_N2P.shape), pooling, earlier
 
 
 def _record(cache: KVCache | None, layout: Layout, layer: int) -> RouteRecord | None:
@@ -256,8 +287,7 @@ def _user_spans(given: Tensor | None, forced: Tensor | None, rows: int) -> Tenso
     return pairs("user_spans", forced).repeat_interleave(max(1, rows // max(1, forced.shape[0])), 0)
 
 
-def _later_turn(layout: Layout, record: RouteRecord | None, user: Tensor | None) -> Layout:
+def _later_turn(layout: Layout, earlier: Layout, mask: Tensor | None, user: Tensor | None) -> Layout:
     """A new turn's layout: unless the call says otherwise, the users' words begin where they began in the first."""
-    if not layout.past or user is not None or record is None or record.layout is None:
-        return layout
-    return replace(layout, user_begin_N=record.layout.user_begin_N)
+    layout = turn_layout(earlier, layout, mask is not None)
+    return layout if user is not None else replace(layout, user_begin_N=earlier.user_begin_N)

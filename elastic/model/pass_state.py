@@ -119,6 +119,7 @@ class Forced:
         bias: `sparsity_bias`.
         user_spans: int64 [B, 2]; where the users' words are in the prompts to come.
         level_N: MSR [N] at which level routers run each sample, whatever they would say.
+        generating: the model's `generate` is running, so tokens will follow every prompt.
         verifying: several tokens after the prompt are candidates of its answer, not a new turn.
         gumbel_LNK2: noise [L, N, K, 2] that the routes of the passes to come are drawn by.
     """
@@ -128,6 +129,7 @@ class Forced:
     bias: float | None = None
     user_spans: Tensor | None = None
     level_N: Tensor | None = None
+    generating: bool = False
     verifying: bool = False
     gumbel_LNK2: Tensor | None = None
 
@@ -158,9 +160,9 @@ def forcing(state: AttachedState, forced: Forced) -> Iterator[None]:
 
 
 @contextmanager
-def verifying(state: AttachedState, verified: bool) -> Iterator[None]:
-    """Say whether the tokens to come are candidates of an answer, in the present thread alone."""
-    with forcing(state, replace(forced_on(state), verifying=verified)):
+def generating(state: AttachedState, verifying: bool) -> Iterator[None]:
+    """Say that `generate` is running, and whether it verifies candidates, in the present thread alone."""
+    with forcing(state, replace(forced_on(state), generating=True, verifying=verifying)):
         yield
 
 

@@ -5,15 +5,15 @@ Legend: L layers, K KV heads. A head is named by one number, layer * K + KV head
 """
 
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic.config import SparseConfig
-from elastic.files import write_atomic
+from elastic.config import ElasticConfig, SparseConfig
+from elastic.files import member, read_json, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,9 +147,8 @@ def read_calibration(path: str | Path) -> Calibration:
     if not path.is_file():
         raise FileNotFoundError(f"no calibration file at {path}; `elastic calibrate --out {path}` writes one")
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text)
-    except (ValueError, UnicodeDecodeError) as error:
+        values = read_json(path)
+    except ValueError as error:
         raise ValueError(f"{path} is not a calibration file ({error}); {_WAY_OUT}") from error
     if not isinstance(values, dict) or "need" not in values:
         raise ValueError(f"{path} holds JSON, but not a calibration (`need` is missing); {_WAY_OUT}")
@@ -159,36 +158,39 @@ def read_calibration(path: str | Path) -> Calibration:
         )
     try:
         return _checked(values)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is damaged ({reason}); {_WAY_OUT}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {_WAY_OUT}") from error
 
 
 def _checked(values: dict[str, Any]) -> Calibration:
-    """Raises KeyError, TypeError or ValueError where a field is missing or does not fit the others."""
-    need = tuple(_numbers(row, "need") for row in values["need"])
-    shape = values["architecture"]
-    if not need or {len(row) for row in need} != {shape["num_kv_heads"]} or len(need) != shape["num_layers"]:
-        raise ValueError(f"need is not a table of {shape['num_layers']} layers and {shape['num_kv_heads']} KV heads")
-    order = tuple(values["order"])
-    if sorted(order) != list(range(len(need) * len(need[0]))):
+    """Raises ValueError where a field is missing or does not fit the others."""
+    need = tuple(_numbers(row, "need") for row in member(values, "need", list))
+    shape = member(values, "architecture", dict)
+    layers, kv_heads = (member(shape, key, int) for key in ("num_layers", "num_kv_heads"))
+    if not need or {len(row) for row in need} != {kv_heads} or len(need) != layers:
+        raise ValueError(f"need is not a table of {layers} layers and {kv_heads} KV heads")
+    order = tuple(member(values, "order", list))
+    if any(type(head) is not int for head in order) or sorted(order) != list(range(layers * kv_heads)):
         raise ValueError("order does not name every head once")
-    given = values["curve"]
-    sources = {str(name): _numbers(kl, f"curve of {name}") for name, kl in given["sources"].items()}
-    curve = Curve(_numbers(given["msr"], "curve"), _numbers(given["kl"], "curve"), sources)
+    given = member(values, "curve", dict)
+    sources = {name: _numbers(kl, f"curve of {name!r:.40}") for name, kl in member(given, "sources", dict).items()}
+    curve = Curve(_numbers(given.get("msr"), "curve"), _numbers(given.get("kl"), "curve"), sources)
     if {len(curve.msr)} != {len(curve.kl), *map(len, sources.values())} or list(curve.msr) != sorted(set(curve.msr)):
         raise ValueError("the curve's levels are not ascending, or not as many as its values")
+    if not all(0 <= msr <= 1 for msr in curve.msr):
+        raise ValueError("a level of the curve is outside [0, 1]")
+    member(values, "backbone", str)
+    ElasticConfig.from_dict({"sparse": member(values, "sparse", dict)})
     provenance = {key: value for key, value in values.items() if key not in ("format", "need", "order", "curve")}
-    found = Calibration(need, order, curve, provenance)
-    _ = found.sparse, found.backbone
-    return found
+    return Calibration(need, order, curve, provenance)
 
 
-def _numbers(values: Sequence[Any], what: str) -> tuple[float, ...]:
-    numbers = tuple(float(value) for value in values)
-    if not all(map(math.isfinite, numbers)):
+def _numbers(values: Any, what: str) -> tuple[float, ...]:
+    if not isinstance(values, list) or any(type(value) not in (int, float) for value in values):
+        raise ValueError(f"{what} is not a list of numbers")
+    if not all(abs(value) <= sys.float_info.max for value in values):
         raise ValueError(f"{what} holds NaN or infinity")
-    return numbers
+    return tuple(map(float, values))
 
 
 @dataclass(frozen=True)

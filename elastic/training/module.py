@@ -149,7 +149,8 @@ class ElasticModule(RoutedModule):
             row += len(micro["row_samples"])
             pooled.append(last_features(self.model))
         if progress < self.optimiser.warmup:
-            update_statistics(self.model, torch.cat(pooled, dim=1))  # once: all micro-batches see the same features
+            # once: all micro-batches see the same features
+            update_statistics(self.model, [torch.cat(of_layer) for of_layer in zip(*pooled, strict=True)])
         weights = [p for group in descent.param_groups for p in group["params"]]
         if isinstance(self.trainer.strategy, ShardedBackbone):  # DDP has averaged already
             average_gradients([*weights, *self.multipliers.parameters()])

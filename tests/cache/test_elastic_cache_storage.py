@@ -118,7 +118,7 @@ REFUSED = {
     "a model without routers": (without_routers, "an ElasticCache was given to a model without routers"),
     "other routes while decoding": (other_routes, "override_routes changed after the prompt was read into an elastic"),
     "dense decode": (dense_later, "dense_decode was set after the prompt was read into an elastic KV cache"),
-    "another batch": (other_batch, "a token for 3 rows came with a cache of 2"),
+    "another batch": (other_batch, "new tokens for 3 rows came with a cache of 2"),
     "right padding": (right_padded, "pad prompts on the left"),
     "a negative reserve": (lambda m: ElasticCache(3, elastic_config(m), -1), "reserve=-1, step=1024; expected 0 or"),
     "bytes of an empty cache": (lambda m: new_cache(m).nbytes, "the cache is empty; run the prompt"),

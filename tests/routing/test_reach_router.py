@@ -39,7 +39,7 @@ def test_padding_changes_no_decision(family):
     ids, mask = left_padded(random_ids(2, 90), [37, 0])
     with torch.no_grad():
         model(ids, attention_mask=mask)
-        reach = last_features(model)
+        reach = torch.stack(last_features(model))
         bias = STEEPNESS * (float(reach.min() + reach.max()) / 2 - 0.5)
     with torch.no_grad(), biased(model, bias):
         model(ids, attention_mask=mask)

@@ -90,6 +90,15 @@ def test_a_static_checkpoint_round_trips_and_is_refused_as_an_input_router(tmp_p
         load_into(tiny_model(), tmp_path / "ck")
 
 
+def test_level_routers_train_too(data, tmp_path):
+    """Their features are more from layer to layer."""
+    levels = ElasticConfig(RouterConfig(kind="level"), SMALL.sparse)
+    module, _, _ = small_run(data, tmp_path, elastic=levels, optimiser=OptimiserConfig(warmup=0.9), rows_per_step=4)
+    for router in routers(module.model):
+        assert router.count > 4 and router.scale.shape == router.weight.shape
+        assert router.weight.abs().max() > 0 and router.mean.abs().max() > 0
+
+
 def test_one_test_command_reports_every_method(data, tmp_path, capsys):
     root, names = tmp_path / "run", ["dense", "elastic", "elastic@-50", "elastic@50", "streaming", "random:0.5"]
     (tmp_path / "heads.tsv").write_text("1 0\n0 0\n1 1\n")

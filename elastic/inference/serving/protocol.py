@@ -189,7 +189,7 @@ def error_body(message: str, kind: str, param: str | None = None) -> dict[str, A
 
 
 def _cut(text: str) -> str:
-    """At most so many characters, the beginning and the end; halves of surrogate pairs escaped."""
-    half = _LONGEST_ERROR // 2
+    """One line of at most so many characters, the beginning and the end; halves of surrogate pairs escaped."""
+    half, text = _LONGEST_ERROR // 2, "\\n".join(text.splitlines())
     short = text if len(text) <= _LONGEST_ERROR else f"{text[:half]} ... {text[-half:]}"
     return short.encode("utf-8", "backslashreplace").decode()
