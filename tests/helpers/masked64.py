@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from elastic.config import ElasticConfig
+from elastic.routing.router import STEEPNESS
 
 NAME = "masked64"
 
@@ -105,7 +106,7 @@ class Reference:
         scores = q @ k.repeat_interleave(group, 1).transpose(2, 3) * scale
         full, few = self._masks(k.shape[2])
         if self.decide and q.shape[2] == k.shape[2]:
-            decide = self._from_reach if self.config.router.kind == "level" else self._from_keys
+            decide = self._from_keys if self.config.router.kind == "paper" else self._from_reach
             margin = decide(layer, scores[0].masked_fill(~full, float("-inf")).softmax(-1).masked_fill(few, 0.0))
             self.margin.append(margin + self.config.sparsity_bias)
         seen = torch.where(self._streaming(layer, k.shape[2]).T[..., None], few, full)[:, -q.shape[2] :]
@@ -149,11 +150,14 @@ class Reference:
         turn, router = self.sample.turns[-1], self.routers[layer]
         mass = hidden_HSS.sum(-1)[:, max(turn.begin, turn.user[0], turn.user[1] - 32) : turn.user[1]]
         found = torch.stack([mass.amax(1), mass[:, -8:].mean(1)]).unflatten(1, (router.kv_heads, -1)).mean(2)
-        if turn.dropped:  # heads whose keys are gone count as usual ones
+        alone = self.config.router.kind == "reach"
+        if turn.dropped:  # heads whose keys are gone count as usual ones, or as those that reach nothing
             before = self.sample.turns[-2].route
             assert before is not None
-            usual = router.mean[:-1].unflatten(0, (-1, 2, router.kv_heads))[-1]
+            usual = torch.zeros(2, 1) if alone else router.mean[:-1].unflatten(0, (-1, 2, router.kv_heads))[-1]
             found = torch.where(before[layer] == 1, usual, found)
+        if alone:
+            return STEEPNESS * (0.5 - found[0].float())
         self.reach.append(found.flatten().float())
         sparse = self.config.sparse
         length = torch.tensor([turn.user[1] / (sparse.sink + sparse.window)]).log().clamp_min(0.0)

@@ -72,7 +72,7 @@ def case_of(number: int) -> Case:
         cache=cache,
         sizes=draw.choice(SIZES),
         granule=draw.choice(("token", "token", "block")),
-        kind=draw.choice(("paper", "paper", "level")),
+        kind=draw.choice(("paper", "paper", "level", "level", "reach")),
         bias=draw.choice((0.0, 0.0, 0.0, 0.2, -0.2)),
         dense_decode=cache != "elastic" and draw.random() < 0.15,
         chunk_tokens=draw.choice((16384, 7, 1)),

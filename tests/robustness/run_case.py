@@ -57,7 +57,7 @@ def attached(family: str, case: Case) -> tuple[Any, ElasticConfig]:
     if case.kind == "paper":
         varied_routers(model, case.number % 5)
         return model, config
-    for router in routers(model):
+    for router in routers(model) if case.kind == "level" else ():
         router.update_statistics(torch.rand(32, router.weight.shape[0]))
         torch.nn.init.normal_(router.weight, std=0.2)
     return model, config
