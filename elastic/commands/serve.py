@@ -33,11 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--api-key", nargs="+", metavar="KEY", help=keys)
     hosts = "names that clients may call this server by, * for any (default: loopback names and --host)"
     parser.add_argument("--allowed-hosts", nargs="+", metavar="NAME", help=hosts)
-    parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="requests in a batch (default 8)")
+    parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="answered at a time (default 8)")
     parser.add_argument("--max-queue", type=int, default=64, metavar="N", help="waiting requests (default 64)")
-    parser.add_argument(
-        "--batch-seconds", type=float, default=0.01, metavar="S", help="wait for more requests (default 0.01)"
-    )
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default 512)")
     parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="of a request (default 300)")
     parser.add_argument("--max-body", type=int, default=8 << 20, metavar="BYTES", help="default 8 MiB")
@@ -81,12 +78,7 @@ def serve(args: argparse.Namespace) -> None:
             name,
             limits,
             lambda metrics: Engine(
-                model,
-                tokenizer,
-                max_batch=args.max_batch,
-                max_queue=args.max_queue,
-                batch_seconds=args.batch_seconds,
-                metrics=metrics,
+                model, tokenizer, max_batch=args.max_batch, max_queue=args.max_queue, metrics=metrics
             ),
             door,
         )
