@@ -61,13 +61,12 @@ def serve(args: argparse.Namespace) -> None:
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the package {package} is missing; run `pip install 'elastic-attention[serve]'`")
-    import uvicorn
-
     from elastic.inference.generate import load
     from elastic.inference.serving.app import build_app
     from elastic.inference.serving.door import LOOPBACK
     from elastic.inference.serving.engine import Engine
     from elastic.inference.serving.limits import ServerLimits
+    from elastic.inference.serving.listening import Listener
 
     door = door_of(args)
     limits = ServerLimits(args.max_new_tokens, args.timeout, args.max_body, args.grace)
@@ -86,10 +85,14 @@ def serve(args: argparse.Namespace) -> None:
         say(f"model {name!r} at {url} (chat/completions, models; /health, /metrics, /docs)")
         if not door.api_keys and args.host not in LOOPBACK:
             say(f"no --api-key was given: whoever reaches {args.host} can use the model", stream=sys.stderr)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(args.grace))
         leave_at_once(listening)
         with suppress(KeyboardInterrupt):  # a signal is a server's usual end, which uvicorn raises again after it
-            uvicorn.Server(config).run(sockets=[listening])
+            Listener(app, limits, log_level="warning").run(sockets=[listening])
+    engine = getattr(app.state, "engine", None)
+    if engine is not None and engine.working:  # within a step of the model, which nothing can interrupt
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # the interpreter's usual end would abort in that thread
 
 
 def listen_on(host: str, port: int) -> socket.socket:

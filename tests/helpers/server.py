@@ -8,10 +8,9 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
-import uvicorn
-
 from elastic.inference.serving.app import ServerLimits, build_app
 from elastic.inference.serving.engine import Engine
+from elastic.inference.serving.listening import Listener
 from elastic.model import loading
 from elastic.model.attach import attach
 from tests.helpers.models import small_config
@@ -28,13 +27,12 @@ def tiny_model():
 @contextmanager
 def serving(model, limits=None, **engine):
     settings = {"max_batch": 4, "max_queue": 64, **engine}
-    app = build_app(
-        "tiny", limits or ServerLimits(grace=60), lambda metrics: Engine(*model, metrics=metrics, **settings)
-    )
+    limits = limits or ServerLimits(grace=60)
+    app = build_app("tiny", limits, lambda metrics: Engine(*model, metrics=metrics, **settings))
     with socket.socket() as chosen:
         chosen.bind(("127.0.0.1", 0))
         port = chosen.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+    server = Listener(app, limits, host="127.0.0.1", port=port, log_level="error")
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -54,6 +54,11 @@ class Engine:
         return self._thread.is_alive() and not self._closing
 
     @property
+    def working(self) -> bool:
+        """Whether its thread runs, also while it closes."""
+        return self._thread.is_alive()
+
+    @property
     def waiting(self) -> int:
         """Requests in the queue, without those that nobody waits for any more."""
         return sum(job.given_up is None for job in tuple(self._waiting))
