@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import random
+import select
 import signal
 import socket
 import statistics
@@ -35,7 +36,7 @@ from elastic.model.checkpoint import save_elastic
 from tests.helpers.models import small_config, varied_routers
 from tests.helpers.server import body_of, events_of, figure, send, until
 
-CLIENTS, LONG = 12, 600
+CLIENTS, LONG = 12, 400
 END = "f2"  # the word that ends an answer
 BAD = [
     b"",
@@ -84,6 +85,7 @@ class Figures:
         kinds, ends: how often each kind of request and each finish reason came.
         growth_mb: the server's memory, most less least over the last half of the requests.
         alone_s, beside_s: a short request's time, alone and beside a long one; medians.
+        waited_for_the_long_one: it was answered before they were.
         tracebacks: in the server's log.
         code: exit code after SIGTERM.
     """
@@ -98,6 +100,7 @@ class Figures:
     growth_mb: float = 0.0
     alone_s: float = 0.0
     beside_s: float = 0.0
+    waited_for_the_long_one: bool = False
     left_running: float = 0.0
     tracebacks: int = 0
     code: int = 0
@@ -323,7 +326,7 @@ def soak(requests, seed=0, different=150):
             long_one = send(address, body_of(endless, max_tokens=LONG))
             assert until(lambda: figure(address, "elastic_running_requests") == 1)
             figures.beside_s = clients.short_ones()
-            assert figure(address, "elastic_running_requests") >= 1  # the long one still
+            figures.waited_for_the_long_one = bool(select.select([long_one], [], [], 0)[0])
             long_one.close()
         figures.tracebacks, figures.code = log.read_text().count("Traceback"), process.returncode
     last = figures.rss_mb[requests // 2 :]
