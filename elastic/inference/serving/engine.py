@@ -3,6 +3,7 @@ steps, each with its own routes, length and settings; one that is done is told a
 """
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from elastic.inference.generate import eos_ids, route_report
 from elastic.inference.serving.batch import Batch
 from elastic.inference.serving.jobs import Job, QueueFullError
+from elastic.inference.serving.pauses import GivenUpError, Pauses
 from elastic.inference.serving.rows import Row
 from elastic.inference.serving.text import TextCutter
 from elastic.inference.stepwise import begin
@@ -42,6 +44,7 @@ class Engine:
         self.model, self.tokenizer, self.metrics = model, tokenizer, metrics
         self.max_batch, self.max_queue = max_batch, max_queue
         self._batches: list[Batch] = []
+        self._reading = 0  # prompts; one is read within a pause of another
         self._waiting: deque[Job] = deque()
         self._news = threading.Condition()
         self._closing = False
@@ -87,34 +90,42 @@ class Engine:
         return not self._thread.is_alive()
 
     def _work(self) -> None:
-        while (job := self._next_job()) or self._batches:
-            if job:
-                self._begin(job)
-            for batch in list(self._batches):
-                self._step(batch)
+        while True:
+            if self._turn():
+                continue
+            with self._news:
+                if not self._waiting:
+                    if self._closing:
+                        return
+                    self._news.wait()
 
-    def _next_job(self) -> Job | None:
-        """The oldest request that waits, if there is room for it. While nothing runs it is waited for; None then means
-        that the engine closes.
+    def _turn(self, longest: float = math.inf) -> bool:
+        """Begin with the oldest request whose prompt has no more tokens than that, if there is room for it, and give
+        every running answer a token; whether there is more to do.
         """
+        job = self._take(longest)
+        if job:
+            self._begin(job)
+        for batch in list(self._batches):
+            self._step(batch)
+        return job is not None or bool(self._batches)
+
+    def _take(self, longest: float) -> Job | None:
         with self._news:
-            while True:
-                self._drop_late()
-                if self._waiting and sum(len(batch.rows) for batch in self._batches) < self.max_batch:
-                    return self._waiting.popleft()
-                if self._batches or self._closing:
-                    return None
-                self._news.wait()
+            self._drop_late()
+            if self._reading + sum(len(batch.rows) for batch in self._batches) < self.max_batch:
+                for job in self._waiting:
+                    if len(job.prompt) <= longest:
+                        self._waiting.remove(job)
+                        return job
+        return None
 
     def _drop_late(self) -> None:
         """Drop requests that nobody waits for any more."""
         for job in list(self._waiting):
             if reason := job.given_up:
                 self._waiting.remove(job)
-                if reason == "cancelled":
-                    job.fail("the request was cancelled while it waited for its turn", 499)
-                else:
-                    job.fail("the request timed out while it waited for its turn", 504)
+                job.give_up(reason, "while it waited for its turn")
 
     def _begin(self, job: Job) -> None:
         """Read a prompt and let its answer decode with the others."""
@@ -124,11 +135,21 @@ class Engine:
             self._finish(batch.leave())
             if batch.rows:
                 self._add(batch)
+        except GivenUpError as reason:
+            job.give_up(str(reason), "while its prompt was read")
+            self.metrics.failed(1)
         except Exception as error:  # noqa: BLE001 - told to the caller, and written down
             self._fail([job], error)
 
     def _read(self, job: Job) -> Batch:
-        drawing, cache = begin(self.model, job.prompt, max_new_tokens=job.limit, **job.sampling.options())
+        # Between two layers others have their turns, and prompts that are read within the time of one layer begin.
+        short = len(job.prompt) / len(self.model.get_decoder().layers)
+        self._reading += 1
+        try:
+            with Pauses(job, lambda: self._turn(short)).between_layers(self.model):
+                drawing, cache = begin(self.model, job.prompt, max_new_tokens=job.limit, **job.sampling.options())
+        finally:
+            self._reading -= 1
         stops = (*job.stops, *(setting(self.model, {}, "stop_strings") or ()))
         row = Row(job, drawing, TextCutter(self.tokenizer, stops), eos_ids(self.model))
         row.take(int(drawing.ids_1S[0, -1]))

@@ -82,6 +82,13 @@ class Job:
         except Exception:  # noqa: BLE001 - written down
             _log.exception("a listener failed")
 
+    def give_up(self, reason: str, when: str) -> None:
+        """Tell the caller that it was `given_up`."""
+        if reason == "cancelled":
+            self.fail(f"the request was cancelled {when}", 499)
+        else:
+            self.fail(f"the request timed out {when}", 504)
+
     def fail(self, message: str, status: int = 500) -> None:
         """Tell the caller that there will be no answer."""
         self.say("error", message, status=status)

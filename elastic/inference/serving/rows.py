@@ -40,10 +40,8 @@ class Row:
     def finish(self) -> None:
         """Tell the end, after what the cutter still held back."""
         job, reason = self.job, self.reason or "length"
-        if reason == "cancelled":
-            job.fail("the request was cancelled", 499)
-        elif reason == "timeout":
-            job.fail(f"the request timed out after {job.new_tokens} new tokens", 504)
+        if reason in ("cancelled", "timeout"):
+            job.give_up(reason, f"after {job.new_tokens} new tokens")
         else:
             try:
                 rest = self.cutter.rest()
