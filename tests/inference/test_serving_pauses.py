@@ -62,15 +62,15 @@ def test_short_requests_are_answered_while_a_long_prompt_is_read(model, read):
 
 
 def test_running_answers_go_on_while_a_long_prompt_is_read(model, read):
-    with serving(model, ServerLimits(max_new_tokens=500)) as address, ThreadPoolExecutor(2) as pool:
-        running = pool.submit(ask, address, body_of("find k2", max_tokens=500))
+    with serving(model, ServerLimits(max_new_tokens=150)) as address, ThreadPoolExecutor(2) as pool:
+        running = pool.submit(ask, address, body_of("find k2", max_tokens=150))
         assert until(lambda: figure(address, "elastic_running_requests") == 1)
         asked = pool.submit(ask, address, body_of(LONG, max_tokens=2))
         assert until(lambda: len(read) == 1)
         before = figure(address, "elastic_batch_size_count")
         assert until(lambda: len(read) == 3) and not asked.done()
         assert figure(address, "elastic_batch_size_count") > before + 5
-        compare(running.result()[1], generate(*model, "find k2", max_new_tokens=500)[0])
+        compare(running.result()[1], generate(*model, "find k2", max_new_tokens=150)[0])
         assert asked.result()[0] == 200
 
 

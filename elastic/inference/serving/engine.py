@@ -45,6 +45,7 @@ class Engine:
         self.max_batch, self.max_queue = max_batch, max_queue
         self._batches: list[Batch] = []
         self._reading = 0  # prompts; one is read within a pause of another
+        self._step_seconds = 0.0  # of the last token of all running answers
         self._waiting: deque[Job] = deque()
         self._news = threading.Condition()
         self._closing = False
@@ -106,8 +107,10 @@ class Engine:
         job = self._take(longest)
         if job:
             self._begin(job)
+        begun = time.monotonic()
         for batch in list(self._batches):
             self._step(batch)
+        self._step_seconds = time.monotonic() - begun
         return job is not None or bool(self._batches)
 
     def _take(self, longest: float) -> Job | None:
@@ -146,7 +149,7 @@ class Engine:
         short = len(job.prompt) / len(self.model.get_decoder().layers)
         self._reading += 1
         try:
-            with Pauses(job, lambda: self._turn(short)).between_layers(self.model):
+            with Pauses(job, lambda: self._turn(short), self._step_seconds).between_layers(self.model):
                 drawing, cache = begin(self.model, job.prompt, max_new_tokens=job.limit, **job.sampling.options())
         finally:
             self._reading -= 1

@@ -20,11 +20,12 @@ class Pauses:
     Args:
         job: whose prompt is read.
         turn: lets others have a turn; whether there was anything to do.
+        turn_seconds: how long one takes, as far as known; there is no pause before others have waited as long.
     """
 
-    def __init__(self, job: Job, turn: Callable[[], bool]) -> None:
+    def __init__(self, job: Job, turn: Callable[[], bool], turn_seconds: float) -> None:
         self.job, self.turn = job, turn
-        self._resumed, self._longest_turn, self._pausing = time.monotonic(), 0.0, False
+        self._resumed, self._longest_turn, self._pausing = time.monotonic(), turn_seconds, False
 
     @contextmanager
     def between_layers(self, model: CausalLM) -> Iterator[None]:
