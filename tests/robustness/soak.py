@@ -334,14 +334,14 @@ def soak(requests, seed=0, different=150):
     return figures
 
 
-def main():
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    found = vars(soak(**vars(parser.parse_args())))
+    found = vars(soak(**vars(parser.parse_args(argv))))
     found["rss_mb"] = found["rss_mb"][:: max(1, len(found["rss_mb"]) // 20)]
     say(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
