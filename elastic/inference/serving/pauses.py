@@ -9,6 +9,8 @@ from typing import Any
 from elastic.inference.serving.jobs import Job
 from elastic.protocols import CausalLM
 
+_PATIENCE = 8  # turns that others wait before the first pause, so that a short prompt is read at a stretch
+
 
 class GivenUpError(Exception):
     """Nobody waits for the prompt that is being read; its text says why."""
@@ -20,12 +22,13 @@ class Pauses:
     Args:
         job: whose prompt is read.
         turn: lets others have a turn; whether there was anything to do.
-        turn_seconds: how long one takes, as far as known; there is no pause before others have waited as long.
+        turn_seconds: how long one takes, as far as known.
     """
 
     def __init__(self, job: Job, turn: Callable[[], bool], turn_seconds: float) -> None:
         self.job, self.turn = job, turn
         self._resumed, self._longest_turn, self._pausing = time.monotonic(), turn_seconds, False
+        self._due = self._resumed + _PATIENCE * turn_seconds
 
     @contextmanager
     def between_layers(self, model: CausalLM) -> Iterator[None]:
@@ -43,7 +46,7 @@ class Pauses:
         if reason := self.job.given_up:
             raise GivenUpError(reason)
         now = time.monotonic()
-        if now - self._resumed < self._longest_turn:
+        if now < self._due:
             return
         self._pausing = True
         try:
@@ -51,6 +54,7 @@ class Pauses:
             Context().run(self._others, 2 * now - self._resumed)
         finally:
             self._resumed, self._pausing = time.monotonic(), False
+            self._due = self._resumed + self._longest_turn
 
     def _others(self, until: float) -> None:
         while (begun := time.monotonic()) < until and self.turn():
