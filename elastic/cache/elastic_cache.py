@@ -250,6 +250,25 @@ class ElasticCache(Cache):
         chosen = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
         self._select(chosen.tolist())
 
+    def join(self, other: "ElasticCache") -> None:
+        """Take in the samples of another cache, after one's own, as under left padding; refused of an empty cache, or
+        one of other settings.
+        """
+        if not (self.seen and other.seen) or self.config.sparse != other.config.sparse:
+            raise ValueError("caches join once each has read a prompt under the same sparse settings")
+        self.settle()
+        other.settle()
+        counts, count_B = self.counts + other.counts, torch.cat([self.count_B, other.count_B])
+        begin_B = max(counts) - count_B
+        mine, theirs = find_record(self), find_record(other)
+        if mine is not None and theirs is not None:
+            mine.join(theirs, begin_B - torch.cat([self.begin_B, other.begin_B]))
+        for layer, joining in zip(self.layers, other.layers, strict=True):
+            layer.pool, layer.seen = layer.held().joined(joining.held()), max(counts)
+        self.counts, self.count_B, self.begin_B = counts, count_B, begin_B
+        self.pooled_B = torch.cat([self.pooled_B, other.pooled_B])
+        self._forget_rows()
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: -n removes n; a positive number is the length to keep (transformers before 5.20).
 

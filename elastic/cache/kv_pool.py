@@ -132,6 +132,13 @@ class KVPool:
             self.keys[source], self.values[source], base.view(shape), self.ring_BK[chosen], ring, capacity, self.sparse
         )
 
+    def joined(self, other: "KVPool") -> "KVPool":
+        """The samples of this pool, then those of another one."""
+        base = torch.cat([self.base_BK, other.base_BK + self.keys.shape[0]])
+        keys, values = torch.cat([self.keys, other.keys]), torch.cat([self.values, other.values])
+        ring_BK, ring = torch.cat([self.ring_BK, other.ring_BK]), self.ring + other.ring
+        return KVPool(keys, values, base, ring_BK, ring, self.capacity + other.capacity, self.sparse)
+
     def append(self, rows_BK: Tensor, k_BK1D: Tensor, v_BK1D: Tensor) -> None:
         """Write one token per head into its row, in place."""
         rows, dim = rows_BK.flatten(), self.keys.shape[1]

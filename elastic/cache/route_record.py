@@ -16,6 +16,7 @@ from elastic.config import RouterConfig, SparseConfig
 from elastic.protocols import KVCache
 
 _RECORD = "_elastic_record"
+_PLACES = ("begin_N", "end_N", "prompt_end_N", "user_begin_N", "user_end_N")  # of a layout, by sample
 
 
 @dataclass(frozen=True)
@@ -164,10 +165,31 @@ class RouteRecord:
         self.earlier = [turn.select(index) for turn in self.earlier]
         layout = self.layout
         if layout is not None:
-            names = ("begin_N", "end_N", "prompt_end_N", "user_begin_N", "user_end_N")
-            places = {name: getattr(layout, name)[index] for name in names}
+            places = {name: getattr(layout, name)[index] for name in _PLACES}
             row = torch.arange(index.shape[0], device=index.device)
             self.layout = replace(layout, row_N=row, rows=index.shape[0], **places)
+        self._modes = None
+
+    def join(self, other: "RouteRecord", moved_N: Tensor) -> None:
+        """Follow a cache that took in the samples of another one.
+
+        Args:
+            moved_N: int64; by how many key positions each sample, one's own first, was moved.
+        """
+        for name in ("layers", "heads", "densities"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            setattr(self, name, {layer: torch.cat([ours[layer], theirs[layer]]) for layer in ours})
+        if self.pooled_N is not None and other.pooled_N is not None:
+            self.pooled_N = torch.cat([self.pooled_N, other.pooled_N])
+        if self.pooled_end_N is not None and other.pooled_end_N is not None:
+            self.pooled_end_N = torch.cat([self.pooled_end_N, other.pooled_end_N]) + moved_N
+        if self.layout is not None and other.layout is not None:
+            both = [(getattr(self.layout, name), getattr(other.layout, name)) for name in _PLACES]
+            places: dict[str, Any] = {
+                name: torch.cat(parts) + moved_N for name, parts in zip(_PLACES, both, strict=True)
+            }
+            row = torch.arange(moved_N.shape[0], device=moved_N.device)
+            self.layout = replace(self.layout, row_N=row, rows=row.shape[0], padded=True, **places)
         self._modes = None
 
 

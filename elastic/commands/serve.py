@@ -33,11 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--api-key", nargs="+", metavar="KEY", help=keys)
     hosts = "names that clients may call this server by, * for any (default: loopback names and --host)"
     parser.add_argument("--allowed-hosts", nargs="+", metavar="NAME", help=hosts)
-    parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="requests in a batch (default 8)")
+    parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="answered at a time (default 8)")
     parser.add_argument("--max-queue", type=int, default=64, metavar="N", help="waiting requests (default 64)")
-    parser.add_argument(
-        "--batch-seconds", type=float, default=0.01, metavar="S", help="wait for more requests (default 0.01)"
-    )
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default 512)")
     parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="of a request (default 300)")
     parser.add_argument("--max-body", type=int, default=8 << 20, metavar="BYTES", help="default 8 MiB")
@@ -66,13 +63,12 @@ def serve(args: argparse.Namespace) -> None:
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the package {package} is missing; run `pip install 'elastic-attention[serve]'`")
-    import uvicorn
-
     from elastic.inference.generate import load
     from elastic.inference.serving.app import build_app
     from elastic.inference.serving.door import LOOPBACK
     from elastic.inference.serving.engine import Engine
     from elastic.inference.serving.limits import ServerLimits
+    from elastic.inference.serving.listening import Listener
 
     door = door_of(args)
     limits = ServerLimits(args.max_new_tokens, args.timeout, args.max_body, args.grace, args.sanitize_control_tokens)
@@ -83,12 +79,7 @@ def serve(args: argparse.Namespace) -> None:
             name,
             limits,
             lambda metrics: Engine(
-                model,
-                tokenizer,
-                max_batch=args.max_batch,
-                max_queue=args.max_queue,
-                batch_seconds=args.batch_seconds,
-                metrics=metrics,
+                model, tokenizer, max_batch=args.max_batch, max_queue=args.max_queue, metrics=metrics
             ),
             door,
         )
@@ -96,10 +87,14 @@ def serve(args: argparse.Namespace) -> None:
         say(f"model {name!r} at {url} (chat/completions, models; /health, /metrics, /docs)")
         if not door.api_keys and args.host not in LOOPBACK:
             say(f"no --api-key was given: whoever reaches {args.host} can use the model", stream=sys.stderr)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(args.grace))
         leave_at_once(listening)
         with suppress(KeyboardInterrupt):  # a signal is a server's usual end, which uvicorn raises again after it
-            uvicorn.Server(config).run(sockets=[listening])
+            Listener(app, limits, log_level="warning").run(sockets=[listening])
+    engine = getattr(app.state, "engine", None)
+    if engine is not None and engine.working:  # within a step of the model, which nothing can interrupt
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # the interpreter's usual end would abort in that thread
 
 
 def listen_on(host: str, port: int) -> socket.socket:

@@ -35,7 +35,7 @@ class DecodeGraph:
         """Append a token [B, 1] and return the logits [B, 1, V] that follow it; the next step overwrites them."""
         if self.cache.steps_left < 1 or self.version != self.cache.version:
             self.graph = None
-            logits = self._run(token_B1)  # grows the storage, and warms up what a capture must find in place
+            logits = self.run(token_B1)  # grows the storage, and warms up what a capture must find in place
             self.version = self.cache.version
             return logits
         if self.graph is None:
@@ -47,7 +47,8 @@ class DecodeGraph:
         self.graph.replay()
         return self.logits_B1V
 
-    def _run(self, token_B1: Tensor) -> Tensor:
+    def run(self, token_B1: Tensor) -> Tensor:
+        """The same step, launched operation by operation, on any device."""
         position = self.cache.count_B[:, None].clone()
         found: CausalLMOutput = self.forward(
             token_B1, position_ids=position, past_key_values=self.cache, use_cache=True
@@ -58,7 +59,7 @@ class DecodeGraph:
         """Record a step without running it; on the host it counts, the replay does the rest."""
         self.token_B1, self.graph = token_B1.clone(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.logits_B1V = self._run(self.token_B1)
+            self.logits_B1V = self.run(self.token_B1)
 
 
 class _Graphed:

@@ -8,10 +8,9 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
-import uvicorn
-
 from elastic.inference.serving.app import ServerLimits, build_app
 from elastic.inference.serving.engine import Engine
+from elastic.inference.serving.listening import Listener
 from elastic.model import loading
 from elastic.model.attach import attach
 from tests.helpers.models import small_config
@@ -27,14 +26,13 @@ def tiny_model():
 
 @contextmanager
 def serving(model, limits=None, **engine):
-    settings = {"max_batch": 4, "max_queue": 64, "batch_seconds": 0.05, **engine}
-    app = build_app(
-        "tiny", limits or ServerLimits(grace=60), lambda metrics: Engine(*model, metrics=metrics, **settings)
-    )
+    settings = {"max_batch": 4, "max_queue": 64, **engine}
+    limits = limits or ServerLimits(grace=60)
+    app = build_app("tiny", limits, lambda metrics: Engine(*model, metrics=metrics, **settings))
     with socket.socket() as chosen:
         chosen.bind(("127.0.0.1", 0))
         port = chosen.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+    server = Listener(app, limits, host="127.0.0.1", port=port, log_level="error")
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -78,3 +76,26 @@ def get(address, path):
 
 def events_of(answer):
     return [line.removeprefix("data: ") for line in answer.decode().split("\n\n") if line]
+
+
+def send(address, body):
+    """A request whose connection stays open; close it to leave."""
+    host, port = address.removeprefix("http://").split(":")
+    client, data = socket.create_connection((host, int(port))), json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+    client.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
+    return client
+
+
+def until(condition, seconds=15.0):
+    """Wait for a condition; whether it holds."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+def figure(address, name):
+    """One line of /metrics; 0 where there is none yet."""
+    lines = get(address, "/metrics")[1].splitlines()
+    return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0.0)

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 from elastic.data.prompts import encode_messages
 from elastic.inference.generate import generate
 from elastic.inference.serving.app import ServerLimits
+from elastic.inference.serving.batch import Batch
 from elastic.inference.serving.engine import Engine
 from elastic.inference.serving.metrics import Metrics
 from elastic.inference.serving.text import TextCutter
@@ -56,21 +57,21 @@ def test_seeds_at_their_bounds_are_served(server, seed):
     assert ask(server, body_of("find k1", max_tokens=2, temperature=1.0, seed=seed))[0] == 200
 
 
-def test_settings_that_are_no_time_are_refused(model):
+def test_settings_that_are_no_time_are_refused():
     for name in ("timeout", "grace"):
         for value in (math.inf, math.nan, 1e300):
             with pytest.raises(ValueError, match=f"{name}="):
                 ServerLimits(**{name: value})
-    for value in (math.inf, math.nan):
-        with pytest.raises(ValueError, match="batch_seconds="):
-            Engine(*model, max_batch=1, max_queue=1, batch_seconds=value, metrics=Metrics())
 
 
-@pytest.mark.parametrize("where", ["Metrics.started", "Metrics.finished", "eos_ids", "Rows", "torch.manual_seed"])
+@pytest.mark.parametrize(
+    "where",
+    ["Metrics.started", "Metrics.stepped", "Metrics.finished", "eos_ids", "Row", "begin", "Batch.step", "Batch"],
+)
 def test_whatever_raises_in_the_engine_is_told_and_the_next_is_answered(model, monkeypatch, where):
     from elastic.inference.serving import engine
 
-    owner = {"Metrics": Metrics, "torch": engine.torch}.get(where.split(".")[0], engine)
+    owner = {"Metrics": Metrics, "Batch": Batch}[where.split(".")[0]] if "." in where else engine
     name, calls = where.split(".")[-1], []
     original = getattr(owner, name)
 
@@ -102,7 +103,7 @@ def test_a_listener_that_fails_harms_nobody(model):
         raise RuntimeError("gone")
 
     metrics = Metrics()
-    engine = Engine(*model, max_batch=2, max_queue=4, batch_seconds=0.2, metrics=metrics)
+    engine = Engine(*model, max_batch=2, max_queue=4, metrics=metrics)
     for tell in (broken, listen):
         prompt = encode_messages([{"role": "user", "content": "find k1"}], model[1])
         engine.submit(Job(prompt, 3, Sampling(), (), time.monotonic() + 30, tell))
@@ -122,7 +123,7 @@ def test_one_rows_error_is_that_rows_alone(model, monkeypatch):
         return add(self, token)
 
     monkeypatch.setattr(text.TextCutter, "add", broken)
-    with serving(model, batch_seconds=1.0, max_batch=2) as address:
+    with serving(model, max_batch=2) as address:
         answers = {}
 
         def send(name, **more):

@@ -1,7 +1,5 @@
 """A client that leaves is cancelled and leaves the queue, streaming or not, running or waiting."""
 
-import json
-import socket
 import threading
 import time
 
@@ -10,7 +8,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
 from elastic.inference.serving.app import ServerLimits
-from tests.helpers.server import ask, body_of, get, serving, tiny_model
+from tests.helpers.server import ask, body_of, figure, send, serving, tiny_model, until
 
 
 @pytest.fixture(scope="module")
@@ -18,39 +16,18 @@ def model():
     return tiny_model()
 
 
-def send(address, body):
-    """A request whose connection stays open; close it to leave."""
-    host, port = address.removeprefix("http://").split(":")
-    client, data = socket.create_connection((host, int(port))), json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
-    client.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
-    return client
-
-
-def until(condition, seconds=15.0):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
-
-
-def figure(address, name):
-    lines = get(address, "/metrics")[1].splitlines()
-    return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0.0)
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_stops_when_its_client_leaves(model, monkeypatch, stream):
-    from elastic.inference.serving.rows import Rows
+    from elastic.inference.serving.rows import Row
 
-    put, steps = Rows.put, []
+    take, steps = Row.take, []
 
     def slow(self, value):
         steps.append(1)
         time.sleep(0.02)
-        put(self, value)
+        take(self, value)
 
-    monkeypatch.setattr(Rows, "put", slow)
+    monkeypatch.setattr(Row, "take", slow)
     with serving(model) as address:
         client = send(address, body_of("find k1", max_tokens=400, stream=stream))
         assert until(lambda: len(steps) > 5)
@@ -64,15 +41,15 @@ def test_an_answer_stops_when_its_client_leaves(model, monkeypatch, stream):
 def test_clients_that_left_make_room_in_the_queue(model, monkeypatch, stream):
     from elastic.inference.serving import engine
 
-    original, gate, calls = engine.answer_tokens, threading.Event(), []
+    original, gate, calls = engine.begin, threading.Event(), []
 
     def held(*args, **options):
-        calls.append(len(args[2]))
+        calls.append(1)
         gate.wait(60)
         return original(*args, **options)
 
-    monkeypatch.setattr(engine, "answer_tokens", held)
-    with serving(model, ServerLimits(timeout=60), max_batch=1, max_queue=4, batch_seconds=0) as address:
+    monkeypatch.setattr(engine, "begin", held)
+    with serving(model, ServerLimits(timeout=60), max_batch=1, max_queue=4) as address:
         try:
             clients = [send(address, body_of("find k1", max_tokens=2))]
             assert until(lambda: len(calls) == 1)

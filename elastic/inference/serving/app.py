@@ -18,6 +18,7 @@ from elastic.inference.serving.door import Counted, Door, Guarded
 from elastic.inference.serving.engine import Engine
 from elastic.inference.serving.errors import RefusedError, handle_errors
 from elastic.inference.serving.limits import MaxBody, ServerLimits
+from elastic.inference.serving.listening import ToldOfTheEnd
 from elastic.inference.serving.metrics import Metrics
 from elastic.inference.serving.protocol import ChatRequest
 from elastic.inference.serving.reading import PromptReader
@@ -45,11 +46,13 @@ def build_app(
         app.state.reader = PromptReader(engine.model, engine.tokenizer, limits.sanitize_control_tokens)
         yield
         app.state.reader.close()
-        await asyncio.to_thread(engine.close, limits.grace)
+        await asyncio.to_thread(engine.close, app.state.grace)
 
     app = FastAPI(title="Elastic Attention", lifespan=lifespan)
-    app.add_middleware(MaxBody, limit=limits.max_body)
+    app.state.grace = limits.grace
+    app.add_middleware(MaxBody, limit=limits.max_body, seconds=limits.arrival)
     app.add_middleware(Guarded, door=door or Door())
+    app.add_middleware(ToldOfTheEnd)
     app.add_middleware(Counted, path=CHAT, tell=lambda status: metrics.requests.labels(str(status)).inc())
     handle_errors(app)
 

@@ -1,26 +1,28 @@
-"""Requests to batches: one thread owns the model, waiting requests of the same sampling settings share a left-padded
-batch in which every sample has its own routes, and each request's text leaves as it is made.
+"""Requests to answers: one thread owns the model and gives every running answer a token in turn. Answers share decode
+steps, each with its own routes, length and settings; one that is done is told at once and the next takes its place.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-import torch
-from transformers import StoppingCriteriaList
-
-from elastic.inference.generate import answer_tokens, eos_ids
+from elastic.inference.generate import eos_ids, route_report
+from elastic.inference.serving.batch import Batch
 from elastic.inference.serving.jobs import Job, QueueFullError
-from elastic.inference.serving.rows import Done, Rows
+from elastic.inference.serving.pauses import GivenUpError, Pauses
+from elastic.inference.serving.rows import Row
+from elastic.inference.serving.text import TextCutter
+from elastic.inference.stepwise import begin
+from elastic.model.generation import setting
 from elastic.protocols import CausalLM, Tokenizer
 
 if TYPE_CHECKING:
     from elastic.inference.serving.metrics import Metrics
 
 _log = logging.getLogger(__name__)
-_LONGEST_WAIT = 3600.0  # seconds
 
 
 class Engine:
@@ -28,29 +30,22 @@ class Engine:
 
     Args:
         model, tokenizer: as `elastic.load` returns them.
-        max_batch: requests in one batch.
+        max_batch: requests that are answered at a time.
         max_queue: requests that may wait; one more is refused.
-        batch_seconds: how long the first request of a batch waits for others.
         metrics: told about waiting, running and finished requests.
     """
 
     def __init__(
-        self,
-        model: CausalLM,
-        tokenizer: Tokenizer,
-        *,
-        max_batch: int,
-        max_queue: int,
-        batch_seconds: float,
-        metrics: "Metrics",
+        self, model: CausalLM, tokenizer: Tokenizer, *, max_batch: int, max_queue: int, metrics: "Metrics"
     ) -> None:
         for name, value in (("max_batch", max_batch), ("max_queue", max_queue)):
             if value < 1:
                 raise ValueError(f"{name}={value} is below 1; the server must take at least one request")
-        if not 0 <= batch_seconds <= _LONGEST_WAIT:
-            raise ValueError(f"batch_seconds={batch_seconds} is not 0 to {_LONGEST_WAIT:.0f}; 0 starts a batch at once")
         self.model, self.tokenizer, self.metrics = model, tokenizer, metrics
-        self.max_batch, self.max_queue, self.batch_seconds = max_batch, max_queue, batch_seconds
+        self.max_batch, self.max_queue = max_batch, max_queue
+        self._batches: list[Batch] = []
+        self._reading = 0  # prompts; one is read within a pause of another
+        self._step_seconds = 0.0  # of the last token of all running answers
         self._waiting: deque[Job] = deque()
         self._news = threading.Condition()
         self._closing = False
@@ -61,6 +56,11 @@ class Engine:
     def alive(self) -> bool:
         """Whether requests are being answered."""
         return self._thread.is_alive() and not self._closing
+
+    @property
+    def working(self) -> bool:
+        """Whether its thread runs, also while it closes."""
+        return self._thread.is_alive()
 
     @property
     def waiting(self) -> int:
@@ -91,68 +91,102 @@ class Engine:
         return not self._thread.is_alive()
 
     def _work(self) -> None:
-        while (batch := self._next_batch()) is not None:
-            if batch:
-                self._answer(batch)
+        while True:
+            if self._turn():
+                continue
+            with self._news:
+                if not self._waiting:
+                    if self._closing:
+                        return
+                    self._news.wait()
 
-    def _next_batch(self) -> list[Job] | None:
-        """Requests that go together, oldest first; None when all is done and the engine closes."""
+    def _turn(self, longest: float = math.inf) -> bool:
+        """Begin with the oldest request whose prompt has no more tokens than that, if there is room for it, and give
+        every running answer a token; whether there is more to do.
+        """
+        job = self._take(longest)
+        if job:
+            self._begin(job)
+        begun = time.monotonic()
+        for batch in list(self._batches):
+            self._step(batch)
+        self._step_seconds = time.monotonic() - begun
+        return job is not None or bool(self._batches)
+
+    def _take(self, longest: float) -> Job | None:
         with self._news:
-            while not self._waiting:
-                if self._closing:
-                    return None
-                self._news.wait()
-            until = time.monotonic() + self.batch_seconds
-            while not self._closing and len(self._waiting) < self.max_batch and (left := until - time.monotonic()) > 0:
-                self._news.wait(left)
             self._drop_late()
-            batch: list[Job] = []
-            for job in list(self._waiting):
-                if len(batch) < self.max_batch and (not batch or _together(batch[0], job)):
-                    self._waiting.remove(job)
-                    batch.append(job)
-            return batch
+            if self._reading + sum(len(batch.rows) for batch in self._batches) < self.max_batch:
+                for job in self._waiting:
+                    if len(job.prompt) <= longest:
+                        self._waiting.remove(job)
+                        return job
+        return None
 
     def _drop_late(self) -> None:
         """Drop requests that nobody waits for any more."""
         for job in list(self._waiting):
             if reason := job.given_up:
                 self._waiting.remove(job)
-                if reason == "cancelled":
-                    job.fail("the request was cancelled while it waited for its turn", 499)
-                else:
-                    job.fail("the request timed out while it waited for its turn", 504)
+                job.give_up(reason, "while it waited for its turn")
 
-    def _answer(self, batch: list[Job]) -> None:
-        """Answer a batch; whatever goes wrong, its callers hear of it and the thread lives on."""
+    def _begin(self, job: Job) -> None:
+        """Read a prompt and let its answer decode with the others."""
         try:
-            self.metrics.started([time.monotonic() - job.arrived for job in batch])
-            self._run(batch)
+            self.metrics.started(time.monotonic() - job.arrived)
+            batch = self._read(job)
+            self._finish(batch.leave())
+            if batch.rows:
+                self._add(batch)
+        except GivenUpError as reason:
+            job.give_up(str(reason), "while its prompt was read")
+            self.metrics.failed(1)
+        except Exception as error:  # noqa: BLE001 - told to the caller, and written down
+            self._fail([job], error)
+
+    def _read(self, job: Job) -> Batch:
+        # Between two layers others have their turns, and prompts that are read within the time of one layer begin.
+        short = len(job.prompt) / len(self.model.get_decoder().layers)
+        self._reading += 1
+        try:
+            with Pauses(job, lambda: self._turn(short), self._step_seconds).between_layers(self.model):
+                drawing, cache = begin(self.model, job.prompt, max_new_tokens=job.limit, **job.sampling.options())
+        finally:
+            self._reading -= 1
+        stops = (*job.stops, *(setting(self.model, {}, "stop_strings") or ()))
+        row = Row(job, drawing, TextCutter(self.tokenizer, stops), eos_ids(self.model))
+        row.take(int(drawing.ids_1S[0, -1]))
+        report = route_report(self.model, cache)[0]
+        row.details = {"msr": report.msr, "esr": report.esr_all, "backend": report.backend}
+        return Batch(self.model, row, cache)
+
+    def _add(self, batch: Batch) -> None:
+        others = next((other for other in self._batches if other.takes(batch)), None)
+        if others is None:
+            self._batches.append(batch)
+        else:
+            others.join(batch)
+
+    def _step(self, batch: Batch) -> None:
+        """One more token for the rows of a batch; whatever goes wrong, their callers hear of it."""
+        try:
+            self.metrics.stepped(len(batch.rows))
+            batch.step()
+            self._finish(batch.leave())
         except Exception as error:  # noqa: BLE001 - told to the callers, and written down
-            _log.exception("a batch of %d failed", len(batch))
-            left = [job for job in batch if not job.ended]
-            for job in left:
-                job.fail(f"the model failed: {type(error).__name__}: {error}")
-            self.metrics.failed(len(left))
+            jobs, batch.rows = [row.job for row in batch.rows], []
+            self._fail(jobs, error)
+        if not batch.rows:
+            self._batches.remove(batch)
 
-    def _run(self, batch: list[Job]) -> None:
-        rows = Rows(batch, self.tokenizer, eos_ids(self.model))
-        if batch[0].sampling.seed is not None:
-            torch.manual_seed(batch[0].sampling.seed)
-        results = answer_tokens(
-            self.model,
-            self.tokenizer,
-            [job.prompt for job in batch],
-            max_new_tokens=max(job.limit for job in batch),
-            streamer=rows,
-            stopping_criteria=StoppingCriteriaList([Done(rows)]),
-            **batch[0].sampling.options(),
-        )
-        for row, (job, result) in enumerate(zip(batch, results, strict=True)):
-            rows.finish(row, {"msr": result.report.msr, "esr": result.report.esr_all, "backend": result.report.backend})
-            self.metrics.finished(len(job.prompt), job.new_tokens, result.report.msr)
+    def _finish(self, rows: list[Row]) -> None:
+        for row in rows:
+            row.finish()
+        for row in rows:
+            self.metrics.finished(len(row.job.prompt), row.job.new_tokens, row.details["msr"])
 
-
-def _together(first: Job, other: Job) -> bool:
-    """A seeded request runs alone: its draws must not depend on who else is there."""
-    return first.sampling == other.sampling and first.sampling.seed is None
+    def _fail(self, jobs: list[Job], error: Exception) -> None:
+        _log.error("%d requests failed", len(jobs), exc_info=error)
+        for job in jobs:
+            job.fail(f"the model failed: {type(error).__name__}: {error}")
+        self.metrics.failed(len(jobs))

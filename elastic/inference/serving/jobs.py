@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 class Sampling(NamedTuple):
-    """What the requests of one batch have in common; temperature 0 is greedy."""
+    """How the tokens of an answer are drawn, and its routes; temperature 0 is greedy."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -21,11 +21,11 @@ class Sampling(NamedTuple):
     sparsity_bias: float | None = None
 
     def options(self) -> dict[str, Any]:
-        """Options of `model.generate`."""
-        if self.temperature == 0:
-            return {"do_sample": False, "sparsity_bias": self.sparsity_bias}
-        chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        return {"do_sample": True, "sparsity_bias": self.sparsity_bias, **chosen}
+        """Options of `elastic.inference.stepwise.begin`."""
+        options = {"do_sample": self.temperature > 0, "seed": self.seed, "sparsity_bias": self.sparsity_bias}
+        if self.temperature > 0:
+            options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return options
 
 
 class Event(NamedTuple):
@@ -45,7 +45,7 @@ class Job:
     Attributes:
         prompt: in tokens.
         limit: new tokens at most.
-        sampling: must agree within a batch.
+        sampling: how tokens are drawn.
         stops: texts that end the answer and are not part of it.
         deadline: `time.monotonic()` after which it is given up.
         tell: called with every `Event`, from the engine's thread.
@@ -81,6 +81,13 @@ class Job:
             self.tell(Event(kind, text, details))
         except Exception:  # noqa: BLE001 - written down
             _log.exception("a listener failed")
+
+    def give_up(self, reason: str, when: str) -> None:
+        """Tell the caller that it was `given_up`."""
+        if reason == "cancelled":
+            self.fail(f"the request was cancelled {when}", 499)
+        else:
+            self.fail(f"the request timed out {when}", 504)
 
     def fail(self, message: str, status: int = 500) -> None:
         """Tell the caller that there will be no answer."""

@@ -21,28 +21,33 @@ class Metrics:
             "elastic_first_text_seconds", "arrival to first text", buckets=_SECONDS, registry=self.registry
         )
         self.batch = Histogram(
-            "elastic_batch_size", "requests in a batch", buckets=(1, 2, 4, 8, 16, 32, 64), registry=self.registry
+            "elastic_batch_size",
+            "requests that share a decode step",
+            buckets=(1, 2, 4, 8, 16, 32, 64),
+            registry=self.registry,
         )
         self.msr = Histogram(
             "elastic_msr", "share of sparse heads", buckets=[n / 10 for n in range(11)], registry=self.registry
         )
 
-    def started(self, waited: list[float]) -> None:
-        """A batch begins; seconds that its requests waited."""
-        self.running.set(len(waited))
-        self.batch.observe(len(waited))
-        for seconds in waited:
-            self.queued.observe(seconds)
+    def started(self, waited: float) -> None:
+        """A request is being answered; seconds that it waited."""
+        self.running.inc()
+        self.queued.observe(waited)
+
+    def stepped(self, rows: int) -> None:
+        """So many requests decode together for a token."""
+        self.batch.observe(rows)
 
     def finished(self, prompt_tokens: int, new_tokens: int, msr: float) -> None:
-        """A request of the running batch was answered."""
+        """A running request was answered."""
         self.running.dec()
         self.tokens.labels("prompt").inc(prompt_tokens)
         self.tokens.labels("new").inc(new_tokens)
         self.msr.observe(msr)
 
     def failed(self, requests: int) -> None:
-        """The running batch of that many requests broke down."""
+        """So many running requests broke down."""
         self.running.dec(requests)
 
     def page(self, waiting: int) -> bytes:

@@ -1,72 +1,60 @@
-"""The rows of a running batch, token by token: the text of each, and which are done. What goes wrong with one row ends
-that row alone.
-"""
+"""One answer in the making: its text, and whether it is done. What goes wrong with it ends it alone."""
 
 import logging
+from collections.abc import Collection
 from typing import Any
-
-import torch
-from torch import Tensor
-from transformers import StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
 
 from elastic.inference.serving.jobs import Job
 from elastic.inference.serving.text import TextCutter
-from elastic.protocols import Tokenizer
+from elastic.inference.stepwise import Drawing
 
 _log = logging.getLogger(__name__)
 
 
-class Rows(BaseStreamer):
-    """Follows every row of a batch: tells its text, and knows which rows are done.
+class Row:
+    """Follows one answer, token by token, and tells its text.
 
     Args:
-        batch: requests in the order of the rows.
-        tokenizer: of the model.
+        job: the request.
+        drawing: where its tokens come from.
+        cutter: turns them into text.
         ends: tokens that end an answer.
+
+    Attributes:
+        reason: why no more tokens are needed; None while they are.
+        details: what the end tells beside the reason.
     """
 
-    def __init__(self, batch: list[Job], tokenizer: Tokenizer, ends: list[int]) -> None:
-        self.batch, self.ends = batch, set(ends)
-        self.cutters = [TextCutter(tokenizer, job.stops) for job in batch]
-        self.reasons: list[str | None] = [None] * len(batch)
-        self._prompt_seen = False
+    def __init__(self, job: Job, drawing: Drawing, cutter: TextCutter, ends: Collection[int]) -> None:
+        self.job, self.drawing, self.cutter, self.ends = job, drawing, cutter, ends
+        self.reason: str | None = None
+        self.details: dict[str, Any] = {}
 
-    def put(self, value: Tensor) -> None:
-        """Take the next token of every row; transformers hands over the prompt first."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        for row, token in enumerate(value.flatten().tolist()):
-            if self.reasons[row] is None:
-                try:
-                    self.reasons[row] = self._take(row, token)
-                except Exception as error:  # noqa: BLE001 - it ends this row alone
-                    self._break(row, error)
+    def take(self, token: int) -> None:
+        """The next token."""
+        try:
+            self.reason = self._take(token)
+        except Exception as error:  # noqa: BLE001 - it ends this answer alone
+            self._break(error)
 
-    def end(self) -> None:
-        """Part of the interface; rows end one by one."""
-
-    def finish(self, row: int, details: dict[str, Any]) -> None:
-        """Tell the end of a row, after what its cutter still held back."""
-        job, reason = self.batch[row], self.reasons[row] or "length"
-        if reason == "cancelled":
-            job.fail("the request was cancelled", 499)
-        elif reason == "timeout":
-            job.fail(f"the request timed out after {job.new_tokens} new tokens", 504)
+    def finish(self) -> None:
+        """Tell the end, after what the cutter still held back."""
+        job, reason = self.job, self.reason or "length"
+        if reason in ("cancelled", "timeout"):
+            job.give_up(reason, f"after {job.new_tokens} new tokens")
         else:
             try:
-                rest = self.cutters[row].rest()
-            except Exception as error:  # noqa: BLE001 - it ends this row alone
-                self._break(row, error)
+                rest = self.cutter.rest()
+            except Exception as error:  # noqa: BLE001 - it ends this answer alone
+                self._break(error)
                 return
             if rest:
                 job.say("text", rest)
-            job.say("end", reason, **details)
+            job.say("end", reason, **self.details)
 
-    def _take(self, row: int, token: int) -> str | None:
-        """The reason for which this row is done now, or None."""
-        job, cutter = self.batch[row], self.cutters[row]
+    def _take(self, token: int) -> str | None:
+        """The reason for which the answer is done now, or None."""
+        job, cutter = self.job, self.cutter
         job.new_tokens += 1
         if token in self.ends:
             return "stop"
@@ -76,17 +64,7 @@ class Rows(BaseStreamer):
             return "stop"
         return job.given_up or ("length" if job.new_tokens >= job.limit else None)
 
-    def _break(self, row: int, error: Exception) -> None:
-        _log.error("one answer of a batch failed", exc_info=error)
-        self.reasons[row] = "error"
-        self.batch[row].fail(f"the text of this answer failed: {type(error).__name__}: {error}")
-
-
-class Done(StoppingCriteria):
-    """Rows that need no more tokens."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-
-    def __call__(self, input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
-        return torch.tensor([reason is not None for reason in self.rows.reasons], device=input_ids.device)
+    def _break(self, error: Exception) -> None:
+        _log.error("one answer failed", exc_info=error)
+        self.reason = "error"
+        self.job.fail(f"the text of this answer failed: {type(error).__name__}: {error}")

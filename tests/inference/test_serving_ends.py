@@ -1,0 +1,182 @@
+"""Requests that do not come whole, and the end of the server: whoever is cut off is told, and no traceback is left."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+
+
+from elastic.inference.serving.app import ServerLimits
+from elastic.inference.serving.rows import Row
+from elastic.model.checkpoint import save_elastic
+from elastic.model.loading import ASSETS
+from tests.helpers.server import body_of, events_of, figure, get, post, send, serving, tiny_model, until
+
+HEAD = "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def connected(address, sent):
+    host, port = address.removeprefix("http://").split(":")
+    client = socket.create_connection((host, int(port)))
+    client.sendall(sent.encode())
+    client.settimeout(30)
+    return client
+
+
+def rest_of(client):
+    parts = []
+    while part := client.recv(1 << 16):
+        parts.append(part)
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        ("", b""),
+        (HEAD[:50], b""),
+        (HEAD + "content-length: 900\r\n\r\n" + '{"model"', b"408"),
+        (HEAD + "transfer-encoding: chunked\r\n\r\n400\r\n{", b"408"),
+    ],
+    ids=["nothing", "half a head", "half a body", "half a chunk"],
+)
+def test_half_a_request_holds_its_connection_for_a_while_only(model, sent, told):
+    with serving(model, ServerLimits(timeout=1.0)) as address:
+        client, started = connected(address, sent), time.monotonic()
+        answer = rest_of(client)
+        assert time.monotonic() - started < 10
+        assert told in answer[:20] and bool(answer) == bool(told)
+        if told == b"408":
+            assert b"did not come within 1 seconds" in answer
+
+
+def test_half_a_request_after_a_whole_one_holds_it_no_longer(model):
+    with serving(model, ServerLimits(timeout=1.0)) as address:
+        client = connected(address, "GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
+        assert b"200" in client.recv(1 << 16)[:20]
+        client.sendall(HEAD[:50].encode())
+        started = time.monotonic()
+        assert b"200" not in rest_of(client)[:20] and time.monotonic() - started < 10
+
+
+def test_a_request_that_came_in_time_may_take_longer(model, monkeypatch):
+    take = Row.take
+
+    def slow(self, token):
+        time.sleep(0.1)
+        take(self, token)
+
+    monkeypatch.setattr(Row, "take", slow)
+    monkeypatch.setattr(ServerLimits, "arrival", 0.5)
+    with serving(model) as address:
+        assert post(address, body_of("find k1", max_tokens=12))[0] == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_whoever_is_cut_off_when_the_server_stops_is_told(model, monkeypatch, caplog, stream):
+    take, answers = Row.take, []
+
+    def slow(self, token):
+        time.sleep(0.05)
+        take(self, token)
+
+    monkeypatch.setattr(Row, "take", slow)
+    with serving(model, ServerLimits(grace=1.0), max_batch=1) as address:
+        threads = [
+            threading.Thread(target=lambda: answers.append(post(address, body_of("a", max_tokens=500, stream=stream))))
+            for _ in "12"
+        ]
+        threads[0].start()
+        assert until(lambda: figure(address, "elastic_running_requests") == 1)
+        threads[1].start()
+        assert until(lambda: figure(address, "elastic_waiting_requests") == 1)
+        half = connected(address, HEAD + "content-length: 900\r\n\r\n{")
+    for thread in threads:
+        thread.join(30)
+    assert sorted(status for status, _ in answers) == [200 if stream else 503, 503]
+    for status, answer in answers:
+        error = json.loads(events_of(answer)[-1] if status == 200 else answer)["error"]
+        assert "the server was stopped" in error["message"] and error["type"] == "server_error"
+    assert b"503" in rest_of(half)[:20]
+    assert not any(record.exc_info for record in caplog.records)
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory, model):
+    """A checkpoint, and a backbone whose answers have no end."""
+    folder = tmp_path_factory.mktemp("endless")
+    for file in (ASSETS / "tiny").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    for name in ("config.json", "generation_config.json"):
+        file = folder / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": None}))
+    return ["--checkpoint", str(save_elastic(folder / "checkpoint", model[0], "tiny")), "--backbone", str(folder)]
+
+
+BUSY = """
+import sys, torch
+from elastic import cli
+from elastic.inference.serving import engine
+def begin(*_, **__):
+    x = torch.zeros(3000, 3000)
+    while True:
+        x = x @ x
+engine.begin = begin
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("start", [["-m", "elastic"], ["-c", BUSY]], ids=["between steps", "within a step"])
+def test_a_second_signal_ends_the_server_at_once(endless, start):
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        port = chosen.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [
+        sys.executable,
+        *start,
+        "serve",
+        *endless,
+        "--name",
+        "tiny",
+        "--port",
+        str(port),
+        "--max-new-tokens",
+        "900",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def healthy():
+        try:
+            return get(address, "/health")[0] == 200
+        except urllib.error.URLError:
+            return False
+
+    try:
+        assert until(healthy, 90)
+        client = send(address, body_of("find k1", max_tokens=900))
+        assert until(lambda: figure(address, "elastic_running_requests") == 1)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        client.settimeout(20)
+        assert b"503" in client.recv(1 << 16)[:20]
+        assert process.wait(20) == 0
+        error = process.stderr.read()
+        assert "Traceback" not in error and "terminate" not in error
+    finally:
+        process.kill()
