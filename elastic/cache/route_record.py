@@ -175,7 +175,12 @@ class RouteRecord:
 
         Args:
             moved_N: int64; by how many key positions each sample, one's own first, was moved.
+
+        Raises:
+            ValueError: conversations of several turns, which differ from row to row.
         """
+        if self.earlier or other.earlier:
+            raise ValueError("caches join after their first prompt; one of them has read a later turn")
         for name in ("layers", "heads", "densities"):
             ours, theirs = getattr(self, name), getattr(other, name)
             setattr(self, name, {layer: torch.cat([ours[layer], theirs[layer]]) for layer in ours})
