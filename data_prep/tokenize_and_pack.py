@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from elastic.console import Parser
-from elastic.data.file_rows import ReadReport
+from elastic.data.file_rows import ENDINGS, ReadReport, files_of
 from elastic.data.packing import Sample, pack, tokenise
 from elastic.data.records import read_records
 from elastic.data.shards import SPLITS, DataWriter, tokenizer_hash
@@ -19,9 +19,9 @@ from .build_mixture import RECIPE
 
 
 def prepare(records: str | Path, tokenizer: Any, out: str | Path, seq_length: int) -> tuple[dict[str, Any], ReadReport]:
-    """Pack every `<records>/<split>/<name>.jsonl` (or `.parquet`) into the corpus `<name>` of that split.
+    """Pack every `<records>/<split>/<name>.jsonl` (or `.json`, `.parquet`) into the corpus `<name>` of that split.
 
-    Records longer than a row are skipped and named in the report, like unreadable ones.
+    Records longer than a row are skipped and named in the report, like unreadable ones and files of other names.
 
     Returns:
         The manifest, and the report on skipped records.
@@ -34,11 +34,14 @@ def prepare(records: str | Path, tokenizer: Any, out: str | Path, seq_length: in
     if seq_length < 1:
         raise ValueError(f"seq_length={seq_length} is below 1; a row needs room for tokens")
     records, report = Path(records), ReadReport()
-    files = [(split, file) for split in SPLITS for file in sorted((records / split).glob("*.*"))]
-    files = [(split, file) for split, file in files if file.suffix in (".jsonl", ".parquet")]
+    here = [split for split in SPLITS if (records / split).is_dir()]
+    others = sorted(p for p in records.glob("*") if p.name not in (*here, RECIPE) and not p.name.startswith("."))
+    report.bad += [f"{p}: not read, expected the folders {', '.join(SPLITS)}" for p in others]
+    files = [(split, file) for split in here for file in files_of(records / split, report)]
     if not files:
         raise FileNotFoundError(
             f"no records in {records}/{{{','.join(SPLITS)}}}; write them with `elastic data_prep build_mixture`"
+            + (f" ({report})" if report.bad else "")
         )
     names = {split: [file.stem for s, file in files if s == split] for split in SPLITS}
     every = sorted({name for found in names.values() for name in found})
@@ -46,7 +49,7 @@ def prepare(records: str | Path, tokenizer: Any, out: str | Path, seq_length: in
         if found and (lacking := [name for name in every if name not in found]):
             raise ValueError(f"{records}/{split} lacks {', '.join(lacking)}, which other splits have; add the files")
         if len(set(found)) < len(found):
-            raise ValueError(f"{records}/{split} has a corpus both as .jsonl and .parquet; keep one of them")
+            raise ValueError(f"{records}/{split} has a corpus as several of {', '.join(ENDINGS)}; keep one of them")
     origin = {
         "seq_length": seq_length,
         "mixture": _recipe(records),
