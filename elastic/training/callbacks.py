@@ -158,15 +158,7 @@ class RoutingPictures(Callback):
 
 
 class RunProgress(TQDMProgressBar):
-    """Lightning's bar without the logger's version number. What is said after a run that failed or was stopped has a
-    line of its own.
-    """
-
-    def on_exception(self, *_: Any) -> None:
-        """End the line of each bar."""
-        for bar in (self._val_progress_bar, self._test_progress_bar, self._train_progress_bar):
-            if bar is not None:
-                bar.close()
+    """Lightning's bar without the logger's version number."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What the bar shows after its counts."""
