@@ -26,7 +26,7 @@ from elastic.data.file_rows import ReadReport
 from elastic.data.packing import Sample, best_fit, packed_row, tokenise
 from elastic.data.records import Record, read_records
 from elastic.data.shards import FORMAT, MANIFEST, SPLITS, tokenizer_hash, write_shard
-from elastic.files import find_config, is_foreign, new_file, put_in_place, write_atomic
+from elastic.files import find_config, is_foreign, new_file, put_in_place, sole_writer, write_atomic
 from elastic.model.loading import load_tokenizer
 
 from .draw import token_count
@@ -46,13 +46,18 @@ def pack_mixture(mixture: Mixture, out: str | Path, workers: int = 2) -> dict[st
     mixture then resumes with what is missing, and ends with the same bytes.
 
     Raises:
-        ValueError: `out` holds something else, or a source that gives no sample.
+        ValueError: `out` holds something else or is being written, or a source that gives no sample.
         FileNotFoundError: record files, or text, that are missing.
         OSError: the disk is full, or a worker died; what was finished stays.
     """
     out = Path(out)
     if is_foreign(out, MANIFEST):
         raise ValueError(f"{out} exists but is not an Elastic Attention data folder; choose another --out")
+    with sole_writer(out):
+        return _packed(mixture, out, workers)
+
+
+def _packed(mixture: Mixture, out: Path, workers: int) -> dict[str, Any]:
     real = Path(os.path.realpath(out))  # a link may lead to another disk, and parts are renamed into place
     scratch = real.with_name(f".{real.name}.parts")
     _begin(scratch, mixture)

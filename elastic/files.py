@@ -3,8 +3,10 @@ what can be made again, locks, checksums, and files and folders that readers see
 torch nor numpy.
 """
 
+import ctypes
 import difflib
 import errno
+import fcntl
 import glob
 import hashlib
 import os
@@ -14,8 +16,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 PACKAGE = Path(__file__).resolve().parent
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of file systems that have none
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 NOT_SETTINGS = ("mixture", "eval")  # folders of configs/ whose files `elastic fit -c` cannot read
 
@@ -185,21 +189,81 @@ def new_folder(target: str | Path, *, sync: bool = False) -> Iterator[Path]:
 
 
 def put_in_place(made: Path, target: str | Path) -> None:
-    """Give a finished folder its final name. What it replaces is set aside first and deleted last, so that a kill in
-    between loses neither.
+    """Give a finished folder its final name. Readers, and other writers, meet the folder that was there or the new one.
+    Where the system cannot exchange them in one step, what is replaced is set aside first and deleted last, so that a
+    kill in between loses neither.
     """
     target = Path(os.path.realpath(target))
     aside = set_aside(target)
-    if target.exists():
-        _remove(aside)
-        target.rename(aside)
-    try:
-        made.rename(target)
-    except BaseException:
-        if aside.exists():
-            aside.rename(target)
-        raise
+    if _exchange(made, target):
+        _remove(made)
+    else:
+        if target.exists():
+            _remove(aside)
+            target.rename(aside)
+        try:
+            made.rename(target)
+        except BaseException:
+            if not _exchange(made, target):  # unless another writer was first
+                if aside.exists():
+                    aside.rename(target)
+                raise
+            _remove(made)
     _remove(aside)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders in one step; False where one is missing, or the system or disk cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # no Linux
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE, linux/fcntl.h and linux/fs.h
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+
+
+@contextmanager
+def sole_writer(target: str | Path) -> Iterator[None]:
+    """Inside, this process is the only one of all that ask that writes `target`, a file or folder; one that dies makes
+    room. Its lock file beside `target` names it and is gone at the end.
+
+    Raises:
+        ValueError: another process is writing it.
+        OSError: a folder that cannot be written.
+    """
+    target = Path(os.path.realpath(target))
+    lock = target.with_name(f".{target.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(lock, target) as stream:
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {platform.node()}")
+        stream.flush()
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _locked(lock: Path, target: Path) -> TextIO:
+    """The open file, locked. The lock is the process's own: workers forked from it do not keep it."""
+    while True:
+        stream = open(lock, "a+", encoding="utf-8")
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                stream.seek(0)
+                other = stream.read() or "another process"
+                stream.close()
+                raise ValueError(
+                    f"{target} is being written by {other}; wait until it has ended, or choose another place"
+                ) from error
+            if error.errno not in NO_LOCKS:
+                raise
+            return stream
+        if lock.exists() and os.path.samestat(os.fstat(stream.fileno()), lock.stat()):
+            return stream
+        stream.close()  # its owner has just ended and removed it
 
 
 def set_aside(target: str | Path) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 
 from elastic.data.packing import PackedRow
 from elastic.data.tasks import TASKS
-from elastic.files import file_sha256, is_foreign, new_folder, text_sha256
+from elastic.files import file_sha256, is_foreign, new_folder, sole_writer, text_sha256
 from elastic.protocols import Tokenizer
 
 FORMAT = 2
@@ -30,7 +30,8 @@ class DataWriter:
         origin: what the manifest should say about how the data was made (seed, tokenizer, sequence length, versions).
 
     Raises:
-        ValueError: `out` exists but is not a data folder (it is never replaced); an existing data folder is.
+        ValueError: `out` exists but is not a data folder (it is never replaced; an existing data folder is), or another
+            process is writing it.
     """
 
     def __init__(self, out: str | Path, origin: dict[str, Any]) -> None:
@@ -40,9 +41,11 @@ class DataWriter:
     def __enter__(self) -> "DataWriter":
         if is_foreign(self.out, MANIFEST):
             raise ValueError(f"{self.out} exists but is not an Elastic Attention data folder; choose another --out")
-        self._leaving = ExitStack()
-        self.scratch = self._leaving.enter_context(new_folder(self.out))
-        self._leaving.push(self._finish)
+        with ExitStack() as leaving:
+            leaving.enter_context(sole_writer(self.out))
+            self.scratch = leaving.enter_context(new_folder(self.out))
+            leaving.push(self._finish)
+            self._leaving = leaving.pop_all()
         return self
 
     def add(self, split: str, corpus: str, rows: Iterable[PackedRow]) -> dict[str, Any]:
@@ -135,6 +138,8 @@ def verify(data_dir: str | Path) -> dict[str, Any]:
         for corpus, entry in corpora.items():
             file = Path(data_dir) / split / f"{corpus}.arrow"
             found = file_sha256(file) if file.is_file() else "no file"
+            if found != entry["sha256"] and read_manifest(data_dir) != manifest:
+                return verify(data_dir)  # another folder was put there meanwhile
             if found != entry["sha256"]:
                 raise ValueError(
                     f"shard {file} is damaged: sha256 {found}, expected {entry['sha256']}; build the data again"
