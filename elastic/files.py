@@ -247,7 +247,7 @@ def sole_writer(target: str | Path) -> Iterator[None]:
 def _locked(lock: Path, target: Path) -> TextIO:
     """The open file, locked. The lock is the process's own: workers forked from it do not keep it."""
     while True:
-        stream = open(lock, "a+", encoding="utf-8")
+        stream = open(lock, "a+", encoding="utf-8")  # noqa: SIM115 - the caller closes it
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

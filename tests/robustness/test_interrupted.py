@@ -1,5 +1,5 @@
-"""Ctrl-C and SIGKILL at random moments of the long commands: after the first one line that says how to resume, exit code
-130 and no process left; after either, the same command again ends with the bytes of an undisturbed run.
+"""Ctrl-C and SIGKILL at random moments of the long commands: after the first one line that says how to resume, exit
+code 130 and no process left; after either, the same command again ends with the bytes of an undisturbed run.
 
 `ELASTIC_MOMENTS=50 python -m pytest -n 0 -s tests/robustness/test_interrupted.py` tries that many moments of each
 command; `KILL_SEED` draws others.
@@ -12,6 +12,7 @@ import random
 import re
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,7 +195,5 @@ def test_a_stopped_or_killed_command_ends_with_the_same_bytes_when_repeated(name
 
 def end(process, how):
     """Ctrl-C reaches all processes of the command; SIGKILL the first alone, whose end the others notice."""
-    try:
+    with suppress(ProcessLookupError):  # it has just ended
         os.killpg(process.pid, how) if how == signal.SIGINT else process.kill()
-    except ProcessLookupError:
-        pass  # it has just ended
