@@ -91,8 +91,11 @@ def _run(mixture: Mixture, scratch: Path, jobs: list[tuple[str, int]], workers: 
         return
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
+        # Workers begin with the signal blocked: until `_end_with_parent` runs they would end in tracebacks.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         futures = [pool.submit(pack_part, mixture, scratch, split, part) for split, part in jobs]
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             yield from (future.result() for future in futures)
         except BrokenProcessPool as error:
             raise ChildProcessError(
@@ -144,7 +147,10 @@ def _drawn(mixture: Mixture, name: str, split: str, part: int, budget: float, re
     taken: list[Sample] = []
     left = budget
     for record in _records(mixture, name, split, part, measure, report):
-        sample = replace(tokenise(record, tokenizer), source=name)
+        try:
+            sample = replace(tokenise(record, tokenizer), source=name)
+        except ValueError as error:
+            raise ValueError(f"source {name!r}, record {record.source or 'without source'}: {error}") from error
         size = len(sample.input_ids)
         if size > mixture.seq_length:
             report.bad.append(f"{name}: {record.source} has {size} tokens, more than the {mixture.seq_length} of a row")
