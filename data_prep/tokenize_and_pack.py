@@ -70,15 +70,16 @@ def _recipe(records: Path) -> dict[str, Any] | None:
 
 def _samples(file: Path, tokenizer: Any, seq_length: int, report: ReadReport) -> Iterator[Sample]:
     for number, record in enumerate(read_records(file, report), 1):
-        sample = tokenise(record, tokenizer)
+        where = f"{file}: good record {number} ({record.source or 'no source'})"
+        try:
+            sample = tokenise(record, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         if len(sample.input_ids) <= seq_length:
             yield sample
         else:
             report.good -= 1
-            report.bad.append(
-                f"{file}: good record {number} ({record.source or 'no source'}) has {len(sample.input_ids)} tokens, "
-                f"more than the {seq_length} of a row"
-            )
+            report.bad.append(f"{where} has {len(sample.input_ids)} tokens, more than the {seq_length} of a row")
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m data_prep.tokenize_and_pack") -> int:

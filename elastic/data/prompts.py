@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from elastic.protocols import CausalLM, Tokenizer
@@ -61,11 +62,13 @@ def encode(
     """One prompt in tokens; `tools` are what the chat template tells the model that it may call.
 
     Raises:
-        ValueError: an empty prompt, or messages without a chat template.
+        ValueError: an empty prompt, one that UTF-8 cannot write, or messages without a chat template or that it
+            refuses.
     """
     if isinstance(item, str):
         if not item.strip():
             raise ValueError("the prompt is empty; write at least one word")
+        _check_unicode("the prompt", item)
         if not chat_template:
             if tools:
                 raise ValueError("tools are told to the model by its chat template; leave out chat_template=False")
@@ -75,6 +78,7 @@ def encode(
         empty = not str(message.get("content", "")).strip() and message.get("role") != "system"  # no system prompt
         if not {"role", "content"} <= message.keys() or empty:
             raise ValueError(f"message {dict(message)} has no role or no content; expected both, not empty")
+        _check_unicode(f"the message of the {message['role']}", str(message["content"]))
     if not chat_template or tokenizer.chat_template is None:
         raise ValueError(
             "messages need a chat template, "
@@ -139,9 +143,23 @@ def token_span(offsets: Sequence[tuple[int, int]], characters: tuple[int, int]) 
     return (held[0], held[-1] + 1) if held else (0, len(offsets))
 
 
+def _check_unicode(what: str, text: str) -> None:
+    """Tokenizers read UTF-8. Bytes of a shell or a file that are something else arrive as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} has half a surrogate pair, or a byte that is not UTF-8, at character {error.start}; write valid "
+            "Unicode"
+        ) from error
+
+
 def _render(messages: list[dict[str, str]], tokenizer: Tokenizer, **options: Any) -> str:
     options = {"add_generation_prompt": True, **options}
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except TemplateError as error:
+        raise ValueError(f"the chat template of this model refuses the messages: {error}") from error
     return text
 
 
