@@ -13,7 +13,7 @@ from elastic.console import Parser
 from elastic.data.records import Record, write_records
 from elastic.data.shards import SPLITS
 from elastic.data.tasks import TASKS
-from elastic.files import is_foreign, new_folder, sole_writer
+from elastic.files import check_place, is_foreign, new_folder, sole_writer
 
 from . import generators, tiny_language
 from .draw import token_count, word_count
@@ -149,6 +149,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m data_prep.build_m
     from elastic.model.loading import load_tokenizer
 
     try:
+        check_place("--out", args.out, folder=True)
         tokenizer = load_tokenizer(args.backbone) if args.backbone else None
         counts = build_mixture(
             args.out,

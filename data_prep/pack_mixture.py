@@ -26,7 +26,7 @@ from elastic.data.file_rows import ReadReport
 from elastic.data.packing import Sample, best_fit, packed_row, tokenise
 from elastic.data.records import Record, read_records
 from elastic.data.shards import FORMAT, MANIFEST, SPLITS, tokenizer_hash, write_shard
-from elastic.files import find_config, is_foreign, new_file, put_in_place, sole_writer, write_atomic
+from elastic.files import check_place, find_config, is_foreign, new_file, put_in_place, sole_writer, write_atomic
 from elastic.model.loading import load_tokenizer
 
 from .draw import token_count
@@ -237,6 +237,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m data_prep.pack_mi
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     args = parser.parse_args(argv)
     try:
+        check_place("--out", args.out, folder=True)
         manifest = pack_mixture(read_mixture(find_config(args.mixture, "mixture")), args.out, args.workers)
     except (ValueError, OSError) as error:
         parser.error(str(error))

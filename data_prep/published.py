@@ -18,7 +18,7 @@ from elastic.console import Parser
 from elastic.data.file_rows import ENDINGS, ReadReport, files_of, read_rows
 from elastic.data.records import Record, write_records
 from elastic.data.tasks import TASKS
-from elastic.files import new_file
+from elastic.files import check_place, new_file
 
 from .formats import CONVERTERS, Converter, mapped
 
@@ -160,6 +160,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m data_prep.publish
     args = parser.parse_args(argv)
     left = Left()
     try:
+        check_place("--out", args.out)
         make = converter(args.name, args.fields, args.task)
         from elastic.model.loading import load_tokenizer
 

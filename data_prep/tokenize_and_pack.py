@@ -14,6 +14,7 @@ from elastic.data.file_rows import ENDINGS, ReadReport, files_of
 from elastic.data.packing import Sample, pack, tokenise
 from elastic.data.records import read_records
 from elastic.data.shards import SPLITS, DataWriter, tokenizer_hash
+from elastic.files import check_place
 
 from .build_mixture import RECIPE
 
@@ -95,6 +96,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m data_prep.tokeniz
     from elastic.model.loading import load_tokenizer
 
     try:
+        check_place("--out", args.out, folder=True)
         manifest, report = prepare(args.records, load_tokenizer(args.backbone), args.out, args.seq_length)
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -274,6 +274,27 @@ def set_aside(target: str | Path) -> Path:
     return target.with_name(f".{target.name}.old")
 
 
+def check_place(option: str, path: str | Path, *, folder: bool = False) -> None:
+    """Refuse a place for a result before work is begun.
+
+    Args:
+        option: what named it.
+        path: of the file, or of the folder.
+        folder: whether a folder will be written.
+
+    Raises:
+        ValueError: a file where a folder will be, or above the place; a folder where a file will be.
+    """
+    path = Path(path)
+    if path.is_dir() and not folder:
+        raise ValueError(f"{option} {path} is a folder; expected a file, so choose another")
+    if path.exists() and folder and not path.is_dir():
+        raise ValueError(f"{option} {path} is a file; expected a folder, so choose another")
+    for above in path.absolute().parents:
+        if above.exists() and not above.is_dir():
+            raise ValueError(f"{option} {path} is to be in {above}, which is a file; choose another folder")
+
+
 def is_foreign(folder: Path, marker: str) -> bool:
     """Whether something is at `folder` that must not be replaced: neither an empty folder nor one that holds a file
     named `marker`.

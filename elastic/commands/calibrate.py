@@ -14,7 +14,7 @@ from elastic.commands.calibration_report import advice, comparison, cost_table, 
 from elastic.commands.catalogue import COMMANDS
 from elastic.config import RouterConfig, SparseConfig
 from elastic.console import Parser, complain, say
-from elastic.files import find_config, is_foreign
+from elastic.files import check_place, find_config, is_foreign
 from elastic.routing.calibration import Calibration, read_calibration
 from elastic.routing.methods import MODES
 
@@ -192,6 +192,11 @@ def check_outputs(out: Path, args: argparse.Namespace) -> Calibration | None:
     Raises:
         ValueError: names that do not fit, or a file that is something else.
     """
+    check_place("--out", out)
+    if args.picture is not None:
+        check_place("--picture", args.picture)
+    if args.levels is not None:
+        check_place("--levels", args.levels, folder=True)
     if out.suffix != ".json":
         raise ValueError(f"--out {out} does not end in .json; a calibration is a JSON file")
     if out.exists():

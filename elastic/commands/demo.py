@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic.commands.catalogue import COMMANDS
 from elastic.console import Parser, complain, say
+from elastic.files import check_place
 
 if TYPE_CHECKING:
     from elastic.commands.demo_measure import Outcome
@@ -60,6 +61,7 @@ def run(out: Path, tiny: bool, samples: int | None, seed: int, question: str | N
     began = time.perf_counter()
     settings = demo_records.SMALLEST if tiny else demo_records.SMALL
     settings = settings if samples is None else replace(settings, levels=samples)
+    check_place("--out", out, folder=True)
     out.mkdir(parents=True, exist_ok=True)
 
     def step(number: int, what: str) -> None:

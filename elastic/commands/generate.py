@@ -11,6 +11,7 @@ from typing import Any
 
 from elastic.commands.catalogue import COMMANDS
 from elastic.console import Parser, complain, say, supports_unicode
+from elastic.files import check_place
 from elastic.protocols import CausalLM, Tokenizer
 
 
@@ -59,6 +60,8 @@ def main(argv: list[str]) -> int:
 def _check_outputs(args: argparse.Namespace) -> None:
     """Refuse what could not be written before a model is loaded."""
     for option, path in (("--report-json", args.report_json), ("--heatmap", args.heatmap)):
+        if path is not None:
+            check_place(option, path)
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{option} {path}: the folder {path.absolute().parent} does not exist; make it first")
     if args.heatmap is not None and args.heatmap.suffix.lower() != ".png":

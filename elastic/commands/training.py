@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from elastic.commands.catalogue import TRAINING
 from elastic.console import hint, say
 from elastic.data.datamodule import MixtureDataModule
-from elastic.files import config_names, find_config
+from elastic.files import check_place, config_names, find_config
 from elastic.routing.methods import GRAMMAR
 from elastic.training.callbacks import (
     LAST,
@@ -144,6 +144,7 @@ class ElasticCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """A trainer that logs to TensorBoard and saves atomically, unless its settings say otherwise."""
         config = self._get(self.config_init, "trainer")
+        check_place("trainer.default_root_dir", config["default_root_dir"], folder=True)
         if config.get("logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(config["default_root_dir"], name="", version="")
         given = config.get("plugins") or []

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from elastic.config import SparseConfig
 from elastic.console import supports_unicode
+from elastic.files import write_atomic
 from elastic.plots import route_figure, save_png
 from elastic.routing.sparsity import density_by_layer, esr, kv_bytes_kept, msr
 
@@ -103,7 +104,7 @@ class RouteReport:
         """The report as JSON text, also written to `path` if given."""
         text = json.dumps(self.to_dict(), indent=1)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_atomic(path, text + "\n")
         return text
 
     def save_heatmap(self, path: str | Path) -> Path:

@@ -223,11 +223,42 @@ def test_a_wrong_setting_is_named_with_its_file_and_a_suggestion(text, said, tmp
     assert code == 2 and said in " ".join(error.split()) and "Traceback" not in error
 
 
-def test_eval_into_a_file_is_refused(tmp_path, capsys):
-    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
-    (tmp_path / "out").touch()
-    code, _, error = in_process(capsys, "eval", "--out", str(tmp_path / "out"))
-    assert code == 2 and f"--out {tmp_path / 'out'} is a file; expected a folder" in error and error.count("\n") == 1
+FOLDERS = {
+    "eval": ("eval", "--backbone", "tiny", "--out"),
+    "demo": ("demo", "--tiny", "--out"),
+    "fit": ("fit", "-c", "debug", "--trainer.default_root_dir"),
+    "calibrate --levels": ("calibrate", "--backbone", "tiny", "--levels"),
+    "build_mixture": ("data_prep", "build_mixture", "--language", "tiny", "--out"),
+    "tokenize_and_pack": (
+        *("data_prep", "tokenize_and_pack", "--records", "none", "--backbone", "tiny", "--seq-length", "64", "--out"),
+    ),
+    "pack_mixture": ("data_prep", "pack_mixture", "mixture/offline", "--out"),
+}
+FILES = {
+    "calibrate": ("calibrate", "--backbone", "tiny", "--out"),
+    "calibrate --picture": ("calibrate", "--backbone", "tiny", "--picture"),
+    "published": ("data_prep", "published", "xsum", "--backbone", "tiny", "--out"),
+    "inspect_shards": ("data_prep", "inspect_shards", "none", "--backbone", "tiny", "--picture"),
+    "generate --report-json": ("generate", "--checkpoint", "none", "--prompt", "a", "--report-json"),
+    "generate --heatmap": ("generate", "--checkpoint", "none", "--prompt", "a", "--heatmap"),
+}
+
+
+@pytest.mark.parametrize("name", [*FOLDERS, *FILES])
+def test_a_result_cannot_be_where_a_file_or_folder_is_in_the_way(name, tmp_path, monkeypatch, capsys):
+    """Told before any work, with the option that named the place."""
+    if name == "eval":
+        pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.json").mkdir()
+    *given, option = {**FOLDERS, **FILES}[name]
+    whole = "file is a file; expected a folder" if name in FOLDERS else "folder.json is a folder; expected a file"
+    below = f"file/new/out.json is to be in {tmp_path / 'file'}, which is a file"
+    for place, said in (("file" if name in FOLDERS else "folder.json", whole), ("file/new/out.json", below)):
+        code, _, error = in_process(capsys, *given, f"{option}={place}")
+        assert code == 2 and f"{option.removeprefix('--trainer.')} {said}" in error.replace("trainer.", ""), error
+        assert error.count("\n") == 1
 
 
 def test_data_prep_lists_and_runs_its_steps(tmp_path, capsys):
