@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 PACKAGE = Path(__file__).resolve().parent
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of file systems that have none
@@ -61,6 +61,30 @@ def find_config(given: str, kind: str | None = None) -> Path:
         f"there is neither a file {given} nor a shipped configuration of that name"
         f"{', did you mean ' + ' or '.join(close) + '?' if close else ';'} names are {', '.join(names)}"
     )
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """Settings of a YAML file, none of which is there twice: YAML takes the last one and forgets the others.
+
+    Raises:
+        ValueError: a file that is not UTF-8 or YAML, a key that is there twice, or no settings; with the file's name.
+    """
+    import yaml
+
+    class Once(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise yaml.MarkedYAMLError(problem=f"{twice[0]} is there twice", problem_mark=node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    try:
+        settings = yaml.load(Path(file).read_text(encoding="utf-8-sig"), Once)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid YAML in UTF-8: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} holds {'nothing' if settings is None else repr(settings)[:40]}, expected settings")
+    return settings
 
 
 def cache_folder() -> Path:

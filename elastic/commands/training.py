@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # its __all__ is made at run time
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -17,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from elastic.commands.catalogue import TRAINING
 from elastic.console import hint, say
 from elastic.data.datamodule import MixtureDataModule
-from elastic.files import check_place, config_names, find_config
+from elastic.files import check_place, config_names, find_config, read_yaml
 from elastic.routing.methods import GRAMMAR
 from elastic.training.callbacks import (
     LAST,
@@ -60,20 +59,18 @@ def check_keys(parser: Any, file: str) -> None:
     """Refuse a setting that a file names and the command does not have.
 
     Raises:
-        ValueError: with the file and the settings that are like it.
+        ValueError: with the file and the settings that are like it; also a file that holds no settings.
     """
     known = {action.dest for action in parser._actions}
-    try:
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML in UTF-8: {error}") from error
 
     def check(part: Any, prefix: str) -> None:
         for key, value in part.items() if isinstance(part, dict) else ():
             name = f"{prefix}{key}"
-            below = {dest for dest in known if dest.startswith(f"{name}.")}
+            below = sorted(dest.removeprefix(f"{name}.") for dest in known if dest.startswith(f"{name}."))
             if isinstance(value, dict) and "class_path" in value:
                 continue  # settings of a class, which the parser knows once it has found the class
+            if below and isinstance(value, int | float | list):
+                raise ValueError(f"{file} sets {name} to {value!r}, which has settings of its own: {', '.join(below)}")
             if below:
                 check(value, f"{name}.")
             elif name not in known:
@@ -82,7 +79,7 @@ def check_keys(parser: Any, file: str) -> None:
                     f"{file} sets {name}, which is not a setting; {hint(str(key), beside, 'settings there')}"
                 )
 
-    check(settings, "")
+    check(read_yaml(file), "")
 
 
 def _mappings(cfg: Any) -> dict[str, dict[str, Any]]:

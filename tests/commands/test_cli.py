@@ -213,7 +213,14 @@ def test_unknown_configurations_get_a_suggestion_and_the_names(tmp_path, monkeyp
         ("model: {optimiser: {lrr: 1}}", "mine.yaml sets model.optimiser.lrr, which is not a setting; did you mean lr"),
         ("modle: {backbone: tiny}", "mine.yaml sets modle, which is not a setting; did you mean model"),
         ("data: {zzz: 1}", "mine.yaml sets data.zzz, which is not a setting; settings there are data_dir, "),
-        ("trainer: [", "mine.yaml is not YAML in UTF-8: "),
+        ("trainer: [", "mine.yaml is not valid YAML in UTF-8: "),
+        ("model: 3", "mine.yaml sets model to 3, which has settings of its own: backbone, "),
+        ("model: {optimiser: [1]}", "mine.yaml sets model.optimiser to [1], which has settings of its own: "),
+        (
+            "trainer: {max_steps: 1}\ntrainer: {max_epochs: 2}",
+            "mine.yaml is not valid YAML in UTF-8: trainer is there tw",
+        ),
+        ("", "mine.yaml holds nothing, expected settings"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_file_and_a_suggestion(text, said, tmp_path, monkeypatch, capsys):

@@ -193,7 +193,12 @@ def test_the_shipped_mixtures_are_read():
     ("text", "message"),
     [
         ("a: [", "is not valid YAML"),
-        ("colour: red", r"unknown keys \['colour'\]; expected some of backbone, "),
+        ("colour: red", "yaml: the mixture has no setting 'colour'; settings are backbone, "),
+        ("sead: 3", "yaml: the mixture has no setting 'sead'; did you mean seed?"),
+        ("sources: {many_shot: {weight: '2'}}", "source 'many_shot' has the weight '2'; expected a number above 0"),
+        ("seq_length: 1.5", "yaml: seq_length=1.5 is not a whole number of tokens"),
+        ("window: wide", "yaml: window='wide' is not a whole number of tokens"),
+        ("context: [64, all]", "yaml: context='all' is not a whole number of tokens"),
         ("tokens: {dev: 4000}", "tokens={'dev': 4000}; expected a budget of at least one row"),
         ("context: [10, 100]", r"context=\[10, 100\]; expected two lengths from 64 to below the 512 tokens of a row"),
         (
@@ -205,7 +210,7 @@ def test_the_shipped_mixtures_are_read():
         ("sources: {s: {generator: many_shot, context: [90, 600]}}", r"context=\[90, 600\]; expected two lengths from"),
         ("sources: {s: {generator: many_shot, context: [90]}}", r"context=\[90\]; expected two lengths from"),
         ("sources: {many_shot: {weight: 0}}", "source 'many_shot' has the weight 0; expected a number above 0"),
-        ("sources: {many_shot: {wait: 0}}", "unexpected keyword argument 'wait'"),
+        ("sources: {many_shot: {wait: 0}}", "yaml: source 'many_shot' has no setting 'wait'; did you mean weight?"),
         ("sources: {}", "no sources; name generators"),
         ("targets: {poetry: 1}", "targets name poetry; known tasks are"),
         ("part_tokens: 5", "part_tokens=5 is below seq_length=512"),
@@ -256,3 +261,29 @@ def test_counts_that_are_none(written, tmp_path):
     (tmp_path / "m.yaml").write_text(text + "sources: {needle_single: {weight: 1}}\n")
     with pytest.raises(ValueError, match=r"m\.yaml: tokens\.train=.* is not a whole number of tokens"):
         read_mixture(tmp_path / "m.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "m.yaml holds nothing, expected settings"),
+        (b"# all of it\n", "m.yaml holds nothing, expected settings"),
+        (b"[1, 2]", r"m.yaml holds \[1, 2\], expected settings"),
+        (b"seed: \xff", r"(?s)m.yaml is not valid YAML in UTF-8: .*0xff"),
+        (b"seed: 1\nseq_length: 9\nseed: 2", "(?s)m.yaml is not valid YAML in UTF-8: seed is there twice.*line 1"),
+        (b"sources:\n  own: {weight: 1}\n  own: {weight: 2}", "(?s)own is there twice.*line 2, column 3"),
+    ],
+)
+def test_what_is_no_settings_is_named(content, said, tmp_path):
+    """Of two settings with one name YAML takes the last."""
+    (tmp_path / "m.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read_mixture(tmp_path / "m.yaml")
+
+
+def test_lengths_in_every_notation(tmp_path):
+    text = "backbone: tiny\nseq_length: 1e3\ntokens: {train: 1e4}\ncontext: [1e2, 4e2]\nwindow: 2.0e+2\n"
+    (tmp_path / "m.yaml").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"sources: {many_shot: {context: [64, 9e1]}}\n")
+    found = read_mixture(tmp_path / "m.yaml")
+    assert (found.seq_length, found.window, found.context) == (1000, 200, (100, 400))
+    assert found.sources["many_shot"].context == (64, 90)
