@@ -26,7 +26,18 @@ from elastic.data.file_rows import ReadReport
 from elastic.data.packing import Sample, best_fit, packed_row, tokenise
 from elastic.data.records import Record, read_records
 from elastic.data.shards import FORMAT, MANIFEST, SPLITS, tokenizer_hash, write_shard
-from elastic.files import check_place, find_config, is_foreign, new_file, put_in_place, sole_writer, write_atomic
+from elastic.files import (
+    check_place,
+    file_sha256,
+    find_config,
+    is_foreign,
+    new_file,
+    put_in_place,
+    sealed,
+    sole_writer,
+    unsealed,
+    write_atomic,
+)
 from elastic.model.loading import load_tokenizer
 
 from .draw import token_count
@@ -77,7 +88,7 @@ def _packed(mixture: Mixture, out: Path, workers: int) -> dict[str, Any]:
         splits.setdefault(split, {})[_name(part)] = entries[split, part]
     manifest = {"format": FORMAT, **_origin(mixture), "splits": splits}
     write_atomic(scratch / TRAIN_CONFIG, yaml.safe_dump(_training(mixture, out), sort_keys=False))
-    write_atomic(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    write_atomic(scratch / MANIFEST, sealed(manifest))
     put_in_place(scratch, out)
     # What resuming needs, to the last moment, and what a killed run on another machine left.
     for file in (out / RECIPE, *out.glob("*/*.json"), *out.glob("*/.*.writing")):
@@ -137,7 +148,7 @@ def pack_part(mixture: Mixture, scratch: Path, split: str, part: int) -> dict[st
     with new_file(file) as writing:
         entry = write_shard(writing, map(packed_row, rows))
     entry["skipped"] = report.bad
-    write_atomic(file.with_suffix(".json"), json.dumps(entry))
+    write_atomic(file.with_suffix(".json"), sealed({"entry": entry}))
     return entry
 
 
@@ -208,15 +219,20 @@ def _begin(scratch: Path, mixture: Mixture) -> None:
     states = {path: Path(path).stat() for path in named if Path(path).is_file()}
     files = {path: [state.st_size, state.st_mtime_ns] for path, state in states.items()}
     recipe = json.dumps({**_origin(mixture), "records": files}, sort_keys=True)
-    if not (scratch / RECIPE).is_file() or (scratch / RECIPE).read_text(encoding="utf-8") != recipe:
+    if not (scratch / RECIPE).is_file() or (scratch / RECIPE).read_bytes() != recipe.encode():
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         write_atomic(scratch / RECIPE, recipe)
 
 
 def _finished(scratch: Path, split: str, part: int) -> dict[str, Any] | None:
+    """What a killed run has said of a shard; None where there is none, or it or the shard is damaged."""
     file = scratch / split / f"{_name(part)}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        entry: dict[str, Any] = unsealed(file.read_text(encoding="utf-8"))["entry"]
+        return entry if file_sha256(file.with_suffix(".arrow")) == entry["sha256"] else None
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
 
 
 def _training(mixture: Mixture, out: Path) -> dict[str, Any]:

@@ -66,7 +66,11 @@ def prepare(records: str | Path, tokenizer: Any, out: str | Path, seq_length: in
 def _recipe(records: Path) -> dict[str, Any] | None:
     """How the records were generated; none for a user's own records."""
     file = records / RECIPE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        recipe: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); build the records again, or remove it") from error
+    return recipe
 
 
 def _samples(file: Path, tokenizer: Any, seq_length: int, report: ReadReport) -> Iterator[Sample]:

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 PACKAGE = Path(__file__).resolve().parent
+SEAL = "sha256"  # key of a JSON object's own checksum
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of file systems that have none
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 NOT_SETTINGS = ("mixture", "eval")  # folders of configs/ whose files `elastic fit -c` cannot read
@@ -137,6 +139,30 @@ def alone(lock: Path) -> Iterator[None]:
 def text_sha256(text: str) -> str:
     """sha256 of a text in UTF-8, hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sealed(values: dict[str, Any]) -> str:
+    """JSON text of an object, with a checksum of it under the key `sha256`."""
+    return json.dumps({**values, SEAL: _seal(values)}, indent=1) + "\n"
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """The object of such a text; earlier versions wrote no checksum.
+
+    Raises:
+        ValueError: no JSON object, or one that was changed after it was written.
+    """
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError("it is not a JSON object")
+    if values.pop(SEAL, known := _seal(values)) != known:
+        raise ValueError("it was changed after it was written: its sha256 is another")
+    return values
+
+
+def _seal(values: dict[str, Any]) -> str:
+    plain = json.loads(json.dumps({key: value for key, value in values.items() if key != SEAL}))
+    return text_sha256(json.dumps(plain, sort_keys=True))
 
 
 def file_sha256(*files: Path) -> str:

@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all, and the one place where they do."""
 
 import errno
+import json
 import multiprocessing
 import os
 import re
@@ -20,9 +21,11 @@ from elastic.files import (
     new_file,
     new_folder,
     put_in_place,
+    sealed,
     set_aside,
     sole_writer,
     text_sha256,
+    unsealed,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -298,3 +301,21 @@ def test_checksums(tmp_path):
     assert text_sha256("") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     assert text_sha256("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert file_sha256(first, second) == text_sha256("abc") and file_sha256() == text_sha256("")
+
+
+def test_a_changed_object_is_told_from_its_checksum():
+    """A single bit anywhere is noticed, or changes nothing but the checksum's own name."""
+    values = {"name": "code", "rows": 12, "share": 0.25, "lists": [1, {"deep": None}], "by number": {3: True}}
+    text = sealed(values)
+    plain = json.loads(json.dumps(values))
+    assert unsealed(text) == unsealed(json.dumps(values)) == plain
+    for place in range(len(text) * 8):
+        changed = bytearray(text.encode())
+        changed[place // 8] ^= 1 << place % 8
+        try:
+            found = unsealed(changed.decode())
+        except ValueError:
+            continue
+        assert {key: value for key, value in found.items() if key in plain} == plain, changed
+    with pytest.raises(ValueError, match="not a JSON object"):
+        unsealed("[1]")

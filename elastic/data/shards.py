@@ -14,7 +14,7 @@ from typing import Any
 
 from elastic.data.packing import PackedRow
 from elastic.data.tasks import TASKS
-from elastic.files import file_sha256, is_foreign, new_folder, sole_writer, text_sha256
+from elastic.files import file_sha256, is_foreign, new_folder, sealed, sole_writer, text_sha256, unsealed
 from elastic.protocols import Tokenizer
 
 FORMAT = 2
@@ -69,7 +69,7 @@ class DataWriter:
 
     def _finish(self, kind: Any, *_: object) -> None:
         if kind is None:
-            (self.scratch / MANIFEST).write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
+            (self.scratch / MANIFEST).write_text(sealed(self.manifest), encoding="utf-8")
 
 
 def write_shard(file: Path, rows: Iterable[PackedRow]) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def read_manifest(data_dir: str | Path) -> dict[str, Any]:
             " (docs/data.md)"
         )
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest = unsealed(path.read_text(encoding="utf-8"))
         found = manifest["format"]
         manifest["splits"]
     except (ValueError, KeyError, TypeError) as error:

@@ -141,6 +141,28 @@ def test_a_killed_run_goes_on_to_the_same_bytes(packed, mixture, tmp_path, monke
     assert content(tmp_path / "data") == content(packed) and [p.name for p in tmp_path.iterdir()] == ["data"]
 
 
+@pytest.mark.parametrize("damage", ["shard", "cut", "count", "gone"])
+def test_a_finished_shard_that_was_damaged_since_is_made_again(damage, packed, mixture, tmp_path, monkeypatch):
+    process = multiprocessing.get_context("fork").Process(target=_dies, args=(mixture, tmp_path / "data", 2))
+    process.start()
+    process.join(120)
+    shard, entry = (tmp_path / ".data.parts" / "train" / f"part-00000{ending}" for ending in (".arrow", ".json"))
+    if damage == "shard":
+        whole = bytearray(shard.read_bytes())
+        whole[len(whole) // 2] ^= 1
+        shard.write_bytes(whole)
+    elif damage == "gone":
+        shard.unlink()
+    else:
+        text = entry.read_text()
+        entry.write_text(text[:40] if damage == "cut" else text.replace('"rows": ', '"rows": 1', 1))
+    made, pack_part = [], pack_mixture.pack_part
+    monkeypatch.setattr(pack_mixture, "pack_part", lambda *a: made.append(a[2:]) or pack_part(*a))
+    pack_mixture.pack_mixture(mixture, tmp_path / "data", workers=1)
+    assert made == [("train", 0), ("train", 2), ("validation", 0), ("test", 0)]
+    assert content(tmp_path / "data") == content(packed)
+
+
 def test_a_full_disk_is_named_and_nothing_finished_is_lost(packed, mixture, tmp_path, monkeypatch, capsys):
     write, calls = pack_mixture.write_shard, iter([True, False])
 
