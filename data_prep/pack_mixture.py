@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -48,6 +49,8 @@ from .overlap import overlap_fault
 
 RECIPE, TRAIN_CONFIG = "recipe.json", "train.yaml"
 ENDLESS = 1 << 40
+SHOWN_EVERY = 0.5  # seconds
+_drawn_tokens: Any = None  # of this process and its siblings, in shared memory
 
 
 def pack_mixture(mixture: Mixture, out: str | Path, workers: int = 2) -> dict[str, Any]:
@@ -74,15 +77,11 @@ def _packed(mixture: Mixture, out: Path, workers: int) -> dict[str, Any]:
     _begin(scratch, mixture)
     jobs = [(split, part) for split in SPLITS if split in mixture.tokens for part in range(mixture.parts(split))]
     entries: dict[tuple[str, int], dict[str, Any]] = {}
-    with tqdm(total=sum(mixture.tokens.values()), desc="mixture", unit="tokens", unit_scale=True) as bar:
-        for job in jobs:
-            if (entry := _finished(scratch, *job)) is not None:
-                entries[job] = entry
-                bar.update(entry["tokens"])
-        missing = [job for job in jobs if job not in entries]
-        for job, entry in zip(missing, _run(mixture, scratch, missing, workers), strict=True):
+    entries |= {job: entry for job in jobs if (entry := _finished(scratch, *job)) is not None}
+    missing = [job for job in jobs if job not in entries]
+    with _bar(mixture, entries) as drawn:
+        for job, entry in zip(missing, _run(mixture, scratch, missing, workers, drawn), strict=True):
             entries[job] = entry
-            bar.update(entry["tokens"])
     splits: dict[str, dict[str, Any]] = {}
     for split, part in jobs:
         splits.setdefault(split, {})[_name(part)] = entries[split, part]
@@ -96,13 +95,46 @@ def _packed(mixture: Mixture, out: Path, workers: int) -> dict[str, Any]:
     return manifest
 
 
-def _run(mixture: Mixture, scratch: Path, jobs: list[tuple[str, int]], workers: int) -> Iterator[dict[str, Any]]:
+@contextmanager
+def _bar(mixture: Mixture, entries: dict[tuple[str, int], dict[str, Any]]) -> Iterator[Any]:
+    """Inside, a bar follows the tokens of the shards in `entries` and, between them, those that all processes have
+    drawn: a count in shared memory. It has no lock, so that a process that dies holds up none; what is lost when two
+    add to it at once, a finished shard makes up for.
+    """
+    drawn: Any = multiprocessing.RawValue("q", 0)
+    before, ended = sum(entry["tokens"] for entry in entries.values()), threading.Event()
+
+    def show() -> None:
+        finished = sum(entry["tokens"] for entry in list(entries.values()))
+        bar.n = max(bar.n, finished, min(bar.total, before + drawn.value))
+        bar.refresh()
+
+    def follow() -> None:
+        while not ended.wait(SHOWN_EVERY):
+            show()
+
+    with tqdm(total=sum(mixture.tokens.values()), desc="mixture", unit="tokens", unit_scale=True) as bar:
+        bar.n = bar.initial = before
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield drawn
+        finally:
+            ended.set()
+            thread.join()
+            show()
+
+
+def _run(
+    mixture: Mixture, scratch: Path, jobs: list[tuple[str, int]], workers: int, drawn: Any
+) -> Iterator[dict[str, Any]]:
     if workers <= 1 or len(jobs) <= 1:
+        _count_in(drawn)
         yield from (pack_part(mixture, scratch, split, part) for split, part in jobs)
         return
     others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
-        # Workers begin with the signal blocked: until `_end_with_parent` runs they would end in tracebacks.
+    with ProcessPoolExecutor(workers, initializer=_begin_worker, initargs=(drawn,)) as pool:
+        # Workers begin with the signal blocked: until `_begin_worker` runs they would end in tracebacks.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         futures = [pool.submit(pack_part, mixture, scratch, split, part) for split, part in jobs]
         try:
@@ -120,10 +152,17 @@ def _run(mixture: Mixture, scratch: Path, jobs: list[tuple[str, int]], workers: 
             raise
 
 
-def _end_with_parent() -> None:
+def _count_in(drawn: Any) -> None:
+    """Let this process add to a count what it draws."""
+    global _drawn_tokens
+    _drawn_tokens = drawn
+
+
+def _begin_worker(drawn: Any) -> None:
     """Make this worker process end when its parent is gone, even killed. Ctrl-C, which a terminal sends to all
     processes, is left to the parent, and SIGTERM ends it.
     """
+    _count_in(drawn)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
@@ -170,6 +209,8 @@ def _drawn(mixture: Mixture, name: str, split: str, part: int, budget: float, re
             return taken
         taken.append(sample)
         left -= size
+        if _drawn_tokens is not None:
+            _drawn_tokens.value += size
         if left <= 0:
             return taken
     if not taken:

@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,20 @@ def _dies(mixture, out, parts):
 
     pack_mixture.pack_part = dying
     pack_mixture.pack_mixture(mixture, out, workers=1)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_bar_moves_while_a_shard_is_made(workers, mixture, tmp_path, monkeypatch, capsys):
+    """Not once for each of them, which may take minutes; and it ends where the shards do."""
+    monkeypatch.setattr(pack_mixture, "SHOWN_EVERY", 0.02)
+    one = replace(mixture, tokens={"train": 20_000, "test": 1_000}, part_tokens=20_000)
+    manifest = pack_mixture.pack_mixture(one, tmp_path / "data", workers)
+    shown = [
+        int(float(n) * (1000 if k else 1)) for n, k in re.findall(r"\| ([\d.]+)(k?)/21.0k", capsys.readouterr().err)
+    ]
+    tokens = manifest["splits"]["train"]["part-00000"]["tokens"]
+    assert shown == sorted(shown) and len({n for n in shown if 0 < n < 0.9 * tokens}) > 2
+    assert shown[-1] >= 0.99 * tokens
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(packed, mixture, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -187,6 +188,24 @@ def test_a_used_folder_is_not_trained_over(given, left, data, begun, tmp_path, c
 def test_the_runs_own_checkpoint_may_be_given_by_its_path(data, begun, tmp_path):
     shutil.copytree(begun, tmp_path / "run")
     assert cli.main(["fit", *resumed(data, tmp_path, 6, f"--ckpt_path={tmp_path / 'run' / 'last.ckpt'}")]) == 0
+
+
+def test_the_bar_counts_the_steps_of_the_run(data, tmp_path, capsys):
+    """Also beyond an epoch, which has 16 steps, and from where a run resumes; in epochs where the run counts in them."""
+
+    def shown(steps, *more):
+        flags = [flag for flag in resumed(data, tmp_path, steps, *more) if "progress_bar" not in flag]
+        capsys.readouterr()
+        assert cli.main(["fit", *flags]) == 0
+        return [(int(n), int(of)) for n, of in re.findall(r"steps: .*? (\d+)/(\d+) \[", capsys.readouterr().out)]
+
+    first, second = shown(20), shown(24)
+    assert (
+        {of for _, of in first} == {20} and first[-1][0] == 20 and [n for n, _ in first] == sorted(n for n, _ in first)
+    )
+    assert {of for _, of in second} == {24} and second[0][0] == 20 and second[-1][0] == 24
+    other = ("--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path / 'other'}")
+    assert shown(-1, *other) == []
 
 
 def test_a_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
