@@ -110,7 +110,7 @@ def _cache_errors(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _named(target: Path) -> Iterator[None]:
+def named(target: Path) -> Iterator[None]:
     """Inside, an error of the system that names no file, as that of a full disk, gets `target`'s name."""
     try:
         yield
@@ -192,7 +192,7 @@ def new_file(target: str | Path, *, sync: bool = False) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = _scratch(target)
     try:
-        with _named(target):
+        with named(target):
             yield scratch
             if sync:
                 _flush(scratch)
@@ -227,7 +227,7 @@ def new_folder(target: str | Path, *, sync: bool = False) -> Iterator[Path]:
     scratch = _scratch(target)
     try:
         scratch.mkdir(parents=True)
-        with _named(target):
+        with named(target):
             yield scratch
             for file in scratch.rglob("*") if sync else ():
                 if file.is_file():

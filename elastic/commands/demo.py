@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic.commands.catalogue import COMMANDS
 from elastic.console import Parser, complain, say
-from elastic.files import check_place
+from elastic.files import check_place, sole_writer
 
 if TYPE_CHECKING:
     from elastic.commands.demo_measure import Outcome
@@ -47,7 +47,9 @@ def main(argv: list[str]) -> int:
         if args.text is not None and args.question is None:
             raise ValueError("--text needs a --question about it")
         out = args.out or Path("runs/demo-tiny" if args.tiny else "runs/demo")
-        run(out, args.tiny, args.samples, args.seed, args.question, args.text)
+        check_place("--out", out, folder=True)
+        with sole_writer(out):
+            run(out, args.tiny, args.samples, args.seed, args.question, args.text)
     except (ValueError, OSError, ArithmeticError) as error:
         return complain("demo", error)
     return 0
@@ -61,7 +63,6 @@ def run(out: Path, tiny: bool, samples: int | None, seed: int, question: str | N
     began = time.perf_counter()
     settings = demo_records.SMALLEST if tiny else demo_records.SMALL
     settings = settings if samples is None else replace(settings, levels=samples)
-    check_place("--out", out, folder=True)
     out.mkdir(parents=True, exist_ok=True)
 
     def step(number: int, what: str) -> None:

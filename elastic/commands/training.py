@@ -3,7 +3,10 @@
 import logging
 import os
 import re
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from elastic.commands.catalogue import TRAINING
 from elastic.console import hint, say
 from elastic.data.datamodule import MixtureDataModule
-from elastic.files import check_place, config_names, find_config, read_yaml
+from elastic.files import check_place, config_names, find_config, named, read_yaml, sole_writer
 from elastic.routing.methods import GRAMMAR
 from elastic.training.callbacks import (
     LAST,
@@ -151,6 +154,13 @@ class ElasticCLI(LightningCLI):
         kwargs["callbacks"] = [*(config.get("callbacks") or []), *callbacks]
         return super().instantiate_trainer(**kwargs)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """The parent's, as the only process that trains into its folder; errors of the disk name that."""
+        folder, writes = Path(self.trainer.default_root_dir), subcommand == "fit" and self.trainer.is_global_zero
+        alone = writes and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        with _quiet_event_writer(), named(folder), sole_writer(folder) if alone else nullcontext():
+            super()._run_subcommand(subcommand)
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """`--ckpt_path last` means this run's own `last.ckpt`; training starts afresh where there is none yet."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -171,6 +181,22 @@ class ElasticCLI(LightningCLI):
         if subcommand == "predict":
             kwargs["return_predictions"] = False  # PredictionFile writes them
         return kwargs
+
+
+@contextmanager
+def _quiet_event_writer() -> Iterator[None]:
+    """Inside, TensorBoard's thread prints no traceback where it cannot write: its next call raises the same error."""
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
+            before(failed)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def run(command: str, arguments: list[str]) -> int:

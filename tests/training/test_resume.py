@@ -17,6 +17,7 @@ import torch
 from elastic import cli
 from elastic.training.resume import AtomicCheckpointIO, noise_seed
 from tests.helpers.training import ROOT, build_data, fit_process
+from tests.test_files import another_writer
 
 STEPS = 30
 
@@ -191,7 +192,7 @@ def test_the_runs_own_checkpoint_may_be_given_by_its_path(data, begun, tmp_path)
 
 
 def test_the_bar_counts_the_steps_of_the_run(data, tmp_path, capsys):
-    """Also beyond an epoch, which has 16 steps, and from where a run resumes; in epochs where the run counts in them."""
+    """Also beyond an epoch, which has 16, and from where a run resumes; in epochs where the run counts in them."""
 
     def shown(steps, *more):
         flags = [flag for flag in resumed(data, tmp_path, steps, *more) if "progress_bar" not in flag]
@@ -234,6 +235,30 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_names_it(tmp_path, monkeypatc
     with pytest.raises(OSError, match=r"No space left on device: '.*last\.ckpt'$"):
         writer.save_checkpoint({"state_dict": {}, "step": 2}, path)
     assert writer.load_checkpoint(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_under_the_log_is_one_line_with_the_folder(data, tmp_path, monkeypatch, capsys):
+    """TensorBoard writes in a thread of its own; its error comes without a file's name."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RecordWriter, "flush", full)
+    assert cli.main(["fit", *resumed(data, tmp_path, 6)]) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1] == f"elastic fit: error: [Errno 28] No space left on device: '{tmp_path / 'run'}'"
+    assert "Traceback" not in error
+
+
+def test_two_runs_of_one_folder_are_refused_at_once(data, tmp_path, capsys):
+    """Both would write last.ckpt, one after the other."""
+    with another_writer(tmp_path / "run") as first:
+        assert cli.main(["fit", *resumed(data, tmp_path, 6)]) == 2
+        assert f"run is being written by process {first.pid} on " in capsys.readouterr().err
+        assert cli.main(["demo", "--tiny", "--out", str(tmp_path / "run")]) == 2
+        assert f"run is being written by process {first.pid} on " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_that_is_a_link_stays_one(tmp_path):
