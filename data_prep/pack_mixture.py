@@ -9,10 +9,10 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -79,8 +79,8 @@ def _packed(mixture: Mixture, out: Path, workers: int) -> dict[str, Any]:
     entries: dict[tuple[str, int], dict[str, Any]] = {}
     entries |= {job: entry for job in jobs if (entry := _finished(scratch, *job)) is not None}
     missing = [job for job in jobs if job not in entries]
-    with _bar(mixture, entries) as drawn:
-        for job, entry in zip(missing, _run(mixture, scratch, missing, workers, drawn), strict=True):
+    with _bar(mixture, entries) as drawn, closing(_run(mixture, scratch, missing, workers, drawn)) as made:
+        for job, entry in zip(missing, made, strict=True):
             entries[job] = entry
     splits: dict[str, dict[str, Any]] = {}
     for split, part in jobs:
@@ -127,18 +127,16 @@ def _bar(mixture: Mixture, entries: dict[tuple[str, int], dict[str, Any]]) -> It
 
 def _run(
     mixture: Mixture, scratch: Path, jobs: list[tuple[str, int]], workers: int, drawn: Any
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     if workers <= 1 or len(jobs) <= 1:
         _count_in(drawn)
         yield from (pack_part(mixture, scratch, split, part) for split, part in jobs)
         return
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, initializer=_begin_worker, initargs=(drawn,)) as pool:
-        # Workers begin with the signal blocked: until `_begin_worker` runs they would end in tracebacks.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        futures = [pool.submit(pack_part, mixture, scratch, split, part) for split, part in jobs]
         try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            with _signals_held():
+                futures = [pool.submit(pack_part, mixture, scratch, split, part) for split, part in jobs]
             yield from (future.result() for future in futures)
         except BrokenProcessPool as error:
             raise ChildProcessError(
@@ -146,10 +144,35 @@ def _run(
                 "--workers or a smaller part_tokens if memory ran out"
             ) from error
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()  # in the middle of a shard, which would take minutes to end
-            raise
+            raise  # the pool notices, and leaving `with` waits for its thread, which would disturb the process's end
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM wait until all processes are begun. Those begin with these handlers: Ctrl-C is left to
+    the parent, SIGTERM ends them.
+    """
+    parent, held = os.getpid(), []
+
+    def hold(number: int, _frame: Any) -> None:
+        if os.getpid() == parent:
+            held.append(number)
+        elif number == signal.SIGTERM:
+            os._exit(1)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are another thread's
+        return
+    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for again in held:
+            signal.raise_signal(again)
 
 
 def _count_in(drawn: Any) -> None:
