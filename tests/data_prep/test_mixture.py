@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,7 +133,9 @@ def _dies(mixture, out, parts):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_bar_moves_while_a_shard_is_made(workers, mixture, tmp_path, monkeypatch, capsys):
     """Not once for each of them, which may take minutes; and it ends where the shards do."""
+    tokenise = pack_mixture.tokenise
     monkeypatch.setattr(pack_mixture, "SHOWN_EVERY", 0.02)
+    monkeypatch.setattr(pack_mixture, "tokenise", lambda *given: time.sleep(0.01) or tokenise(*given))
     one = replace(mixture, tokens={"train": 20_000, "test": 1_000}, part_tokens=20_000)
     manifest = pack_mixture.pack_mixture(one, tmp_path / "data", workers)
     shown = [
