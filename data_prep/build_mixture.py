@@ -13,7 +13,7 @@ from elastic.console import Parser
 from elastic.data.records import Record, write_records
 from elastic.data.shards import SPLITS
 from elastic.data.tasks import TASKS
-from elastic.files import is_foreign, new_folder
+from elastic.files import check_place, is_foreign, new_folder, sole_writer
 
 from . import generators, tiny_language
 from .draw import token_count, word_count
@@ -111,7 +111,8 @@ def _write(
             f"{out} exists and holds no {RECIPE}, so it is not a mixture that may be replaced; choose another --out"
         )
     counts: dict[str, dict[str, int]] = {}
-    with new_folder(out) as scratch, tqdm(total=len(SPLITS) * len(tasks), desc="records", unit="file") as bar:
+    bar = tqdm(total=len(SPLITS) * len(tasks), desc="records", unit="file")
+    with bar, sole_writer(out), new_folder(out) as scratch:
         for split in SPLITS:
             (scratch / split).mkdir(parents=True)
             for task in tasks:
@@ -148,6 +149,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m data_prep.build_m
     from elastic.model.loading import load_tokenizer
 
     try:
+        check_place("--out", args.out, folder=True)
         tokenizer = load_tokenizer(args.backbone) if args.backbone else None
         counts = build_mixture(
             args.out,

@@ -18,7 +18,7 @@ SUMMARY = re.compile(r"\bsummar(y|ies|i[sz]e)\b", re.IGNORECASE)
 
 def musique(row: Row) -> Record:
     """All paragraphs of a question, numbered with their titles; unanswerable questions are refused."""
-    if not row.get("answerable", True):
+    if row.get("answerable") is False:
         raise ValueError("not answerable")
     paragraphs = [f"Passage {i}: {p['title']}\n{p['paragraph_text']}" for i, p in enumerate(row["paragraphs"], 1)]
     question = f"Answer the question from the passages, as briefly as possible. Question: {row['question']}"
@@ -61,9 +61,9 @@ def colt(row: Row) -> Record:
     """
     parts = []
     for key, text in (("cross_file_dependency", "abstraction"), ("similar_functions", "code_block")):
-        parts += [f"File {d['code_file_path']}:\n{d[text]}" for d in row.get(key) or () if d[text].strip()]
+        parts += [f"File {d['code_file_path']}:\n{d[text]}" for d in row.get(key) or () if (d[text] or "").strip()]
     name = row["code_file_path"]
-    if row["suffix"].strip():
+    if (row["suffix"] or "").strip():
         parts.append(f"End of file {name}:\n{row['suffix']}")
     parts.append(f"Beginning of file {name}:\n{row['prefix']}")
     question = f"Write the code of {name} that comes next, up to where its end begins. Write code only."
@@ -94,6 +94,8 @@ def mapped(name: str, task: str, fields: Mapping[str, str]) -> Converter:
 
     def convert(row: Row) -> Record:
         values: dict[str, Any] = {f: row[fields[f]] if f in fields else "" for f in FIELDS}
+        if values["question"] is None:
+            values["question"] = ""
         return Record(task, **values, source=name)
 
     return convert

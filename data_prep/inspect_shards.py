@@ -13,6 +13,7 @@ from elastic.console import Parser
 from elastic.data.packing import IGNORE
 from elastic.data.shards import SPLITS, open_corpus, verify
 from elastic.data.tasks import TASKS
+from elastic.files import check_place
 from elastic.plots import bars_figure, save_png
 
 
@@ -95,11 +96,13 @@ def main(argv: list[str] | None = None, prog: str = "python -m data_prep.inspect
     from elastic.model.loading import load_tokenizer
 
     try:
+        if args.picture is not None:
+            check_place("--picture", args.picture)
         for line in describe(args.data, args.split, load_tokenizer(args.backbone), args.samples):
             sys.stdout.write(line + "\n")
         if args.picture is not None:
             sys.stdout.write(f"picture: {picture(args.data, args.split, args.picture)}\n")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0
 

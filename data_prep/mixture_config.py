@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from elastic.console import hint
 from elastic.data.prompts import TEMPLATE_KWARGS, check_kwargs
 from elastic.data.shards import SPLITS
 from elastic.data.tasks import TASKS
+from elastic.files import read_yaml
 
 from .foreign import FOREIGN, check_foreign
 from .generators import GENERATORS, SHORTEST
@@ -85,8 +85,8 @@ class Mixture:
             raise ValueError(f"no sources; name generators ({', '.join(GENERATORS)}) or record files")
         for name, source in self.sources.items():
             self._check_origin(name, source)
-            if not 0 < source.weight < float("inf"):
-                raise ValueError(f"source {name!r} has the weight {source.weight}; expected a number above 0")
+            if not isinstance(source.weight, int | float) or not 0 < source.weight < float("inf"):
+                raise ValueError(f"source {name!r} has the weight {source.weight!r}; expected a number above 0")
         unknown = [task for task in self.targets if task not in TASKS]
         if unknown:
             raise ValueError(f"targets name {', '.join(unknown)}; known tasks are {', '.join(TASKS)}")
@@ -143,20 +143,16 @@ def read_mixture(path: str | Path) -> Mixture:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no mixture file at {path}")
+    values = read_yaml(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    try:
-        names = {f.name for f in fields(Mixture)}
-        if not isinstance(values, dict) or set(values) - names:
-            raise ValueError(f"unknown keys {sorted(set(values) - names)}; expected some of {', '.join(sorted(names))}")
+        _check_keys("the mixture", values, Mixture)
         if isinstance(values.get("tokens"), dict):
             values["tokens"] = {split: _whole(f"tokens.{split}", of) for split, of in values["tokens"].items()}
-        if "part_tokens" in values:
-            values["part_tokens"] = _whole("part_tokens", values["part_tokens"])
+        values |= {
+            name: _whole(name, values[name]) for name in ("seq_length", "part_tokens", "window") if name in values
+        }
         sources = dict(pair for key, of in values.get("sources", {}).items() for pair in _sources(key, of or {}))
-        return Mixture(**{**values, "sources": sources, "context": tuple(values.get("context", ()))})
+        return Mixture(**{**values, "sources": sources, "context": _lengths(values.get("context", ()))})
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -165,11 +161,11 @@ def _sources(name: str, settings: dict[str, Any]) -> Iterator[tuple[str, Source]
     """The source, or one for each of its system prompts."""
     systems = settings.get("system")
     if not isinstance(systems, list) or not systems:
-        yield name, _source(settings)
+        yield name, _source(name, settings)
         return
     weight = settings.get("weight", 1.0) / len(systems)
     for system in systems:
-        yield f"{name}-{system}", _source({**settings, "system": system, "weight": weight})
+        yield f"{name}-{system}", _source(name, {**settings, "system": system, "weight": weight})
 
 
 def _whole(name: str, value: Any) -> int:
@@ -183,6 +179,17 @@ def _whole(name: str, value: Any) -> int:
     return int(count)
 
 
-def _source(settings: dict[str, Any]) -> Source:
+def _lengths(context: Any) -> tuple[Any, ...]:
+    return tuple(_whole("context", length) for length in context)
+
+
+def _check_keys(what: str, settings: dict[str, Any], of: Any) -> None:
+    known = [f.name for f in fields(of)]
+    if unknown := [key for key in settings if key not in known]:
+        raise ValueError(f"{what} has no setting {unknown[0]!r}; {hint(str(unknown[0]), known, 'settings')}")
+
+
+def _source(name: str, settings: dict[str, Any]) -> Source:
+    _check_keys(f"source {name!r}", settings, Source)
     context = settings.get("context")
-    return Source(**settings if context is None else {**settings, "context": tuple(context)})
+    return Source(**settings if context is None else {**settings, "context": _lengths(context)})

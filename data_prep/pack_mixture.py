@@ -9,9 +9,10 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -27,7 +28,18 @@ from elastic.data.packing import Sample, best_fit, packed_row, tokenise
 from elastic.data.prompts import set_template_kwargs
 from elastic.data.records import Record, read_records
 from elastic.data.shards import FORMAT, MANIFEST, SPLITS, tokenizer_origin, write_shard
-from elastic.files import find_config, is_foreign, new_file, put_in_place, write_atomic
+from elastic.files import (
+    check_place,
+    file_sha256,
+    find_config,
+    is_foreign,
+    new_file,
+    put_in_place,
+    sealed,
+    sole_writer,
+    unsealed,
+    write_atomic,
+)
 from elastic.model.loading import load_tokenizer
 
 from .draw import token_count
@@ -38,6 +50,8 @@ from .overlap import overlap_fault
 
 RECIPE, TRAIN_CONFIG = "recipe.json", "train.yaml"
 ENDLESS = 1 << 40
+SHOWN_EVERY = 0.5  # seconds
+_drawn_tokens: Any = None  # of this process and its siblings, in shared memory
 
 
 def pack_mixture(mixture: Mixture, out: str | Path, workers: int = 2) -> dict[str, Any]:
@@ -47,33 +61,34 @@ def pack_mixture(mixture: Mixture, out: str | Path, workers: int = 2) -> dict[st
     mixture then resumes with what is missing, and ends with the same bytes.
 
     Raises:
-        ValueError: `out` holds something else, or a source that gives no sample.
+        ValueError: `out` holds something else or is being written, or a source that gives no sample.
         FileNotFoundError: record files, or text, that are missing.
         OSError: the disk is full, or a worker died; what was finished stays.
     """
     out = Path(out)
     if is_foreign(out, MANIFEST):
         raise ValueError(f"{out} exists but is not an Elastic Attention data folder; choose another --out")
+    with sole_writer(out):
+        return _packed(mixture, out, workers)
+
+
+def _packed(mixture: Mixture, out: Path, workers: int) -> dict[str, Any]:
     real = Path(os.path.realpath(out))  # a link may lead to another disk, and parts are renamed into place
     scratch = real.with_name(f".{real.name}.parts")
     _begin(scratch, mixture)
     jobs = [(split, part) for split in SPLITS if split in mixture.tokens for part in range(mixture.parts(split))]
     entries: dict[tuple[str, int], dict[str, Any]] = {}
-    with tqdm(total=sum(mixture.tokens.values()), desc="mixture", unit="tokens", unit_scale=True) as bar:
-        for job in jobs:
-            if (entry := _finished(scratch, *job)) is not None:
-                entries[job] = entry
-                bar.update(entry["tokens"])
-        missing = [job for job in jobs if job not in entries]
-        for job, entry in zip(missing, _run(mixture, scratch, missing, workers), strict=True):
+    entries |= {job: entry for job in jobs if (entry := _finished(scratch, *job)) is not None}
+    missing = [job for job in jobs if job not in entries]
+    with _bar(mixture, entries) as drawn, closing(_run(mixture, scratch, missing, workers, drawn)) as made:
+        for job, entry in zip(missing, made, strict=True):
             entries[job] = entry
-            bar.update(entry["tokens"])
     splits: dict[str, dict[str, Any]] = {}
     for split, part in jobs:
         splits.setdefault(split, {})[_name(part)] = entries[split, part]
     manifest = {"format": FORMAT, **_origin(mixture), "splits": splits}
     write_atomic(scratch / TRAIN_CONFIG, yaml.safe_dump(_training(mixture, out), sort_keys=False))
-    write_atomic(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    write_atomic(scratch / MANIFEST, sealed(manifest))
     put_in_place(scratch, out)
     # What resuming needs, to the last moment, and what a killed run on another machine left.
     for file in (out / RECIPE, *out.glob("*/*.json"), *out.glob("*/.*.writing")):
@@ -81,14 +96,48 @@ def pack_mixture(mixture: Mixture, out: str | Path, workers: int = 2) -> dict[st
     return manifest
 
 
-def _run(mixture: Mixture, scratch: Path, jobs: list[tuple[str, int]], workers: int) -> Iterator[dict[str, Any]]:
+@contextmanager
+def _bar(mixture: Mixture, entries: dict[tuple[str, int], dict[str, Any]]) -> Iterator[Any]:
+    """Inside, a bar follows the tokens of the shards in `entries` and, between them, those that all processes have
+    drawn: a count in shared memory. It has no lock, so that a process that dies holds up none; what is lost when two
+    add to it at once, a finished shard makes up for.
+    """
+    drawn: Any = multiprocessing.RawValue("q", 0)
+    before, ended = sum(entry["tokens"] for entry in entries.values()), threading.Event()
+
+    def show() -> None:
+        finished = sum(entry["tokens"] for entry in list(entries.values()))
+        bar.n = max(bar.n, finished, min(bar.total, before + drawn.value))
+        bar.refresh()
+
+    def follow() -> None:
+        while not ended.wait(SHOWN_EVERY):
+            show()
+
+    with tqdm(total=sum(mixture.tokens.values()), desc="mixture", unit="tokens", unit_scale=True) as bar:
+        bar.n = bar.initial = before
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield drawn
+        finally:
+            ended.set()
+            thread.join()
+            show()
+
+
+def _run(
+    mixture: Mixture, scratch: Path, jobs: list[tuple[str, int]], workers: int, drawn: Any
+) -> Generator[dict[str, Any], None, None]:
     if workers <= 1 or len(jobs) <= 1:
+        _count_in(drawn)
         yield from (pack_part(mixture, scratch, split, part) for split, part in jobs)
         return
     others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
-        futures = [pool.submit(pack_part, mixture, scratch, split, part) for split, part in jobs]
+    with ProcessPoolExecutor(workers, initializer=_begin_worker, initargs=(drawn,)) as pool:
         try:
+            with _signals_held():
+                futures = [pool.submit(pack_part, mixture, scratch, split, part) for split, part in jobs]
             yield from (future.result() for future in futures)
         except BrokenProcessPool as error:
             raise ChildProcessError(
@@ -96,16 +145,48 @@ def _run(mixture: Mixture, scratch: Path, jobs: list[tuple[str, int]], workers: 
                 "--workers or a smaller part_tokens if memory ran out"
             ) from error
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()  # in the middle of a shard, which would take minutes to end
-            raise
+            raise  # the pool notices, and leaving `with` waits for its thread, which would disturb the process's end
 
 
-def _end_with_parent() -> None:
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM wait until all processes are begun. Those begin with these handlers: Ctrl-C is left to
+    the parent, SIGTERM ends them.
+    """
+    parent, held = os.getpid(), []
+
+    def hold(number: int, _frame: Any) -> None:
+        if os.getpid() == parent:
+            held.append(number)
+        elif number == signal.SIGTERM:
+            os._exit(1)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are another thread's
+        return
+    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for again in held:
+            signal.raise_signal(again)
+
+
+def _count_in(drawn: Any) -> None:
+    """Let this process add to a count what it draws."""
+    global _drawn_tokens
+    _drawn_tokens = drawn
+
+
+def _begin_worker(drawn: Any) -> None:
     """Make this worker process end when its parent is gone, even killed. Ctrl-C, which a terminal sends to all
     processes, is left to the parent, and SIGTERM ends it.
     """
+    _count_in(drawn)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
@@ -130,7 +211,7 @@ def pack_part(mixture: Mixture, scratch: Path, split: str, part: int) -> dict[st
     with new_file(file) as writing:
         entry = write_shard(writing, map(packed_row, rows))
     entry["skipped"] = report.bad
-    write_atomic(file.with_suffix(".json"), json.dumps(entry))
+    write_atomic(file.with_suffix(".json"), sealed({"entry": entry}))
     return entry
 
 
@@ -140,7 +221,10 @@ def _drawn(mixture: Mixture, name: str, split: str, part: int, budget: float, re
     taken: list[Sample] = []
     left = budget
     for record in _records(mixture, name, split, part, measure, report):
-        sample = replace(tokenise(record, tokenizer), source=name)
+        try:
+            sample = replace(tokenise(record, tokenizer), source=name)
+        except ValueError as error:
+            raise ValueError(f"source {name!r}, record {record.source or 'without source'}: {error}") from error
         size = len(sample.input_ids)
         if size > mixture.seq_length:
             report.bad.append(f"{name}: {record.source} has {size} tokens, more than the {mixture.seq_length} of a row")
@@ -149,6 +233,8 @@ def _drawn(mixture: Mixture, name: str, split: str, part: int, budget: float, re
             return taken
         taken.append(sample)
         left -= size
+        if _drawn_tokens is not None:
+            _drawn_tokens.value += size
         if left <= 0:
             return taken
     if not taken:
@@ -204,15 +290,20 @@ def _begin(scratch: Path, mixture: Mixture) -> None:
     states = {path: Path(path).stat() for path in named if Path(path).is_file()}
     files = {path: [state.st_size, state.st_mtime_ns] for path, state in states.items()}
     recipe = json.dumps({**_origin(mixture), "records": files}, sort_keys=True)
-    if not (scratch / RECIPE).is_file() or (scratch / RECIPE).read_text(encoding="utf-8") != recipe:
+    if not (scratch / RECIPE).is_file() or (scratch / RECIPE).read_bytes() != recipe.encode():
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         write_atomic(scratch / RECIPE, recipe)
 
 
 def _finished(scratch: Path, split: str, part: int) -> dict[str, Any] | None:
+    """What a killed run has said of a shard; None where there is none, or it or the shard is damaged."""
     file = scratch / split / f"{_name(part)}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        entry: dict[str, Any] = unsealed(file.read_text(encoding="utf-8"))["entry"]
+        return entry if file_sha256(file.with_suffix(".arrow")) == entry["sha256"] else None
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
 
 
 def _training(mixture: Mixture, out: Path) -> dict[str, Any]:
@@ -233,6 +324,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m data_prep.pack_mi
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     args = parser.parse_args(argv)
     try:
+        check_place("--out", args.out, folder=True)
         manifest = pack_mixture(read_mixture(find_config(args.mixture, "mixture")), args.out, args.workers)
     except (ValueError, OSError) as error:
         parser.error(str(error))

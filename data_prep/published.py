@@ -15,10 +15,10 @@ from typing import Any
 from tqdm import tqdm
 
 from elastic.console import Parser
-from elastic.data.file_rows import ReadReport, files_of, read_rows
+from elastic.data.file_rows import ENDINGS, ReadReport, files_of, read_rows
 from elastic.data.records import Record, write_records
 from elastic.data.tasks import TASKS
-from elastic.files import new_file
+from elastic.files import check_place, new_file
 
 from .formats import CONVERTERS, Converter, mapped
 
@@ -118,7 +118,10 @@ def rows_of(name: str, path: Path | None, split: str, left: Left) -> Iterator[tu
         ConnectionError: the hub cannot be reached, or does not have it.
     """
     if path is not None:
-        for file in files_of(path):
+        files = files_of(path, left.unread)
+        if not files:
+            raise FileNotFoundError(f"nothing to read at {path}; expected files ending in {', '.join(ENDINGS)}")
+        for file in files:
             yield from read_rows(file, left.unread)
         return
     if name not in HUB:
@@ -157,6 +160,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m data_prep.publish
     args = parser.parse_args(argv)
     left = Left()
     try:
+        check_place("--out", args.out)
         make = converter(args.name, args.fields, args.task)
         from elastic.model.loading import load_tokenizer
 

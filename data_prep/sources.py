@@ -195,7 +195,7 @@ def _docstrings(source: str) -> list[tuple[str, list[str]]]:
 def _files(root: Path, endings: tuple[str, ...]) -> list[Path]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder; name one with files ending in {', '.join(endings[:4])} …")
-    found = (path for path in root.rglob("*") if path.suffix in endings and path.is_file())
+    found = (path for path in root.rglob("*") if path.suffix.lower() in endings and path.is_file())
     return sorted(p for p in found if not set(p.relative_to(root).parts[:-1]) & set(_SKIPPED))
 
 

@@ -10,19 +10,20 @@ from typing import Any
 from tqdm import tqdm
 
 from elastic.console import Parser
-from elastic.data.file_rows import ReadReport
+from elastic.data.file_rows import ENDINGS, ReadReport, files_of
 from elastic.data.packing import Sample, pack, tokenise
 from elastic.data.prompts import TEMPLATE_KWARGS, set_template_kwargs
 from elastic.data.records import read_records
 from elastic.data.shards import SPLITS, DataWriter, tokenizer_origin
+from elastic.files import check_place
 
 from .build_mixture import RECIPE
 
 
 def prepare(records: str | Path, tokenizer: Any, out: str | Path, seq_length: int) -> tuple[dict[str, Any], ReadReport]:
-    """Pack every `<records>/<split>/<name>.jsonl` (or `.parquet`) into the corpus `<name>` of that split.
+    """Pack every `<records>/<split>/<name>.jsonl` (or `.json`, `.parquet`) into the corpus `<name>` of that split.
 
-    Records longer than a row are skipped and named in the report, like unreadable ones.
+    Records longer than a row are skipped and named in the report, like unreadable ones and files of other names.
 
     Returns:
         The manifest, and the report on skipped records.
@@ -35,11 +36,14 @@ def prepare(records: str | Path, tokenizer: Any, out: str | Path, seq_length: in
     if seq_length < 1:
         raise ValueError(f"seq_length={seq_length} is below 1; a row needs room for tokens")
     records, report = Path(records), ReadReport()
-    files = [(split, file) for split in SPLITS for file in sorted((records / split).glob("*.*"))]
-    files = [(split, file) for split, file in files if file.suffix in (".jsonl", ".parquet")]
+    here = [split for split in SPLITS if (records / split).is_dir()]
+    others = sorted(p for p in records.glob("*") if p.name not in (*here, RECIPE) and not p.name.startswith("."))
+    report.bad += [f"{p}: not read, expected the folders {', '.join(SPLITS)}" for p in others]
+    files = [(split, file) for split in here for file in files_of(records / split, report)]
     if not files:
         raise FileNotFoundError(
             f"no records in {records}/{{{','.join(SPLITS)}}}; write them with `elastic data_prep build_mixture`"
+            + (f" ({report})" if report.bad else "")
         )
     names = {split: [file.stem for s, file in files if s == split] for split in SPLITS}
     every = sorted({name for found in names.values() for name in found})
@@ -47,7 +51,7 @@ def prepare(records: str | Path, tokenizer: Any, out: str | Path, seq_length: in
         if found and (lacking := [name for name in every if name not in found]):
             raise ValueError(f"{records}/{split} lacks {', '.join(lacking)}, which other splits have; add the files")
         if len(set(found)) < len(found):
-            raise ValueError(f"{records}/{split} has a corpus both as .jsonl and .parquet; keep one of them")
+            raise ValueError(f"{records}/{split} has a corpus as several of {', '.join(ENDINGS)}; keep one of them")
     origin = {
         "seq_length": seq_length,
         "mixture": _recipe(records),
@@ -63,20 +67,25 @@ def prepare(records: str | Path, tokenizer: Any, out: str | Path, seq_length: in
 def _recipe(records: Path) -> dict[str, Any] | None:
     """How the records were generated; none for a user's own records."""
     file = records / RECIPE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        recipe: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); build the records again, or remove it") from error
+    return recipe
 
 
 def _samples(file: Path, tokenizer: Any, seq_length: int, report: ReadReport) -> Iterator[Sample]:
     for number, record in enumerate(read_records(file, report), 1):
-        sample = tokenise(record, tokenizer)
+        where = f"{file}: good record {number} ({record.source or 'no source'})"
+        try:
+            sample = tokenise(record, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         if len(sample.input_ids) <= seq_length:
             yield sample
         else:
             report.good -= 1
-            report.bad.append(
-                f"{file}: good record {number} ({record.source or 'no source'}) has {len(sample.input_ids)} tokens, "
-                f"more than the {seq_length} of a row"
-            )
+            report.bad.append(f"{where} has {len(sample.input_ids)} tokens, more than the {seq_length} of a row")
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m data_prep.tokenize_and_pack") -> int:
@@ -94,6 +103,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m data_prep.tokeniz
     from elastic.model.loading import load_tokenizer
 
     try:
+        check_place("--out", args.out, folder=True)
         tokenizer = load_tokenizer(args.backbone)
         set_template_kwargs(tokenizer, args.chat_template_kwargs)
         manifest, report = prepare(args.records, tokenizer, args.out, args.seq_length)

@@ -11,7 +11,7 @@ from typing import Any
 
 from elastic._version import __version__
 from elastic.commands.catalogue import COMMANDS, RESUMED, TRAINING
-from elastic.console import complain, hint, say
+from elastic.console import complain, end_bars, hint, say, was_stopped
 
 NOT_FINITE = 1  # exit code of a training run that diverged
 STOPPED = 130  # of a command that was stopped by Ctrl-C or SIGTERM
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     # Threads that spin while they wait make a shared machine many times slower. OpenMP reads this once, with torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        with _stoppable():
+        with _stoppable(name):
             return _run(name, rest)
     except KeyboardInterrupt:
         return _stopped(name, rest)
@@ -59,18 +59,19 @@ def _run(name: str, rest: list[str]) -> int:
         else:
             code = importlib.import_module(f"elastic.commands.{name}").main(rest)
         return code
-    except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's way of ending a run that was stopped
-            raise KeyboardInterrupt from end
+    except BaseException as error:
+        if was_stopped(error):
+            raise KeyboardInterrupt from error
         raise
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def _stoppable(name: str) -> Iterator[None]:
     """Inside, SIGTERM stops this process as Ctrl-C does, so that it can end what it has started. Where something else
-    handles the signal it stays so: a caller, or Lightning under SLURM, which requeues the job.
+    handles the signal it stays so: a caller, or Lightning under SLURM, which requeues the job of `fit`.
     """
-    mine = threading.current_thread() is threading.main_thread() and "SLURM_JOB_ID" not in os.environ
+    requeued = name == "fit" and "SLURM_JOB_ID" in os.environ
+    mine = threading.current_thread() is threading.main_thread() and not requeued
     if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
@@ -93,7 +94,8 @@ def _stopped(name: str, rest: list[str]) -> int:
     """Say how to resume, once for all processes of a run."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         way = RESUMED.get(name) or RESUMED.get(" ".join([name, *rest[:1]])) or "repeated, it begins again"
-        start = "\n" if sys.stderr.isatty() else ""  # below a progress bar
+        end_bars()
+        start = "\n" if sys.stderr.isatty() else ""  # below the terminal's ^C
         say(f"{start}elastic {name}: stopped; {way}", stream=sys.stderr)
     return STOPPED
 

@@ -18,9 +18,36 @@ def say(text: str = "", *, end: str = "\n", stream: TextIO | None = None) -> Non
 
 
 def complain(command: str, error: BaseException | str) -> int:
-    """One line on standard error about what the user can put right; returns the exit code."""
+    """One line on standard error about what the user can put right; returns the exit code.
+
+    Raises:
+        KeyboardInterrupt: the error only says that the command was stopped.
+    """
+    if isinstance(error, BaseException) and was_stopped(error):
+        raise KeyboardInterrupt from error
+    end_bars()
     say(f"elastic {command}: error: {' '.join(str(error).split())}", stream=sys.stderr)
     return USER_ERROR
+
+
+def was_stopped(error: BaseException | None) -> bool:
+    """Whether an exception comes from Ctrl-C or SIGTERM. In the middle of an import libraries make another of it, and
+    Lightning has one of its own, which would be exit code 0.
+    """
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "SIGTERMException":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def end_bars() -> None:
+    """End the line of every progress bar that is open, of this package's or a library's, so that what is said next has
+    one of its own. Otherwise bars are drawn again when they are collected, after it.
+    """
+    tqdm = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def hint(name: str, known: Sequence[str], kind: str) -> str:
@@ -61,6 +88,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Report and exit."""
+        """Report and exit; KeyboardInterrupt where the command was stopped."""
+        if was_stopped(sys.exc_info()[1]):
+            raise KeyboardInterrupt
+        end_bars()
         say(f"{self.prog}: error: {message}; see `{self.prog} --help`", stream=sys.stderr)
         raise SystemExit(USER_ERROR)

@@ -3,8 +3,10 @@ with one kind of error; and files that several processes share: the folder for w
 and files and folders that readers see whole or as they were. Loads neither torch nor numpy.
 """
 
+import ctypes
 import difflib
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -15,10 +17,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).resolve().parent
+SEAL = "sha256"  # key of a JSON object's own checksum
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of file systems that have none
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 _WORDS = {dict: "an object", list: "a list", str: "text", int: "a whole number"}
 NOT_SETTINGS = ("mixture", "eval")  # folders of configs/ whose files `elastic fit -c` cannot read
@@ -70,8 +74,12 @@ def read_json(path: Path) -> Any:
         OSError: a file that cannot be read.
         ValueError: not UTF-8, not JSON, or nested too deeply for any of this project's files.
     """
+    return _parsed(path.read_text(encoding="utf-8"))
+
+
+def _parsed(text: str) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -90,6 +98,30 @@ def member(values: Any, name: str, kind: type[T]) -> T:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
         raise ValueError(f"{name!r} is {value!r:.40}, expected {_WORDS[kind]}")
     return value
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """Settings of a YAML file, none of which is there twice: YAML takes the last one and forgets the others.
+
+    Raises:
+        ValueError: a file that is not UTF-8 or YAML, a key that is there twice, or no settings; with the file's name.
+    """
+    import yaml
+
+    class Once(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise yaml.MarkedYAMLError(problem=f"{twice[0]} is there twice", problem_mark=node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    try:
+        settings = yaml.load(Path(file).read_text(encoding="utf-8-sig"), Once)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid YAML in UTF-8: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} holds {'nothing' if settings is None else repr(settings)[:40]}, expected settings")
+    return settings
 
 
 def cache_folder() -> Path:
@@ -113,7 +145,7 @@ def _cache_errors(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _named(target: Path) -> Iterator[None]:
+def named(target: Path) -> Iterator[None]:
     """Inside, an error of the system that names no file, as that of a full disk, gets `target`'s name."""
     try:
         yield
@@ -144,6 +176,30 @@ def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def sealed(values: dict[str, Any]) -> str:
+    """JSON text of an object, with a checksum of it under the key `sha256`."""
+    return json.dumps({**values, SEAL: _seal(values)}, indent=1) + "\n"
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """The object of such a text; earlier versions wrote no checksum.
+
+    Raises:
+        ValueError: no JSON object, or one that was changed after it was written.
+    """
+    values = _parsed(text)
+    if not isinstance(values, dict):
+        raise ValueError("it is not a JSON object")
+    if values.pop(SEAL, known := _seal(values)) != known:
+        raise ValueError("it was changed after it was written: its sha256 is another")
+    return values
+
+
+def _seal(values: dict[str, Any]) -> str:
+    plain = json.loads(json.dumps({key: value for key, value in values.items() if key != SEAL}))
+    return text_sha256(json.dumps(plain, sort_keys=True))
+
+
 def file_sha256(*files: Path) -> str:
     """sha256 of a file's content, or of the contents of several, one after the other; hexadecimal."""
     digest = hashlib.sha256()
@@ -171,7 +227,7 @@ def new_file(target: str | Path, *, sync: bool = False) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = _scratch(target)
     try:
-        with _named(target):
+        with named(target):
             yield scratch
             if sync:
                 _flush(scratch)
@@ -206,7 +262,7 @@ def new_folder(target: str | Path, *, sync: bool = False) -> Iterator[Path]:
     scratch = _scratch(target)
     try:
         scratch.mkdir(parents=True)
-        with _named(target):
+        with named(target):
             yield scratch
             for file in scratch.rglob("*") if sync else ():
                 if file.is_file():
@@ -218,21 +274,81 @@ def new_folder(target: str | Path, *, sync: bool = False) -> Iterator[Path]:
 
 
 def put_in_place(made: Path, target: str | Path) -> None:
-    """Give a finished folder its final name. What it replaces is set aside first and deleted last, so that a kill in
-    between loses neither.
+    """Give a finished folder its final name. Readers, and other writers, meet the folder that was there or the new one.
+    Where the system cannot exchange them in one step, what is replaced is set aside first and deleted last, so that a
+    kill in between loses neither.
     """
     target = Path(os.path.realpath(target))
     aside = set_aside(target)
-    if target.exists():
-        _remove(aside)
-        target.rename(aside)
-    try:
-        made.rename(target)
-    except BaseException:
-        if aside.exists():
-            aside.rename(target)
-        raise
+    if _exchange(made, target):
+        _remove(made)
+    else:
+        if target.exists():
+            _remove(aside)
+            target.rename(aside)
+        try:
+            made.rename(target)
+        except BaseException:
+            if not _exchange(made, target):  # unless another writer was first
+                if aside.exists():
+                    aside.rename(target)
+                raise
+            _remove(made)
     _remove(aside)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders in one step; False where one is missing, or the system or disk cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # no Linux
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE, linux/fcntl.h and linux/fs.h
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+
+
+@contextmanager
+def sole_writer(target: str | Path) -> Iterator[None]:
+    """Inside, this process is the only one of all that ask that writes `target`, a file or folder; one that dies makes
+    room. Its lock file beside `target` names it and is gone at the end.
+
+    Raises:
+        ValueError: another process is writing it.
+        OSError: a folder that cannot be written.
+    """
+    target = Path(os.path.realpath(target))
+    lock = target.with_name(f".{target.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(lock, target) as stream:
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {platform.node()}")
+        stream.flush()
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _locked(lock: Path, target: Path) -> TextIO:
+    """The open file, locked. The lock is the process's own: workers forked from it do not keep it."""
+    while True:
+        stream = open(lock, "a+", encoding="utf-8")  # noqa: SIM115 - the caller closes it
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                stream.seek(0)
+                other = stream.read() or "another process"
+                stream.close()
+                raise ValueError(
+                    f"{target} is being written by {other}; wait until it has ended, or choose another place"
+                ) from error
+            if error.errno not in NO_LOCKS:
+                raise
+            return stream
+        if lock.exists() and os.path.samestat(os.fstat(stream.fileno()), lock.stat()):
+            return stream
+        stream.close()  # its owner has just ended and removed it
 
 
 def set_aside(target: str | Path) -> Path:
@@ -241,6 +357,27 @@ def set_aside(target: str | Path) -> Path:
     """
     target = Path(os.path.realpath(target))
     return target.with_name(f".{target.name}.old")
+
+
+def check_place(option: str, path: str | Path, *, folder: bool = False) -> None:
+    """Refuse a place for a result before work is begun.
+
+    Args:
+        option: what named it.
+        path: of the file, or of the folder.
+        folder: whether a folder will be written.
+
+    Raises:
+        ValueError: a file where a folder will be, or above the place; a folder where a file will be.
+    """
+    path = Path(path)
+    if path.is_dir() and not folder:
+        raise ValueError(f"{option} {path} is a folder; expected a file, so choose another")
+    if path.exists() and folder and not path.is_dir():
+        raise ValueError(f"{option} {path} is a file; expected a folder, so choose another")
+    for above in path.absolute().parents:
+        if above.exists() and not above.is_dir():
+            raise ValueError(f"{option} {path} is to be in {above}, which is a file; choose another folder")
 
 
 def is_foreign(folder: Path, marker: str) -> bool:

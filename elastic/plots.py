@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic.files import new_file
+
 Curve = Sequence[tuple[float, float]]
 WIDTH = 9.0  # inches of a picture: at the 900 pixels that GitHub shows, text of 9 points is 12 pixels high
 LEGEND = 105  # letters in a line of a legend of that width, 7 for each line's sample
@@ -227,11 +229,11 @@ def save_png(figure: Any, path: str | Path, dpi: int = 150) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path} does not end in .png; pictures are written as PNG")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with io.BytesIO() as drawn:
         figure.savefig(drawn, format="png", dpi=dpi)
         picture = Image.open(drawn).convert("RGB")
-    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    with new_file(path) as scratch:
+        picture.quantize(256, dither=Image.Dither.NONE).save(scratch, "PNG", optimize=True)
     return path
 
 

@@ -1,17 +1,32 @@
 """Files and folders that appear whole or not at all, and the one place where they do."""
 
 import errno
+import json
 import multiprocessing
 import os
 import re
 import signal
 import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from elastic import files
-from elastic.files import alone, file_sha256, is_foreign, new_file, new_folder, put_in_place, set_aside, text_sha256
+from elastic.files import (
+    alone,
+    file_sha256,
+    is_foreign,
+    new_file,
+    new_folder,
+    put_in_place,
+    sealed,
+    set_aside,
+    sole_writer,
+    text_sha256,
+    unsealed,
+)
 
 ROOT = Path(__file__).parents[1]
 WRITERS, TIMES = 4, 40
@@ -94,6 +109,75 @@ def test_what_a_running_writer_makes_is_left_alone(tmp_path):
     assert process.exitcode == 0 and target.read_text() == "slow" and list(tmp_path.iterdir()) == [target]
 
 
+def write_folder(number, folder):
+    for _ in range(TIMES):
+        with new_folder(folder) as scratch:
+            for name in ("one", "two"):
+                (scratch / name).write_text(str(number))
+        for name in ("one", "two"):
+            assert (folder / name).read_text() in "0123"
+
+
+def test_writers_and_readers_of_a_folder_meet_a_whole_one(tmp_path):
+    """Also where nothing was there before."""
+    assert together(write_folder, tmp_path / "result") == [0] * WRITERS
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+    one, two = ((tmp_path / "result" / name).read_text() for name in ("one", "two"))
+    assert one == two
+
+
+@contextmanager
+def another_writer(target, held=sole_writer):
+    """A process that writes `target`, with a worker of its own that outlives it."""
+    fork = multiprocessing.get_context("fork")
+    begun = fork.Event()
+
+    def write():
+        with held(target):
+            if os.fork():
+                begun.set()
+            time.sleep(2 if begun.is_set() else 60)
+            os._exit(0)
+
+    process = fork.Process(target=write)
+    process.start()
+    assert begun.wait(60)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("name", ["result", "new/folder/result"])
+def test_a_second_writer_hears_of_the_first(name, tmp_path):
+    target = tmp_path / name
+    with another_writer(target) as first:
+        for _ in range(2):
+            said = rf"result is being written by process {first.pid} on .*; wait until it has ended, or choose another"
+            with pytest.raises(ValueError, match=said), sole_writer(target):
+                pass
+        with sole_writer(tmp_path / "other"):
+            pass
+    for _ in range(2):  # the first is dead, and its worker holds nothing
+        with sole_writer(target):
+            assert target.with_name(".result.lock").read_text().startswith(f"process {os.getpid()} on ")
+    assert not list(target.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS])
+def test_a_disk_without_locks_is_written_all_the_same(error, tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(files.fcntl, "lockf", none)
+    with sole_writer(tmp_path / "result"):
+        pass
+    error = errno.EIO
+    with pytest.raises(OSError, match="Input/output"), sole_writer(tmp_path / "result"):
+        pass
+
+
 @pytest.mark.parametrize("error", [OSError("full"), ValueError("bad"), KeyboardInterrupt()])
 @pytest.mark.parametrize("make", [new_file, new_folder])
 def test_an_exception_leaves_what_was_there(make, error, tmp_path):
@@ -173,6 +257,12 @@ def test_only_what_asks_for_it_is_flushed_and_before_the_rename(make, tmp_path, 
     assert flushed[0][1] is False
 
 
+def test_a_folder_is_replaced_where_the_system_cannot_exchange_two(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    write_folder(0, tmp_path / "result")
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
 def test_an_exchange_that_fails_puts_the_old_folder_back(tmp_path):
     target = tmp_path / "result"
     target.mkdir()
@@ -211,3 +301,21 @@ def test_checksums(tmp_path):
     assert text_sha256("") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     assert text_sha256("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert file_sha256(first, second) == text_sha256("abc") and file_sha256() == text_sha256("")
+
+
+def test_a_changed_object_is_told_from_its_checksum():
+    """A single bit anywhere is noticed, or changes nothing but the checksum's own name."""
+    values = {"name": "code", "rows": 12, "share": 0.25, "lists": [1, {"deep": None}], "by number": {3: True}}
+    text = sealed(values)
+    plain = json.loads(json.dumps(values))
+    assert unsealed(text) == unsealed(json.dumps(values)) == plain
+    for place in range(len(text) * 8):
+        changed = bytearray(text.encode())
+        changed[place // 8] ^= 1 << place % 8
+        try:
+            found = unsealed(changed.decode())
+        except ValueError:
+            continue
+        assert {key: value for key, value in found.items() if key in plain} == plain, changed
+    with pytest.raises(ValueError, match="not a JSON object"):
+        unsealed("[1]")

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from elastic.commands.calibration_report import advice, comparison, cost_table, describe, draw
 from elastic.commands.catalogue import COMMANDS
 from elastic.config import RouterConfig, SparseConfig
-from elastic.console import Parser, complain, say
-from elastic.files import find_config, is_foreign
+from elastic.console import Parser, complain, hint, say
+from elastic.files import check_place, find_config, is_foreign, read_yaml
 from elastic.routing.calibration import Calibration, read_calibration
 from elastic.routing.methods import MODES
 
@@ -160,20 +160,22 @@ def read_target(args: argparse.Namespace) -> Target:
         FileNotFoundError: no such configuration.
         ValueError: no backbone, or settings that do not exist.
     """
-    import yaml
-
     model: dict[str, Any] = {}
     sparse: dict[str, Any] = {}
+    known = [field.name for field in fields(SparseConfig)]
     for name in args.config:
         try:
-            layer = (yaml.safe_load(find_config(name).read_text(encoding="utf-8")) or {}).get("model") or {}
+            layer = read_yaml(find_config(name)).get("model") or {}
             model |= {key: layer[key] for key in ("backbone", "dtype", "gguf_file") if key in layer}
-            sparse |= (layer.get("elastic") or {}).get("sparse") or {}
-        except (yaml.YAMLError, AttributeError, TypeError) as error:
+            own = (layer.get("elastic") or {}).get("sparse") or {}
+            if unknown := [key for key in own if key not in known]:
+                raise ValueError(
+                    f"-c {name} sets model.elastic.sparse.{unknown[0]}, which is not a setting; "
+                    f"{hint(str(unknown[0]), known, 'settings there')}"
+                )
+            sparse |= own
+        except (AttributeError, TypeError) as error:
             raise ValueError(f"-c {name} is not a configuration of this project ({error})") from error
-    known = [field.name for field in fields(SparseConfig)]
-    if unknown := sorted(set(sparse) - set(known)):
-        raise ValueError(f"-c names the sparse settings {', '.join(unknown)}; known are {', '.join(known)}")
     sparse |= {name: value for name in SIZES if (value := getattr(args, name)) is not None}
     backbone = args.backbone or model.get("backbone")
     if not backbone:
@@ -192,6 +194,11 @@ def check_outputs(out: Path, args: argparse.Namespace) -> Calibration | None:
     Raises:
         ValueError: names that do not fit, or a file that is something else.
     """
+    check_place("--out", out)
+    if args.picture is not None:
+        check_place("--picture", args.picture)
+    if args.levels is not None:
+        check_place("--levels", args.levels, folder=True)
     if out.suffix != ".json":
         raise ValueError(f"--out {out} does not end in .json; a calibration is a JSON file")
     if out.exists():

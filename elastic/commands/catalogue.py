@@ -20,5 +20,7 @@ COMMANDS = {
 RESUMED = {
     "fit": "to resume, repeat it with --ckpt_path last (from the last save in the run's folder)",
     "eval": "to resume, repeat it; finished results stay",
+    "calibrate": "to resume, repeat it; measured batches stay",
+    "demo": "to resume, repeat it; measured batches stay",
     "data_prep pack_mixture": "to resume, repeat it; finished shards stay",
 }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic.commands.catalogue import COMMANDS
 from elastic.console import Parser, complain, say
+from elastic.files import check_place, sole_writer
 
 if TYPE_CHECKING:
     from elastic.commands.demo_measure import Outcome
@@ -46,7 +47,9 @@ def main(argv: list[str]) -> int:
         if args.text is not None and args.question is None:
             raise ValueError("--text needs a --question about it")
         out = args.out or Path("runs/demo-tiny" if args.tiny else "runs/demo")
-        run(out, args.tiny, args.samples, args.seed, args.question, args.text)
+        check_place("--out", out, folder=True)
+        with sole_writer(out):
+            run(out, args.tiny, args.samples, args.seed, args.question, args.text)
     except (ValueError, OSError, ArithmeticError) as error:
         return complain("demo", error)
     return 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from elastic.commands.catalogue import COMMANDS
 from elastic.config import SparseConfig
 from elastic.console import Parser, complain, say
+from elastic.files import check_place
 from elastic.routing.methods import GRAMMAR, parse_methods
 
 if TYPE_CHECKING:
@@ -86,8 +87,7 @@ def main(argv: list[str]) -> int:
 def run(args: argparse.Namespace) -> None:
     """Check everything that can be checked, evaluate, print the table, write the files."""
     named = parse_methods(args.methods, of_run=False)
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file; expected a folder for the results, so choose another")
+    check_place("--out", args.out, folder=True)
     for package in ("lm_eval", "wonderwords"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the package {package} is missing; run `pip install 'elastic-attention[eval]'`")

@@ -11,6 +11,7 @@ from typing import Any
 
 from elastic.commands.catalogue import COMMANDS
 from elastic.console import Parser, complain, say, supports_unicode
+from elastic.files import check_place
 from elastic.protocols import CausalLM, Tokenizer
 
 
@@ -61,6 +62,8 @@ def main(argv: list[str]) -> int:
 def _check_outputs(args: argparse.Namespace) -> None:
     """Refuse what could not be written before a model is loaded."""
     for option, path in (("--report-json", args.report_json), ("--heatmap", args.heatmap)):
+        if path is not None:
+            check_place(option, path)
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{option} {path}: the folder {path.absolute().parent} does not exist; make it first")
     if args.heatmap is not None and args.heatmap.suffix.lower() != ".png":
@@ -68,14 +71,16 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
-    if args.prompt_file is None:
-        return sys.stdin.read().removeprefix("\ufeff") if "-" in (args.stdin, args.prompt) else args.prompt
-    if not args.prompt_file.is_file():
+    if args.prompt_file is None and "-" not in (args.stdin, args.prompt):
+        return str(args.prompt)
+    if args.prompt_file is not None and not args.prompt_file.is_file():
         raise FileNotFoundError(f"--prompt-file {args.prompt_file}: no such file")
+    where = "standard input" if args.prompt_file is None else f"--prompt-file {args.prompt_file}"
     try:
-        return str(args.prompt_file.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
+        text = sys.stdin.read() if args.prompt_file is None else args.prompt_file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt-file {args.prompt_file} is not UTF-8 (byte {error.start}); convert it") from error
+        raise ValueError(f"{where} is not UTF-8 (byte {error.start}); convert it") from error
+    return str(text.removeprefix("\ufeff"))  # some editors begin a file with a mark
 
 
 def _answer(args: argparse.Namespace, prompt: str) -> None:

@@ -3,12 +3,14 @@
 import logging
 import os
 import re
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # its __all__ is made at run time
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -17,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from elastic.commands.catalogue import TRAINING
 from elastic.console import hint, say
 from elastic.data.datamodule import MixtureDataModule
-from elastic.files import config_names, find_config
+from elastic.files import check_place, config_names, find_config, named, read_yaml, sole_writer
 from elastic.routing.methods import GRAMMAR
 from elastic.training.callbacks import (
     LAST,
@@ -60,20 +62,18 @@ def check_keys(parser: Any, file: str) -> None:
     """Refuse a setting that a file names and the command does not have.
 
     Raises:
-        ValueError: with the file and the settings that are like it.
+        ValueError: with the file and the settings that are like it; also a file that holds no settings.
     """
     known = {action.dest for action in parser._actions}
-    try:
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML in UTF-8: {error}") from error
 
     def check(part: Any, prefix: str) -> None:
         for key, value in part.items() if isinstance(part, dict) else ():
             name = f"{prefix}{key}"
-            below = {dest for dest in known if dest.startswith(f"{name}.")}
+            below = sorted(dest.removeprefix(f"{name}.") for dest in known if dest.startswith(f"{name}."))
             if isinstance(value, dict) and "class_path" in value:
                 continue  # settings of a class, which the parser knows once it has found the class
+            if below and isinstance(value, int | float | list):
+                raise ValueError(f"{file} sets {name} to {value!r}, which has settings of its own: {', '.join(below)}")
             if below:
                 check(value, f"{name}.")
             elif name not in known:
@@ -82,7 +82,7 @@ def check_keys(parser: Any, file: str) -> None:
                     f"{file} sets {name}, which is not a setting; {hint(str(key), beside, 'settings there')}"
                 )
 
-    check(settings, "")
+    check(read_yaml(file), "")
 
 
 def _mappings(cfg: Any) -> dict[str, dict[str, Any]]:
@@ -144,6 +144,7 @@ class ElasticCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """A trainer that logs to TensorBoard and saves atomically, unless its settings say otherwise."""
         config = self._get(self.config_init, "trainer")
+        check_place("trainer.default_root_dir", config["default_root_dir"], folder=True)
         if config.get("logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(config["default_root_dir"], name="", version="")
         given = config.get("plugins") or []
@@ -152,6 +153,13 @@ class ElasticCLI(LightningCLI):
         callbacks = [*bar, RoutingPictures(), ResultsFile(), PredictionFile()]  # the bar closes before a table appears
         kwargs["callbacks"] = [*(config.get("callbacks") or []), *callbacks]
         return super().instantiate_trainer(**kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """The parent's, as the only process that trains into its folder; errors of the disk name that."""
+        folder, writes = Path(self.trainer.default_root_dir), subcommand == "fit" and self.trainer.is_global_zero
+        alone = writes and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        with _quiet_event_writer(), named(folder), sole_writer(folder) if alone else nullcontext():
+            super()._run_subcommand(subcommand)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """`--ckpt_path last` means this run's own `last.ckpt`; training starts afresh where there is none yet."""
@@ -173,6 +181,22 @@ class ElasticCLI(LightningCLI):
         if subcommand == "predict":
             kwargs["return_predictions"] = False  # PredictionFile writes them
         return kwargs
+
+
+@contextmanager
+def _quiet_event_writer() -> Iterator[None]:
+    """Inside, TensorBoard's thread prints no traceback where it cannot write: its next call raises the same error."""
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
+            before(failed)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def run(command: str, arguments: list[str]) -> int:

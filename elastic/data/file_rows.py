@@ -1,5 +1,6 @@
-"""Rows of a user's files, one at a time whatever the file's size: JSON Lines, JSON (an array of objects) and parquet.
-Lines and rows that cannot be read are named and skipped, files that cannot be read are refused.
+"""Rows of a user's files, one at a time whatever the file's size: JSON Lines, JSON (arrays of objects) and parquet.
+Lines and rows that cannot be read are named and skipped, as are files of a folder with names that say nothing about
+their format; files that cannot be read are refused.
 """
 
 import json
@@ -39,21 +40,19 @@ def read_rows(path: Path, report: ReadReport, every: int = 1, first: int = 0) ->
             damage have been given out by then.
     """
     readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
-    if path.suffix not in readers:
+    if path.suffix.lower() not in readers:
         raise ValueError(f"{path} has the ending {path.suffix!r}; expected {', '.join(ENDINGS)}")
-    yield from readers[path.suffix](path, report, every, first)
+    yield from readers[path.suffix.lower()](path, report, every, first)
 
 
-def files_of(path: Path) -> list[Path]:
-    """A file itself, or those of a folder that can be read, by name; folders in it are not entered.
-
-    Raises:
-        FileNotFoundError: nothing to read there.
+def files_of(path: Path, report: ReadReport) -> list[Path]:
+    """A file itself, or those of a folder that can be read, by name. The report gets the others, and folders in it,
+    which are not entered; hidden files do not count.
     """
-    found = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in ENDINGS and p.is_file())
-    if not found:
-        raise FileNotFoundError(f"nothing to read at {path}; expected files ending in {', '.join(ENDINGS)}")
-    return found
+    found = [path] if path.is_file() else sorted(p for p in path.glob("*") if not p.name.startswith("."))
+    read = [p for p in found if p == path or (p.suffix.lower() in ENDINGS and p.is_file())]
+    report.bad += [f"{p}: not read, expected files ending in {', '.join(ENDINGS)}" for p in found if p not in read]
+    return read
 
 
 def _jsonl(path: Path, report: ReadReport, every: int, first: int) -> Rows:
@@ -75,8 +74,8 @@ def _jsonl(path: Path, report: ReadReport, every: int, first: int) -> Rows:
 
 
 def _json(path: Path, report: ReadReport, every: int, first: int) -> Rows:
-    """Items of one JSON array, a piece of the file at a time: published arrays have many gigabytes. A file that begins
-    otherwise is read as JSON Lines.
+    """Items of a JSON array, or of several one after the other, a piece of the file at a time: published arrays have
+    many gigabytes. A file that begins otherwise is read as JSON Lines.
     """
     with open(path, "rb") as start:
         if not start.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
@@ -98,22 +97,22 @@ def _json(path: Path, report: ReadReport, every: int, first: int) -> Rows:
 
 
 def _items(file: TextIO) -> Iterator[Any]:
-    """Values of an array whose text comes in pieces; each read is at least as long as what is still undecided, so that
-    a long item is not begun again too often.
+    """Values of arrays whose text comes in pieces; each read is at least as long as what is still undecided, so that a
+    long item is not begun again too often.
     """
     decoder, text, place, between = json.JSONDecoder(), "", 0, "["
     while piece := file.read(max(PIECE, len(text) - place)):
         text, place = text[place:] + piece, 0
         while (place := _skip_space(text, place)) < len(text):
             if between:
-                if text[place] == "]" and between == ",":
-                    return
-                if text[place] != between:
+                ends = text[place] == "]" and between == ","
+                if not ends and text[place] != between:
                     raise json.JSONDecodeError(f"expected {between!r}", text, place)
-                between, place = "", place + 1
+                between, place = "[" if ends else "", place + 1
                 continue
-            if text[place] == "]":
-                return  # of an empty array
+            if text[place] == "]":  # of an empty array
+                between, place = "[", place + 1
+                continue
             try:
                 value, end = decoder.raw_decode(text, place)
             except json.JSONDecodeError as error:
@@ -122,7 +121,8 @@ def _items(file: TextIO) -> Iterator[Any]:
                 break
             yield value
             between, place = ",", end
-    raise json.JSONDecodeError("the file ends before its array", text[place : place + 9], 0)
+    if between != "[":
+        raise json.JSONDecodeError("the file ends before its array", text[place : place + 9], 0)
 
 
 def _skip_space(text: str, place: int) -> int:

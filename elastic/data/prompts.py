@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from elastic.data.context_length import context_length
@@ -72,11 +73,13 @@ def encode(
     as it is may begin with the token that begins a text, as one that was rendered before does; it gets no second one.
 
     Raises:
-        ValueError: an empty prompt, or messages without a chat template.
+        ValueError: an empty prompt, one that UTF-8 cannot write, or messages without a chat template or that it
+            refuses.
     """
     if isinstance(item, str):
         if not item.strip():
             raise ValueError("the prompt is empty; write at least one word")
+        _check_unicode("the prompt", item)
         if not chat_template:
             given = {"tools": tools, "chat_template_kwargs": kwargs, "sanitize_control_tokens": sanitize}
             if any(given.values()):
@@ -89,6 +92,7 @@ def encode(
         empty = not str(message.get("content", "")).strip() and message.get("role") != "system"  # no system prompt
         if not {"role", "content"} <= message.keys() or empty:
             raise ValueError(f"message {dict(message)} has no role or no content; expected both, not empty")
+        _check_unicode(f"the message of the {message['role']}", str(message["content"]))
     if not chat_template or tokenizer.chat_template is None:
         raise ValueError(
             "messages need a chat template, "
@@ -171,6 +175,17 @@ def token_span(offsets: Sequence[tuple[int, int]], characters: tuple[int, int]) 
     return (held[0], held[-1] + 1) if held else (0, len(offsets))
 
 
+def _check_unicode(what: str, text: str) -> None:
+    """Tokenizers read UTF-8. Bytes of a shell or a file that are something else arrive as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} has half a surrogate pair, or a byte that is not UTF-8, at character {error.start}; write valid "
+            "Unicode"
+        ) from error
+
+
 def render(
     messages: Sequence[Message], tokenizer: Tokenizer, *, begun: bool = False, tools: Sequence[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
@@ -182,12 +197,18 @@ def render(
         begun: the last message is the beginning of the assistant's answer, which is to be continued.
         tools: functions or JSON schemas that the model is told it may call.
         kwargs: variables of the template, beside the tokenizer's own (`template_kwargs`).
+
+    Raises:
+        ValueError: messages that the template refuses.
     """
     options: dict[str, Any] = {**template_kwargs(tokenizer), **check_kwargs(kwargs or {})}
     if tools:
         options["tools"] = list(tools)
     ends = {"add_generation_prompt": not begun, "continue_final_message": begun}
-    text: str = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **ends, **options)
+    try:
+        text: str = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **ends, **options)
+    except TemplateError as error:
+        raise ValueError(f"the chat template of this model refuses the messages: {error}") from error
     return text
 
 

@@ -66,17 +66,19 @@ class Record:
 
     @classmethod
     def from_dict(cls, values: Any) -> "Record":
-        """Check and build; keys that no field has are refused, so that nothing a user wrote is lost."""
+        """Check and build; keys that no field has are refused, so that nothing a user wrote is lost. An optional field
+        that is null, as parquet has it where other rows have a value, is left out.
+        """
         if not isinstance(values, dict):
             raise ValueError(f"a record is a {type(values).__name__}, expected an object with task, context, answer")
-        names = [f.name for f in fields(cls)]
-        missing = [name for name in ("task", "context", "question", "answer") if name not in values]
+        names, required = [f.name for f in fields(cls)], ("task", "context", "question", "answer")
+        missing = [name for name in required if name not in values]
         unknown = [name for name in values if name not in names]
         if missing or unknown:
             raise ValueError(
                 f"record fields do not fit: missing {missing or 'none'}, unknown {unknown or 'none'}; expected {names}"
             )
-        return cls(**values)
+        return cls(**{name: value for name, value in values.items() if value is not None or name in required})
 
 
 def _turns(value: Any) -> tuple[tuple[str, str], ...]:

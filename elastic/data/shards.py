@@ -15,7 +15,7 @@ from typing import Any
 from elastic.data.packing import PackedRow
 from elastic.data.prompts import TEMPLATE, template_kwargs
 from elastic.data.tasks import TASKS
-from elastic.files import file_sha256, is_foreign, member, new_folder, read_json, text_sha256
+from elastic.files import file_sha256, is_foreign, member, new_folder, sealed, sole_writer, text_sha256, unsealed
 from elastic.protocols import Tokenizer
 
 FORMAT = 2
@@ -32,7 +32,8 @@ class DataWriter:
         origin: what the manifest should say about how the data was made (seed, tokenizer, sequence length, versions).
 
     Raises:
-        ValueError: `out` exists but is not a data folder (it is never replaced); an existing data folder is.
+        ValueError: `out` exists but is not a data folder (it is never replaced; an existing data folder is), or another
+            process is writing it.
     """
 
     def __init__(self, out: str | Path, origin: dict[str, Any]) -> None:
@@ -42,9 +43,11 @@ class DataWriter:
     def __enter__(self) -> "DataWriter":
         if is_foreign(self.out, MANIFEST):
             raise ValueError(f"{self.out} exists but is not an Elastic Attention data folder; choose another --out")
-        self._leaving = ExitStack()
-        self.scratch = self._leaving.enter_context(new_folder(self.out))
-        self._leaving.push(self._finish)
+        with ExitStack() as leaving:
+            leaving.enter_context(sole_writer(self.out))
+            self.scratch = leaving.enter_context(new_folder(self.out))
+            leaving.push(self._finish)
+            self._leaving = leaving.pop_all()
         return self
 
     def add(self, split: str, corpus: str, rows: Iterable[PackedRow]) -> dict[str, Any]:
@@ -68,7 +71,7 @@ class DataWriter:
 
     def _finish(self, kind: Any, *_: object) -> None:
         if kind is None:
-            (self.scratch / MANIFEST).write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
+            (self.scratch / MANIFEST).write_text(sealed(self.manifest), encoding="utf-8")
 
 
 def write_shard(file: Path, rows: Iterable[PackedRow]) -> dict[str, Any]:
@@ -120,7 +123,7 @@ def read_manifest(data_dir: str | Path) -> dict[str, Any]:
             " (docs/data.md)"
         )
     try:
-        manifest: dict[str, Any] = read_json(path)
+        manifest = unsealed(path.read_text(encoding="utf-8"))
         found = member(manifest, "format", int)
         if found == FORMAT:
             _check(manifest)
@@ -163,6 +166,8 @@ def verify(data_dir: str | Path) -> dict[str, Any]:
         for corpus, entry in corpora.items():
             file = Path(data_dir) / split / f"{corpus}.arrow"
             found = file_sha256(file) if file.is_file() else "no file"
+            if found != entry["sha256"] and read_manifest(data_dir) != manifest:
+                return verify(data_dir)  # another folder was put there meanwhile
             if found != entry["sha256"]:
                 raise ValueError(
                     f"shard {file} is damaged: sha256 {found}, expected {entry['sha256']}; build the data again"

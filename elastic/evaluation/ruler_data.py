@@ -146,14 +146,14 @@ def _downloaded(what: str, read: Callable[[], Any]) -> Any:
 def _files(place: Path) -> list[Path]:
     if not place.is_dir():
         return [place]
-    files = sorted(file for file in place.rglob("*") if file.suffix in (".txt", ".md", ".json"))
+    files = sorted(file for file in place.rglob("*") if file.suffix.lower() in (".txt", ".md", ".json"))
     if not files:
         raise ValueError(f"essays={str(place)!r} is a folder without .txt, .md or .json files")
     return files
 
 
 def _text(file: Path) -> str:
-    if file.suffix != ".json":
+    if file.suffix.lower() != ".json":
         return _read(file)
     data = _json(file)
     text = data.get("text") if isinstance(data, dict) else None
@@ -163,7 +163,7 @@ def _text(file: Path) -> str:
 
 
 def _word_list(file: Path) -> list[str]:
-    if file.suffix != ".json":
+    if file.suffix.lower() != ".json":
         words = _read(file).split()
     else:
         data = _json(file)

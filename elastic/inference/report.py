@@ -16,6 +16,7 @@ from torch import Tensor
 from elastic.cache.route_record import Turn
 from elastic.config import SparseConfig
 from elastic.console import supports_unicode
+from elastic.files import write_atomic
 from elastic.plots import route_figure, save_png
 from elastic.routing.sparsity import causal_pairs, density_by_layer, esr, kv_bytes_kept, msr
 
@@ -105,7 +106,7 @@ class RouteReport:
         """The report as JSON text, also written to `path` if given."""
         text = json.dumps(self.to_dict(), indent=1)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_atomic(path, text + "\n")
         return text
 
     def save_heatmap(self, path: str | Path) -> Path:

@@ -163,10 +163,9 @@ def load_into(model: Model, path: str | Path) -> Model:
         FileNotFoundError: no checkpoint.
         ValueError: a damaged checkpoint, or one for another backbone (both values are named).
     """
-    metadata = read_elastic(path)
+    metadata, state = _read_both(Path(path))
     _check_backbone(architecture(model), metadata, path)
     config = ElasticConfig.from_dict(metadata["config"])
-    state = _read_weights(Path(path), metadata["weights_sha256"])
     state = {name: value for name, value in state.items() if not name.startswith(MULTIPLIERS)}
     _check_state(state, _expected(metadata["architecture"], config), f"checkpoint {path}", _WAY_OUT)
     attach(model, config)
@@ -202,6 +201,17 @@ def _expected(shape: dict[str, Any], config: ElasticConfig) -> dict[str, Tensor]
         for layer, router in enumerate(made)
         for name, value in router.state_dict().items()
     }
+
+
+def _read_both(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and tensors of one save, also while another replaces the folder between the two."""
+    while True:
+        metadata = read_elastic(path)
+        try:
+            return metadata, _read_weights(path, metadata["weights_sha256"])
+        except (ValueError, FileNotFoundError):
+            if read_elastic(path) == metadata:
+                raise
 
 
 def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:

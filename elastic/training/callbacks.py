@@ -167,15 +167,27 @@ class RoutingPictures(Callback):
 
 
 class RunProgress(TQDMProgressBar):
-    """Lightning's bar without the logger's version number. What is said after a run that failed or was stopped has a
-    line of its own.
+    """Lightning's bar over all optimiser steps of a run whose length counts in steps, instead of one for each epoch, so
+    that it says how long the run will take; without the logger's version number.
     """
 
-    def on_exception(self, *_: Any) -> None:
-        """End the line of each bar."""
-        for bar in (self._val_progress_bar, self._test_progress_bar, self._train_progress_bar):
-            if bar is not None:
-                bar.close()
+    def on_train_start(self, trainer: Trainer, *rest: Any) -> None:
+        """Begin the bar where the run begins or resumes."""
+        super().on_train_start(trainer, *rest)
+        if trainer.max_steps > 0:
+            self.train_progress_bar.reset(trainer.max_steps)
+            self.train_progress_bar.n = self.train_progress_bar.initial = trainer.global_step
+            self.train_progress_bar.set_description("steps")
+
+    def on_train_epoch_start(self, trainer: Trainer, *rest: Any) -> None:
+        """Begin the bar of an epoch."""
+        if trainer.max_steps < 1:
+            super().on_train_epoch_start(trainer, *rest)
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Show the steps done."""
+        done = batch_idx if trainer.max_steps < 1 else trainer.global_step - 1
+        super().on_train_batch_end(trainer, module, outputs, batch, done)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What the bar shows after its counts."""

@@ -213,7 +213,14 @@ def test_unknown_configurations_get_a_suggestion_and_the_names(tmp_path, monkeyp
         ("model: {optimiser: {lrr: 1}}", "mine.yaml sets model.optimiser.lrr, which is not a setting; did you mean lr"),
         ("modle: {backbone: tiny}", "mine.yaml sets modle, which is not a setting; did you mean model"),
         ("data: {zzz: 1}", "mine.yaml sets data.zzz, which is not a setting; settings there are data_dir, "),
-        ("trainer: [", "mine.yaml is not YAML in UTF-8: "),
+        ("trainer: [", "mine.yaml is not valid YAML in UTF-8: "),
+        ("model: 3", "mine.yaml sets model to 3, which has settings of its own: backbone, "),
+        ("model: {optimiser: [1]}", "mine.yaml sets model.optimiser to [1], which has settings of its own: "),
+        (
+            "trainer: {max_steps: 1}\ntrainer: {max_epochs: 2}",
+            "mine.yaml is not valid YAML in UTF-8: trainer is there tw",
+        ),
+        ("", "mine.yaml holds nothing, expected settings"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_file_and_a_suggestion(text, said, tmp_path, monkeypatch, capsys):
@@ -223,11 +230,42 @@ def test_a_wrong_setting_is_named_with_its_file_and_a_suggestion(text, said, tmp
     assert code == 2 and said in " ".join(error.split()) and "Traceback" not in error
 
 
-def test_eval_into_a_file_is_refused(tmp_path, capsys):
-    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
-    (tmp_path / "out").touch()
-    code, _, error = in_process(capsys, "eval", "--out", str(tmp_path / "out"))
-    assert code == 2 and f"--out {tmp_path / 'out'} is a file; expected a folder" in error and error.count("\n") == 1
+FOLDERS = {
+    "eval": ("eval", "--backbone", "tiny", "--out"),
+    "demo": ("demo", "--tiny", "--out"),
+    "fit": ("fit", "-c", "debug", "--trainer.default_root_dir"),
+    "calibrate --levels": ("calibrate", "--backbone", "tiny", "--levels"),
+    "build_mixture": ("data_prep", "build_mixture", "--language", "tiny", "--out"),
+    "tokenize_and_pack": (
+        *("data_prep", "tokenize_and_pack", "--records", "none", "--backbone", "tiny", "--seq-length", "64", "--out"),
+    ),
+    "pack_mixture": ("data_prep", "pack_mixture", "mixture/offline", "--out"),
+}
+FILES = {
+    "calibrate": ("calibrate", "--backbone", "tiny", "--out"),
+    "calibrate --picture": ("calibrate", "--backbone", "tiny", "--picture"),
+    "published": ("data_prep", "published", "xsum", "--backbone", "tiny", "--out"),
+    "inspect_shards": ("data_prep", "inspect_shards", "none", "--backbone", "tiny", "--picture"),
+    "generate --report-json": ("generate", "--checkpoint", "none", "--prompt", "a", "--report-json"),
+    "generate --heatmap": ("generate", "--checkpoint", "none", "--prompt", "a", "--heatmap"),
+}
+
+
+@pytest.mark.parametrize("name", [*FOLDERS, *FILES])
+def test_a_result_cannot_be_where_a_file_or_folder_is_in_the_way(name, tmp_path, monkeypatch, capsys):
+    """Told before any work, with the option that named the place."""
+    if name == "eval":
+        pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.json").mkdir()
+    *given, option = {**FOLDERS, **FILES}[name]
+    whole = "file is a file; expected a folder" if name in FOLDERS else "folder.json is a folder; expected a file"
+    below = f"file/new/out.json is to be in {tmp_path / 'file'}, which is a file"
+    for place, said in (("file" if name in FOLDERS else "folder.json", whole), ("file/new/out.json", below)):
+        code, _, error = in_process(capsys, *given, f"{option}={place}")
+        assert code == 2 and f"{option.removeprefix('--trainer.')} {said}" in error.replace("trainer.", ""), error
+        assert error.count("\n") == 1
 
 
 def test_data_prep_lists_and_runs_its_steps(tmp_path, capsys):

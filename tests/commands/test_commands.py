@@ -83,6 +83,21 @@ def test_prompt_from_standard_input(checkpoint, capsys, monkeypatch, options):
         assert capsys.readouterr() == expected
 
 
+@pytest.mark.parametrize("options", [["-"], ["--prompt", "-"], ["--prompt-file"]])
+def test_bytes_that_are_not_utf8_are_named(checkpoint, options, capsys, monkeypatch, tmp_path):
+    file, wrong = tmp_path / "p.txt", PROMPT.encode() + b" caf\xe9"
+    file.write_bytes(wrong)
+    for errors in ("strict", "surrogateescape"):  # as the locale has it
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(wrong), "utf-8", errors))
+        given = [*options, str(file)] if options == ["--prompt-file"] else options
+        assert run(checkpoint, *given) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and ("not UTF-8" in error)
+        if errors == "strict":
+            where = f"--prompt-file {file}" if options == ["--prompt-file"] else "standard input"
+            assert f"{where} is not UTF-8 (byte {len(wrong) - 1}); convert it" in error
+
+
 def test_prompt_from_a_file(checkpoint, capsys, tmp_path):
     run(checkpoint, "--prompt", PROMPT)
     expected = capsys.readouterr()
@@ -96,6 +111,8 @@ def test_prompt_from_a_file(checkpoint, capsys, tmp_path):
     ("options", "message"),
     [
         (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", "caf\udce9"], "the prompt has half a surrogate pair, or a byte that is not UTF-8"),
+        (["--prompt", "caf\udce9", "--raw"], "the prompt has half a surrogate pair, or a byte that is not UTF-8"),
         (["--prompt", PROMPT, "--max-new-tokens", "0"], "max_new_tokens=0 is not a whole number"),
         (["--prompt", PROMPT, "--max-new-tokens", "5000"], "the model reads at most"),
         (["--prompt", PROMPT, "--sparsity-bias", "nan"], "sparsity_bias=nan is not a finite number"),

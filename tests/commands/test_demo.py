@@ -218,4 +218,4 @@ def test_what_the_demo_refuses(capsys, options, message):
 def test_an_output_folder_that_is_a_file(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert demo.main(["--tiny", "--out", str(tmp_path / "file")]) == 2
-    assert "File exists" in capsys.readouterr().err
+    assert f"--out {tmp_path / 'file'} is a file; expected a folder" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 
 from elastic import cli
 from elastic.commands import catalogue
+from tests.helpers.processes import gone
 from tests.helpers.training import build_data, command_environment
 
 MIXTURE = """
@@ -61,19 +62,6 @@ def begin(arguments, shows, folder):
     return started
 
 
-def gone(session, seconds=20):
-    """Whether all processes of a session have ended."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        try:
-            os.killpg(session, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    os.killpg(session, signal.SIGKILL)
-    return False
-
-
 CASES = [
     *((which, how) for which in ("fit", "pack_mixture 3") for how in ("ctrl-c", "SIGINT", "SIGTERM")),
     *(("fit on two", "ctrl-c"), ("fit on two", "SIGTERM"), ("pack_mixture 1", "SIGTERM"), ("build_mixture", "ctrl-c")),
@@ -108,18 +96,95 @@ def test_workers_end_when_their_parent_is_killed(data, tmp_path):
     assert gone(started.pid)
 
 
+@pytest.mark.parametrize("job", [None, "7"])
 @pytest.mark.parametrize("name", [*catalogue.TRAINING, *catalogue.COMMANDS])
-def test_every_command_ends_with_one_line(name, monkeypatch, capsys):
+def test_every_command_ends_with_one_line(name, job, monkeypatch, capsys):
+    """Also in a job of SLURM, whose signal is Lightning's in `fit` alone."""
+
     def stop(*_):
+        if job and name == "fit":
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+            raise KeyboardInterrupt
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
     monkeypatch.setattr(cli, "_run", stop)
+    monkeypatch.setenv("SLURM_JOB_ID", job) if job else monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     before = signal.getsignal(signal.SIGTERM)
     assert cli.main([name]) == 130
     error = capsys.readouterr().err
     assert error.startswith(f"elastic {name}: stopped; ") and error.count("\n") == 1
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("name", ["fit", "test", "calibrate", "demo"])
+def test_what_lightning_ends_after_sigterm_is_stopped(name, monkeypatch, capsys):
+    """Its exception alone is exit code 0, as if all had been done."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from elastic.commands import calibrate, demo, training
+
+    def stop(*_):
+        raise SIGTERMException
+
+    for module, function in ((training, "run"), (calibrate, "main"), (demo, "main")):
+        monkeypatch.setattr(module, function, stop)
+    assert cli.main([name]) == 130
+    assert capsys.readouterr().err.startswith(f"elastic {name}: stopped; ")
+
+
+def test_what_a_library_makes_of_ctrl_c_is_stopped(monkeypatch, capsys):
+    """In the middle of an import transformers calls it a missing package; commands then complain about that."""
+    from elastic.commands import generate
+    from elastic.console import Parser, complain
+
+    def load():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise RuntimeError("Error calling __set_name__") from error
+
+    def told(how):
+        try:
+            load()
+        except RuntimeError:
+            try:
+                raise ValueError("needs another package")
+            except ValueError as error:
+                return how(error)
+
+    for how in (lambda error: complain("generate", error), lambda error: Parser(prog="x").error(str(error))):
+        monkeypatch.setattr(generate, "main", lambda _, how=how: told(how))
+        assert cli.main(["generate"]) == 130
+        error = capsys.readouterr().err
+        assert error.startswith("elastic generate: stopped; ") and error.count("\n") == 1
+    monkeypatch.setattr(generate, "main", lambda _: load())
+    assert cli.main(["generate"]) == 130
+
+
+def test_open_bars_end_before_the_last_line(monkeypatch, capsys):
+    """Collected later, a bar would draw itself once more, after it."""
+    from tqdm import tqdm
+
+    bars = []
+
+    def stop(*_):
+        bars.append(tqdm(total=3, desc="step"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", stop)
+    assert cli.main(["eval"]) == 130
+    bars.clear()
+    assert capsys.readouterr().err.splitlines()[-1].startswith("elastic eval: stopped; to resume, repeat it")
+
+    def fail(*_):
+        bars.append(tqdm(total=3, desc="step"))
+        raise OSError("no")
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert cli.main(["eval"]) == 2
+    bars.clear()
+    assert capsys.readouterr().err.splitlines()[-1] == "elastic eval: error: no"
 
 
 @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])

@@ -271,6 +271,10 @@ def damage(data, how):
         shard.write_bytes(content)
     elif how == "manifest":
         (data / "manifest.json").write_text('{"format": 1, "spl')
+    elif how in ("name", "count"):  # one bit of each
+        text = (data / "manifest.json").read_text()
+        change = {"name": ('"code"', '"codd"'), "count": ('"rows": ', '"rows": 1')}[how]
+        (data / "manifest.json").write_text(text.replace(*change, 1))
     elif how == "format":
         manifest = read_manifest(data)
         (data / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
@@ -286,6 +290,8 @@ def damage(data, how):
         ("short", r"shard .*train/code.arrow is damaged: sha256 [0-9a-f]{64}, expected [0-9a-f]{64}"),
         ("flipped", r"shard .*train/code.arrow is damaged: sha256 [0-9a-f]{64}, expected [0-9a-f]{64}"),
         ("manifest", r"manifest.json is damaged \(.*line 1 column.*\); build the data again"),
+        ("name", r"manifest.json is damaged \(.*it was changed after it was written.*\); build the data again"),
+        ("count", r"manifest.json is damaged \(.*it was changed after it was written.*\); build the data again"),
         ("format", r"manifest.json has format 99, this version reads format 2; build the data again"),
     ],
 )

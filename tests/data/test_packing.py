@@ -149,6 +149,22 @@ def test_parquet_is_read_like_jsonl(tmp_path):
     assert len(report.bad) == 1 and f"{file}: row 2: unknown task 'poetry'" in report.bad[0]
 
 
+@pytest.mark.parametrize("name", ["source", "answer_prefix", "system", "turns"])
+def test_null_in_an_optional_field_is_its_default(name, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    values = [["a", "b"]] if name == "turns" else "x"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**GOOD, name: values}, GOOD]), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({**GOOD, name: value}) for value in (values, None)))
+    without = {key: value for key, value in GOOD.items() if key != name}
+    for file in ("a.parquet", "a.jsonl"):
+        report = ReadReport()
+        found = list(read_records(tmp_path / file, report))
+        assert report.bad == [] and found[0] != found[1]
+        assert file == "a.parquet" or found[1] == Record(**without)
+
+
 def encoded(**changes):
     return json.dumps({**GOOD, **changes}).encode()
 

@@ -1,6 +1,7 @@
 """Which tokens of a prompt the user wrote: chat templates, system prompts, turns, tools, padding, packed rows."""
 
 import copy
+import os
 import re
 
 import pytest
@@ -142,3 +143,26 @@ def test_system_prompt_and_turns_survive_the_disk(tmp_path):
 def test_bad_turns_are_refused(values, reason):
     with pytest.raises(ValueError, match=re.escape(reason)):
         Record.from_dict({"task": "code", "context": "c", "question": "q", "answer": "a", **values})
+
+
+@pytest.mark.parametrize("text", ["half \ud83d", os.fsdecode(b"caf\xe9 "), "\udfff"])
+def test_what_utf8_cannot_write_is_refused_by_name(text):
+    """As a shell hands bytes over that are not UTF-8."""
+    tokenizer = tokenizer_with(CHATML)
+    place = next(i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff")
+    said = f"has half a surrogate pair, or a byte that is not UTF-8, at character {place}; write valid Unicode"
+    for item, template in ((text, True), (text, False), (chat(system=text), True), (chat(text), True)):
+        with pytest.raises(ValueError, match=said):
+            encode(item, tokenizer, template)
+    with pytest.raises(ValueError, match="the message of the system has half"):
+        encode(chat(system=text), tokenizer, True)
+
+
+def test_a_template_that_refuses_is_heard():
+    """In every use: prompts of users, and records that are packed."""
+    tokenizer = tokenizer_with("{{ raise_exception('no system role') if messages[0].role == 'system' }}" + CHATML)
+    said = "the chat template of this model refuses the messages: no system role"
+    with pytest.raises(ValueError, match=said):
+        encode(chat(system="Be brief."), tokenizer, True)
+    with pytest.raises(ValueError, match=said):
+        tokenise(Record("code", "a", "b", "c", system="Be brief."), tokenizer)

@@ -138,7 +138,9 @@ def test_a_full_disk_while_published_data_is_converted(small_disk, tmp_path, cap
     assert out.read_text() == "earlier" and [path.name for path in small_disk.iterdir()] == ["xsum.jsonl"]
 
 
-@pytest.mark.parametrize("moment", ["in a file", "before the exchange", "in the exchange", "after the exchange"])
+@pytest.mark.parametrize(
+    "moment", ["in a file", "before the exchange", "in the exchange", "after the exchange", "after it in one step"]
+)
 def test_a_killed_build_is_made_good_by_the_same_command(moment, tmp_path, monkeypatch):
     """Wherever the kill comes, an earlier folder or the new one is there in full afterwards."""
     wanted = tmp_path / "wanted"
@@ -158,6 +160,25 @@ def test_a_killed_build_is_made_good_by_the_same_command(moment, tmp_path, monke
     assert content(out) == content(wanted) and {p.name for p in tmp_path.iterdir()} == {"wanted", "records"}
 
 
+def test_three_writers_of_a_folder_are_one(records, tmp_path):
+    """The others are told of it, whatever they would write."""
+    from data_prep.tiny_language import build_tokenizer
+    from tests.test_files import another_writer
+
+    out = tmp_path / "data"
+    mixture = pack_mixture.read_mixture(mixture_file(tmp_path, records))
+    with another_writer(out) as first:
+        for write in (
+            lambda: build_mixture.build_mixture(out, 6, 64, language="tiny"),
+            lambda: tokenize_and_pack.prepare(records, build_tokenizer(), out, 512),
+            lambda: pack_mixture.pack_mixture(mixture, out, 1),
+        ):
+            with pytest.raises(ValueError, match=f"data is being written by process {first.pid} on "):
+                write()
+    build_mixture.build_mixture(out, 6, 64, language="tiny")
+    assert not list(tmp_path.glob(".*"))
+
+
 def kill_at(moment, out, monkeypatch):
     if moment == "in a file":
         write = build_mixture.write_records
@@ -170,7 +191,11 @@ def kill_at(moment, out, monkeypatch):
         monkeypatch.setattr(build_mixture, "write_records", half)
     elif moment == "before the exchange":
         monkeypatch.setattr(files, "put_in_place", die)
+    elif moment == "after it in one step":
+        exchange = files._exchange
+        monkeypatch.setattr(files, "_exchange", lambda *names: exchange(*names) and die())
     else:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)  # as where the system has none
         rename = Path.rename
 
         def dying(path, target):

@@ -95,6 +95,34 @@ def test_records_that_do_not_fit_are_counted_and_named(tokenizer, tmp_path):
     assert not (tmp_path / "short").exists()
 
 
+def test_files_that_are_not_packed_are_counted_and_named(tokenizer, tmp_path):
+    """Another ending, none, a folder, another split; JSON arrays and names in capitals are read."""
+    records = tmp_path / "records"
+    made = [Record("code", f"f{n} f1", "count", "1", f"r{n}") for n in range(4)]
+    for split in ("train", "valid", "validation"):
+        (records / split).mkdir(parents=True)
+    write_records(records / "train" / "own.JSONL", made)
+    rows = [json.loads(line) for line in (records / "train" / "own.JSONL").read_text().splitlines()]
+    (records / "train" / "array.json").write_text(json.dumps(rows))
+    (records / "train" / "folder").mkdir()
+    for name in ("train/zipped.jsonl.gz", "train/bare", "valid/own.jsonl", "own.jsonl", "train/.hidden"):
+        (records / name).write_text("x")
+    manifest, report = tokenize_and_pack.prepare(records, tokenizer, tmp_path / "packed", 64)
+    assert {name: entry["samples"] for name, entry in manifest["splits"]["train"].items()} == {"own": 4, "array": 4}
+    assert report.good == 8 and report.bad == [
+        f"{records / 'own.jsonl'}: not read, expected the folders train, validation, test",
+        f"{records / 'valid'}: not read, expected the folders train, validation, test",
+        *(
+            f"{records / 'train' / name}: not read, expected files ending in .jsonl, .json, .parquet"
+            for name in ("bare", "folder", "zipped.jsonl.gz")
+        ),
+    ]
+    for name in ("own.JSONL", "array.json"):
+        (records / "train" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=r"(?s)no records in .*\(0 records read, 5 skipped\n.*zipped.jsonl.gz"):
+        tokenize_and_pack.prepare(records, tokenizer, tmp_path / "packed", 64)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -4,7 +4,9 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,6 +130,22 @@ def _dies(mixture, out, parts):
     pack_mixture.pack_mixture(mixture, out, workers=1)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_bar_moves_while_a_shard_is_made(workers, mixture, tmp_path, monkeypatch, capsys):
+    """Not once for each of them, which may take minutes; and it ends where the shards do."""
+    tokenise = pack_mixture.tokenise
+    monkeypatch.setattr(pack_mixture, "SHOWN_EVERY", 0.02)
+    monkeypatch.setattr(pack_mixture, "tokenise", lambda *given: time.sleep(0.01) or tokenise(*given))
+    one = replace(mixture, tokens={"train": 20_000, "test": 1_000}, part_tokens=20_000)
+    manifest = pack_mixture.pack_mixture(one, tmp_path / "data", workers)
+    shown = [
+        int(float(n) * (1000 if k else 1)) for n, k in re.findall(r"\| ([\d.]+)(k?)/21.0k", capsys.readouterr().err)
+    ]
+    tokens = manifest["splits"]["train"]["part-00000"]["tokens"]
+    assert shown == sorted(shown) and len({n for n in shown if 0 < n < 0.9 * tokens}) > 2
+    assert shown[-1] >= 0.99 * tokens
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(packed, mixture, tmp_path, monkeypatch):
     process = multiprocessing.get_context("fork").Process(target=_dies, args=(mixture, tmp_path / "data", 2))
     process.start()
@@ -139,6 +157,28 @@ def test_a_killed_run_goes_on_to_the_same_bytes(packed, mixture, tmp_path, monke
     pack_mixture.pack_mixture(mixture, tmp_path / "data", workers=1)
     assert made == [("train", 2), ("validation", 0), ("test", 0)]
     assert content(tmp_path / "data") == content(packed) and [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize("damage", ["shard", "cut", "count", "gone"])
+def test_a_finished_shard_that_was_damaged_since_is_made_again(damage, packed, mixture, tmp_path, monkeypatch):
+    process = multiprocessing.get_context("fork").Process(target=_dies, args=(mixture, tmp_path / "data", 2))
+    process.start()
+    process.join(120)
+    shard, entry = (tmp_path / ".data.parts" / "train" / f"part-00000{ending}" for ending in (".arrow", ".json"))
+    if damage == "shard":
+        whole = bytearray(shard.read_bytes())
+        whole[len(whole) // 2] ^= 1
+        shard.write_bytes(whole)
+    elif damage == "gone":
+        shard.unlink()
+    else:
+        text = entry.read_text()
+        entry.write_text(text[:40] if damage == "cut" else text.replace('"rows": ', '"rows": 1', 1))
+    made, pack_part = [], pack_mixture.pack_part
+    monkeypatch.setattr(pack_mixture, "pack_part", lambda *a: made.append(a[2:]) or pack_part(*a))
+    pack_mixture.pack_mixture(mixture, tmp_path / "data", workers=1)
+    assert made == [("train", 0), ("train", 2), ("validation", 0), ("test", 0)]
+    assert content(tmp_path / "data") == content(packed)
 
 
 def test_a_full_disk_is_named_and_nothing_finished_is_lost(packed, mixture, tmp_path, monkeypatch, capsys):
@@ -193,7 +233,12 @@ def test_the_shipped_mixtures_are_read():
     ("text", "message"),
     [
         ("a: [", "is not valid YAML"),
-        ("colour: red", r"unknown keys \['colour'\]; expected some of backbone, "),
+        ("colour: red", "yaml: the mixture has no setting 'colour'; settings are backbone, "),
+        ("sead: 3", "yaml: the mixture has no setting 'sead'; did you mean seed?"),
+        ("sources: {many_shot: {weight: '2'}}", "source 'many_shot' has the weight '2'; expected a number above 0"),
+        ("seq_length: 1.5", "yaml: seq_length=1.5 is not a whole number of tokens"),
+        ("window: wide", "yaml: window='wide' is not a whole number of tokens"),
+        ("context: [64, all]", "yaml: context='all' is not a whole number of tokens"),
         ("tokens: {dev: 4000}", "tokens={'dev': 4000}; expected a budget of at least one row"),
         ("context: [10, 100]", r"context=\[10, 100\]; expected two lengths from 64 to below the 512 tokens of a row"),
         (
@@ -205,7 +250,7 @@ def test_the_shipped_mixtures_are_read():
         ("sources: {s: {generator: many_shot, context: [90, 600]}}", r"context=\[90, 600\]; expected two lengths from"),
         ("sources: {s: {generator: many_shot, context: [90]}}", r"context=\[90\]; expected two lengths from"),
         ("sources: {many_shot: {weight: 0}}", "source 'many_shot' has the weight 0; expected a number above 0"),
-        ("sources: {many_shot: {wait: 0}}", "unexpected keyword argument 'wait'"),
+        ("sources: {many_shot: {wait: 0}}", "yaml: source 'many_shot' has no setting 'wait'; did you mean weight?"),
         ("sources: {}", "no sources; name generators"),
         ("targets: {poetry: 1}", "targets name poetry; known tasks are"),
         ("part_tokens: 5", "part_tokens=5 is below seq_length=512"),
@@ -256,3 +301,29 @@ def test_counts_that_are_none(written, tmp_path):
     (tmp_path / "m.yaml").write_text(text + "sources: {needle_single: {weight: 1}}\n")
     with pytest.raises(ValueError, match=r"m\.yaml: tokens\.train=.* is not a whole number of tokens"):
         read_mixture(tmp_path / "m.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "m.yaml holds nothing, expected settings"),
+        (b"# all of it\n", "m.yaml holds nothing, expected settings"),
+        (b"[1, 2]", r"m.yaml holds \[1, 2\], expected settings"),
+        (b"seed: \xff", r"(?s)m.yaml is not valid YAML in UTF-8: .*0xff"),
+        (b"seed: 1\nseq_length: 9\nseed: 2", "(?s)m.yaml is not valid YAML in UTF-8: seed is there twice.*line 1"),
+        (b"sources:\n  own: {weight: 1}\n  own: {weight: 2}", "(?s)own is there twice.*line 2, column 3"),
+    ],
+)
+def test_what_is_no_settings_is_named(content, said, tmp_path):
+    """Of two settings with one name YAML takes the last."""
+    (tmp_path / "m.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read_mixture(tmp_path / "m.yaml")
+
+
+def test_lengths_in_every_notation(tmp_path):
+    text = "backbone: tiny\nseq_length: 1e3\ntokens: {train: 1e4}\ncontext: [1e2, 4e2]\nwindow: 2.0e+2\n"
+    (tmp_path / "m.yaml").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"sources: {many_shot: {context: [64, 9e1]}}\n")
+    found = read_mixture(tmp_path / "m.yaml")
+    assert (found.seq_length, found.window, found.context) == (1000, 200, (100, 400))
+    assert found.sources["many_shot"].context == (64, 90)

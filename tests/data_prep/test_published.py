@@ -163,8 +163,20 @@ def test_arrays_are_read_in_pieces(piece, tmp_path, monkeypatch):
     assert [row for _, row in file_rows.read_rows(tmp_path / "a.json", file_rows.ReadReport())] == [{"n": 1}, {"n": 2}]
 
 
+@pytest.mark.parametrize("piece", [1, 5, 1 << 20])
+def test_arrays_one_after_the_other_are_all_read(piece, tmp_path, monkeypatch):
+    monkeypatch.setattr(file_rows, "PIECE", piece)
+    (tmp_path / "a.json").write_text('[{"n": 1}, {"n": 2}]\n[]\n\n[{"n": 3}][{"n": 4}] \n')
+    found = list(file_rows.read_rows(tmp_path / "a.json", file_rows.ReadReport()))
+    assert [row["n"] for _, row in found] == [1, 2, 3, 4] and found[-1][0].endswith("a.json: item 4")
+
+
 @pytest.mark.parametrize(
-    "text", ['[{"a": 1} {"a": 2}]', '[{"a": 1}, {"a": ', '[{"a": 1}', '[{"a": 1}, x]', '[{"a": 1}, "' + "x" * 99 + '"]']
+    "text",
+    [
+        *('[{"a": 1} {"a": 2}]', '[{"a": 1}, {"a": ', '[{"a": 1}', '[{"a": 1}, x]', '[{"a": 1}, "' + "x" * 99 + '"]'),
+        *('[{"a": 1}] {"a": 2}', '[{"a": 1}]\n]', '[{"a": 1}]\n['),  # after the end of the array
+    ],
 )
 def test_damaged_arrays_are_named_with_the_place(text, tmp_path, monkeypatch):
     monkeypatch.setattr(file_rows, "LONGEST", 50)
@@ -236,3 +248,33 @@ def test_the_hub_is_asked_for_every_part_and_what_it_lacks_is_named(monkeypatch)
     assert asked[0] == ("nvidia/ChatQA2-Long-SFT-data", "long_sft", "train", True)
     with pytest.raises(ValueError, match=r"no place on the hub; fetch CoLT-132K.zip at .* with --path"):
         next(published.rows_of("colt", None, "train", published.Left()))
+
+
+def test_what_a_folder_holds_beside_readable_files_is_named(tmp_path, capsys):
+    """Names in capitals are known; other endings, compressed files and folders are told, hidden files are not."""
+    raw = tmp_path / "raw"
+    (raw / "more").mkdir(parents=True)
+    write(raw / "a.jsonl", [ROWS["xsum"]]).rename(raw / "A.JSONL")
+    for name in ("b.jsonl.gz", "notes", "more/c.jsonl", ".hidden"):
+        (raw / name).write_text("x")
+    assert run("xsum", raw, tmp_path / "o.jsonl") == 0
+    told = capsys.readouterr().out
+    assert "1 records" in told and "3 unreadable" in told
+    for name in ("b.jsonl.gz", "notes", "more"):
+        assert f"{raw / name}: not read, expected files ending in .jsonl, .json, .parquet" in told
+    assert ".hidden" not in told
+    (raw / "A.JSONL").unlink()
+    with pytest.raises(SystemExit):
+        run("xsum", raw, tmp_path / "o.jsonl")
+    assert f"nothing to read at {raw}" in capsys.readouterr().err
+
+
+def test_null_in_an_optional_column_is_none(tmp_path):
+    """As parquet has it where other rows have a value."""
+    own = published.converter("mine", "context=text,question=ask,answer=reply", "code")
+    assert own({"text": "a", "ask": None, "reply": "b"}).prompt == "a"
+    assert formats.musique({**ROWS["musique"], "answerable": None}).answer
+    row = ROWS["colt"]
+    lacking = [{**found, "abstraction": None} for found in row["cross_file_dependency"]]
+    record = formats.colt({**row, "suffix": None, "cross_file_dependency": lacking})
+    assert "End of file" not in record.prompt and "weight(i)" in record.prompt

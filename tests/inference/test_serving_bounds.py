@@ -48,7 +48,7 @@ USER = {"role": "user", "content": "find k1"}
         ({LONG: 1}, "Extra inputs"),
         ({"messages": [{**USER, LONG: 1}]}, "Extra inputs"),
         ({"messages": [{"role": LONG, "content": "a"}]}, "role"),
-        ({"messages": [{"role": "user", "content": "a\ud800b"}]}, "surrogates"),
+        ({"messages": [{"role": "user", "content": "a\ud800b"}]}, "half a surrogate pair"),
         ({"model": "a\ud800"}, "is not served here"),
     ],
     ids=range(19),

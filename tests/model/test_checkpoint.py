@@ -1,6 +1,7 @@
 """Checkpoint folders: exact contents, atomic writing, and every way in which loading is refused."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -128,6 +129,27 @@ def test_killed_between_the_two_renames_the_old_checkpoint_is_found_again(saved)
     save_elastic(saved, model, "other")
     assert read_elastic(saved)["backbone"] == "other"
     assert not old.exists()
+
+
+def test_savers_and_readers_of_a_checkpoint_do_not_disturb_each_other(saved):
+    """Readers get the routers of one save, never the files of two."""
+    models = [load_into(tiny_model(), saved) for _ in range(3)]
+
+    def save(number):
+        with torch.no_grad():
+            routers(models[number])[0].head[0].bias.fill_(number)
+        for _ in range(15):
+            save_elastic(saved, models[number], str(number))
+
+    save(0)
+    with ThreadPoolExecutor(3) as pool:
+        savers = [pool.submit(save, number) for number in range(3)]
+        while not all(saver.done() for saver in savers):
+            found = float(routers(load_into(tiny_model(), saved))[0].head[0].bias.detach().mean())
+            assert found in (0.0, 1.0, 2.0)
+        for saver in savers:
+            saver.result()
+    assert [p.name for p in saved.parent.iterdir()] == ["ck"]
 
 
 def test_saving_refuses_a_foreign_folder(tmp_path):

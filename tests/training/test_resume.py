@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ import torch
 from elastic import cli
 from elastic.training.resume import AtomicCheckpointIO, noise_seed
 from tests.helpers.training import ROOT, build_data, fit_process
+from tests.test_files import another_writer
 
 STEPS = 30
 
@@ -188,6 +190,24 @@ def test_the_runs_own_checkpoint_may_be_given_by_its_path(data, begun, tmp_path)
     assert cli.main(["fit", *resumed(data, tmp_path, 6, f"--ckpt_path={tmp_path / 'run' / 'last.ckpt'}")]) == 0
 
 
+def test_the_bar_counts_the_steps_of_the_run(data, tmp_path, capsys):
+    """Also beyond an epoch, which has 16, and from where a run resumes; in epochs where the run counts in them."""
+
+    def shown(steps, *more):
+        flags = [flag for flag in resumed(data, tmp_path, steps, *more) if "progress_bar" not in flag]
+        capsys.readouterr()
+        assert cli.main(["fit", *flags]) == 0
+        return [(int(n), int(of)) for n, of in re.findall(r"steps: .*? (\d+)/(\d+) \[", capsys.readouterr().out)]
+
+    first, second = shown(20), shown(24)
+    assert (
+        {of for _, of in first} == {20} and first[-1][0] == 20 and [n for n, _ in first] == sorted(n for n, _ in first)
+    )
+    assert {of for _, of in second} == {24} and second[0][0] == 20 and second[-1][0] == 24
+    other = ("--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path / 'other'}")
+    assert shown(-1, *other) == []
+
+
 def test_a_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
     writer, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
     writer.save_checkpoint({"state_dict": {}, "step": 1}, path)
@@ -214,6 +234,30 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_names_it(tmp_path, monkeypatc
     with pytest.raises(OSError, match=r"No space left on device: '.*last\.ckpt'$"):
         writer.save_checkpoint({"state_dict": {}, "step": 2}, path)
     assert writer.load_checkpoint(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_under_the_log_is_one_line_with_the_folder(data, tmp_path, monkeypatch, capsys):
+    """TensorBoard writes in a thread of its own; its error comes without a file's name."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RecordWriter, "flush", full)
+    assert cli.main(["fit", *resumed(data, tmp_path, 6)]) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1] == f"elastic fit: error: [Errno 28] No space left on device: '{tmp_path / 'run'}'"
+    assert "Traceback" not in error
+
+
+def test_two_runs_of_one_folder_are_refused_at_once(data, tmp_path, capsys):
+    """Both would write last.ckpt, one after the other."""
+    with another_writer(tmp_path / "run") as first:
+        assert cli.main(["fit", *resumed(data, tmp_path, 6)]) == 2
+        assert f"run is being written by process {first.pid} on " in capsys.readouterr().err
+        assert cli.main(["demo", "--tiny", "--out", str(tmp_path / "run")]) == 2
+        assert f"run is being written by process {first.pid} on " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_that_is_a_link_stays_one(tmp_path):

@@ -4,8 +4,6 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from jinja2 import TemplateError
-
 from elastic.data.context_length import context_length
 from elastic.data.prompts import EncodedPrompt, Message, encode_messages
 from elastic.inference.serving.errors import RefusedError
@@ -67,12 +65,6 @@ class PromptReader:
 
     def _encode(self, messages: Sequence[Message]) -> EncodedPrompt:
         try:
-            for message in messages:
-                message["content"].encode()  # UTF-8 cannot write half of a surrogate pair
             return encode_messages(messages, self.tokenizer, self.sanitize)
-        except TemplateError as error:
-            raise RefusedError(
-                400, f"the chat template of this model refuses the messages: {error}", "messages"
-            ) from error
         except ValueError as error:
             raise RefusedError(400, str(error), "messages") from error
