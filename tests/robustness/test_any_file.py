@@ -13,6 +13,7 @@ from hypothesis import given
 from elastic.config import ElasticConfig
 from elastic.data.datamodule import MixtureDataModule
 from elastic.data.shards import MANIFEST, SPLITS, sources_of, verify
+from elastic.files import unsealed
 from elastic.model.attach import attach, elastic_config, is_attached
 from elastic.model.checkpoint import METADATA, load_into, read_elastic, save_elastic
 from elastic.routing.calibration import Calibration, Curve, read_calibration
@@ -113,7 +114,7 @@ def test_a_manifest(data):
     good = file.read_bytes()
 
     @examples(150)
-    @given(files_of(json.loads(good)))
+    @given(files_of(unsealed(good.decode())))  # as earlier versions wrote them: a checksum refuses every change
     def holds(damage):
         file.write_bytes(damage)
         try:

@@ -18,6 +18,7 @@ from elastic.training.config import OptimiserConfig
 from elastic.training.multipliers import LagrangeMultipliers
 from tests.helpers.models import KV_HEADS, LAYERS, random_ids, small_config, tiny_model
 from tests.helpers.training import ROOT, SMALL, build_data, small_run
+from tests.kernels.gpu import needs_gpu
 
 STATIC = ElasticConfig(RouterConfig(kind="static"), SMALL.sparse)
 
@@ -133,6 +134,7 @@ def test_routes_are_drawn_alike_where_another_device_is_the_default():
 
 
 @pytest.mark.gpu
+@needs_gpu
 def test_every_method_is_evaluated_on_a_gpu(data, tmp_path):
     words = ["-c", str(ROOT / "configs" / "debug.yaml"), f"--data.data_dir={data}", "--trainer.accelerator=gpu"]
     words += [f"--trainer.default_root_dir={tmp_path}", "--trainer.limit_test_batches=1.0"]
