@@ -100,6 +100,7 @@ def _check_settings(made: Any) -> None:
             ("scheduler_cls", scheduler.scheduler_cls, (None,)),
             ("speculative_config", made.speculative_config, (None,)),
             ("kv_transfer_config", made.kv_transfer_config, (None,)),
+            ("model_impl", model.model_impl, ("auto", "vllm")),
             ("enable_prompt_embeds", model.enable_prompt_embeds, (False,)),
             ("sliding_window", model.get_sliding_window(), (None,)),
         )
@@ -135,7 +136,7 @@ class RoutedWorker(CPUWorker):
         layers = runner.compilation_config.static_forward_context
         for name, layer in layers.items():
             number = int(name.split(".layers.")[1].split(".")[0])
-            rotary = runner.get_model().get_submodule(name.rpartition(".")[0]).rotary_emb
+            rotary = _rotary(runner.get_model().get_submodule(name.rpartition(".")[0]))
             layer.impl.bind(number, number == len(routing.routers) - 1, LayerRouter(
                 routing.routers[number], Rotation(rotary.cos_sin_cache, rotary.is_neox_style), routing.config,
                 layer.num_kv_heads, layer.impl.scale,
@@ -155,6 +156,17 @@ class RoutedWorker(CPUWorker):
     def routes(self) -> dict[str, list[list[int]]]:
         """Routes [L][K] of the requests that have not ended, by name; for `collective_rpc` and tests."""
         return {name: [of.int().tolist() for of in found.layers] for name, found in self.table.requests.items()}
+
+
+def _rotary(attention: Any) -> Any:
+    """The rotary embedding of an attention module, whatever the model's file calls it."""
+    found = [module for module in attention.children() if hasattr(module, "cos_sin_cache")]
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(attention).__name__} has {len(found)} rotary embeddings with tables of cosines, expected one; "
+            f"{OPTION} cannot rotate its keys back"
+        )
+    return found[0]
 
 
 # The table of this process's worker, for the metadata builders that vLLM makes.

@@ -15,7 +15,6 @@ from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.engines.vllm.options import OPTION, Options
 from elastic.inference.budget import budget_bias
 from elastic.model.checkpoint import read_routers
-from elastic.model.families import FAMILIES
 from elastic.model.loading import architecture
 from elastic.model.ordered_routers import place_in_order
 from elastic.routing.calibration import is_calibration, read_calibration
@@ -23,6 +22,7 @@ from elastic.routing.fixed_routes import head_order
 from elastic.routing.methods import FORMS, Method, parse_method
 from elastic.routing.router import Router, StaticRouter
 
+_FAMILIES = ("granite", "llama", "mistral", "qwen2", "qwen3")  # vLLM has no attention module of its own for olmo2
 _SERVED = ("full", "streaming")
 
 
@@ -66,9 +66,10 @@ def load_routing(options: Options, backbone: Any) -> Routing:
         ValueError: a damaged one, one of another backbone, a family without support, or modes other than full and
             streaming.
     """
-    if backbone.model_type not in FAMILIES:
+    if backbone.model_type not in _FAMILIES:
         raise ValueError(
-            f"model family {backbone.model_type!r} is not supported; tested families are {', '.join(FAMILIES)}"
+            f"model family {backbone.model_type!r} is not supported by the vLLM plugin; tested families are "
+            f"{', '.join(_FAMILIES)}"
         )
     shape, method = architecture(SimpleNamespace(config=backbone)), _method(options.checkpoint)
     if method is None or method.kind == "elastic":

@@ -48,7 +48,13 @@ class ChatMarks:
             places.append(with_system.split(system)[1].split(one)[0])
         before = _common_start(place[::-1] for place in places)[::-1]
         tail = text.split(two)[1]
-        after = _common_start([tail, text.split(one)[1].split(answer)[0]])
+        ends = [tail, text.split(one)[1].split(answer)[0]]
+        closed, twice = _rendered(tokenizer, chat, waits=False), _rendered(tokenizer, [chat[0], chat[2]])
+        if closed is not None:
+            ends.append(closed.split(two)[1])
+        if twice is not None and two in twice:
+            ends.append(twice.split(one)[1].split(two)[0])
+        after = _common_start(end for end in ends if end.strip())
         return cls(before, after, tail) if before.strip() and after.strip() else None
 
     def find(self, text: str) -> tuple[int, int] | None:
@@ -72,11 +78,12 @@ def _common_start(texts: Iterable[str]) -> str:
     return same
 
 
-def _rendered(tokenizer: Tokenizer, chat: list[dict[str, str]]) -> str | None:
+def _rendered(tokenizer: Tokenizer, chat: list[dict[str, str]], waits: bool = True) -> str | None:
+    """The chat as text, waiting for an answer or not; None where the template refuses it."""
     from jinja2 import TemplateError
 
     try:
-        text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=waits)
     except TemplateError:  # templates refuse roles that they do not know
         return None
     return text
