@@ -75,6 +75,18 @@ def test_chats_by_their_text(llama):
         assert list(found.outputs[0].token_ids) == llama.answer(prompt)[0][:TOKENS]
 
 
+def test_without_a_tokenizer_the_whole_prompt_is_the_users(llama, monkeypatch):
+    from elastic.engines.vllm import engine as versioned
+
+    told = []
+    monkeypatch.setattr(versioned.logger, "warning", lambda text, *_: told.append(text))
+    chat = encode([{"role": "user", "content": "the red box"}], llama.tokenizer, chat_template=True)
+    asked = [EncodedPrompt.whole([*chat.ids, *range(4, 40)])]
+    with engine(llama.folder, {"checkpoint": str(llama.checkpoint)}, skip_tokenizer_init=True) as llm:
+        assert answers(llm, asked)[0] == expected(llama, asked)
+    assert len(told) == 1 and "skip_tokenizer_init" in told[0]
+
+
 def shared_prefix(rng, length, questions):
     prefix = [rng.randrange(4, 64) for _ in range(length)]
     return [EncodedPrompt.whole([*prefix, *(rng.randrange(4, 64) for _ in range(9))]) for _ in range(questions)]

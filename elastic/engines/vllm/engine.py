@@ -129,10 +129,11 @@ class RoutedWorker(CPUWorker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the backbone with layers of the routed backend, then give them their routers."""
+        routing = _routing(self.vllm_config)
+        self.table = _new_table(self.vllm_config.model_config)
         with _routed_backend():
             super().load_model(*args, **kwargs)
-        runner, routing = self.model_runner, _routing(self.vllm_config)
-        self.table = _new_table(self.vllm_config.model_config)
+        runner = self.model_runner
         layers = runner.compilation_config.static_forward_context
         for name, layer in layers.items():
             number = int(name.split(".layers.")[1].split(".")[0])
@@ -183,9 +184,13 @@ def _new_table(model_config: Any) -> RouteTable:
     from elastic.model.loading import load_tokenizer
 
     if model_config.skip_tokenizer_init:
+        logger.warning("elastic: there is no tokenizer (skip_tokenizer_init), so routers see chat templates too")
         return RouteTable(lambda ids: (0, len(ids)))
     tokenizer = load_tokenizer(model_config.tokenizer)
     marks = ChatMarks.of(tokenizer)
+    if marks is None:
+        logger.warning("elastic: %s has no chat template with marks around users' words, so routers see whole prompts",
+                       model_config.tokenizer)  # fmt: skip
     return RouteTable(lambda ids: user_span(ids, tokenizer, marks))
 
 
