@@ -120,6 +120,14 @@ def test_dense_decoding_and_several_answers(tmp_path):
         assert answers(llm, asked, n=2)[0] == expected(model, asked, n=2)
 
 
+@pytest.mark.slow
+def test_compiled(llama):
+    """Attention is one operator to vLLM's compilation, which sees nothing of its routes."""
+    asked = prompts(llama.tokenizer, 6, random.Random(6))
+    with engine(llama.folder, {"checkpoint": str(llama.checkpoint)}, enforce_eager=False) as llm:
+        assert answers(llm, asked)[0] == expected(llama, asked)
+
+
 def served(model, asked, elastic):
     """Answers of an engine of its own, with pages that the stock backend takes too."""
     with engine(model.folder, elastic, block_size=32) as llm:

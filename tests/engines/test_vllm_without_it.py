@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.data.prompts import encode
@@ -15,11 +16,13 @@ from elastic.engines.vllm.routers import load_routing
 from elastic.engines.vllm.spans import ChatMarks, user_span
 from elastic.engines.vllm.table import RouteTable
 from elastic.engines.vllm.versions import check_version
-from elastic.model.attach import attach, routers
+from elastic.kernels import Pattern
+from elastic.kernels.reach_oracle import hidden_mass
+from elastic.model.attach import attach, override_routes, routers
 from elastic.model.checkpoint import save_elastic
 from elastic.model.loading import load_tokenizer
 from elastic.visibility import visible
-from tests.helpers.models import KV_HEADS, LAYERS, small_bpe, small_config, tiny_model, varied_routers
+from tests.helpers.models import KV_HEADS, LAYERS, random_ids, small_bpe, small_config, tiny_model, varied_routers
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -222,6 +225,35 @@ def test_the_table_lives_as_long_as_its_requests():
     table.forget(["a"])  # aborted, and its name used again
     table.begin_step([("a", [9, 9, 9])])
     assert table.take_step()[0].prompt_tokens == 3
+
+
+@pytest.mark.parametrize("granule", ["token", "block"])
+@torch.no_grad()
+def test_keys_up_to_sink_and_window_are_the_same_under_all_routes(granule):
+    """Why requests may share so long a prefix (`Routing.shared_prefix`) and no longer a one: after it, keys and values
+    of every layer but the first depend on the routes of who computed them.
+    """
+    model, ids, shared = attach(tiny_model(), small_config(granule=granule)), random_ids(1, 60), 20
+    found = []
+    for route in (0, 1, torch.randint(0, 2, (LAYERS, KV_HEADS), generator=torch.Generator().manual_seed(1))):
+        cache = DynamicCache(config=model.config)
+        with override_routes(model, route):
+            model(ids, past_key_values=cache)
+        found.append(torch.stack([torch.cat([layer.keys, layer.values], -1)[0] for layer in cache.layers]))
+    dense, *others = found
+    for other in others:
+        torch.testing.assert_close(other[:, :, :shared], dense[:, :, :shared], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(other[0], dense[0])
+    apart = (others[0] - dense).abs().amax((1, 3))
+    assert float(apart[1:, -1].min()) > 1e-4
+
+
+@pytest.mark.parametrize("granule", ["token", "block"])
+def test_nothing_is_hidden_from_queries_up_to_sink_and_window(granule):
+    """Why queries that came from the prefix cache do not count for reach."""
+    q, k = torch.randn(2, 2, 24, 16), torch.randn(2, 24, 16)
+    mass = hidden_mass(q, k, Pattern(4, 16, granule, 4))
+    assert not mass[..., :20].any() and mass[..., 20:].all()
 
 
 def test_static_routes_with_dense_decoding_are_shared_up_to_sink_and_window():
