@@ -138,11 +138,11 @@ class RoutedWorker(CPUWorker):
         for name, layer in layers.items():
             number = int(name.split(".layers.")[1].split(".")[0])
             rotary = _rotary(runner.get_model().get_submodule(name.rpartition(".")[0]))
-            layer.impl.bind(number, number == len(routing.routers) - 1, LayerRouter(
+            decides = LayerRouter(
                 routing.routers[number], Rotation(rotary.cos_sin_cache, rotary.is_neox_style), routing.config,
                 layer.num_kv_heads, layer.impl.scale,
-            ))  # fmt: skip
-        builder_table[0] = self.table
+            )  # fmt: skip
+            layer.impl.bind(number, number == len(routing.routers) - 1, decides, self.table)
         stock = runner._update_states
 
         def update_states(scheduled: Any) -> Any:
@@ -168,10 +168,6 @@ def _rotary(attention: Any) -> Any:
             f"{OPTION} cannot rotate its keys back"
         )
     return found[0]
-
-
-# The table of this process's worker, for the metadata builders that vLLM makes.
-builder_table: list[RouteTable | None] = [None]
 
 
 def _routing(vllm_config: Any) -> Routing:
@@ -249,15 +245,15 @@ class RoutedMetadataBuilder(AttentionMetadataBuilder[RoutedMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.table: RouteTable = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl.table
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> RoutedMetadata:
         """The rows of a step. `common_prefix_len` and `fast_build` make no difference here."""
         del common_prefix_len, fast_build
-        common, table = common_attn_metadata, builder_table[0]
-        assert table is not None
-        requests, bounds = table.take_step(), common.query_start_loc_cpu.tolist()
+        common = common_attn_metadata
+        requests, bounds = self.table.take_step(), common.query_start_loc_cpu.tolist()
         lengths, pages = common.seq_lens.tolist(), common.block_table_tensor.long()
         return RoutedMetadata(
             [Row(of, bounds[n], bounds[n + 1], lengths[n], pages[n]) for n, of in enumerate(requests)]
@@ -283,9 +279,9 @@ class RoutedImpl(AttentionImpl[RoutedMetadata]):
                 f"the model's attention has {', '.join(strange) or attn_type}, which {OPTION} does not know"
             )
 
-    def bind(self, number: int, last: bool, decides: LayerRouter) -> None:
-        """Tell the layer its number, whether it is the last, and what decides in it."""
-        self.number, self.last, self.decides = number, last, decides
+    def bind(self, number: int, last: bool, decides: LayerRouter, table: RouteTable) -> None:
+        """Tell the layer its number, whether it is the last, what decides in it, and the worker's table."""
+        self.number, self.last, self.decides, self.table = number, last, decides, table
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
