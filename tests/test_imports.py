@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ MODULES = sorted(
     for folder in ("elastic", "data_prep")
     for path in (ROOT / folder).rglob("*.py")
 )
+NEEDS = {"elastic.engines.vllm.engine": "vllm"}  # what a module imports that the package itself does not need
 HEAVY = ("torch", "cupy", "lightning", "transformers", "datasets", "matplotlib")
 
 
@@ -25,7 +27,7 @@ def test_import_elastic_is_light():
 
 
 def test_modules_import_in_one_process_without_cuda():
-    lines = "\n".join(f"import {name}" for name in MODULES)
+    lines = "\n".join(f"import {name}" for name in MODULES if name not in NEEDS or find_spec(NEEDS[name]))
     checks = "import torch, sys\nassert not torch.cuda.is_initialized()\nassert 'cupy' not in sys.modules\nprint('ok')"
     assert run(f"{lines}\n{checks}").strip() == "ok"
 

@@ -163,16 +163,46 @@ def load_into(model: Model, path: str | Path) -> Model:
         FileNotFoundError: no checkpoint.
         ValueError: a damaged checkpoint, or one for another backbone (both values are named).
     """
+    config, state = _checked(path, architecture(model))
+    attach(model, config)
+    _fill(routers(model), state)
+    return model
+
+
+def read_routers(path: str | Path, shape: dict[str, Any]) -> tuple[ElasticConfig, list[Router]]:
+    """Routers of a checkpoint without a model, in eval mode and in layer order, for engines that run a backbone of
+    their own.
+
+    Args:
+        shape: of the backbone (`elastic.model.loading.architecture`).
+
+    Raises:
+        FileNotFoundError: no checkpoint.
+        ValueError: a damaged checkpoint, or one for another backbone (both values are named).
+    """
+    config, state = _checked(path, shape)
+    made = [
+        build_router(shape["num_kv_heads"], shape["head_dim"], config.router, layer)
+        for layer in range(shape["num_layers"])
+    ]
+    _fill(made, state)
+    return config, [router.requires_grad_(False).eval() for router in made]
+
+
+def _checked(path: str | Path, shape: dict[str, Any]) -> tuple[ElasticConfig, dict[str, Tensor]]:
+    """Settings and router tensors of a checkpoint that fits a backbone of this shape."""
     metadata, state = _read_both(Path(path))
-    _check_backbone(architecture(model), metadata, path)
+    _check_backbone(shape, metadata, path)
     config = ElasticConfig.from_dict(metadata["config"])
     state = {name: value for name, value in state.items() if not name.startswith(MULTIPLIERS)}
     _check_state(state, _expected(metadata["architecture"], config), f"checkpoint {path}", _WAY_OUT)
-    attach(model, config)
-    for layer, router in enumerate(routers(model)):
+    return config, state
+
+
+def _fill(own: list[Router], state: dict[str, Tensor]) -> None:
+    for layer, router in enumerate(own):
         prefix = f"layers.{layer}."
         router.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-    return model
 
 
 def _check_backbone(mine: dict[str, Any], metadata: dict[str, Any], path: str | Path) -> None:
@@ -186,7 +216,7 @@ def _check_backbone(mine: dict[str, Any], metadata: dict[str, Any], path: str | 
     other = [key for key, value in mine.items() if value != theirs.get(key)]
     if other:
         told = ", ".join(f"{key} {theirs.get(key)} there, {mine[key]} here" for key in other)
-        warnings.warn(f"checkpoint {path} fits, but was trained on another backbone, {name!r}: {told}", stacklevel=3)
+        warnings.warn(f"checkpoint {path} fits, but was trained on another backbone, {name!r}: {told}", stacklevel=4)
 
 
 def _expected(shape: dict[str, Any], config: ElasticConfig) -> dict[str, Tensor]:

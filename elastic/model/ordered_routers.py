@@ -12,6 +12,7 @@ from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.model.attach import Model, attach, routers
 from elastic.model.loading import architecture
 from elastic.routing.fixed_routes import head_order
+from elastic.routing.router import Router
 
 
 def begin_in_order(model: Model, order: Sequence[int], msr: float) -> Model:
@@ -32,7 +33,12 @@ def begin_in_order(model: Model, order: Sequence[int], msr: float) -> Model:
         ValueError: routers that cannot hold an order, an order that does not name every head once, or an MSR outside
             [0, 1].
     """
-    own = routers(model)
+    place_in_order(routers(model), order, msr)
+    return model
+
+
+def place_in_order(own: Sequence[Router], order: Sequence[int], msr: float) -> None:
+    """`begin_in_order` for the routers of all layers, without a model."""
     heads = len(own) * own[0].kv_heads
     if sorted(order) != list(range(heads)):
         raise ValueError(f"the order has {len(order)} entries; expected each of the {heads} heads of the model once")
@@ -42,7 +48,6 @@ def begin_in_order(model: Model, order: Sequence[int], msr: float) -> Model:
     place[list(order)] = (torch.arange(heads, dtype=torch.float32) + 0.5) / heads
     for router, place_K in zip(own, place.view(len(own), -1), strict=True):
         router.begin_in_order(place_K, round(msr * heads) / heads)
-    return model
 
 
 def attach_static(model: Model, path: str | Path, msr: float | None, sparse: SparseConfig) -> Model:

@@ -1,0 +1,1 @@
+"""Other people's serving engines that run routed models: `vllm`."""

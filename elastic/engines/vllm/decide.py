@@ -1,0 +1,142 @@
+"""A request's decision in one layer, from the keys in its pages and its new queries.
+
+Engines hand attention its keys after RoPE. Routers that look at keys before it get them rotated back, which costs a
+rounding and needs no hook into the model.
+Legend: P pooled positions, K KV heads, G = H / K, D head dim, Q queries, R numbers of reach in the layers so far.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from elastic.attention.row_slice import RowSlice
+from elastic.config import ElasticConfig, SparseConfig
+from elastic.engines.vllm.paged import Pages
+from elastic.engines.vllm.table import RoutedRequest
+from elastic.kernels import Pattern
+from elastic.kernels.params import REACH_QUERIES, REACH_RECENT
+from elastic.kernels.reach_oracle import hidden_mass
+from elastic.routing.decision import decide_from_keys
+from elastic.routing.level import LevelRouter
+from elastic.routing.pooling import BoundarySlots, Pooling
+from elastic.routing.reach_router import ReachRouter
+from elastic.routing.relaxation import decide
+from elastic.routing.router import Router, StaticRouter
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A layer's rotary embedding.
+
+    Attributes:
+        cos_sin_SR: by position, cosines and then sines of R / 2 frequencies; a scaled rotation holds its scale.
+        halves: whether a rotated pair is (i, i + R / 2) as in Llama, or (2 i, 2 i + 1).
+    """
+
+    cos_sin_SR: Tensor
+    halves: bool = True
+
+    def undo(self, k_PKD: Tensor, position_P: Tensor) -> Tensor:
+        """Keys before RoPE, fp32 [P, K, D]; dimensions after the first R are not rotated."""
+        cos, sin = self.cos_sin_SR[position_P][:, None].float().chunk(2, dim=-1)
+        size = 2 * cos.shape[-1]
+        turned, rest = k_PKD.float().split([size, k_PKD.shape[-1] - size], dim=-1)
+        one, two = turned.chunk(2, dim=-1) if self.halves else (turned[..., ::2], turned[..., 1::2])
+        scale = cos.square() + sin.square()
+        pair = ((one * cos + two * sin) / scale, (two * cos - one * sin) / scale)
+        back = torch.cat(pair, dim=-1) if self.halves else torch.stack(pair, dim=-1).flatten(-2)
+        return torch.cat([back, rest], dim=-1)
+
+
+@dataclass(frozen=True)
+class LayerRouter:
+    """What decides in one layer.
+
+    Attributes:
+        router: the layer's.
+        rotation: of its keys.
+        config: settings.
+        kv_heads: K.
+        scale: softmax scale.
+    """
+
+    router: Router
+    rotation: Rotation
+    config: ElasticConfig
+    kv_heads: int
+    scale: float
+
+    @torch.no_grad()
+    def route(self, request: RoutedRequest, q_QHD: Tensor, pages: Pages) -> Tensor:
+        """Route [K] in {0, 1} of a request whose prompt ends in this step.
+
+        Args:
+            q_QHD: after RoPE, of the request's last Q tokens.
+            pages: with these tokens' keys.
+        """
+        if isinstance(self.router, StaticRouter):
+            return decide(self.router.logits.detach(), self.config.sparsity_bias)
+        if isinstance(self.router, LevelRouter | ReachRouter):
+            return self._from_reach(self.router, request, q_QHD, pages)
+        return self._from_keys(request, pages)
+
+    def _from_keys(self, request: RoutedRequest, pages: Pages) -> Tensor:
+        config = self.config.router
+        begin, end = request.user if config.pool_over == "user" else (0, request.prompt_tokens)
+        slots = BoundarySlots.of(torch.tensor([begin]), torch.tensor([end]), config.pool_tokens)
+        position_P, weight = slots.index_N2P[0], slots.weight_N2P
+        k_PKD = pages.read_at(torch.arange(self.kv_heads), position_P)[0].transpose(0, 1)
+        counts = weight[:, : config.pool_tokens].sum(1), weight.sum(1).clamp_min(1.0)[:, None, None]
+        decision, _ = decide_from_keys(
+            self.router, self.rotation.undo(k_PKD, position_P)[None], Pooling(position_P, weight, *counts), self.config,
+            None, row_slice=RowSlice(), fused=False,
+        )  # fmt: skip
+        return decision.route_NK[0]
+
+    def _from_reach(
+        self, router: LevelRouter | ReachRouter, request: RoutedRequest, q_QHD: Tensor, pages: Pages
+    ) -> Tensor:
+        begin, end = request.user
+        mass_KGQ = self._mass(q_QHD, pages, begin, end)
+        largest, recent = mass_KGQ.amax(2).mean(1), mass_KGQ[:, :, -REACH_RECENT:].mean((1, 2))
+        earlier = None if request.reach_R is None else request.reach_R[None]
+        reached = router.with_earlier(largest[None], recent[None], earlier, None)
+        request.reach_R = reached[0]
+        logits = router(router.features(reached, torch.tensor([end - begin]), self.config.sparse))
+        return decide(logits, self.config.sparsity_bias)[0]
+
+    def _mass(self, q_QHD: Tensor, pages: Pages, begin: int, end: int) -> Tensor:
+        """Attention that the last queries of the user's words put on hidden keys, [K, G, at most 32]. Queries of tokens
+        that came from the prefix cache are not here and do not count: up to sink + window, where shared prefixes end
+        (`Routing.shared_prefix`), nothing is hidden from them.
+        """
+        first, past = max(begin, end - REACH_QUERIES), pages.length - q_QHD.shape[0]
+        here = min(max(first, past), end)
+        sparse = self.config.sparse
+        if here > first and past > sparse.sink + sparse.window:
+            raise RuntimeError(
+                f"{past} tokens came from the prefix cache, among them queries that routers by reach look at; expected "
+                f"at most {sparse.sink + sparse.window}"
+            )
+        missing = here - first
+        if here == end:
+            return q_QHD.new_zeros((self.kv_heads, q_QHD.shape[1] // self.kv_heads, missing), dtype=torch.float32)
+        q_KGQD = q_QHD[here - past : end - past].float().permute(1, 0, 2).unflatten(0, (self.kv_heads, -1))
+        k_KSD, _ = pages.read(torch.arange(self.kv_heads), end)
+        return F.pad(hidden_mass(q_KGQD, k_KSD, _pattern(sparse, self.scale)), (missing, 0))
+
+
+def _pattern(sparse: SparseConfig, scale: float) -> Pattern:
+    return Pattern(sparse.sink, sparse.window, sparse.granule, sparse.block, scale)
+
+
+def settle(request: RoutedRequest, layer: int, decided_K: Tensor) -> None:
+    """Remember a layer's decision, the first layer's first."""
+    if len(request.layers) != layer:
+        raise RuntimeError(
+            f"layer {layer} of request {request.name} was decided after {len(request.layers)} layers; each is decided "
+            "once, in order"
+        )
+    request.layers.append(decided_K)
