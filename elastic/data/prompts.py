@@ -188,7 +188,7 @@ def _check_unicode(what: str, text: str) -> None:
 
 def render(
     messages: Sequence[Message], tokenizer: Tokenizer, *, begun: bool = False, tools: Sequence[Any] | None = None,
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None, waits: bool = True,
 ) -> str:  # fmt: skip
     """A conversation as the model reads it: the one place where a chat template is applied, for data, generation,
     serving and evaluation.
@@ -197,6 +197,7 @@ def render(
         begun: the last message is the beginning of the assistant's answer, which is to be continued.
         tools: functions or JSON schemas that the model is told it may call.
         kwargs: variables of the template, beside the tokenizer's own (`template_kwargs`).
+        waits: for an answer; else the conversation is over.
 
     Raises:
         ValueError: messages that the template refuses.
@@ -204,7 +205,7 @@ def render(
     options: dict[str, Any] = {**template_kwargs(tokenizer), **check_kwargs(kwargs or {})}
     if tools:
         options["tools"] = list(tools)
-    ends = {"add_generation_prompt": not begun, "continue_final_message": begun}
+    ends = {"add_generation_prompt": waits and not begun, "continue_final_message": begun}
     try:
         text: str = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **ends, **options)
     except TemplateError as error:

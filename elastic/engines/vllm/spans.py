@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from elastic.data.prompts import token_span
+from elastic.data.prompts import render, token_span
 from elastic.protocols import Tokenizer
 
 _TEXTS = (
@@ -80,13 +80,10 @@ def _common_start(texts: Iterable[str]) -> str:
 
 def _rendered(tokenizer: Tokenizer, chat: list[dict[str, str]], waits: bool = True) -> str | None:
     """The chat as text, waiting for an answer or not; None where the template refuses it."""
-    from jinja2 import TemplateError
-
     try:
-        text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=waits)
-    except TemplateError:  # templates refuse roles that they do not know
+        return render(chat, tokenizer, waits=waits)
+    except ValueError:  # templates refuse roles that they do not know
         return None
-    return text
 
 
 def user_span(ids: list[int], tokenizer: Tokenizer, marks: ChatMarks | None) -> tuple[int, int]:
