@@ -88,11 +88,11 @@ def send(address, body):
 
 
 def until(condition, seconds=15.0):
-    """Wait for a condition; whether it holds."""
+    """Wait for a condition; whether it was seen to hold."""
     end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
+    while not (held := condition()) and time.monotonic() < end:
         time.sleep(0.02)
-    return condition()
+    return held
 
 
 def figure(address, name):

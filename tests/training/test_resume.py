@@ -341,7 +341,7 @@ def test_killed_at_ten_random_moments_ends_bit_equal(data, tmp_path):
     while kills < 10:
         process = fit_process(arguments(data, steps), broken)
         process.start()
-        process.join(timeout=rng.uniform(0.03, 0.15) * whole)
+        process.join(timeout=rng.uniform(0.01, 0.06) * whole)
         if process.exitcode is not None:
             break
         os.kill(process.pid, signal.SIGKILL)
