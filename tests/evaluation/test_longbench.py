@@ -71,7 +71,7 @@ def harness_file(name):
     from lm_eval.tasks import __file__ as folder
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    return load_yaml(Path(folder).parent / name)
+    return load_yaml(Path(folder).parent / name, resolve_func=False)  # its functions import what is not installed
 
 
 def test_all_thirteen_sets_with_their_limits():
