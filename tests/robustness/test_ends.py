@@ -33,7 +33,7 @@ def test_stop_strings_end_an_answer():
     model = attach(tiny_model(eos_token_id=None, vocab_size=6000, initializer_range=0.3), small_config())
     whole = generate(model, tokenizer, "the key is", 8, chat_template=False)[0]
     words = [tokenizer.decode([token]) for token in whole.token_ids]
-    place = next(i for i, word in enumerate(words) if "\ufffd" not in word)  # a part of a character is no text
+    place = next(i for i, word in enumerate(words) if word.isascii())  # others may be a part of a character
     found = generate(model, tokenizer, "the key is", 8, chat_template=False, stop_strings=[words[place]])[0]
     assert found.token_ids == whole.token_ids[: len(found.token_ids)] and 0 < len(found.token_ids) <= place + 1 < 8
 
