@@ -24,7 +24,7 @@ def prompt_reach(q_BHSD: Tensor, k_BKSD: Tensor, layout: Layout, sparse: SparseC
         scale: softmax scale.
 
     Returns:
-        fp32 [N, K] each; 0 where none of the user's words are here, or the sample is no longer than sink + window.
+        fp32 [N, K] each; 0 where the user wrote nothing here, or sink + window hold the whole sample.
     """
     q, k = q_BHSD.detach().transpose(1, 2), k_BKSD.detach().transpose(1, 2)
     pattern = Pattern(sparse.sink, sparse.window, sparse.granule, sparse.block, scale)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from elastic.inference.serving.app import ServerLimits, build_app
 from elastic.inference.serving.engine import Engine
 from elastic.inference.serving.listening import Listener
+from elastic.inference.serving.rows import Row
 from elastic.model import loading
 from elastic.model.attach import attach
 from tests.helpers.models import small_config
@@ -22,6 +23,17 @@ def tiny_model():
     model.generation_config.eos_token_id = None
     attach(model, small_config())
     return model, tokenizer
+
+
+def slow_tokens(monkeypatch, seconds):
+    """Let every token of every answer take so much longer."""
+    take = Row.take
+
+    def slow(self, token):
+        time.sleep(seconds)
+        take(self, token)
+
+    monkeypatch.setattr(Row, "take", slow)
 
 
 @contextmanager

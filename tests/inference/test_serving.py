@@ -42,12 +42,6 @@ def model():
     return model, tokenizer
 
 
-@pytest.fixture(scope="module")
-def server(model):
-    with serving(model) as address:
-        yield address
-
-
 def test_concurrent_answers_are_those_of_generate(model, server):
     expected = [generate(*model, prompt, max_new_tokens=8 + n % 3)[0] for n, prompt in enumerate(PROMPTS)]
     bodies = [body_of(prompt, max_tokens=8 + n % 3, stream=n % 2 == 1) for n, prompt in enumerate(PROMPTS)]

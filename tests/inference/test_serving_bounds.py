@@ -10,19 +10,8 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
-from tests.helpers.server import ask, body_of, get, post, serving, tiny_model
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def server(model):
-    with serving(model) as address:
-        yield address
-
+from elastic.inference.serving import reading
+from tests.helpers.server import ask, body_of, get, post, serving
 
 LONG = "x" * 100_000
 USER = {"role": "user", "content": "find k1"}
@@ -66,10 +55,10 @@ def test_as_many_stops_as_may_be_are_heeded(server):
     assert ask(server, body_of("find k1", max_tokens=4, stop=stops))[1]["usage"]["completion_tokens"] == 4
 
 
-def test_health_answers_while_a_long_prompt_is_read(model, monkeypatch):
-    from elastic.inference.serving import reading
-
-    original, gate, begun = reading.encode_messages, threading.Event(), threading.Event()
+@pytest.fixture
+def held_reading(monkeypatch):
+    """Prompts wait to be read: an event that the first has begun, and one that lets all continue."""
+    original, begun, gate = reading.encode_messages, threading.Event(), threading.Event()
 
     def slow(*args):
         begun.set()
@@ -77,6 +66,11 @@ def test_health_answers_while_a_long_prompt_is_read(model, monkeypatch):
         return original(*args)
 
     monkeypatch.setattr(reading, "encode_messages", slow)
+    return begun, gate
+
+
+def test_health_answers_while_a_long_prompt_is_read(model, held_reading):
+    begun, gate = held_reading
     with serving(model) as address:
         answers = []
         asking = threading.Thread(target=lambda: answers.append(ask(address, body_of("find k1", max_tokens=2))))
@@ -89,17 +83,8 @@ def test_health_answers_while_a_long_prompt_is_read(model, monkeypatch):
         assert answers[0][0] == 200
 
 
-def test_prompts_that_wait_to_be_read_are_counted(model, monkeypatch):
-    from elastic.inference.serving import reading
-
-    original, gate, begun = reading.encode_messages, threading.Event(), threading.Event()
-
-    def slow(*args):
-        begun.set()
-        assert gate.wait(30)
-        return original(*args)
-
-    monkeypatch.setattr(reading, "encode_messages", slow)
+def test_prompts_that_wait_to_be_read_are_counted(model, held_reading, monkeypatch):
+    begun, gate = held_reading
     monkeypatch.setattr(reading, "_MOST_WAITING", 1)
     with serving(model) as address:
         answers = []

@@ -12,12 +12,7 @@ from elastic.commands.serve import build_parser, door_of
 from elastic.inference.serving.app import build_app
 from elastic.inference.serving.door import Door
 from tests.helpers import server as helper
-from tests.helpers.server import body_of, serving, tiny_model
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
+from tests.helpers.server import body_of, serving
 
 
 def call(address, path="/v1/models", method="GET", body=None, **headers):
@@ -31,12 +26,6 @@ def call(address, path="/v1/models", method="GET", body=None, **headers):
 def guarded(model, monkeypatch):
     door = Door(("first-key", "second-key"), ("localhost", "127.0.0.1", "my.example"))
     monkeypatch.setattr(helper, "build_app", functools.partial(build_app, door=door))
-    with serving(model) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def server(model):
     with serving(model) as address:
         yield address
 

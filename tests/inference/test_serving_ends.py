@@ -19,14 +19,9 @@ from elastic.inference.serving.app import ServerLimits
 from elastic.inference.serving.rows import Row
 from elastic.model.checkpoint import save_elastic
 from elastic.model.loading import ASSETS
-from tests.helpers.server import body_of, events_of, figure, get, post, send, serving, tiny_model, until
+from tests.helpers.server import body_of, events_of, figure, get, post, send, serving, slow_tokens, until
 
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
 
 
 def connected(address, sent):
@@ -74,13 +69,7 @@ def test_half_a_request_after_a_whole_one_holds_it_no_longer(model):
 
 
 def test_a_request_that_came_in_time_may_take_longer(model, monkeypatch):
-    take = Row.take
-
-    def slow(self, token):
-        time.sleep(0.1)
-        take(self, token)
-
-    monkeypatch.setattr(Row, "take", slow)
+    slow_tokens(monkeypatch, 0.1)
     monkeypatch.setattr(ServerLimits, "arrival", 0.5)
     with serving(model) as address:
         assert post(address, body_of("find k1", max_tokens=12))[0] == 200

@@ -19,18 +19,7 @@ from elastic.inference.serving.batch import Batch
 from elastic.inference.serving.engine import Engine
 from elastic.inference.serving.metrics import Metrics
 from elastic.inference.serving.text import TextCutter
-from tests.helpers.server import ask, body_of, events_of, post, serving, tiny_model
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def server(model):
-    with serving(model) as address:
-        yield address
+from tests.helpers.server import ask, body_of, events_of, post, serving
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
 from elastic.inference.serving.app import ServerLimits
-from tests.helpers.server import ask, body_of, figure, send, serving, tiny_model, until
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
+from tests.helpers.server import ask, body_of, figure, send, serving, until
 
 
 @pytest.mark.parametrize("stream", [False, True])

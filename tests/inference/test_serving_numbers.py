@@ -6,19 +6,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
-from elastic.model import loading
-from elastic.model.attach import attach
-from tests.helpers.models import small_config
-from tests.helpers.server import ask, body_of, post, serving
-
-
-@pytest.fixture(scope="module")
-def server():
-    model, tokenizer = loading.load_backbone("tiny")
-    model.generation_config.eos_token_id = None
-    attach(model, small_config())
-    with serving((model, tokenizer)) as address:
-        yield address
+from tests.helpers.server import ask, body_of, post
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-45, 1e-38, 1e-6, 1e-5, 1e-4])

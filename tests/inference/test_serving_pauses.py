@@ -68,7 +68,7 @@ def test_running_answers_go_on_while_a_long_prompt_is_read(model, read):
         asked = pool.submit(ask, address, body_of(LONG, max_tokens=2))
         assert until(lambda: len(read) == 1)
         before = figure(address, "elastic_batch_size_count")
-        assert until(lambda: len(read) == 3) and not asked.done()
+        assert until(lambda: len(read) == 2) and not asked.done()  # the last layer is still to come
         assert figure(address, "elastic_batch_size_count") > before + 5
         compare(running.result()[1], generate(*model, "find k2", max_new_tokens=150)[0])
         assert asked.result()[0] == 200

@@ -10,10 +10,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
 from elastic.inference.serving.protocol import ChatRequest
-from elastic.model import loading
-from elastic.model.attach import attach
-from tests.helpers.models import small_config
-from tests.helpers.server import ask, body_of, get, serving
+from tests.helpers.server import ask, body_of, get
 
 # `completion.choices[0].message.model_dump()` of the openai package, versions 1 and 2
 DUMP = {
@@ -26,15 +23,6 @@ DUMP = {
     "tool_calls": None,
 }
 USER = {"role": "user", "content": "find k1"}
-
-
-@pytest.fixture(scope="module")
-def server():
-    model, tokenizer = loading.load_backbone("tiny")
-    model.generation_config.eos_token_id = None
-    attach(model, small_config())
-    with serving((model, tokenizer)) as address:
-        yield address
 
 
 def text_of(server, **change):

@@ -14,9 +14,8 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 
 from elastic.inference.generate import generate
 from elastic.inference.serving.app import ServerLimits
-from elastic.inference.serving.rows import Row
 from tests.helpers.models import varied_routers
-from tests.helpers.server import ask, body_of, figure, post, send, serving, tiny_model, until
+from tests.helpers.server import ask, body_of, figure, post, send, serving, slow_tokens, tiny_model, until
 
 LONG = 900  # tokens, seconds of work
 
@@ -89,13 +88,7 @@ def test_whoever_waits_for_a_place_gets_the_first_that_is_free(model):
 
 
 def test_time_is_up_for_the_long_one_alone(model, monkeypatch):
-    take = Row.take
-
-    def slow(self, token):
-        time.sleep(0.01)
-        take(self, token)
-
-    monkeypatch.setattr(Row, "take", slow)
+    slow_tokens(monkeypatch, 0.01)
     limits = ServerLimits(max_new_tokens=LONG, timeout=3)
     with serving(model, limits) as address, long_one(address) as client:
         assert ask(address, body_of("find k1", max_tokens=2))[0] == 200

@@ -180,7 +180,9 @@ def _new_table(model_config: Any) -> RouteTable:
     from elastic.model.loading import load_tokenizer
 
     if model_config.skip_tokenizer_init:
-        logger.warning("elastic: there is no tokenizer (skip_tokenizer_init), so routers see chat templates too")
+        logger.warning(
+            "elastic: skip_tokenizer_init leaves no tokenizer to find users' words with; routers see whole prompts"
+        )
         return RouteTable(lambda ids: (0, len(ids)))
     tokenizer = load_tokenizer(model_config.tokenizer)
     marks = ChatMarks.of(tokenizer)
