@@ -78,6 +78,31 @@ def test_graph_equals_eager():
     assert cache.seen == 340 and cache.counts == [340, 250] and cache.count_B.tolist() == [340, 250]
 
 
+@torch.no_grad()
+def test_a_graph_follows_rows_that_join_and_leave():
+    """Every token is forced, so that rounding cannot send two answers different ways."""
+    model = gpu_model()
+    prompts, fed = [random_ids(1, length, length).cuda() for length in (500, 90, 300)], random_ids(3, 60).cuda()
+
+    def logits(stepped):
+        """[2 + 3 + 2 rows' steps, V]: two rows, then three, then two again, 15 steps each."""
+        caches = [new_cache(model, step=8) for _ in prompts]
+        for ids, one in zip(prompts, caches, strict=True):
+            model(ids, past_key_values=one, use_cache=True)
+        cache, found = caches[0], []
+        take = getattr(DecodeGraph(model, cache), stepped)
+        for turn, rows in enumerate(([0, 1], [0, 1, 2], [0, 2])):
+            if turn < 2:
+                cache.join(caches[turn + 1])
+            else:
+                cache.batch_select_indices(torch.tensor([0, 2]))
+            found += [take(fed[rows, at : at + 1])[:, -1].float().clone() for at in range(15 * turn, 15 * turn + 15)]
+        return torch.cat(found)
+
+    expected = logits("run")
+    assert expected.isfinite().all() and torch.equal(logits("step"), expected)
+
+
 def test_generate_over_a_graph_equals_generate_without():
     model = gpu_model()
     ids, mask = (x.cuda() for x in left_padded(random_ids(2, 300), [0, 90]))
