@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest.importorskip("fastapi", reason="needs the extra serve")
+
 from elastic.data.prompts import encode_messages
 from elastic.inference.decode_graph import DecodeGraph
 from elastic.inference.generate import generate, route_report

@@ -8,7 +8,7 @@ from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.kernels.route_prompt import RoutedPrompt, route_prompt
 from elastic.model.attach import attach, last_features, last_routes
 from elastic.routing.relaxation import decide
-from elastic.routing.router import AttentionRouter
+from elastic.routing.router import AttentionRouter, Dense
 from tests.helpers.models import tiny_model, varied_routers
 from tests.kernels.gpu import needs_gpu
 
@@ -27,7 +27,7 @@ def trained_router(kv_heads: int, dim: int, norm: str = "running", samples: int 
 
 
 def linears(router: AttentionRouter) -> list[Tensor]:
-    layers = [m for m in (*router.task, *router.head) if isinstance(m, nn.Linear)]
+    layers = [m for m in (*router.task, *router.head) if isinstance(m, Dense)]
     return [x for layer in layers for x in (layer.weight, layer.bias)]
 
 

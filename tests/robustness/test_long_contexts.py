@@ -7,6 +7,9 @@ import asyncio
 import pytest
 import torch
 
+pytest.importorskip("lm_eval", reason="needs the extra eval")
+pytest.importorskip("fastapi", reason="needs the extra serve")
+
 import elastic
 from elastic.data.context_length import context_length
 from elastic.data.packing import Sample, packed_row
