@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from elastic.console import complain, end_bars, hint, say, was_stopped
 
 NOT_FINITE = 1  # exit code of a training run that diverged
 STOPPED = 130  # of a command that was stopped by Ctrl-C or SIGTERM
+PATIENCE = 20.0  # seconds that a stopped process lets the one that started it end first
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,11 +37,12 @@ def main(argv: list[str] | None = None) -> int:
         return complain(name, _unknown(name))
     # Threads that spin while they wait make a shared machine many times slower. OpenMP reads this once, with torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    parent = os.getppid()
     try:
         with _stoppable(name):
             return _run(name, rest)
     except KeyboardInterrupt:
-        return _stopped(name, rest)
+        return _stopped(name, rest, parent)
     except (ValueError, OSError) as error:
         if os.environ.get("ELASTIC_TRACEBACK"):
             raise
@@ -90,14 +93,25 @@ def _stoppable(name: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _stopped(name: str, rest: list[str]) -> int:
+def _stopped(name: str, rest: list[str], parent: int) -> int:
     """Say how to resume, once for all processes of a run."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        _let_end(parent)
+    else:
         way = RESUMED.get(name) or RESUMED.get(" ".join([name, *rest[:1]])) or "repeated, it begins again"
         end_bars()
         start = "\n" if sys.stderr.isatty() else ""  # below the terminal's ^C
         say(f"{start}elastic {name}: stopped; {way}", stream=sys.stderr)
     return STOPPED
+
+
+def _let_end(parent: int) -> None:
+    """Wait for rank 0 where it is what started this process: as soon as one of those that it started ends, Lightning
+    kills it, also before it has said how to resume. torchrun waits for all.
+    """
+    end = time.monotonic() + (0 if "TORCHELASTIC_RUN_ID" in os.environ else PATIENCE)
+    while os.getppid() == parent and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def usage() -> str:

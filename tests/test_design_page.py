@@ -147,7 +147,7 @@ def test_routers_in_a_checkpoint():
     assert coded(public("BudgetMultipliers")(), "multipliers.") == documented("quality")
     with safe_open(SHIPPED / "router.safetensors", "pt") as file:
         names = {re.sub(r"^layers\.\d+\.", "", name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    assert names == {*documented("paper", "head_offset"), "multipliers.l1", "multipliers.l2"}  # of an earlier version
+    assert names == level.keys()
 
 
 def _numbers(shape: str, sizes: dict[str, int]) -> str:
@@ -161,12 +161,13 @@ def test_description_of_a_checkpoint(tmp_path):
     shipped = json.loads((SHIPPED / "elastic.json").read_text(encoding="utf-8"))
     rows = fields_of("elastic.json")
     for found in (saved, shipped):
-        assert set(found) == set(rows) - ({"chat_template_kwargs"} if found is shipped else set())  # it is earlier
+        assert set(found) == set(rows)
         assert set(found["architecture"]) == set(fields_of("architecture"))
         assert found["config"].keys() == elastic.ElasticConfig().to_dict().keys()
         assert list(found["versions"]) == re.findall("`(.+?)`", rows["versions"][1])
     assert rows["format"][1] == str(saved["format"]) == str(shipped["format"])
-    assert set(fields_of("recipe")) == {*public("ElasticModule")().recipe(), "data"} <= set(shipped["recipe"])
+    assert set(fields_of("recipe")) == {*public("ElasticModule")().recipe(), "data"}
+    assert "data" in shipped["recipe"]
 
 
 def test_which_differences_a_checkpoint_refuses(tmp_path):
@@ -215,8 +216,6 @@ def test_packed_data(tmp_path):
         for _ in range(kind.count(",") + 1):  # one list within another per axis
             inner = inner.feature
         assert inner.dtype == kind.split()[0].replace("str", "string")
-    packed = json.loads((SHIPPED / "elastic.json").read_text(encoding="utf-8"))["recipe"]["data"]
-    assert set(packed) == set(origin) - {"chat_template_kwargs"}  # it is earlier
 
 
 def test_what_evaluation_writes():

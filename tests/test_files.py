@@ -128,7 +128,7 @@ def test_writers_and_readers_of_a_folder_meet_a_whole_one(tmp_path):
 
 @contextmanager
 def another_writer(target, held=sole_writer):
-    """A process that writes `target`, with a worker of its own that outlives it."""
+    """A process that writes `target` until the context ends, with a worker of its own that outlives it."""
     fork = multiprocessing.get_context("fork")
     begun = fork.Event()
 
@@ -136,7 +136,7 @@ def another_writer(target, held=sole_writer):
         with held(target):
             if os.fork():
                 begun.set()
-            time.sleep(2 if begun.is_set() else 60)
+            time.sleep(60)
             os._exit(0)
 
     process = fork.Process(target=write)

@@ -1,7 +1,7 @@
 """Ship a study's routers: copy the checkpoint of one run, set to the operating point that the validation rows chose,
 with what the test rows said of it.
 
-    python tests/bench/ship.py runs/routing elastic-target-0 checkpoints/smollm2-135m-fa-ssa
+    python tests/bench/ship.py runs/routing level-calibrated-0 checkpoints/smollm2-135m-fa-ssa
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from elastic.bench.studies.routing import headlines, named
-from elastic.bench.studies.runs import read_study
+from elastic.bench.studies.runs import FOREIGN, has_rows, read_study
 from elastic.model.checkpoint import METADATA, read_elastic
 
 
@@ -34,6 +34,9 @@ def main(argv: list[str]) -> int:
         "rows": f"{samples} samples of the test split; sparsity_bias chosen on the validation split",
         **headlines(run.tested, study.dense),
     }
+    if has_rows(args.study, FOREIGN):
+        foreign = read_study(args.study, FOREIGN)
+        stored["metrics"][FOREIGN] = headlines(named(foreign, args.run).tested, foreign.dense)
     for key in ("gpu", "commit", "command"):
         stored["recipe"][key] = study.stamp[key]
     shutil.rmtree(args.target, ignore_errors=True)

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from elastic import cli
-from elastic.commands import catalogue
+from elastic.commands import catalogue, doctor
 from tests.helpers.processes import gone
 from tests.helpers.training import build_data, command_environment
 
@@ -86,6 +86,23 @@ def test_a_stopped_command_says_how_to_resume_and_leaves_no_process(which, how, 
     assert "Traceback" not in said and said.count(": stopped; ") == 1, said[-3000:]
     way = {"fit": "to resume, repeat it with --ckpt_path last", "pack": "to resume, repeat it; finished shards stay"}
     assert f"elastic {arguments[0]}: stopped; {way.get(which[:4].strip(), 'repeated, it')}" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("launcher", ["Lightning", "torchrun"])
+def test_a_rank_that_another_started_ends_after_it(launcher, monkeypatch, capsys):
+    """Lightning kills rank 0 within seconds of the end of any other, also before it has said how to resume."""
+
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    asked = [1, 7, 7, 7, 7]  # the parent at each look: process 7, until it has ended
+    monkeypatch.setattr(doctor, "main", stopped)
+    monkeypatch.setattr(cli.os, "getppid", asked.pop)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    if launcher == "torchrun":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert cli.main(["doctor"]) == 130 and len(asked) == {"Lightning": 0, "torchrun": 3}[launcher]
+    assert capsys.readouterr().err == ""
 
 
 def test_workers_end_when_their_parent_is_killed(data, tmp_path):

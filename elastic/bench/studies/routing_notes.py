@@ -40,9 +40,8 @@ over seeds]; ± over seeds by Student's t."""
 
 
 FOREIGN_NOTES = """The foreign set: kinds of questions whose wording, names and layouts no training text shares
-(docs/evaluation.md). Operating points were chosen on the validation rows of this set and of the training's kind
-together, within the bounds on each; its test rows had no part. Lengths and system prompts of a text source are bound
-together."""
+(docs/evaluation.md). Operating points were chosen on validation rows of the training's kind alone; no row of this set
+had a part. Lengths and system prompts of a text source are bound together."""
 
 
 def notes(found: Sequence[Measurement]) -> str:

@@ -4,8 +4,8 @@ A study is a folder: `stamp.json` (GPU, versions, commit, command) and a folder 
 `results_validation.json` (all operating points; they choose one), `metrics.csv`, `elastic.json` (its checkpoint's) and,
 once it is measured, `results_test.json` (the chosen operating point, on rows that had no part in choosing) with
 `samples_test.jsonl` (the same and all other points by sample; older studies have none). A folder `foreign` in a run's
-holds the same files of the foreign set, whose validation rows then have a part in choosing. `plan.json` tells which
-kind of router it is, for which objective and from which seed; older runs are told by the other files.
+holds the same files of the foreign set, which has no part in choosing. `plan.json` tells which kind of router it is,
+for which objective and from which seed; older runs are told by the other files.
 """
 
 import csv
@@ -153,20 +153,15 @@ def slack(point: Point, dense: Point, share: float | None = None) -> float:
     return float(found.slack() if share is None else found.slack(share))
 
 
-def chosen_bias(*validations: dict[str, Any]) -> float:
+def chosen_bias(results: dict[str, Any]) -> float:
     """The sparsest bias that keeps `CHOSEN` of dense retrieval within the bounds of all other sources, or the best
-    where none does; of one `results_validation.json`, or of those of several sets of rows, on each of which it must.
+    where none does; of one `results_validation.json`.
     """
-    sets = [(_dense_of(results), {point.bias: point for point in by_bias(results)}) for results in validations]
-    biases = [bias for bias in sets[0][1] if all(bias in points for _, points in sets)]
-
-    def worst(bias: float, share: float | None = None) -> float:
-        return min(slack(points[bias], dense, share) for dense, points in sets)
-
-    inside = [bias for bias in biases if worst(bias, CHOSEN) >= 0]
+    dense, points = _dense_of(results), by_bias(results)
+    inside = [point for point in points if slack(point, dense, CHOSEN) >= 0]
     if inside:
-        return max(inside, key=lambda bias: fmean(points[bias].mean_msr for _, points in sets))
-    return max(biases, key=worst)
+        return max(inside, key=lambda point: point.mean_msr).bias
+    return max(points, key=lambda point: slack(point, dense)).bias
 
 
 @dataclass(frozen=True)
@@ -180,7 +175,7 @@ class Run:
         recipe: how it was trained, from `elastic.json`.
         plan: contents of `plan.json`; empty for runs from before there was one.
         rows: folder below with the files of a set of rows; the run's own files where it is empty.
-        choosing: results of validation that choose the operating point; none: `validation`.
+        choosing: validation on rows of the training's kind, which chooses the operating point; None: `validation`.
     """
 
     folder: Path
@@ -189,7 +184,7 @@ class Run:
     recipe: dict[str, Any]
     plan: Mapping[str, Any] = field(default_factory=dict)
     rows: str = ""
-    choosing: tuple[dict[str, Any], ...] = ()
+    choosing: dict[str, Any] | None = None
 
     @cached_property
     def samples(self) -> Samples | None:
@@ -236,8 +231,8 @@ class Run:
 
     @property
     def chosen_bias(self) -> float:
-        """What the validation rows chose: see `chosen_bias`."""
-        return chosen_bias(*(self.choosing or (self.validation,)))
+        """What the validation rows of the training's kind chose: see `chosen_bias`."""
+        return chosen_bias(self.choosing or self.validation)
 
     @cached_property
     def tested(self) -> Point | None:
@@ -356,9 +351,8 @@ def _is_finished(sub: Path, rows: str) -> bool:
 
 def _run(sub: Path, rows: str) -> Run:
     validation, test, plan = (_read(path) for path in (sub / rows / FILES[0], sub / rows / TEST, sub / PLAN))
-    choosing = tuple(found for name in ("", FOREIGN) if (found := _read(sub / name / FILES[0])) is not None)
     made = _read(sub / FILES[1]) or {"recipe": {}}
-    return Run(sub, validation, test, made["recipe"], plan or {}, rows, choosing)
+    return Run(sub, validation, test, made["recipe"], plan or {}, rows, _read(sub / FILES[0]))
 
 
 def _read(file: Path) -> Any:
