@@ -2,7 +2,8 @@
 // launch. Warpgroup 0 produces (TMA, one lane; it alone knows the modes), warpgroups 1 and 2 consume 64 query rows each
 // with wgmma. Two overlaps: the warpgroups take turns on the tensor cores (ping-pong), and inside a warpgroup the
 // scores of block i run beside the output of block i - 1. The protocol is in pipeline_sm90.cuh.
-// Compile-time: ELASTIC_HEAD_DIM (64, 128), ELASTIC_BF16 (1, else fp16).
+// Compile-time: ELASTIC_HEAD_DIM (64, 128), ELASTIC_BF16 (1, else fp16); ELASTIC_PAGED (16, 32, 64: keys and values lie
+// in pages of a multiple of so many tokens, pages.cuh).
 #include "elastic/params.cuh"
 #include "elastic/pipeline_sm90.cuh"
 #include "elastic/softmax.cuh"
@@ -214,7 +215,7 @@ struct Consumer {
 }  // namespace elastic
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-    attention_forward_sm90(const __grid_constant__ elastic::Params p) {
+    attention_forward_sm90(const __grid_constant__ elastic::ForwardParams p) {
   using namespace elastic;
   extern __shared__ char shared_raw[];
   const u32 base = (shared_address(shared_raw) + 1023) & ~1023u;

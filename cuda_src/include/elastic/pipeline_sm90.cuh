@@ -5,7 +5,10 @@
 // full_k/v   1 arrival + bytes   stage and its ring entry are in place; K runs one block ahead of V
 // empty_k/v  8 arrivals          every consumer warp is done with the stage (K: also with the ring entry)
 // The producer starts on phase 1 (everything is empty), the consumers on phase 0.
+// Keys and values lie in a tensor's rows, or with ELASTIC_PAGED in pages: then a half block comes as several boxes, each
+// inside one page. The stages, their bytes and all that the consumers see are the same.
 #pragma once
+#include "elastic/pages.cuh"
 #include "elastic/ptx_sm90.cuh"
 #include "elastic/schedule.cuh"
 
@@ -49,13 +52,47 @@ struct SharedLayout {  // offsets from a base that is a multiple of 1024
 };
 static_assert(sizeof(Control) <= 1024, "the schedule starts 1024 bytes after the barriers");
 
-// One elected lane: walks the tiles, their visited blocks, and feeds the rings.
-struct Producer {
-  const Params& p;
-  Control& c;
-  u32 base;
+#if ELASTIC_PAGED
+// A block's boxes: 64 / kBox of each half, each inside one page. One without tokens of the request has page -1, outside
+// of the pool, so TMA fills it with zeros, as it does for a number that is no page's. The first page is read before the
+// wait for the stage, every other one beside the box before it.
+struct Places {
+  static constexpr int kBox = ELASTIC_PAGED, kCount = kBlockN / kBox, kOfHalf = kHalf / kBox;
+  const int* row;
+  int len_k, first;
 
-  ELASTIC_FN void load_block(u64* bar, const TensorMap& map, u32 shared, u32 ids, int begin, int head, int row) const {
+  ELASTIC_FN Places(const ForwardParams& p, u32 ids, int sample, const Sample& s)
+      : row(p.pages.row_of(sample)), len_k(s.len_k), first(page(p, token(ids, 0))) {
+    const int other = token(ids, kOfHalf);
+    if (other < len_k) asm volatile("prefetch.global.L1 [%0];" ::"l"(row + p.pages.entry(other)));
+  }
+
+  ELASTIC_FN static int token(u32 ids, int box) { return box_token(ids, box, kOfHalf); }
+
+  ELASTIC_FN int page(const ForwardParams& p, int token) const {
+    return token < len_k ? row[p.pages.entry(token)] : -1;
+  }
+
+  ELASTIC_FN void load(const ForwardParams& p, u64* bar, const TensorMap& map, u32 shared, u32 ids, int head) const {
+    arrive_expect(bar, kTileBytesKV);
+    int at = first;
+#pragma unroll 1  // the lane has 56 registers
+    for (int i = 0; i < kCount; ++i) {
+      const int next = page(p, token(ids, (i + 1) % kCount)), place = p.pages.place(token(ids, i));
+      const u32 target = shared + i * (kBox * 128);
+      tma_load(map, bar, target, 0, place, head, at, kEvictLast);
+      if (kD == 128) tma_load(map, bar, target + kBlockN * 128, 64, place, head, at, kEvictLast);
+      at = next;
+    }
+  }
+};
+#else
+struct Places {  // the block's first rows follow from its ids
+  int begin, row;
+
+  ELASTIC_FN Places(const ForwardParams&, u32, int, const Sample& s) : begin(s.begin_k), row(s.row) {}
+
+  ELASTIC_FN void load(const ForwardParams&, u64* bar, const TensorMap& map, u32 shared, u32 ids, int head) const {
     arrive_expect(bar, kTileBytesKV);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -65,6 +102,20 @@ struct Producer {
         tma_load(map, bar, shared + d * (kBlockN * 128) + half * (kHalf * 128), d * 64, token, head, row, kEvictLast);
       }
     }
+  }
+};
+#endif
+
+// One elected lane: walks the tiles, their visited blocks, and feeds the rings.
+struct Producer {
+  const ForwardParams& p;
+  Control& c;
+  u32 base;
+
+  ELASTIC_FN void load_values(const Ring<kStages>& v, u32 ids, int head, int sample, const Sample& s) const {
+    const Places values(p, ids, sample, s);
+    wait(&c.empty_v[v.slot], v.phase);
+    values.load(p, &c.full_v[v.slot], p.map_v, base + SharedLayout::v + v.slot * kTileBytesKV, ids, head);
   }
 
   ELASTIC_FN int next_tile() const { return atomicAdd(p.counter, 1) + gridDim.x; }
@@ -129,24 +180,18 @@ struct Producer {
           }
         }
         if (max_i(id, second) * kHalf + kHalf > sample.len_k) flags |= kTail;
+        const Places keys(p, ids, tile.sample, sample);
         wait(&c.empty_k[kv.slot], kv.phase);
         c.ring[kv.slot] = Entry{ids, flags};
-        load_block(&c.full_k[kv.slot], p.map_k, base + SharedLayout::k + kv.slot * kTileBytesKV, ids, sample.begin_k,
-                   kv_head, sample.row);
-        if (!first) {
-          wait(&c.empty_v[v.slot], v.phase);
-          load_block(&c.full_v[v.slot], p.map_v, base + SharedLayout::v + v.slot * kTileBytesKV, v_ids, sample.begin_k,
-                     kv_head, sample.row);
-        }
+        keys.load(p, &c.full_k[kv.slot], p.map_k, base + SharedLayout::k + kv.slot * kTileBytesKV, ids, kv_head);
+        if (!first) load_values(v, v_ids, kv_head, tile.sample, sample);
         if (after < 0) t = next_tile();
         v = kv;
         v_ids = ids;
         kv.advance();
         id = after;
       }
-      wait(&c.empty_v[v.slot], v.phase);
-      load_block(&c.full_v[v.slot], p.map_v, base + SharedLayout::v + v.slot * kTileBytesKV, v_ids, sample.begin_k,
-                 kv_head, sample.row);
+      load_values(v, v_ids, kv_head, tile.sample, sample);
     }
     release_counter(p.counter);
   }
