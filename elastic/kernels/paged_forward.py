@@ -22,6 +22,7 @@ from elastic.kernels.pages import check_paged, check_paged_cuda
 from elastic.kernels.params import (
     HALF_BLOCK,
     MAP_BYTES,
+    PAGED_BYTES,
     QUERY_BLOCK,
     WARP_ROWS,
     Pattern,
@@ -144,7 +145,8 @@ def launch_paged(
     rows_of_q = _first_rows(q.device)
     ranges = Ranges(starts[:-1], starts[1:], None, lengths, rows_of_q)
     pointers = pack_pointers(q, keys, values, out, lse, mode, None, ranges, tile_counter(q.device))
-    params = maps + pointers + plan.sizes + pack_pages(table, keys.shape[1]) + bytes(48)
+    params = maps + pointers + plan.sizes + pack_pages(table, keys.shape[1])
+    params = params.ljust(PAGED_BYTES, b"\0")
     jit.launch(plan.kernel, (config.grid,), config.threads, params, config.shared_bytes, q.device.index)
 
 

@@ -179,12 +179,17 @@ def judge_decode(out: Tensor, problem: PagedProblem) -> float:
     return _judge(out, exact, same)
 
 
-def judge_forward(out: Tensor, lse: Tensor, problem: PagedProblem) -> float:
-    """The same for the forward pass, and its LSE to 2e-4."""
+def reference(problem: PagedProblem) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and LSE of the forward pass in fp64, and the output of plain PyTorch in the problem's own dtype."""
     p = problem
     rest = (p.table, p.starts, p.lengths, p.mode, p.pattern)
-    exact, exact_lse = paged_oracle(p.q.double(), *(x.double() for x in p.clean), *rest)
-    same, _ = paged_oracle(p.q, *p.clean, *rest, compute=p.q.dtype)
+    exact, lse = paged_oracle(p.q.double(), *(x.double() for x in p.clean), *rest)
+    return exact, lse, paged_oracle(p.q, *p.clean, *rest, compute=p.q.dtype)[0]
+
+
+def judge_forward(out: Tensor, lse: Tensor, expected: tuple[Tensor, Tensor, Tensor]) -> float:
+    """The same for the forward pass, and its LSE to 2e-4."""
+    exact, exact_lse, same = expected
     assert not lse.isnan().any(), "NaN in the LSE"
     lse_error = (lse.double() - exact_lse).abs().amax().item()
     assert lse_error <= 2e-4, f"LSE error {lse_error:.3e}"

@@ -17,7 +17,15 @@ from elastic.kernels.paged_decode import _check_cuda
 from elastic.kernels.paged_forward import paged_config
 from elastic.kernels.pages import check_paged, check_paged_cuda
 from elastic.visibility import visible
-from tests.kernels.gpu_paged import LAYOUTS, PagedProblem, judge_decode, judge_forward, new_pools, random_paged
+from tests.kernels.gpu_paged import (
+    LAYOUTS,
+    PagedProblem,
+    judge_decode,
+    judge_forward,
+    new_pools,
+    random_paged,
+    reference,
+)
 
 
 def fp32(problem: PagedProblem) -> PagedProblem:
@@ -62,9 +70,9 @@ def test_the_judges_accept_the_twin_and_refuse_another_answer() -> None:
             judge_decode(out + 1, p)
         p = random_paged(seed, decode=False, device="cpu", longest=300)
         out, lse = paged_forward(p.q, *p.clean, p.table, p.starts, p.lengths, p.mode, p.pattern)
-        judge_forward(out, lse, p)
+        judge_forward(out, lse, reference(p))
         with pytest.raises(AssertionError, match="LSE error"):
-            judge_forward(out, lse + 1, p)
+            judge_forward(out, lse + 1, reference(p))
 
 
 def test_pages_in_order_equal_contiguous_keys() -> None:

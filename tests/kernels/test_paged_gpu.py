@@ -15,6 +15,7 @@ from tests.kernels.gpu_paged import (
     judge_forward,
     new_pools,
     random_paged,
+    reference,
     run_paged,
     run_paged_decode,
 )
@@ -37,9 +38,10 @@ def test_random_decoding(block: int) -> None:
 def test_random_forward_passes(block: int) -> None:
     for seed in range(20 * block, 20 * block + 20):
         problem = random_paged(seed, decode=False)
+        expected = reference(problem)
         for path in paths():
             try:
-                judge_forward(*run_paged(problem, path), problem)
+                judge_forward(*run_paged(problem, path), expected)
             except AssertionError as error:
                 raise AssertionError(f"seed {seed} on {path}: {error}") from error
 
