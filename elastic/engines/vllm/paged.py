@@ -1,6 +1,8 @@
-"""Keys and values of a request in an engine's pages, and attention over them in PyTorch: the twin of paged kernels.
+"""Keys and values of requests in an engine's pages, and attention over them: by the kernels on a GPU, a step's requests
+at once; elsewhere request by request in PyTorch.
 
-Legend: N pages, K KV heads, T tokens of a page, D head dim, H query heads, Q queries, h KV heads of one mode.
+Legend: N pages, K KV heads, T tokens of a page, D head dim, H query heads, Q queries, h KV heads of one mode; of a step
+B requests, S queries, P entries of a row of the table.
 """
 
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 from elastic.attention.torch_path import streaming
 from elastic.config import SparseConfig
+from elastic.kernels import Pattern, paged_decode, paged_forward
 from elastic.visibility import lower_bound
 
 _CHUNK = 512  # queries whose mask exists at a time
@@ -56,6 +59,54 @@ def write_pages(cache_NKTE: Tensor, k_SKD: Tensor, v_SKD: Tensor, slot_S: Tensor
     slot = slot_S[held].long()
     both = torch.cat([k_SKD[:tokens], v_SKD[:tokens]], dim=-1)[held]
     cache_NKTE[slot // size, :, slot % size] = both.to(cache_NKTE.dtype)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step's layers share, int32 on the cache's device.
+
+    Attributes:
+        table: [B, P], each request's pages in order.
+        starts: [B + 1], where each request's queries begin, and their number S.
+        lengths: [B], each request's tokens with the new ones.
+        single: whether every request has one query, so that decoding kernels may run.
+    """
+
+    table: Tensor
+    starts: Tensor
+    lengths: Tensor
+    single: bool
+
+
+def attend_step(
+    q_SHD: Tensor, cache_NKTE: Tensor, step: Step, mode_BK: Tensor, sparse: SparseConfig, scale: float
+) -> Tensor:
+    """Attention of all new tokens of a step, each the last of its request.
+
+    On a GPU one launch of the paged kernels, which read `step` and `mode_BK` there; elsewhere `attend_pages`.
+
+    Args:
+        mode_BK: int32, 1 where a KV head runs streaming, else 0.
+
+    Returns:
+        [S, H, D].
+
+    Raises:
+        ValueError: a GPU's tensors that the kernels do not take, with the way out.
+    """
+    if q_SHD.is_cuda:
+        keys, values = _halves(cache_NKTE.transpose(1, 2))
+        pattern = Pattern(sparse.sink, sparse.window, sparse.granule, sparse.block, scale)
+        if step.single:
+            return paged_decode(q_SHD, keys, values, step.table, step.lengths, mode_BK, pattern)
+        return paged_forward(q_SHD, keys, values, step.table, step.starts, step.lengths, mode_BK, pattern)[0]
+    output, bounds = torch.empty_like(q_SHD), step.starts.tolist()
+    for n, (length, modes) in enumerate(zip(step.lengths.tolist(), mode_BK.tolist(), strict=True)):
+        queries = slice(bounds[n], bounds[n + 1])
+        if queries.start < queries.stop:
+            pages = Pages(cache_NKTE, step.table[n].long(), length)
+            output[queries] = attend_pages(q_SHD[queries], pages, [bool(mode) for mode in modes], sparse, scale)
+    return output
 
 
 def attend_pages(q_QHD: Tensor, pages: Pages, sparse_K: list[bool], sparse: SparseConfig, scale: float) -> Tensor:
