@@ -23,7 +23,7 @@ def pointer(x: np.ndarray):
 
 
 def random_table(rng: random.Random, lengths: list[int], size: int) -> np.ndarray:
-    """Rows of shuffled page numbers; entries that no token needs are no page's."""
+    """Rows of shuffled page numbers; entries that no token needs name pages that do not exist."""
     needed = [-(-length // size) for length in lengths]
     pages = rng.sample(range(sum(needed) + 5), sum(needed))
     table = np.full((len(lengths), max(needed) + 3), STALE, np.int32)
