@@ -17,7 +17,7 @@ def gather_pages(pool: Tensor, row: Tensor, length: int) -> Tensor:
     """The first `length` tokens [length, K, D] of a request whose row of the table is [P].
 
     Raises:
-        ValueError: a row too short, or a number that is no page's.
+        ValueError: a row too short, or a number outside of the pool.
     """
     pages, size = pool.shape[:2]
     needed = row[: -(-length // size)]

@@ -65,7 +65,7 @@ def random_pattern(rng: random.Random, dim: int) -> Pattern:
 
 
 def needed_tokens(length: int, queries: int, streaming: bool, pattern: Pattern) -> Tensor:
-    """Boolean [length]: tokens that a kernel may read. `queries` 0 stands for decoding: the visible tokens;
+    """Boolean [length]: tokens that a kernel may read. `queries` 0 means decoding: the visible tokens;
     a tile of queries reads whole half blocks.
     """
     token = torch.arange(length)
