@@ -69,13 +69,13 @@ class Step:
         table: [B, P], each request's pages in order.
         starts: [B + 1], where each request's queries begin, and their number S.
         lengths: [B], each request's tokens with the new ones.
-        single: whether every request has one query, so that decoding kernels may run.
+        singles: of the first requests, how many have one query each (an engine puts them first): they run as decoding.
     """
 
     table: Tensor
     starts: Tensor
     lengths: Tensor
-    single: bool
+    singles: int
 
 
 def attend_step(
@@ -83,7 +83,8 @@ def attend_step(
 ) -> Tensor:
     """Attention of all new tokens of a step, each the last of its request.
 
-    On a GPU one launch of the paged kernels, which read `step` and `mode_BK` there; elsewhere `attend_pages`.
+    On a GPU one launch for single queries and one for all others, which read `step` and `mode_BK` there; elsewhere
+    `attend_pages`.
 
     Args:
         mode_BK: int32, 1 where a KV head runs streaming, else 0.
@@ -95,11 +96,7 @@ def attend_step(
         ValueError: a GPU's tensors that the kernels do not take, with the way out.
     """
     if q_SHD.is_cuda:
-        keys, values = _halves(cache_NKTE.transpose(1, 2))
-        pattern = Pattern(sparse.sink, sparse.window, sparse.granule, sparse.block, scale)
-        if step.single:
-            return paged_decode(q_SHD, keys, values, step.table, step.lengths, mode_BK, pattern)
-        return paged_forward(q_SHD, keys, values, step.table, step.starts, step.lengths, mode_BK, pattern)[0]
+        return attend_launches(q_SHD, cache_NKTE, step, mode_BK, sparse, scale)
     output, bounds = torch.empty_like(q_SHD), step.starts.tolist()
     for n, (length, modes) in enumerate(zip(step.lengths.tolist(), mode_BK.tolist(), strict=True)):
         queries = slice(bounds[n], bounds[n + 1])
@@ -107,6 +104,21 @@ def attend_step(
             pages = Pages(cache_NKTE, step.table[n].long(), length)
             output[queries] = attend_pages(q_SHD[queries], pages, [bool(mode) for mode in modes], sparse, scale)
     return output
+
+
+def attend_launches(
+    q_SHD: Tensor, cache_NKTE: Tensor, step: Step, mode_BK: Tensor, sparse: SparseConfig, scale: float
+) -> Tensor:
+    """`attend_step` by the paged operators, whatever the device."""
+    keys, values = _halves(cache_NKTE.transpose(1, 2))
+    pattern = Pattern(sparse.sink, sparse.window, sparse.granule, sparse.block, scale)
+    n, parts = step.singles, []
+    if n:
+        parts.append(paged_decode(q_SHD[:n], keys, values, step.table[:n], step.lengths[:n], mode_BK[:n], pattern))
+    if n < mode_BK.shape[0]:
+        rest = step.table[n:], step.starts[n:] - n, step.lengths[n:], mode_BK[n:]
+        parts.append(paged_forward(q_SHD[n:], keys, values, *rest, pattern)[0])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def attend_pages(q_QHD: Tensor, pages: Pages, sparse_K: list[bool], sparse: SparseConfig, scale: float) -> Tensor:
