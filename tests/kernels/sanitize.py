@@ -12,8 +12,9 @@ compute-sanitizer --kernel-name kns=attention_ python -m tests.kernels.sanitize 
 
 The kernels are compiled with line numbers. initcheck must see all kernels, because PyTorch's write what ours read;
 `count` then tells whose reads it reports. `run` is forward, backward and the route's gap, `decode` decode attention,
-`router` the router, `select` XAttention's choice of key blocks, `reach` both kernels of reach, `paged` what reads pages. memcheck sees an overrun
-of a tensor only where PyTorch does not cut tensors out of larger blocks: set PYTORCH_NO_CUDA_MEMORY_CACHING=1.
+`router` the router, `select` XAttention's choice of key blocks, `reach` both kernels of reach, `paged` what reads
+pages. memcheck sees an overrun of a tensor only where PyTorch does not cut tensors out of larger blocks: set
+PYTORCH_NO_CUDA_MEMORY_CACHING=1.
 """
 
 import re
