@@ -1,8 +1,9 @@
 // Fused causal GQA attention for compute capability 8.0 and newer: every KV head full, streaming or block-sparse in one
 // launch. mma.sync, cp.async, one K/V stage, eight warps of 16 query rows. The plain twin of attention_forward_sm90.cu:
 // the same parameters, tile order, block order and mask.
-// Compile-time: ELASTIC_HEAD_DIM (64, 128), ELASTIC_BF16 (1, else fp16).
-#include "elastic/params.cuh"
+// Compile-time: ELASTIC_HEAD_DIM (64, 128), ELASTIC_BF16 (1, else fp16); ELASTIC_PAGED (1: keys and values lie in pages,
+// pages.cuh).
+#include "elastic/pages.cuh"
 #include "elastic/ptx_sm80.cuh"
 #include "elastic/schedule.cuh"
 #include "elastic/softmax.cuh"
@@ -24,18 +25,44 @@ ELASTIC_FN void load_rows(u32 shared, const char* source, i64 token_bytes, int v
   }
 }
 
-struct Head {  // where one tile's operands lie, in bytes
+#if ELASTIC_PAGED
+// 64 keys or values of a half block; each lies in the page that the request's row of the table names.
+ELASTIC_FN void load_half(const ForwardParams& p, u32 shared, const char* pool, const Strides& stride, int sample, int id,
+                          int len_k) {
+  const int* table = p.pages.row_of(sample);
+#pragma unroll
+  for (int i = 0; i < kHalf * kChunks / kThreads; ++i) {
+    const int index = i * kThreads + threadIdx.x, row = index / kChunks, chunk = index % kChunks;
+    const int token = id * kHalf + row;
+    const bool valid = token < len_k;
+    const i64 page = valid ? table[p.pages.entry(token)] : 0;
+    const char* source = pool + 2 * (page * stride.row + p.pages.place(token) * stride.token);
+    copy_async(swizzled<kRowBytes>(shared, row, chunk), valid ? source + chunk * 16 : pool, valid);
+  }
+}
+#else
+ELASTIC_FN void load_half(const ForwardParams&, u32 shared, const char* rows, const Strides& stride, int, int id,
+                          int len_k) {
+  load_rows<kHalf>(shared, rows + id * i64(kHalf) * 2 * stride.token, 2 * stride.token, len_k - id * kHalf);
+}
+#endif
+
+struct Head {  // where one tile's operands lie, in bytes; in pages: where the pools' KV head lies
   const char *q, *k, *v;
   char* out;
   float* lse;
 };
 
-ELASTIC_FN Head locate(const Params& p, const Tile& t, const Sample& s) {
+ELASTIC_FN Head locate(const ForwardParams& p, const Tile& t, const Sample& s) {
   const int m0 = t.block * kTileM, kv_head = t.head / (p.heads / p.kv_heads);
   Head h;
   h.q = (const char*)p.q + 2 * (s.row * p.stride_q.row + (s.begin_q + m0) * p.stride_q.token + t.head * p.stride_q.head);
-  h.k = (const char*)p.k + 2 * (s.row * p.stride_k.row + s.begin_k * p.stride_k.token + kv_head * p.stride_k.head);
-  h.v = (const char*)p.v + 2 * (s.row * p.stride_v.row + s.begin_k * p.stride_v.token + kv_head * p.stride_v.head);
+  h.k = (const char*)p.k + 2 * kv_head * p.stride_k.head;
+  h.v = (const char*)p.v + 2 * kv_head * p.stride_v.head;
+  if (!ELASTIC_PAGED) {
+    h.k += 2 * (s.row * p.stride_k.row + s.begin_k * p.stride_k.token);
+    h.v += 2 * (s.row * p.stride_v.row + s.begin_k * p.stride_v.token);
+  }
   h.out = (char*)p.out + 2 * (s.row * p.stride_o.row + (s.begin_q + m0) * p.stride_o.token + t.head * p.stride_o.head);
   h.lse = p.lse + (i64(s.row) * p.heads + t.head) * p.seq_q + s.begin_q + m0;
   return h;
@@ -74,7 +101,7 @@ ELASTIC_FN void accumulate(float (&o)[kD / 2], const float (&s)[32], u32 shared_
   }
 }
 
-ELASTIC_FN void run_tile(const Params& p, const Tile& tile, u32 shared_q, u32 shared_k, u32 shared_v) {
+ELASTIC_FN void run_tile(const ForwardParams& p, const Tile& tile, u32 shared_q, u32 shared_k, u32 shared_v) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Sample sample = read_sample(p, tile.sample);
   const int kv_head = tile.head / (p.heads / p.kv_heads), mode = p.mode[tile.sample * p.kv_heads + kv_head];
@@ -97,16 +124,14 @@ ELASTIC_FN void run_tile(const Params& p, const Tile& tile, u32 shared_q, u32 sh
   int id = poisoned ? -1 : blocks.next();
   if (id >= 0) {
     load_rows<kTileM>(shared_q, head.q, 2 * p.stride_q.token, rows);
-    load_rows<kHalf>(shared_k, head.k + id * i64(kHalf) * 2 * p.stride_k.token, 2 * p.stride_k.token,
-                     sample.len_k - id * kHalf);
+    load_half(p, shared_k, head.k, p.stride_k, tile.sample, id, sample.len_k);
     copy_commit();
   }
 #pragma unroll 1
   while (id >= 0) {
     copy_wait();
     __syncthreads();  // K is here, and everyone is done with the former V
-    load_rows<kHalf>(shared_v, head.v + id * i64(kHalf) * 2 * p.stride_v.token, 2 * p.stride_v.token,
-                     sample.len_k - id * kHalf);
+    load_half(p, shared_v, head.v, p.stride_v, tile.sample, id, sample.len_k);
     copy_commit();
     float s[32];
     score(s, shared_q, shared_k, warp, lane);
@@ -115,8 +140,7 @@ ELASTIC_FN void run_tile(const Params& p, const Tile& tile, u32 shared_q, u32 sh
     __syncthreads();  // V is here, and everyone is done with K
     const int next = blocks.next();
     if (next >= 0) {
-      load_rows<kHalf>(shared_k, head.k + next * i64(kHalf) * 2 * p.stride_k.token, 2 * p.stride_k.token,
-                       sample.len_k - next * kHalf);
+      load_half(p, shared_k, head.k, p.stride_k, tile.sample, next, sample.len_k);
       copy_commit();
     }
     float alpha[2];
@@ -143,7 +167,7 @@ ELASTIC_FN void run_tile(const Params& p, const Tile& tile, u32 shared_q, u32 sh
 }  // namespace elastic
 
 extern "C" __global__ void __launch_bounds__(elastic::kThreads, 2)
-    attention_forward_sm80(const __grid_constant__ elastic::Params p) {
+    attention_forward_sm80(const __grid_constant__ elastic::ForwardParams p) {
   using namespace elastic;
   extern __shared__ __align__(128) char shared[];
   const u32 shared_q = shared_address(shared);

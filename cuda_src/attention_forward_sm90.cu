@@ -1,8 +1,9 @@
 // Fused causal GQA attention for compute capability 9.0: every KV head full, streaming or block-sparse in one persistent
 // launch. Warpgroup 0 produces (TMA, one lane; it alone knows the modes), warpgroups 1 and 2 consume 64 query rows each
 // with wgmma. Two overlaps: the warpgroups take turns on the tensor cores (ping-pong), and inside a warpgroup the
-// scores of block i run beside the output of block i - 1. The protocol is in pipeline_sm90.cuh.
-// Compile-time: ELASTIC_HEAD_DIM (64, 128), ELASTIC_BF16 (1, else fp16).
+// scores of block i run beside the output of block i - 1. The protocol is in protocol_sm90.cuh.
+// Compile-time: ELASTIC_HEAD_DIM (64, 128), ELASTIC_BF16 (1, else fp16); ELASTIC_PAGED (16, 32, 64: keys and values lie
+// in pages of a multiple of so many tokens, pages.cuh).
 #include "elastic/params.cuh"
 #include "elastic/pipeline_sm90.cuh"
 #include "elastic/softmax.cuh"
@@ -214,7 +215,7 @@ struct Consumer {
 }  // namespace elastic
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-    attention_forward_sm90(const __grid_constant__ elastic::Params p) {
+    attention_forward_sm90(const __grid_constant__ elastic::ForwardParams p) {
   using namespace elastic;
   extern __shared__ char shared_raw[];
   const u32 base = (shared_address(shared_raw) + 1023) & ~1023u;
@@ -226,11 +227,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   if (threadIdx.x == 32) {
     for (int i = 0; i < 2; ++i) {
       barrier_init(&control.full_q[i], 1);
-      barrier_init(&control.empty_q[i], kConsumerWarps);
+      barrier_init(&control.empty_q[i], kReaders);
     }
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&control.full_k[i], 1);
-      barrier_init(&control.empty_k[i], kConsumerWarps);
+      barrier_init(&control.empty_k[i], kReaders);
       barrier_init(&control.full_v[i], 1);
       barrier_init(&control.empty_v[i], kConsumerWarps);
     }
@@ -239,7 +240,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   __syncthreads();
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+#if ELASTIC_PAGED
+    const int warp = __shfl_sync(~0u, int(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
+    if (warp == 0) Producer{p, control, base, lane}.run(segments);
+    if (warp >= 1 && warp <= kLoaders) ValueLoader{p, control, base, warp - 1, lane}.run();
+#else
     if (threadIdx.x == 0) Producer{p, control, base}.run(segments);
+#endif
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
     const int group = __shfl_sync(~0u, warpgroup - 1, 0), warp = __shfl_sync(~0u, int(threadIdx.x / 32 % 4), 0);

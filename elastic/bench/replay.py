@@ -25,8 +25,8 @@ def in_turn(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
     return lambda: next(order)()
 
 
-def measure_replayed(call: Callable[[], Any], budget_ms: float) -> Timing:
-    """Median device time of one call among CALLS in a graph."""
+def captured(call: Callable[[], Any], calls: int = CALLS) -> torch.cuda.CUDAGraph:
+    """A graph of `calls` calls, after one that compiles what they need."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -34,8 +34,14 @@ def measure_replayed(call: Callable[[], Any], budget_ms: float) -> Timing:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
+    return graph
+
+
+def measure_replayed(call: Callable[[], Any], budget_ms: float) -> Timing:
+    """Median device time of one call among CALLS in a graph."""
+    graph = captured(call)
     timing = measure(graph.replay, budget_ms)
     return Timing(timing.ms / CALLS, timing.repeats * CALLS)
 

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,30 @@ def measure(call: Callable[[], Any], budget_ms: float = 400.0) -> Timing:
         last.record()
     torch.cuda.synchronize()
     return Timing(statistics.median(first.elapsed_time(last) for first, last in pairs), repeats)
+
+
+def measure_in_turn(calls: Mapping[str, Callable[[], Any]], budget_ms: float = 400.0) -> dict[str, list[float]]:
+    """Milliseconds of each call in each of 3 to 50 rounds, in which all run one after the other: what the GPU's clock
+    does meanwhile meets them alike. `budget_ms` is for each call.
+    """
+    for call in calls.values():
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for call in calls.values():
+        call()
+    torch.cuda.synchronize()
+    rounds = repeats_within((time.perf_counter() - start) * 1e3 / len(calls), budget_ms)
+    marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            call()
+            last.record()
+            marks[name].append((first, last))
+    torch.cuda.synchronize()
+    return {name: [first.elapsed_time(last) for first, last in pairs] for name, pairs in marks.items()}
 
 
 def host_microseconds(call: Callable[[], Any], rounds: int = 75) -> float:

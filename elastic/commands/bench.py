@@ -11,7 +11,7 @@ from elastic.console import Parser, say
 
 # Modules of `elastic.bench` with SUMMARY, add_arguments and run, by the name that is typed.
 BENCHMARKS = {
-    **{name: name for name in ("attention", "backward", "decode", "e2e", "router")},
+    **{name: name for name in ("attention", "backward", "decode", "e2e", "paged", "router")},
     "routing": "studies.routing",
     **{name: name for name in ("training", "xattention")},
 }

@@ -13,6 +13,8 @@ from elastic.kernels.devices import (
     unsupported_reason,
     unsupported_selection,
 )
+from elastic.kernels.paged_decode import paged_decode
+from elastic.kernels.paged_forward import paged_forward
 from elastic.kernels.params import Pattern, Ranges
 from elastic.kernels.reach import Reach, reach
 from elastic.kernels.route_gap import period_of, route_gap, slot_table
@@ -28,6 +30,8 @@ __all__ = [
     "bits_from_indices",
     "bits_from_mask",
     "kernel_path",
+    "paged_decode",
+    "paged_forward",
     "period_of",
     "reach",
     "route_gap",

@@ -193,7 +193,8 @@ def _kernel(config: DecodeConfig, head_dim: int, bf16: bool, index: int) -> Any:
 
 
 @cache
-def _config(index: int, head_dim: int, group: int, heads: int) -> DecodeConfig:
+def decode_launch(index: int, head_dim: int, group: int, heads: int) -> DecodeConfig:
+    """Launch choices of a GPU, as `decode_config` makes them."""
     return decode_config(capability_of(index), processors_of(index), shared_limit(index), head_dim, group, heads)
 
 
@@ -224,7 +225,7 @@ def _decode_cuda(
     check_decode_cuda(q, keys, values, base.numel())
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel():
-        config = _config(q.device.index, q.shape[2], q.shape[1] // base.shape[1], base.numel())
+        config = decode_launch(q.device.index, q.shape[2], q.shape[1] // base.shape[1], base.numel())
         launch_decode(out, q, keys, values, base, spans, token_stride, scale, config)
     return out
 

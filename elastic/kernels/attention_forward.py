@@ -20,6 +20,7 @@ from elastic.kernels.params import (
     HALF_BLOCK,
     MAP_BYTES,
     QUERY_BLOCK,
+    WARP_ROWS,
     WHOLE_ROWS,
     Pattern,
     Ranges,
@@ -28,8 +29,6 @@ from elastic.kernels.params import (
     strides_of,
 )
 from elastic.kernels.tensor_map import tensor_map
-
-_WARP_ROWS = 16  # query rows that a warp stores at once
 
 
 @cache
@@ -113,7 +112,7 @@ def prepare_launch(
 def _encode_maps(tensors: tuple[Tensor, ...], plan: PreparedLaunch) -> bytes:
     if plan.config.arch != "sm_90a":
         return bytes(4 * MAP_BYTES)  # that kernel reads by address
-    boxes = (QUERY_BLOCK, HALF_BLOCK, HALF_BLOCK, _WARP_ROWS)
+    boxes = (QUERY_BLOCK, HALF_BLOCK, HALF_BLOCK, WARP_ROWS)
     return b"".join(tensor_map(x, s, rows) for x, s, rows in zip(tensors, plan.strides, boxes, strict=True))
 
 

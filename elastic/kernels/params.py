@@ -13,14 +13,15 @@ from torch import Tensor
 
 FULL, STREAMING, BLOCK_SPARSE = 0, 1, 2  # modes of a head
 QUERY_BLOCK, KEY_BLOCK, HALF_BLOCK = 128, 128, 64  # tokens: of a query tile, of a key tile, of half a key tile
-PARAMS_BYTES, BACKWARD_BYTES, SELECTION_BYTES, REACH_BYTES = 768, 960, 832, 832
+PARAMS_BYTES, BACKWARD_BYTES, SELECTION_BYTES, REACH_BYTES, PAGED_BYTES = 768, 960, 832, 832, 832
 BACKWARD_TILE = 8192  # query rows of a backward tile times head dim
 ROW_TILE, KEY_CELLS = 128, 256  # of the block selection: rows of a tile, cells of a key tile, of `stride` tokens each
 REACH_QUERIES, REACH_RECENT, REACH_TILE = 32, 8, 128  # last queries looked at, and of these the last; keys of a tile
-MAP_BYTES = 128
+MAP_BYTES, WARP_ROWS = 128, 16  # of a tensor map; query rows that a warp stores at once
 _POINTERS, _SIZES = struct.Struct("<13Q"), struct.Struct("<12q12i2f")
 _ADDRESSES, _STRIDES = struct.Struct("<7Q"), struct.Struct("<12qi36x")
 _SELECTION, _ANSWERS = struct.Struct("<dQ4i32x"), struct.Struct("<2Q48x")
+_PAGES = struct.Struct("<Q2i")
 
 
 class Pattern(NamedTuple):
@@ -116,9 +117,12 @@ def pack_pointers(
 
 
 def pack_sizes(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, mode: Tensor, bits: Tensor | None, pattern: Pattern
-) -> bytes:
-    """The rest of `elastic::Params`: strides, sizes and the pattern, the same for every call with these shapes."""
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, mode: Tensor, bits: Tensor | None, pattern: Pattern,
+    seq_k: int | None = None,
+) -> bytes:  # fmt: skip
+    """The rest of `elastic::Params`: strides, sizes and the pattern, the same for every call with these shapes. `seq_k`
+    are the keys that a sample can have, where k does not show them.
+    """
     scale = pattern.scale_for(q.shape[3])
     return _SIZES.pack(
         *strides_of(q),
@@ -129,7 +133,7 @@ def pack_sizes(
         q.shape[2],
         k.shape[2],
         q.shape[1],
-        k.shape[1],
+        k.shape[1] if seq_k is None else seq_k,
         pattern.sink,
         min(pattern.window, 1 << 30),
         int(pattern.granule == "block"),
@@ -164,6 +168,11 @@ def pack_selection(
 def pack_answers(largest: Tensor, recent: Tensor) -> bytes:
     """What `elastic::ReachParams` adds to `Params`."""
     return _ANSWERS.pack(largest.data_ptr(), recent.data_ptr())
+
+
+def pack_pages(table: Tensor, size: int) -> bytes:
+    """`elastic::Pages` of a block table [B, P] and pages of `size` tokens."""
+    return _PAGES.pack(table.data_ptr(), table.stride(0), size.bit_length() - 1)
 
 
 def is_half(dtype: torch.dtype) -> bool:

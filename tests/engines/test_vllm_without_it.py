@@ -11,12 +11,12 @@ from elastic.data.prompts import encode
 from elastic.engines.vllm import plugin
 from elastic.engines.vllm.decide import Rotation
 from elastic.engines.vllm.options import Options
-from elastic.engines.vllm.paged import Pages, attend_pages, write_pages
+from elastic.engines.vllm.paged import Pages, Step, attend_launches, attend_pages, attend_step, write_pages
 from elastic.engines.vllm.routers import load_routing
 from elastic.engines.vllm.spans import ChatMarks, user_span
 from elastic.engines.vllm.table import RouteTable
 from elastic.engines.vllm.versions import check_version
-from elastic.kernels import Pattern
+from elastic.kernels import Pattern, paged_forward
 from elastic.kernels.reach_oracle import hidden_mass
 from elastic.model.attach import attach, override_routes, routers
 from elastic.model.checkpoint import save_elastic
@@ -210,6 +210,40 @@ def test_attention_over_pages_is_masked_attention(queries, granule):
             mask = visible(at, position, sink=4, window=8, granule=granule, block=4)
         weight = (0.3 * q[:, head] @ k[:, head // 2].T).masked_fill(~mask, float("-inf")).softmax(-1)
         torch.testing.assert_close(found[:, head], weight @ v[:, head // 2], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("singles", [0, 2, 4])
+def test_a_step_is_its_requests_one_by_one_and_what_the_kernels_compute(singles):
+    """The PyTorch path of a batch with different routes, against the operators' twin over the same cache."""
+    sparse, modes = (
+        SparseConfig(sink=4, window=8, block=4),
+        torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]], dtype=torch.int32),
+    )
+    cache = torch.randn(11, 2, 16, 16)
+    table = torch.tensor([[7, 2, 5], [1, 8, 0], [4, 3, 6], [9, 10, 0]], dtype=torch.int32)
+    news, lengths = [1] * singles + [45, 0, 13, 20][singles:], torch.tensor([45, 20, 31, 25], dtype=torch.int32)
+    starts = torch.tensor([0, *torch.tensor(news).cumsum(0)], dtype=torch.int32)
+    q, pools = torch.randn(sum(news), 4, 8), cache.transpose(1, 2).chunk(2, dim=-1)
+    step = Step(table, starts, lengths, singles)
+    found = attend_step(q, cache, step, modes, sparse, 0.3)
+    want = paged_forward(q, *pools, table, starts, lengths, modes, Pattern(4, 8, sparse.granule, 4, 0.3))[0]
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attend_launches(q, cache, step, modes, sparse, 0.3), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("singles", [0, 1, 2])
+def test_a_step_on_a_gpu_equals_that_on_the_cpu(singles):
+    sparse, modes = SparseConfig(sink=64, window=64, block=64), torch.tensor([[1, 0], [0, 1]], dtype=torch.int32)
+    cache, table = torch.randn(20, 2, 16, 128), torch.randperm(20).view(2, 10).int()
+    news, lengths = [1] * singles + [150, 13][singles:], torch.tensor([150, 97], dtype=torch.int32)
+    starts = torch.tensor([0, *torch.tensor(news).cumsum(0)], dtype=torch.int32)
+    q = torch.randn(sum(news), 4, 64)
+    want = attend_step(q, cache, Step(table, starts, lengths, singles), modes, sparse, 0.125)
+    step = Step(table.cuda(), starts.cuda(), lengths.cuda(), singles)
+    found = attend_step(q.half().cuda(), cache.half().cuda(), step, modes.cuda(), sparse, 0.125)
+    torch.testing.assert_close(found.float().cpu(), want, atol=5e-3, rtol=5e-3)
 
 
 def test_the_table_lives_as_long_as_its_requests():

@@ -1,6 +1,6 @@
 """Compile what the GPU tests launch, in as many processes as there are cores: before the first test of a fresh machine.
 
-python -m tests.kernels.compile_all
+python -m tests.kernels.compile_all [WORD ...]
 """
 
 import os
@@ -32,6 +32,17 @@ def variants() -> list[Variant]:
         found += reach_variants(dim, bf16)
         for macros in sorted(decode_macros(dim)):
             found.append(Variant("attention_decode", "sm_90", dim, bf16, macros))
+        found += paged_variants(dim, bf16)
+    return found
+
+
+def paged_variants(dim: int, bf16: bool) -> list[Variant]:
+    """The forward pass over pages of every size and its builds of the delay tests, and decoding."""
+    found = [Variant("attention_forward_sm80", "sm_90", dim, bf16, ("ELASTIC_PAGED=1",))]
+    for box, debug in product((16, 32, 64), ((), STRESS)):
+        found.append(Variant("attention_forward_sm90", "sm_90a", dim, bf16, (f"ELASTIC_PAGED={box}", *debug)))
+    for macros in sorted(decode_macros(dim)):
+        found.append(Variant("attention_decode", "sm_90", dim, bf16, (*macros, "ELASTIC_PAGED=1")))
     return found
 
 
@@ -58,8 +69,11 @@ def decode_macros(dim: int) -> set[tuple[str, str]]:
 
 
 def main() -> int:
-    """Compile; a kernel that fails ends it with the compiler's log."""
-    started, wanted = time.perf_counter(), variants()
+    """Compile; a kernel that fails ends it with the compiler's log. With arguments only files whose options name one of
+    them: PAGED.
+    """
+    words = sys.argv[1:]
+    started, wanted = time.perf_counter(), [v for v in variants() if not words or any(w in str(v) for w in words)]
     with ProcessPoolExecutor(min(len(wanted), os.cpu_count() or 1)) as pool:
         paths = list(pool.map(cubin_path, wanted))
     sys.stdout.write(f"{len(set(paths))} kernels in {time.perf_counter() - started:.0f} s\n")

@@ -8,11 +8,13 @@ compute-sanitizer --kernel-name kns=attention_decode python -m tests.kernels.san
 compute-sanitizer --kernel-name kns=route_prompt python -m tests.kernels.sanitize router
 compute-sanitizer --tool racecheck --kernel-name kns=xattention python -m tests.kernels.sanitize select
 compute-sanitizer --tool racecheck --kernel-name kns=reach python -m tests.kernels.sanitize reach
+compute-sanitizer --kernel-name kns=attention_ python -m tests.kernels.sanitize paged
 
 The kernels are compiled with line numbers. initcheck must see all kernels, because PyTorch's write what ours read;
 `count` then tells whose reads it reports. `run` is forward, backward and the route's gap, `decode` decode attention,
-`router` the router, `select` XAttention's choice of key blocks, `reach` both kernels of reach. memcheck sees an overrun
-of a tensor only where PyTorch does not cut tensors out of larger blocks: set PYTORCH_NO_CUDA_MEMORY_CACHING=1.
+`router` the router, `select` XAttention's choice of key blocks, `reach` both kernels of reach, `paged` what reads
+pages. memcheck sees an overrun of a tensor only where PyTorch does not cut tensors out of larger blocks: set
+PYTORCH_NO_CUDA_MEMORY_CACHING=1.
 """
 
 import re
@@ -32,6 +34,7 @@ from tests.kernels.generators import placed, random_problem, tensor
 from tests.kernels.gpu import paths, run
 from tests.kernels.gpu_backward import forward_exact, run_backward, upstream
 from tests.kernels.gpu_decode import configs, random_decode, run_decode
+from tests.kernels.gpu_paged import decode_configs, random_paged, run_paged, run_paged_decode
 from tests.kernels.gpu_reach import judge_reach, run_reach
 from tests.kernels.gpu_selection import Selection, judge_selection, run_selection
 from tests.kernels.test_reach_gpu import mixed
@@ -151,6 +154,19 @@ def far(_debug: tuple[str, ...]) -> None:
         done(f"reach q {list(q.shape)} k {list(k.shape)} {q.dtype}", started)
 
 
+def over_pages(_debug: tuple[str, ...]) -> None:
+    """Decoding and the forward pass over pages, small."""
+    for seed in SEEDS:
+        started = time.perf_counter()
+        problem = random_paged(seed, decode=True, longest=300)
+        for config in decode_configs(problem):
+            run_paged_decode(problem, config)
+        problem = random_paged(seed, decode=False, longest=300)
+        for path in paths():
+            run_paged(problem, path)
+        done(f"pages of {problem.pools[0].shape[1]}, seed {seed}", started)
+
+
 def count(log: str) -> Counter[str]:
     """Reports by kernel: ours by name, all others together."""
     found: Counter[str] = Counter()
@@ -168,6 +184,7 @@ PARTS: dict[str, Callable[[tuple[str, ...]], None]] = {
     "router": route,
     "select": select,
     "reach": far,
+    "paged": over_pages,
 }
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 
 from elastic.kernels import jit
 from elastic.kernels.devices import decode_config, reach_config
+from elastic.kernels.paged_forward import paged_config
 
 pytest.importorskip("cupy", reason="the CUDA kernels need CuPy: pip install elastic-attention[cuda12]")
 CHECKOUT = Path(__file__).parents[2]
@@ -54,6 +55,14 @@ def test_variant_compiles_clean(name: str, arch: str, head_dim: int, bf16: bool)
     compiles_clean(jit.Variant(name, arch, head_dim, bf16))
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("capability", "size"), [((9, 0), 16), ((9, 0), 32), ((9, 0), 128), ((8, 0), 16)])
+def test_paged_forward_compiles_clean(capability: tuple[int, int], size: int, head_dim: int, bf16: bool) -> None:
+    config = paged_config(capability, 100, head_dim, 1, 9, size)
+    compiles_clean(jit.Variant(config.name, config.arch, head_dim, bf16, config.macros))
+
+
 @pytest.mark.parametrize("stride", [8, 16])
 @pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("bf16", [True, False])
@@ -72,8 +81,10 @@ def test_decode_and_router_compile_clean(arch: str, head_dim: int, bf16: bool) -
     limit = {(8, 0): 166_912, (8, 6): 101_376, (9, 0): 232_448, (12, 0): 101_376}[capability]
     config = decode_config(capability, 100, limit, head_dim, 4, 8)
     parts = 8 if capability >= (9, 0) else 1
+    ring = (f"ELASTIC_WARPS={config.warps}", f"ELASTIC_STAGES={config.stages}")
     wanted = [
-        ("attention_decode", (f"ELASTIC_WARPS={config.warps}", f"ELASTIC_STAGES={config.stages}")),
+        ("attention_decode", ring),
+        ("attention_decode", (*ring, "ELASTIC_PAGED=1")),
         ("route_prompt", (f"ELASTIC_PARTS={parts}",)),
     ]
     for name, macros in wanted:
@@ -103,8 +114,9 @@ def test_the_other_gpus_compile(arch: str) -> None:
 def test_the_builds_of_the_race_tests_compile(name: str) -> None:
     debug = ("ELASTIC_STRESS=1", "ELASTIC_WATCHDOG=1", "ELASTIC_STRIDE=16", "ELASTIC_BLOCK=128")
     debug += ("ELASTIC_BLOCKS=2", "ELASTIC_STAGES=4")
-    cubin, _ = jit.compile_cubin(jit.Variant(name, "sm_90a", 128, True, debug))
-    assert cubin[:4] == b"\x7fELF"
+    for more in ((), ("ELASTIC_PAGED=16",)):
+        cubin, _ = jit.compile_cubin(jit.Variant(name, "sm_90a", 128, True, (*debug, *more)))
+        assert cubin[:4] == b"\x7fELF"
 
 
 @pytest.fixture

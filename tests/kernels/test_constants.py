@@ -53,6 +53,7 @@ SIZES = [
     (BACKWARD, "BackwardParams", params.BACKWARD_BYTES),
     (SELECT, "SelectParams", params.SELECTION_BYTES),
     (REACH, "ReachParams", params.REACH_BYTES),
+    (FORWARD, "PagedParams", params.PAGED_BYTES),
 ]
 
 
@@ -81,7 +82,12 @@ def test_structures_have_the_asserted_size(file: str, name: str, size: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("file", "name", "module"), [(DECODE, "DecodeParams", "attention_decode"), (ROUTER, "RouteParams", "route_prompt")]
+    ("file", "name", "module"),
+    [
+        (DECODE, "DecodeParams", "attention_decode"),
+        (DECODE, "PagedDecodeParams", "paged_decode"),
+        (ROUTER, "RouteParams", "route_prompt"),
+    ],
 )
 def test_packed_structures_have_the_asserted_size(file: str, name: str, module: str) -> None:
     packed: struct.Struct = importlib.import_module(f"elastic.kernels.{module}")._PARAMS

@@ -21,10 +21,13 @@ struct Span {  // the visible tokens of a head, numbered 0..count: the sink, the
   int sink, skip, count;
 };
 
-ELASTIC_FN Span span_of(const DecodeParams& p, int head) {
-  const int end = max_i(p.end[head], 0), sink = min_i(max_i(p.sink[head], 0), end);
-  const int begin = min_i(max_i(p.begin[head], sink), end);
+// Of a sink, a first token after it and an end that may be any numbers.
+ELASTIC_FN Span clipped(int of_sink, int of_begin, int of_end) {
+  const int end = max_i(of_end, 0), sink = min_i(max_i(of_sink, 0), end);
+  const int begin = min_i(max_i(of_begin, sink), end);
   return {sink, begin - sink, sink + end - begin};
 }
+
+ELASTIC_FN Span span_of(const DecodeParams& p, int head) { return clipped(p.sink[head], p.begin[head], p.end[head]); }
 
 }  // namespace elastic

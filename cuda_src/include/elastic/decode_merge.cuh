@@ -64,8 +64,10 @@ ELASTIC_FN void gather_warps(float* rows, Shared& shared, float (&o)[kD / 2], So
 
 ELASTIC_FN float* peaks_of(const DecodeParams& p, int group) { return p.partial + i64(2) * gridDim.x * group * kD; }
 
-// The CTA's part of a head: to the output if it is the whole head, else to slot `slot` of the partial results.
-ELASTIC_FN void store_item(const DecodeParams& p, const float* rows, const Shared& shared, const Item& item, int slot) {
+// The CTA's part of a head: to the output if it is the whole head, else to slot `slot` of the partial results. A head
+// without visible tokens is whole, and answers `none`.
+ELASTIC_FN void store_item(const DecodeParams& p, const float* rows, const Shared& shared, const Item& item, int slot,
+                           float none) {
   const int group = p.heads / p.kv_heads;
   for (int i = threadIdx.x; i < group * kD / 2; i += kThreads) {
     const int row = i / (kD / 2), column = 2 * (i % (kD / 2));
@@ -77,8 +79,8 @@ ELASTIC_FN void store_item(const DecodeParams& p, const float* rows, const Share
       x += part.x, y += part.y;
     }
     if (item.whole) {
-      const float factor = total.y == 0.0f ? 0.0f : 1.0f / total.y;
-      store_pair(p, item.head, row, column, x * factor, y * factor);
+      const float factor = 1.0f / total.y;
+      store_pair(p, item.head, row, column, total.y == 0.0f ? none : x * factor, total.y == 0.0f ? none : y * factor);
     } else {
       *(float2*)(p.partial + (i64(slot) * group + row) * kD + column) = make_float2(x, y);
       if (column == 0) *(float2*)(peaks_of(p, group) + (i64(slot) * group + row) * 2) = total;

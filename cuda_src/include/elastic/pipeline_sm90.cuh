@@ -1,59 +1,21 @@
-// Shared memory of a CTA and the protocol between its producer lane and its two consumer warpgroups.
-//
-// full_q[i]  1 arrival + bytes   header i and the Q tile are in place (a tile without blocks brings no bytes)
-// empty_q[i] 8 arrivals          every consumer warp is done with header i, with Q, and with O staged in its place
-// full_k/v   1 arrival + bytes   stage and its ring entry are in place; K runs one block ahead of V
-// empty_k/v  8 arrivals          every consumer warp is done with the stage (K: also with the ring entry)
-// The producer starts on phase 1 (everything is empty), the consumers on phase 0.
+// The producer of the forward pass on 9.0: where its tiles and blocks come from and how they are loaded. The protocol is
+// in protocol_sm90.cuh.
 #pragma once
-#include "elastic/ptx_sm90.cuh"
-#include "elastic/schedule.cuh"
+#include "elastic/paged_loader_sm90.cuh"
 
 namespace elastic {
 
-constexpr int kD = ELASTIC_HEAD_DIM;
-constexpr int kConsumerWarps = 8;
-constexpr int kStages = kD == 64 ? 4 : 2;
-constexpr int kBlockN = 2 * kHalf;
-constexpr int kTileBytesQ = kTileM * kD * 2, kTileBytesKV = kBlockN * kD * 2;
-constexpr int kNone = 0xffff;  // id of a missing half block: beyond every sequence, so TMA fills it with zeros
-
-constexpr int kWork = 0, kEmpty = 1, kPoison = 2, kDone = 3;
-
-struct Header {  // of one tile
-  int state, row, head, q_row;     // q_row: first query row in the batch row
-  int rows, position, len_k, pad;  // query rows of the sample from the tile's first on; its position
-  Rule rule;
-};
-
-// ids: low 16 bits the first half block, high 16 the second. flags: what the consumers must do with them.
-constexpr u32 kLast = 1, kMask0 = 2, kMask1 = 4, kTail = 8;
-struct Entry {
-  u32 ids, flags;
-};
-
-struct Control {
-  u64 full_q[2], empty_q[2];
-  u64 full_k[kStages], empty_k[kStages], full_v[kStages], empty_v[kStages];
-  Entry ring[kStages];
-  Header header[2];
-  ScheduleSize size;
-};
-
-struct SharedLayout {  // offsets from a base that is a multiple of 1024
-  static constexpr int q = 0;
-  static constexpr int k = q + 2 * kTileBytesQ;
-  static constexpr int v = k + kStages * kTileBytesKV;
-  static constexpr int control = v + kStages * kTileBytesKV;
-  static constexpr int segments = control + 1024;
-};
-static_assert(sizeof(Control) <= 1024, "the schedule starts 1024 bytes after the barriers");
-
-// One elected lane: walks the tiles, their visited blocks, and feeds the rings.
+// One elected lane: walks the tiles, their visited blocks, and feeds the rings. Over pages it is a warp whose lanes all
+// walk, of which lane 0 alone writes and arrives, and which loads K.
 struct Producer {
-  const Params& p;
+  const ForwardParams& p;
   Control& c;
   u32 base;
+#if ELASTIC_PAGED
+  int lane;
+#else
+  static constexpr int lane = 0;
+#endif
 
   ELASTIC_FN void load_block(u64* bar, const TensorMap& map, u32 shared, u32 ids, int begin, int head, int row) const {
     arrive_expect(bar, kTileBytesKV);
@@ -67,7 +29,35 @@ struct Producer {
     }
   }
 
-  ELASTIC_FN int next_tile() const { return atomicAdd(p.counter, 1) + gridDim.x; }
+  ELASTIC_FN void load_values(const Ring<kStages>& v, u32 ids, int head, const Sample& s) const {
+    if (ELASTIC_PAGED) return;  // the loaders'
+    wait(&c.empty_v[v.slot], v.phase);
+    load_block(&c.full_v[v.slot], p.map_v, base + SharedLayout::v + v.slot * kTileBytesKV, ids, s.begin_k, head, s.row);
+  }
+
+  // Waits for the stage of K, announces the block, loads it.
+  ELASTIC_FN void load_keys(const Ring<kStages>& kv, const Entry& entry, int head, int sample, const Sample& s) const {
+    u64* full = &c.full_k[kv.slot];
+    const u32 tile = base + SharedLayout::k + kv.slot * kTileBytesKV;
+#if ELASTIC_PAGED
+    const Box box(p, entry.ids, sample, s.len_k, lane, 0, 1);
+    wait(&c.empty_k[kv.slot], kv.phase);
+    if (lane == 0) {
+      c.ring[kv.slot] = entry;
+      arrive_expect(full, kTileBytesKV);
+    }
+    __syncwarp();
+    box.load(full, p.map_k, tile, head);
+#else
+    wait(&c.empty_k[kv.slot], kv.phase);
+    c.ring[kv.slot] = entry;
+    load_block(full, p.map_k, tile, entry.ids, s.begin_k, head, s.row);
+#endif
+  }
+
+  ELASTIC_FN int next_tile() const { return lane == 0 ? atomicAdd(p.counter, 1) + gridDim.x : 0; }
+
+  ELASTIC_FN int of_lane_0(int value) const { return ELASTIC_PAGED ? __shfl_sync(~0u, value, 0) : value; }
 
   ELASTIC_FN void run(const Segment* segments) const {
     const ScheduleSize size = c.size;
@@ -75,11 +65,14 @@ struct Producer {
     Ring<kStages> kv{0, 1};
     int t = blockIdx.x;
     while (true) {
+      t = of_lane_0(t);
       wait(&c.empty_q[q.slot], q.phase);
       Header& h = c.header[q.slot];
       if (t >= size.tiles) {
-        h.state = kDone;
-        arrive(&c.full_q[q.slot]);
+        if (lane == 0) {
+          h.state = kDone;
+          arrive(&c.full_q[q.slot]);
+        }
         break;
       }
       const Tile tile = decode_tile<QueryBlocks, kD>(p, segments, size.segments, t);
@@ -87,13 +80,16 @@ struct Producer {
       const int kv_head = tile.head / (p.heads / p.kv_heads), mode = p.mode[tile.sample * p.kv_heads + kv_head];
       const int delta = sample.len_k - sample.len_q, m0 = tile.block * kTileM;
       const Rule rule = rule_of(mode, p.sink, p.window, p.by_block, p.block);
-      h.row = sample.row;
-      h.head = tile.head;
-      h.q_row = sample.begin_q + m0;
-      h.rows = sample.len_q - m0;
-      h.position = m0 + delta;
-      h.len_k = sample.len_k;
-      h.rule = rule;
+      if (lane == 0) {
+        h.row = sample.row;
+        h.head = tile.head;
+        h.q_row = sample.begin_q + m0;
+        h.rows = sample.len_q - m0;
+        h.position = m0 + delta;
+        h.len_k = sample.len_k;
+        h.rule = rule;
+        if (ELASTIC_PAGED) h.sample = tile.sample;
+      }
       const bool poisoned = is_poisoned(p, mode);
       BlockIterator blocks;
       blocks.init(rule, m0, min_i(m0 + kTileM, sample.len_q), delta,
@@ -101,18 +97,22 @@ struct Producer {
                       : p.bits + ((i64(tile.sample) * p.heads + tile.head) * p.bits_rows + tile.block) * p.bits_words);
       int id = poisoned ? -1 : blocks.next();
       if (id < 0) {
-        h.state = poisoned ? kPoison : kEmpty;
-        arrive(&c.full_q[q.slot]);
+        if (lane == 0) {
+          h.state = poisoned ? kPoison : kEmpty;
+          arrive(&c.full_q[q.slot]);
+        }
         t = next_tile();
         q.advance();
         continue;
       }
-      h.state = kWork;
-      arrive_expect(&c.full_q[q.slot], kTileBytesQ);
+      if (lane == 0) {
+        h.state = kWork;
+        arrive_expect(&c.full_q[q.slot], kTileBytesQ);
 #pragma unroll
-      for (int d = 0; d < kD / 64; ++d) {
-        tma_load(p.map_q, &c.full_q[q.slot], base + SharedLayout::q + q.slot * kTileBytesQ + d * (kTileM * 128), d * 64,
-                 sample.begin_q + m0, tile.head, sample.row, kEvictFirst);
+        for (int d = 0; d < kD / 64; ++d) {
+          tma_load(p.map_q, &c.full_q[q.slot], base + SharedLayout::q + q.slot * kTileBytesQ + d * (kTileM * 128),
+                   d * 64, sample.begin_q + m0, tile.head, sample.row, kEvictFirst);
+        }
       }
       q.advance();
       Ring<kStages> v = kv;
@@ -129,26 +129,17 @@ struct Producer {
           }
         }
         if (max_i(id, second) * kHalf + kHalf > sample.len_k) flags |= kTail;
-        wait(&c.empty_k[kv.slot], kv.phase);
-        c.ring[kv.slot] = Entry{ids, flags};
-        load_block(&c.full_k[kv.slot], p.map_k, base + SharedLayout::k + kv.slot * kTileBytesKV, ids, sample.begin_k,
-                   kv_head, sample.row);
-        if (!first) {
-          wait(&c.empty_v[v.slot], v.phase);
-          load_block(&c.full_v[v.slot], p.map_v, base + SharedLayout::v + v.slot * kTileBytesKV, v_ids, sample.begin_k,
-                     kv_head, sample.row);
-        }
+        load_keys(kv, Entry{ids, flags}, kv_head, tile.sample, sample);
+        if (!first) load_values(v, v_ids, kv_head, sample);
         if (after < 0) t = next_tile();
         v = kv;
         v_ids = ids;
         kv.advance();
         id = after;
       }
-      wait(&c.empty_v[v.slot], v.phase);
-      load_block(&c.full_v[v.slot], p.map_v, base + SharedLayout::v + v.slot * kTileBytesKV, v_ids, sample.begin_k,
-                 kv_head, sample.row);
+      load_values(v, v_ids, kv_head, sample);
     }
-    release_counter(p.counter);
+    if (lane == 0) release_counter(p.counter);
   }
 };
 

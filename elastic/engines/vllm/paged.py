@@ -1,6 +1,8 @@
-"""Keys and values of a request in an engine's pages, and attention over them in PyTorch: the twin of paged kernels.
+"""Keys and values of requests in an engine's pages, and attention over them: by the kernels on a GPU, a step's requests
+at once; elsewhere request by request in PyTorch.
 
-Legend: N pages, K KV heads, T tokens of a page, D head dim, H query heads, Q queries, h KV heads of one mode.
+Legend: N pages, K KV heads, T tokens of a page, D head dim, H query heads, Q queries, h KV heads of one mode; of a step
+B requests, S queries, P entries of a row of the table.
 """
 
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 from elastic.attention.torch_path import streaming
 from elastic.config import SparseConfig
+from elastic.kernels import Pattern, paged_decode, paged_forward
 from elastic.visibility import lower_bound
 
 _CHUNK = 512  # queries whose mask exists at a time
@@ -56,6 +59,66 @@ def write_pages(cache_NKTE: Tensor, k_SKD: Tensor, v_SKD: Tensor, slot_S: Tensor
     slot = slot_S[held].long()
     both = torch.cat([k_SKD[:tokens], v_SKD[:tokens]], dim=-1)[held]
     cache_NKTE[slot // size, :, slot % size] = both.to(cache_NKTE.dtype)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step's layers share, int32 on the cache's device.
+
+    Attributes:
+        table: [B, P], each request's pages in order.
+        starts: [B + 1], where each request's queries begin, and their number S.
+        lengths: [B], each request's tokens with the new ones.
+        singles: of the first requests, how many have one query each (an engine puts them first): they run as decoding.
+    """
+
+    table: Tensor
+    starts: Tensor
+    lengths: Tensor
+    singles: int
+
+
+def attend_step(
+    q_SHD: Tensor, cache_NKTE: Tensor, step: Step, mode_BK: Tensor, sparse: SparseConfig, scale: float
+) -> Tensor:
+    """Attention of all new tokens of a step, each the last of its request.
+
+    On a GPU one launch for single queries and one for all others, which read `step` and `mode_BK` there; elsewhere
+    `attend_pages`.
+
+    Args:
+        mode_BK: int32, 1 where a KV head runs streaming, else 0.
+
+    Returns:
+        [S, H, D].
+
+    Raises:
+        ValueError: a GPU's tensors that the kernels do not take, with the way out.
+    """
+    if q_SHD.is_cuda:
+        return attend_launches(q_SHD, cache_NKTE, step, mode_BK, sparse, scale)
+    output, bounds = torch.empty_like(q_SHD), step.starts.tolist()
+    for n, (length, modes) in enumerate(zip(step.lengths.tolist(), mode_BK.tolist(), strict=True)):
+        queries = slice(bounds[n], bounds[n + 1])
+        if queries.start < queries.stop:
+            pages = Pages(cache_NKTE, step.table[n].long(), length)
+            output[queries] = attend_pages(q_SHD[queries], pages, [bool(mode) for mode in modes], sparse, scale)
+    return output
+
+
+def attend_launches(
+    q_SHD: Tensor, cache_NKTE: Tensor, step: Step, mode_BK: Tensor, sparse: SparseConfig, scale: float
+) -> Tensor:
+    """`attend_step` by the paged operators, whatever the device."""
+    keys, values = _halves(cache_NKTE.transpose(1, 2))
+    pattern = Pattern(sparse.sink, sparse.window, sparse.granule, sparse.block, scale)
+    n, parts = step.singles, []
+    if n:
+        parts.append(paged_decode(q_SHD[:n], keys, values, step.table[:n], step.lengths[:n], mode_BK[:n], pattern))
+    if n < mode_BK.shape[0]:
+        rest = step.table[n:], step.starts[n:] - n, step.lengths[n:], mode_BK[n:]
+        parts.append(paged_forward(q_SHD[n:], keys, values, *rest, pattern)[0])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def attend_pages(q_QHD: Tensor, pages: Pages, sparse_K: list[bool], sparse: SparseConfig, scale: float) -> Tensor:
