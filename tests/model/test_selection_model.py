@@ -1,4 +1,4 @@
-"""Methods that choose key blocks in a model: `elastic test`, `elastic eval` and `elastic.load` take them by one parser."""
+"""Methods that choose key blocks in a model: `elastic test`, `elastic eval` and `elastic.load` read the same names."""
 
 from dataclasses import replace
 
