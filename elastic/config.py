@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 Mode = Literal["full", "streaming", "xattention", "moba", "nsa", "infllm", "flexprefill", "flashprefill"]
 CHOOSING: tuple[Mode, ...] = ("xattention", "moba", "nsa", "infllm", "flexprefill", "flashprefill")
+CHOOSING_IN_STEPS: tuple[Mode, ...] = ("nsa", "infllm")  # in decode steps too; the others attend in full there
 SHORT: dict[Mode, str] = {
     "full": "FA", "streaming": "SSA", "xattention": "XA", "moba": "MoBA", "nsa": "NSA", "infllm": "InfLLM",
     "flexprefill": "FlexPrefill", "flashprefill": "FlashPrefill",
@@ -145,6 +146,11 @@ class SparseConfig:
     def chooser(self) -> Mode | None:
         """The mode that chooses key blocks for each input, of which a configuration has at most one."""
         return next((mode for mode in (self.route0, self.route1) if mode in CHOOSING), None)
+
+    @property
+    def chooses_in_steps(self) -> bool:
+        """Whether heads choose key blocks in decode steps too."""
+        return self.chooser in CHOOSING_IN_STEPS
 
     @property
     def dense(self) -> "SparseConfig":

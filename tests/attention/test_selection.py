@@ -15,7 +15,8 @@ from elastic.attention.routed import backend_for, fused, routed_attention
 from elastic.attention.selection import compressed, flashprefill, flexprefill, pooling
 from elastic.attention.selection.sample import Sample
 from elastic.attention.selection.table import SELECTIONS
-from elastic.config import CHOOSING, SHORT, SparseConfig
+from elastic.cache.decode_attention import decode_attention
+from elastic.config import CHOOSING, CHOOSING_IN_STEPS, SHORT, SparseConfig
 from elastic.kernels.block_bits import mask_from_bits, query_block
 
 CPU = torch.device("cpu")
@@ -199,6 +200,27 @@ def test_mixed_routes_attend_to_the_oracles_blocks(name, block, queries, keys):
     )
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("block", [4, 64])
+def test_a_decode_step_chooses_where_the_paper_does(name, block):
+    """NSA's and InfLLM-V2's heads choose by the one query; the others attend to the whole cache."""
+    sparse, keys = sparse_of(name, block), 900
+    q, k, v = operands(2, 1, keys)
+    mask = torch.ones(2, keys, dtype=torch.long)
+    mask[1, :77] = 0
+    route = torch.ones(2, 2)
+    plan = HeadPlan.build(route, sparse, batch_layout(2, 1, keys - 1, CPU, mask))
+    outputs = [decode_attention(q, k, v, plan, SCALE, None), routed_attention(q, k, v, route, plan, SCALE).output]
+    for row, pad in ((0, 0), (1, 77)):
+        own = q[row : row + 1], k[row : row + 1, :, pad:], v[row : row + 1, :, pad:]
+        seen = oracle_mask(*own[:2], sparse) if name in CHOOSING_IN_STEPS else torch.ones(1, 4, 1, keys - pad).bool()
+        assert (seen.sum() < 4 * (keys - pad)) == (name in CHOOSING_IN_STEPS)
+        expected = reference_output(*(x.double() for x in own), seen)
+        for output in outputs:
+            torch.testing.assert_close(output[row : row + 1], expected, rtol=0, atol=1e-5)
+    assert density(plan) is None and plan.chooses_blocks == (name in CHOOSING_IN_STEPS)
+
+
 def reference_output(q, k, v, mask):
     """Attention under a dense mask [B, H, Lq, Lk], as [B, Lq, H, D] in fp32."""
     group = q.shape[1] // k.shape[1]
@@ -220,7 +242,8 @@ def test_packed_samples_choose_as_they_do_alone(name, block):
         alone = HeadPlan.build(route[n : n + 1], sparse, batch_layout(1, end - begin, 0, CPU))
         expected = routed_attention(*own, route[n : n + 1], alone, SCALE)
         torch.testing.assert_close(found.output[:, begin:end], expected.output, rtol=0, atol=1e-5)
-        if expected.plan.bits is None:  # one token chooses nothing
+        if expected.plan.bits is None:  # one token chooses nothing, but for NSA and InfLLM-V2
+            assert end - begin == 1 and name not in CHOOSING_IN_STEPS
             continue
         bits = found.plan.bits[n, :, : expected.plan.bits.shape[2], : expected.plan.bits.shape[3]]
         assert torch.equal(bits, expected.plan.bits[0])

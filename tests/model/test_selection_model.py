@@ -7,7 +7,8 @@ import torch
 
 import elastic
 from elastic.config import SparseConfig
-from elastic.inference.generate import generate
+from elastic.inference.decode_graph import can_graph
+from elastic.inference.generate import generate, new_cache
 from elastic.model.attach import attach, last_routes, override_routes
 from elastic.routing.methods import parse_method
 from elastic.routing.sparsity import esr
@@ -60,6 +61,27 @@ def test_batches_answer_as_their_samples_alone(name):
         alone = [model.generate(ids[row : row + 1, pad:], **how)[0, -5:].tolist() for row, pad in ((0, 0), (1, 23))]
         both = model.generate(ids, attention_mask=mask, **how)
     assert both[:, -5:].tolist() == alone
+
+
+@pytest.mark.parametrize("name", ["nsa:3", "infllm:2"])
+def test_methods_that_choose_in_every_step_say_what_they_cannot(name):
+    """The same answers from an elastic cache; no graph, no candidates."""
+    model = attach(tiny_model(initializer_range=0.3), small_config())
+    ids, sparse = random_ids(1, 70), parse_method(name).sparse(SIZES)
+    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with override_routes(model, 1, sparse):
+        answer = model.generate(ids, **how)
+        assert torch.equal(model.generate(ids, past_key_values=new_cache(model, 80, "elastic"), **how), answer)
+        assert not can_graph(model, 16)
+        with pytest.raises(
+            ValueError, match=r"prompt_lookup_num_tokens verifies several tokens at once, but heads of FA-"
+        ):
+            model.generate(ids, prompt_lookup_num_tokens=3, **how)
+    assert not can_graph(model, 16, sparse)
+    full = replace(sparse, route1="moba")
+    with override_routes(model, 1, full):
+        assert not torch.equal(model.generate(ids, **how), answer)
+        model.generate(ids, prompt_lookup_num_tokens=3, **how)
 
 
 def test_elastic_test_compares_them(tmp_path):

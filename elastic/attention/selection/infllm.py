@@ -6,7 +6,7 @@ of stride four). A query sees the first blocks (`sink`), the `window`, and the b
 them beside the window with the sink among them: 64 blocks of 64 tokens and a window of 2048 in the published model
 (MiniCPM4.1), 6144 tokens in all. Every KV head chooses for its group. No parameters are added, but the published model
 was trained with it; here the backbone is frozen. The published switch to dense attention below 8192 tokens is left to
-the caller. Decode steps choose in the same way.
+the caller. Decode steps choose in the same way, as published: a single query is a run of its own.
 """
 
 import torch

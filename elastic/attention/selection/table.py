@@ -15,18 +15,16 @@ class Selection(NamedTuple):
     Attributes:
         choose: on the sample's device.
         oracle: slow and readable.
-        decodes: whether decode steps choose too; elsewhere they attend in full.
     """
 
     choose: Callable[[Sample], Tensor]
     oracle: Callable[[Sample], Tensor]
-    decodes: bool = False
 
 
 SELECTIONS: dict[str, Selection] = {
     "moba": Selection(moba.choose, moba.oracle),
-    "nsa": Selection(nsa.choose, nsa.oracle, decodes=True),
-    "infllm": Selection(infllm.choose, infllm.oracle, decodes=True),
+    "nsa": Selection(nsa.choose, nsa.oracle),
+    "infllm": Selection(infllm.choose, infllm.oracle),
     "flexprefill": Selection(flexprefill.choose, flexprefill.oracle),
     "flashprefill": Selection(flashprefill.choose, flashprefill.oracle),
 }
