@@ -295,6 +295,19 @@ def test_equal_scores_are_taken_in_order():
     assert pooling.heaviest(broken, forced, seen, 100)[0, 0].tolist() == [True] * 5 + [False]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_covering_is_what_sorting_finds(dtype):
+    mass = torch.rand(50, 300, generator=torch.Generator().manual_seed(0), dtype=dtype) ** 8
+    mass[0], mass[1, 5:] = 0.25, 0.0
+    need = mass.sum(-1) * torch.linspace(0.05, 0.95, 50, dtype=dtype)
+    cut, equal = pooling.covering(mass, need)
+    ranked = mass.sort(dim=-1, descending=True).values
+    fewest = (ranked.cumsum(-1) - ranked < need[:, None]).sum(-1)
+    assert torch.equal((mass > cut).sum(-1) + equal[:, 0], fewest)
+    cut, equal = pooling.covering(mass, mass.sum(-1) + 1)
+    assert (cut == 0).all() and torch.equal(equal[:, 0], (mass == 0).sum(-1))  # everything
+
+
 def test_half_precision_means_are_sums_in_fp32():
     x = torch.full((1, 300, 2), 1.0, dtype=torch.bfloat16)
     x[0, 0, 0] = 257.0  # 256 in bf16

@@ -60,9 +60,13 @@ def _run_shares(sample: Sample, q_HRD: Tensor, k_KCD: Tensor, first_run: int, st
     run = sample.rows // RUNS
     first_R = (torch.arange(q_HRD.shape[1], device=q_HRD.device) + first_run) * run + sample.past
     last_C = (torch.arange(k_KCD.shape[1], device=q_HRD.device) + 2) * stride - 1
-    hidden_RC = last_C > first_R[:, None]
-    score_HRC = grouped_scores(q_HRD * sample.scale, k_KCD).masked_fill_(hidden_RC, float("-inf"))
-    share_HRC = torch.softmax(score_HRC, dim=-1).masked_fill_((first_R < 2 * stride - 1)[:, None], 0.0)
+    score_HRC = grouped_scores(q_HRD * sample.scale, k_KCD)
+    begin = sample.past + first_run * run
+    inner = max(0, (begin + 1) // stride - 1)  # cells that all of these runs see
+    score_HRC[..., inner:].masked_fill_(last_C[inner:] > first_R[:, None], float("-inf"))
+    share_HRC = torch.softmax(score_HRC, dim=-1)
+    blind = max(0, -(-(2 * stride - 1 - begin) // run))  # runs that see no cell
+    share_HRC[:, :blind] = 0.0
     missing = -share_HRC.shape[1] % RUNS
     whole = torch.nn.functional.pad(share_HRC, (0, 0, 0, missing)) if missing else share_HRC
     # [K, G, m, RUNS, C] -> [K, m, C]
@@ -81,7 +85,7 @@ def oracle_shares(sample: Sample) -> Tensor:
         for begin in range(0, length, run):
             visible = [c for c in range(cells) if (c + 2) * stride - 1 <= sample.past + begin]
             if visible:
-                q_D = q_LD[begin : begin + run].mean(0)
-                scores = torch.stack([sample.scale * (q_D @ keys[c]) for c in visible])
-                share[head // sample.group, begin // sample.rows, visible] += torch.softmax(scores, dim=0)
+                scores = torch.stack([keys[c] for c in visible]) @ q_LD[begin : begin + run].mean(0)
+                attention = torch.softmax(sample.scale * scores, dim=0)
+                share[head // sample.group, begin // sample.rows, visible] += attention
     return share

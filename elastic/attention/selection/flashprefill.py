@@ -20,40 +20,41 @@ from elastic.attention.selection.pooling import grouped_scores, run_means
 from elastic.attention.selection.sample import Sample
 
 LAST_FULL = 2  # query blocks at the end that visit everything
-_CHUNK_SCORES = 1 << 23  # that exist at a time: they stay in a GPU's L2 cache
+_CHUNK_SCORES = 1 << 26  # that exist at a time
 
 
 def choose(sample: Sample) -> Tensor:
     """Key blocks of every query head, [H, M, N]."""
-    seen_MN = sample.seen()
-    k_KND = run_means(sample.k_KSD, sample.sparse.block).to(sample.k_KSD.dtype)
-    heads, length, _ = sample.q_HLD.shape
-    blocks, columns = seen_MN.shape
+    seen_MN, block = sample.seen(), sample.sparse.block
+    k_KND = run_means(sample.k_KSD, block).to(sample.k_KSD.dtype)
+    heads, (blocks, columns) = sample.q_HLD.shape[0], seen_MN.shape
+    scored = max(0, blocks - LAST_FULL)  # whole query blocks, all of them
     log_HMN = torch.full((heads, blocks, columns), float("-inf"), dtype=sample.wide, device=seen_MN.device)
     step = max(1, _CHUNK_SCORES // (heads * sample.rows * columns))
-    for begin in range(0, blocks, step):
-        end = min(blocks, begin + step)
-        stop = min(end * sample.rows, length)
-        width = (sample.past + stop) // sample.sparse.block  # key blocks that end at or before the last query
+    for begin in range(0, scored, step):
+        end = min(scored, begin + step)
+        width = (sample.past + end * sample.rows) // block  # key blocks that end at or before the last query
         if width:
-            queries = slice(begin * sample.rows, stop)
-            log_HMN[:, begin:end, :width] = _block_scores(sample, queries, k_KND[:, :width])
+            log_HMN[:, begin:end, :width] = _block_scores(sample, begin, end, k_KND[:, :width])
     floor = log_HMN.amax(-1, keepdim=True) + math.log(sample.sparse.threshold)
     heavy = (log_HMN >= floor) & (log_HMN > float("-inf"))
     return (heavy | _always(sample)) & seen_MN
 
 
-def _block_scores(sample: Sample, queries: slice, k_KWD: Tensor) -> Tensor:
-    """log p of the query blocks of these queries, [H, m, W]."""
+def _block_scores(sample: Sample, begin: int, end: int, k_KWD: Tensor) -> Tensor:
+    """log p of the query blocks [begin, end), [H, m, W]; -inf where no query sees the whole of a key block."""
+    queries = slice(begin * sample.rows, end * sample.rows)
     score_HCW = grouped_scores(sample.q_HLD[:, queries], k_KWD).mul_(sample.scale)
     position = torch.arange(queries.start, queries.stop, device=score_HCW.device) + sample.past
     last_W = (torch.arange(k_KWD.shape[1], device=score_HCW.device) + 1) * sample.sparse.block - 1
-    inner = int((sample.past + queries.start + 1) // sample.sparse.block)  # whole for all of these queries
+    inner = (sample.past + queries.start + 1) // sample.sparse.block  # whole for all of these queries
     score_HCW[..., inner:].masked_fill_(last_W[inner:] > position[:, None], float("-inf"))
-    missing = -score_HCW.shape[1] % sample.rows
-    if missing:
-        score_HCW = torch.nn.functional.pad(score_HCW, (0, 0, 0, missing), value=float("-inf"))
-    return torch.logsumexp(score_HCW.unflatten(1, (-1, sample.rows)), dim=2)
+    score_HmRW = torch.unflatten(score_HCW, 1, (-1, sample.rows))
+    # log sum = score - log softmax, of the last query, which sees what any of its block does. On a GPU log_softmax is
+    # one kernel, torch.logsumexp five.
+    final_HmW = score_HmRW[:, :, -1]
+    total = final_HmW - torch.log_softmax(score_HmRW, dim=2)[:, :, -1]
+    return torch.where(final_HmW == float("-inf"), final_HmW, total)
 
 
 def _always(sample: Sample) -> Tensor:

@@ -19,7 +19,7 @@ Published gamma: 0.9 to 0.95. FlexPrefill needs no training.
 import torch
 from torch import Tensor
 
-from elastic.attention.selection.pooling import block_sums, grouped_scores, rank_order, run_means
+from elastic.attention.selection.pooling import block_sums, covering, grouped_scores, rank_order, run_means
 from elastic.attention.selection.sample import Sample
 
 TAU = 0.1
@@ -29,18 +29,15 @@ def choose(sample: Sample) -> Tensor:
     """Key blocks of every query head, [H, M, N]."""
     seen_MN, own_MN, block = sample.seen(), sample.own(), sample.sparse.block
     last_q, k_KND = sample.q_HLD[:, -block:], run_means(sample.k_KSD, block)
-    vertical_HS, slash_HS = _lines(sample, last_q)
-    vertical_HN = block_sums(vertical_HS, block)
+    lines_2HS = _lines(sample, last_q)
+    vertical_HN, slash_HN = block_sums(lines_2HS, block)
     guess_HN = torch.softmax(sample.scale * grouped_scores(last_q.mean(1, keepdim=True, dtype=sample.wide), k_KND), -1)
     aware_H = distance(guess_HN[:, 0], vertical_HN) < TAU
     budget = -(-sample.sparse.min_budget // block)
-    columns_HN, distances_HN = (
-        _heaviest_blocks(
-            blocks_HN, torch.where(aware_H, 0, _covering(tokens_HS, sample) // block + 1).clamp(min=budget)
-        )
-        for tokens_HS, blocks_HN in ((vertical_HS, vertical_HN), (slash_HS, block_sums(slash_HS, block)))
+    count_2H = torch.where(aware_H, 0, _tokens(lines_2HS, sample) // block + 1).clamp(min=budget)
+    lines = _heaviest_blocks(vertical_HN, count_2H[0])[:, None] | _along(
+        _heaviest_blocks(slash_HN, count_2H[1]), own_MN
     )
-    lines = columns_HN[:, None] | _along(distances_HN, own_MN)
     pairs = _heaviest_pairs(sample, k_KND) & aware_H[:, None, None]
     return (lines | pairs | own_MN) & seen_MN
 
@@ -52,24 +49,27 @@ def distance(one: Tensor, other: Tensor) -> Tensor:
     return (sum(parts) / 2).clamp(min=0).sqrt()  # type: ignore[union-attr]
 
 
-def _lines(sample: Sample, last_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of the last queries by key, and by distance (0 first), their mean, [H, S] each."""
+def _lines(sample: Sample, last_q: Tensor) -> Tensor:
+    """Attention of the last queries by key, and by distance (0 first), their mean, [2, H, S]."""
     keys, rows = sample.k_KSD.shape[1], last_q.shape[1]
-    score_HRS = grouped_scores(last_q, sample.k_KSD).mul_(sample.scale)
+    # Before the first key come as many that nobody sees, so that the diagonals of all rows are of one length.
+    k_KPD = torch.nn.functional.pad(sample.k_KSD, (0, 0, rows - 1, 0))
+    score_HRP = grouped_scores(last_q, k_KPD).mul_(sample.scale)
+    score_HRP[..., : rows - 1] = float("-inf")
     later = torch.ones(rows, rows, dtype=torch.bool, device=last_q.device).triu(1)
-    score_HRS[..., keys - rows :].masked_fill_(later, float("-inf"))
-    share_HRS = torch.softmax(score_HRS, dim=-1)
-    # Row r is at position keys - rows + r. Padded by rows - 1, entry [r, d + r] of all rows lies keys - 1 - d back.
-    padded = torch.nn.functional.pad(share_HRS, (rows - 1, 0))
-    width = padded.shape[-1]
-    diagonal_HSR = padded.as_strided((padded.shape[0], keys, rows), (rows * width, 1, width + 1))
-    return share_HRS.mean(1), (diagonal_HSR.sum(-1) / rows).flip(-1)
+    score_HRP[..., keys - 1 :].masked_fill_(later, float("-inf"))
+    share_HRP = torch.softmax(score_HRP, dim=-1)
+    # Row r is at position keys - rows + r, so its entry d + r lies keys - 1 - d back.
+    width = share_HRP.shape[-1]
+    diagonal_HSR = share_HRP.as_strided((share_HRP.shape[0], keys, rows), (rows * width, 1, width + 1))
+    return torch.stack([share_HRP.mean(1)[:, rows - 1 :], (diagonal_HSR.sum(-1) / rows).flip(-1)])
 
 
-def _covering(mass_HS: Tensor, sample: Sample) -> Tensor:
-    """The fewest entries that hold gamma of the mass, [H]."""
-    ranked = mass_HS.sort(dim=-1, descending=True).values
-    return (ranked.cumsum(-1) - ranked < sample.sparse.threshold).sum(-1)
+def _tokens(mass_2HS: Tensor, sample: Sample) -> Tensor:
+    """The fewest tokens and distances that hold gamma of their mass, [2, H]."""
+    flat = mass_2HS.flatten(0, 1)
+    cut, equal = covering(flat, flat.new_full((flat.shape[0],), sample.sparse.threshold))
+    return ((flat > cut).sum(-1) + equal[:, 0]).view(mass_2HS.shape[:2])
 
 
 def _heaviest_blocks(mass_HN: Tensor, count_H: Tensor) -> Tensor:
@@ -98,9 +98,10 @@ def _heaviest_pairs(sample: Sample, k_KND: Tensor) -> Tensor:
     """Pairs of query and key block that hold gamma of the estimate, [H, M, N]."""
     score_HMN = grouped_scores(run_means(sample.q_HLD, sample.rows), k_KND).mul_(sample.scale)
     share = torch.softmax(score_HMN.masked_fill_(~sample.seen(), float("-inf")), dim=-1)
-    ranked, order = share.flatten(1).sort(dim=-1, descending=True, stable=True)
-    taken = ranked.cumsum(-1) - ranked < sample.sparse.threshold * share.shape[1]
-    return torch.zeros_like(taken).scatter(-1, order, taken).view_as(share)
+    flat = share.flatten(1)
+    cut, equal = covering(flat, flat.new_full((flat.shape[0],), sample.sparse.threshold * share.shape[1]))
+    is_cut = flat == cut
+    return ((flat > cut) | (is_cut & (is_cut.cumsum(-1) <= equal))).view_as(share)
 
 
 def oracle(sample: Sample) -> Tensor:

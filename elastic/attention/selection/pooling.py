@@ -56,6 +56,30 @@ def heaviest(score_hMN: Tensor, forced_MN: Tensor, seen_MN: Tensor, total: int |
     return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, taken.expand_as(order)) | forced_MN
 
 
+def covering(mass_hn: Tensor, need_h: Tensor) -> tuple[Tensor, Tensor]:
+    """The fewest entries of each row that hold `need`: all above the cut [h, 1], and so many that equal it, [h, 1].
+
+    What sorting would tell, without sorting: floats of 0 or more are in the order of their bit patterns, so the cut is
+    found by halving these.
+
+    Args:
+        mass_hn: fp32 or fp64, 0 or more.
+        need_h: of each row; where it is more than the row's sum, everything is needed.
+    """
+    bits, steps = (torch.int32, 31) if mass_hn.dtype == torch.float32 else (torch.int64, 63)
+    need_h1, zero = need_h[:, None], mass_hn.new_zeros(())
+    low = torch.zeros(mass_hn.shape[0], 1, dtype=bits, device=mass_hn.device)
+    high = mass_hn.amax(-1, keepdim=True).view(bits) + 1
+    for _ in range(steps):
+        middle = low + (high - low) // 2
+        enough = torch.where(mass_hn >= middle.view(mass_hn.dtype), mass_hn, zero).sum(-1, keepdim=True) >= need_h1
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    cut_h1 = low.view(mass_hn.dtype)
+    held_h1 = torch.where(mass_hn > cut_h1, mass_hn, zero).sum(-1, keepdim=True)
+    equal_h1 = torch.ceil((need_h1 - held_h1) / cut_h1)
+    return cut_h1, torch.minimum(equal_h1.nan_to_num(), (mass_hn == cut_h1).sum(-1, keepdim=True)).long()
+
+
 def rank_order(score: Tensor, among: Tensor) -> Tensor:
     """Indices of the last dimension, those `among` the candidates first and by falling score."""
     low = torch.finfo(score.dtype).min
