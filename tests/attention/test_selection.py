@@ -117,7 +117,7 @@ def test_the_published_setting_of_nsa():
 
 
 def test_the_published_setting_of_infllm():
-    """MiniCPM4.1's sparse_config: blocks of 64, one initial block, window 2048, top 64; 96 blocks or 6144 tokens for a
+    """Section 4.1 and MiniCPM4.1's sparse_config: blocks of 64, 1 initial, 63 chosen, 32 local, 6144 tokens for a
     query, and for a query block of 128 the one more that its second half's window begins with."""
     chosen = SELECTIONS["infllm"].choose(one_head("infllm", 12800, 64, top_k=None, sink=64, window=2048))
     assert (chosen[0].sum(-1)[48:] == 96 + 1).all() and chosen[0, :, 0].all()

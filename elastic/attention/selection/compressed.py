@@ -2,7 +2,7 @@
 
 A cell c holds the tokens [c d, c d + l), l = 2 d, whole cells only; its key is their mean (both papers: l = 32, d = 16;
 key blocks below 64 tokens have smaller cells, four strides to a block). A query sees a cell that ends at or before it.
-NSA equation 8, InfLLM-V2 section 3.2: p = softmax(scale q . cell keys), summed over the query heads of a KV head
+NSA equation 8, InfLLM-V2 section 3.3: p = softmax(scale q . cell keys), summed over the query heads of a KV head
 (NSA equation 10), which so share their choice.
 
 Queries are averaged in runs of a quarter of a query block, 32 tokens in blocks of 128, and the runs' shares are summed

@@ -1,12 +1,12 @@
-"""InfLLM-V2 (arXiv 2509.24663, section 3.2): sink, window, and the blocks where a compressed key fits best.
+"""InfLLM-V2 (arXiv 2509.24663, sections 3.2 and 3.3): sink, window, and the blocks where a compressed key fits best.
 
 Attention to compressed keys, summed over the heads of a group (`compressed`), gives a score to every cell; a key block
 has the largest score of the cells that share tokens with it (the paper's max pooling, in the published code five cells
 of stride four). A query sees the first blocks (`sink`), the `window`, and the blocks of the highest score, `top_k` of
 them beside the window with the sink among them: 64 blocks of 64 tokens and a window of 2048 in the published model
-(MiniCPM4.1), 6144 tokens in all. Every KV head chooses for its group. No parameters are added, but the published model
-was trained with it; here the backbone is frozen. The published switch to dense attention below 8192 tokens is left to
-the caller. Decode steps choose in the same way, as published: a single query is a run of its own.
+(section 4.1), 6144 tokens in all. Every KV head chooses for its group. No parameters are added, but the published model
+(MiniCPM4.1) was trained with it; here the backbone is frozen. The published switch to dense attention below 8192 tokens
+is left to the caller. Decode steps choose in the same way, as published: a single query is a run of its own.
 """
 
 import torch

@@ -2,8 +2,9 @@
 
 Keys are cut into blocks I_c of `chunk` tokens (512 in the paper). Equations 5 and 6: a query q of a head scores
     s_c = q . mean(K[I_c]),   gate g_c = 1 if s_c is among the k largest,
-with s_c = -inf for blocks after the query; the block that holds the query is always visited (g = 1) and, as in the
-published code, counts among the k (3 in the paper). Every query head chooses for itself.
+with s_c = -inf for blocks after the query; the block that holds the query is always visited (g = 1) and counts among
+the k (3 in the paper: "at most 2 history block and the current block", section 3.1). Every query head chooses for
+itself.
 
 For a query block the mean of its queries' scores counts, which is the score of its mean query, so that its queries
 share their blocks; a query block that lies in two of MoBA's blocks has both as its own. Decoding attends in full, as in
