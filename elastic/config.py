@@ -10,7 +10,13 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-Mode = Literal["full", "streaming", "xattention"]
+Mode = Literal["full", "streaming", "xattention", "moba", "nsa", "infllm", "flexprefill", "flashprefill"]
+CHOOSING: tuple[Mode, ...] = ("xattention", "moba", "nsa", "infllm", "flexprefill", "flashprefill")
+CHOOSING_IN_STEPS: tuple[Mode, ...] = ("nsa", "infllm")  # in decode steps too; the others attend in full there
+SHORT: dict[Mode, str] = {
+    "full": "FA", "streaming": "SSA", "xattention": "XA", "moba": "MoBA", "nsa": "NSA", "infllm": "InfLLM",
+    "flexprefill": "FlexPrefill", "flashprefill": "FlashPrefill",
+}  # fmt: skip
 Granule = Literal["token", "block"]
 FeatureNorm = Literal["running", "none"]
 RouterKind = Literal["paper", "level", "reach", "static", "input"]
@@ -79,7 +85,11 @@ class SparseConfig:
             `BLOCK_SIZES`.
         granule: whether the window's left edge moves by token or by block.
         stride: XAttention: antidiagonal stride S (appendix of the paper), a divisor of `block`.
-        threshold: XAttention: share of the estimated mass that the selected blocks must hold, in (0, 1].
+        threshold: in (0, 1]. XAttention: share of the estimated mass that the selected blocks must hold; FlexPrefill:
+            its gamma; FlashPrefill: its alpha.
+        top_k: MoBA, NSA, InfLLM-V2: blocks that are chosen (`elastic.attention.selection`); None: as published.
+        chunk: MoBA: tokens of its blocks, a multiple of `block`.
+        min_budget: FlexPrefill: tokens that the vertical and the slash lines of a head cover at least.
     """
 
     route0: Mode = "full"
@@ -90,6 +100,9 @@ class SparseConfig:
     granule: Granule = "token"
     stride: int = 16
     threshold: float = 0.9
+    top_k: int | None = None
+    chunk: int = 512
+    min_budget: int = 1024
 
     def __post_init__(self) -> None:
         _check_choice("sparse.route0", self.route0, get_args(Mode))
@@ -98,6 +111,11 @@ class SparseConfig:
             raise ValueError(
                 f"sparse.route0 and sparse.route1 are both {self.route0!r}; routing needs two different modes, "
                 "such as full/streaming (FA-SSA)"
+            )
+        if self.route0 in CHOOSING and self.route1 in CHOOSING:
+            raise ValueError(
+                f"sparse.route0={self.route0!r} and sparse.route1={self.route1!r} both choose key blocks, which one "
+                "launch does by one method; make one of them full or streaming"
             )
         _check_choice("sparse.granule", self.granule, get_args(Granule))
         _check_int("sparse.block", self.block)
@@ -114,10 +132,25 @@ class SparseConfig:
             )
         if not _is_number(self.threshold) or not 0.0 < self.threshold <= 1.0:
             raise ValueError(f"sparse.threshold={self.threshold!r} is not in (0, 1]; the paper uses 0.9")
+        if self.top_k is not None:
+            _check_int("sparse.top_k", self.top_k, minimum=1)
+        if self.has("moba"):
+            _check_multiple("sparse.chunk", self.chunk, self.block, minimum=self.block)
+        _check_int("sparse.min_budget", self.min_budget, minimum=1)
 
     def has(self, mode: Mode) -> bool:
         """Whether one of the two routes leads to this mode."""
         return mode in (self.route0, self.route1)
+
+    @property
+    def chooser(self) -> Mode | None:
+        """The mode that chooses key blocks for each input, of which a configuration has at most one."""
+        return next((mode for mode in (self.route0, self.route1) if mode in CHOOSING), None)
+
+    @property
+    def chooses_in_steps(self) -> bool:
+        """Whether heads choose key blocks in decode steps too."""
+        return self.chooser in CHOOSING_IN_STEPS
 
     @property
     def dense(self) -> "SparseConfig":
@@ -127,8 +160,7 @@ class SparseConfig:
     @property
     def name(self) -> str:
         """Name of the configuration as the paper writes it, such as `FA-SSA`."""
-        short = {"full": "FA", "streaming": "SSA", "xattention": "XA"}
-        return f"{short[self.route0]}-{short[self.route1]}"
+        return f"{SHORT[self.route0]}-{SHORT[self.route1]}"
 
 
 @dataclass(frozen=True)

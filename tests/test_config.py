@@ -86,6 +86,16 @@ BAD = {
         lambda: SparseConfig(route1="xattention", stride=12),
         r"sparse\.stride=12 does not divide sparse\.block=128",
     ),
+    "two choices": (
+        lambda: SparseConfig("xattention", "moba"),
+        r"sparse\.route0='xattention' and sparse\.route1='moba' both choose key blocks",
+    ),
+    "top_k": (lambda: SparseConfig(route1="nsa", top_k=0), r"sparse\.top_k=0 is below 1"),
+    "chunk": (
+        lambda: SparseConfig(route1="moba", chunk=100),
+        r"sparse\.chunk=100 is not a multiple of sparse\.block=128 \(at least 128\); use 128",
+    ),
+    "min_budget": (lambda: SparseConfig(min_budget=1.5), r"sparse\.min_budget=1\.5 is a float"),
     "threshold": (lambda: SparseConfig(threshold=1.5), r"sparse\.threshold=1\.5 is not in \(0, 1\]"),
     "pool": (lambda: RouterConfig(pool_tokens=0), r"router\.pool_tokens=0 is below 1"),
     "offset": (lambda: RouterConfig(head_offset="yes"), r"router\.head_offset='yes' is not true or false"),

@@ -1,4 +1,5 @@
-"""Which key blocks the XAttention heads of a plan visit, chosen from queries and keys after RoPE, and how much that is.
+"""Which key blocks the heads of a plan visit whose mode chooses them, from queries and keys after RoPE, and how much
+that is: XAttention's heads by its operator, those of `elastic.attention.selection` in PyTorch.
 
 The choice is a constant for the gradient. Legend: B rows, N samples, H query heads, K KV heads, D head dim, M query
 blocks, W words of 32 key blocks.
@@ -11,37 +12,62 @@ from torch import Tensor
 
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.modes import BLOCK_SPARSE
+from elastic.attention.selection.sample import Sample
+from elastic.attention.selection.table import SELECTIONS, Selection
 from elastic.kernels import select_blocks
-from elastic.kernels.block_bits import count_bits, query_block
+from elastic.kernels.block_bits import bits_from_mask, count_bits, query_block
 from elastic.kernels.xattention_oracle import select_oracle
 
 
 def with_blocks(q_BHSD: Tensor, k_BKSD: Tensor, plan: HeadPlan, scale: float, *, fused: bool, both: bool) -> HeadPlan:
-    """The plan with the key blocks of its XAttention heads; the plan itself if it has them or none are needed.
+    """The plan with the key blocks of its heads that choose them; the plan itself if it has them or none are needed.
 
     Args:
-        fused: choose with the operator, without waiting for the GPU; otherwise with its oracle, in PyTorch.
+        fused: XAttention: choose with the operator, without waiting for the GPU; otherwise with its oracle, in PyTorch.
         both: choose for every head, so that the flipped plan can run too.
     """
     if plan.bits is not None or not plan.chooses_blocks:
         return plan
-    sparse, choose = plan.sparse, select_blocks if fused else select_oracle
-    q, k = q_BHSD.detach().transpose(1, 2), k_BKSD.detach().transpose(1, 2)
+    sparse, selection = plan.sparse, SELECTIONS.get(plan.sparse.chooser or "")
     mode = torch.full_like(plan.mode_NK, BLOCK_SPARSE) if both else plan.mode_NK
+    q, k = q_BHSD.detach(), k_BKSD.detach()
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        bits = choose(
-            q, k, mode, plan.pattern(scale), plan.layout.kernel_ranges, stride=sparse.stride, threshold=sparse.threshold
-        )
+        if selection is not None:
+            return replace(plan, bits=selected_bits(selection, q, k, replace(plan, mode_NK=mode), scale))
+        bits = (select_blocks if fused else select_oracle)(
+            q.transpose(1, 2), k.transpose(1, 2), mode, plan.pattern(scale), plan.layout.kernel_ranges,
+            stride=sparse.stride, threshold=sparse.threshold,
+        )  # fmt: skip
     return replace(plan, bits=bits)
 
 
+def selected_bits(selection: Selection, q_BHSD: Tensor, k_BKSD: Tensor, plan: HeadPlan, scale: float) -> Tensor:
+    """Bits [N, H, M, W] of a plan's block-sparse heads, 0 for the others; every sample chooses from its own tokens.
+    Nothing is read back from a GPU but the bounds of padded rows, once per forward pass.
+    """
+    layout, heads, kv_heads = plan.layout, q_BHSD.shape[1], k_BKSD.shape[1]
+    size, samples = query_block(plan.sparse.block), plan.mode_NK.shape[0]
+    shape = (samples, heads, -(-layout.queries // size), -(-layout.keys // (32 * plan.sparse.block)))
+    bits = torch.zeros(shape, dtype=torch.int32, device=q_BHSD.device)
+    whole = [(row, 0, layout.keys) for row in range(layout.rows)]
+    for n, (row, begin, end) in enumerate(layout.spans if layout.packed or layout.padded else whole):
+        queries = slice(max(0, begin - layout.past), max(0, end - layout.past))
+        if queries.start >= queries.stop:
+            continue
+        chosen = selection.choose(Sample(q_BHSD[row, :, queries], k_BKSD[row, :, begin:end], plan.sparse, scale))
+        of_heads = bits_from_mask(chosen).repeat_interleave(heads // chosen.shape[0], dim=0)
+        runs = (plan.mode_NK[n] == BLOCK_SPARSE).repeat_interleave(heads // kv_heads)
+        bits[n, :, : of_heads.shape[1], : of_heads.shape[2]] = of_heads * runs[:, None, None]
+    return bits
+
+
 def density(plan: HeadPlan) -> Tensor | None:
-    """Share of the visible (query, key) pairs in the blocks that XAttention chose, the mean over a KV head's query
-    heads: float64 [N, K], on the device. It says nothing for heads that were not estimated. None while decoding, and if
-    the configuration has no XAttention heads; 1 where they attend in full to a single token.
+    """Share of the visible (query, key) pairs in the blocks that were chosen, the mean over a KV head's query heads:
+    float64 [N, K], on the device. It says nothing for heads that did not choose. None while decoding, and if no mode of
+    the configuration chooses; 1 where such heads attend in full to a single token.
     """
     layout = plan.layout
-    if not plan.sparse.has("xattention") or (layout.queries == 1 and layout.past):
+    if plan.sparse.chooser is None or (layout.queries == 1 and layout.past):
         return None
     if plan.bits is None:
         return torch.ones(plan.mode_NK.shape, dtype=torch.float64, device=plan.mode_NK.device)

@@ -23,7 +23,7 @@ class HeadPlan:
         sparse: pattern sizes and the two modes.
         layout: where the samples lie.
         gradient_share: share of the queries from which the kernels estimate the route's gradient; 1 is exact.
-        bits: key blocks of the heads in mode xattention, see `elastic.kernels.block_bits`; None until
+        bits: key blocks of the heads whose mode chooses them, see `elastic.kernels.block_bits`; None until
             `elastic.attention.block_selection` has chosen them from queries and keys.
     """
 

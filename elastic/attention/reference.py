@@ -8,7 +8,7 @@ file.
 import torch
 from torch import Tensor
 
-from elastic.config import SparseConfig
+from elastic.config import CHOOSING, SparseConfig
 from elastic.visibility import visible
 
 
@@ -50,21 +50,21 @@ def attention(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor, scal
 
 def routed_attention(
     q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_BK: Tensor, sparse: SparseConfig, scale: float,
-    xattention_mask: Tensor | None = None,
+    chosen_mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Every head in its routed mode, mixed by the route's value: O = (1 - r) O_route0 + r O_route1 (paper section 3.2).
 
     Differentiable in `route_BK`, so autograd through this function is the twin of the straight-through backward.
 
     Args:
-        xattention_mask: boolean [B, H, Lq, Lk], what XAttention heads see: a constant that
-            `elastic.kernels.xattention_oracle` chooses; needed if the configuration has such heads.
+        chosen_mask: boolean [B, H, Lq, Lk], what heads see that choose key blocks: a constant that an oracle chooses
+            (`elastic.kernels.xattention_oracle`, `elastic.attention.selection`); needed if a mode chooses.
     """
     queries, length = q_BHSD.shape[2], k_BKSD.shape[2]
     group = q_BHSD.shape[1] // k_BKSD.shape[1]
     outputs = []
     for mode in (sparse.route0, sparse.route1):
-        chosen = xattention_mask if mode == "xattention" else None
+        chosen = chosen_mask if mode in CHOOSING else None
         mask = dense_mask(length, mode, sparse, queries).to(q_BHSD.device) if chosen is None else chosen
         outputs.append(attention(q_BHSD, k_BKSD, v_BKSD, mask, scale))
     route_BH11 = route_BK.to(outputs[0].dtype).repeat_interleave(group, dim=1)[:, :, None, None]

@@ -19,7 +19,7 @@ from elastic.attention.block_selection import density, with_blocks
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import Layout
 from elastic.attention.torch_path import attend
-from elastic.config import SparseConfig
+from elastic.config import Mode, SparseConfig
 from elastic.kernels import (
     attention_backward,
     attention_forward,
@@ -41,11 +41,16 @@ def backend_for(
     """
     reason = (unsupported_backward if training else unsupported_reason)(device, dtype, head_dim)
     if reason is None:
-        chooser = (
-            unsupported_selection(device, dtype, head_dim) if sparse is not None and sparse.has("xattention") else None
-        )
+        chooser = _chosen_in_torch(device, dtype, head_dim, None if sparse is None else sparse.chooser)
         return kernel_path(device) + (f"; key blocks are chosen in torch: {chooser}" if chooser else "")
     return f"torch ({device.type})" if device.type != "cuda" else f"torch (cuda; {reason})"
+
+
+def _chosen_in_torch(device: torch.device, dtype: torch.dtype, head_dim: int, chooser: Mode | None) -> str | None:
+    """Why PyTorch chooses the key blocks of a mode; None where it does not."""
+    if chooser == "xattention":
+        return unsupported_selection(device, dtype, head_dim)
+    return None if chooser is None else f"{chooser} has no kernel of its own"
 
 
 class Routed(NamedTuple):
@@ -53,7 +58,7 @@ class Routed(NamedTuple):
 
     Attributes:
         output: [B, Lq, H, D].
-        plan: the plan that ran, with the key blocks of its XAttention heads.
+        plan: the plan that ran, with the key blocks that were chosen.
         density: float64 [N, K]; what those heads visited, see `elastic.attention.block_selection.density`.
     """
 
@@ -80,7 +85,7 @@ def routed_attention(
     _check(q_BHSD, k_BKSD, v_BKSD, plan)
     kernels, routed = _runs_fused(q_BHSD, k_BKSD, v_BKSD, route_NK), torch.is_grad_enabled() and route_NK.requires_grad
     share = None
-    if plan.sparse.has("xattention"):
+    if plan.sparse.chooser is not None:
         plan = with_blocks(q_BHSD, k_BKSD, plan, scale, fused=kernels, both=routed)
         share = density(plan)
     if kernels:

@@ -2,7 +2,7 @@
 
 Full heads go through the same SDPA call as the stock model, so a plan of full heads equals it bit for bit on the CPU.
 Streaming heads run in chunks of queries against their sink and window only: their cost grows with S * (sink + window),
-not with S * S. XAttention heads run in chunks of queries under their block mask.
+not with S * S. Heads with chosen blocks run in chunks of queries under their block mask.
 Legend: B rows, S tokens, H query heads, K KV heads, G = H / K, D head dim, C queries of a chunk.
 """
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from elastic.attention.head_plan import HeadPlan
-from elastic.attention.modes import FULL, STREAMING
+from elastic.attention.modes import BLOCK_SPARSE, FULL, STREAMING
 from elastic.config import SparseConfig
-from elastic.kernels.block_bits import mask_from_bits, query_block
+from elastic.kernels.block_bits import count_bits, mask_from_bits, query_block
+from elastic.kernels.xattention_oracle import block_relations
 from elastic.visibility import lower_bound, visible
 
 _MASK_ENTRIES = 1 << 27  # of the block mask that exists at a time, where one query block allows it
@@ -31,11 +32,26 @@ def attend(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, plan: HeadPlan, scale
     Returns:
         [B, Lq, H, D]; zero at padding.
     """
-    modes = plan.mode_NK.tolist()
+    modes = [_run_as(plan, n, of_heads) for n, of_heads in enumerate(plan.mode_NK.tolist())]
     if all(mode == FULL for sample in modes for mode in sample) and not plan.layout.packed:
         return _full(q_BHSD, k_BKSD, v_BKSD, plan.layout.dense_mask, scale)
     samples = [_sample(q_BHSD, k_BKSD, v_BKSD, plan, scale, n, modes[n]) for n in range(len(modes))]
     return torch.cat(samples, dim=1 if plan.layout.packed else 0)
+
+
+def _run_as(plan: HeadPlan, sample: int, modes: list[int]) -> list[int]:
+    """The modes that a sample's heads run in: heads that chose every block they see attend in full, so that such a
+    choice equals the stock model bit for bit, as that of full heads does.
+    """
+    if plan.bits is None or BLOCK_SPARSE not in modes:
+        return modes
+    layout, (_, begin, end) = plan.layout, plan.layout.spans[sample]
+    first = max(0, begin - layout.past)
+    queries = max(0, end - layout.past) - first
+    _, seen_MN = block_relations(queries, end - begin, plan.sparse.block, plan.bits.device)
+    whole_H = (count_bits(plan.bits[sample, :, : seen_MN.shape[0]]) == seen_MN.sum(-1)).all(-1)
+    whole_K = whole_H.unflatten(0, (len(modes), -1)).all(-1).tolist()
+    return [FULL if mode == BLOCK_SPARSE and whole else mode for mode, whole in zip(modes, whole_K, strict=True)]
 
 
 def _full(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -1,7 +1,8 @@
 """Attention of one new token per sample, over an ordinary cache or an elastic one (docs/design.md section 7).
 
 On a GPU both go through the decode kernel, which reads only what the heads see; everything else takes PyTorch's
-attention over the keys laid out by position.
+attention over the keys laid out by position. Where heads choose key blocks in every step (NSA, InfLLM-V2), a step
+runs as a prompt does.
 Legend: B samples, H query heads, K KV heads, T allocated tokens, D head dim, R rows.
 """
 
@@ -43,6 +44,8 @@ def decode_attention(
         k_BKTD, v_BKTD: keys and values of an ordinary cache, the new token at `plan.layout.keys - 1`; not read where
             `stored` is given.
     """
+    if plan.chooses_blocks:
+        return _chosen(q_BH1D, k_BKTD, v_BKTD, plan, scale, stored)
     kernel = unsupported_reason(q_BH1D.device, q_BH1D.dtype, q_BH1D.shape[-1]) is None
     if stored is not None:
         q_BH1D = q_BH1D.to(stored.pool.keys.dtype)  # under autocast the cache holds what the model stored
@@ -55,6 +58,19 @@ def decode_attention(
     keys = plan.layout.keys  # a static cache hands out its whole allocation
     found = routed_attention(q_BH1D, k_BKTD[:, :, :keys], v_BKTD[:, :, :keys], plan.mode_NK, plan, scale)
     return found.output
+
+
+def _chosen(
+    q_BH1D: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, plan: HeadPlan, scale: float, stored: Stored | None
+) -> Tensor:
+    """Steps in which heads choose key blocks: as a prompt of one query over its keys."""
+    keys = plan.layout.keys
+    if stored is None:
+        k, v = k_BKTD[:, :, :keys], v_BKTD[:, :, :keys]
+    else:
+        q_BH1D = q_BH1D.to(stored.pool.keys.dtype)
+        k, v = stored.pool.dense(stored.begin_B, stored.count_B, keys)
+    return routed_attention(q_BH1D, k, v, plan.mode_NK, plan, scale).output
 
 
 def _dense_rows(k_BKTD: Tensor, plan: HeadPlan) -> tuple[Tensor, Visible]:

@@ -13,7 +13,7 @@ from elastic.console import Parser, say
 BENCHMARKS = {
     **{name: name for name in ("attention", "backward", "decode", "e2e", "paged", "router")},
     "routing": "studies.routing",
-    **{name: name for name in ("training", "xattention")},
+    **{name: name for name in ("selection", "training", "xattention")},
 }
 
 

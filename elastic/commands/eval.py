@@ -11,7 +11,7 @@ from elastic.commands.catalogue import COMMANDS
 from elastic.config import SparseConfig
 from elastic.console import Parser, complain, say
 from elastic.files import check_place
-from elastic.routing.methods import GRAMMAR, parse_methods
+from elastic.routing.methods import GRAMMAR, caveats, parse_methods
 
 if TYPE_CHECKING:
     from elastic.evaluation.benchmark import Benchmark
@@ -104,6 +104,7 @@ def run(args: argparse.Namespace) -> None:
     sizes = {"sink": args.sink, "window": args.window, "block": args.block, "stride": args.stride}
     backbone, sparse = common_backbone(methods, args.backbone), common_sizes(methods, sizes)
     notes = [f"Uneven: {difference}" for difference in uneven(methods, sparse)]
+    notes += [f"Caveat: {caveat}" for caveat in caveats(methods)]
     data = RulerData(args.essays, args.squad, args.hotpotqa, args.words)
     longbench = [LongBench(name, args.data) for name in TASKS]
     benchmarks: list[Benchmark] = [Ruler(data), Ruler(data, paper=True), *longbench]

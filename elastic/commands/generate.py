@@ -18,7 +18,10 @@ from elastic.protocols import CausalLM, Tokenizer
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     parser = Parser(prog="elastic generate", description=COMMANDS["generate"])
-    routers = "folder with elastic.json, or static:<file>[@<msr>]: heads of a calibration or a pattern file"
+    routers = (
+        "folder with elastic.json; or a method with --backbone: static:<file>[@<msr>], heads of a calibration or a "
+        "pattern file, or another such as moba:3"
+    )
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help=routers)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="the user's message; - reads standard input")

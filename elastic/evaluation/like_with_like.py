@@ -18,6 +18,11 @@ SIZES = {  # what a mode depends on, among what `elastic eval` has flags for
     "full": (),
     "streaming": ("sink", "window", "block"),
     "xattention": ("block", "stride"),
+    "moba": ("block",),
+    "nsa": ("window", "block"),
+    "infllm": ("sink", "window", "block"),
+    "flexprefill": ("block",),
+    "flashprefill": ("sink", "window", "block"),
 }
 VOCABULARY = "vocab_size"  # which a backbone may extend without becoming another one
 

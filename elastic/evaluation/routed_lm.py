@@ -161,7 +161,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         """Ids [B, prompt + answer]; where the decode kernel runs, decode steps replay a CUDA graph."""
         if self.eot_token_id in eos_ids(self.model):  # where `generate` ends by itself, without decoding every step
             stop = [text for text in stop if text != self.tok_decode(self.eot_token_id, skip_special_tokens=False)]
-        clock, graph = _Clock(self.device), can_graph(self.model, architecture(self.model)["head_dim"])
+        clock, graph = _Clock(self.device), can_graph(self.model, architecture(self.model)["head_dim"], self.sparse)
         generation |= {"stop": stop, "logits_processor": LogitsProcessorList([clock])}
         prompts = [context.prompt for context in self._waiting]
         spans = padded_spans(prompts, torch.device("cpu")) if prompts else None

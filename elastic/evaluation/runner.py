@@ -255,6 +255,8 @@ def _read(file: Path, origin: dict[str, Any]) -> list[dict[str, Any]] | None:
         return None
     if RANDOM_SEED in origin:  # older files lack it: there the seed of the samples drew the heads
         first = {RANDOM_SEED: first.get("seed"), **first}
+    if isinstance(first.get("sparse"), dict):  # older files lack later settings, which they had the defaults of
+        first = {**first, "sparse": {**asdict(SparseConfig()), **first["sparse"]}}
     if origin["method"] == "dense":  # no head has the sizes, and by default they follow the checkpoints beside it
         first = {**first, "sparse": origin["sparse"]}
     wanted = {**origin, "count": len(samples), "batch_size": first.get("batch_size")}

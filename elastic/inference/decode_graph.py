@@ -13,6 +13,8 @@ from torch import Tensor
 
 from elastic.attention.routed import backend_for
 from elastic.cache.elastic_cache import ElasticCache
+from elastic.config import SparseConfig
+from elastic.model.attach import elastic_config
 from elastic.protocols import CausalLM, CausalLMOutput
 
 
@@ -97,6 +99,13 @@ def graphed(model: CausalLM, cache: ElasticCache) -> Iterator[None]:
             part.forward = before
 
 
-def can_graph(model: CausalLM, head_dim: int) -> bool:
-    """Whether decode steps of this model run through the decode kernel, as a graph needs."""
+def can_graph(model: CausalLM, head_dim: int, sparse: SparseConfig | None = None) -> bool:
+    """Whether decode steps of this model run through the decode kernel, as a graph needs, which those that choose key
+    blocks do not.
+
+    Args:
+        sparse: modes and sizes that will be in force; default those that are.
+    """
+    if (sparse or elastic_config(model).sparse).chooses_in_steps:
+        return False
     return not backend_for(model.device, model.dtype, head_dim).startswith("torch")

@@ -1,5 +1,6 @@
 """Load routers onto their backbone and generate text through `model.generate` (docs/design.md section 7)."""
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -29,10 +30,10 @@ from elastic.model.attach import biased, elastic_config, is_attached, route_of, 
 from elastic.model.checkpoint import load_into, read_elastic
 from elastic.model.generation import REFUSED, VERIFIED, judge, setting
 from elastic.model.loading import architecture, load_backbone
-from elastic.model.ordered_routers import attach_static
+from elastic.model.ordered_routers import attach_fixed, attach_static
 from elastic.protocols import CausalLM, KVCache, Tokenizer
 from elastic.routing.calibration import is_calibration, read_calibration
-from elastic.routing.methods import Method, parse_method
+from elastic.routing.methods import FORMS, Method, parse_method
 
 _OWN = ("input_ids", "inputs_embeds", "attention_mask", "past_key_values", "return_dict_in_generate", "max_length")
 _REFUSED = {
@@ -67,9 +68,11 @@ def load(
     """A backbone with the routers of a checkpoint, frozen and in eval mode, and its tokenizer.
 
     Args:
-        path: checkpoint folder; or `static:<file>[@<msr>]`, the heads of a calibration (`elastic calibrate`) or of a
-            pattern file, the same for every input.
-        backbone: name to load the backbone by; default the one that was trained on or calibrated.
+        path: checkpoint folder; or the name of a method (`elastic.routing.methods`) whose routes are the same for every
+            input: `static:<file>[@<msr>]`, the heads of a calibration (`elastic calibrate`) or of a pattern file, or
+            one such as `moba:3`, with the default sizes of `SparseConfig`.
+        backbone: name to load the backbone by; default the one that was trained on or calibrated; other methods
+            need it.
         device: a torch device.
         dtype: of the backbone's weights; routers stay fp32.
         gguf_file: file name where the backbone's weights are in GGUF format.
@@ -80,22 +83,35 @@ def load(
         ValueError: a damaged checkpoint or file, or one for another backbone.
     """
     options: dict[str, Any] = {"dtype": dtype, "device": device, "gguf_file": gguf_file}
-    method = _static_method(path)
+    method = _fixed_method(path)
     if method is None:
         metadata = read_elastic(path)
         model, tokenizer = load_backbone(backbone or metadata["backbone"], **options)
         set_template_kwargs(tokenizer, metadata[TEMPLATE])
         load_into(model, path)
-    else:
+    elif method.file is not None:
         model, tokenizer = _load_static(method, backbone, options)
+    else:
+        model, tokenizer = _load_fixed(method, backbone, options)
     if kv_cache is not None:
         set_config(model, replace(elastic_config(model), kv_cache=kv_cache))  # type: ignore[arg-type]
     return model.requires_grad_(False).eval(), tokenizer
 
 
-def _static_method(path: str | Path) -> Method | None:
-    """The method that is named instead of a checkpoint folder, if one is."""
-    return parse_method(str(path)) if str(path).startswith("static:") and not Path(path).exists() else None
+def _fixed_method(path: str | Path) -> Method | None:
+    """The method that is named instead of a checkpoint folder, if one is whose routes no router decides."""
+    kind = re.split("[:/@]", str(path), maxsplit=1)[0]
+    if kind not in FORMS or kind == "elastic" or Path(path).exists():
+        return None
+    return parse_method(str(path))
+
+
+def _load_fixed(method: Method, backbone: str | None, options: dict[str, Any]) -> tuple[CausalLM, Tokenizer]:
+    if backbone is None:
+        raise ValueError(f"method {method.name} does not say which backbone it runs on; name it (backbone, --backbone)")
+    sparse = method.sparse(SparseConfig())
+    model, tokenizer = load_backbone(backbone, **options)
+    return attach_fixed(model, method, sparse), tokenizer
 
 
 def _load_static(method: Method, backbone: str | None, options: dict[str, Any]) -> tuple[CausalLM, Tokenizer]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from elastic.cache.route_record import Turn
-from elastic.config import SparseConfig
+from elastic.config import CHOOSING, SHORT, SparseConfig
 from elastic.console import supports_unicode
 from elastic.files import write_atomic
 from elastic.plots import route_figure, save_png
@@ -41,8 +41,8 @@ class RouteReport:
         backend: the attention implementation that ran.
         kv_cache: what the cache keeps: full or elastic.
         kv_bytes_held: what the cache holds for this sample, generated tokens and reserved room included.
-        density: by layer, share of the query-key pairs that its XAttention heads computed; None in a layer without
-            such heads, and empty if the configuration has none. Of all turns, as ESR.
+        density: by layer, share of the query-key pairs that its heads with chosen blocks computed; None in a layer
+            without such heads, and empty if the configuration has none. Of all turns, as ESR.
     """
 
     route: tuple[tuple[int, ...], ...]
@@ -81,6 +81,7 @@ class RouteReport:
             "FA": "full",
             "SSA": f"streaming (sink {self.sink}, window {self.window})",
             "XA": f"xattention (stride {self.stride}, threshold {self.threshold:g})",
+            **{SHORT[mode]: mode for mode in CHOOSING if mode != "xattention"},
         }
         one, two = self.configuration.split("-")
         lines += [
@@ -92,8 +93,9 @@ class RouteReport:
         ]
         found = [share for share in self.density if share is not None]
         if found:
+            chooser = next(mode for mode in CHOOSING if SHORT[mode] in (one, two))
             lines.append(
-                f"xattention heads compute {sum(found) / len(found):.3f} of the pairs, {min(found):.3f} to "
+                f"{chooser} heads compute {sum(found) / len(found):.3f} of the pairs, {min(found):.3f} to "
                 f"{max(found):.3f} by layer"
             )
         return "\n".join(lines)

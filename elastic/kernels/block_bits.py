@@ -10,8 +10,6 @@ from torch import Tensor
 
 from elastic.kernels.params import QUERY_BLOCK
 
-_WEIGHTS = [1 << b for b in range(31)] + [-(1 << 31)]
-
 
 def query_block(block: int) -> int:
     """Queries that share a row of bits: 128 for key blocks of 64 and 128, which the kernels take. Smaller key blocks,
@@ -23,7 +21,8 @@ def query_block(block: int) -> int:
 def bits_from_mask(mask: Tensor) -> Tensor:
     """Pack a boolean [..., key blocks] tensor into int32 [..., ceil(key blocks / 32)]."""
     padded = torch.nn.functional.pad(mask.bool(), (0, -mask.shape[-1] % 32))
-    weights = torch.tensor(_WEIGHTS, dtype=torch.int32, device=mask.device)
+    # Made where they are used: a list would be copied to a GPU, which waits for it.
+    weights = 1 << torch.arange(32, dtype=torch.int32, device=mask.device)
     # The weights are distinct powers of two, so the sum is an or and cannot overflow.
     return (torch.unflatten(padded, -1, (-1, 32)) * weights).sum(-1, dtype=torch.int32)
 

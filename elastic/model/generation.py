@@ -46,6 +46,13 @@ def judge(model: CausalLM, options: dict[str, Any], refused: dict[str, str] = RE
     if setting(model, options, "use_cache") is False:
         raise ValueError("use_cache=False is not supported: routes live on the cache; leave it out")
     verified = [name for name in VERIFIED if setting(model, options, name) is not None]
+    handle = getattr(model, "_elastic_handle", None)
+    sparse = None if handle is None else handle.state.config_in_force().sparse
+    if verified and sparse is not None and sparse.chooses_in_steps:
+        raise ValueError(
+            f"{verified[0]} verifies several tokens at once, but heads of {sparse.name} choose key blocks for every "
+            "token; leave it out"
+        )
     cache = options.get("past_key_values")
     if verified and hasattr(setting(model, options, "assistant_model"), "_elastic_handle"):
         raise ValueError("the assistant model has routers, which would route each of its drafts; detach it first")

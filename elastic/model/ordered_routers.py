@@ -12,7 +12,8 @@ from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.model.attach import Model, attach, routers
 from elastic.model.loading import architecture
 from elastic.routing.fixed_routes import head_order
-from elastic.routing.router import Router
+from elastic.routing.methods import Method
+from elastic.routing.router import Router, StaticRouter
 
 
 def begin_in_order(model: Model, order: Sequence[int], msr: float) -> Model:
@@ -64,3 +65,25 @@ def attach_static(model: Model, path: str | Path, msr: float | None, sparse: Spa
     shape = architecture(model)
     order, level = head_order(Path(path), shape["num_layers"], shape["num_kv_heads"], msr, shape)
     return begin_in_order(attach(model, ElasticConfig(RouterConfig(kind="static"), sparse)), order, level)
+
+
+def attach_fixed(model: Model, method: Method, sparse: SparseConfig) -> Model:
+    """Attach static routers that hold the routes of a method, whatever the bias.
+
+    Args:
+        model: a stock model.
+        method: one whose routes no router decides.
+        sparse: what the heads choose between.
+
+    Raises:
+        OSError, ValueError: a file of the method that cannot be read or does not fit the model.
+    """
+    shape = architecture(model)
+    routes = method.routes(shape["num_layers"], shape["num_kv_heads"], shape)
+    assert routes is not None  # only of routers that decide by themselves
+    attach(model, ElasticConfig(RouterConfig(kind="static"), sparse))
+    for router, route_K in zip(routers(model), routes, strict=True):
+        assert isinstance(router, StaticRouter)
+        infinite = torch.where(route_K > 0.5, float("inf"), float("-inf"))
+        router.logits.data[:, 1] = infinite.to(router.logits)
+    return model

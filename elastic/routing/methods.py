@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic.config import Mode, SparseConfig
+from elastic.config import CHOOSING, Mode, SparseConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +21,11 @@ FORMS = {  # <field of Method>, [left out where it has its default]
     "dense": "dense",
     "streaming": "streaming",
     "xattention": "xattention[:<threshold>]",
+    "moba": "moba:<top_k>[:<chunk>]",
+    "nsa": "nsa[:<top_k>]",
+    "infllm": "infllm[:<top_k>]",
+    "flexprefill": "flexprefill:<gamma>[:<min_budget>]",
+    "flashprefill": "flashprefill:<threshold>",
     "random": "random:<msr>[:<seed>]",
     "static": "static:<file>[@<msr>]",
     "elastic": "elastic[/<modes>][:<checkpoint>][@<bias>]",
@@ -34,10 +39,19 @@ MODES: dict[str, tuple[Mode, Mode]] = {
 DEFAULT_METHODS = ("dense", "elastic")
 SCORES = ("loss", "accuracy", "exact")
 RATIOS = ("msr", "esr_last", "esr_all")
-_OWN_MODES = {"dense": "fa-ssa", "streaming": "fa-ssa", "xattention": "fa-xa"}
-_UNIFORM = {"dense": 0, "streaming": 1, "xattention": 1}  # the route of every head
+CAVEATS = {  # what a table says beside a method whose paper trains the model with it
+    "moba": "MoBA needs continued training in its paper (arXiv 2502.13189); here the backbone is frozen",
+    "nsa": "NSA is trained with the model in its paper (arXiv 2502.11089); here the backbone is frozen, without gates "
+    "and learnt compression",
+    "infllm": "InfLLM-V2 needs continued training in its paper (arXiv 2509.24663); here the backbone is frozen",
+}
+_UNIFORM: dict[str, int] = {"dense": 0, "streaming": 1, **dict.fromkeys(CHOOSING, 1)}  # the route of every head
 _VALUES: dict[str, tuple[Callable[[str], Any], Callable[[Any], bool], str]] = {  # how to read, what is allowed
     "threshold": (float, lambda value: 0 < value <= 1, "a threshold above 0, up to 1"),
+    "gamma": (float, lambda value: 0 < value <= 1, "a coverage above 0, up to 1"),
+    "top_k": (int, lambda value: 0 < value < 2**31, "a number of blocks of 1 or more"),
+    "chunk": (int, lambda value: 0 < value < 2**31, "a number of tokens of 1 or more"),
+    "min_budget": (int, lambda value: 0 < value < 2**31, "a number of tokens of 1 or more"),
     "msr": (float, lambda value: 0 <= value <= 1, "an MSR from 0 to 1"),
     "seed": (int, lambda value: 0 <= value < 2**63, "a whole number of 0 or more"),
     "bias": (float, math.isfinite, "a finite number"),
@@ -50,10 +64,13 @@ class Method:
     """One way to choose routes; `parse_method` reads it from its name and checks it.
 
     Attributes:
-        kind: `dense`, `streaming`, `xattention`: every head in that mode, whatever the configuration; `random`: heads
-            drawn once; `static`: the heads of a pattern file or a calibration; `elastic`: the routers
-            decide.
-        threshold: of XAttention; None leaves the configuration's.
+        kind: `dense`, `streaming`, `xattention`, `moba`, `nsa`, `infllm`, `flexprefill`, `flashprefill`: every head in
+            that mode, whatever the configuration; `random`: heads drawn once; `static`: the heads of a pattern file or
+            a calibration; `elastic`: the routers decide.
+        threshold: of XAttention, where None leaves the configuration's, and of FlashPrefill.
+        gamma, min_budget: of FlexPrefill: share of the attention that is covered, and tokens that lines cover at least.
+        top_k: blocks that MoBA, NSA and InfLLM-V2 choose; None: as published.
+        chunk: tokens of MoBA's blocks.
         msr: share of heads on route 1. None with `static`: the heads that a pattern scores below 0.5, or the level of a
             calibration that stays within its budget (`elastic.routing.calibration`).
         seed: of the random heads.
@@ -65,6 +82,10 @@ class Method:
 
     kind: str
     threshold: float | None = None
+    gamma: float | None = None
+    min_budget: int = SparseConfig.min_budget
+    top_k: int | None = None
+    chunk: int = SparseConfig.chunk
     msr: float | None = None
     seed: int = 0
     file: str | None = None
@@ -83,15 +104,25 @@ class Method:
         form = re.sub(r"\[(.*?)\]", optional, FORMS[self.kind])
         return re.sub(r"<(\w+)>", lambda part: _shown(getattr(self, part[1])), form)
 
+    @property
+    def caveat(self) -> str:
+        """What a table says beside the method; empty where there is nothing to say."""
+        return CAVEATS.get(self.kind, "")
+
     def sparse(self, own: SparseConfig) -> SparseConfig:
         """The modes and sizes that the method runs on a model configured with `own`.
 
         Raises:
-            ValueError: XAttention with a stride that does not divide the block.
+            ValueError: XAttention with a stride that does not divide the block, MoBA with a chunk that is no multiple
+                of it.
         """
-        modes = self.modes or _OWN_MODES.get(self.kind)
+        threshold = self.threshold or self.gamma or own.threshold
+        if self.kind in CHOOSING:
+            chosen = {"top_k": self.top_k, "chunk": self.chunk, "min_budget": self.min_budget}
+            return replace(own, route0="full", route1=self.kind, threshold=threshold, **chosen)  # type: ignore[arg-type]
+        modes = self.modes or ("fa-ssa" if self.kind in _UNIFORM else None)
         route0, route1 = (own.route0, own.route1) if modes is None else MODES[modes]
-        return replace(own, route0=route0, route1=route1, threshold=self.threshold or own.threshold)
+        return replace(own, route0=route0, route1=route1, threshold=threshold)
 
     def routes(
         self, layers: int, kv_heads: int, architecture: Mapping[str, Any] | None = None
@@ -185,6 +216,11 @@ def ratio_columns(name: str) -> dict[str, str]:
     for `dense`.
     """
     return {} if name == "dense" else {ratio: ratio if name == "elastic" else f"{name}_{ratio}" for ratio in RATIOS}
+
+
+def caveats(methods: Sequence[Method]) -> list[str]:
+    """What tables print beside these methods, each once."""
+    return list(dict.fromkeys(method.caveat for method in methods if method.caveat))
 
 
 def columns(methods: Sequence[Method]) -> tuple[str, ...]:

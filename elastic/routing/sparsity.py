@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from elastic.config import SparseConfig
+from elastic.config import CHOOSING, SparseConfig
 from elastic.visibility import lower_bound
 
 
@@ -33,8 +33,8 @@ def esr(
         route_LNK: routes in {0, 1}.
         lengths_N: tokens of each sample.
         sparse: modes of the two routes and pattern sizes.
-        density_LNK: share of the pairs that XAttention heads visited, as the forward pass counted it; needed with
-            such heads.
+        density_LNK: share of the pairs in the blocks that heads chose, as the forward pass counted it; needed with
+            a mode that chooses.
         begin_N: first query of each sample that counts, where earlier ones were read under other routes; default 0.
 
     Returns:
@@ -49,14 +49,14 @@ def esr(
 
 
 def xattention_heads(route_LNK: Tensor, sparse: SparseConfig) -> Tensor:
-    """Which heads run XAttention under a configuration that has it, boolean [L, N, K]."""
-    return (route_LNK.detach() > 0.5) == (sparse.route1 == "xattention")
+    """Which heads choose key blocks under a configuration with such a mode, boolean [L, N, K]."""
+    return (route_LNK.detach() > 0.5) == (sparse.route1 in CHOOSING)
 
 
 def density_by_layer(
     route_LNK: Tensor, sparse: SparseConfig, density_LNK: Tensor | None, weight_NK: Tensor | None = None
 ) -> list[list[float | None]]:
-    """What the XAttention heads of each sample and layer visited, the mean over these heads, by `weight_NK` if given,
+    """What the heads that choose blocks visited in each sample and layer, the mean over them, by `weight_NK` if given,
     [N][L]; None for a layer without such heads, empty lists for a configuration without them.
     """
     if density_LNK is None:
@@ -72,10 +72,10 @@ def _pruned(
     mode: str, route_LNK: Tensor, queries: list[tuple[int, int]], sparse: SparseConfig, density_LNK: Tensor | None
 ) -> Tensor:
     """Share of the pairs of each sample's queries [begin, end) that heads of this mode leave out, float64 [L, N, K]."""
-    if mode == "xattention":
+    if mode in CHOOSING:
         if density_LNK is None:
             raise ValueError(
-                f"what the xattention heads of {sparse.name} visit depends on the input; pass the density that the "
+                f"what the {mode} heads of {sparse.name} visit depends on the input; pass the density that the "
                 "forward pass counted (routing(model).density, or that of route_of(cache))"
             )
         return 1 - density_LNK.to(route_LNK.device)

@@ -109,7 +109,7 @@ class RoutedModule(LightningModule):
         self.source_means = TaskMeans(self.columns, tuple(sorted(sources)))
         self.samples = SampleRecords(self.columns)
         self.route_share = RouteShare(*size)
-        counted = (method.name for method in self.methods if method.sparse(self.elastic.sparse).has("xattention"))
+        counted = (method.name for method in self.methods if method.sparse(self.elastic.sparse).chooser)
         self.density = LayerDensity(tuple(counted), self.shape["num_layers"])
 
     def _attached(self, model: CausalLM) -> CausalLM:

@@ -96,6 +96,28 @@ def test_routers_of_a_checkpoint_run_between_other_modes_at_another_bias(tmp_pat
     assert mine["esr_all"] == 0 < xattention["esr_all"] != sparse["esr_all"] > 0
 
 
+def test_rivals_that_choose_blocks_run_by_name(tmp_path, monkeypatch):
+    """Through the parser, on the sizes of the command; a file from before their settings is taken up again."""
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(ruler_samples.NEW_TOKENS, "ruler_fwe", 4)
+    model, words = load_backbone("tiny")
+    model.config.max_position_embeddings = 2048
+    monkeypatch.setattr(runner, "load_model", lambda *_: (attach(model, small_config()), words))
+    sizes, asked = SparseConfig(sink=8, window=16, block=8, stride=4), ((ruler.Ruler(), "ruler_fwe"),)
+    plan = runner.EvaluationPlan("tiny", "cpu", "float32", asked, (1024,), 1, 1, False, sizes, 0)
+    names = ["moba:3:64", "nsa", "infllm:8", "flexprefill:0.9:64", "flashprefill:0.12", "xattention:0.5"]
+    rows = runner.run(plan, parse_methods(names, of_run=False), tmp_path / "out")
+    assert [(row["method"], row["msr"]) for row in rows] == [(name, 1) for name in names]
+    assert all(0 < row["esr_all"] < 1 for row in rows)
+    file = tmp_path / "out" / "samples" / "xattention_0.5.ruler_fwe.1024.jsonl"
+    origin, *samples = map(json.loads, file.read_text().splitlines())
+    for later in ("top_k", "chunk", "min_budget"):
+        del origin["sparse"][later]
+    file.write_text("".join(json.dumps(line) + "\n" for line in (origin, *samples)))
+    monkeypatch.setattr(runner, "_evaluate", lambda *_: pytest.fail("a finished result was made again"))
+    assert runner.run(plan, parse_methods(names, of_run=False), tmp_path / "out") == rows
+
+
 def test_random_heads_are_those_of_the_name(tmp_path):
     """A result of before is taken up where the seed of its samples drew the heads that the name means now."""
     asked, file = ((ruler.Ruler(), "ruler_fwe"),), tmp_path / "result.jsonl"

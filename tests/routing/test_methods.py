@@ -17,6 +17,7 @@ from elastic.routing.methods import (
     GRAMMAR,
     MODES,
     Method,
+    caveats,
     columns,
     parse_method,
     parse_methods,
@@ -30,6 +31,15 @@ READ = {  # name -> method
     "streaming": Method("streaming"),
     "xattention": Method("xattention"),
     "xattention:0.95": Method("xattention", threshold=0.95),
+    "moba:3": Method("moba", top_k=3),
+    "moba:12:128": Method("moba", top_k=12, chunk=128),
+    "nsa": Method("nsa"),
+    "nsa:8": Method("nsa", top_k=8),
+    "infllm": Method("infllm"),
+    "infllm:32": Method("infllm", top_k=32),
+    "flexprefill:0.95": Method("flexprefill", gamma=0.95),
+    "flexprefill:0.9:256": Method("flexprefill", gamma=0.9, min_budget=256),
+    "flashprefill:0.12": Method("flashprefill", threshold=0.12),
     "random:0.7": Method("random", msr=0.7),
     "random:1:5": Method("random", msr=1.0, seed=5),
     "static:heads.tsv": Method("static", file="heads.tsv"),
@@ -63,7 +73,13 @@ def test_a_name_is_read_and_printed(name):
 
 @pytest.mark.parametrize(
     ("name", "same"),
-    [("random:.70:0", "random:0.7"), ("xattention:9e-1", "xattention:0.9"), ("elastic@+2.0", "elastic@2")],
+    [
+        ("random:.70:0", "random:0.7"),
+        ("xattention:9e-1", "xattention:0.9"),
+        ("elastic@+2.0", "elastic@2"),
+        ("moba:03:512", "moba:3"),
+        ("flexprefill:.90:1024", "flexprefill:0.9"),
+    ],
 )
 def test_a_method_has_one_name(name, same):
     assert parse_method(name).name == same
@@ -73,6 +89,15 @@ PATHS = st.from_regex(r"[\w. :@-]*/[\w. :-]*", fullmatch=True)  # what follows t
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 METHODS = st.one_of(
     st.builds(Method, st.just("xattention"), threshold=st.none() | st.floats(0, 1, exclude_min=True)),
+    st.builds(Method, st.just("moba"), top_k=st.integers(1, 999), chunk=st.integers(1, 4096)),
+    st.builds(Method, st.sampled_from(["nsa", "infllm"]), top_k=st.none() | st.integers(1, 999)),
+    st.builds(
+        Method,
+        st.just("flexprefill"),
+        gamma=st.floats(0, 1, exclude_min=True),
+        min_budget=st.integers(1, 9999),
+    ),
+    st.builds(Method, st.just("flashprefill"), threshold=st.floats(0, 1, exclude_min=True)),
     st.builds(Method, st.just("random"), msr=st.floats(0, 1), seed=st.integers(0, 2**63 - 1)),
     st.builds(Method, st.just("static"), file=PATHS, msr=st.none() | st.floats(0, 1)),
     st.builds(
@@ -117,6 +142,19 @@ def test_old_spellings_are_refused_with_the_new_one(old):
         ("random:0.5:1.5", "'1.5' is not a whole number of 0 or more"),
         ("xattention:0", "'0' is not a threshold above 0, up to 1"),
         ("xattention:most", "'most' is not a threshold above 0, up to 1"),
+        ("moba", "method 'moba' is not of the form moba:<top_k>[:<chunk>]"),
+        ("moba:0", "method 'moba:0': '0' is not a number of blocks of 1 or more"),
+        ("moba:2.5", "'2.5' is not a number of blocks of 1 or more"),
+        ("moba:3:0", "'0' is not a number of tokens of 1 or more"),
+        ("moba:3:128:1", "is not of the form moba:<top_k>[:<chunk>]"),
+        ("nsa:none", "'none' is not a number of blocks of 1 or more"),
+        ("nsa@1", "is not of the form nsa[:<top_k>]"),
+        ("infllm:", "'' is not a number of blocks of 1 or more"),
+        ("flexprefill", "is not of the form flexprefill:<gamma>[:<min_budget>]"),
+        ("flexprefill:1.5", "'1.5' is not a coverage above 0, up to 1"),
+        ("flexprefill:0.9:0", "'0' is not a number of tokens of 1 or more"),
+        ("flashprefill", "is not of the form flashprefill:<threshold>"),
+        ("flashprefill:0", "'0' is not a threshold above 0, up to 1"),
         ("static", "is not of the form static:<file>[@<msr>]"),
         ("static:heads.tsv@2", "'2' is not an MSR from 0 to 1, and what follows the last @ is one"),
         ("static:heads@old", "'old' is not an MSR from 0 to 1, and what follows the last @ is one; rename a path"),
@@ -182,6 +220,32 @@ def test_methods_choose_their_modes():
     found = {name: parse_method(name).sparse(own) for name in expected}
     assert {name: (sparse.route0, sparse.route1, sparse.threshold) for name, sparse in found.items()} == expected
     assert all((sparse.sink, sparse.window, sparse.block, sparse.stride) == (4, 16, 4, 4) for sparse in found.values())
+
+
+def test_rivals_choose_their_modes_and_settings():
+    own = SparseConfig("xattention", "streaming", sink=4, window=16, block=4, stride=4)
+    expected = {
+        "moba:3": ("moba", 3, 512, 1024, 0.9),
+        "moba:12:128": ("moba", 12, 128, 1024, 0.9),
+        "nsa": ("nsa", None, 512, 1024, 0.9),
+        "infllm:32": ("infllm", 32, 512, 1024, 0.9),
+        "flexprefill:0.95:256": ("flexprefill", None, 512, 256, 0.95),
+        "flashprefill:0.12": ("flashprefill", None, 512, 1024, 0.12),
+    }
+    for name, settings in expected.items():
+        sparse = parse_method(name).sparse(own)
+        assert (sparse.route1, sparse.top_k, sparse.chunk, sparse.min_budget, sparse.threshold) == settings
+        assert (sparse.route0, sparse.sink, sparse.window, sparse.block) == ("full", 4, 16, 4)
+        assert sparse.chooser == sparse.route1 and parse_method(name).routes(2, 3).tolist() == [[1, 1, 1]] * 2
+    with pytest.raises(ValueError, match=re.escape("sparse.chunk=6 is not a multiple of sparse.block=4")):
+        parse_method("moba:3:6").sparse(own)
+
+
+def test_tables_can_say_what_a_rival_lacks():
+    said = caveats([parse_method(name) for name in ("dense", "moba:3", "nsa", "moba:4", "infllm", "flashprefill:0.1")])
+    assert [line.split()[0] for line in said] == ["MoBA", "NSA", "InfLLM-V2"]
+    assert all("the backbone is frozen" in line for line in said)
+    assert not parse_method("flexprefill:0.9").caveat and not parse_method("elastic").caveat
 
 
 def test_methods_choose_their_routes(tmp_path):
