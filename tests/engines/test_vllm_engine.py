@@ -15,6 +15,7 @@ from elastic.data.prompts import EncodedPrompt, encode
 from elastic.inference.generate import answer_tokens, load
 from elastic.model.loading import architecture
 from elastic.routing.calibration import Calibration, Curve
+from elastic.routing.sparsity import esr
 from tests.helpers.models import KV_HEADS, LAYERS
 from tests.helpers.vllm_engine import SPARSE, engine, routed, sampling
 from tests.helpers.vllm_schedules import prompts, run
@@ -42,6 +43,14 @@ def test_random_schedules(tmp_path, family, kind):
     assert counts["answers compared"] > 50 and counts["preempted"] and counts["aborted"]
     assert counts["with several answers"] and counts["prefix cache hits"] and counts["different routes"] > 2
     assert counts["requests remembered at the end"] == 1  # the last one: the engine tells of it with its next step
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "paper"), ("qwen3", "level"), ("llama", "reach")])
+def test_random_schedules_in_chunks(tmp_path, family, kind):
+    """Against transformers with the dense part of every answer's prompt, and its routes."""
+    counts = run(routed(tmp_path, family, kind), 12, seed=8, chunk=24)
+    assert counts["answers compared"] > 50 and counts["preempted"] and counts["aborted"]
+    assert counts["prompts that began dense"] > 20 and counts["different routes"] > 2
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral", "granite"])
@@ -99,7 +108,7 @@ def test_a_calibration_file(llama, tmp_path, bias):
         assert answers(llm, asked)[0] == [[found.token_ids] for found in routed_alone]
 
 
-def test_every_request_has_its_msr_in_the_log(llama, monkeypatch):
+def test_every_request_has_its_msr_and_esr_in_the_log(llama, monkeypatch):
     from elastic.engines.vllm import engine as versioned
 
     told = []
@@ -108,8 +117,13 @@ def test_every_request_has_its_msr_in_the_log(llama, monkeypatch):
     with engine(llama.folder, {"checkpoint": str(llama.checkpoint)}) as llm:
         answers(llm, asked)
     assert f"{llama.checkpoint} routes {LAYERS} layers of {KV_HEADS} KV heads as FA-SSA" in told[0]
-    routes = [torch.tensor(llama.answer(prompt)[1]).float() for prompt in asked]
-    ends = [f"of {len(asked[n])} prompt tokens runs at MSR {route.mean():.3f}" for n, route in enumerate(routes)]
+    routes = [torch.tensor(llama.answer(prompt)[1]).float()[:, None] for prompt in asked]
+    esrs = [float(esr(route, torch.tensor([len(asked[n])]), SPARSE)[1]) for n, route in enumerate(routes)]
+    ends = [
+        f"of {len(prompt)} prompt tokens runs at MSR {route.mean():.3f}, ESR {share:.3f}"
+        for prompt, route, share in zip(asked, routes, esrs, strict=True)
+    ]
+    assert max(esrs) > 0.1
     assert [line.split(" ", 3)[3] for line in told[1:]] == ends
 
 
@@ -187,7 +201,6 @@ def test_full_heads_are_stock_vllm(llama):
         ({"checkpoint": "nowhere"}, {}, "no checkpoint at nowhere"),
         ({"checkpoint": "dense", "extra": 1}, {}, r"unknown key elastic\.extra"),
         ({"checkpoint": "xattention"}, {}, "full or streaming"),
-        ({"checkpoint": "dense"}, {"enable_chunked_prefill": True}, "enable_chunked_prefill was set"),
         ({"checkpoint": "dense"}, {"tensor_parallel_size": 2}, "tensor_parallel_size=2 does not go together"),
         ({"checkpoint": "dense"}, {"model_impl": "transformers"}, "model_impl='transformers'"),
         ({"checkpoint": "dense"}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8"),

@@ -213,12 +213,11 @@ def test_attention_over_pages_is_masked_attention(queries, granule):
 
 
 def test_the_table_lives_as_long_as_its_requests():
-    table = RouteTable(lambda ids: (0, len(ids)))
+    table = RouteTable(lambda ids: (0, len(ids)), small_config())
     table.begin_step([("a", [1, 2]), ("b", [3])])
     first = table.take_step()
     assert [request.name for request in first] == ["a", "b"] and not table.take_step()
     first[0].layers += [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])]
-    assert first[0].msr == 0.75
     table.forget(["b", "never seen"])
     table.begin_step([("a", [1, 2])])
     assert table.take_step()[0] is first[0] and set(table.requests) == {"a"}
