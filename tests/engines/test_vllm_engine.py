@@ -79,6 +79,31 @@ def test_routes_are_those_of_transformers_and_are_forgotten(llama):
         assert len(llm.collective_rpc("routes")[0]) == 1
 
 
+@pytest.mark.parametrize(("kind", "kv_heads"), [("paper", 4), ("level", 4), ("reach", 2), ("static", 2)])
+def test_two_processes_share_the_heads(tmp_path, monkeypatch, kind, kv_heads):
+    """Tensor parallelism: tokens and routes are those of transformers, each process knows those of its own heads."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # as many NUMA nodes as processes otherwise
+    model = routed(tmp_path, "qwen3", kind, kv_heads=kv_heads)
+    asked = prompts(model.tokenizer, 8, random.Random(12))
+    with engine(model.folder, {"checkpoint": str(model.checkpoint)}, tensor_parallel_size=2) as llm:
+        for number, prompt in enumerate(asked):
+            llm.llm_engine.add_request(str(number), {"prompt_token_ids": prompt.ids}, sampling(TOKENS))
+        llm.llm_engine.step()
+        by_process = [
+            {int(name.split("-")[0]): routes for name, routes in of.items()} for of in llm.collective_rpc("routes")
+        ]
+        finished = {}
+        while llm.llm_engine.has_unfinished_requests():
+            finished |= {int(output.request_id): output for output in llm.llm_engine.step() if output.finished}
+    for number, prompt in enumerate(asked):
+        tokens, routes = model.answer(prompt)
+        assert list(finished[number].outputs[0].token_ids) == tokens[:TOKENS]
+        first, second = (of[number] for of in by_process)
+        assert [one + two for one, two in zip(first, second, strict=True)] == [list(of) for of in routes]
+        assert len(first[0]) == kv_heads // 2
+    assert len({str(model.answer(prompt)[1]) for prompt in asked}) > (2 if kind != "static" else 0)
+
+
 def test_chats_by_their_text(llama):
     """Messages through vLLM's own chat template; the system prompt's place is the user's in this template."""
     chat = [{"role": "user", "content": "the red box is on the table . where is the box ?"}]
@@ -201,7 +226,9 @@ def test_full_heads_are_stock_vllm(llama):
         ({"checkpoint": "nowhere"}, {}, "no checkpoint at nowhere"),
         ({"checkpoint": "dense", "extra": 1}, {}, r"unknown key elastic\.extra"),
         ({"checkpoint": "xattention"}, {}, "full or streaming"),
-        ({"checkpoint": "dense"}, {"tensor_parallel_size": 2}, "tensor_parallel_size=2 does not go together"),
+        ({"checkpoint": "dense"}, {"tensor_parallel_size": 4}, "tensor_parallel_size=4 does not divide"),
+        ({"checkpoint": "dense"}, {"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 does not go together"),
+        ({"checkpoint": "dense"}, {"long_prefill_token_threshold": 8}, "long_prefill_token_threshold=8 does not"),
         ({"checkpoint": "dense"}, {"model_impl": "transformers"}, "model_impl='transformers'"),
         ({"checkpoint": "dense"}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8"),
         (

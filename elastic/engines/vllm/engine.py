@@ -49,7 +49,7 @@ def routed_config(arguments: Any, options: Options, make: Callable[[], Any]) -> 
         ValueError: a setting or model without support, or routers that do not fit.
         FileNotFoundError: no such routers.
     """
-    _check_arguments(arguments)
+    _check_process()
     arguments.enable_chunked_prefill = bool(arguments.enable_chunked_prefill)  # vLLM's own default is to chunk
     os.environ[_RUNNER] = "0"  # read by the engine's other processes, which inherit it
     made = make()
@@ -66,7 +66,8 @@ def routed_config(arguments: Any, options: Options, make: Callable[[], Any]) -> 
     return made
 
 
-def _check_arguments(arguments: Any) -> None:
+def _check_process() -> None:
+    """Refuse devices and runners that the plugin does not know."""
     if not current_platform.is_cpu():
         raise ValueError(
             f"{OPTION} was asked for on {current_platform.device_name or current_platform.device_type}, but the plugin "
