@@ -101,7 +101,7 @@ def test_two_processes_share_the_heads(tmp_path, monkeypatch, kind, kv_heads):
         first, second = (of[number] for of in by_process)
         assert [one + two for one, two in zip(first, second, strict=True)] == [list(of) for of in routes]
         assert len(first[0]) == kv_heads // 2
-    assert len({str(model.answer(prompt)[1]) for prompt in asked}) > (2 if kind != "static" else 0)
+    assert len({str(model.answer(prompt)[1]) for prompt in asked}) > (1 if kind != "static" else 0)
 
 
 def test_chats_by_their_text(llama):

@@ -209,8 +209,8 @@ class RoutedBackend(CPUAttentionBackend):
     """Attention under routes, over pages of the stock backend's shape with plain keys and values in them."""
 
     @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        return [16, *CPUAttentionBackend.get_supported_kernel_block_sizes(kv_cache_spec)]
+    def get_supported_kernel_block_sizes(*spec: Any) -> list[Any]:
+        return [16, *CPUAttentionBackend.get_supported_kernel_block_sizes(*spec)]  # 0.24 has no argument
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
@@ -238,8 +238,7 @@ class RoutedMetadataBuilder(AttentionMetadataBuilder[Step]):
         """The rows of a step. `common_prefix_len` and `fast_build` make no difference here."""
         del common_prefix_len, fast_build
         common = common_attn_metadata
-        bounds, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
-        return Step.of(self.table, bounds, lengths, common.block_table_tensor)
+        return Step.of(self.table, common.query_start_loc_cpu.tolist(), common.seq_lens, common.block_table_tensor)
 
 
 class RoutedImpl(AttentionImpl[Step]):

@@ -3,8 +3,8 @@ call with tables made once a step. No import of vLLM.
 
 A prompt that comes in one piece is routed from its first token. One that comes in chunks runs dense until the chunk in
 which it ends, where the decision is made and from where the routes hold.
-Legend: S tokens of a step, R decoding rows, P pages of a row, L layers, H query heads, K KV heads, D head dim, N pages,
-T tokens of a page, E = 2 D, Q queries of a row.
+Legend: S tokens of a step, R rows, P pages of a row, H query heads, K KV heads, D head dim, N pages, T tokens of a
+page, E = 2 D, Q queries of a row.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from elastic.engines.vllm.decide import LayerRouter
+from elastic.engines.vllm.decoding import Decoding, attend_rows
 from elastic.engines.vllm.paged import Pages, attend_pages
 from elastic.engines.vllm.table import RoutedRequest, RouteTable, streams
 from elastic.routing.router import StaticRouter
@@ -36,23 +37,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """Rows with one token each whose routes are known.
-
-    Attributes:
-        token_R: their places in the step; None where they are the whole step, in order.
-        page_RP: their pages.
-        lengths: tokens of each, the new one included.
-        streams_LRK: heads that run streaming.
-    """
-
-    token_R: Tensor | None
-    page_RP: Tensor
-    lengths: list[int]
-    streams_LRK: Tensor
-
-
-@dataclass(frozen=True)
 class Step:
     """What all layers of a step share."""
 
@@ -60,15 +44,15 @@ class Step:
     decoding: Decoding | None
 
     @classmethod
-    def of(cls, table: RouteTable, bounds: Sequence[int], lengths: Sequence[int], page_RP: Tensor) -> "Step":
+    def of(cls, table: RouteTable, bounds: Sequence[int], length_R: Tensor, page_RP: Tensor) -> "Step":
         """The step that begins; requests whose routes are not known yet note what it brings them.
 
         Args:
             bounds: place of each row's first token, and the end of the last row.
-            lengths: tokens of each row, those of this step included.
+            length_R: tokens of each row, those of this step included.
             page_RP: pages of all rows.
         """
-        requests, reading, decoding = table.take_step(), [], []
+        requests, lengths, reading, decoding = table.take_step(), length_R.tolist(), [], []
         for n, request in enumerate(requests):
             first, stop, length = bounds[n], bounds[n + 1], lengths[n]
             if request.layers and stop - first == 1 and length > request.prompt_tokens:
@@ -79,11 +63,11 @@ class Step:
             reading.append(Row(request, first, stop, length, page_RP[n]))
         if not decoding:
             return cls(reading, None)
-        streams_LRK, lengths = table.decoding([requests[n] for n in decoding]), [lengths[n] for n in decoding]
+        by_layer = table.decoding([requests[n] for n in decoding])
         if not reading:
-            return cls([], Decoding(None, page_RP[: len(requests)], lengths, streams_LRK))
+            return cls([], Decoding(None, page_RP[: len(requests)], length_R[: len(requests)], by_layer))
         token_R = torch.tensor([bounds[n] for n in decoding])
-        return cls(reading, Decoding(token_R, page_RP[decoding], lengths, streams_LRK))
+        return cls(reading, Decoding(token_R, page_RP[decoding], length_R[decoding], by_layer))
 
 
 def run_layer(
@@ -114,11 +98,8 @@ def run_layer(
 
 
 def _decode(layer: LayerRouter, rows: Decoding, q_SHD: Tensor, cache_NKTE: Tensor, output_SHD: Tensor) -> None:
-    streaming_RK, sparse = rows.streams_LRK[layer.number].tolist(), layer.config.sparse
-    places = range(len(rows.lengths)) if rows.token_R is None else rows.token_R.tolist()
-    for n, place in enumerate(places):
-        pages = Pages(cache_NKTE, rows.page_RP[n], rows.lengths[n])
-        output_SHD[place] = attend_pages(q_SHD[place : place + 1], pages, streaming_RK[n], sparse, layer.scale)[0]
+    place = slice(len(rows.length_R)) if rows.token_R is None else rows.token_R
+    output_SHD[place] = attend_rows(q_SHD[place], cache_NKTE, rows, layer.number, layer.config.sparse, layer.scale)
 
 
 def _read(layer: LayerRouter, row: Row, q_QHD: Tensor, pages: Pages) -> Tensor:

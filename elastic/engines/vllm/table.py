@@ -83,7 +83,7 @@ class RouteTable:
         self.requests: dict[str, RoutedRequest] = {}
         self._step: list[RoutedRequest] = []
         self._batch: list[RoutedRequest] = []
-        self._streams_LRK = torch.empty(0)
+        self._streams: tuple[Tensor, ...] = ()
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop requests that have finished or were aborted; a name may come again for another one."""
@@ -99,15 +99,15 @@ class RouteTable:
         step, self._step = self._step, []
         return step
 
-    def decoding(self, batch: Sequence[RoutedRequest]) -> Tensor:
-        """Which heads of decided requests decode as streaming ones, bool [L, R, K]; the same tensor until the batch
-        changes.
+    def decoding(self, batch: Sequence[RoutedRequest]) -> tuple[Tensor, ...]:
+        """Which heads of decided requests decode as streaming ones, by layer bool [R, K]; the same tensors until the
+        batch changes.
         """
         if len(batch) != len(self._batch) or any(a is not b for a, b in zip(batch, self._batch, strict=True)):
             route_LRK = torch.stack([torch.stack(request.layers) for request in batch], dim=1)
             route_LRK = torch.zeros_like(route_LRK) if self.config.dense_decode else route_LRK
-            self._batch, self._streams_LRK = list(batch), streams(route_LRK, self.config.sparse)
-        return self._streams_LRK
+            self._batch, self._streams = list(batch), streams(route_LRK, self.config.sparse).unbind(0)
+        return self._streams
 
     def _known(self, name: str, prompt: list[int]) -> RoutedRequest:
         if name not in self.requests:
