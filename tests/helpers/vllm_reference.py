@@ -78,7 +78,7 @@ class DenseThenRouted:
             mass_KGQ = self._hidden(layer, user)
             largest, recent = mass_KGQ.amax(2).mean(1), mass_KGQ[:, :, -REACH_RECENT:].mean((1, 2))
             earlier = router.with_earlier(largest[None], recent[None], earlier, None)
-            features = router.features(earlier, torch.tensor([end - begin]), self.config.sparse)
+            features = router.features(earlier, torch.tensor([end]), self.config.sparse)
         else:
             if settings.pool_over == "prompt":
                 begin, end = 0, self.prompt

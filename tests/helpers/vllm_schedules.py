@@ -145,7 +145,7 @@ def run(model: Routed, schedules: int, seed: int, chunk: int = 0, **options: Any
             assert chunk or not cut
             answer, found = reference.answer(prompt, cut, tokens) if chunk else model.answer(prompt)
             decided = [layer.int().tolist() for layer in seen[name].layers]
-            assert decided == [list(layer) for layer in found], (name, prompt.ids, cut)
+            assert decided == [list(layer) for layer in found], (seen[name], found, prompt)
             routes.add(str(decided))
             counts["prompts that began dense"] += bool(cut)
             return answer[:tokens]

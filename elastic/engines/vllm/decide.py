@@ -118,7 +118,6 @@ class LayerRouter:
     def _from_reach(
         self, router: LevelRouter | ReachRouter, request: RoutedRequest, q_QHD: Tensor, pages: Pages
     ) -> Tensor:
-        begin, end = request.user
         mass_KGQ = self._mass(request, q_QHD, pages)
         del request.mass[self.number]
         seen_2K = torch.stack([mass_KGQ.amax(2).mean(1), mass_KGQ[:, :, -REACH_RECENT:].mean((1, 2))])
@@ -127,7 +126,7 @@ class LayerRouter:
         earlier = None if request.reach_R is None else request.reach_R[None]
         reached = router.with_earlier(largest[None], recent[None], earlier, None)
         request.reach_R = reached[0]
-        logits = router(router.features(reached, torch.tensor([end - begin]), self.config.sparse))
+        logits = router(router.features(reached, torch.tensor([request.user[1]]), self.config.sparse))
         route = decide(logits, self.config.sparsity_bias)[0]
         return self.shard.own(route) if level else route
 
