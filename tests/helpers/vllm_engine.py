@@ -48,10 +48,13 @@ class Routed:
         return self.known[key]
 
 
-def routed(folder: Path, family: str, kind: str, seed: int = 0, **config: Any) -> Routed:
+def routed(
+    folder: Path, family: str, kind: str, seed: int = 0, kv_heads: int = KV_HEADS, layers: int = LAYERS, **config: Any
+) -> Routed:
     """A random backbone whose answers vary, with routers of a kind whose decisions vary, both saved."""
     tokenizer = load_tokenizer("tiny")
-    model = tiny_model(family, seed, vocab_size=len(tokenizer), hidden_size=128, head_dim=32, eos_token_id=None)
+    sizes = {"hidden_size": 128, "head_dim": 32, "num_key_value_heads": kv_heads, "num_hidden_layers": layers}
+    model = tiny_model(family, seed, vocab_size=len(tokenizer), eos_token_id=None, **sizes)
     with torch.no_grad():  # weights large enough that attention decides what comes next
         for name, weight in model.named_parameters():
             if weight.dim() == 2:
@@ -64,7 +67,7 @@ def routed(folder: Path, family: str, kind: str, seed: int = 0, **config: Any) -
     if kind == "paper":
         varied_routers(model, seed)
     elif kind == "static":
-        begin_in_order(model, torch.randperm(LAYERS * KV_HEADS, generator=generator).tolist(), 0.5)
+        begin_in_order(model, torch.randperm(layers * kv_heads, generator=generator).tolist(), 0.5)
     elif kind in ("level", "reach"):
         spread_reach(model, generator)
     save_elastic(folder / "routers", model, str(folder / "backbone"))

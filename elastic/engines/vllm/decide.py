@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from elastic.attention.row_slice import RowSlice
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.engines.vllm.paged import Pages
+from elastic.engines.vllm.shards import Shard
 from elastic.engines.vllm.table import RoutedRequest
 from elastic.kernels import Pattern
 from elastic.kernels.params import REACH_QUERIES, REACH_RECENT
@@ -52,35 +52,55 @@ class Rotation:
 
 @dataclass(frozen=True)
 class LayerRouter:
-    """What decides in one layer.
+    """What decides in one layer for the KV heads of this process.
 
     Attributes:
+        number: of the layer, from 0.
         router: the layer's.
         rotation: of its keys.
         config: settings.
         kv_heads: K.
         scale: softmax scale.
+        shard: where this process's heads are among all.
     """
 
+    number: int
     router: Router
     rotation: Rotation
     config: ElasticConfig
     kv_heads: int
     scale: float
+    shard: Shard
 
     @torch.no_grad()
-    def route(self, request: RoutedRequest, q_QHD: Tensor, pages: Pages) -> Tensor:
-        """Route [K] in {0, 1} of a request whose prompt ends in this step.
+    def route(self, request: RoutedRequest, q_QHD: Tensor, pages: Pages) -> None:
+        """Decide for a request whose prompt ends in this step, and remember it.
 
         Args:
             q_QHD: after RoPE, of the request's last Q tokens.
             pages: with these tokens' keys.
+
+        Raises:
+            RuntimeError: an earlier layer is not decided.
         """
+        if len(request.layers) != self.number:
+            raise RuntimeError(
+                f"layer {self.number} of request {request.name} was to be decided after {len(request.layers)} layers; "
+                "each is decided once, in order"
+            )
         if isinstance(self.router, StaticRouter):
-            return decide(self.router.logits.detach(), self.config.sparsity_bias)
+            route_K = decide(self.router.logits.detach(), self.config.sparsity_bias)
+        elif isinstance(self.router, LevelRouter | ReachRouter):
+            route_K = self._from_reach(self.router, request, q_QHD, pages)
+        else:
+            route_K = self._from_keys(request, pages)
+        request.layers.append(route_K)
+
+    @torch.no_grad()
+    def look(self, request: RoutedRequest, q_QHD: Tensor, pages: Pages) -> None:
+        """Remember what queries of a chunk before the prompt's end show to routers by reach; keys stay in the pages."""
         if isinstance(self.router, LevelRouter | ReachRouter):
-            return self._from_reach(self.router, request, q_QHD, pages)
-        return self._from_keys(request, pages)
+            self._mass(request, q_QHD, pages)
 
     def _from_keys(self, request: RoutedRequest, pages: Pages) -> Tensor:
         config = self.config.router
@@ -98,45 +118,41 @@ class LayerRouter:
     def _from_reach(
         self, router: LevelRouter | ReachRouter, request: RoutedRequest, q_QHD: Tensor, pages: Pages
     ) -> Tensor:
-        begin, end = request.user
-        mass_KGQ = self._mass(q_QHD, pages, begin, end)
-        largest, recent = mass_KGQ.amax(2).mean(1), mass_KGQ[:, :, -REACH_RECENT:].mean((1, 2))
+        mass_KGQ = self._mass(request, q_QHD, pages)
+        del request.mass[self.number]
+        seen_2K = torch.stack([mass_KGQ.amax(2).mean(1), mass_KGQ[:, :, -REACH_RECENT:].mean((1, 2))])
+        level = isinstance(router, LevelRouter)
+        largest, recent = (self.shard.gather(seen_2K) if level else seen_2K).unbind(0)
         earlier = None if request.reach_R is None else request.reach_R[None]
         reached = router.with_earlier(largest[None], recent[None], earlier, None)
         request.reach_R = reached[0]
-        logits = router(router.features(reached, torch.tensor([end - begin]), self.config.sparse))
-        return decide(logits, self.config.sparsity_bias)[0]
+        logits = router(router.features(reached, torch.tensor([request.user[1]]), self.config.sparse))
+        route = decide(logits, self.config.sparsity_bias)[0]
+        return self.shard.own(route) if level else route
 
-    def _mass(self, q_QHD: Tensor, pages: Pages, begin: int, end: int) -> Tensor:
-        """Attention that the last queries of the user's words put on hidden keys, [K, G, at most 32]. Queries of tokens
-        that came from the prefix cache are not here and do not count: up to sink + window, where shared prefixes end
-        (`Routing.shared_prefix`), nothing is hidden from them.
+    def _mass(self, request: RoutedRequest, q_QHD: Tensor, pages: Pages) -> Tensor:
+        """Attention that the last queries of the user's words put on hidden keys, [K, G, at most 32]: those of this
+        step beside those of earlier chunks. Queries of tokens from the prefix cache were never here and do not count:
+        up to sink + window, where shared prefixes end (`Routing.shared_prefix`), nothing is hidden from them.
         """
+        begin, end = request.user
         first, past = max(begin, end - REACH_QUERIES), pages.length - q_QHD.shape[0]
-        here = min(max(first, past), end)
-        sparse = self.config.sparse
-        if here > first and past > sparse.sink + sparse.window:
+        groups, sparse = q_QHD.shape[1] // self.kv_heads, self.config.sparse
+        if first < request.cached and request.cached > sparse.sink + sparse.window:
             raise RuntimeError(
-                f"{past} tokens came from the prefix cache, among them queries that routers by reach look at; expected "
-                f"at most {sparse.sink + sparse.window}"
+                f"{request.cached} tokens came from the prefix cache, among them queries that routers by reach look "
+                f"at; expected at most {sparse.sink + sparse.window}"
             )
-        missing = here - first
-        if here == end:
-            return q_QHD.new_zeros((self.kv_heads, q_QHD.shape[1] // self.kv_heads, missing), dtype=torch.float32)
-        q_KGQD = q_QHD[here - past : end - past].float().permute(1, 0, 2).unflatten(0, (self.kv_heads, -1))
-        k_KSD, _ = pages.read(torch.arange(self.kv_heads), end)
-        return F.pad(hidden_mass(q_KGQD, k_KSD, _pattern(sparse, self.scale)), (missing, 0))
+        if self.number not in request.mass:
+            request.mass[self.number] = q_QHD.new_zeros((self.kv_heads, groups, end - first), dtype=torch.float32)
+        mass_KGQ, here, stop = request.mass[self.number], max(first, past), min(end, pages.length)
+        if here < stop:
+            q_KGQD = q_QHD[here - past : stop - past].float().permute(1, 0, 2).unflatten(0, (self.kv_heads, -1))
+            k_KSD, _ = pages.read(torch.arange(self.kv_heads), stop)
+            found = hidden_mass(q_KGQD, k_KSD, _pattern(sparse, self.scale))
+            mass_KGQ[:, :, here - first : stop - first] = found
+        return mass_KGQ
 
 
 def _pattern(sparse: SparseConfig, scale: float) -> Pattern:
     return Pattern(sparse.sink, sparse.window, sparse.granule, sparse.block, scale)
-
-
-def settle(request: RoutedRequest, layer: int, decided_K: Tensor) -> None:
-    """Remember a layer's decision, the first layer's first."""
-    if len(request.layers) != layer:
-        raise RuntimeError(
-            f"layer {layer} of request {request.name} was decided after {len(request.layers)} layers; each is decided "
-            "once, in order"
-        )
-    request.layers.append(decided_K)

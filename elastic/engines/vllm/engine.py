@@ -9,11 +9,11 @@ Legend: S tokens of a step, H query heads, K KV heads, D head dim, N pages, T to
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, CommonAttentionMetadata
@@ -23,11 +23,13 @@ from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from elastic.engines.vllm.decide import LayerRouter, Rotation, settle
+from elastic.engines.vllm.decide import LayerRouter, Rotation
 from elastic.engines.vllm.options import OPTION, Options
-from elastic.engines.vllm.paged import Pages, attend_pages, write_pages
+from elastic.engines.vllm.paged import write_pages
 from elastic.engines.vllm.routers import Routing, load_routing
+from elastic.engines.vllm.shards import Shard, check_heads
 from elastic.engines.vllm.spans import ChatMarks, user_span
+from elastic.engines.vllm.step import Step, run_layer
 from elastic.engines.vllm.table import RoutedRequest, RouteTable
 
 # Below vLLM's own loggers, whose handlers and levels it then has.
@@ -47,12 +49,13 @@ def routed_config(arguments: Any, options: Options, make: Callable[[], Any]) -> 
         ValueError: a setting or model without support, or routers that do not fit.
         FileNotFoundError: no such routers.
     """
-    _check_arguments(arguments)
-    arguments.enable_chunked_prefill = False
+    _check_process()
+    arguments.enable_chunked_prefill = bool(arguments.enable_chunked_prefill)  # vLLM's own default is to chunk
     os.environ[_RUNNER] = "0"  # read by the engine's other processes, which inherit it
     made = make()
     _check_settings(made)
     routing = load_routing(options, made.model_config.hf_text_config)
+    check_heads(routing.routers[0].kv_heads, made.parallel_config.tensor_parallel_size)
     made.parallel_config.worker_cls = f"{__name__}.{RoutedWorker.__name__}"
     made.scheduler_config.scheduler_cls = f"{__name__}.{RoutedScheduler.__name__}"
     logger.info(
@@ -63,16 +66,12 @@ def routed_config(arguments: Any, options: Options, make: Callable[[], Any]) -> 
     return made
 
 
-def _check_arguments(arguments: Any) -> None:
+def _check_process() -> None:
+    """Refuse devices and runners that the plugin does not know."""
     if not current_platform.is_cpu():
         raise ValueError(
             f"{OPTION} was asked for on {current_platform.device_name or current_platform.device_type}, but the plugin "
             "runs vLLM's CPU build only, paged CUDA kernels are not written yet; use `elastic serve` on a GPU"
-        )
-    if arguments.enable_chunked_prefill:
-        raise ValueError(
-            f"enable_chunked_prefill was set, but {OPTION} decides from the whole prompt, before a part of it may run; "
-            "leave it out (the plugin switches chunked prefill off)"
         )
     if os.environ.get(_RUNNER, "0") not in ("0", ""):
         raise ValueError(
@@ -85,17 +84,17 @@ def _check_settings(made: Any) -> None:
     parallel, cache, scheduler, model = (
         getattr(made, f"{name}_config") for name in ("parallel", "cache", "scheduler", "model")
     )
-    sizes = ("tensor_parallel", "pipeline_parallel", "data_parallel", "prefill_context_parallel",
-             "decode_context_parallel")  # fmt: skip
+    sizes = ("pipeline_parallel", "data_parallel", "prefill_context_parallel", "decode_context_parallel")
     given = {f"{name}_size": getattr(parallel, f"{name}_size") for name in sizes}
     refused = {name: size for name, size in given.items() if size > 1}
+    chunk = 0 if scheduler.enable_chunked_prefill else scheduler.long_prefill_token_threshold
     dtypes = ("auto", str(model.dtype).removeprefix("torch."))
     refused |= {
         name: value
         for name, value, usual in (
             ("runner", model.runner_type, ("generate",)),
             ("kv_cache_dtype", cache.cache_dtype, dtypes),
-            ("long_prefill_token_threshold", scheduler.long_prefill_token_threshold, (0,)),
+            ("long_prefill_token_threshold", chunk, (0,)),
             ("worker_cls", parallel.worker_cls, (_STOCK_WORKER,)),
             ("scheduler_cls", scheduler.scheduler_cls, (None,)),
             ("speculative_config", made.speculative_config, (None,)),
@@ -130,19 +129,19 @@ class RoutedWorker(CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the backbone with layers of the routed backend, then give them their routers."""
         routing = _routing(self.vllm_config)
-        self.table = _new_table(self.vllm_config.model_config)
+        self.table = _new_table(self.vllm_config.model_config, routing)
         with _routed_backend():
             super().load_model(*args, **kwargs)
-        runner = self.model_runner
-        layers = runner.compilation_config.static_forward_context
-        for name, layer in layers.items():
+        runner, group = self.model_runner, get_tp_group()
+        shard = Shard(group.rank_in_group, group.world_size, group.all_gather)
+        for name, layer in runner.compilation_config.static_forward_context.items():
             number = int(name.split(".layers.")[1].split(".")[0])
             rotary = _rotary(runner.get_model().get_submodule(name.rpartition(".")[0]))
             decides = LayerRouter(
-                routing.routers[number], Rotation(rotary.cos_sin_cache, rotary.is_neox_style), routing.config,
-                layer.num_kv_heads, layer.impl.scale,
+                number, shard.router(routing.routers[number]), Rotation(rotary.cos_sin_cache, rotary.is_neox_style),
+                routing.config, layer.num_kv_heads, layer.impl.scale, shard,
             )  # fmt: skip
-            layer.impl.bind(number, number == len(routing.routers) - 1, decides, self.table)
+            layer.impl.bind(decides, number == len(routing.routers) - 1, self.table)
         stock = runner._update_states
 
         def update_states(scheduled: Any) -> Any:
@@ -155,7 +154,9 @@ class RoutedWorker(CPUWorker):
         runner._update_states = update_states
 
     def routes(self) -> dict[str, list[list[int]]]:
-        """Routes [L][K] of the requests that have not ended, by name; for `collective_rpc` and tests."""
+        """Routes [L][K] of the requests that have not ended, by name, for this process's KV heads; for
+        `collective_rpc` and tests.
+        """
         return {name: [of.int().tolist() for of in found.layers] for name, found in self.table.requests.items()}
 
 
@@ -176,20 +177,20 @@ def _routing(vllm_config: Any) -> Routing:
     return load_routing(options, vllm_config.model_config.hf_text_config)
 
 
-def _new_table(model_config: Any) -> RouteTable:
+def _new_table(model_config: Any, routing: Routing) -> RouteTable:
     from elastic.model.loading import load_tokenizer
 
     if model_config.skip_tokenizer_init:
         logger.warning(
             "elastic: skip_tokenizer_init leaves no tokenizer to find users' words with; routers see whole prompts"
         )
-        return RouteTable(lambda ids: (0, len(ids)))
+        return RouteTable(lambda ids: (0, len(ids)), routing.config, routing.fixed)
     tokenizer = load_tokenizer(model_config.tokenizer)
     marks = ChatMarks.of(tokenizer)
     if marks is None:
         logger.warning("elastic: %s has no chat template with marks around users' words, so routers see whole prompts",
                        model_config.tokenizer)  # fmt: skip
-    return RouteTable(lambda ids: user_span(ids, tokenizer, marks))
+    return RouteTable(lambda ids: user_span(ids, tokenizer, marks), routing.config, routing.fixed)
 
 
 @contextmanager
@@ -208,8 +209,8 @@ class RoutedBackend(CPUAttentionBackend):
     """Attention under routes, over pages of the stock backend's shape with plain keys and values in them."""
 
     @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        return [16, *CPUAttentionBackend.get_supported_kernel_block_sizes(kv_cache_spec)]
+    def get_supported_kernel_block_sizes(*spec: Any) -> list[Any]:
+        return [16, *CPUAttentionBackend.get_supported_kernel_block_sizes(*spec)]  # 0.24 has no argument
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
@@ -224,25 +225,7 @@ class RoutedBackend(CPUAttentionBackend):
         return RoutedMetadataBuilder
 
 
-@dataclass(frozen=True)
-class Row:
-    """A request in a step: its tokens there are [first, stop), the last of `length`."""
-
-    request: RoutedRequest
-    first: int
-    stop: int
-    length: int
-    page: Tensor
-
-
-@dataclass(frozen=True)
-class RoutedMetadata:
-    """A step as all layers see it."""
-
-    rows: list[Row]
-
-
-class RoutedMetadataBuilder(AttentionMetadataBuilder[RoutedMetadata]):
+class RoutedMetadataBuilder(AttentionMetadataBuilder[Step]):
     """Joins the engine's batch with the table of routes."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
@@ -251,18 +234,14 @@ class RoutedMetadataBuilder(AttentionMetadataBuilder[RoutedMetadata]):
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> RoutedMetadata:
+    ) -> Step:
         """The rows of a step. `common_prefix_len` and `fast_build` make no difference here."""
         del common_prefix_len, fast_build
         common = common_attn_metadata
-        requests, bounds = self.table.take_step(), common.query_start_loc_cpu.tolist()
-        lengths, pages = common.seq_lens.tolist(), common.block_table_tensor.long()
-        return RoutedMetadata(
-            [Row(of, bounds[n], bounds[n + 1], lengths[n], pages[n]) for n, of in enumerate(requests)]
-        )
+        return Step.of(self.table, common.query_start_loc_cpu.tolist(), common.seq_lens, common.block_table_tensor)
 
 
-class RoutedImpl(AttentionImpl[RoutedMetadata]):
+class RoutedImpl(AttentionImpl[Step]):
     """Attention of one layer: decides where a prompt ends in this step, then runs every head in its mode."""
 
     def __init__(
@@ -281,9 +260,9 @@ class RoutedImpl(AttentionImpl[RoutedMetadata]):
                 f"the model's attention has {', '.join(strange) or attn_type}, which {OPTION} does not know"
             )
 
-    def bind(self, number: int, last: bool, decides: LayerRouter, table: RouteTable) -> None:
-        """Tell the layer its number, whether it is the last, what decides in it, and the worker's table."""
-        self.number, self.last, self.decides, self.table = number, last, decides, table
+    def bind(self, decides: LayerRouter, last: bool, table: RouteTable) -> None:
+        """Tell the layer what decides in it, whether it is the last, and the worker's table."""
+        self.decides, self.last, self.table = decides, last, table
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -294,42 +273,23 @@ class RoutedImpl(AttentionImpl[RoutedMetadata]):
 
     def forward(
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor,
-        attn_metadata: RoutedMetadata | None, output: Tensor, output_scale: Tensor | None = None,
+        attn_metadata: Step | None, output: Tensor, output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Attention of the step's queries [S, H, D] into `output`, request by request."""
+        """Attention of the step's queries [S, H, D] into `output`. A step of the engine's own has no metadata."""
         del layer, key, value, output_scale, output_block_scale
-        for row in [] if attn_metadata is None else attn_metadata.rows:
-            pages = Pages(kv_cache, row.page, row.length)
-            q_QHD = query[row.first : row.stop]
-            if len(row.request.layers) == self.number:
-                self._decide(row, q_QHD, pages)
-            output[row.first : row.stop] = self._attend(row, q_QHD, pages)
+        if attn_metadata is not None:
+            decided = run_layer(self.decides, attn_metadata, query, kv_cache, output)
+            for request in decided if self.last else []:
+                self._tell(request)
         return output
 
-    def _decide(self, row: Row, q_QHD: Tensor, pages: Pages) -> None:
-        request = row.request
-        if row.length < request.prompt_tokens:
-            raise RuntimeError(
-                f"request {request.name} came with {row.length} of its {request.prompt_tokens} prompt tokens; expected "
-                "the whole prompt in one step, as chunked prefill is off"
-            )
-        settle(request, self.number, self.decides.route(request, q_QHD, pages))
-        if self.last:
-            logger.info("elastic: request %s of %d prompt tokens runs at MSR %.3f", request.name,
-                        request.prompt_tokens, request.msr)  # fmt: skip
-
-    def _attend(self, row: Row, q_QHD: Tensor, pages: Pages) -> Tensor:
-        """[Q, H, D]. With `dense_decode` queries after the prompt run route 0's mode."""
-        config = self.decides.config
-        modes = (config.sparse.route0 == "streaming", config.sparse.route1 == "streaming")
-        routed = [modes[int(route)] for route in row.request.layers[self.number].tolist()]
-        past, prompt = row.length - q_QHD.shape[0], row.request.prompt_tokens
-        if not config.dense_decode or row.length <= prompt:
-            return attend_pages(q_QHD, pages, routed, config.sparse, self.scale)
-        cut = max(0, prompt - past)
-        parts = [attend_pages(q_QHD[cut:], pages, [modes[0]] * len(routed), config.sparse, self.scale)]
-        if cut:
-            head = Pages(pages.cache_NKTE, pages.page, prompt)
-            parts.insert(0, attend_pages(q_QHD[:cut], head, routed, config.sparse, self.scale))
-        return torch.cat(parts)
+    def _tell(self, request: RoutedRequest) -> None:
+        """A line of the log for a request that all layers have decided for."""
+        shard, sparse = self.decides.shard, self.decides.config.sparse
+        route_LK = shard.gather(torch.stack(request.layers))
+        if shard.rank == 0:
+            chunks = f", the first {request.dense_tokens} ran dense" if request.dense_tokens else ""
+            logger.info("elastic: request %s of %d prompt tokens runs at MSR %.3f, ESR %.3f%s",
+                        request.name, request.prompt_tokens, float(route_LK.mean()),
+                        request.esr(sparse, route_LK), chunks)  # fmt: skip

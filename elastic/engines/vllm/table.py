@@ -1,14 +1,23 @@
 """The table of routes: what is remembered of a request from its first step until it ends.
 
-Legend: K KV heads, R numbers of reach in the layers so far.
+Legend: L layers, R requests of a batch, K KV heads here, G query heads of a KV head, Q queries that reach looks at.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from elastic.config import ElasticConfig, SparseConfig
+from elastic.routing.sparsity import causal_pairs, esr
+
 Span = tuple[int, int]
+
+
+def streams(route: Tensor, sparse: SparseConfig) -> Tensor:
+    """Which heads run streaming under these routes, bool of their shape."""
+    return route.bool() == (sparse.route1 == "streaming")
 
 
 @dataclass
@@ -21,6 +30,10 @@ class RoutedRequest:
         user: tokens [first, last) of it that the user wrote.
         layers: routes [K] by layer, as far as they are decided.
         reach_R: what routers by level must know of the layers so far.
+        dense_until: prompt tokens of chunks before the decision; they run dense, now and when they are computed again.
+        read: prompt tokens that are computed so far.
+        cached: those of them that came from the prefix cache.
+        mass: by layer [K, G, Q], what routers by reach saw of the user's last queries so far.
     """
 
     name: str
@@ -28,11 +41,32 @@ class RoutedRequest:
     user: Span
     layers: list[Tensor] = field(default_factory=list)
     reach_R: Tensor | None = None
+    dense_until: int = 0
+    read: int = 0
+    cached: int = 0
+    mass: dict[int, Tensor] = field(default_factory=dict)
+
+    def begin_chunk(self, past: int, length: int) -> None:
+        """Note that tokens [past, length) are computed next, before the routes are decided: dense, unless the prompt
+        ends among them.
+        """
+        if past != self.read:  # the first chunk, also after preemption
+            self.cached = past
+        self.read = length
+        self.dense_until = length if length < self.prompt_tokens else past
 
     @property
-    def msr(self) -> float:
-        """Share of the heads decided so far that run sparse (docs/design.md eq. 4)."""
-        return sum(float(route.float().mean()) for route in self.layers) / max(1, len(self.layers))
+    def dense_tokens(self) -> int:
+        """Prompt tokens that ran dense in chunks before the decision; what the prefix cache gave is none of them."""
+        return self.dense_until if self.dense_until > self.cached else 0
+
+    def esr(self, sparse: SparseConfig, route_LK: Tensor) -> float:
+        """Share of the prompt's visible query-key pairs that no head computed, over all layers (docs/design.md eq. 5).
+        Dense chunks computed all of theirs.
+        """
+        begin, end = self.dense_tokens, self.prompt_tokens
+        _, of_routed = esr(route_LK.float()[:, None], torch.tensor([end]), sparse, begin_N=torch.tensor([begin]))
+        return float(of_routed) * (1 - causal_pairs(begin) / causal_pairs(end))
 
 
 class RouteTable:
@@ -40,12 +74,16 @@ class RouteTable:
 
     Args:
         find_user: from prompt tokens to those that the user wrote.
+        config: settings of the routers.
+        fixed: whether the same routes hold for every input, so that the first chunk of a prompt knows them.
     """
 
-    def __init__(self, find_user: Callable[[list[int]], Span]) -> None:
-        self.find_user = find_user
+    def __init__(self, find_user: Callable[[list[int]], Span], config: ElasticConfig, fixed: bool = False) -> None:
+        self.find_user, self.config, self.fixed = find_user, config, fixed
         self.requests: dict[str, RoutedRequest] = {}
         self._step: list[RoutedRequest] = []
+        self._batch: list[RoutedRequest] = []
+        self._streams: tuple[Tensor, ...] = ()
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop requests that have finished or were aborted; a name may come again for another one."""
@@ -60,6 +98,16 @@ class RouteTable:
         """Requests of the step that begins; none for steps of the engine's own, such as those that measure memory."""
         step, self._step = self._step, []
         return step
+
+    def decoding(self, batch: Sequence[RoutedRequest]) -> tuple[Tensor, ...]:
+        """Which heads of decided requests decode as streaming ones, by layer bool [R, K]; the same tensors until the
+        batch changes.
+        """
+        if len(batch) != len(self._batch) or any(a is not b for a, b in zip(batch, self._batch, strict=True)):
+            route_LRK = torch.stack([torch.stack(request.layers) for request in batch], dim=1)
+            route_LRK = torch.zeros_like(route_LRK) if self.config.dense_decode else route_LRK
+            self._batch, self._streams = list(batch), streams(route_LRK, self.config.sparse).unbind(0)
+        return self._streams
 
     def _known(self, name: str, prompt: list[int]) -> RoutedRequest:
         if name not in self.requests:
