@@ -112,7 +112,7 @@ class Layer:
         )
 
     def __call__(self, hidden_SE: Tensor) -> Tensor:
-        """What runs beside attention on tokens [S, E]; the queries stand for its output."""
+        """What runs beside attention on tokens [S, E]; the queries take the place of its output."""
         normed = rms_norm(hidden_SE, (HIDDEN,))
         heads = self.out.shape[1]
         hidden_SE = hidden_SE + linear(linear(normed, self.qkv)[:, :heads], self.out)

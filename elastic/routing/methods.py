@@ -113,8 +113,8 @@ class Method:
         """The modes and sizes that the method runs on a model configured with `own`.
 
         Raises:
-            ValueError: XAttention with a stride that does not divide the block, MoBA with a chunk that is no multiple
-                of it.
+            ValueError: XAttention with a stride that does not divide the block, MoBA with a chunk that is not a
+                multiple of it.
         """
         threshold = self.threshold or self.gamma or own.threshold
         if self.kind in CHOOSING:

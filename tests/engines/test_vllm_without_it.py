@@ -13,7 +13,7 @@ from elastic.data.prompts import encode
 from elastic.engines.vllm import plugin
 from elastic.engines.vllm.decide import Rotation
 from elastic.engines.vllm.options import Options
-from elastic.engines.vllm.paged import Pages, Step, attend_launches, attend_pages, attend_step, write_pages
+from elastic.engines.vllm.paged import PagedStep, Pages, attend_launches, attend_pages, attend_step, write_pages
 from elastic.engines.vllm.routers import load_routing
 from elastic.engines.vllm.shards import Shard, check_heads
 from elastic.engines.vllm.spans import ChatMarks, user_span
@@ -230,7 +230,7 @@ def test_a_step_is_its_requests_one_by_one_and_what_the_kernels_compute(singles)
     news, lengths = [1] * singles + [45, 0, 13, 20][singles:], torch.tensor([45, 20, 31, 25], dtype=torch.int32)
     starts = torch.tensor([0, *torch.tensor(news).cumsum(0)], dtype=torch.int32)
     q, pools = torch.randn(sum(news), 4, 8), cache.transpose(1, 2).chunk(2, dim=-1)
-    step = Step(table, starts, lengths, singles)
+    step = PagedStep(table, starts, lengths, singles)
     found = attend_step(q, cache, step, modes, sparse, 0.3)
     want = paged_forward(q, *pools, table, starts, lengths, modes, Pattern(4, 8, sparse.granule, 4, 0.3))[0]
     torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
@@ -246,8 +246,8 @@ def test_a_step_on_a_gpu_equals_that_on_the_cpu(singles):
     news, lengths = [1] * singles + [150, 13][singles:], torch.tensor([150, 97], dtype=torch.int32)
     starts = torch.tensor([0, *torch.tensor(news).cumsum(0)], dtype=torch.int32)
     q = torch.randn(sum(news), 4, 64)
-    want = attend_step(q, cache, Step(table, starts, lengths, singles), modes, sparse, 0.125)
-    step = Step(table.cuda(), starts.cuda(), lengths.cuda(), singles)
+    want = attend_step(q, cache, PagedStep(table, starts, lengths, singles), modes, sparse, 0.125)
+    step = PagedStep(table.cuda(), starts.cuda(), lengths.cuda(), singles)
     found = attend_step(q.half().cuda(), cache.half().cuda(), step, modes.cuda(), sparse, 0.125)
     torch.testing.assert_close(found.float().cpu(), want, atol=5e-3, rtol=5e-3)
 

@@ -62,7 +62,7 @@ def write_pages(cache_NKTE: Tensor, k_SKD: Tensor, v_SKD: Tensor, slot_S: Tensor
 
 
 @dataclass(frozen=True)
-class Step:
+class PagedStep:
     """What a step's layers share, int32 on the cache's device.
 
     Attributes:
@@ -79,7 +79,7 @@ class Step:
 
 
 def attend_step(
-    q_SHD: Tensor, cache_NKTE: Tensor, step: Step, mode_BK: Tensor, sparse: SparseConfig, scale: float
+    q_SHD: Tensor, cache_NKTE: Tensor, step: PagedStep, mode_BK: Tensor, sparse: SparseConfig, scale: float
 ) -> Tensor:
     """Attention of all new tokens of a step, each the last of its request.
 
@@ -107,7 +107,7 @@ def attend_step(
 
 
 def attend_launches(
-    q_SHD: Tensor, cache_NKTE: Tensor, step: Step, mode_BK: Tensor, sparse: SparseConfig, scale: float
+    q_SHD: Tensor, cache_NKTE: Tensor, step: PagedStep, mode_BK: Tensor, sparse: SparseConfig, scale: float
 ) -> Tensor:
     """`attend_step` by the paged operators, whatever the device."""
     keys, values = _halves(cache_NKTE.transpose(1, 2))
