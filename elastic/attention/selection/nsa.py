@@ -8,8 +8,8 @@ paper, one initial and two local ones). Beside them every query sees the `window
 
 Not NSA as it was trained: there a learnt MLP compresses keys and values, attention to the compressed values is a third
 branch, and learnt gates weigh the three branches, each with keys of its own. A frozen backbone has none of these: mean
-keys take the place of the MLP, selection and window are one softmax over their union, and the compressed branch ends with the
-choice. Decode steps choose in the same way, as in the paper: a single query is a run of its own.
+keys take the place of the MLP, selection and window are one softmax over their union, and the compressed branch ends
+with the choice. Decode steps choose in the same way, as in the paper: a single query is a run of its own.
 """
 
 import torch
