@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning import Callback, Fabric, Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor
 
@@ -32,6 +32,7 @@ from elastic.model.attach import last_routes
 from elastic.protocols import CausalLM
 from elastic.routing.relaxation import gumbel_noise
 from elastic.training.config import OptimiserConfig
+from elastic.training.launch import launch
 from elastic.training.module import ElasticModule
 from elastic.training.sharding import ContextParallel, ShardedBackbone
 
@@ -216,19 +217,11 @@ def measured(
     return [{**about, "metric": m, "value": value, "unit": unit} for m, (value, unit) in figures.items()], speed
 
 
-def launch(devices: int) -> torch.device:
-    """Start one process a GPU, unless torchrun or a cluster has; afterwards every process is in one group.
-
-    Returns:
-        this process's device.
-    """
+def launched(devices: int) -> torch.device:
+    """Start a process a GPU and return this one's; Lightning keeps its remarks to itself."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    fabric = Fabric(accelerator="gpu" if torch.cuda.is_available() else "cpu", devices=devices, strategy="ddp")
-    fabric.launch()
-    if fabric.device.type == "cuda":
-        torch.cuda.set_device(fabric.device)
-    return fabric.device
+    return launch("cuda" if torch.cuda.is_available() else "cpu", devices).device
 
 
 def run(args: argparse.Namespace, command: str) -> int:
@@ -242,9 +235,7 @@ def run(args: argparse.Namespace, command: str) -> int:
             f"--steps {args.steps} --context-parallel {args.context_parallel} --devices {args.devices}: expected at "
             "least one step and groups that divide the devices"
         )
-    if torch.cuda.is_available() and torch.cuda.device_count() < args.devices:
-        raise ValueError(f"--devices {args.devices}: this machine has {torch.cuda.device_count()} GPUs")
-    device = launch(args.devices)
+    device = launched(args.devices)
     stamp, path = records.stamp(command, args.commit, device), args.out / f"{args.tag}.json"
     found: list[Measurement] = []
     for shape in args.backbones:

@@ -100,7 +100,7 @@ def gradient(name: str | None, steps: list[Batch], device: torch.device, **setti
 def main(out: Path, compiled: bool = False) -> int:
     """Compare, print and write; 1 where a gradient differs by more than rounding."""
     step.SHAPES[SHAPE] = dict(SIZES)
-    device = scaling.launch(2)
+    device = scaling.launched(2)
     rank = dist.get_rank()
     if device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
