@@ -85,8 +85,6 @@ class ElasticModule(RoutedModule):
     def configure_model(self) -> None:
         """Load the backbone and attach routers, once."""
         fresh = self.model is None
-        if fresh and self.compiled and self.device_mesh is not None:
-            raise ValueError("model.compiled does not go with a sharded backbone yet; set model.compiled: false")
         super().configure_model()
         for router in routers(self.model) if fresh and self.begins_with is None else ():
             router.begin_at(self.optimiser.start)

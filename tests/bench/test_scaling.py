@@ -26,18 +26,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from elastic.bench import scaling, step, training
 from tests.training import several_gpus
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    step.SHARED.update(num_attention_heads=4, num_key_value_heads=2, head_dim=64)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    step.SHAPES["qwen3-4b"].update(sizes, vocab_size=99)
-    several_gpus.SIZES.update(sizes)
-    several_gpus.LENGTH, scaling.WARM_UP = 2305, 1024
+    several_gpus.for_cpu()
+    step.SHAPES["qwen3-4b"].update(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=99)
+    scaling.WARM_UP = 1024
     parser = argparse.ArgumentParser()
     training.add_arguments(parser)
     words = ["--devices", "2", "--length", "2304", "--msr", "0.5", "--backbones", "qwen3-4b", "--steps", "1"]
@@ -46,16 +41,23 @@ if __name__ == "__main__":
 """
 
 
+def environment() -> dict[str, str]:
+    """Of a process that starts processes: no GPU, nothing of the test runner's own."""
+    clean = command_environment(MASTER_ADDR="127.0.0.1", CUDA_VISIBLE_DEVICES="")
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"):
+        clean.pop(name, None)
+    return clean
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes wrote what they measured."""
     place = tmp_path_factory.mktemp("scaling")
     (place / "measure.py").write_text(SCRIPT)
-    clean = command_environment(MASTER_ADDR="127.0.0.1", CUDA_VISIBLE_DEVICES="")
-    for name in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"):
-        clean.pop(name, None)
     command = [sys.executable, "measure.py"]
-    done = subprocess.run(command, cwd=place, env=clean, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=place, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return place
 
@@ -76,10 +78,23 @@ def test_records_of_two_processes(folder: Path) -> None:
 
 
 def test_gradients_under_every_strategy_are_those_of_one_process(folder: Path) -> None:
+    same_gradients(folder)
+
+
+def same_gradients(folder: Path) -> None:
     found = json.loads((folder / "gradients.json").read_text())
     different = found["relative difference"]
     assert different["ddp"] <= 1e-6 and different["fsdp"] <= 1e-6 and different["context"] <= 1e-5
     assert found["same routes"]
+
+
+def test_compiled_layers_have_the_same_gradients_under_every_strategy(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.training.several_gpus", "gradients.json", "--compiled"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    same_gradients(tmp_path)
 
 
 def test_communication_is_told_from_what_it_is_hidden_behind() -> None:

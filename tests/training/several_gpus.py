@@ -89,37 +89,41 @@ def joined(batches: list[Batch]) -> Batch:
     return found
 
 
-def gradient(name: str | None, steps: list[Batch], device: torch.device, **settings: Any) -> Watched:
-    """The module after two steps on these micro-batches."""
-    module = Watched(**settings)
-    strategy, _ = scaling.strategy_of(name, dist.get_world_size(), device)
-    scaling.steps_of(module, strategy, dist.get_world_size(), [steps, steps])
-    return module
+def for_cpu() -> None:
+    """Sizes that a CPU can run."""
+    torch.set_num_threads(1)
+    step.SHARED.update(num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    SIZES.update(hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    global LENGTH
+    LENGTH = 2305
 
 
 def main(out: Path, compiled: bool = False) -> int:
     """Compare, print and write; 1 where a gradient differs by more than rounding."""
-    step.SHAPES[SHAPE] = dict(SIZES)
     device = scaling.launched(2)
-    rank = dist.get_rank()
-    if device.type == "cuda":
+    if device.type == "cpu":
+        for_cpu()
+    else:
         torch.use_deterministic_algorithms(True, warn_only=True)
-    rows = [row(0), row(1)]
-    one = gradient(None, rows, device)
-    runs: dict[str, Watched] = {
-        "one, both rows in one pass": gradient(None, [joined(rows)], device),
-        "ddp": gradient("ddp", [rows[rank]], device),
-        "fsdp": gradient("fsdp", [rows[rank]], device),
-        "context": gradient("context", rows, device),
+    step.SHAPES[SHAPE] = dict(SIZES)
+    rank, rows = dist.get_rank(), [row(0), row(1)]
+    steps = {
+        "one": rows,
+        "one, both rows in one pass": [joined(rows)],
+        "ddp": [rows[rank]],
+        "fsdp": [rows[rank]],
+        "context": rows,
     }
-    if compiled:
-        runs["context, compiled"] = gradient("context", rows, device, compiled=True)
-    assert one.gradient is not None
-    found = {}
-    for name, module in runs.items():
+    gradients, routes = {}, {}
+    for name, of in steps.items():
+        module = Watched(compiled=compiled)
+        strategy, _ = scaling.strategy_of(None if name.startswith("one") else name, 2, device)
+        scaling.steps_of(module, strategy, 2, [of, of])
         assert module.gradient is not None
-        found[name] = float((module.gradient - one.gradient).norm() / one.gradient.norm())
-    same = torch.equal(runs["context"].routes, one.routes)
+        gradients[name], routes[name] = module.gradient, module.routes
+    one = gradients.pop("one")
+    found = {name: float((gradient - one).norm() / one.norm()) for name, gradient in gradients.items()}
+    same = torch.equal(routes["context"], routes["one"])
     dist.barrier()
     if rank == 0:
         out.write_text(json.dumps({"relative difference": found, "same routes": same, "device": str(device)}) + "\n")
