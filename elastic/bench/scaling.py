@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from torch import Tensor
 
 from elastic.bench import records
+from elastic.bench.drawing import draw
 from elastic.bench.records import Measurement
 from elastic.bench.scaling_tables import EFFICIENCY, scaling_table
 from elastic.bench.step import SHAPES, random_model, random_row
@@ -253,7 +254,8 @@ def run(args: argparse.Namespace, command: str) -> int:
                 records.save(path, found)
                 say(f"{new[0]['case']:24s} {new[0]['who']:18s} " + ", ".join(_shown(record) for record in new))
     if dist.get_rank() == 0:
-        say(f"\n{scaling_table(found)}\n\nWritten: {path}")
+        pictures = draw(path, found)
+        say(f"\n{scaling_table(found)}\n\nWritten: {', '.join(map(str, [path, *pictures]))}")
     return 0
 
 
