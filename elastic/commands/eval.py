@@ -65,13 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--chat", action="store_true", help="put prompts into the chat template, where the benchmark allows it"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
-    parser.add_argument(
-        "--devices",
-        type=int,
-        default=1,
-        metavar="N",
-        help="share the samples out to N processes, a GPU each (default 1)",
-    )
+    devices = "processes that the samples are shared out to, a GPU each with cuda (default 1)"
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help=devices)
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default float32)")
     sink = "of methods without checkpoint, in tokens (default: that of the checkpoints among the methods, else 64)"
     parser.add_argument("--sink", type=int, metavar="N", help=sink)

@@ -98,5 +98,6 @@ def graphed(model: CausalLM, cache: ElasticCache) -> Iterator[None]:
 
 
 def can_graph(model: CausalLM, head_dim: int) -> bool:
-    """Whether decode steps of this model run through the decode kernel, as a graph needs."""
-    return not backend_for(model.device, model.dtype, head_dim).startswith("torch")
+    """Whether decode steps of this model run through the decode kernel, as a graph needs, in this process alone."""
+    alone = (getattr(model, "tp_size", None) or 1) == 1
+    return alone and not backend_for(model.device, model.dtype, head_dim).startswith("torch")

@@ -53,6 +53,11 @@ def before_decoder(
             f"the attached model was switched to attention implementation {decoder.config._attn_implementation!r}, by "
             "which no route is followed; switch back to 'elastic' with set_attn_implementation, or elastic.detach it"
         )
+    if state.parts > 1 and decoder.training and torch.is_grad_enabled():
+        raise ValueError(
+            f"the model is cut into {state.parts} parts by tensor parallelism, each of which knows the gradient of its "
+            "own heads alone; train with FSDP2 or context parallelism, or call model.eval()"
+        )
     cache = kwargs.get("past_key_values")
     check_depth(cache, len(decoder.layers))
     of_pass = _begin(state, args, kwargs)
