@@ -42,7 +42,7 @@ def run(data, processes, strategy, sliced, kind):
     seed_everything(0, verbose=False)
     module = Watched(
         elastic=SMALL,
-        optimiser=OptimiserConfig(lr=1e-2, multiplier_lr=0.5),
+        optimiser=OptimiserConfig(lr=1e-3, multiplier_lr=0.5),
         objective=ObjectiveConfig(kind.split("-")[0], budget=1e-4, average="tasks" if "-" in kind else "tokens"),
         gradient_checkpointing=kind == "quality",
     )
@@ -121,7 +121,7 @@ def test_several_processes_train_the_routers_of_one(data, trained, tmp_path, pro
     ends = [torch.load(trained / f"{name}.rank{rank}.pt", weights_only=True) for rank in range(processes)]
     one, two = ends[0], ends[-1]
     settings = {
-        "optimiser": OptimiserConfig(lr=1e-2, multiplier_lr=0.5),
+        "optimiser": OptimiserConfig(lr=1e-3, multiplier_lr=0.5),
         "objective": ObjectiveConfig(
             kind.split("-")[0], budget=1e-4, average="tasks" if kind.endswith("tasks") else "tokens"
         ),
@@ -133,10 +133,10 @@ def test_several_processes_train_the_routers_of_one(data, trained, tmp_path, pro
         assert (end["rows"] == one["rows"]) == (rank < sliced)  # a group reads the same rows, each group its own
     for name, value in router_tensors(single).items():
         assert all(torch.equal(one["state"][name], end["state"][name]) for end in ends), name  # multipliers included
-        torch.testing.assert_close(one["state"][name], value, rtol=1e-4, atol=3e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(one["state"][name], value, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     multipliers = [value for name, value in one["state"].items() if name.startswith("multipliers.")]
     assert any(value.abs().max() > 1e-3 for value in multipliers)
-    assert one["state"]["model.model.layers.0.self_attn.router.head.4.weight"].abs().max() > 1e-3
+    assert one["state"]["model.model.layers.0.self_attn.router.head.4.weight"].abs().max() > 2e-4
     same_scalars(one["scalars"], two["scalars"], dict(trainer.callback_metrics))
     assert one["results"] == two["results"]
     assert all(map(torch.equal, one["samples"], two["samples"]))
