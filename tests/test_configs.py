@@ -33,7 +33,7 @@ def test_the_promised_files_exist():
     models = ("smollm2-135m", "qwen3-4b", "qwen3-8b", "llama-3.1-8b-instruct")
     expected = {"train.yaml", "tiny.yaml", "debug.yaml", *(f"model/{name}.yaml" for name in models)}
     expected |= {f"sparse/{name}.yaml" for name in ("fa_ssa", "fa_xa", "xa_ssa")}
-    expected |= {"objective/quality.yaml", "router/static.yaml", "strategy/fsdp.yaml"}
+    expected |= {"objective/quality.yaml", "router/static.yaml", "strategy/fsdp.yaml", "strategy/context.yaml"}
     assert expected <= set(IDS)
 
 

@@ -9,7 +9,8 @@ class RowSlice:
     """Which part of each row this process holds: all of it. `elastic.training.context_parallel` has the other kind.
 
     Attributes:
-        size, rank: number of equal slices of a row, and which of them is here.
+        size, rank: number of equal slices of a row, and which of them is here; where it does not divide the row, the
+            last slices reach beyond its end.
         attend: `routed_attention` of the whole row; takes and returns this slice's tokens, with the density of all
             heads.
     """

@@ -38,14 +38,8 @@ def bounds_of(length: int, samples: int) -> Tensor:
     return torch.arange(0, length + 1, length // samples, dtype=torch.int32)
 
 
-def random_backbone(name: str, layers: int | None, ratio: float, compiled: bool, device: torch.device) -> CausalLM:
-    """A random bf16 causal LM of a shape, ready to train under gradient checkpointing.
-
-    Args:
-        layers: how many; None: those of the shape.
-        ratio: MSR that its routers sample.
-        compiled: whether torch.compile runs what surrounds attention.
-    """
+def random_model(name: str, layers: int | None, device: torch.device) -> CausalLM:
+    """A random bf16 causal LM of a shape; `layers` None: those of the shape."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {**SHARED, **SHAPES[name]}
@@ -54,6 +48,18 @@ def random_backbone(name: str, layers: int | None, ratio: float, compiled: bool,
     torch.manual_seed(0)
     with torch.device(device):
         model: CausalLM = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model
+
+
+def random_backbone(name: str, layers: int | None, ratio: float, compiled: bool, device: torch.device) -> CausalLM:
+    """A random bf16 causal LM of a shape, ready to train under gradient checkpointing.
+
+    Args:
+        layers: how many; None: those of the shape.
+        ratio: MSR that its routers sample.
+        compiled: whether torch.compile runs what surrounds attention.
+    """
+    model = random_model(name, layers, device)
     attach(model, ElasticConfig()).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for router in routers(model):
@@ -62,10 +68,10 @@ def random_backbone(name: str, layers: int | None, ratio: float, compiled: bool,
     return compile_layers(model) if compiled else model
 
 
-def random_row(length: int, samples: int, vocabulary: int, device: torch.device) -> Batch:
+def random_row(length: int, samples: int, vocabulary: int, device: torch.device, seed: int = 0) -> Batch:
     """A packed row of equal samples, the last `ANSWER` tokens of each labelled."""
     bounds = bounds_of(length, samples)
-    ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(seed))
     labels = torch.full_like(ids, IGNORE)
     for _, end in pairwise(bounds.tolist()):
         labels[0, end - ANSWER : end] = ids[0, end - ANSWER : end]

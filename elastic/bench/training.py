@@ -1,5 +1,6 @@
 """`elastic bench training`: what routed training costs beside the recipe that runs both modes of every head, and the
-memory and time of a step of a whole backbone (random weights).
+memory and time of a step of a whole backbone (random weights); with `--devices` on several GPUs
+(`elastic.bench.scaling`).
 
 The recipe computes each head's output in both modes, mixes them by the route and lets autograd go through both: two
 forward and two backward passes with the same kernels. Routed training gives the same gradients from one forward and
@@ -25,6 +26,7 @@ from elastic.bench import records, tables
 from elastic.bench.options import add_record_options, kernel_device
 from elastic.bench.race import TOLERANCE, largest_difference
 from elastic.bench.records import Measurement
+from elastic.bench.scaling_tables import STRATEGIES
 from elastic.bench.step import HEAD_DIM, HEADS, KV_HEADS, SHAPES, Step, bounds_of, random_backbone, random_row
 from elastic.bench.timing import Timing, measure
 from elastic.config import SparseConfig
@@ -54,6 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"what to run, of {', '.join(PARTS)} (default all)")  # fmt: skip
     parser.add_argument("--memory-gb", type=float, default=80.0, metavar="GB", help="limit on memory (default 80)")
     parser.add_argument("--compile", action="store_true", help="torch.compile what surrounds attention")
+    parser.add_argument("--devices", type=int, default=1, metavar="N",
+                        help="GPUs: above 1, whole steps under each strategy beside one GPU (default 1)")  # fmt: skip
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), metavar="NAME",
+                        help=f"of several GPUs, some of {', '.join(STRATEGIES)} (default all)")  # fmt: skip
+    parser.add_argument("--context-parallel", type=int, metavar="C",
+                        help="GPUs that share a row under strategy context (default all)")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=2, metavar="N", help="timed on several GPUs (default 2)")
+    parser.add_argument("--no-single", action="store_true", help="leave out the one GPU beside several, where a row "
+                        "does not fit on it")  # fmt: skip
     add_record_options(parser, "training")
     parser.set_defaults(dtype="bf16", head_dim=HEAD_DIM)
 
@@ -74,6 +85,10 @@ def run(args: argparse.Namespace, command: str) -> int:
         )
     os.environ.setdefault(*ALLOCATOR)
     device = kernel_device(args, unsupported_backward)
+    if args.devices > 1:
+        from elastic.bench.scaling import run as run_on_several  # Lightning is slow to import
+
+        return run_on_several(args, command)
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gb * 1e9 / total), device)
     stamp, path = records.stamp(command, args.commit, device), args.out / f"{args.tag}.json"

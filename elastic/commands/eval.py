@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--chat", action="store_true", help="put prompts into the chat template, where the benchmark allows it"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
+    devices = "processes that the samples are shared out to, a GPU each with cuda (default 1)"
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help=devices)
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default float32)")
     sink = "of methods without checkpoint, in tokens (default: that of the checkpoints among the methods, else 64)"
     parser.add_argument("--sink", type=int, metavar="N", help=sink)
@@ -99,6 +102,7 @@ def run(args: argparse.Namespace) -> None:
     from elastic.evaluation.runner import run
     from elastic.evaluation.summary import group_table, summary_table, write_summary
     from elastic.evaluation.sweep import make_ranking, sweep_methods, write_sweep
+    from elastic.training.launch import launch
 
     methods = named if args.sweep is None else sweep_methods(args.sweep, args.points)
     sizes = {"sink": args.sink, "window": args.window, "block": args.block, "stride": args.stride}
@@ -113,11 +117,15 @@ def run(args: argparse.Namespace) -> None:
     samples = samples if args.limit is None else args.limit
     template = common_template(methods if args.chat else [])
     plan = _plan(args, backbone, sparse, choose(benchmarks, asked), samples, template)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its notes on things that are meant
+    for package in ("lm_eval", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.ERROR)  # their notes on things that are meant
+    processes = launch(args.device, args.devices)
     began = time.perf_counter()
     if args.sweep is not None:
-        make_ranking(plan, args.sweep)
-    rows = run(plan, methods, args.out)
+        make_ranking(replace(plan, device=str(processes.device)), args.sweep)  # one makes it, the others wait
+    rows = run(plan, methods, args.out, processes)
+    if processes.rank:
+        return
     tables = "\n\n".join(filter(None, (summary_table(rows), group_table(rows))))
     say(f"\nscore ± half of the 95 % interval @ MSR, on {plan.backbone}\n\n{tables}\n")
     for note in notes:

@@ -190,6 +190,14 @@ def collate_placed(rows: list[dict[str, Any]]) -> PlacedBatch:
     return PlacedBatch(**batch, place=torch.tensor(places), counted=torch.tensor(counted))
 
 
+def data_place(trainer: Any) -> tuple[int, int]:
+    """Which share of the rows this process reads, and of how many: its own of those of all processes, or that of its
+    group under a strategy whose groups share rows. `trainer` may be None.
+    """
+    shared = None if trainer is None else trainer.distributed_sampler_kwargs
+    return (0, 1) if shared is None else (int(shared["rank"]), int(shared["num_replicas"]))
+
+
 class MixtureDataModule(LightningDataModule):
     """Packed corpora of one data folder, sensitive and robust ones mixed by weight.
 
@@ -199,7 +207,7 @@ class MixtureDataModule(LightningDataModule):
     Args:
         data_dir: folder written by `elastic data_prep tokenize_and_pack`.
         weights: weight per corpus; corpora without an entry get 1, a weight of 0 leaves a corpus out.
-        rows_per_step: packed rows per optimiser step and process.
+        rows_per_step: packed rows per optimiser step and process, under context parallelism per group of processes.
         micro_batch_rows: packed rows per forward pass, in evaluation too; divides `rows_per_step` (the rest is gradient
             accumulation).
         seed: seed of the order.
@@ -247,7 +255,7 @@ class MixtureDataModule(LightningDataModule):
         corpora = self._corpora("train")
         data = [open_corpus(self.data_dir, "train", name) for name in corpora]
         sizes, weights = [len(d) for d in data], [self.weights.get(name, 1.0) for name in corpora]
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world = data_place(self.trainer)
         sampler = MixtureSampler(sizes, weights, self.rows_per_step, self.seed, rank, world)
         return ResumableLoader(ConcatDataset(data), sampler, self.micro_batch_rows, self.num_workers)
 
@@ -267,11 +275,8 @@ class MixtureDataModule(LightningDataModule):
         chosen = self._corpora(split)
         known = list((self.manifest or {})["splits"][split])
         data = PlacedRows({known.index(name): open_corpus(self.data_dir, split, name) for name in chosen})
-        world = self.trainer.world_size if self.trainer else 1
-        sampler = None
-        if world > 1:
-            rank = self.trainer.global_rank if self.trainer else 0
-            sampler = SharedRows(data, num_replicas=world, rank=rank, shuffle=False)
+        rank, world = data_place(self.trainer)
+        sampler = SharedRows(data, num_replicas=world, rank=rank, shuffle=False) if world > 1 else None
         return DataLoader(
             data,
             batch_size=self.micro_batch_rows,

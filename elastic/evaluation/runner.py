@@ -3,11 +3,13 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from elastic._version import __version__
@@ -20,6 +22,7 @@ from elastic.evaluation.scores import BY, LOCK, row_of
 from elastic.files import alone, file_sha256, write_atomic
 from elastic.protocols import CausalLM, Tokenizer
 from elastic.routing.methods import Method
+from elastic.training.launch import Processes
 
 RANDOM_SEED = "random_seed"  # what the heads of a random method were drawn by, in the origin of its results
 
@@ -94,39 +97,56 @@ class EvaluationPlan:
         return [group[i : i + together] for group in alike.values() for i in range(0, len(group), together)]
 
 
-def run(plan: EvaluationPlan, methods: Sequence[Method], out: Path) -> list[dict[str, Any]]:
-    """Evaluate what is missing in `out/samples` and return one row per method, task and length. Several processes may
+def run(
+    plan: EvaluationPlan, methods: Sequence[Method], out: Path, processes: Processes | None = None
+) -> list[dict[str, Any]]:
+    """Evaluate what is missing in `out/samples` and return one row per method, task and length. Several commands may
     share the folder.
+
+    Args:
+        processes: of this command; the samples of every task are shared out to them, and the first one writes.
 
     Raises:
         ValueError: a length over the model's limit, or tasks that cannot be had.
     """
+    processes = processes or Processes(torch.device(plan.device))
+    plan = replace(plan, device=str(processes.device))
     names = {_slug(method.name) for method in methods}
     if len(names) < len(methods):
         raise ValueError(f"methods {', '.join(m.name for m in methods)} would share files; name each once")
     (out / "samples").mkdir(parents=True, exist_ok=True)
     loaded: tuple[str, CausalLM, Tokenizer] | None = None
     rows = []
-    with tqdm(total=len(methods) * len(plan.cells()), desc="evaluation", unit="task") as bar:
+    total, hidden = len(methods) * len(plan.cells()), processes.rank > 0
+    with tqdm(total=total, desc="evaluation", unit="task", disable=hidden) as bar:
         for method in methods:
             source = method.checkpoint or plan.backbone
             for cells in plan.batches():
                 files = [out / "samples" / f"{_slug(method.name)}.{c.label.replace('@', '.')}.jsonl" for c in cells]
                 origins = [_origin(plan, method, cell) for cell in cells]
-                samples = [_read(file, origin) for file, origin in zip(files, origins, strict=True)]
+                samples = processes.agree(partial(_read_all, files, origins))
                 missing = [i for i, found in enumerate(samples) if found is None]
                 if missing and (loaded is None or loaded[0] != source):
                     loaded = (source, *load_model(plan, method))
-                made = _evaluate(plan, method, [cells[i] for i in missing], *loaded[1:]) if missing and loaded else []
+                some = [cells[i] for i in missing]
+                made = _evaluate(plan, method, some, *loaded[1:], processes) if missing and loaded else []
                 for i, new in zip(missing, made, strict=True):
                     samples[i] = new
-                    lines = ({**origins[i], "count": len(new)}, *new)
-                    with alone(out / LOCK):
-                        write_atomic(files[i], "".join(json.dumps(line) + "\n" for line in lines))
+                    if processes.rank == 0:
+                        _write(files[i], {**origins[i], "count": len(new)}, new, out / LOCK)
                 rows += [row_of(origin, found or []) for origin, found in zip(origins, samples, strict=True)]
                 bar.set_postfix_str(f"{method.name} {cells[-1].label} {rows[-1]['score']:.2f}", refresh=False)
                 bar.update(len(cells))
     return rows
+
+
+def _read_all(files: Sequence[Path], origins: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]] | None]:
+    return [_read(file, origin) for file, origin in zip(files, origins, strict=True)]
+
+
+def _write(file: Path, origin: dict[str, Any], samples: list[dict[str, Any]], lock: Path) -> None:
+    with alone(lock):
+        write_atomic(file, "".join(json.dumps(line) + "\n" for line in (origin, *samples)))
 
 
 def load_model(plan: EvaluationPlan, method: Method) -> tuple[CausalLM, Tokenizer]:
@@ -146,11 +166,16 @@ def load_model(plan: EvaluationPlan, method: Method) -> tuple[CausalLM, Tokenize
 
 
 def _evaluate(
-    plan: EvaluationPlan, method: Method, cells: Sequence[Cell], model: CausalLM, tokenizer: Tokenizer
+    plan: EvaluationPlan,
+    method: Method,
+    cells: Sequence[Cell],
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    processes: Processes,
 ) -> list[list[dict[str, Any]]]:
-    """Per cell and sample: prediction, references, score, MSR, ESR, prefill seconds and tokens."""
-    import torch
-
+    """Per cell and sample: prediction, references, score, MSR, ESR, prefill seconds and tokens. Each process evaluates
+    its share of the samples of every cell, and all of them get what all found.
+    """
     from elastic.evaluation.routed_lm import RoutedLM
     from elastic.model.attach import biased, elastic_config
     from elastic.model.loading import architecture
@@ -165,35 +190,52 @@ def _evaluate(
     route = method.routes(shape["num_layers"], shape["num_kv_heads"], shape)
     sparse = method.sparse(plan.sparse if method.checkpoint is None else elastic_config(model).sparse)
     lm = RoutedLM(model, tokenizer, route, plan.batch_size, sparse=sparse)
-    started = time.perf_counter()
-    try:
-        with biased(model, method.bias):
-            results = _by_harness(lm, tasks, chat)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"{first.label} ran out of the memory of {plan.device} with --batch-size {plan.batch_size}; use a smaller "
-            "one (finished results stay)"
-        ) from error
-    seconds = (time.perf_counter() - started) / len(cells)
-    return [
-        [
-            {
-                **cell.benchmark.describe(sample["doc"]),
-                "prediction": sample["resps"][0][0],
-                "score": sample["score"],
-                **asdict(lm.prefill_stats[sample["arguments"][0][0]]),
-                "task_seconds": seconds,
-            }
-            for sample in results["samples"][task.config.task]
+
+    def mine() -> list[tuple[int, int, dict[str, Any]]]:
+        docs = {task.config.task: processes.share(range(len(task.eval_docs))) for task in tasks}
+        started = time.perf_counter()
+        try:
+            with biased(model, method.bias):
+                found = _by_harness(lm, [task for task in tasks if docs[task.config.task]], chat, docs)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{first.label} ran out of the memory of {plan.device} with --batch-size {plan.batch_size}; use a "
+                "smaller one (finished results stay)"
+            ) from error
+        seconds = (time.perf_counter() - started) / len(cells)
+        return [
+            (place, sample["doc_id"], _line(cell.benchmark, sample, lm, seconds))
+            for place, (cell, task) in enumerate(zip(cells, tasks, strict=True))
+            for sample in found.get(task.config.task, ())
         ]
-        for cell, task in zip(cells, tasks, strict=True)
-    ]
+
+    found = sorted(processes.gather(mine), key=lambda line: line[:2])
+    return [[line for of, _, line in found if of == place] for place in range(len(cells))]
 
 
-def _by_harness(lm: Any, tasks: list[Any], chat: bool) -> dict[str, Any]:
+def _line(benchmark: Benchmark, sample: dict[str, Any], lm: Any, seconds: float) -> dict[str, Any]:
+    """What is kept of a sample that the harness has evaluated."""
+    return {
+        **benchmark.describe(sample["doc"]),
+        "prediction": sample["resps"][0][0],
+        "score": sample["score"],
+        **asdict(lm.prefill_stats[sample["arguments"][0][0]]),
+        "task_seconds": seconds,
+    }
+
+
+def _by_harness(lm: Any, tasks: list[Any], chat: bool, docs: dict[str, list[int]]) -> dict[str, Any]:
     """What its `simple_evaluate` does between reading thousands of task files (20 s) and collecting facts about the
     machine (seconds for every task, by calling pip and asking the hub).
+
+    Args:
+        docs: places of the documents to evaluate, by task; none where there are no tasks.
+
+    Returns:
+        the samples by task.
     """
+    if not tasks:
+        return {}
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -201,9 +243,11 @@ def _by_harness(lm: Any, tasks: list[Any], chat: bool) -> dict[str, Any]:
         task.set_config(key="num_fewshot", value=0)
     loaded = TaskManager(include_defaults=False).load(tasks)
     results: dict[str, Any] = lm_eval.evaluate(
-        lm=lm, task_dict=loaded, bootstrap_iters=0, apply_chat_template=chat, log_samples=True, verbosity="ERROR"
-    )
-    return results
+        lm=lm, task_dict=loaded, bootstrap_iters=0, apply_chat_template=chat, log_samples=True, verbosity="ERROR",
+        samples={task.config.task: docs[task.config.task] for task in tasks},
+    )  # fmt: skip
+    found: dict[str, Any] = results["samples"]
+    return found
 
 
 def _origin(plan: EvaluationPlan, method: Method, cell: Cell) -> dict[str, Any]:

@@ -100,12 +100,13 @@ def graphed(model: CausalLM, cache: ElasticCache) -> Iterator[None]:
 
 
 def can_graph(model: CausalLM, head_dim: int, sparse: SparseConfig | None = None) -> bool:
-    """Whether decode steps of this model run through the decode kernel, as a graph needs, which those that choose key
-    blocks do not.
+    """Whether decode steps of this model run through the decode kernel, as a graph needs: in this process alone, and
+    without choosing key blocks.
 
     Args:
         sparse: modes and sizes that will be in force; default those that are.
     """
-    if (sparse or elastic_config(model).sparse).chooses_in_steps:
+    alone = (getattr(model, "tp_size", None) or 1) == 1
+    if not alone or (sparse or elastic_config(model).sparse).chooses_in_steps:
         return False
     return not backend_for(model.device, model.dtype, head_dim).startswith("torch")

@@ -26,7 +26,7 @@ from elastic.data.prompts import (
 from elastic.inference.budget import bias_of_budget
 from elastic.inference.decode_graph import can_graph, graphed
 from elastic.inference.report import RouteReport, route_reports
-from elastic.model.attach import biased, elastic_config, is_attached, route_of, set_config, user_wrote
+from elastic.model.attach import biased, elastic_config, handle_of, is_attached, route_of, set_config, user_wrote
 from elastic.model.checkpoint import load_into, read_elastic
 from elastic.model.generation import REFUSED, VERIFIED, judge, setting
 from elastic.model.loading import architecture, load_backbone
@@ -244,27 +244,34 @@ def new_cache(model: CausalLM, max_new_tokens: int = 0, kv_cache: str | None = N
 
 def route_report(model: CausalLM, cache: KVCache) -> list[RouteReport]:
     """What the routers decided for every sample of a cache that a generation filled: the one given to `model.generate`,
-    or the `past_key_values` of what it returns with `return_dict_in_generate=True`.
+    or the `past_key_values` of what it returns with `return_dict_in_generate=True`. Under tensor parallelism of all
+    heads, on every process, all of which call it; so are the bytes.
 
     Raises:
         ValueError: a cache without routes, or a model without routers.
     """
     record, sparse, head_dim = route_of(cache), elastic_config(model).sparse, architecture(model)["head_dim"]
-    samples = record.route.shape[1]
+    samples, whole = record.route.shape[1], handle_of(model).share.whole
     if isinstance(cache, ElasticCache):
         kind, held = cache.config.kv_cache, cache.sample_bytes()
     else:
         kind = "full"
         held = [sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // samples] * samples
+    held = whole(torch.tensor(held)[:, None]).sum(1).tolist()
+    density = None if record.density is None else whole(record.density)
+    turns = [
+        replace(t, route_LNK=whole(t.route_LNK), density_LNK=None if t.density_LNK is None else whole(t.density_LNK))
+        for t in record.turns
+    ]
     return route_reports(
-        record.route,
+        whole(record.route),
         record.prompt_lengths,
         sparse,
         head_dim=head_dim,
         element_size=model.dtype.itemsize,
         backend=backend_for(model.device, model.dtype, head_dim, sparse=sparse),
-        density_LNK=record.density,
-        turns=record.turns,
+        density_LNK=density,
+        turns=turns,
         kv_cache=kind,
         held_N=held,
     )

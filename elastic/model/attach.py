@@ -28,6 +28,7 @@ from elastic.model.layer_hooks import before_attention, before_decoder
 from elastic.model.outside import device_of, unwrapped
 from elastic.model.pass_state import AttachedState, PassRecord, PassRoutes, forced_on, forcing
 from elastic.model.saving import save_as_before, save_backbone_alone
+from elastic.model.tensor_parallel import HeadShare, check_routers, head_share
 from elastic.protocols import AttentionModule, CausalLM
 from elastic.routing.kinds import build_router
 from elastic.routing.router import Router
@@ -67,6 +68,7 @@ class Handle:
         state: the settings.
         implementation: attention implementation from before.
         trainable: the parameters from before with their names (of a wrapper's own: none) and `requires_grad`.
+        share: which KV heads are here.
         hooks: what removes the hooks.
         compiled: modules that `compile_layers` gave another forward, each with the one of its own that it had, if any.
     """
@@ -74,6 +76,7 @@ class Handle:
     state: AttachedState
     implementation: str
     trainable: list[tuple[str, nn.Parameter, bool]]
+    share: HeadShare = HeadShare()  # noqa: RUF009 - a tuple
     hooks: list[RemovableHandle] = field(default_factory=list)
     compiled: list[tuple[nn.Module, Any]] = field(default_factory=list)
 
@@ -98,16 +101,19 @@ def attach(model: Model, config: ElasticConfig | None = None) -> Model:
         raise ValueError("this model already has routers; call elastic.detach(model) first")
     bare = unwrapped(model)
     layers = attention_layers(bare)
+    share = head_share(bare, layers)
     kv_heads = bare.config.num_key_value_heads  # not of the weights, which a quantised layer packs or does not have
+    kv_heads //= share.parts
     devices = [device_of(attn, layer, bare.device) for layer, attn in enumerate(layers)]
     made = [
         build_router(kv_heads, attn.head_dim, config.router, layer).to(device).train(bare.training)
         for layer, (attn, device) in enumerate(zip(layers, devices, strict=True))
     ]
+    check_routers(made, share)
     register()
     named = {id(parameter): name for name, parameter in bare.named_parameters()}  # a wrapper may have more
     trainable = [(named.get(id(parameter), ""), parameter, parameter.requires_grad) for parameter in model.parameters()]
-    handle = Handle(AttachedState(config), bare.config._attn_implementation, trainable)
+    handle = Handle(AttachedState(config, share.parts), bare.config._attn_implementation, trainable, share)
     try:
         _install(bare, handle, layers, made)
     except BaseException:
@@ -248,8 +254,11 @@ def override_routes(model: CausalLM, route: int | Tensor | None, sparse: SparseC
     Raises:
         ValueError: a tensor of another shape, or values other than 0 and 1.
     """
-    state, own = handle_of(model).state, routers(model)
-    _check_override(route, len(own), own[0].kv_heads)
+    handle, own = handle_of(model), routers(model)
+    state, all_heads = handle.state, own[0].kv_heads * handle.share.parts
+    _check_override(route, len(own), all_heads)
+    if isinstance(route, Tensor):
+        route = route[..., handle.share.mine(all_heads)]
     forced = forced_on(state)
     with forcing(state, replace(forced, route=route, sparse=sparse or forced.sparse)):
         yield

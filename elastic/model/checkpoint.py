@@ -19,8 +19,9 @@ from elastic._version import __version__
 from elastic.config import ElasticConfig
 from elastic.data.prompts import TEMPLATE, TEMPLATE_KWARGS, check_kwargs
 from elastic.files import file_sha256, is_foreign, member, new_folder, read_json, set_aside
-from elastic.model.attach import Model, attach, elastic_config, routers
+from elastic.model.attach import Model, attach, elastic_config, handle_of, routers
 from elastic.model.loading import architecture, architecture_hash
+from elastic.model.tensor_parallel import HeadShare
 from elastic.protocols import CausalLM
 from elastic.routing.kinds import build_router
 from elastic.routing.router import Router, check_router
@@ -89,6 +90,11 @@ def save_elastic(
     path = Path(path)
     if is_foreign(path, METADATA):
         raise ValueError(f"{path} exists but is not an Elastic Attention checkpoint; choose another folder")
+    if (parts := handle_of(model).share.parts) > 1:
+        raise ValueError(
+            f"this process has the routers of some heads alone: the model is cut into {parts} parts by tensor "
+            "parallelism; save from a model loaded without tp_plan"
+        )
     config, state = elastic_config(model), router_state(model)
     shape = architecture(model)
     _check_state(state, _expected(shape, config), f"routers to be saved to {path}", "train again with lower rates")
@@ -165,7 +171,7 @@ def load_into(model: Model, path: str | Path) -> Model:
     """
     config, state = _checked(path, architecture(model))
     attach(model, config)
-    _fill(routers(model), state)
+    _fill(routers(model), state, handle_of(model).share)
     return model
 
 
@@ -199,10 +205,11 @@ def _checked(path: str | Path, shape: dict[str, Any]) -> tuple[ElasticConfig, di
     return config, state
 
 
-def _fill(own: list[Router], state: dict[str, Tensor]) -> None:
+def _fill(own: list[Router], state: dict[str, Tensor], share: HeadShare = HeadShare()) -> None:  # noqa: B008
     for layer, router in enumerate(own):
         prefix = f"layers.{layer}."
-        router.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        of_layer = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        router.load_state_dict(share.state(of_layer))
 
 
 def _check_backbone(mine: dict[str, Any], metadata: dict[str, Any], path: str | Path) -> None:

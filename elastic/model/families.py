@@ -21,8 +21,10 @@ def prerope_keys(attn: KeyProjection, hidden_E: Tensor) -> Tensor:
 
     A norm over D numbers acts on every head by itself (Qwen3), one over K * D on all heads before they part (OLMo 2).
     Hooks on these modules are for the layer's own call: they do not run here, and routers do not see what they change.
+    Except under tensor parallelism, whose hooks make the keys of this process's heads.
     """
-    keys: Tensor = attn.k_proj.forward(hidden_E)
+    cut = hasattr(getattr(attn.k_proj, "weight", None), "to_local")  # tensor parallelism works through hooks
+    keys: Tensor = attn.k_proj(hidden_E) if cut else attn.k_proj.forward(hidden_E)
     norm: Norm | None = getattr(attn, "k_norm", None)
     if norm is not None and norm.weight.shape[-1] == keys.shape[-1]:
         keys, norm = norm.forward(keys), None
@@ -34,8 +36,8 @@ def attention_layers(model: CausalLM) -> list[AttentionModule]:
     """The attention modules of a transformers causal LM in layer order.
 
     Raises:
-        ValueError: another family, another attention implementation than SDPA, tensor parallelism, fused projections,
-            a sliding window, attention dropout, an attribute `router`.
+        ValueError: another family, another attention implementation than SDPA, fused projections, a sliding window,
+            attention dropout, an attribute `router`.
     """
     config: Any = getattr(model, "config", None)
     family = getattr(config, "model_type", type(model).__name__)
@@ -45,11 +47,6 @@ def attention_layers(model: CausalLM) -> list[AttentionModule]:
         raise ValueError(
             f"the model runs attention by {config._attn_implementation!r}, expected 'sdpa', which full heads "
             "reproduce; load it with attn_implementation='sdpa'"
-        )
-    if (parts := getattr(model, "tp_size", None) or 1) > 1:
-        raise ValueError(
-            f"the model is cut into {parts} parts by tensor parallelism, where each process has some of the KV heads "
-            "alone; load it without tp_plan"
         )
     layers = [layer.self_attn for layer in model.get_decoder().layers]
     for number, attn in enumerate(layers):

@@ -25,6 +25,7 @@ from elastic.attention.layout import (
     right_padding,
     turn_layout,
 )
+from elastic.attention.row_slice import RowSlice
 from elastic.attention.spans import check_prompts, check_user, pairs
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.route_record import RouteRecord, check_depth, find_record, new_record
@@ -51,6 +52,11 @@ def before_decoder(
         raise ValueError(
             f"the attached model was switched to attention implementation {decoder.config._attn_implementation!r}, by "
             "which no route is followed; switch back to 'elastic' with set_attn_implementation, or elastic.detach it"
+        )
+    if state.parts > 1 and decoder.training and torch.is_grad_enabled():
+        raise ValueError(
+            f"the model is cut into {state.parts} parts by tensor parallelism, each of which knows the gradient of its "
+            "own heads alone; train with FSDP2 or context parallelism, or call model.eval()"
         )
     cache = kwargs.get("past_key_values")
     check_depth(cache, len(decoder.layers))
@@ -116,6 +122,8 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
         layout = decode_layout(record.layout, rows, past, mask, queries)
         modes = record.modes(override, config.dense_decode, config.sparse)
     elif bounds is not None:
+        if row_slice.size > 1:
+            queries = _whole_row(bounds, tokens.shape[1], row_slice)
         if rows != 1 or past or mask is not None:
             raise ValueError(
                 f"packed input (cu_seq_lens, or position_ids that begin again) came with {rows} rows, {past} cached "
@@ -141,6 +149,17 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
         layout, config, override=override, mode_LNK=modes, row_slice=row_slice, temperature=state.temperature,
         fused=state.fused, level_N=forced.level_N, gumbel_LNK2=forced.gumbel_LNK2,
     )  # fmt: skip
+
+
+def _whole_row(bounds: Tensor, here: int, row_slice: RowSlice) -> int:
+    """Tokens of the row that slices of `here` tokens are of; the last slices may be longer than it."""
+    length = int(bounds[-1])
+    if -(-length // row_slice.size) != here:
+        raise ValueError(
+            f"a slice of {here} tokens came with cu_seq_lens of a row of {length} in {row_slice.size} slices of "
+            f"{-(-length // row_slice.size)} tokens; cut rows by elastic.training.context_parallel.shard"
+        )
+    return length
 
 
 def route_layer(
@@ -177,10 +196,7 @@ def decide_after_rope(
     """The call of a layer whose router looks at queries and keys after RoPE, now that they are there."""
     of_pass, layer, cache, dropped = call.of_pass, attn.layer_idx, call.cache, call.dropped_NK
     if of_pass.row_slice.size > 1:
-        raise ValueError(
-            "routers by level or reach look at the last queries and all keys of a row, of which context parallelism "
-            "leaves each process a slice; train them with DDP or FSDP, or use routers of kind paper"
-        )
+        raise whole_rows_needed()
     record = _record(cache, of_pass.layout, layer)
     earlier = of_pass.record.decisions[layer - 1].reach_NR if layer else None
     decision = decide_from_reach(
@@ -189,6 +205,14 @@ def decide_after_rope(
         gumbel_NK2=of_pass.noise(layer),
     )  # fmt: skip
     return _planned(_settled(decision, layer, of_pass, record, dropped), layer, of_pass, cache)
+
+
+def whole_rows_needed() -> ValueError:
+    """What to say of routers that no process can run on its slice of a row."""
+    return ValueError(
+        "routers by level or reach look at the last queries and all keys of a row, of which context parallelism "
+        "leaves each process a slice; train them with DDP or FSDP, or use routers of kind paper"
+    )
 
 
 def _planned(decision: Decision, layer: int, of_pass: ForwardPass, cache: KVCache | None) -> LayerCall:

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
-from elastic.model.attach import Model, attach, routers
+from elastic.model.attach import Model, attach, handle_of, routers
 from elastic.model.loading import architecture
+from elastic.model.tensor_parallel import HeadShare
 from elastic.routing.fixed_routes import head_order
 from elastic.routing.methods import Method
 from elastic.routing.router import Router, StaticRouter
@@ -34,13 +35,18 @@ def begin_in_order(model: Model, order: Sequence[int], msr: float) -> Model:
         ValueError: routers that cannot hold an order, an order that does not name every head once, or an MSR outside
             [0, 1].
     """
-    place_in_order(routers(model), order, msr)
+    place_in_order(routers(model), order, msr, handle_of(model).share)
     return model
 
 
-def place_in_order(own: Sequence[Router], order: Sequence[int], msr: float) -> None:
-    """`begin_in_order` for the routers of all layers, without a model."""
-    heads = len(own) * own[0].kv_heads
+def place_in_order(
+    own: Sequence[Router],
+    order: Sequence[int],
+    msr: float,
+    share: HeadShare = HeadShare(),  # noqa: B008 - a tuple
+) -> None:
+    """`begin_in_order` for the routers of all layers, without a model; of all its heads, or of a share of them."""
+    heads = len(own) * own[0].kv_heads * share.parts
     if sorted(order) != list(range(heads)):
         raise ValueError(f"the order has {len(order)} entries; expected each of the {heads} heads of the model once")
     if not 0 <= msr <= 1:
@@ -48,7 +54,7 @@ def place_in_order(own: Sequence[Router], order: Sequence[int], msr: float) -> N
     place = torch.empty(heads)
     place[list(order)] = (torch.arange(heads, dtype=torch.float32) + 0.5) / heads
     for router, place_K in zip(own, place.view(len(own), -1), strict=True):
-        router.begin_in_order(place_K, round(msr * heads) / heads)
+        router.begin_in_order(place_K[share.mine(len(place_K))], round(msr * heads) / heads)
 
 
 def attach_static(model: Model, path: str | Path, msr: float | None, sparse: SparseConfig) -> Model:

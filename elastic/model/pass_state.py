@@ -91,10 +91,11 @@ class AttachedState:
         row_slice: which part of the rows is here.
         fused: whether the router may run as one kernel where it can; tests and timings compare both ways.
         last: the last decisions, by thread.
+        parts: into how many parts tensor parallelism has cut the heads.
     """
 
-    def __init__(self, config: ElasticConfig) -> None:
-        self.config = config
+    def __init__(self, config: ElasticConfig, parts: int = 1) -> None:
+        self.config, self.parts = config, parts
         self.temperature = 1.0
         self.row_slice = RowSlice()
         self.fused = True

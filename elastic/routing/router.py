@@ -16,6 +16,7 @@ from elastic.config import RouterConfig
 MIN_STATISTICS = 8  # samples before the deviation means anything
 STANDARDISED_LIMIT = 10.0  # features further out than this many deviations carry no more information than the sign
 EPSILON = 1e-5  # added to the variance
+PER_HEAD = ("logits", "mean", "offset", "var")  # names of a router's tensors that have a row for every KV head
 STEEPNESS = 10.0  # of logits along an order of heads: a `sparsity_bias` of 1 lets a tenth of all heads more run sparse
 
 

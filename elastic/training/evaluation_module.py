@@ -7,6 +7,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from elastic.attention.row_slice import RowSlice
 from elastic.config import ElasticConfig
 from elastic.data.context_length import context_length
 from elastic.data.datamodule import PlacedBatch
@@ -21,7 +22,8 @@ from elastic.protocols import CausalLM, Decoder
 from elastic.routing.fixed_routes import head_order
 from elastic.routing.methods import Method, parse_method, parse_methods, ratio_columns
 from elastic.routing.sparsity import esr, msr, xattention_heads
-from elastic.training.losses import answer_divergence, labelled_positions
+from elastic.training.context_parallel import shard, slice_rows
+from elastic.training.losses import WHOLE, answer_divergence, labelled_positions
 from elastic.training.metrics import (
     DIVERGENCE,
     Answers,
@@ -70,6 +72,7 @@ class RoutedModule(LightningModule):
         self.loss_chunk, self.begins_with = loss_chunk, routers
         self.methods = parse_methods(methods, of_run=True)
         self.model: Any = None
+        self.row_slice: RowSlice = WHOLE
         self.tokenizer: Any = None
         self.results: dict[str, dict[str, float]] = {}
         self.source_results: dict[str, dict[str, float]] = {}
@@ -79,15 +82,20 @@ class RoutedModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the backbone and attach routers, once; refuse what cannot be trained before anything runs."""
-        if self.model is not None:
-            return
+        if self.model is None:
+            self._build()
+        group = None if self._trainer is None else getattr(self.trainer.strategy, "row_group", None)
+        if group is not None:
+            self.row_slice = slice_rows(self.model, group)
+
+    def _build(self) -> None:
         precision = "32-true" if self._trainer is None else str(self._trainer.precision)
         if precision not in PRECISIONS:
             raise ValueError(
                 f"trainer.precision={precision!r} would cast routers and multipliers; use {' or '.join(PRECISIONS)} "
                 "and set model.dtype for the backbone's weights"
             )
-        model, self.tokenizer = load_backbone(self.backbone, dtype=self.dtype_name, gguf_file=self.gguf_file)
+        model, self.tokenizer = self._load()
         data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
         if getattr(data, "manifest", None) is not None:
             check_data(data.manifest, context_length(model.config), self.tokenizer, self.backbone)
@@ -111,6 +119,10 @@ class RoutedModule(LightningModule):
         self.route_share = RouteShare(*size)
         counted = (method.name for method in self.methods if method.sparse(self.elastic.sparse).chooser)
         self.density = LayerDensity(tuple(counted), self.shape["num_layers"])
+
+    def _load(self) -> tuple[CausalLM, Any]:
+        """Backbone and tokenizer."""
+        return load_backbone(self.backbone, dtype=self.dtype_name, gguf_file=self.gguf_file)
 
     def _attached(self, model: CausalLM) -> CausalLM:
         if self.begins_with is None:
@@ -137,8 +149,15 @@ class RoutedModule(LightningModule):
         return begin_in_order(attach(model, self.elastic), order, level)
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """Final hidden states [1, S, E] of a packed batch; the routes are then in `last_routes(self.model)`."""
-        return packed_hidden_states(self.model, batch)
+        """Final hidden states [1, S, E] of a packed batch, under context parallelism of this process's slice; the
+        routes are then in `last_routes(self.model)`.
+        """
+        return packed_hidden_states(self.model, batch, self.row_slice)
+
+    def _count_once(self, batch: Any) -> None:
+        """Samples of a row that several processes share count on the first of them."""
+        if self.row_slice.rank and "counted" in batch:
+            batch["counted"] = torch.zeros_like(batch["counted"])
 
     def validation_step(self, batch: PlacedBatch, batch_idx: int) -> None:
         """Scores of every method on one batch."""
@@ -150,6 +169,7 @@ class RoutedModule(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Per sample: task, tokens, MSR, teacher-forced scores and answer of the routed model, route [L][K]."""
+        self._count_once(batch)
         answers, state = self._answers(batch), last_routes(self.model)
         return [
             {
@@ -167,7 +187,7 @@ class RoutedModule(LightningModule):
         """Scores of the answers, after a forward pass where the final hidden states are not given."""
         hidden_1SE = self.hidden_states(batch) if hidden_1SE is None else hidden_1SE
         head = self.model.get_output_embeddings()
-        return score_answers(hidden_1SE, head, batch["labels"], batch["cu_seq_lens"], self.loss_chunk)
+        return score_answers(hidden_1SE, head, batch["labels"], batch["cu_seq_lens"], self.loss_chunk, self.row_slice)
 
     @torch.no_grad()
     def _dense_answers(self, batch: Batch) -> Tensor:
@@ -175,7 +195,7 @@ class RoutedModule(LightningModule):
         the routed pass, whose routes stay the last ones.
         """
         with override_routes(self.model, 0, self.elastic.sparse.dense):
-            return labelled_positions(self.hidden_states(batch), batch["labels"])[0]
+            return labelled_positions(self.hidden_states(batch), batch["labels"], self.row_slice)[0]
 
     @torch.no_grad()
     def _evaluate(self, batch: PlacedBatch) -> None:
@@ -184,6 +204,7 @@ class RoutedModule(LightningModule):
         pairs.sort(key=lambda pair: pair[0].kind != "dense")
         dense_PE = None if pairs[0][0].kind == "dense" else self._dense_answers(batch)
         values: dict[str, Tensor] = {}
+        self._count_once(batch)
         kept = batch["counted"]
         for method, routes in pairs:
             sparse = method.sparse(self.elastic.sparse)
@@ -191,7 +212,7 @@ class RoutedModule(LightningModule):
                 hidden = self.hidden_states(batch)
             scores, state = self._answers(batch, hidden).scores, last_routes(self.model)
             if dense_PE is None:
-                dense_PE = labelled_positions(hidden, batch["labels"])[0]
+                dense_PE = labelled_positions(hidden, batch["labels"], self.row_slice)[0]
             else:
                 scores[DIVERGENCE] = self._divergence(batch, hidden, dense_PE)
             if state.density is not None:
@@ -208,7 +229,9 @@ class RoutedModule(LightningModule):
     def _divergence(self, batch: Batch, hidden_1SE: Tensor, dense_PE: Tensor) -> Tensor:
         """KL(dense || this pass) per sample, nats an answer token, fp32 [N]."""
         head = self.model.get_output_embeddings()
-        return answer_divergence(hidden_1SE, dense_PE, head, batch["labels"], batch["cu_seq_lens"], self.loss_chunk)
+        return answer_divergence(
+            hidden_1SE, dense_PE, head, batch["labels"], batch["cu_seq_lens"], self.loss_chunk, self.row_slice
+        )
 
     def _add(self, batch: PlacedBatch, values: dict[str, Tensor]) -> None:
         """Take in what was measured of the samples of a batch that count."""
@@ -251,14 +274,7 @@ class RoutedModule(LightningModule):
                 self.log(f"{stage}/{name}/{task}", row[name], rank_zero_only=True)
 
 
-def packed_hidden_states(model: CausalLM, batch: Batch) -> Tensor:
-    """Final hidden states [1, S, E] of an attached model on a packed batch."""
+def packed_hidden_states(model: CausalLM, batch: Batch, row_slice: RowSlice = WHOLE) -> Tensor:
+    """Final hidden states [1, S, E] of an attached model on a packed batch, or on this process's slice of it."""
     decoder: Decoder = model.get_decoder()
-    return decoder(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        cu_seq_lens=batch["cu_seq_lens"],
-        prompt_spans=batch["prompt_spans"],
-        user_spans=batch["user_spans"],
-        use_cache=False,
-    ).last_hidden_state
+    return decoder(**shard(batch, row_slice), use_cache=False).last_hidden_state

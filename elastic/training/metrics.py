@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
+from elastic.attention.row_slice import RowSlice
 from elastic.data.tasks import TASKS
 from elastic.routing.methods import Method, columns
 from elastic.training.intervals import half_width, normal_half_width
-from elastic.training.losses import labelled_positions, labelled_samples
+from elastic.training.losses import WHOLE, every_position, labelled_positions, labelled_samples
 
 DIVERGENCE = "kl"
 
@@ -44,23 +45,32 @@ class Answers:
 
 @torch.no_grad()
 def score_answers(
-    hidden_1SE: Tensor, lm_head: nn.Module, labels_1S: Tensor, cu_seq_lens: Tensor, chunk: int
+    hidden_1SE: Tensor,
+    lm_head: nn.Module,
+    labels_1S: Tensor,
+    cu_seq_lens: Tensor,
+    chunk: int,
+    row_slice: RowSlice = WHOLE,
 ) -> Answers:
-    """Score the answers of a packed row, `chunk` positions of logits at a time.
+    """Score the answers of a packed row, `chunk` positions of logits at a time; all of them on every process, whichever
+    slice of the row the hidden states are of.
 
     Raises:
         ValueError: a sample without a labelled token.
     """
-    hidden_PE, target_P = labelled_positions(hidden_1SE, labels_1S)
+    hidden_pE, target_p = labelled_positions(hidden_1SE, labels_1S, row_slice)
     sample_P, count = labelled_samples(labels_1S, cu_seq_lens)
-    losses, picks = [], []
-    for start in range(0, target_P.shape[0], chunk):
-        logits, target = lm_head(hidden_PE[start : start + chunk]).float(), target_P[start : start + chunk]
+    losses, picks = [hidden_pE.new_zeros(0, dtype=torch.float32)], [target_p[:0]]
+    for start in range(0, target_p.shape[0], chunk):
+        logits, target = lm_head(hidden_pE[start : start + chunk]).float(), target_p[start : start + chunk]
         losses.append(F.cross_entropy(logits, target, reduction="none"))
         picks.append(logits.argmax(-1))
-    predicted_P = torch.cat(picks)
+    loss_P, predicted_P, target_P = (
+        every_position(of_slice, labels_1S, hidden_1SE.shape[1], row_slice)
+        for of_slice in (torch.cat(losses), torch.cat(picks), target_p)
+    )
     zeros = torch.zeros_like(count)
-    loss = zeros.index_add(0, sample_P, torch.cat(losses))
+    loss = zeros.index_add(0, sample_P, loss_P)
     hits = zeros.index_add(0, sample_P, (predicted_P == target_P).float())
     scores = {"loss": loss / count, "accuracy": hits / count, "exact": (hits == count).float()}
     return Answers(scores, predicted_P, sample_P)

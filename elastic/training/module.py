@@ -15,6 +15,7 @@ from torch import Tensor
 from elastic.attention.routed import backend_for
 from elastic.config import ElasticConfig
 from elastic.console import say
+from elastic.data.datamodule import data_place
 from elastic.data.packing import IGNORE, Batch
 from elastic.data.tasks import TASKS
 from elastic.model.attach import drawn_by, last_features, last_routes, routers, set_temperature, update_statistics
@@ -84,8 +85,6 @@ class ElasticModule(RoutedModule):
     def configure_model(self) -> None:
         """Load the backbone and attach routers, once."""
         fresh = self.model is None
-        if fresh and self.compiled and self.device_mesh is not None:
-            raise ValueError("model.compiled does not go with a sharded backbone yet; set model.compiled: false")
         super().configure_model()
         for router in routers(self.model) if fresh and self.begins_with is None else ():
             router.begin_at(self.optimiser.start)
@@ -140,7 +139,7 @@ class ElasticModule(RoutedModule):
         descent, ascent = (optimiser.optimizer for optimiser in self.optimizers())  # type: ignore[union-attr]
         self._set_rates(descent, ascent)
         (samples, answer_tokens, tokens), pooled = self._shares(batch), []
-        row = self.global_rank * sum(len(micro["row_samples"]) for micro in batch)  # its place in the step
+        row = data_place(self.trainer)[0] * sum(len(micro["row_samples"]) for micro in batch)  # its place in the step
         for micro in batch:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(noise_seed(self.noise_seed, step, row))  # which queries tell the route's gradient
@@ -150,7 +149,8 @@ class ElasticModule(RoutedModule):
             pooled.append(last_features(self.model))
         if progress < self.optimiser.warmup:
             # once: all micro-batches see the same features
-            update_statistics(self.model, [torch.cat(of_layer) for of_layer in zip(*pooled, strict=True)])
+            mine = slice(None if self.row_slice.rank == 0 else 0)  # a shared row counts once
+            update_statistics(self.model, [torch.cat(of_layer)[mine] for of_layer in zip(*pooled, strict=True)])
         weights = [p for group in descent.param_groups for p in group["params"]]
         if isinstance(self.trainer.strategy, ShardedBackbone):  # DDP has averaged already
             average_gradients([*weights, *self.multipliers.parameters()])
@@ -205,7 +205,7 @@ class ElasticModule(RoutedModule):
         tokens = torch.tensor(sum(micro["input_ids"].numel() for micro in batch), device=count_T.device)
         total = self._over_processes(torch.cat([count_T, torch.stack([torch.as_tensor(labelled), tokens])]).double())
         shares = (total / (len(batch) * self.trainer.world_size)).float()
-        return shares[:-2], shares[-2], total[-1]
+        return shares[:-2], shares[-2], total[-1] / self.row_slice.size
 
     @property
     def _heads_alone(self) -> bool:
@@ -223,7 +223,9 @@ class ElasticModule(RoutedModule):
         hidden = self.hidden_states(batch)
         state, task, head = last_routes(self.model), batch["task_id"], self.model.get_output_embeddings()
         ratio = msr(state.route)
-        routed = RoutedPass(batch, hidden, ratio, dense, head, self.loss_chunk, self._heads_alone, *shares)
+        routed = RoutedPass(
+            batch, hidden, ratio, dense, head, self.loss_chunk, self._heads_alone, *shares, self.row_slice
+        )
         verdict = self.objective.judge(routed)
         self.manual_backward(verdict.loss / parts)
         for name, value in {"objective": verdict.loss, **verdict.parts}.items():

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from elastic.attention.row_slice import RowSlice
 from elastic.data.packing import Batch
 from elastic.data.tasks import SENSITIVE, TASKS, task_index
 from elastic.training.config import ObjectiveConfig
-from elastic.training.losses import answer_divergence, answer_losses, chunked_cross_entropy
+from elastic.training.losses import WHOLE, answer_divergence, answer_losses, chunked_cross_entropy
 from elastic.training.multipliers import CLASSES, SPAN, BudgetMultipliers, LagrangeMultipliers
 
 Interval = float | list[float] | tuple[float, float]
@@ -110,6 +111,7 @@ class RoutedPass:
             what a sum over this pass's samples is divided by, to be its part of the step's mean. None: this pass is
             the step.
         answer_tokens: labelled tokens in the step, divided likewise.
+        row_slice: which part of the row the hidden states are of.
     """
 
     batch: Batch
@@ -121,6 +123,7 @@ class RoutedPass:
     shared_target: bool = False
     samples_T: Tensor | None = None
     answer_tokens: Tensor | None = None
+    row_slice: RowSlice = WHOLE
 
 
 @dataclass(frozen=True)
@@ -175,8 +178,11 @@ class TargetObjective:
     def _language(self, routed: RoutedPass) -> Tensor:
         batch, answers = routed.batch, (routed.hidden_1SE, routed.lm_head, routed.batch["labels"])
         if self.average == "tokens":
-            return chunked_cross_entropy(*answers, routed.chunk, routed.answer_tokens)
-        loss_N, task_N = answer_losses(*answers, batch["cu_seq_lens"], routed.chunk), batch["task_id"]
+            return chunked_cross_entropy(*answers, routed.chunk, routed.answer_tokens, routed.row_slice)
+        loss_N, task_N = (
+            answer_losses(*answers, batch["cu_seq_lens"], routed.chunk, routed.row_slice),
+            batch["task_id"],
+        )
         samples_T = torch.bincount(task_N, minlength=len(TASKS)) if routed.samples_T is None else routed.samples_T
         return (loss_N / samples_T[task_N]).sum() / (samples_T > 0).sum()
 
@@ -211,8 +217,9 @@ class QualityObjective:
             raise ValueError("objective quality needs the dense pass of the batch; needs_dense says so")
         batch, task = routed.batch, routed.batch["task_id"]
         divergence_N = answer_divergence(
-            routed.hidden_1SE, routed.dense_PE, routed.lm_head, batch["labels"], batch["cu_seq_lens"], routed.chunk
-        )
+            routed.hidden_1SE, routed.dense_PE, routed.lm_head, batch["labels"], batch["cu_seq_lens"], routed.chunk,
+            routed.row_slice,
+        )  # fmt: skip
         budget_T = torch.tensor(list(self.budgets.values()))
         loss = quality_loss(
             routed.msr_N, divergence_N, task, budget_T, self.config.cost, self.multipliers, routed.samples_T

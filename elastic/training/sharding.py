@@ -3,18 +3,65 @@ section 5).
 
 DDP replicates everything and averages gradients by itself. `ShardedBackbone` (FSDP2) shards the frozen decoder layers;
 routers and multipliers are a few MB and stay replicated, so that checkpoints are the same files under every strategy.
+Under either, groups of C neighbouring processes may share their rows (`elastic.training.context_parallel`): D x C
+processes then read as many rows as D, and since every member of a group computes the loss of its whole rows, the mean
+of the gradients over all processes is still that of one process.
 """
 
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 
 from elastic.model.attach import routers
 from elastic.model.checkpoint import is_trainable
 from elastic.protocols import CausalLM
+
+
+def row_groups(processes: int, size: int) -> Any:
+    """The group of this process among groups of `size` neighbouring ones that share their rows; called once by all
+    processes. None where every process has rows of its own.
+
+    Raises:
+        ValueError: a size that does not divide the number of processes.
+    """
+    if size < 1 or processes % size:
+        raise ValueError(
+            f"context_parallel={size} does not divide the {processes} processes (trainer.devices x trainer.num_nodes); "
+            "give it one of their divisors"
+        )
+    return dist.new_subgroups(size)[0] if size > 1 else None
+
+
+class ContextParallel(DDPStrategy):
+    """DDP whose groups of neighbouring processes share their rows.
+
+    Attributes:
+        row_group: the process group of those that share this process's rows; None outside a run, or where nobody does.
+
+    Args:
+        context_parallel: processes of a group; divides the KV heads and the number of processes.
+        process_group_backend: `nccl` or `gloo`; default by device.
+    """
+
+    row_group: Any = None
+
+    def __init__(self, context_parallel: int = 2, process_group_backend: str | None = None) -> None:
+        super().__init__(process_group_backend=process_group_backend)
+        self.context_parallel = context_parallel
+
+    def setup_environment(self) -> None:
+        """The groups too, once."""
+        super().setup_environment()
+        self.row_group = self.row_group or row_groups(self.world_size, self.context_parallel)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Which share of the rows this process's group reads."""
+        size = self.context_parallel
+        return {"num_replicas": self.world_size // size, "rank": self.global_rank // size}
 
 
 class ShardedBackbone(ModelParallelStrategy):
@@ -25,10 +72,14 @@ class ShardedBackbone(ModelParallelStrategy):
 
     Args:
         process_group_backend: `nccl` or `gloo`; default by device.
+        context_parallel: neighbouring processes that share their rows, see `ContextParallel`; 1: each has its own.
     """
 
-    def __init__(self, process_group_backend: str | None = None) -> None:
+    row_group: Any = None
+
+    def __init__(self, process_group_backend: str | None = None, context_parallel: int = 1) -> None:
         super().__init__(tensor_parallel_size=1, process_group_backend=process_group_backend)
+        self.context_parallel = context_parallel
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -36,9 +87,12 @@ class ShardedBackbone(ModelParallelStrategy):
         return True
 
     def setup_environment(self) -> None:
-        """One data-parallel group of all processes."""
+        """Layers are sharded over all processes, whichever of them share rows."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+        self.row_group = self.row_group or row_groups(self.world_size, self.context_parallel)
+
+    distributed_sampler_kwargs = ContextParallel.distributed_sampler_kwargs
 
     def setup(self, trainer: Any) -> None:
         """As in DDP, all processes start from the first one's routers."""

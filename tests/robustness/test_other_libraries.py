@@ -104,7 +104,7 @@ class Fused(nn.Module):
 
 UNFIT = {
     "fused": (lambda m: setattr(m.model.layers[1], "self_attn", Fused()), "layer 1 runs attention by Fused.*no k_proj"),
-    "tensor parallel": (lambda m: setattr(m, "_tp_size", 2), "cut into 2 parts by tensor parallelism.*without tp_plan"),
+    "tensor parallel": (lambda m: setattr(m, "_tp_size", 2), "cut into 2 parts by tensor parallelism.*nothing says"),
     "no values": (lambda m: m.to("meta"), "layer 0 is on the meta device.*from_pretrained before routers"),
 }
 

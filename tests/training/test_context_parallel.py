@@ -1,5 +1,8 @@
-"""Two processes with half a packed row each equal one process with the whole row: states, routes, loss, gradients."""
+"""Two processes with half a packed row each equal one process with the whole row: states, routes, losses, gradients,
+scores. The row's length is odd, so the second half ends in a token of no sample.
+"""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,27 +10,32 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.layout import packed_layout
+from elastic.attention.modes import BLOCK_SPARSE, FULL, STREAMING
 from elastic.attention.row_slice import RowSlice
+from elastic.config import RouterConfig, SparseConfig
 from elastic.data.packing import Sample, collate, pack
 from elastic.model.attach import attach, last_features, last_routes, override_routes, routers, set_row_slice
 from elastic.routing.sparsity import msr
-from elastic.training.context_parallel import RowSliceGroup, context_parallel, divergence, language_loss, shard
-from elastic.training.losses import chunked_cross_entropy
+from elastic.training.context_parallel import context_parallel, deal, shard
+from elastic.training.losses import answer_divergence, answer_losses, chunked_cross_entropy, labelled_positions
+from elastic.training.metrics import score_answers
 from elastic.training.multipliers import LagrangeMultipliers
 from elastic.training.objective import sparsity_loss, target_intervals
 from elastic.training.sharding import average_gradients
 from tests.helpers.models import random_ids, small_config, tiny_model, varied_routers
 
-LENGTHS = ((21, 8), (40, 31), (35, 20))  # tokens and prompt of the samples; prompts cross the slices' border
+LENGTHS = ((21, 8), (40, 31), (34, 20))  # tokens and prompt of the samples; prompts cross the slices' border
 
 
 def packed_row():
-    ids = random_ids(1, 96)[0].tolist()
+    ids = random_ids(1, 95)[0].tolist()
     bounds = [sum(n for n, _ in LENGTHS[:i]) for i in range(len(LENGTHS))]
     samples = [
         Sample(ids[b : b + n], prompt, task) for task, (b, (n, prompt)) in enumerate(zip(bounds, LENGTHS, strict=True))
     ]
-    return collate(list(pack(samples, 96)))
+    return collate(list(pack(samples, 95)))
 
 
 def trained_pass(model, row_slice: RowSlice, checkpointing: bool) -> dict[str, torch.Tensor]:
@@ -42,8 +50,15 @@ def trained_pass(model, row_slice: RowSlice, checkpointing: bool) -> dict[str, t
     multipliers = LagrangeMultipliers()
     with torch.no_grad():
         multipliers.u.fill_(0.5)
-    language = language_loss(hidden, head, batch["labels"], 4, row_slice)
-    loss = language + sparsity_loss(msr(state.route), batch["task_id"], target_intervals({}), multipliers)
+    labels, bounds = batch["labels"], batch["cu_seq_lens"]
+    language = chunked_cross_entropy(hidden, head, labels, 4, row_slice=row_slice)
+    answers = answer_losses(hidden, head, labels, bounds, 4, row_slice)
+    scored = score_answers(hidden, head, labels, bounds, 4, row_slice)
+    loss = (
+        language
+        + (answers * torch.tensor([1.0, 0.5, 2.0])).sum()
+        + sparsity_loss(msr(state.route), batch["task_id"], target_intervals({}), multipliers)
+    )
     loss.backward()
     parameters = [p for router in routers(model) for p in router.parameters()]
     if row_slice.size > 1:
@@ -54,6 +69,9 @@ def trained_pass(model, row_slice: RowSlice, checkpointing: bool) -> dict[str, t
         "pooled": last_features(model),
         "density": torch.zeros(0) if state.density is None else state.density,
         "loss": loss.detach(),
+        "answers": answers.detach(),
+        "scores": torch.stack(list(scored.scores.values())),
+        "predicted": scored.predicted_P,
         "gradients": torch.cat([p.grad.reshape(-1) for p in [*parameters, *multipliers.parameters()]]),
     }
 
@@ -66,7 +84,8 @@ def quality_pass(model, row_slice: RowSlice) -> dict[str, torch.Tensor]:
         dense = model.get_decoder()(**inputs).last_hidden_state
     torch.manual_seed(7)
     hidden, head = model.train().get_decoder()(**inputs).last_hidden_state, model.get_output_embeddings()
-    found = divergence(hidden, dense, head, batch["labels"], batch["cu_seq_lens"], 4, row_slice)
+    dense = labelled_positions(dense, batch["labels"], row_slice)[0]
+    found = answer_divergence(hidden, dense, head, batch["labels"], batch["cu_seq_lens"], 4, row_slice)
     parameters = [p for router in routers(model) for p in router.parameters()]
     (found * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     if row_slice.size > 1:
@@ -98,12 +117,15 @@ def slice_process(rank: int, folder: str) -> None:
         context_parallel(model),
     ):
         pass
-    with pytest.raises(ValueError, match="a row of 95 tokens cannot be cut into 2 equal slices"):
-        batch = {**packed_row(), "input_ids": torch.zeros(1, 95, dtype=torch.int64)}
-        shard(batch, RowSliceGroup())
+    level = attach(tiny_model(), replace(small_config(), router=RouterConfig(kind="level")))
+    with pytest.raises(ValueError, match="routers by level or reach look at"), context_parallel(level):
+        pass
     model = routed_model("llama")
     with pytest.raises(ValueError, match="a slice of a sequence came without cu_seq_lens"), context_parallel(model):
         model(random_ids(1, 10), use_cache=False)
+    with context_parallel(model) as row_slice, pytest.raises(ValueError, match="a slice of 47 tokens came with"):
+        inputs = shard(packed_row(), row_slice)
+        model.get_decoder()(**{**inputs, "input_ids": inputs["input_ids"][:, :47]}, use_cache=False)
     dist.destroy_process_group()
 
 
@@ -121,9 +143,12 @@ def test_two_slices_equal_the_whole_row(slices, family):
     assert set(whole["route"].unique().tolist()) == {0.0, 1.0}
     for part in (one, two):
         assert torch.equal(part["route"], whole["route"])
-        for name in ("pooled", "loss", "gradients", "density"):
+        assert torch.equal(part["predicted"], whole["predicted"])
+        for name in ("pooled", "loss", "answers", "scores", "gradients", "density"):
             torch.testing.assert_close(part[name], whole[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    torch.testing.assert_close(torch.cat([one["hidden"], two["hidden"]], dim=1), whole["hidden"], rtol=1e-4, atol=1e-5)
+    both = torch.cat([one["hidden"], two["hidden"]], dim=1)
+    assert both.shape[1] == 96
+    torch.testing.assert_close(both[:, :95], whole["hidden"], rtol=1e-4, atol=1e-5)
     assert torch.equal(one["gradients"], two["gradients"]) and whole["gradients"].abs().max() > 1e-4
 
 
@@ -138,14 +163,17 @@ def test_two_slices_diverge_as_the_whole_row_does(slices, family):
     assert whole["gradients"].abs().max() > 1e-6
 
 
-def test_one_slice_is_the_ordinary_loss():
-    batch, head = packed_row(), torch.nn.Linear(8, 11)
-    labels = batch["labels"].clamp(max=10)
-    hidden = torch.randn(1, 96, 8)
-    mine = language_loss(hidden, head, labels, 5, RowSlice())
-    torch.testing.assert_close(mine, chunked_cross_entropy(hidden, head, labels, 7))
-    with pytest.raises(ValueError, match="no labelled token"):
-        language_loss(hidden, head, torch.full((1, 96), -100), 5, RowSlice())
+def test_heads_are_dealt_out_by_what_they_cost():
+    """Full before block-sparse before streaming, in a snake; a long sample counts more than a short one."""
+    layout = packed_layout(torch.tensor([0, 10, 110]), None, 110, torch.device("cpu"))
+    short_full, long_full, blocks = [FULL, STREAMING], [STREAMING, FULL], [STREAMING, BLOCK_SPARSE]
+    modes = [short_full, long_full, blocks, [STREAMING] * 2, [FULL] * 2, [STREAMING] * 2, short_full, [STREAMING] * 2]
+    plan = HeadPlan(torch.tensor(modes, dtype=torch.int32).T.contiguous(), SparseConfig(), layout)
+    dealt = deal(plan, 2, 3)
+    assert dealt.kv_K.tolist() == [4, 0, 6, 7, 1, 2, 3, 5]  # by cost: 4 1 2 0 6 3 5 7
+    assert dealt.query_H[:6].tolist() == [12, 13, 14, 0, 1, 2]
+    assert torch.equal(dealt.query_H[dealt.back_H], torch.arange(24))
+    assert sorted(deal(plan, 4, 1).kv_K.tolist()) == list(range(8)) and deal(plan, 8, 1).kv_K.shape == (8,)
 
 
 def test_a_context_is_restored_and_needs_a_process_group():

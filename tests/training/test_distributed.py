@@ -1,4 +1,6 @@
-"""Two processes over gloo train the same routers as one: DDP and FSDP2, both objectives; and through the command."""
+"""Two and four processes over gloo train the same routers as one: DDP, FSDP2, context parallelism and their products,
+both objectives; and through the command.
+"""
 
 import subprocess
 import sys
@@ -17,14 +19,14 @@ from elastic.training.config import ObjectiveConfig, OptimiserConfig
 from elastic.training.sharding import average_gradients
 from tests.helpers.training import ROOT, build_data, command_environment, router_tensors, small_run
 
-# Two processes on two rows a step each; the test compares with one process on four.
+# Four rows a step over all processes; the test compares with one process on four.
 SCRIPT = """
 import sys
 import torch
 from lightning import Trainer, seed_everything
 from torch.distributed.tensor import DTensor
 from elastic.data.datamodule import MixtureDataModule
-from elastic.training.sharding import ShardedBackbone
+from elastic.training.sharding import ContextParallel, ShardedBackbone
 from elastic.training.module import ElasticModule
 from elastic.training.config import ObjectiveConfig, OptimiserConfig
 from tests.helpers.training import SMALL, router_tensors
@@ -36,23 +38,22 @@ class Watched(ElasticModule):
         super().training_step(batch, batch_idx)
 
 
-if __name__ == "__main__":
-    data, strategy, kind = sys.argv[1:]
-    torch.set_num_threads(1)
+def run(data, processes, strategy, sliced, kind):
     seed_everything(0, verbose=False)
     module = Watched(
         elastic=SMALL,
-        optimiser=OptimiserConfig(lr=1e-2, multiplier_lr=0.5),
-        objective=ObjectiveConfig(kind, budget=1e-4),
+        optimiser=OptimiserConfig(lr=1e-3, multiplier_lr=0.5),
+        objective=ObjectiveConfig(kind.split("-")[0], budget=1e-4, average="tasks" if "-" in kind else "tokens"),
         gradient_checkpointing=kind == "quality",
     )
+    strategies = {"ddp": ContextParallel, "fsdp": ShardedBackbone}
     trainer = Trainer(
-        accelerator="cpu", devices=2, max_steps=3, max_epochs=-1, logger=False,
-        strategy=ShardedBackbone() if strategy == "fsdp" else strategy,
+        accelerator="cpu", devices=processes, max_steps=3, max_epochs=-1, logger=False,
+        strategy=strategies[strategy](context_parallel=sliced) if strategy == "fsdp" or sliced > 1 else "ddp",
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         limit_val_batches=1.0, num_sanity_val_steps=0, use_distributed_sampler=False,
     )
-    loader = MixtureDataModule(data, rows_per_step=2)
+    loader = MixtureDataModule(data, rows_per_step=4 * sliced // processes)
     trainer.fit(module, loader)
     scalars = dict(trainer.callback_metrics)
     trainer.validate(module, loader, verbose=False)
@@ -62,8 +63,16 @@ if __name__ == "__main__":
             "results": module.results, "samples": module.sample_results,
             "sharded": sum(isinstance(p, DTensor) for p in module.parameters()),
         },
-        f"rank{trainer.global_rank}.pt",
+        f"{processes}-{strategy}-{sliced}-{kind}.rank{trainer.global_rank}.pt",
     )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    data, processes, *cases = sys.argv[1:]
+    for case in cases:
+        strategy, sliced, kind = case.split(",")
+        run(data, int(processes), strategy, int(sliced), kind)
 """
 
 
@@ -80,32 +89,54 @@ def environment() -> dict[str, str]:
     return clean
 
 
-def train(folder: Path, data: Path, strategy: str, kind: str) -> list[dict]:
-    """Run the script; what each of the two processes ended with."""
+# Processes, strategy, processes that share rows, objective (and what it averages over).
+CASES = [
+    (2, "ddp", 1, "target"),
+    (2, "fsdp", 1, "quality"),
+    (2, "ddp", 2, "target-tasks"),
+    (2, "fsdp", 2, "target"),
+    (4, "ddp", 2, "quality"),
+    (4, "fsdp", 2, "target"),
+    (4, "ddp", 1, "target"),
+    (4, "fsdp", 1, "target"),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Path:
+    """What every process of every case ended with, in files."""
+    folder = tmp_path_factory.mktemp("trained")
     (folder / "train.py").write_text(SCRIPT)
-    command = [sys.executable, "train.py", str(data), strategy, kind]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for processes in (2, 4):
+        cases = [f"{strategy},{sliced},{kind}" for of, strategy, sliced, kind in CASES if of == processes]
+        command = [sys.executable, "train.py", str(data), str(processes), *cases]
+        done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder
 
 
-@pytest.mark.parametrize(("strategy", "kind"), [("ddp", "target"), ("fsdp", "quality")])
-def test_two_processes_train_the_routers_of_one(data, tmp_path, strategy, kind):
-    one, two = train(tmp_path, data, strategy, kind)
+@pytest.mark.parametrize(("processes", "strategy", "sliced", "kind"), CASES)
+def test_several_processes_train_the_routers_of_one(data, trained, tmp_path, processes, strategy, sliced, kind):
+    name = f"{processes}-{strategy}-{sliced}-{kind}"
+    ends = [torch.load(trained / f"{name}.rank{rank}.pt", weights_only=True) for rank in range(processes)]
+    one, two = ends[0], ends[-1]
     settings = {
-        "optimiser": OptimiserConfig(lr=1e-2, multiplier_lr=0.5),
-        "objective": ObjectiveConfig(kind, budget=1e-4),
+        "optimiser": OptimiserConfig(lr=1e-3, multiplier_lr=0.5),
+        "objective": ObjectiveConfig(
+            kind.split("-")[0], budget=1e-4, average="tasks" if kind.endswith("tasks") else "tokens"
+        ),
     }
     single, _, trainer = small_run(data, tmp_path, 3, rows_per_step=4, **settings)
-    assert one["step"] == two["step"] == trainer.global_step == 3
-    assert bool(one["sharded"]) == bool(two["sharded"]) == (strategy == "fsdp")
-    assert one["rows"] != two["rows"]
+    assert {end["step"] for end in ends} == {trainer.global_step} == {3}
+    assert all(bool(end["sharded"]) == (strategy == "fsdp") for end in ends)
+    for rank, end in enumerate(ends):
+        assert (end["rows"] == one["rows"]) == (rank < sliced)  # a group reads the same rows, each group its own
     for name, value in router_tensors(single).items():
-        assert torch.equal(one["state"][name], two["state"][name]), name  # multipliers included
-        torch.testing.assert_close(one["state"][name], value, rtol=1e-4, atol=3e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert all(torch.equal(one["state"][name], end["state"][name]) for end in ends), name  # multipliers included
+        torch.testing.assert_close(one["state"][name], value, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     multipliers = [value for name, value in one["state"].items() if name.startswith("multipliers.")]
     assert any(value.abs().max() > 1e-3 for value in multipliers)
-    assert one["state"]["model.model.layers.0.self_attn.router.head.4.weight"].abs().max() > 1e-3
+    assert one["state"]["model.model.layers.0.self_attn.router.head.4.weight"].abs().max() > 2e-4
     same_scalars(one["scalars"], two["scalars"], dict(trainer.callback_metrics))
     assert one["results"] == two["results"]
     assert all(map(torch.equal, one["samples"], two["samples"]))

@@ -28,10 +28,16 @@ def run(data, tmp_path_factory):
     return folder
 
 
+CONTEXT = ("-c", str(ROOT / "configs" / "strategy" / "context.yaml"))
+
+
 def command(name: str, data: Path, folder: Path, *more: str, processes: int = 1) -> None:
     given = ["-c", str(ROOT / "configs" / "debug.yaml"), f"--data.data_dir={data}", "--data.rows_per_step=8"]
     given += ["--model.elastic.sparse.stride=4", f"--trainer.default_root_dir={folder}", "--trainer.accelerator=cpu"]
-    given += [f"--trainer.devices={processes}", *(["--trainer.strategy=ddp"] if processes > 1 else [])]
+    given += [
+        f"--trainer.devices={processes}",
+        *(["--trainer.strategy=ddp"] if processes > 1 and "-c" not in more else []),
+    ]
     if processes == 1:
         assert cli.main([name, *given, *more]) == 0
     else:
@@ -72,13 +78,14 @@ def test_the_same_figures_for_any_number_of_processes_and_rows(data, run, tmp_pa
 
 def test_every_sample_is_predicted_once_in_the_order_of_the_data(data, run, tmp_path):
     found = []
-    for processes, rows in ((1, 1), (2, 2)):
-        folder = tmp_path / str(processes)
+    for processes, rows, strategy in ((1, 1, ()), (2, 2, ()), (2, 2, CONTEXT)):
+        folder = tmp_path / str(len(found))
         folder.mkdir()
         command("predict", data, folder, f"--ckpt_path={run / 'last.ckpt'}", f"--data.micro_batch_rows={rows}",
-                "--trainer.limit_predict_batches=1.0", processes=processes)  # fmt: skip
+                "--trainer.limit_predict_batches=1.0", *strategy, processes=processes)  # fmt: skip
         assert [file.name for file in folder.glob("predictions*")] == ["predictions.jsonl"]
         found.append([json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()])
-    assert len(found[0]) == len(found[1]) == 16
-    for one, two in zip(*found, strict=True):
-        assert {**two, "loss": 0} == {**one, "loss": 0} and two["loss"] == pytest.approx(one["loss"], abs=1e-6)
+    assert [len(lines) for lines in found] == [16, 16, 16]
+    for one, *others in zip(*found, strict=True):
+        for other in others:
+            assert {**other, "loss": 0} == {**one, "loss": 0} and other["loss"] == pytest.approx(one["loss"], abs=1e-6)

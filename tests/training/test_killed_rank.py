@@ -1,0 +1,69 @@
+"""A run of two processes of which one is killed ends, and resumed it ends with the weights of an unbroken one."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.training import ROOT, build_data, command_environment
+
+# `elastic`, in which the process of rank $DIES sends itself SIGKILL after its third step.
+SCRIPT = """
+import os
+import sys
+
+import torch
+
+from elastic import cli
+from tests.helpers import training
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if os.environ.get("DIES") == os.environ.get("LOCAL_RANK", "0"):
+        training._arm("step", 3)
+    raise SystemExit(cli.main(sys.argv[1:]))
+"""
+STRATEGIES = {
+    "context": ["-c", str(ROOT / "configs/strategy/context.yaml")],
+    "fsdp": ["-c", str(ROOT / "configs/strategy/fsdp.yaml"), "--trainer.strategy.context_parallel=1"],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return build_data(tmp_path_factory.mktemp("data"))
+
+
+def fit(folder: Path, data: Path, strategy: str, **environment: str) -> int:
+    """Run four steps in `folder`, saved after every second one; the exit code."""
+    (folder / "run.py").write_text(SCRIPT)
+    arguments = ["fit", "-c", str(ROOT / "configs/debug.yaml"), *STRATEGIES[strategy], f"--data.data_dir={data}"]
+    arguments += ["--trainer.devices=2", "--trainer.limit_val_batches=0", "--trainer.default_root_dir=run"]
+    clean = command_environment(MASTER_ADDR="127.0.0.1", **environment)
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"):
+        clean.pop(name, None)
+    command = [sys.executable, "run.py", *arguments, "--ckpt_path=last"]
+    return subprocess.run(command, cwd=folder, env=clean, capture_output=True, timeout=240).returncode
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_killed_on_one_rank_and_resumed(data, tmp_path, strategy):
+    folders = [tmp_path / name for name in ("unbroken", "killed")]
+    for folder in folders:
+        folder.mkdir()
+    assert fit(folders[0], data, strategy) == 0
+    began = time.monotonic()
+    assert fit(folders[1], data, strategy, DIES="1") != 0
+    assert time.monotonic() - began < 200  # the process that lives does not wait for ever
+    assert torch.load(folders[1] / "run/last.ckpt", weights_only=True)["global_step"] == 2
+    assert fit(folders[1], data, strategy) == 0
+    one, two = (torch.load(folder / "run/last.ckpt", weights_only=True) for folder in folders)
+    assert one["global_step"] == two["global_step"] == 4
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, two["state_dict"][name]), name
+    files = [(folder / "run/checkpoint/router.safetensors").read_bytes() for folder in folders]
+    assert files[0] == files[1]
+    assert not list(folders[1].rglob("*.writing"))
