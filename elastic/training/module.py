@@ -21,6 +21,7 @@ from elastic.model.attach import drawn_by, last_features, last_routes, routers, 
 from elastic.model.checkpoint import MULTIPLIERS, is_trainable
 from elastic.model.compiling import compile_layers
 from elastic.model.loading import architecture_hash
+from elastic.model.logits import logit_head
 from elastic.routing.methods import DEFAULT_METHODS
 from elastic.routing.relaxation import gumbel_noise
 from elastic.routing.router import entropy
@@ -221,7 +222,7 @@ class ElasticModule(RoutedModule):
         """Forward and backward of one micro-batch out of `parts`."""
         dense = self._dense_answers(batch) if self.objective.needs_dense else None
         hidden = self.hidden_states(batch)
-        state, task, head = last_routes(self.model), batch["task_id"], self.model.get_output_embeddings()
+        state, task, head = last_routes(self.model), batch["task_id"], logit_head(self.model)
         ratio = msr(state.route)
         routed = RoutedPass(batch, hidden, ratio, dense, head, self.loss_chunk, self._heads_alone, *shares)
         verdict = self.objective.judge(routed)
