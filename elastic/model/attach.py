@@ -25,6 +25,7 @@ from elastic.model.chunking import chunk, unchunk
 from elastic.model.families import FAMILIES, RoutedAttention, attention_layers
 from elastic.model.generation import unwatch, watch
 from elastic.model.layer_hooks import before_attention, before_decoder
+from elastic.model.long_rope import keep_cache, keep_no_cache
 from elastic.model.outside import device_of, unwrapped
 from elastic.model.pass_state import AttachedState, PassRecord, PassRoutes, forced_on, forcing
 from elastic.model.saving import save_as_before, save_backbone_alone
@@ -140,6 +141,7 @@ def _install(model: CausalLM, handle: Handle, layers: list[AttentionModule], mad
         handle.hooks.append(attn.register_forward_pre_hook(before_attention, with_kwargs=True))
     watch(model, handle.state)
     save_backbone_alone(model)
+    keep_cache(model)
     decoder = model.get_decoder()
     chunk(decoder, handle.state.chunk_tokens)
     hook = partial(before_decoder, handle.state)
@@ -166,6 +168,7 @@ def _undo(model: CausalLM, handle: Handle) -> None:
             part.forward = before
     unwatch(model)
     save_as_before(model)
+    keep_no_cache(model)
     unchunk(model.get_decoder())
     for attn in _attention_layers(model):
         attn._modules.pop("router", None)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic.model.families import feed_forward
 from elastic.protocols import Decoder, Module
 
 
@@ -35,13 +36,14 @@ class Chunked:
             return self.run(hidden, *args, **kwargs)
         out = torch.empty_like(hidden)
         for start in range(0, hidden.shape[1], size):
-            out[:, start : start + size] = self.run(hidden[:, start : start + size], *args, **kwargs)
+            part = hidden[:, start : start + size].contiguous()  # experts view it as one list of tokens
+            out[:, start : start + size] = self.run(part, *args, **kwargs)
         return out
 
 
 def token_modules(decoder: Decoder) -> list[nn.Module]:
     """The MLPs and norms of a decoder: what treats every token alone and needs memory."""
-    found = [layer.mlp for layer in decoder.layers]
+    found = [feed_forward(layer) for layer in decoder.layers]
     return found + [module for name, module in decoder.named_modules() if name.rpartition(".")[2].endswith("norm")]
 
 

@@ -29,6 +29,7 @@ from elastic.attention.spans import check_prompts, check_user, pairs
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.route_record import RouteRecord, check_depth, find_record, new_record
 from elastic.model.families import RoutedAttention, prerope_keys
+from elastic.model.long_rope import check_one_rotation
 from elastic.model.pass_state import AttachedState, ForwardPass, LayerCall, PendingCall, forced_on
 from elastic.protocols import KVCache
 from elastic.routing.decision import decide_from_keys, decide_from_reach
@@ -39,6 +40,7 @@ from elastic.routing.router import Decision, check_router
 
 CALL = "elastic_call"
 IMPLEMENTATION, COMPILED = "elastic", "elastic_compiled"  # names of the attention function
+_WATCH = "output_router_logits"
 Args = tuple[Any, ...]
 
 
@@ -55,6 +57,8 @@ def before_decoder(
     cache = kwargs.get("past_key_values")
     check_depth(cache, len(decoder.layers))
     of_pass = _begin(state, args, kwargs)
+    check_one_rotation(decoder.config, of_pass.layout.past, of_pass.layout.keys)
+    state.last.watched = bool(kwargs.get(_WATCH, getattr(decoder.config, _WATCH, False)))
     if of_pass.mode_LNK is None:
         state.last.record = of_pass.record
     if isinstance(cache, ElasticCache):

@@ -72,11 +72,17 @@ class PassRecord:
 
 
 class LastPass(threading.local):
-    """Record of the present thread's last pass that decided routes. Copies and pickles of a model begin without one,
-    since it may be part of an autograd graph.
+    """What is known of the present thread's last pass. Copies and pickles of a model begin without it, since a record
+    may be part of an autograd graph.
+
+    Attributes:
+        record: of the last pass that decided routes.
+        watched: the last pass was asked which experts it chose (`output_router_logits`), which transformers collects
+            by hooks that must see every layer once, and so whole.
     """
 
     record: PassRecord | None = None
+    watched = False
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
@@ -101,8 +107,8 @@ class AttachedState:
         self.last = LastPass()
 
     def chunk_tokens(self) -> int:
-        """Tokens that an MLP or norm works on at a time."""
-        return self.config.chunk_tokens
+        """Tokens that an MLP or norm works on at a time; 0 is all at once."""
+        return 0 if self.last.watched else self.config.chunk_tokens
 
     def config_in_force(self) -> ElasticConfig:
         """The configuration with what the present thread forces."""

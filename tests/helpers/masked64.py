@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from elastic.config import ElasticConfig
+from elastic.model.families import key_projection
 from elastic.routing.router import STEEPNESS
+from tests.helpers.models import doubled
 
 NAME = "masked64"
 
@@ -68,15 +70,23 @@ class Reference:
 
     def __init__(self, model: Any) -> None:
         AttentionInterface.register(NAME, _attend)
-        self.model = copy.deepcopy(model).double()
+        self.model = doubled(copy.deepcopy(model))
         self.model.set_attn_implementation(NAME)
         self.given: Tensor | None = None
         self.keys: dict[int, Tensor] = {}  # of every layer, before RoPE and after the norm
         for layer, block in enumerate(self.model.model.layers):
             attn = block.self_attn
             attn.reference = self
-            keys = attn.k_norm if hasattr(attn, "k_norm") else attn.k_proj
+            keys = attn.k_norm if hasattr(attn, "k_norm") else key_projection(attn)
             keys.register_forward_hook(lambda _, __, found, layer=layer: self.keys.update({layer: found}))
+            if hasattr(attn, "qkv_proj"):  # queries, keys, values
+                heads, width = model.config.num_attention_heads, model.config.num_key_value_heads * attn.head_dim
+                first = heads * attn.head_dim
+                keys.register_forward_hook(
+                    lambda _, __, found, layer=layer, first=first, width=width: self.keys.update(
+                        {layer: found[..., first : first + width]}
+                    )
+                )
 
     def prepare(self, config: ElasticConfig, routers: list[Any], sample: Sample, decide: bool) -> None:
         """Say what the next call is about, and whether to decide the sample's last turn."""

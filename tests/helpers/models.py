@@ -9,7 +9,25 @@ from torch import Tensor
 
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 
-FAMILIES = ("llama", "qwen3", "qwen2", "mistral", "olmo2", "granite")
+_EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}
+# Every supported family with what its tiny model must be told; the whole battery of tests runs over it.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"head_dim": 16},
+    "qwen2": {},
+    "mistral": {"sliding_window": None},
+    "olmo2": {},
+    "granite": {"logits_scaling": 2.0},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32, **_EXPERTS},
+    "mixtral": {"head_dim": 16, "num_local_experts": 4, **_EXPERTS},
+    "granitemoe": {"attention_multiplier": 0.2, "num_local_experts": 4, "logits_scaling": 2.0, **_EXPERTS},
+    "olmoe": {"num_experts": 4, "clip_qkv": 0.5, **_EXPERTS},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "cohere": {"use_qk_norm": True},
+    "glm4": {"head_dim": 16},
+    "phi3": {"partial_rotary_factor": 0.5},
+}
+EXPERTS = tuple(family for family, settings in FAMILIES.items() if "num_experts_per_tok" in settings)
 VOCAB = 97
 LAYERS, KV_HEADS = 3, 2
 
@@ -18,10 +36,6 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
     """A random 3-layer causal LM in fp32 eval mode: 4 heads, 2 KV heads, head dim 16."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if family == "mistral":
-        changes.setdefault("sliding_window", None)
-    if family == "qwen3":
-        changes.setdefault("head_dim", 16)
     settings: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -31,10 +45,18 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
         "num_key_value_heads": KV_HEADS,
         "max_position_embeddings": 512,
         "pad_token_id": 0,
+        **FAMILIES.get(family, {}),
         **changes,
     }
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).eval()
+
+
+def doubled(model: Any) -> Any:
+    """The model in fp64; its experts one by one, because torch's grouped product takes fp32 and narrower."""
+    if model.config.model_type in EXPERTS:
+        model.set_experts_implementation("eager")
+    return model.double()
 
 
 def small_config(**sparse: Any) -> ElasticConfig:

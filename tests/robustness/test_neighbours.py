@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.model.attach import attach, detach, elastic_config, override_routes
+from elastic.model.families import key_projection
 from elastic.model.saving import SavePretrained
 from tests.helpers.cached import new_cache, routed
 from tests.helpers.models import FAMILIES, KV_HEADS, LAYERS, random_ids, small_config, tiny_model, varied_routers
@@ -21,7 +22,9 @@ def test_hooks_of_users_run_once_and_see_whole_rows(family):
     varied_routers(model)
     seen = []
     attention = model.get_decoder().layers[0].self_attn
-    watched = [module for module in (attention.k_proj, getattr(attention, "k_norm", None)) if module is not None]
+    watched = [
+        module for module in (key_projection(attention), getattr(attention, "k_norm", None)) if module is not None
+    ]
     for module in watched:
         module.register_forward_hook(lambda _, args, out: seen.append(out.shape[:2]))
         module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))

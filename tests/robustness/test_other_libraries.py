@@ -103,7 +103,10 @@ class Fused(nn.Module):
 
 
 UNFIT = {
-    "fused": (lambda m: setattr(m.model.layers[1], "self_attn", Fused()), "layer 1 runs attention by Fused.*no k_proj"),
+    "fused": (
+        lambda m: setattr(m.model.layers[1], "self_attn", Fused()),
+        "layer 1 runs attention by Fused.*neither k_proj",
+    ),
     "tensor parallel": (lambda m: setattr(m, "_tp_size", 2), "cut into 2 parts by tensor parallelism.*without tp_plan"),
     "no values": (lambda m: m.to("meta"), "layer 0 is on the meta device.*from_pretrained before routers"),
 }
@@ -210,7 +213,8 @@ def test_layers_on_disk_are_routed_as_in_memory(family, where, tmp_path):
     pytest.importorskip("accelerate", reason="the extra `demo` is not installed")
     here = tiny_model(family)
     away, expected = on_disk(here, tmp_path / "model", **where), here(IDS).logits
-    before = outside(away)
+    assert torch.equal(away(IDS).logits, expected)
+    before = outside(away)  # after a pass, in which accelerate unties tied weights
     torch.manual_seed(0)
     attach(here, small_config())
     varied_routers(here)
