@@ -13,6 +13,7 @@ from torch import Tensor
 
 from elastic.attention.routed import backend_for
 from elastic.cache.elastic_cache import ElasticCache
+from elastic.model.layer_types import sliding_windows
 from elastic.protocols import CausalLM, CausalLMOutput
 
 
@@ -99,4 +100,6 @@ def graphed(model: CausalLM, cache: ElasticCache) -> Iterator[None]:
 
 def can_graph(model: CausalLM, head_dim: int) -> bool:
     """Whether decode steps of this model run through the decode kernel, as a graph needs."""
+    if sliding_windows(model.config):  # their caches grow by concatenation, as in transformers
+        return False
     return not backend_for(model.device, model.dtype, head_dim).startswith("torch")

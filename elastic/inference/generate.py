@@ -28,6 +28,7 @@ from elastic.inference.report import RouteReport, route_reports
 from elastic.model.attach import biased, elastic_config, is_attached, route_of, set_config, user_wrote
 from elastic.model.checkpoint import load_into, read_elastic
 from elastic.model.generation import REFUSED, VERIFIED, judge, setting
+from elastic.model.layer_types import sliding_windows
 from elastic.model.loading import architecture, load_backbone
 from elastic.model.ordered_routers import attach_static
 from elastic.protocols import CausalLM, KVCache, Tokenizer
@@ -223,7 +224,8 @@ def new_cache(model: CausalLM, max_new_tokens: int = 0, kv_cache: str | None = N
     config = elastic_config(model)
     if kv_cache is not None:
         config = replace(config, kv_cache=kv_cache)  # type: ignore[arg-type]
-    return ElasticCache(len(model.get_decoder().layers), config, max_new_tokens)
+    windows = sliding_windows(model.config)
+    return ElasticCache(len(model.get_decoder().layers), config, max_new_tokens, windows=windows)
 
 
 def route_report(model: CausalLM, cache: KVCache) -> list[RouteReport]:
@@ -249,6 +251,7 @@ def route_report(model: CausalLM, cache: KVCache) -> list[RouteReport]:
         backend=backend_for(model.device, model.dtype, head_dim, sparse=sparse),
         density_LNK=record.density,
         turns=record.turns,
+        windows=sliding_windows(model.config),
         kv_cache=kind,
         held_N=held,
     )

@@ -15,7 +15,8 @@ from elastic.cache.decode_attention import decode_attention
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.model.families import RoutedAttention
 from elastic.model.layer_hooks import CALL, COMPILED, IMPLEMENTATION, decide_after_rope
-from elastic.model.pass_state import LayerCall, PendingCall
+from elastic.model.pass_state import ForwardPass, LayerCall, PendingCall
+from elastic.model.sliding_attention import attend_as_stock
 
 __all__ = ["COMPILED", "IMPLEMENTATION", "attention_function", "register"]
 
@@ -32,6 +33,11 @@ def attention_function(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: q [B, H, Lq, D], k and v [B, K, Lk, D] after RoPE -> [B, Lq, H, D]."""
     call = kwargs.get(CALL)
+    if isinstance(call, ForwardPass):  # as it came to a layer without a router
+        options = {name: value for name, value in kwargs.items() if name != CALL}
+        return attend_as_stock(
+            module, query, key, value, attention_mask, call, scaling=scaling, dropout=dropout, **options
+        )
     if not isinstance(call, LayerCall | PendingCall):
         raise ValueError(
             "attention implementation 'elastic' was chosen without routers; call elastic.attach(model, config)"
@@ -54,9 +60,15 @@ def attention_function(
 
 def same_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """The 2-D mask as it came: the layout carries padding and packing, and no [S, S] mask is ever built for the whole
-    batch. With a compileable cache `generate` asks for the mask before the decoder does, which must still see it.
+    batch. With a compileable cache `generate` asks for the mask before the decoder does, which must still see it. That
+    of sliding layers, which say a `local_size`, is SDPA's.
     """
-    return attention_mask
+    if kwargs.get("local_size") is None:
+        return attention_mask
+    from transformers.masking_utils import sdpa_mask
+
+    found: Tensor | None = sdpa_mask(attention_mask=attention_mask, **kwargs)
+    return found
 
 
 @cache

@@ -4,12 +4,13 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from elastic.model.layer_types import routed_layers
 from elastic.protocols import AttentionModule, CausalLM, DecoderLayer, KeyProjection, Norm
 from elastic.routing.router import Router
 
 FAMILIES = (
-    "cohere", "glm4", "granite", "granitemoe", "llama", "mistral", "mixtral", "olmo2", "olmoe", "phi3", "qwen2",
-    "qwen3", "qwen3_moe", "smollm3",
+    "cohere", "cohere2", "gemma3_text", "glm4", "granite", "granitemoe", "llama", "ministral", "mistral", "mixtral",
+    "olmo2", "olmo3", "olmoe", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3",
 )  # fmt: skip
 _DROPOUTS = ("resid_pdrop",)  # of the layer, beside attention's own
 
@@ -65,11 +66,11 @@ def feed_forward(layer: DecoderLayer) -> nn.Module:
 
 
 def attention_layers(model: CausalLM) -> list[AttentionModule]:
-    """The attention modules of a transformers causal LM in layer order.
+    """The attention modules of a transformers causal LM that get routers, in layer order.
 
     Raises:
         ValueError: another family, another attention implementation than SDPA, tensor parallelism, unknown projections,
-            a sliding window, dropout, an attribute `router`.
+            a sliding window in every layer, dropout, an attribute `router`.
     """
     config: Any = getattr(model, "config", None)
     family = getattr(config, "model_type", type(model).__name__)
@@ -86,9 +87,10 @@ def attention_layers(model: CausalLM) -> list[AttentionModule]:
             "alone; load it without tp_plan"
         )
     layers = [layer.self_attn for layer in model.get_decoder().layers]
-    for number, attn in enumerate(layers):
-        _check_layer(attn, f"layer {number}", config)
-    return layers
+    routed = routed_layers(config)
+    for number in routed:
+        _check_layer(layers[number], f"layer {number}", config)
+    return [layers[number] for number in routed]
 
 
 def _check_layer(attn: AttentionModule, where: str, config: Any) -> None:
@@ -102,7 +104,12 @@ def _check_layer(attn: AttentionModule, where: str, config: Any) -> None:
     if window is not None:
         raise ValueError(
             f"{where} has its own sliding window of {window} tokens, but full heads must see everything; load "
-            "the model with sliding_window=None (and layer_types of full_attention)"
+            "the model with sliding_window=None"
+        )
+    if not getattr(attn, "is_causal", True):
+        raise ValueError(
+            f"{where} lets queries see later keys, but routers decide what of the past is seen; load the model with "
+            "use_bidirectional_attention=False"
         )
     if hasattr(attn, "router"):
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 
 from elastic.data.context_length import context_length
 from elastic.files import alone, cache_folder, new_folder, shipped, text_sha256
+from elastic.model.layer_types import routed_layers
 from elastic.protocols import CausalLM, Tokenizer
 
 TINY = "tiny"
@@ -108,7 +109,10 @@ def backbone_id(name: str) -> str:
 
 
 def architecture(model: CausalLM) -> dict[str, Any]:
-    """What routers depend on, and what identifies the backbone's shape."""
+    """What routers depend on, and what identifies the backbone's shape. `num_layers` counts the layers that get
+    routers; where the backbone has sliding layers too, `routed_layers` says which those are and `decoder_layers` how
+    many there are in all.
+    """
     return _shape(model.config)
 
 
@@ -132,14 +136,17 @@ def backbone_architecture(name: str) -> dict[str, Any]:
 
 def _shape(config: Any) -> dict[str, Any]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    routed, layers = routed_layers(config), config.num_hidden_layers
+    sliding = {} if len(routed) == layers else {"routed_layers": list(routed), "decoder_layers": layers}
     return {
         "model_type": config.model_type,
-        "num_layers": config.num_hidden_layers,
+        "num_layers": len(routed),
         "num_kv_heads": config.num_key_value_heads,
         "num_heads": config.num_attention_heads,
         "head_dim": head_dim,
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
+        **sliding,
     }
 
 

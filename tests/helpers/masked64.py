@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 
 from elastic.config import ElasticConfig
 from elastic.model.families import key_projection
+from elastic.model.layer_types import routed_layers, sliding_windows
 from elastic.routing.router import STEEPNESS
 from tests.helpers.models import doubled
 
@@ -74,9 +75,14 @@ class Reference:
         self.model.set_attn_implementation(NAME)
         self.given: Tensor | None = None
         self.keys: dict[int, Tensor] = {}  # of every layer, before RoPE and after the norm
-        for layer, block in enumerate(self.model.model.layers):
+        self.windows = sliding_windows(model.config)
+        self.places = {layer: place for place, layer in enumerate(routed_layers(model.config))}
+        for number, block in enumerate(self.model.model.layers):
             attn = block.self_attn
             attn.reference = self
+            if number in self.windows:
+                continue
+            layer = self.places[number]
             keys = attn.k_norm if hasattr(attn, "k_norm") else key_projection(attn)
             keys.register_forward_hook(lambda _, __, found, layer=layer: self.keys.update({layer: found}))
             if hasattr(attn, "qkv_proj"):  # queries, keys, values
@@ -111,9 +117,15 @@ class Reference:
         return found.sequences[0].tolist(), float(found.sequences_scores[0])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """[B, Lq, H, D] of the last Lq queries."""
+        """[B, Lq, H, D] of the last Lq queries in a decoder layer."""
         group = q.shape[1] // k.shape[1]
         scores = q @ k.repeat_interleave(group, 1).transpose(2, 3) * scale
+        if layer in self.windows:  # the backbone's own
+            i, j = torch.arange(k.shape[2])[:, None], torch.arange(k.shape[2])[None]
+            seen = ((j <= i) & (j > i - self.windows[layer]))[None, -q.shape[2] :]
+            weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+            return (weights @ v.repeat_interleave(group, 1)).transpose(1, 2)
+        layer = self.places[layer]
         full, few = self._masks(k.shape[2])
         if self.decide and q.shape[2] == k.shape[2]:
             decide = self._from_keys if self.config.router.kind == "paper" else self._from_reach
@@ -152,6 +164,8 @@ class Reference:
             first += [i for i in new if i < start + pool]
             last = [i for i in new if i >= max(start + pool, stop - pool)]
         keys, router = self.keys[layer][0], self.routers[layer]
+        if self.model.config.model_type == "gemma3_text":  # which norms them after it has parted the heads
+            keys = keys.transpose(0, 1)
         pooled = keys.reshape(len(keys), router.kv_heads, -1)[first + last].mean(0)
         return _margin(router, pooled[None].float())
 

@@ -10,6 +10,12 @@ from torch import Tensor
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 
 _EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}
+# Two layers with a window of 12 tokens among three that get routers.
+SLIDING: dict[str, Any] = {
+    "num_hidden_layers": 5,
+    "layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "full", "full")],
+    "sliding_window": 12,
+}
 # Every supported family with what its tiny model must be told; the whole battery of tests runs over it.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -26,14 +32,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {"use_qk_norm": True},
     "glm4": {"head_dim": 16},
     "phi3": {"partial_rotary_factor": 0.5},
+    "cohere2": SLIDING,
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 24, "final_logit_softcapping": 5.0, **SLIDING},
+    "ministral": {"head_dim": 16, **SLIDING},
+    "olmo3": SLIDING,
 }
 EXPERTS = tuple(family for family, settings in FAMILIES.items() if "num_experts_per_tok" in settings)
+HYBRIDS = tuple(family for family, settings in FAMILIES.items() if "layer_types" in settings)
 VOCAB = 97
 LAYERS, KV_HEADS = 3, 2
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
-    """A random 3-layer causal LM in fp32 eval mode: 4 heads, 2 KV heads, head dim 16."""
+    """A random causal LM of 3 routed layers in fp32 eval mode: 4 heads, 2 KV heads, head dim 16."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings: dict[str, Any] = {

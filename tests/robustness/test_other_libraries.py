@@ -204,7 +204,7 @@ def on_disk(model, folder, **where):
 
 
 PART = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu",
-        "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}  # fmt: skip
+        "model.layers.0": "cpu", **{f"model.layers.{n}": "disk" for n in range(1, 5)}}  # fmt: skip
 
 
 @pytest.mark.parametrize("where", [{}, PART], ids=["all", "some layers"])
