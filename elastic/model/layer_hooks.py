@@ -62,7 +62,8 @@ def before_decoder(
             f"{state.windows}; make it with elastic.new_cache(model)"
         )
     of_pass = _begin(state, args, kwargs)
-    check_one_rotation(decoder.config, of_pass.layout.past, of_pass.layout.keys)
+    if state.rope_switch is not None:
+        check_one_rotation(state.rope_switch, of_pass.layout.past, of_pass.layout.keys)
     state.last.watched = bool(kwargs.get(_WATCH, getattr(decoder.config, _WATCH, False)))
     if of_pass.mode_LNK is None:
         state.last.record = of_pass.record

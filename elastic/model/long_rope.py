@@ -18,15 +18,14 @@ def switch_length(config: Any) -> int | None:
     return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
 
 
-def check_one_rotation(config: Any, past: int, keys: int) -> None:
+def check_one_rotation(switch: int, past: int, keys: int) -> None:
     """Raise ValueError where new tokens would be rotated by other factors than the cached ones.
 
     Args:
-        config: of the model.
+        switch: the model's `switch_length`.
         past, keys: tokens before and after this pass.
     """
-    switch = switch_length(config)
-    if switch is not None and 0 < past <= switch < keys:
+    if 0 < past <= switch < keys:
         raise ValueError(
             f"new tokens, up to {keys} in all, cross {switch}, where this model's RoPE takes its long factors, but the "
             f"{past} cached ones were rotated by the short factors; ask for answers that end within {switch} tokens, "
@@ -39,24 +38,24 @@ class PrepareInputs:
     copies with its model.
     """
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: CausalLM, switch: int) -> None:
         part: Any = model
-        self.model, self.inner = part, part.prepare_inputs_for_generation
+        self.switch, self.inner = switch, part.prepare_inputs_for_generation
         self.__wrapped__ = self.inner  # generate reads the signature
 
     def __call__(self, input_ids: Any, past_key_values: Any = None, **options: Any) -> Any:
         """The inputs of one step of `generate`."""
         if past_key_values is not None:
-            check_one_rotation(self.model.config, past_key_values.get_seq_length(), input_ids.shape[1])
+            check_one_rotation(self.switch, past_key_values.get_seq_length(), input_ids.shape[1])
         found = self.inner(input_ids, past_key_values=past_key_values, **options)
         return {**found, "past_key_values": past_key_values}
 
 
-def keep_cache(model: CausalLM) -> None:
+def keep_cache(model: CausalLM, switch: int | None) -> None:
     """Put `PrepareInputs` before a model's own, where its RoPE changes."""
-    if switch_length(model.config) is not None:
+    if switch is not None:
         part: Any = model
-        part.prepare_inputs_for_generation = PrepareInputs(model)
+        part.prepare_inputs_for_generation = PrepareInputs(model, switch)
 
 
 def keep_no_cache(model: CausalLM) -> None:

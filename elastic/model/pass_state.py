@@ -99,6 +99,7 @@ class AttachedState:
         last: the last decisions, by thread.
         places: by decoder layer, its place among those that have routers; a layer that is not named is its own.
         windows: the backbone's own sliding windows, by decoder layer.
+        rope_switch: see `elastic.model.long_rope.switch_length`.
     """
 
     def __init__(self, config: ElasticConfig) -> None:
@@ -109,6 +110,7 @@ class AttachedState:
         self.last = LastPass()
         self.places = dict[int, int]()
         self.windows = dict[int, int]()
+        self.rope_switch: int | None = None
 
     def chunk_tokens(self) -> int:
         """Tokens that an MLP or norm works on at a time; 0 is all at once."""

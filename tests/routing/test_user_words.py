@@ -36,7 +36,7 @@ def span(*places):
     return torch.tensor(places)
 
 
-# What reaches the first router of a hybrid has been through a sliding layer, which sees what stands before.
+# What reaches the first router of a hybrid has been through a sliding layer, which sees the text before the user's.
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in HYBRIDS])
 def test_the_first_layer_sees_the_users_words_alone(family):
     model, ids, other = routed(family), random_ids(1, 70), random_ids(1, 33, seed=5)
