@@ -43,7 +43,7 @@ def decode_attention(
         k_BKTD, v_BKTD: keys and values of an ordinary cache, the new token at `plan.layout.keys - 1`; not read where
             `stored` is given.
     """
-    kernel = unsupported_reason(q_BH1D.device, q_BH1D.dtype, q_BH1D.shape[-1]) is None
+    kernel = plan.sinks_H is None and unsupported_reason(q_BH1D.device, q_BH1D.dtype, q_BH1D.shape[-1]) is None
     if stored is not None:
         q_BH1D = q_BH1D.to(stored.pool.keys.dtype)  # under autocast the cache holds what the model stored
         if kernel:

@@ -18,7 +18,7 @@ class Chunked:
     """A module's forward, `size()` tokens at a time. Callable in place of the method; copies with its model.
 
     Args:
-        module: maps [B, S, ...] to the same shape and dtype, every token alone.
+        module: maps [B, S, ...] to the same shape and dtype, every token alone; experts may return a pair.
         size: tokens at a time; 0 is all at once.
     """
 
@@ -34,11 +34,15 @@ class Chunked:
         size = self.size()
         if hidden.dim() < 3 or not 0 < size < hidden.shape[1] or torch.is_grad_enabled():
             return self.run(hidden, *args, **kwargs)
-        out = torch.empty_like(hidden)
+        out, others = torch.empty_like(hidden), list[Tensor]()
         for start in range(0, hidden.shape[1], size):
             part = hidden[:, start : start + size].contiguous()  # experts view it as one list of tokens
-            out[:, start : start + size] = self.run(part, *args, **kwargs)
-        return out
+            found = self.run(part, *args, **kwargs)
+            if isinstance(found, tuple):  # with how the experts of every token were weighted, [B * S, experts]
+                found, weights = found
+                others.append(weights.unflatten(0, part.shape[:2]))
+            out[:, start : start + size] = found
+        return (out, torch.cat(others, 1).flatten(0, 1)) if others else out
 
 
 def token_modules(decoder: Decoder) -> list[nn.Module]:

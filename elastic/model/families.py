@@ -4,13 +4,13 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from elastic.model.layer_types import routed_layers
+from elastic.model.layer_types import routed_layers, stock_implementation
 from elastic.protocols import AttentionModule, CausalLM, DecoderLayer, KeyProjection, Norm
 from elastic.routing.router import Router
 
 FAMILIES = (
-    "cohere", "cohere2", "gemma3_text", "glm4", "granite", "granitemoe", "llama", "ministral", "mistral", "mixtral",
-    "olmo2", "olmo3", "olmoe", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3",
+    "cohere", "cohere2", "gemma3_text", "glm4", "gpt_oss", "granite", "granitemoe", "llama", "ministral", "mistral",
+    "mixtral", "olmo2", "olmo3", "olmoe", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3",
 )  # fmt: skip
 _DROPOUTS = ("resid_pdrop",)  # of the layer, beside attention's own
 
@@ -76,10 +76,11 @@ def attention_layers(model: CausalLM) -> list[AttentionModule]:
     family = getattr(config, "model_type", type(model).__name__)
     if family not in FAMILIES or not hasattr(model, "get_decoder"):
         raise ValueError(f"model family {family!r} is not supported; tested families are {', '.join(FAMILIES)}")
-    if config._attn_implementation != "sdpa":
+    expected = stock_implementation(config)
+    if config._attn_implementation != expected:
         raise ValueError(
-            f"the model runs attention by {config._attn_implementation!r}, expected 'sdpa', which full heads "
-            "reproduce; load it with attn_implementation='sdpa'"
+            f"the model runs attention by {config._attn_implementation!r}, expected {expected!r}, which full heads "
+            f"reproduce; load it with attn_implementation={expected!r}"
         )
     if (parts := getattr(model, "tp_size", None) or 1) > 1:
         raise ValueError(

@@ -7,6 +7,16 @@ from typing import Any
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
+def has_sinks(config: Any) -> bool:
+    """Whether heads have an attention sink: a learnt logit that takes its share of every softmax (gpt-oss)."""
+    return getattr(config, "model_type", None) == "gpt_oss"
+
+
+def stock_implementation(config: Any) -> str:
+    """The attention implementation of transformers that full heads reproduce: SDPA knows no sinks."""
+    return "eager" if has_sinks(config) else "sdpa"
+
+
 def sliding_windows(config: Any) -> dict[int, int]:
     """The backbone's own sliding layers: window in tokens by decoder layer. Empty where every layer sees everything.
 

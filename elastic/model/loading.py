@@ -10,7 +10,7 @@ from typing import Any
 
 from elastic.data.context_length import context_length
 from elastic.files import alone, cache_folder, new_folder, shipped, text_sha256
-from elastic.model.layer_types import routed_layers
+from elastic.model.layer_types import routed_layers, stock_implementation
 from elastic.protocols import CausalLM, Tokenizer
 
 TINY = "tiny"
@@ -22,7 +22,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 def load_backbone(
     name: str, *, dtype: str = "float32", device: str = "cpu", gguf_file: str | None = None
 ) -> tuple[CausalLM, Tokenizer]:
-    """A causal LM with SDPA attention in eval mode, and its tokenizer.
+    """A causal LM with SDPA attention (with sinks: eager) in eval mode, and its tokenizer.
 
     Args:
         name: `tiny`, `smollm2-135m`, a local folder, or a hub id.
@@ -44,13 +44,14 @@ def load_backbone(
         raise ValueError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}")
     check_device(device)
     config = _pretrained(AutoConfig, name, gguf_file=gguf_file)
-    config._attn_implementation = "sdpa"  # may name kernels of a hub, and would win over the argument below
+    implementation = stock_implementation(config)
+    config._attn_implementation = implementation  # may name kernels of a hub, and would win over the argument below
     model, info = _pretrained(
         AutoModelForCausalLM,
         name,
         config=config,
         dtype=getattr(torch, dtype),
-        attn_implementation="sdpa",
+        attn_implementation=implementation,
         gguf_file=gguf_file,
         ignore_mismatched_sizes=True,  # collected in `info`, refused below
         output_loading_info=True,

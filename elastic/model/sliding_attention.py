@@ -1,10 +1,12 @@
-"""Attention of the backbone's own sliding layers in an attached model: transformers' SDPA, as in the stock model.
+"""Attention of the backbone's own sliding layers in an attached model: transformers' own, as in the stock model.
 
 transformers makes their mask from the batch's, as for the stock model, and it is used as it came. Where the batch says
 otherwise than by a mask what may be seen (packed rows, steps that follow a padded prompt), the mask is made here.
 Legend: B rows, H query heads, K KV heads, D head dim.
 """
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +25,6 @@ def attend_as_stock(
     Raises:
         ValueError: a slice of a row, whose window begins in another process.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     if of_pass.row_slice.size > 1:
         raise ValueError(
             "context parallelism leaves each process a slice of a row, but the windows of this backbone's own sliding "
@@ -34,8 +34,22 @@ def attend_as_stock(
     if layout.packed or (layout.padded and not of_pass.masked):
         keys = key.shape[2]
         mask = layout.memo(("sliding", window, keys), lambda: window_mask(layout, window, keys))
-    found: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+        if options.get("s_aux") is not None:  # eager attention adds its mask
+            mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(
+                ~mask, torch.finfo(query.dtype).min
+            )
+    found: Tensor = _stock(module, options)(module, query, key, value, mask, **options)[0]
     return found, None
+
+
+def _stock(module: nn.Module, options: dict[str, Any]) -> Callable[..., Any]:
+    """The attention function of the stock model: SDPA's, or with sinks the eager one of the module's own file."""
+    if options.get("s_aux") is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward
+    eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+    return eager
 
 
 def window_mask(layout: Layout, window: int, keys: int) -> Tensor:

@@ -120,10 +120,11 @@ class Reference:
         """[B, Lq, H, D] of the last Lq queries in a decoder layer."""
         group = q.shape[1] // k.shape[1]
         scores = q @ k.repeat_interleave(group, 1).transpose(2, 3) * scale
+        number = layer
         if layer in self.windows:  # the backbone's own
             i, j = torch.arange(k.shape[2])[:, None], torch.arange(k.shape[2])[None]
             seen = ((j <= i) & (j > i - self.windows[layer]))[None, -q.shape[2] :]
-            weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+            weights = self._weights(number, scores.masked_fill(~seen, float("-inf")))
             return (weights @ v.repeat_interleave(group, 1)).transpose(1, 2)
         layer = self.places[layer]
         full, few = self._masks(k.shape[2])
@@ -132,8 +133,16 @@ class Reference:
             margin = decide(layer, scores[0].masked_fill(~full, float("-inf")).softmax(-1).masked_fill(few, 0.0))
             self.margin.append(margin + self.config.sparsity_bias)
         seen = torch.where(self._streaming(layer, k.shape[2]).T[..., None], few, full)[:, -q.shape[2] :]
-        weights = scores.masked_fill(~seen.repeat_interleave(group, 0), float("-inf")).softmax(-1)
+        weights = self._weights(number, scores.masked_fill(~seen.repeat_interleave(group, 0), float("-inf")))
         return (weights @ v.repeat_interleave(group, 1)).transpose(1, 2)
+
+    def _weights(self, number: int, scores: Tensor) -> Tensor:
+        """Softmax of a decoder layer, with its attention sinks if it has them."""
+        sinks = getattr(self.model.model.layers[number].self_attn, "sinks", None)
+        if sinks is None:
+            return scores.softmax(-1)
+        sink = sinks[None, :, None, None].expand(*scores.shape[:3], 1)
+        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
 
     def _masks(self, length: int) -> tuple[Tensor, Tensor]:
         """Bool [S, S] each: what the queries of full and of streaming heads see."""

@@ -33,6 +33,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": {"head_dim": 16},
     "phi3": {"partial_rotary_factor": 0.5},
     "cohere2": SLIDING,
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, **_EXPERTS, **SLIDING},
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 24, "final_logit_softcapping": 5.0, **SLIDING},
     "ministral": {"head_dim": 16, **SLIDING},
     "olmo3": SLIDING,
@@ -60,7 +61,11 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
         **changes,
     }
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):  # as large as the logits beside them
+            torch.nn.init.normal_(parameter, 1.0)
+    return model
 
 
 def doubled(model: Any) -> Any:

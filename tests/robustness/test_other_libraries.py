@@ -21,6 +21,7 @@ from elastic.model.attach import (
     routers,
 )
 from elastic.model.checkpoint import load_into, save_elastic
+from elastic.model.layer_types import stock_implementation
 from tests.helpers.models import FAMILIES, random_ids, small_config, tiny_model, varied_routers
 
 IDS = random_ids(2, 40)
@@ -198,9 +199,8 @@ def test_routers_are_where_an_offloaded_layer_runs(hook):
 
 def on_disk(model, folder, **where):
     model.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="sdpa", device_map=where or {"": "disk"}, offload_folder=folder / "away"
-    ).eval()
+    options = {"attn_implementation": stock_implementation(model.config), "device_map": where or {"": "disk"}}
+    return AutoModelForCausalLM.from_pretrained(folder, offload_folder=folder / "away", **options).eval()
 
 
 PART = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu",
