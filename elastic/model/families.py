@@ -5,6 +5,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from elastic.model.layer_types import routed_layers, stock_implementation
+from elastic.model.text_part import WITH_TEXT
 from elastic.protocols import AttentionModule, CausalLM, DecoderLayer, KeyProjection, Norm
 from elastic.routing.router import Router
 
@@ -75,7 +76,8 @@ def attention_layers(model: CausalLM) -> list[AttentionModule]:
     config: Any = getattr(model, "config", None)
     family = getattr(config, "model_type", type(model).__name__)
     if family not in FAMILIES or not hasattr(model, "get_decoder"):
-        raise ValueError(f"model family {family!r} is not supported; tested families are {', '.join(FAMILIES)}")
+        told = "; give its text part, elastic.model.text_part.text_part(model)" if family in WITH_TEXT else ""
+        raise ValueError(f"model family {family!r} is not supported; tested families are {', '.join(FAMILIES)}{told}")
     expected = stock_implementation(config)
     if config._attn_implementation != expected:
         raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any
 from elastic.data.context_length import context_length
 from elastic.files import alone, cache_folder, new_folder, shipped, text_sha256
 from elastic.model.layer_types import routed_layers, stock_implementation
+from elastic.model.text_part import text_config, text_part
 from elastic.protocols import CausalLM, Tokenizer
 
 TINY = "tiny"
@@ -22,7 +23,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 def load_backbone(
     name: str, *, dtype: str = "float32", device: str = "cpu", gguf_file: str | None = None
 ) -> tuple[CausalLM, Tokenizer]:
-    """A causal LM with SDPA attention (with sinks: eager) in eval mode, and its tokenizer.
+    """A causal LM with SDPA attention (with sinks: eager) in eval mode, and its tokenizer. Of a backbone that reads
+    pictures too, its text part alone (`elastic.model.text_part`).
 
     Args:
         name: `tiny`, `smollm2-135m`, a local folder, or a hub id.
@@ -62,7 +64,7 @@ def load_backbone(
             f"backbone {name!r} lacks {len(wrong)} weights of its config.json, or has them in another shape "
             f"({', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}); fetch or save it again"
         )
-    return model.to(device).eval(), load_tokenizer(name, gguf_file=gguf_file)
+    return text_part(model).to(device).eval(), load_tokenizer(name, gguf_file=gguf_file)
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Tokenizer:
@@ -84,7 +86,7 @@ def longest_context(name: str, *, gguf_file: str | None = None) -> int:
     """Tokens that a backbone reads at most, by its configuration; no weights are loaded."""
     from transformers import AutoConfig
 
-    return context_length(_pretrained(AutoConfig, name, gguf_file=gguf_file))
+    return context_length(text_config(_pretrained(AutoConfig, name, gguf_file=gguf_file)))
 
 
 def check_device(device: str) -> None:
@@ -126,7 +128,7 @@ def backbone_architecture(name: str) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    config = _pretrained(AutoConfig, name, gguf_file=None)
+    config = text_config(_pretrained(AutoConfig, name, gguf_file=None))
     try:
         return _shape(config)
     except AttributeError as error:
