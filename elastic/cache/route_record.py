@@ -282,7 +282,7 @@ def check_windows(cache: KVCache) -> None:
     for layer in cache.layers:
         if not getattr(layer, "is_sliding", False) or getattr(layer, "record_past", False):
             continue
-        window = layer.get_max_length()
+        window = getattr(layer, "sliding_window", None) or layer.max_cache_len  # of a static cache
         if layer.get_seq_length() >= window:
             raise ValueError(
                 f"cropping would make keys visible that the model's sliding layers of {window} tokens have dropped; "

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from elastic.model.attach import attach, is_attached, last_routes, override_routes
 from elastic.model.families import FAMILIES, attention_layers, prerope_keys
 from tests.helpers import models
-from tests.helpers.models import EXPERTS, left_padded, random_ids, small_config, tiny_model
+from tests.helpers.models import EXPERTS, STOCK_FAULTS, left_padded, random_ids, small_config, tiny_model
 
 
 def test_every_supported_family_is_tested():
@@ -44,7 +44,12 @@ def test_rotated_keys_are_the_cached_ones(family):
 def test_experts_report_and_balance_as_in_the_stock_model(family, chunk_tokens):
     model, (ids, mask) = tiny_model(family), left_padded(random_ids(2, 30), [0, 9])
     options = {"attention_mask": mask, "labels": ids, "output_router_logits": True}
-    stock = model(ids, **options)
+    try:
+        stock = model(ids, **options)
+    except AttributeError:
+        if family not in STOCK_FAULTS:
+            raise
+        pytest.skip(STOCK_FAULTS[family])
     attach(model, replace(small_config(), chunk_tokens=chunk_tokens))
     for grad in (True, False):
         with override_routes(model, 0), torch.set_grad_enabled(grad):
