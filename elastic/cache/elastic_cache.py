@@ -299,7 +299,11 @@ class ElasticCache(Cache):
                 router has pooled would be cut.
         """
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
-        if removed == 0 or self.seen == 0:
+        if self.seen == 0:
+            return
+        if removed == 0:
+            for own in self.sliding:
+                own.shrink()
             return
         self.settle()
         left = [count - removed for count in self.counts]

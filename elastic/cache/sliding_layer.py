@@ -29,6 +29,11 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         """Bytes held."""
         return sum(part.nbytes for part in self.held) if self.is_initialized else 0
 
+    def shrink(self) -> None:
+        """Drop what was recorded for a crop that takes nothing back."""
+        if self.record_past and self.is_initialized:
+            self.keys, self.values = (held[:, :, -self.sliding_window + 1 :] for held in self.held)
+
     def select(self, index: Tensor) -> None:
         """Sample b becomes a copy of sample `index[b]`."""
         keys, values = self.held

@@ -38,7 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16, **SLIDING},
     "olmo3": SLIDING,
 }
-# What a stock model fails at by itself in some releases of transformers: the one thing that no test can ask of it there.
+# What a stock model fails at by itself in some releases of transformers, which no test can ask of it there.
 STOCK_FAULTS = {"granitemoe": "transformers 5.17's own Granite-MoE fails on output_router_logits"}
 EXPERTS = tuple(family for family, settings in FAMILIES.items() if "num_experts_per_tok" in settings)
 HYBRIDS = tuple(family for family, settings in FAMILIES.items() if "layer_types" in settings)

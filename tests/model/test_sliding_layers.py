@@ -84,6 +84,15 @@ def test_requests_that_join_decode_as_alone(family):
             torch.testing.assert_close(found[row], logits[row][step], rtol=1e-4, atol=1e-4)
 
 
+def test_verified_decoding_keeps_no_more_than_the_window():
+    model, ids = routed("olmo3", "full"), random_ids(1, 12).repeat(1, 5)
+    cache = new_cache(model)
+    options = {"max_new_tokens": 20, "do_sample": False}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=4, past_key_values=cache, **options), expected)
+    assert {layer.keys.shape[2] for layer in cache.sliding} == {11}
+
+
 def test_a_padded_prompt_is_continued_without_a_mask():
     model = routed("olmo3", "full")
     ids, mask = left_padded(random_ids(1, 20), [8])
