@@ -29,6 +29,14 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         """Bytes held."""
         return sum(part.nbytes for part in self.held) if self.is_initialized else 0
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Take in new tokens; keys and values that their queries see, also where more is recorded for a crop."""
+        seen = self.sliding_window - 1 + key_states.shape[2]
+        keys, values = super().update(key_states, value_states)
+        return keys[:, :, -seen:], values[:, :, -seen:]
+
     def shrink(self) -> None:
         """Drop what was recorded for a crop that takes nothing back."""
         if self.record_past and self.is_initialized:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 
@@ -40,6 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 # What a stock model fails at by itself in some releases of transformers, which no test can ask of it there.
 STOCK_FAULTS = {"granitemoe": "transformers 5.17's own Granite-MoE fails on output_router_logits"}
+ASSISTED = "sliding caches of transformers 5.17 fail under an assistant, in the stock model too"
 EXPERTS = tuple(family for family, settings in FAMILIES.items() if "num_experts_per_tok" in settings)
 HYBRIDS = tuple(family for family, settings in FAMILIES.items() if "layer_types" in settings)
 VOCAB = 97
@@ -99,6 +101,14 @@ def varied_routers(model: Any, seed: int = 0) -> None:
             router.update_statistics(probe * 0.3)
             gap = router(probe * 0.05)[..., 1] - router(probe * 0.05)[..., 0]
             last.bias.copy_(torch.stack([gap.median(), gap.new_zeros(())]))
+
+
+def sliding_caches_record() -> bool:
+    """Whether a recording sliding layer of transformers returns what its mask is made for."""
+    layer, part = DynamicSlidingWindowLayer(4), torch.zeros(1, 1, 6, 2)
+    layer.activate_past_recording()
+    layer.update(part, part)
+    return layer.get_mask_sizes(1)[0] == layer.update(part[:, :, :1], part[:, :, :1])[0].shape[2]
 
 
 def random_ids(rows: int, length: int, seed: int = 0) -> Tensor:
