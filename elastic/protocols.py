@@ -60,12 +60,13 @@ class KeyProjection(Protocol):
     Attributes:
         layer_idx: place of the layer, counted from 0.
         head_dim: D.
-        k_proj: [..., E] -> [..., K * D]. A norm of keys, `k_norm`, exists in some families only.
+
+    The projection of keys is `k_proj` or part of `qkv_proj`, and a norm of keys, `k_norm`, exists in some families
+    only: `elastic.model.families` knows.
     """
 
     layer_idx: int
     head_dim: int
-    k_proj: nn.Linear
 
 
 class Norm(Protocol):
@@ -85,10 +86,9 @@ class AttentionModule(KeyProjection, Module, Protocol):
 
 
 class DecoderLayer(Module, Protocol):
-    """Attention and MLP with their norms."""
+    """Attention and MLP with their norms; the MLP's name differs by family (`elastic.model.families.feed_forward`)."""
 
     self_attn: AttentionModule
-    mlp: nn.Module
 
 
 class Decoder(Module, Protocol):

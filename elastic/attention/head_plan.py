@@ -25,6 +25,8 @@ class HeadPlan:
         gradient_share: share of the queries from which the kernels estimate the route's gradient; 1 is exact.
         bits: key blocks of the heads whose mode chooses them, see `elastic.kernels.block_bits`; None until
             `elastic.attention.block_selection` has chosen them from queries and keys.
+        sinks_H: attention sinks, a logit for each query head that takes its share of every softmax; None: there are
+            none. The kernels do not know them.
     """
 
     mode_NK: Tensor
@@ -32,6 +34,7 @@ class HeadPlan:
     layout: Layout
     gradient_share: float = 1.0
     bits: Tensor | None = None
+    sinks_H: Tensor | None = None
 
     @classmethod
     def build(

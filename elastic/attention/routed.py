@@ -34,11 +34,15 @@ from elastic.kernels import (
 
 
 def backend_for(
-    device: torch.device, dtype: torch.dtype, head_dim: int, training: bool = False, sparse: SparseConfig | None = None
-) -> str:
+    device: torch.device, dtype: torch.dtype, head_dim: int, training: bool = False, sparse: SparseConfig | None = None,
+    sinks: bool = False,
+) -> str:  # fmt: skip
     """What runs inference (or `training`) on such tensors, as reports and logs state it: a kernel, or PyTorch and on a
-    GPU the reason. With the modes of `sparse`, also where PyTorch chooses key blocks for a kernel.
+    GPU the reason. With the modes of `sparse`, also where PyTorch chooses key blocks for a kernel. `sinks`: heads have
+    attention sinks.
     """
+    if sinks and device.type == "cuda":
+        return "torch (cuda; the kernels do not know attention sinks)"
     reason = (unsupported_backward if training else unsupported_reason)(device, dtype, head_dim)
     if reason is None:
         chooser = _chosen_in_torch(device, dtype, head_dim, None if sparse is None else sparse.chooser)
@@ -83,7 +87,8 @@ def routed_attention(
         ValueError: shapes that do not belong together.
     """
     _check(q_BHSD, k_BKSD, v_BKSD, plan)
-    kernels, routed = _runs_fused(q_BHSD, k_BKSD, v_BKSD, route_NK), torch.is_grad_enabled() and route_NK.requires_grad
+    kernels = plan.sinks_H is None and _runs_fused(q_BHSD, k_BKSD, v_BKSD, route_NK)
+    routed = torch.is_grad_enabled() and route_NK.requires_grad
     share = None
     if plan.sparse.chooser is not None:
         plan = with_blocks(q_BHSD, k_BKSD, plan, scale, fused=kernels, both=routed)

@@ -34,7 +34,7 @@ def attend(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, plan: HeadPlan, scale
     """
     modes = [_run_as(plan, n, of_heads) for n, of_heads in enumerate(plan.mode_NK.tolist())]
     if all(mode == FULL for sample in modes for mode in sample) and not plan.layout.packed:
-        return _full(q_BHSD, k_BKSD, v_BKSD, plan.layout.dense_mask, scale)
+        return _full(q_BHSD, k_BKSD, v_BKSD, plan.layout.dense_mask, scale, plan.sinks_H)
     samples = [_sample(q_BHSD, k_BKSD, v_BKSD, plan, scale, n, modes[n]) for n in range(len(modes))]
     return torch.cat(samples, dim=1 if plan.layout.packed else 0)
 
@@ -54,8 +54,17 @@ def _run_as(plan: HeadPlan, sample: int, modes: list[int]) -> list[int]:
     return [FULL if mode == BLOCK_SPARSE and whole else mode for mode, whole in zip(modes, whole_K, strict=True)]
 
 
-def _full(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Causal attention by the stock model's own SDPA call; [B, Lq, H, D]."""
+def _full(
+    q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None, scale: float, sinks_H: Tensor | None = None
+) -> Tensor:
+    """Causal attention by the stock model's own SDPA call, or as its eager call with sinks; [B, Lq, H, D]."""
+    if sinks_H is not None:
+        if mask is None:
+            queries, keys = q_BHSD.shape[2], k_BKSD.shape[2]
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q_BHSD.device).tril(keys - queries)
+        group = q_BHSD.shape[1] // k_BKSD.shape[1]
+        k, v = (x.repeat_interleave(group, 1) for x in (k_BKSD, v_BKSD))
+        return attend_with_sinks(q_BHSD, k, v, mask, scale, sinks_H[:, None]).transpose(1, 2).contiguous()
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     owner = SimpleNamespace(num_key_value_groups=q_BHSD.shape[1] // k_BKSD.shape[1], is_causal=True)
@@ -80,18 +89,19 @@ def _sample(
         kv_heads = [head for head, of_head in enumerate(modes) if of_head == mode]
         heads = [head * group + g for head in kv_heads for g in range(group)]
         q, k, v = q_BHSD[row, heads][None], k_BKSD[row, kv_heads][None], v_BKSD[row, kv_heads][None]
+        sinks = None if plan.sinks_H is None else plan.sinks_H[heads]
         if mode == FULL and not layout.packed:
             mask = None if layout.dense_mask is None else layout.dense_mask[row : row + 1]
-            out = _full(q, k, v, mask, scale)
+            out = _full(q, k, v, mask, scale, sinks)
         elif mode == FULL:
-            out = _full(q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end], None, scale)
+            out = _full(q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end], None, scale, sinks)
         else:
             own = q[:, :, first:last], k[:, :, begin:end], v[:, :, begin:end]
             if mode == STREAMING:
-                out = streaming(*own, plan.sparse, scale)
+                out = streaming(*own, plan.sparse, scale, sinks)
             else:
                 assert plan.bits is not None  # elastic.attention.block_selection has run
-                out = block_sparse(*own, plan.bits[sample, heads], plan.sparse.block, scale)
+                out = block_sparse(*own, plan.bits[sample, heads], plan.sparse.block, scale, sinks)
             if not layout.packed:
                 out = F.pad(out, (0, 0, 0, 0, first, layout.queries - last))
         outputs.append(out)
@@ -102,7 +112,37 @@ def _sample(
     return torch.cat(outputs, dim=2).index_select(2, inverse)
 
 
-def streaming(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, sparse: SparseConfig, scale: float) -> Tensor:
+def attend_with_sinks(
+    q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor, scale: float, sinks: Tensor
+) -> Tensor:
+    """Attention [B, H, Lq, D] in which a sink takes its share of every softmax: exp(s) joins the denominator, which is
+    exp(LSE) / (exp(LSE) + exp(s)) times attention without it. Written as transformers' eager attention writes it.
+
+    Args:
+        mask: bool, broadcast to [B, H, Lq, Lk].
+        sinks: broadcast to [B, H, Lq].
+    """
+    scores = (q_BHSD @ k_BHSD.transpose(2, 3) * scale).masked_fill(~mask, torch.finfo(q_BHSD.dtype).min)
+    logits = torch.cat([scores, sinks.expand(scores.shape[:-1])[..., None]], dim=-1)
+    logits = logits - logits.max(dim=-1, keepdim=True).values
+    return F.softmax(logits, dim=-1, dtype=logits.dtype)[..., :-1].to(v_BHSD.dtype) @ v_BHSD
+
+
+def _attend_folded(
+    q_KCD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor, scale: float, sinks_H: Tensor | None
+) -> Tensor:
+    """Attention [1, K, G * C, D] of queries that are folded by KV head, under a bool mask."""
+    if sinks_H is None:
+        return F.scaled_dot_product_attention(q_KCD[None], k_BKSD, v_BKSD, attn_mask=mask, scale=scale)
+    kv_heads, rows = q_KCD.shape[:2]
+    group = sinks_H.shape[0] // kv_heads
+    sinks = sinks_H.view(kv_heads, group, 1).expand(kv_heads, group, rows // group).reshape(kv_heads, rows)
+    return attend_with_sinks(q_KCD[None], k_BKSD, v_BKSD, mask, scale, sinks)
+
+
+def streaming(
+    q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, sparse: SparseConfig, scale: float, sinks_H: Tensor | None = None
+) -> Tensor:
     """Streaming attention of one sample's heads: position 0 is its first key, the queries are its last Lq positions.
 
     Returns:
@@ -118,9 +158,7 @@ def streaming(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, sparse: SparseConf
         # The group's query heads share keys: fold them into the query axis instead of repeating K and V.
         q_KCD = q_BHSD[0, :, start - keys + queries : stop - keys + queries].reshape(kv_heads, -1, dim)
         k, v, mask_Ck = _visited(k_BKSD[0], v_BKSD[0], start, stop, sparse)
-        out = F.scaled_dot_product_attention(
-            q_KCD[None], k[None], v[None], attn_mask=mask_Ck.repeat(group, 1), scale=scale
-        )
+        out = _attend_folded(q_KCD, k[None], v[None], mask_Ck.repeat(group, 1), scale, sinks_H)
         outputs.append(out.reshape(heads, stop - start, dim))  # some GPU backends stride it differently
     return torch.cat(outputs, dim=1).transpose(0, 1)[None]
 
@@ -141,7 +179,10 @@ def _visited(
     return k, v, mask
 
 
-def block_sparse(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, bits_HMW: Tensor, block: int, scale: float) -> Tensor:
+def block_sparse(
+    q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, bits_HMW: Tensor, block: int, scale: float,
+    sinks_H: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Attention of one sample's heads to the key blocks of their bits; the queries are its last Lq positions.
 
     Returns:
@@ -162,8 +203,6 @@ def block_sparse(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, bits_HMW: Tenso
         # The group's query heads share keys: fold them into the query axis instead of repeating K and V.
         q_KCD = q_BHSD[0, :, start:stop].reshape(kv_heads, -1, dim)
         mask_KCS = mask_HCS.view(kv_heads, -1, seen)
-        out = F.scaled_dot_product_attention(
-            q_KCD[None], k_BKSD[:, :, :seen], v_BKSD[:, :, :seen], attn_mask=mask_KCS[None], scale=scale
-        )
+        out = _attend_folded(q_KCD, k_BKSD[:, :, :seen], v_BKSD[:, :, :seen], mask_KCS[None], scale, sinks_H)
         outputs.append(out.reshape(heads, stop - start, dim))
     return torch.cat(outputs, dim=1).transpose(0, 1)[None]

@@ -16,6 +16,7 @@ from elastic.data.packing import IGNORE, Batch
 from elastic.data.tasks import TASKS
 from elastic.model.attach import attach, elastic_config, last_routes, routers, set_config
 from elastic.model.compiling import compile_layers
+from elastic.model.logits import logit_head
 from elastic.protocols import CausalLM
 from elastic.routing.relaxation import sample_route
 from elastic.routing.sparsity import msr
@@ -125,7 +126,7 @@ class Step:
         inputs: dict[str, Any] = {name: batch[name] for name in names}  # type: ignore[literal-required]
         hidden = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
         ratio = msr(last_routes(self.model).route)
-        head = self.model.get_output_embeddings()
+        head = logit_head(self.model)
         self.objective.judge(RoutedPass(batch, hidden, ratio, None, head, 1024)).loss.backward()
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.descent.step()

@@ -46,7 +46,7 @@ def decode_attention(
     """
     if plan.chooses_blocks:
         return _chosen(q_BH1D, k_BKTD, v_BKTD, plan, scale, stored)
-    kernel = unsupported_reason(q_BH1D.device, q_BH1D.dtype, q_BH1D.shape[-1]) is None
+    kernel = plan.sinks_H is None and unsupported_reason(q_BH1D.device, q_BH1D.dtype, q_BH1D.shape[-1]) is None
     if stored is not None:
         q_BH1D = q_BH1D.to(stored.pool.keys.dtype)  # under autocast the cache holds what the model stored
         if kernel:

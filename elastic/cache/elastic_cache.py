@@ -11,7 +11,7 @@ Legend: L layers, B samples, K KV heads, S tokens, D head dim.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from elastic.attention.modes import STREAMING
 from elastic.cache.decode_attention import Stored
 from elastic.cache.kv_pool import KVPool, Visible, slot_of, upload, visible_slots
 from elastic.cache.layer import ElasticLayer
-from elastic.cache.route_record import RouteRecord, find_record, new_record, same_override
+from elastic.cache.route_record import RouteRecord, check_windows, find_record, new_record, same_override
+from elastic.cache.sliding_layer import SlidingLayer
 from elastic.config import ElasticConfig
 
 STEP = 1024  # tokens by which heads that keep everything grow
@@ -39,19 +40,31 @@ class ElasticCache(Cache):
         reserve: tokens that the storage has room for beyond a prompt, before it grows by `step`; give the number of
             tokens to be generated and no step will move memory.
         step: tokens by which the storage grows.
+        windows: the backbone's own sliding windows by decoder layer; such layers keep their last tokens, as they do in
+            transformers' cache.
 
     Attributes:
+        routed: the layers whose heads are routed, in order; L counts them.
         version: changes when the storage does; a CUDA graph of a decode step lives until then.
         counts: valid tokens by sample.
     """
 
     keeps_its_record = True  # its own operations move it
-    layers: list[ElasticLayer]  # type: ignore[assignment]
 
-    def __init__(self, num_layers: int, config: ElasticConfig, reserve: int = 0, step: int = STEP) -> None:
+    def __init__(
+        self, num_layers: int, config: ElasticConfig, reserve: int = 0, step: int = STEP,
+        windows: Mapping[int, int] | None = None,
+    ) -> None:  # fmt: skip
         if reserve < 0 or step < 1:
             raise ValueError(f"reserve={reserve}, step={step}; expected 0 or more and 1 or more tokens")
-        super().__init__(layers=[ElasticLayer() for _ in range(num_layers)])
+        self.windows = dict(windows or {})
+        made: list[Any] = [
+            SlidingLayer(self.windows[n]) if n in self.windows else ElasticLayer() for n in range(num_layers)
+        ]
+        self.routed = [layer for layer in made if isinstance(layer, ElasticLayer)]
+        self.sliding = [layer for layer in made if isinstance(layer, SlidingLayer)]
+        self._places = {n: place for place, n in enumerate(n for n in range(num_layers) if n not in self.windows)}
+        super().__init__(layers=made)
         self.config, self.reserve, self.step, self.version = config, reserve, step, 0
         self.reset()
 
@@ -61,14 +74,14 @@ class ElasticCache(Cache):
         self.pooled_B = self.begin_B = self.count_B = torch.zeros(0, dtype=torch.int64)
         self.visible_LBK: Visible | None = None
         self.rows_LBK = self.base_LBK = self.ring_LBK = torch.zeros(0)
-        for layer in self.layers:
+        for layer in (*self.routed, *self.sliding):
             layer.reset()
         new_record(self)
 
     @property
     def seen(self) -> int:
         """Tokens in the cache, padding included."""
-        return self.layers[-1].seen
+        return self.routed[-1].seen
 
     # -- one forward pass
 
@@ -78,20 +91,24 @@ class ElasticCache(Cache):
             return None
         self.settle()
         sparse = self.config.sparse
-        return self.layers[index].held().ring_BK & (self.count_B > sparse.sink + sparse.window)[:, None]
+        return self.routed[index].held().ring_BK & (self.count_B > sparse.sink + sparse.window)[:, None]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Take in a layer's new tokens; see `ElasticLayer.update`."""
         layer = self.layers[layer_idx]
-        rows_BK = self.rows_LBK[layer_idx] if self.rows_LBK.numel() else self.rows_LBK
+        if isinstance(layer, SlidingLayer):
+            return layer.update(key_states, value_states)
+        assert isinstance(layer, ElasticLayer)
+        place = self._places[layer_idx]
+        rows_BK = self.rows_LBK[place] if self.rows_LBK.numel() else self.rows_LBK
         held = layer.update(key_states, value_states, rows_BK, self.begin_B, self.count_B)
         assert layer.layout is not None
         if not layer.layout.decoding:
-            if layer_idx >= _BEHIND:
-                self._settle(self.layers[layer_idx - _BEHIND], layer.layout)
-            if layer_idx == len(self.layers) - 1:
+            if place >= _BEHIND:
+                self._settle(self.routed[place - _BEHIND], layer.layout)
+            if place == len(self.routed) - 1:
                 self._finish(layer.layout)
         return held
 
@@ -127,10 +144,10 @@ class ElasticCache(Cache):
         if mode_LBK is None:
             return
         self._check_kept(override, config.dense_decode)
-        if any(count >= room for count, room in zip(self.counts, self.layers[0].held().capacity, strict=True)):
+        if any(count >= room for count, room in zip(self.counts, self.routed[0].held().capacity, strict=True)):
             self._resize(list(range(len(self.counts))), [self._room(count + 1) for count in self.counts])
         if self.base_LBK.numel() == 0:
-            pools = [layer.held() for layer in self.layers]
+            pools = [layer.held() for layer in self.routed]
             self.base_LBK = torch.stack([pool.base_BK for pool in pools])
             self.ring_LBK = torch.stack([pool.ring_BK for pool in pools])
         sparse, count = self.config.sparse, self.count_B[:, None]
@@ -165,7 +182,7 @@ class ElasticCache(Cache):
         self.counts = [count + 1 for count in self.counts]
 
     def _lengthen(self, tokens: int) -> None:
-        for layer in self.layers:
+        for layer in self.routed:
             layer.seen += tokens
 
     def _forget_rows(self) -> None:
@@ -175,18 +192,18 @@ class ElasticCache(Cache):
         """A layer in the present decode step."""
         assert self.visible_LBK is not None
         visible = Visible(*(part[index] for part in self.visible_LBK))
-        return Stored(self.layers[index].held(), visible, self.begin_B, self.count_B)
+        return Stored(self.routed[index].held(), visible, self.begin_B, self.count_B)
 
     @property
     def steps_left(self) -> int:
         """Decode steps before the storage grows."""
-        return min(room - count for room, count in zip(self.layers[0].held().capacity, self.counts, strict=True))
+        return min(room - count for room, count in zip(self.routed[0].held().capacity, self.counts, strict=True))
 
     # -- storage
 
     def settle(self) -> None:
         """Give every layer that still waits its storage."""
-        for layer in self.layers:
+        for layer in self.routed:
             if layer.waiting is not None and layer.layout is not None:
                 self._settle(layer, layer.layout)
 
@@ -206,7 +223,7 @@ class ElasticCache(Cache):
         return -(-(count + self.reserve) // self.step) * self.step
 
     def _resize(self, samples: list[int], capacity: list[int]) -> None:
-        for layer in self.layers:
+        for layer in self.routed:
             layer.pool = layer.held().rebuilt(samples, capacity)
         self._forget_rows()
 
@@ -214,13 +231,14 @@ class ElasticCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all keys and values, reserved room included."""
         self.settle()
-        return sum(layer.held().nbytes for layer in self.layers)
+        return sum(layer.held().nbytes for layer in self.routed) + sum(layer.nbytes for layer in self.sliding)
 
     def sample_bytes(self) -> list[int]:
         """`nbytes` by sample."""
         self.settle()
-        pools = [layer.held() for layer in self.layers]
-        return [sum(pool.sample_bytes(b) for pool in pools) for b in range(len(self.counts))]
+        pools = [layer.held() for layer in self.routed]
+        own = sum(layer.nbytes for layer in self.sliding) // max(1, len(self.counts))
+        return [sum(pool.sample_bytes(b) for pool in pools) + own for b in range(len(self.counts))]
 
     # -- batch and length
 
@@ -229,10 +247,12 @@ class ElasticCache(Cache):
         if self.seen == 0 or chosen == list(range(len(self.counts))):
             return
         self.settle()
-        self._resize(chosen, [self.layers[0].held().capacity[b] for b in chosen])
+        self._resize(chosen, [self.routed[0].held().capacity[b] for b in chosen])
         index = upload(chosen, self.count_B.device)
         self.begin_B, self.count_B, self.pooled_B = self.begin_B[index], self.count_B[index], self.pooled_B[index]
         self.counts = [self.counts[b] for b in chosen]
+        for layer in self.sliding:
+            layer.select(index)
         record = find_record(self)
         if record is not None:
             record.select(index)
@@ -263,8 +283,10 @@ class ElasticCache(Cache):
         mine, theirs = find_record(self), find_record(other)
         if mine is not None and theirs is not None:
             mine.join(theirs, begin_B - torch.cat([self.begin_B, other.begin_B]))
-        for layer, joining in zip(self.layers, other.layers, strict=True):
+        for layer, joining in zip(self.routed, other.routed, strict=True):
             layer.pool, layer.seen = layer.held().joined(joining.held()), max(counts)
+        for own, theirs_own in zip(self.sliding, other.sliding, strict=True):
+            own.join(theirs_own, max(counts))
         self.counts, self.count_B, self.begin_B = counts, count_B, begin_B
         self.pooled_B = torch.cat([self.pooled_B, other.pooled_B])
         self._forget_rows()
@@ -277,7 +299,11 @@ class ElasticCache(Cache):
                 router has pooled would be cut.
         """
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
-        if removed == 0 or self.seen == 0:
+        if self.seen == 0:
+            return
+        if removed == 0:
+            for own in self.sliding:
+                own.shrink()
             return
         self.settle()
         left = [count - removed for count in self.counts]
@@ -290,11 +316,14 @@ class ElasticCache(Cache):
         sparse = self.config.sparse
         for sample, (count, kept) in enumerate(zip(self.counts, left, strict=True)):
             lost = range(max(sparse.sink, kept - sparse.window), min(kept, count - sparse.window))
-            if lost and any(any(layer.held().ring[sample]) for layer in self.layers):
+            if lost and any(any(layer.held().ring[sample]) for layer in self.routed):
                 raise ValueError(
                     f"cropping {removed} tokens would make keys visible that streaming heads have dropped (sample "
                     f'{sample} holds {count} tokens); use kv_cache="full", or copy.deepcopy the cache before'
                 )
+        check_windows(self)
+        for own in self.sliding:
+            own.crop(-removed)
         self._lengthen(-removed)
         self.counts = left
         self.count_B = self.count_B - removed

@@ -247,6 +247,7 @@ class _Followed:
             return self.inner(what)
         if self.name == "crop":
             _check_crop(record, int(self.cache.get_seq_length()), what)
+            check_windows(self.cache)
             return self.inner(what)
         found = self.inner(what)  # first: a cache that cannot do this must keep its record
         record.select(self._chosen(what, record.layout.row_N))
@@ -272,8 +273,28 @@ def _check_crop(record: RouteRecord, seen: int, tokens_to_remove: int) -> None:
         raise ValueError(f"cropping to {left} tokens cuts the tokens up to {kept} {what}; start from an empty cache")
 
 
-def check_depth(cache: KVCache | None, layers: int) -> None:
+def check_windows(cache: KVCache) -> None:
+    """Refuse to crop a cache whose sliding layers, the backbone's own, have dropped keys that would be visible again.
+
+    Raises:
+        ValueError: they have.
+    """
+    for layer in cache.layers:
+        if not getattr(layer, "is_sliding", False) or getattr(layer, "record_past", False):
+            continue
+        window = getattr(layer, "sliding_window", None) or layer.max_cache_len  # of a static cache
+        if layer.get_seq_length() >= window:
+            raise ValueError(
+                f"cropping would make keys visible that the model's sliding layers of {window} tokens have dropped; "
+                "copy.deepcopy the cache before, or start from an empty one"
+            )
+
+
+def check_depth(cache: KVCache | None, layers: int, routed: int) -> None:
     """Refuse a cache that was made for, or filled by, a model of another number of layers.
+
+    Args:
+        layers, routed: of the model, all and those that have routers.
 
     Raises:
         ValueError: it was.
@@ -281,11 +302,13 @@ def check_depth(cache: KVCache | None, layers: int) -> None:
     record = find_record(cache)
     if cache is None or record is None:
         return
-    made_for = (len(record.layers) if cache.get_seq_length() else 0) or len(cache.layers)
-    if made_for not in (0, layers):
+    made_for, expected = len(cache.layers), layers
+    if cache.get_seq_length() and record.layers:
+        made_for, expected = len(record.layers), routed
+    if made_for not in (0, expected):
         raise ValueError(
             f"this {type(cache).__name__} belongs to a model of {made_for} layers, but this one has "
-            f"{layers}; start from an empty cache"
+            f"{expected}; start from an empty cache"
         )
 
 

@@ -23,6 +23,7 @@ from elastic.data.prompts import EncodedPrompt
 from elastic.data.records import Record
 from elastic.inference.generate import Generation, answer_tokens
 from elastic.model.attach import last_routes, override_routes
+from elastic.model.logits import logit_head
 from elastic.protocols import CausalLM, Tokenizer
 from elastic.routing.calibration import Calibration, first_heads
 from elastic.training.calibration import HeadNeed
@@ -111,7 +112,7 @@ def held_out(module: HeadNeed, found: Calibration, rows: RowSet) -> tuple[list[O
 def _scored(
     model: CausalLM, batch: Batch, method: str, hidden_1SE: Tensor, dense_1SE: Tensor, msr_N: Tensor
 ) -> list[Outcome]:
-    head, labels, bounds = model.get_output_embeddings(), batch["labels"], batch["cu_seq_lens"]
+    head, labels, bounds = logit_head(model), batch["labels"], batch["cu_seq_lens"]
     scores = score_answers(hidden_1SE, head, labels, bounds, CHUNK).scores
     dense_PE = labelled_positions(dense_1SE, labels)[0]
     kl_N = answer_divergence(hidden_1SE, dense_PE, head, labels, bounds, CHUNK)

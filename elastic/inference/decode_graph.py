@@ -15,6 +15,7 @@ from elastic.attention.routed import backend_for
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.config import SparseConfig
 from elastic.model.attach import elastic_config
+from elastic.model.layer_types import sliding_windows
 from elastic.protocols import CausalLM, CausalLMOutput
 
 
@@ -100,13 +101,14 @@ def graphed(model: CausalLM, cache: ElasticCache) -> Iterator[None]:
 
 
 def can_graph(model: CausalLM, head_dim: int, sparse: SparseConfig | None = None) -> bool:
-    """Whether decode steps of this model run through the decode kernel, as a graph needs: in this process alone, and
-    without choosing key blocks.
+    """Whether decode steps of this model run through the decode kernel, as a graph needs: in this process alone,
+    without choosing key blocks, and without sliding layers, whose caches grow by concatenation, as in transformers.
 
     Args:
         sparse: modes and sizes that will be in force; default those that are.
     """
     alone = (getattr(model, "tp_size", None) or 1) == 1
-    if not alone or (sparse or elastic_config(model).sparse).chooses_in_steps:
+    chooses = (sparse or elastic_config(model).sparse).chooses_in_steps
+    if not alone or chooses or sliding_windows(model.config):
         return False
     return not backend_for(model.device, model.dtype, head_dim).startswith("torch")

@@ -5,7 +5,7 @@ Legend: L layers, N samples, K KV heads.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from elastic.config import CHOOSING, SHORT, SparseConfig
 from elastic.console import supports_unicode
 from elastic.files import write_atomic
 from elastic.plots import route_figure, save_png
-from elastic.routing.sparsity import causal_pairs, density_by_layer, esr, kv_bytes_kept, msr
+from elastic.routing.sparsity import causal_pairs, density_by_layer, esr, kv_bytes_kept, msr, window_pairs
 
 GLYPHS, ASCII_GLYPHS = ("█", "░"), ("#", ".")  # FA, SA
 
@@ -43,6 +43,10 @@ class RouteReport:
         kv_bytes_held: what the cache holds for this sample, generated tokens and reserved room included.
         density: by layer, share of the query-key pairs that its heads with chosen blocks computed; None in a layer
             without such heads, and empty if the configuration has none. Of all turns, as ESR.
+        layers: decoder layers of the model.
+        routed_layers: those that L counts, which have routers. The rest have a sliding window of the model's own.
+        msr_model, esr_model, kv_bytes_kept_model, kv_bytes_full_model: `msr`, `esr_all`, `kv_bytes_kept` and
+            `kv_bytes_full` over all decoder layers, where the heads of the model's own sliding layers count as sparse.
     """
 
     route: tuple[tuple[int, ...], ...]
@@ -61,6 +65,12 @@ class RouteReport:
     kv_cache: str
     kv_bytes_held: int
     density: tuple[float | None, ...]
+    layers: int
+    routed_layers: tuple[int, ...]
+    msr_model: float
+    esr_model: float
+    kv_bytes_kept_model: int
+    kv_bytes_full_model: int
 
     def __str__(self) -> str:
         return self.render(supports_unicode())
@@ -91,6 +101,13 @@ class RouteReport:
             f"KV cache: routes need {_size(self.kv_bytes_kept)} of {_size(self.kv_bytes_full)}, the {self.kv_cache} "
             f"cache holds {_size(self.kv_bytes_held)}",
         ]
+        if len(self.routed_layers) < self.layers:
+            lines += [
+                f"routers in layers {', '.join(map(str, self.routed_layers))} of {self.layers}; with the model's own "
+                "sliding layers, counted as sparse:",
+                f"MSR {self.msr_model:.3f}   ESR {self.esr_model:.3f}   KV cache: {_size(self.kv_bytes_kept_model)} of "
+                f"{_size(self.kv_bytes_full_model)}",
+            ]
         found = [share for share in self.density if share is not None]
         if found:
             chooser = next(mode for mode in CHOOSING if SHORT[mode] in (one, two))
@@ -102,7 +119,8 @@ class RouteReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
-        return {**asdict(self), "route": [list(layer) for layer in self.route], "density": list(self.density)}
+        lists = {"density": list(self.density), "routed_layers": list(self.routed_layers)}
+        return {**asdict(self), "route": [list(layer) for layer in self.route], **lists}
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON text, also written to `path` if given."""
@@ -129,6 +147,7 @@ def route_reports(
     held_N: Sequence[int],
     density_LNK: Tensor | None = None,
     turns: Sequence[Turn] = (),
+    windows: Mapping[int, int] | None = None,
 ) -> list[RouteReport]:
     """One report per sample.
 
@@ -142,41 +161,74 @@ def route_reports(
         held_N: bytes that the cache holds for every sample.
         density_LNK: see `elastic.routing.sparsity.esr`.
         turns: all turns of the conversation; default: there is one.
+        windows: the model's own sliding windows by decoder layer; default: it has none.
 
     Raises:
         ValueError: shapes that do not belong together.
     """
-    if route_LNK.dim() != 3 or lengths_N.shape != route_LNK.shape[1:2]:
-        raise ValueError(
-            f"route has shape {list(route_LNK.shape)} and prompt lengths {list(lengths_N.shape)}; expected "
-            "[layers, samples, KV heads] and [samples]"
-        )
+    _check_shapes(route_LNK, lengths_N)
     route = route_LNK.detach().cpu().double()
     one = Turn(route_LNK, density_LNK, torch.zeros_like(lengths_N), lengths_N)
     last, mean, density = _over_turns(turns or [one], sparse)
     kept = kv_bytes_kept(route, lengths_N, sparse, head_dim, element_size)
-    heads = route[:, 0].numel()
+    model = _Model(route.shape[0], dict(windows or {}), route.shape[2] * 2 * head_dim * element_size)
     return [
         RouteReport(
             route=tuple(tuple(int(r) for r in layer[n].tolist()) for layer in route),
             prompt_tokens=int(lengths_N[n]),
             configuration=sparse.name,
-            sink=sparse.sink,
-            window=sparse.window,
-            stride=sparse.stride,
-            threshold=sparse.threshold,
+            **{name: getattr(sparse, name) for name in ("sink", "window", "stride", "threshold")},
             msr=float(msr(route)[n]),
             esr_last=float(last[n]),
             esr_all=float(mean[n]),
             kv_bytes_kept=int(kept[n]),
-            kv_bytes_full=heads * int(lengths_N[n]) * 2 * head_dim * element_size,
             backend=backend,
             kv_cache=kv_cache,
             kv_bytes_held=held_N[n],
             density=tuple(density[n]),
+            **model.figures(int(lengths_N[n]), float(msr(route)[n]), float(mean[n]), int(kept[n])),
         )
         for n in range(route.shape[1])
     ]
+
+
+def _check_shapes(route_LNK: Tensor, lengths_N: Tensor) -> None:
+    if route_LNK.dim() != 3 or lengths_N.shape != route_LNK.shape[1:2]:
+        raise ValueError(
+            f"route has shape {list(route_LNK.shape)} and prompt lengths {list(lengths_N.shape)}; expected "
+            "[layers, samples, KV heads] and [samples]"
+        )
+
+
+@dataclass(frozen=True)
+class _Model:
+    """All layers of a model with its own sliding ones.
+
+    Attributes:
+        routed: how many layers have routers.
+        windows: of the others, by decoder layer.
+        token: bytes of a token's keys and values in one layer.
+    """
+
+    routed: int
+    windows: dict[int, int]
+    token: int
+
+    def figures(self, length: int, msr: float, esr: float, kept: int) -> dict[str, Any]:
+        """What a report says of all layers and of full caches, given what it says of the routed layers of a prompt."""
+        full = self.routed * length * self.token
+        layers, windows = self.routed + len(self.windows), self.windows.values()
+        pruned = sum(1 - window_pairs(length, window) / max(1, causal_pairs(length)) for window in windows)
+        sliding = sum(min(length, window - 1) for window in windows) * self.token  # the next token is the window's last
+        return {
+            "kv_bytes_full": full,
+            "layers": layers,
+            "routed_layers": tuple(n for n in range(layers) if n not in self.windows),
+            "msr_model": (self.routed * msr + len(self.windows)) / layers,
+            "esr_model": (self.routed * esr + pruned) / layers,
+            "kv_bytes_kept_model": kept + sliding,
+            "kv_bytes_full_model": full + sliding,
+        }
 
 
 def _over_turns(turns: Sequence[Turn], sparse: SparseConfig) -> tuple[Tensor, Tensor, list[list[float | None]]]:

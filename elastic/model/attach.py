@@ -25,6 +25,8 @@ from elastic.model.chunking import chunk, unchunk
 from elastic.model.families import FAMILIES, RoutedAttention, attention_layers
 from elastic.model.generation import unwatch, watch
 from elastic.model.layer_hooks import before_attention, before_decoder
+from elastic.model.layer_types import sliding_windows
+from elastic.model.long_rope import keep_cache, keep_no_cache, switch_length
 from elastic.model.outside import device_of, unwrapped
 from elastic.model.pass_state import AttachedState, PassRecord, PassRoutes, forced_on, forcing
 from elastic.model.saving import save_as_before, save_backbone_alone
@@ -82,8 +84,8 @@ class Handle:
 
 
 def attach(model: Model, config: ElasticConfig | None = None) -> Model:
-    """Give every attention layer of `model` a router, freeze the backbone, and run attention by head plan. Works in
-    place.
+    """Give every layer of full attention of `model` a router, freeze the backbone, and run attention by head plan.
+    Works in place. Layers with a sliding window of the backbone's own stay as they are.
 
     Args:
         model: a transformers causal LM of one of `FAMILIES`, on any devices and in any dtype, quantised, offloaded, or
@@ -104,7 +106,7 @@ def attach(model: Model, config: ElasticConfig | None = None) -> Model:
     share = head_share(bare, layers)
     kv_heads = bare.config.num_key_value_heads  # not of the weights, which a quantised layer packs or does not have
     kv_heads //= share.parts
-    devices = [device_of(attn, layer, bare.device) for layer, attn in enumerate(layers)]
+    devices = [device_of(attn, attn.layer_idx, bare.device) for attn in layers]
     made = [
         build_router(kv_heads, attn.head_dim, config.router, layer).to(device).train(bare.training)
         for layer, (attn, device) in enumerate(zip(layers, devices, strict=True))
@@ -114,6 +116,8 @@ def attach(model: Model, config: ElasticConfig | None = None) -> Model:
     named = {id(parameter): name for name, parameter in bare.named_parameters()}  # a wrapper may have more
     trainable = [(named.get(id(parameter), ""), parameter, parameter.requires_grad) for parameter in model.parameters()]
     handle = Handle(AttachedState(config, share.parts), bare.config._attn_implementation, trainable, share)
+    handle.state.places = {attn.layer_idx: place for place, attn in enumerate(layers)}
+    handle.state.windows, handle.state.rope_switch = sliding_windows(bare.config), switch_length(bare.config)
     try:
         _install(bare, handle, layers, made)
     except BaseException:
@@ -146,6 +150,7 @@ def _install(model: CausalLM, handle: Handle, layers: list[AttentionModule], mad
         handle.hooks.append(attn.register_forward_pre_hook(before_attention, with_kwargs=True))
     watch(model, handle.state)
     save_backbone_alone(model)
+    keep_cache(model, handle.state.rope_switch)
     decoder = model.get_decoder()
     chunk(decoder, handle.state.chunk_tokens)
     hook = partial(before_decoder, handle.state)
@@ -172,6 +177,7 @@ def _undo(model: CausalLM, handle: Handle) -> None:
             part.forward = before
     unwatch(model)
     save_as_before(model)
+    keep_no_cache(model)
     unchunk(model.get_decoder())
     for attn in _attention_layers(model):
         attn._modules.pop("router", None)
@@ -221,9 +227,9 @@ def set_row_slice(model: CausalLM, row_slice: RowSlice) -> RowSlice:
 
 
 def routers(model: CausalLM) -> list[Router]:
-    """The routers in layer order."""
-    handle_of(model)
-    return [cast(RoutedAttention, attn).router for attn in _attention_layers(model)]
+    """The routers in layer order; layers with a sliding window of the backbone's own have none."""
+    places, layers = handle_of(model).state.places, _attention_layers(model)
+    return [cast(RoutedAttention, layers[layer]).router for layer in places]
 
 
 def last_routes(model: CausalLM) -> PassRoutes:

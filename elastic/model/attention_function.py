@@ -5,6 +5,7 @@ compiled take `elastic_compiled`, the same function closed to the compiler. The 
 (some microseconds a call).
 """
 
+from dataclasses import replace
 from functools import cache
 from typing import Any, cast
 
@@ -15,7 +16,11 @@ from elastic.cache.decode_attention import decode_attention
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.model.families import RoutedAttention
 from elastic.model.layer_hooks import CALL, COMPILED, IMPLEMENTATION, decide_after_rope
-from elastic.model.pass_state import LayerCall, PendingCall
+from elastic.model.layer_types import has_sinks
+from elastic.model.pass_state import ForwardPass, LayerCall, PendingCall
+from elastic.model.sliding_attention import attend_as_stock
+
+SINKS = "s_aux"  # transformers' keyword
 
 __all__ = ["COMPILED", "IMPLEMENTATION", "attention_function", "register"]
 
@@ -32,6 +37,11 @@ def attention_function(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: q [B, H, Lq, D], k and v [B, K, Lk, D] after RoPE -> [B, Lq, H, D]."""
     call = kwargs.get(CALL)
+    if isinstance(call, ForwardPass):  # as it came to a layer without a router
+        options = {name: value for name, value in kwargs.items() if name != CALL}
+        return attend_as_stock(
+            module, query, key, value, attention_mask, call, scaling=scaling, dropout=dropout, **options
+        )
     if not isinstance(call, LayerCall | PendingCall):
         raise ValueError(
             "attention implementation 'elastic' was chosen without routers; call elastic.attach(model, config)"
@@ -43,6 +53,8 @@ def attention_function(
     keys = call.of_pass.layout.keys  # a static cache hands out its whole allocation
     if isinstance(call, PendingCall):
         call = decide_after_rope(cast(RoutedAttention, module), query, key[:, :, :keys], scale, call)
+    if kwargs.get(SINKS) is not None:
+        call = _with_sinks(call, kwargs[SINKS])
     plan, elastic = call.plan, call.cache if isinstance(call.cache, ElasticCache) else None
     if plan.layout.decoding and (elastic is not None or not torch.is_grad_enabled()):
         stored = None if elastic is None else elastic.stored(call.layer)
@@ -52,11 +64,28 @@ def attention_function(
     return found.output, None
 
 
+def _with_sinks(call: LayerCall, sinks_H: Tensor) -> LayerCall:
+    """The call with the attention sinks of its layer's query heads in its plan."""
+    if call.of_pass.row_slice.size > 1:
+        raise ValueError(
+            "context parallelism does not know attention sinks, of which every slice of a row would take a share; "
+            "train this backbone with DDP or FSDP"
+        )
+    return replace(call, plan=replace(call.plan, sinks_H=sinks_H))
+
+
 def same_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """The 2-D mask as it came: the layout carries padding and packing, and no [S, S] mask is ever built for the whole
-    batch. With a compileable cache `generate` asks for the mask before the decoder does, which must still see it.
+    batch. With a compileable cache `generate` asks for the mask before the decoder does, which must still see it. That
+    of sliding layers, which say a `local_size`, is the stock model's.
     """
-    return attention_mask
+    if kwargs.get("local_size") is None:
+        return attention_mask
+    from transformers.masking_utils import eager_mask, sdpa_mask
+
+    make: Any = eager_mask if has_sinks(kwargs.get("config")) else sdpa_mask
+    found: Tensor | None = make(attention_mask=attention_mask, **kwargs)
+    return found
 
 
 @cache

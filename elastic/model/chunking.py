@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic.model.families import feed_forward
 from elastic.protocols import Decoder, Module
 
 
@@ -17,7 +18,7 @@ class Chunked:
     """A module's forward, `size()` tokens at a time. Callable in place of the method; copies with its model.
 
     Args:
-        module: maps [B, S, ...] to the same shape and dtype, every token alone.
+        module: maps [B, S, ...] to the same shape and dtype, every token alone; experts may return a pair.
         size: tokens at a time; 0 is all at once.
     """
 
@@ -33,15 +34,20 @@ class Chunked:
         size = self.size()
         if hidden.dim() < 3 or not 0 < size < hidden.shape[1] or torch.is_grad_enabled():
             return self.run(hidden, *args, **kwargs)
-        out = torch.empty_like(hidden)
+        out, others = torch.empty_like(hidden), list[Tensor]()
         for start in range(0, hidden.shape[1], size):
-            out[:, start : start + size] = self.run(hidden[:, start : start + size], *args, **kwargs)
-        return out
+            part = hidden[:, start : start + size].contiguous()  # experts view it as one list of tokens
+            found = self.run(part, *args, **kwargs)
+            if isinstance(found, tuple):  # with how the experts of every token were weighted, [B * S, experts]
+                found, weights = found
+                others.append(weights.unflatten(0, part.shape[:2]))
+            out[:, start : start + size] = found
+        return (out, torch.cat(others, 1).flatten(0, 1)) if others else out
 
 
 def token_modules(decoder: Decoder) -> list[nn.Module]:
     """The MLPs and norms of a decoder: what treats every token alone and needs memory."""
-    found = [layer.mlp for layer in decoder.layers]
+    found = [feed_forward(layer) for layer in decoder.layers]
     return found + [module for name, module in decoder.named_modules() if name.rpartition(".")[2].endswith("norm")]
 
 

@@ -30,6 +30,7 @@ from elastic.attention.spans import check_prompts, check_user, pairs
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.route_record import RouteRecord, check_depth, find_record, new_record
 from elastic.model.families import RoutedAttention, prerope_keys
+from elastic.model.long_rope import check_one_rotation
 from elastic.model.pass_state import AttachedState, ForwardPass, LayerCall, PendingCall, forced_on
 from elastic.protocols import KVCache
 from elastic.routing.decision import decide_from_keys, decide_from_reach
@@ -40,6 +41,7 @@ from elastic.routing.router import Decision, check_router
 
 CALL = "elastic_call"
 IMPLEMENTATION, COMPILED = "elastic", "elastic_compiled"  # names of the attention function
+_WATCH = "output_router_logits"
 Args = tuple[Any, ...]
 
 
@@ -59,8 +61,16 @@ def before_decoder(
             "own heads alone; train with FSDP2 or context parallelism, or call model.eval()"
         )
     cache = kwargs.get("past_key_values")
-    check_depth(cache, len(decoder.layers))
+    check_depth(cache, len(decoder.layers), len(decoder.layers) - len(state.windows))
+    if isinstance(cache, ElasticCache) and cache.windows != state.windows:
+        raise ValueError(
+            f"the ElasticCache was made for sliding windows {cache.windows} by layer, but the model has "
+            f"{state.windows}; make it with elastic.new_cache(model)"
+        )
     of_pass = _begin(state, args, kwargs)
+    if state.rope_switch is not None:
+        check_one_rotation(state.rope_switch, of_pass.layout.past, of_pass.layout.keys)
+    state.last.watched = bool(kwargs.get(_WATCH, getattr(decoder.config, _WATCH, False)))
     if of_pass.mode_LNK is None:
         state.last.record = of_pass.record
     if isinstance(cache, ElasticCache):
@@ -73,20 +83,20 @@ def before_attention(attn: RoutedAttention, args: Args, kwargs: dict[str, Any]) 
     of_pass, cache = kwargs.get(CALL), kwargs.get("past_key_values")
     if not isinstance(of_pass, ForwardPass):
         raise ValueError("this layer was called outside the attached model's decoder; call the whole model")
-    config, layout, layer = of_pass.config, of_pass.layout, attn.layer_idx
+    config, layout, layer = of_pass.config, of_pass.layout, of_pass.place(attn.layer_idx)
     elastic = cache if isinstance(cache, ElasticCache) else None
     if elastic is not None:
-        elastic.layers[layer].begin(layout)
+        elastic.routed[layer].begin(layout)
     if of_pass.mode_LNK is not None:
         # Candidates are read as decode steps read them, which choose no key blocks.
         sparse = config.sparse if layout.decoding else config.sparse.dense
         plan = HeadPlan(of_pass.mode_LNK[layer], sparse, layout)
         if elastic is not None:
-            elastic.layers[layer].follow(plan)
+            elastic.routed[layer].follow(plan)
         return args, {**kwargs, CALL: LayerCall(of_pass, layer, plan.mode_NK, plan, cache)}
     dropped = None if elastic is None else elastic.dropped(layer)
     if of_pass.override is None:
-        check_router(attn.router, layer)
+        check_router(attn.router, attn.layer_idx)
     if attn.router.after_rope and of_pass.override is None:
         return args, {**kwargs, CALL: PendingCall(of_pass, cache, dropped)}
     decision = route_layer(attn, args[0] if args else kwargs["hidden_states"], of_pass, cache, dropped)
@@ -147,7 +157,8 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
         check_user(layout, user)
     return ForwardPass(
         layout, config, override=override, mode_LNK=modes, row_slice=row_slice, temperature=state.temperature,
-        fused=state.fused, level_N=forced.level_N, gumbel_LNK2=forced.gumbel_LNK2,
+        fused=state.fused, level_N=forced.level_N, gumbel_LNK2=forced.gumbel_LNK2, places=state.places,
+        masked=mask is not None,
     )  # fmt: skip
 
 
@@ -177,24 +188,25 @@ def route_layer(
         cache: the KV cache that remembers the decision, or None.
         dropped_NK: bool; heads whose cached keys allow streaming attention only.
     """
-    layout, override = of_pass.layout, of_pass.override
-    record = _record(cache, layout, attn.layer_idx)
+    layout, override, layer = of_pass.layout, of_pass.override, of_pass.place(attn.layer_idx)
+    record = _record(cache, layout, layer)
     if override is not None:
         samples = layout.row_N.shape[0]
-        route = _given(override, attn.layer_idx, samples, attn.router.kv_heads, hidden_BSE.device)
+        route = _given(override, layer, samples, attn.router.kv_heads, hidden_BSE.device)
         decision = Decision(route, None, None)
         if record is not None and not attn.router.after_rope:
             _pool_unrouted(attn, hidden_BSE, of_pass, record)
     else:
         decision = _decide(attn, hidden_BSE, of_pass, record)
-    return _settled(decision, attn.layer_idx, of_pass, record, dropped_NK)
+    return _settled(decision, layer, of_pass, record, dropped_NK)
 
 
 def decide_after_rope(
     attn: RoutedAttention, q_BHSD: Tensor, k_BKSD: Tensor, scale: float, call: PendingCall
 ) -> LayerCall:
     """The call of a layer whose router looks at queries and keys after RoPE, now that they are there."""
-    of_pass, layer, cache, dropped = call.of_pass, attn.layer_idx, call.cache, call.dropped_NK
+    of_pass, cache, dropped = call.of_pass, call.cache, call.dropped_NK
+    layer = of_pass.place(attn.layer_idx)
     if of_pass.row_slice.size > 1:
         raise whole_rows_needed()
     record = _record(cache, of_pass.layout, layer)
@@ -221,7 +233,7 @@ def _planned(decision: Decision, layer: int, of_pass: ForwardPass, cache: KVCach
     of_pass.record.decisions[layer] = decision
     plan = HeadPlan.build(decision.route_NK, config.sparse, of_pass.layout, config.gradient_share, decision.mode_NK)
     if isinstance(cache, ElasticCache):
-        cache.layers[layer].follow(plan)
+        cache.routed[layer].follow(plan)
     return LayerCall(of_pass, layer, decision.route_NK, plan, cache)
 
 
@@ -243,12 +255,13 @@ def _decide(attn: RoutedAttention, hidden_BSE: Tensor, of_pass: ForwardPass, rec
     last P from the new tokens.
     """
     keys, pooling, earlier = _boundary_keys(attn, hidden_BSE, of_pass, record)
+    layer = of_pass.place(attn.layer_idx)
     decision, first = decide_from_keys(
         attn.router, keys, pooling, of_pass.config, earlier, row_slice=of_pass.row_slice,
-        temperature=of_pass.temperature, gumbel_NK2=of_pass.noise(attn.layer_idx), fused=of_pass.fused,
+        temperature=of_pass.temperature, gumbel_NK2=of_pass.noise(layer), fused=of_pass.fused,
     )  # fmt: skip
     if record is not None:
-        record.keep_pooled(attn.layer_idx, first, pooling.first_N, of_pass.layout, of_pass.config.router)
+        record.keep_pooled(layer, first, pooling.first_N, of_pass.layout, of_pass.config.router)
     return decision
 
 
@@ -257,7 +270,8 @@ def _pool_unrouted(attn: RoutedAttention, hidden_BSE: Tensor, of_pass: ForwardPa
     keys, pooling, earlier = _boundary_keys(attn, hidden_BSE, of_pass, record)
     first = half_sums(keys, pooling.weight_N2P)[:, 0]
     first = first if earlier is None else first + earlier
-    record.keep_pooled(attn.layer_idx, first, pooling.first_N, of_pass.layout, of_pass.config.router)
+    layer = of_pass.place(attn.layer_idx)
+    record.keep_pooled(layer, first, pooling.first_N, of_pass.layout, of_pass.config.router)
 
 
 def _boundary_keys(
@@ -271,7 +285,7 @@ def _boundary_keys(
     pooled_N = None if before is None else before.pooled_N
     pooling = Pooling.shared(layout, of_pass.config.router, hidden_BSE.shape[1], of_pass.row_slice, pooled_N)
     keys = prerope_keys(attn, hidden_BSE.flatten(0, 1).index_select(0, pooling.token_M))
-    earlier = None if before is None else before.heads.get(attn.layer_idx)
+    earlier = None if before is None else before.heads.get(of_pass.place(attn.layer_idx))
     return keys.unflatten(0, pooling.weight_N2P.shape), pooling, earlier
 
 

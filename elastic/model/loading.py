@@ -10,6 +10,8 @@ from typing import Any
 
 from elastic.data.context_length import context_length
 from elastic.files import alone, cache_folder, new_folder, shipped, text_sha256
+from elastic.model.layer_types import routed_layers, stock_implementation
+from elastic.model.text_part import text_config, text_part
 from elastic.protocols import CausalLM, Tokenizer
 
 TINY = "tiny"
@@ -21,7 +23,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 def load_backbone(
     name: str, *, dtype: str = "float32", device: str = "cpu", gguf_file: str | None = None
 ) -> tuple[CausalLM, Tokenizer]:
-    """A causal LM with SDPA attention in eval mode, and its tokenizer.
+    """A causal LM with SDPA attention (with sinks: eager) in eval mode, and its tokenizer. Of a backbone that reads
+    pictures too, its text part alone (`elastic.model.text_part`).
 
     Args:
         name: `tiny`, `smollm2-135m`, a local folder, or a hub id.
@@ -43,13 +46,14 @@ def load_backbone(
         raise ValueError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}")
     check_device(device)
     config = _pretrained(AutoConfig, name, gguf_file=gguf_file)
-    config._attn_implementation = "sdpa"  # may name kernels of a hub, and would win over the argument below
+    implementation = stock_implementation(config)
+    config._attn_implementation = implementation  # may name kernels of a hub, and would win over the argument below
     model, info = _pretrained(
         AutoModelForCausalLM,
         name,
         config=config,
         dtype=getattr(torch, dtype),
-        attn_implementation="sdpa",
+        attn_implementation=implementation,
         gguf_file=gguf_file,
         ignore_mismatched_sizes=True,  # collected in `info`, refused below
         output_loading_info=True,
@@ -60,7 +64,7 @@ def load_backbone(
             f"backbone {name!r} lacks {len(wrong)} weights of its config.json, or has them in another shape "
             f"({', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}); fetch or save it again"
         )
-    return model.to(device).eval(), load_tokenizer(name, gguf_file=gguf_file)
+    return text_part(model).to(device).eval(), load_tokenizer(name, gguf_file=gguf_file)
 
 
 def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Tokenizer:
@@ -82,7 +86,7 @@ def longest_context(name: str, *, gguf_file: str | None = None) -> int:
     """Tokens that a backbone reads at most, by its configuration; no weights are loaded."""
     from transformers import AutoConfig
 
-    return context_length(_pretrained(AutoConfig, name, gguf_file=gguf_file))
+    return context_length(text_config(_pretrained(AutoConfig, name, gguf_file=gguf_file)))
 
 
 def check_device(device: str) -> None:
@@ -108,7 +112,10 @@ def backbone_id(name: str) -> str:
 
 
 def architecture(model: CausalLM) -> dict[str, Any]:
-    """What routers depend on, and what identifies the backbone's shape."""
+    """What routers depend on, and what identifies the backbone's shape. `num_layers` counts the layers that get
+    routers; where the backbone has sliding layers too, `routed_layers` says which those are and `decoder_layers` how
+    many there are in all.
+    """
     return _shape(model.config)
 
 
@@ -121,7 +128,7 @@ def backbone_architecture(name: str) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    config = _pretrained(AutoConfig, name, gguf_file=None)
+    config = text_config(_pretrained(AutoConfig, name, gguf_file=None))
     try:
         return _shape(config)
     except AttributeError as error:
@@ -132,14 +139,17 @@ def backbone_architecture(name: str) -> dict[str, Any]:
 
 def _shape(config: Any) -> dict[str, Any]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    routed, layers = routed_layers(config), config.num_hidden_layers
+    sliding = {} if len(routed) == layers else {"routed_layers": list(routed), "decoder_layers": layers}
     return {
         "model_type": config.model_type,
-        "num_layers": config.num_hidden_layers,
+        "num_layers": len(routed),
         "num_kv_heads": config.num_key_value_heads,
         "num_heads": config.num_attention_heads,
         "head_dim": head_dim,
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
+        **sliding,
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from elastic.model.families import key_projection
 from elastic.protocols import AttentionModule, CausalLM
 
 
@@ -28,7 +29,7 @@ def device_of(attn: AttentionModule, layer: int, default: torch.device) -> torch
     Raises:
         ValueError: weights on the meta device, which nothing loads before the layer runs.
     """
-    parts = list(attn.k_proj.modules())
+    parts = list(key_projection(attn).modules())
     for hook in (getattr(part, "_hf_hook", None) for part in parts):
         for one in (hook, *getattr(hook, "hooks", ())):  # one of accelerate's, or several in a row
             device: Any = getattr(one, "execution_device", None)

@@ -72,11 +72,17 @@ class PassRecord:
 
 
 class LastPass(threading.local):
-    """Record of the present thread's last pass that decided routes. Copies and pickles of a model begin without one,
-    since it may be part of an autograd graph.
+    """What is known of the present thread's last pass. Copies and pickles of a model begin without it, since a record
+    may be part of an autograd graph.
+
+    Attributes:
+        record: of the last pass that decided routes.
+        watched: the last pass was asked which experts it chose (`output_router_logits`), which transformers collects
+            by hooks that must see every layer once, and so whole.
     """
 
     record: PassRecord | None = None
+    watched = False
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
@@ -92,6 +98,9 @@ class AttachedState:
         fused: whether the router may run as one kernel where it can; tests and timings compare both ways.
         last: the last decisions, by thread.
         parts: into how many parts tensor parallelism has cut the heads.
+        places: by decoder layer, its place among those that have routers; a layer that is not named is its own.
+        windows: the backbone's own sliding windows, by decoder layer.
+        rope_switch: see `elastic.model.long_rope.switch_length`.
     """
 
     def __init__(self, config: ElasticConfig, parts: int = 1) -> None:
@@ -100,10 +109,13 @@ class AttachedState:
         self.row_slice = RowSlice()
         self.fused = True
         self.last = LastPass()
+        self.places = dict[int, int]()
+        self.windows = dict[int, int]()
+        self.rope_switch: int | None = None
 
     def chunk_tokens(self) -> int:
-        """Tokens that an MLP or norm works on at a time."""
-        return self.config.chunk_tokens
+        """Tokens that an MLP or norm works on at a time; 0 is all at once."""
+        return 0 if self.last.watched else self.config.chunk_tokens
 
     def config_in_force(self) -> ElasticConfig:
         """The configuration with what the present thread forces."""
@@ -182,23 +194,31 @@ class ForwardPass:
         level_N: MSR that level routers are given, see `Forced`.
         row_slice, temperature, fused: see `AttachedState`.
         gumbel_LNK2: see `Forced`.
+        places: see `AttachedState`; L counts the layers that have routers.
+        masked: the call brought a mask.
     """
 
     __slots__ = (
-        "config", "fused", "gumbel_LNK2", "layout", "level_N", "mode_LNK", "override", "record", "row_slice",
-        "temperature",
+        "config", "fused", "gumbel_LNK2", "layout", "level_N", "masked", "mode_LNK", "override", "places", "record",
+        "row_slice", "temperature",
     )  # fmt: skip
 
     def __init__(
         self, layout: Layout, config: ElasticConfig, *, override: int | Tensor | None = None,
         mode_LNK: Tensor | None = None, row_slice: RowSlice | None = None, temperature: float = 1.0, fused: bool = True,
         level_N: Tensor | None = None, gumbel_LNK2: Tensor | None = None,
+        places: Mapping[int, int] | None = None, masked: bool = True,
     ) -> None:  # fmt: skip
         self.layout, self.config, self.record = layout, config, PassRecord(layout)
         self.override, self.mode_LNK = override, mode_LNK
         self.row_slice = row_slice or RowSlice()
         self.temperature, self.fused, self.level_N = temperature, fused, level_N
-        self.gumbel_LNK2 = gumbel_LNK2
+        self.gumbel_LNK2, self.masked = gumbel_LNK2, masked
+        self.places: Mapping[int, int] = {} if places is None else places
+
+    def place(self, layer: int) -> int:
+        """Place of a decoder layer among those that have routers: its index in L."""
+        return self.places.get(layer, layer)
 
     def noise(self, layer: int) -> Tensor | None:
         """What the routes [N, K] of one layer are drawn by, [N, K, 2]; None: whatever comes."""
@@ -226,7 +246,7 @@ class LayerCall:
 
     Attributes:
         of_pass: the pass.
-        layer: its index.
+        layer: its index in L, see `ForwardPass.place`.
         route_NK: of its heads, with the straight-through gradient in training.
         plan: what its heads do.
         cache: the KV cache that the layer was given, or None.

@@ -103,6 +103,11 @@ def kv_bytes_kept(
     return ((total - heads) * kept[0] + heads * kept[1]) * (2 * head_dim * element_size)
 
 
+def window_pairs(length: int, window: int) -> int:
+    """(query, key) pairs of a sliding layer of the backbone's own; a query sees `window` tokens, itself included."""
+    return causal_pairs(length) - causal_pairs(max(0, length - window))
+
+
 def causal_pairs(length: int) -> int:
     """(query, key) pairs with key <= query."""
     return length * (length + 1) // 2

@@ -17,6 +17,7 @@ from elastic.data.tasks import TASKS
 from elastic.model.attach import attach, biased, last_routes, override_routes, set_config
 from elastic.model.checkpoint import load_into, read_elastic
 from elastic.model.loading import DTYPES, architecture, load_backbone
+from elastic.model.logits import logit_head
 from elastic.model.ordered_routers import begin_in_order
 from elastic.protocols import CausalLM, Decoder
 from elastic.routing.fixed_routes import head_order
@@ -186,7 +187,7 @@ class RoutedModule(LightningModule):
     def _answers(self, batch: Batch, hidden_1SE: Tensor | None = None) -> Answers:
         """Scores of the answers, after a forward pass where the final hidden states are not given."""
         hidden_1SE = self.hidden_states(batch) if hidden_1SE is None else hidden_1SE
-        head = self.model.get_output_embeddings()
+        head = logit_head(self.model)
         return score_answers(hidden_1SE, head, batch["labels"], batch["cu_seq_lens"], self.loss_chunk, self.row_slice)
 
     @torch.no_grad()
@@ -228,7 +229,7 @@ class RoutedModule(LightningModule):
 
     def _divergence(self, batch: Batch, hidden_1SE: Tensor, dense_PE: Tensor) -> Tensor:
         """KL(dense || this pass) per sample, nats an answer token, fp32 [N]."""
-        head = self.model.get_output_embeddings()
+        head = logit_head(self.model)
         return answer_divergence(
             hidden_1SE, dense_PE, head, batch["labels"], batch["cu_seq_lens"], self.loss_chunk, self.row_slice
         )

@@ -16,6 +16,7 @@ from elastic.config import SparseConfig
 from elastic.data.packing import Batch
 from elastic.kernels import Reach
 from elastic.model.attach import override_routes, set_row_slice
+from elastic.model.logits import logit_head
 from elastic.protocols import CausalLM
 from elastic.training.evaluation_module import packed_hidden_states
 from elastic.training.losses import answer_divergence, labelled_positions
@@ -83,5 +84,5 @@ class JudgedBatch:
         dense_PE = self.dense_answers
         with override_routes(self.model, route):
             hidden = packed_hidden_states(self.model, self.batch)
-        head, labels, bounds = self.model.get_output_embeddings(), self.batch["labels"], self.batch["cu_seq_lens"]
+        head, labels, bounds = logit_head(self.model), self.batch["labels"], self.batch["cu_seq_lens"]
         return answer_divergence(hidden, dense_PE, head, labels, bounds, self.loss_chunk)

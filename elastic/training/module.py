@@ -21,7 +21,9 @@ from elastic.data.tasks import TASKS
 from elastic.model.attach import drawn_by, last_features, last_routes, routers, set_temperature, update_statistics
 from elastic.model.checkpoint import MULTIPLIERS, is_trainable
 from elastic.model.compiling import compile_layers
+from elastic.model.layer_types import has_sinks
 from elastic.model.loading import architecture_hash
+from elastic.model.logits import logit_head
 from elastic.routing.methods import DEFAULT_METHODS
 from elastic.routing.relaxation import gumbel_noise
 from elastic.routing.router import entropy
@@ -123,7 +125,8 @@ class ElasticModule(RoutedModule):
             raise ValueError("the schedules need a number of steps; set trainer.max_steps or trainer.max_epochs")
         self.total_steps, self.noise_seed = int(steps), torch.initial_seed()
         dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else self.model.dtype
-        backend = backend_for(self.device, dtype, self.shape["head_dim"], training=True, sparse=self.elastic.sparse)
+        sinks = has_sinks(self.model.config)
+        backend = backend_for(self.device, dtype, self.shape["head_dim"], True, self.elastic.sparse, sinks)
         if self.trainer.is_global_zero:
             say(f"attention in training runs in {backend}", stream=sys.stderr)
 
@@ -221,7 +224,7 @@ class ElasticModule(RoutedModule):
         """Forward and backward of one micro-batch out of `parts`."""
         dense = self._dense_answers(batch) if self.objective.needs_dense else None
         hidden = self.hidden_states(batch)
-        state, task, head = last_routes(self.model), batch["task_id"], self.model.get_output_embeddings()
+        state, task, head = last_routes(self.model), batch["task_id"], logit_head(self.model)
         ratio = msr(state.route)
         routed = RoutedPass(
             batch, hidden, ratio, dense, head, self.loss_chunk, self._heads_alone, *shares, self.row_slice

@@ -6,7 +6,8 @@ import torch
 
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.model.attach import attach, elastic_config
-from tests.helpers.models import LAYERS, small_config, tiny_model, varied_routers
+from elastic.model.layer_types import sliding_windows
+from tests.helpers.models import small_config, tiny_model, varied_routers
 
 KINDS = ["full", "elastic"]
 
@@ -18,8 +19,9 @@ def routed(family="llama", kind="elastic", granule="token", seed=0):
     return model
 
 
-def new_cache(model, step=8, reserve=0):
-    return ElasticCache(LAYERS, elastic_config(model), reserve, step)
+def new_cache(model, step=8, reserve=0, **changes):
+    config = replace(elastic_config(model), **changes)
+    return ElasticCache(model.config.num_hidden_layers, config, reserve, step, sliding_windows(model.config))
 
 
 def generate(model, ids, mask=None, cache=None, steps=40, **options):

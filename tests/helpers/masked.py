@@ -34,6 +34,13 @@ def head_masks(plan: HeadPlan) -> Tensor:
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, scale: float) -> Tensor:
     """[B, Lq, H, D] of q [B, H, Lq, D] and the whole cache [B, K, Lk, D]."""
     mask = head_masks(plan).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    if plan.sinks_H is not None:  # a key of its own, whose value is nothing
+        scores = q.float() @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).float().transpose(2, 3) * scale
+        total = torch.logaddexp(
+            scores.masked_fill(~mask, float("-inf")).logsumexp(-1, keepdim=True), plan.sinks_H[:, None, None].float()
+        )
+        weights = scores.masked_fill(~mask, float("-inf")).sub(total).exp()
+        return (weights @ v.repeat_interleave(q.shape[1] // k.shape[1], 1).float()).to(q.dtype).transpose(1, 2)
     return attention(q, k, v, mask, scale).to(q.dtype).transpose(1, 2)
 
 

@@ -15,7 +15,10 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from elastic.config import ElasticConfig
+from elastic.model.families import key_projection
+from elastic.model.layer_types import routed_layers, sliding_windows
 from elastic.routing.router import STEEPNESS
+from tests.helpers.models import doubled
 
 NAME = "masked64"
 
@@ -68,15 +71,28 @@ class Reference:
 
     def __init__(self, model: Any) -> None:
         AttentionInterface.register(NAME, _attend)
-        self.model = copy.deepcopy(model).double()
+        self.model = doubled(copy.deepcopy(model))
         self.model.set_attn_implementation(NAME)
         self.given: Tensor | None = None
         self.keys: dict[int, Tensor] = {}  # of every layer, before RoPE and after the norm
-        for layer, block in enumerate(self.model.model.layers):
+        self.windows = sliding_windows(model.config)
+        self.places = {layer: place for place, layer in enumerate(routed_layers(model.config))}
+        for number, block in enumerate(self.model.model.layers):
             attn = block.self_attn
             attn.reference = self
-            keys = attn.k_norm if hasattr(attn, "k_norm") else attn.k_proj
+            if number in self.windows:
+                continue
+            layer = self.places[number]
+            keys = attn.k_norm if hasattr(attn, "k_norm") else key_projection(attn)
             keys.register_forward_hook(lambda _, __, found, layer=layer: self.keys.update({layer: found}))
+            if hasattr(attn, "qkv_proj"):  # queries, keys, values
+                heads, width = model.config.num_attention_heads, model.config.num_key_value_heads * attn.head_dim
+                first = heads * attn.head_dim
+                keys.register_forward_hook(
+                    lambda _, __, found, layer=layer, first=first, width=width: self.keys.update(
+                        {layer: found[..., first : first + width]}
+                    )
+                )
 
     def prepare(self, config: ElasticConfig, routers: list[Any], sample: Sample, decide: bool) -> None:
         """Say what the next call is about, and whether to decide the sample's last turn."""
@@ -101,17 +117,32 @@ class Reference:
         return found.sequences[0].tolist(), float(found.sequences_scores[0])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """[B, Lq, H, D] of the last Lq queries."""
+        """[B, Lq, H, D] of the last Lq queries in a decoder layer."""
         group = q.shape[1] // k.shape[1]
         scores = q @ k.repeat_interleave(group, 1).transpose(2, 3) * scale
+        number = layer
+        if layer in self.windows:  # the backbone's own
+            i, j = torch.arange(k.shape[2])[:, None], torch.arange(k.shape[2])[None]
+            seen = ((j <= i) & (j > i - self.windows[layer]))[None, -q.shape[2] :]
+            weights = self._weights(number, scores.masked_fill(~seen, float("-inf")))
+            return (weights @ v.repeat_interleave(group, 1)).transpose(1, 2)
+        layer = self.places[layer]
         full, few = self._masks(k.shape[2])
         if self.decide and q.shape[2] == k.shape[2]:
             decide = self._from_keys if self.config.router.kind == "paper" else self._from_reach
             margin = decide(layer, scores[0].masked_fill(~full, float("-inf")).softmax(-1).masked_fill(few, 0.0))
             self.margin.append(margin + self.config.sparsity_bias)
         seen = torch.where(self._streaming(layer, k.shape[2]).T[..., None], few, full)[:, -q.shape[2] :]
-        weights = scores.masked_fill(~seen.repeat_interleave(group, 0), float("-inf")).softmax(-1)
+        weights = self._weights(number, scores.masked_fill(~seen.repeat_interleave(group, 0), float("-inf")))
         return (weights @ v.repeat_interleave(group, 1)).transpose(1, 2)
+
+    def _weights(self, number: int, scores: Tensor) -> Tensor:
+        """Softmax of a decoder layer, with its attention sinks if it has them."""
+        sinks = getattr(self.model.model.layers[number].self_attn, "sinks", None)
+        if sinks is None:
+            return scores.softmax(-1)
+        sink = sinks[None, :, None, None].expand(*scores.shape[:3], 1)
+        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
 
     def _masks(self, length: int) -> tuple[Tensor, Tensor]:
         """Bool [S, S] each: what the queries of full and of streaming heads see."""
@@ -142,6 +173,8 @@ class Reference:
             first += [i for i in new if i < start + pool]
             last = [i for i in new if i >= max(start + pool, stop - pool)]
         keys, router = self.keys[layer][0], self.routers[layer]
+        if self.model.config.model_type == "gemma3_text":  # which norms them after it has parted the heads
+            keys = keys.transpose(0, 1)
         pooled = keys.reshape(len(keys), router.kv_heads, -1)[first + last].mean(0)
         return _margin(router, pooled[None].float())
 

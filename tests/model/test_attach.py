@@ -22,6 +22,7 @@ from elastic.model.attach import (
     update_statistics,
 )
 from elastic.model.families import prerope_keys
+from elastic.model.layer_types import stock_implementation
 from elastic.model.loading import load_backbone
 from tests.helpers.models import (
     FAMILIES,
@@ -63,7 +64,7 @@ def test_full_heads_and_detach_are_bit_identical_to_the_stock_model(family):
     detach(model)
     assert torch.equal(model(ids).logits, plain)
     assert torch.equal(model(padded, attention_mask=mask).logits, with_padding)
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == stock_implementation(model.config)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

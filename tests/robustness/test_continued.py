@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from elastic.cache.elastic_cache import ElasticCache
 from elastic.model.attach import (
     attach,
     elastic_config,
@@ -19,13 +18,14 @@ from elastic.model.attach import (
     routers,
     set_config,
 )
-from tests.helpers.models import FAMILIES, LAYERS, left_padded, random_ids, small_config, tiny_model, varied_routers
+from tests.helpers.cached import new_cache
+from tests.helpers.models import FAMILIES, left_padded, random_ids, small_config, tiny_model, varied_routers
 
 CACHES = {
     "dynamic": lambda model: DynamicCache(config=model.config),
     "static": lambda model: StaticCache(config=model.config, max_cache_len=90),
-    "full": lambda model: ElasticCache(LAYERS, replace(elastic_config(model), kv_cache="full"), step=8),
-    "elastic": lambda model: ElasticCache(LAYERS, replace(elastic_config(model), kv_cache="elastic"), step=8),
+    "full": lambda model: new_cache(model, kv_cache="full"),
+    "elastic": lambda model: new_cache(model, kv_cache="elastic"),
 }
 each_cache = pytest.mark.parametrize("kind", CACHES)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from elastic.model.attach import attach, detach, is_attached, override_routes, routers
-from tests.helpers.models import FAMILIES, KV_HEADS, random_ids, small_config, tiny_model, varied_routers
+from tests.helpers.models import FAMILIES, KV_HEADS, doubled, random_ids, small_config, tiny_model, varied_routers
 
 
 class Packed(nn.Module):
@@ -40,9 +40,9 @@ class Lora(nn.Module):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shapes_are_of_the_config_not_of_the_weights(family, weight):
     model, ids = tiny_model(family), random_ids(1, 40)
-    expected = model(ids).logits
+    expected, name = model(ids).logits, "qkv_proj" if family == "phi3" else "k_proj"
     for layer in model.model.layers:
-        layer.self_attn.k_proj = Packed(layer.self_attn.k_proj, weight)
+        setattr(layer.self_attn, name, Packed(getattr(layer.self_attn, name), weight))
     attach(model, small_config())
     assert {router.kv_heads for router in routers(model)} == {KV_HEADS}
     model(ids)
@@ -54,22 +54,23 @@ def test_shapes_are_of_the_config_not_of_the_weights(family, weight):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_detach_after_lora(family, merged):
     model, ids = attach(tiny_model(family), small_config()), random_ids(1, 40)
+    name = "qkv_proj" if family == "phi3" else "q_proj"
     for layer in model.model.layers:
-        layer.self_attn.q_proj = Lora(layer.self_attn.q_proj)
+        wrapped = Lora(getattr(layer.self_attn, name))
+        setattr(layer.self_attn, name, wrapped)
         if merged:
-            wrapped = layer.self_attn.q_proj
             with torch.no_grad():
                 wrapped.base_layer.weight += wrapped.lora_B.weight @ wrapped.lora_A.weight
-            layer.self_attn.q_proj = wrapped.base_layer
+            setattr(layer.self_attn, name, wrapped.base_layer)
     with override_routes(model, 0):
         expected = model(ids).logits
     detach(model)
-    assert not is_attached(model) and not any("router" in name for name, _ in model.named_modules())
+    assert not is_attached(model) and not any("attn.router" in name for name, _ in model.named_modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(model(ids).logits, expected)
 
 
-MOVES = [lambda m: m.bfloat16(), lambda m: m.to(torch.float16), lambda m: m.half(), lambda m: m.double()]
+MOVES = [lambda m: m.bfloat16(), lambda m: m.to(torch.float16), lambda m: m.half(), doubled]
 
 
 @pytest.mark.parametrize("move", MOVES)

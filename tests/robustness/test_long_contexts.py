@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -17,9 +18,10 @@ from elastic.data.shards import DataWriter, longest_sample, read_manifest, token
 from elastic.evaluation.routed_lm import RoutedLM
 from elastic.inference.serving.errors import RefusedError
 from elastic.inference.serving.reading import PromptReader
-from elastic.model.attach import attach, override_routes
+from elastic.model.attach import attach, detach, override_routes
 from elastic.model.loading import load_backbone, longest_context
 from elastic.training.resume import check_data
+from tests.helpers.cached import new_cache
 from tests.helpers.models import FAMILIES, random_ids, small_config, tiny_model
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -27,6 +29,13 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 3.0}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}  # fmt: skip
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.2, 1.4, 1.6], "long_factor": [2.0, 3.0, 4.0, 8.0],
+        "original_max_position_embeddings": 64}  # fmt: skip
+ROPES = {"yarn": YARN, "dynamic": DYNAMIC, "linear": LINEAR}
+# A configuration of phi3 takes longrope alone, which has tests of its own below.
+STRETCHED = [(family, name) for family in FAMILIES if family != "phi3" for name in ROPES]
 
 
 def stretched(rope, family="llama", limit=80):
@@ -42,10 +51,9 @@ def test_context_length(rope, tokens):
     assert context_length(stretched(rope).config) == tokens
 
 
-@pytest.mark.parametrize("rope", [YARN, DYNAMIC, LINEAR], ids=["yarn", "dynamic", "linear"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_beyond_the_first_length_are_answered_as_by_the_stock_model(family, rope):
-    ids, tokenizer = random_ids(1, 100), load_backbone("tiny")[1]
+@pytest.mark.parametrize(("family", "name"), STRETCHED)
+def test_prompts_beyond_the_first_length_are_answered_as_by_the_stock_model(family, name):
+    ids, tokenizer, rope = random_ids(1, 100), load_backbone("tiny")[1], ROPES[name]
     prompt = " ".join(["then"] * 100)
     options = {"max_new_tokens": 4, "do_sample": False}
     stock, model = stretched(rope, family), attach(stretched(rope, family), small_config())
@@ -57,6 +65,36 @@ def test_prompts_beyond_the_first_length_are_answered_as_by_the_stock_model(fami
     assert answer.report.prompt_tokens > 80 and answer.token_ids
     with pytest.raises(ValueError, match=f"the model reads at most {context_length(model.config)}"):
         elastic.generate(model, tokenizer, prompt * 4, chat_template=False, max_new_tokens=4)
+
+
+def phi3(original=64):
+    rope = {"rope_theta": 1e4, "partial_rotary_factor": 0.5, **LONG, "original_max_position_embeddings": original}
+    sizes = {"max_position_embeddings": 160, "original_max_position_embeddings": original}
+    return tiny_model("phi3", rope_parameters=rope, eos_token_id=None, **sizes)
+
+
+@pytest.mark.parametrize("length", [40, 64, 65, 100])
+def test_phi3_answers_as_the_stock_model_on_either_side_of_its_switch(length):
+    ids, options = random_ids(1, length), {"max_new_tokens": 8, "do_sample": False}
+    stock, model = phi3(), attach(phi3(), small_config())
+    expected = stock.generate(ids, **options)
+    with override_routes(model, 0):
+        assert torch.equal(model(ids).logits, stock(ids).logits)
+        for cache in (None, DynamicCache(config=model.config), new_cache(model)):
+            if length == 64:
+                with pytest.raises(ValueError, match="cross 64, where this model's RoPE takes its long factors"):
+                    model.generate(ids, past_key_values=cache, **options)
+                continue
+            assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+            assert cache is None or cache.get_seq_length() == length + 7
+    assert torch.equal(detach(model).generate(ids, **options), expected)
+
+
+def test_phi3_is_not_decoded_across_its_switch_by_hand():
+    model, cache = attach(phi3(), small_config()), DynamicCache()
+    model(random_ids(1, 64), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"cross 64.*end within 64"):
+        model(random_ids(1, 1), past_key_values=cache)
 
 
 def test_serving_and_evaluation_read_as_much():

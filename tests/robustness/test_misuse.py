@@ -13,8 +13,10 @@ def attached(**changes):
     return attach(tiny_model(**changes), small_config())
 
 
-@pytest.mark.parametrize("name", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+# transformers itself refuses SDPA to gpt-oss.
+@pytest.mark.parametrize(
+    ("family", "name"), [(f, name) for f in FAMILIES for name in ("sdpa", "eager") if (f, name) != ("gpt_oss", "sdpa")]
+)
 def test_another_attention_after_attach_is_refused(family, name):
     model = attached(family=family)
     ids = random_ids(1, 30)

@@ -10,9 +10,14 @@ from transformers import AutoModelForCausalLM
 
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.model.attach import attach, detach, elastic_config, override_routes
+from elastic.model.families import key_projection
 from elastic.model.saving import SavePretrained
 from tests.helpers.cached import new_cache, routed
 from tests.helpers.models import FAMILIES, KV_HEADS, LAYERS, random_ids, small_config, tiny_model, varied_routers
+
+
+def routed_layer(model):
+    return next(layer.self_attn for layer in model.get_decoder().layers if hasattr(layer.self_attn, "router"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -20,13 +25,16 @@ def test_hooks_of_users_run_once_and_see_whole_rows(family):
     model = attach(tiny_model(family), small_config())
     varied_routers(model)
     seen = []
-    attention = model.get_decoder().layers[0].self_attn
-    watched = [module for module in (attention.k_proj, getattr(attention, "k_norm", None)) if module is not None]
+    attention = routed_layer(model)
+    watched = [
+        module for module in (key_projection(attention), getattr(attention, "k_norm", None)) if module is not None
+    ]
     for module in watched:
         module.register_forward_hook(lambda _, args, out: seen.append(out.shape[:2]))
         module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
     model(random_ids(2, 30))
-    assert seen == [torch.Size([2, 30])] * (2 * len(watched))
+    late = family == "gemma3_text"  # its norm comes after the heads have parted
+    assert seen == [torch.Size([2, 30])] * 2 + [torch.Size([2, KV_HEADS if late else 30])] * (2 * len(watched) - 2)
 
 
 def test_global_hooks_see_no_pass_of_the_router_through_the_layer():
@@ -115,7 +123,7 @@ def test_what_is_saved_is_the_backbone(family, tmp_path, recwarn):
     for number, saved in enumerate((model, copy.deepcopy(model))):
         with pytest.warns(UserWarning, match=r"without its routers; elastic\.save_elastic"):
             saved.save_pretrained(tmp_path / str(number))
-        assert "model.layers.0.self_attn.router.count" in saved.state_dict()
+        assert any(name.endswith("self_attn.router.count") for name in saved.state_dict())
         again, told = AutoModelForCausalLM.from_pretrained(tmp_path / str(number), output_loading_info=True)
         assert not told["unexpected_keys"] and not told["missing_keys"]
         assert torch.equal(again(ids).logits, stock)

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from elastic.model.attach import attach, route_of
-from tests.helpers.models import FAMILIES, random_ids, small_config, tiny_model, varied_routers
+from tests.helpers.models import FAMILIES, HYBRIDS, random_ids, small_config, tiny_model, varied_routers
 
 ROWS = 4
 
@@ -54,6 +54,11 @@ def test_a_crop_keeps_the_start_or_is_refused(family):
         with pytest.raises(ValueError, match=r"cropping to 3 tokens cuts the tokens up to \[8\] that the routes"):
             cache.crop(cut)
     assert cache.get_seq_length() == 40
+    if family in HYBRIDS:
+        with pytest.raises(ValueError, match="the model's sliding layers of 12 tokens have dropped"):
+            cache.crop(-30)
+        assert cache.get_seq_length() == cache.get_seq_length(1) == 40
+        return
     cache.crop(-30)
     model(ids[:, 10:], past_key_values=cache)
     assert cache.get_seq_length() == 40

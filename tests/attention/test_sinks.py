@@ -1,0 +1,115 @@
+"""Attention sinks (gpt-oss): outputs and gradients against softmax written out in fp64, and what does not run them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from elastic.attention.head_plan import HeadPlan
+from elastic.attention.layout import batch_layout
+from elastic.attention.routed import backend_for, routed_attention
+from elastic.attention.row_slice import RowSlice
+from elastic.attention.torch_path import attend, attend_with_sinks
+from elastic.config import SparseConfig
+from elastic.model.attach import attach, set_row_slice
+from tests.helpers.models import random_ids, small_config, tiny_model
+
+SPARSE = SparseConfig(sink=4, window=16, block=4)
+
+
+def written_out(q, k, v, mask, scale, sinks):
+    """exp(scores) / (sum of exp(scores) + exp(sink)) in fp64."""
+    scores = (q @ k.transpose(2, 3) * scale).masked_fill(~mask, float("-inf"))
+    total = torch.logaddexp(scores.logsumexp(-1), sinks.expand(scores.shape[:-1]))
+    return (scores - total[..., None]).exp() @ v
+
+
+def as_torch(q, k, v, mask, scale, sinks):
+    """PyTorch's softmax with the sink as a key that has a bias and no value."""
+    key, value = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf")).expand(*q.shape[:3], -1)
+    bias = torch.cat([bias, sinks.expand(q.shape[:3])[..., None]], -1)
+    return F.softmax(q @ key.transpose(2, 3) * scale + bias, -1) @ value
+
+
+def outcome(function, tensors, weight, dtype):
+    """The output, and the gradients of q, k, v and the sinks."""
+    inputs = [x.to(dtype).requires_grad_() for x in tensors]
+    mask = torch.ones(weight.shape[2], weight.shape[2]).tril().bool()
+    out = function(*inputs[:3], mask, 8**-0.5, inputs[3])
+    return [out, *torch.autograd.grad((out * weight.to(dtype)).sum(), inputs)]
+
+
+def errors_of(function, problems):
+    """Relative errors [problems, 5] in fp32 against softmax written out in fp64."""
+    rows = []
+    for tensors, weight in problems:
+        found, exact = (
+            outcome(f, tensors, weight, d) for f, d in ((function, torch.float32), (written_out, torch.float64))
+        )
+        rows.append([float(((x - y).norm() / y.norm()).detach()) for x, y in zip(found, exact, strict=True)])
+    return torch.tensor(rows)
+
+
+def test_forward_and_backward_are_as_exact_as_pytorchs_softmax():
+    """Over 500 problems, in the mean and at worst. (Of a single one PyTorch's own error may be small by luck.)"""
+    generator, problems = torch.Generator().manual_seed(0), []
+    for number in range(500):
+        shape, spread = (1, 2, 3 + 7 * number % 40, 8), 0.2 + number % 20 / 3
+        q, k, v, weight = (torch.randn(shape, generator=generator) for _ in range(4))
+        problems.append(((spread * q, spread * k, v, spread * torch.randn(2, 1, generator=generator)), weight))
+    ours, theirs = errors_of(attend_with_sinks, problems), errors_of(as_torch, problems)
+    assert bool((ours.mean(0) <= 2 * theirs.mean(0)).all()) and float(theirs.mean(0).min()) > 0
+    assert bool((ours.max(0).values <= 2 * theirs.max(0).values).all())
+
+
+@pytest.mark.parametrize("modes", [[0, 0], [1, 1], [0, 1]], ids=["full", "streaming", "both"])
+def test_modes_take_the_sink_of_each_query_head(modes):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 50, 8), torch.randn(1, 2, 50, 8), torch.randn(1, 2, 50, 8)
+    plan = HeadPlan.build(torch.tensor([modes], dtype=torch.float32), SPARSE, batch_layout(1, 50, 0, q.device, None))
+    plain = attend(q, k, v, plan, 8**-0.5)
+    none = attend(q, k, v, replace(plan, sinks_H=torch.full((4,), -1e4)), 8**-0.5)
+    torch.testing.assert_close(none, plain)
+    sinks = torch.tensor([-1e4, 0.0, 3.0, 1e4])
+    found = attend(q, k, v, replace(plan, sinks_H=sinks), 8**-0.5)
+    torch.testing.assert_close(found[:, :, 0], plain[:, :, 0])
+    assert float(found[:, :, 3].abs().max()) == 0
+    assert bool((found[:, :, 1:3].abs() < plain[:, :, 1:3].abs() + 1e-6).all())
+    ratio = found[:, :, 1:3] / plain[:, :, 1:3]
+    assert float(ratio.std(-1).max()) < 1e-3  # one share for all of a head's numbers
+
+
+def test_the_kernels_are_refused_by_name(monkeypatch):
+    from elastic.attention import routed
+
+    assert backend_for(torch.device("cuda"), torch.bfloat16, 64, sinks=True) == (
+        "torch (cuda; the kernels do not know attention sinks)"
+    )
+    monkeypatch.setattr(routed, "unsupported_reason", lambda *_: None)
+    monkeypatch.setattr(routed, "fused", lambda *_: pytest.fail("a kernel ran"))
+    q = torch.randn(1, 2, 30, 64)
+    plan = HeadPlan.build(torch.zeros(1, 2), SPARSE, batch_layout(1, 30, 0, q.device, None))
+    plan = replace(plan, sinks_H=torch.zeros(2))
+    assert routed_attention(q, q, q, torch.zeros(1, 2), plan, 0.1).output.shape == (1, 30, 2, 64)
+
+
+def test_head_dim_256_runs_in_torch_with_the_reason():
+    assert backend_for(torch.device("cuda"), torch.bfloat16, 256) == (
+        "torch (cuda; bfloat16, head dim 256: the kernels take bf16 and fp16, 64 and 128)"
+    )
+
+
+SLICES = {"gpt_oss": "attention sinks|sliding layers", "olmo3": "this backbone's own sliding layers cross slices"}
+
+
+@pytest.mark.parametrize(("family", "told"), SLICES.items())
+def test_slices_of_rows_are_refused(family, told):
+    class Half(RowSlice):
+        size = 2
+
+    model = attach(tiny_model(family), small_config())
+    set_row_slice(model, Half())
+    with pytest.raises(ValueError, match=told), torch.no_grad():
+        model(random_ids(1, 20), cu_seq_lens=torch.tensor([0, 40]), use_cache=False)
