@@ -66,8 +66,8 @@ def head_share(model: CausalLM, layers: list[AttentionModule]) -> HeadShare:
         )
     if not hasattr(first, "k_proj") or sliding_windows(model.config) or has_sinks(model.config):
         raise ValueError(
-            f"a {model.config.model_type} model was cut into {parts} parts by tensor parallelism, but fused projections, "
-            "sliding layers and attention sinks are routed in whole models only; load it without tp_plan"
+            f"a {model.config.model_type} model was cut into {parts} parts by tensor parallelism, but fused "
+            "projections, sliding layers and attention sinks are routed in whole models only; load it without tp_plan"
         )
     norm: Any = getattr(first, "k_norm", None)
     if norm is not None and tuple(norm.weight.shape) != (first.head_dim,):

@@ -125,6 +125,11 @@ def test_what_cannot_be_cut_is_refused():
     olmo._tp_size = 2
     with pytest.raises(ValueError, match="norms the keys of all heads together"):
         attach(olmo, small_config())
+    for family in ("phi3", "gemma3_text", "gpt_oss"):
+        model = tiny_model(family, num_key_value_heads=2)
+        model._tp_size = 2
+        with pytest.raises(ValueError, match=f"{family} model was cut.*routed in whole models only"):
+            attach(model, small_config())
 
 
 def test_training_and_saving_of_a_part_are_refused(tmp_path):
