@@ -168,6 +168,23 @@ def test_nothing_is_said_where_nothing_was_changed(data, begun, tmp_path, capsys
     assert "resumed with other settings" not in capsys.readouterr().err
 
 
+LATER = ("top_k", "chunk", "min_budget")  # settings of the sparse pattern that came after the first ones
+
+
+@pytest.mark.parametrize("lacking", [LATER[:1], LATER, (*LATER, "threshold")])
+def test_a_run_from_before_a_setting_of_the_pattern_is_resumed(lacking, data, begun, tmp_path, capsys):
+    """It ran with the setting's default; another value is another run."""
+    shutil.copytree(begun, tmp_path / "run")
+    checkpoint = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    for name in lacking:
+        del checkpoint["elastic"]["sparse"][name]
+    torch.save(checkpoint, tmp_path / "run" / "last.ckpt")
+    assert cli.main(["fit", *resumed(data, tmp_path, 6, "--model.elastic.sparse.top_k=3")]) == 2
+    assert "'top_k': None" in capsys.readouterr().err
+    assert cli.main(["fit", *resumed(data, tmp_path, 9)]) == 0
+    assert final_state(tmp_path)["global_step"] == 9
+
+
 @pytest.mark.parametrize("left", ["both", "last.ckpt", "checkpoint"])
 @pytest.mark.parametrize("given", [None, "other"])
 def test_a_used_folder_is_not_trained_over(given, left, data, begun, tmp_path, capsys):
