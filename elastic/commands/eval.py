@@ -121,9 +121,10 @@ def run(args: argparse.Namespace) -> None:
         logging.getLogger(package).setLevel(logging.ERROR)  # their notes on things that are meant
     processes = launch(args.device, args.devices)
     began = time.perf_counter()
-    if args.sweep is not None:
-        make_ranking(replace(plan, device=str(processes.device)), args.sweep)  # one makes it, the others wait
-    rows = run(plan, methods, args.out, processes)
+    with processes.ending_together():
+        if args.sweep is not None:
+            make_ranking(replace(plan, device=str(processes.device)), args.sweep)  # one makes it, the others wait
+        rows = run(plan, methods, args.out, processes)
     if processes.rank:
         return
     tables = "\n\n".join(filter(None, (summary_table(rows), group_table(rows))))

@@ -2,7 +2,9 @@
 each other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from subprocess import Popen
 from typing import Any, TypeVar
 
 import torch
@@ -17,11 +19,26 @@ class Processes:
     Attributes:
         rank, count: which of them this is, and how many there are.
         device: where this one computes.
+
+    Args:
+        started: those that this process has started.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, several = device, dist.is_available() and dist.is_initialized()
+    def __init__(self, device: torch.device, started: Sequence["Popen[Any]"] = ()) -> None:
+        self.device, self._started, several = device, started, dist.is_available() and dist.is_initialized()
         self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+
+    @contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """Inside, an error or a stop of this process stops those that it started. They end after it, without a word;
+        otherwise each would say at length that it has lost its connection.
+        """
+        try:
+            yield
+        except BaseException:
+            for process in self._started:
+                process.terminate()
+            raise
 
     def agree(self, decide: Callable[[], T]) -> T:
         """What the first process decides, on all of them."""
@@ -82,4 +99,4 @@ def launch(device: str, devices: int) -> Processes:
     fabric.launch()
     if place.type == "cuda":
         torch.cuda.set_device(fabric.device)
-    return Processes(fabric.device)
+    return Processes(fabric.device, getattr(fabric.strategy.launcher, "procs", ()))

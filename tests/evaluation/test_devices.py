@@ -1,6 +1,10 @@
 """`elastic eval --devices 2`: two processes share the samples of every task; the results are those of one."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +12,8 @@ import pytest
 from elastic import cli
 from elastic.model.loading import load_backbone
 from elastic.training.launch import Processes, launch
-from tests.helpers.training import elastic_command
+from tests.helpers.processes import gone
+from tests.helpers.training import command_environment, elastic_command
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 pytest.importorskip("wonderwords", reason="the extra `eval` is not installed")
@@ -51,6 +56,34 @@ def test_two_processes_find_what_one_finds(backbone, tmp_path):
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "two" / "out" / "samples").iterdir()}
     evaluated(tmp_path / "two", backbone, "--devices", "2")
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "two" / "out" / "samples").iterdir()}
+
+
+@pytest.mark.parametrize(("ends", "code"), [("SIGTERM", 130), ("a folder in the way", 2)])
+def test_where_the_first_process_ends_the_others_end_without_a_word(ends, code, backbone, tmp_path):
+    samples = tmp_path / "out" / "samples"
+    given = ["--backbone", str(backbone), "--tasks", "ruler_fwe", "--lengths", "1024", "--limit", "8", "--batch-size"]
+    given += ["2", "--methods", "dense", "streaming", "random:0.5", "--out", "out", "--devices", "2"]
+    environment = {"ELASTIC_CACHE": str(backbone / "cache"), "MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": ""}
+    if code == 2:
+        (samples / "streaming.ruler_fwe.1024.jsonl").mkdir(parents=True)
+    with open(tmp_path / "log", "wb") as log:
+        started = subprocess.Popen(
+            [sys.executable, "-m", "elastic", "eval", *given], cwd=tmp_path, stdout=log, stderr=log,
+            env=command_environment(**environment), start_new_session=True,
+        )  # fmt: skip
+    until = time.monotonic() + 120
+    while not (samples / "dense.ruler_fwe.1024.jsonl").is_file():
+        assert started.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    if code == 130:
+        started.send_signal(getattr(signal, ends))
+    try:
+        ended = started.wait(60)
+    finally:
+        left = not gone(started.pid)
+    said = (tmp_path / "log").read_text()
+    assert not left and ended == code, said[-3000:]
+    assert "Traceback" not in said and said.count("elastic eval: ") == 1, said[-3000:]
 
 
 def test_one_process_is_alone():
