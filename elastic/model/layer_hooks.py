@@ -30,6 +30,7 @@ from elastic.attention.spans import check_prompts, check_user, pairs
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.route_record import RouteRecord, check_depth, find_record, new_record
 from elastic.model.families import RoutedAttention, prerope_keys
+from elastic.model.layer_types import SLIDING
 from elastic.model.long_rope import check_one_rotation
 from elastic.model.pass_state import AttachedState, ForwardPass, LayerCall, PendingCall, forced_on
 from elastic.protocols import KVCache
@@ -67,6 +68,7 @@ def before_decoder(
             f"the ElasticCache was made for sliding windows {cache.windows} by layer, but the model has "
             f"{state.windows}; make it with elastic.new_cache(model)"
         )
+    _check_mask(state, kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
     of_pass = _begin(state, args, kwargs)
     if state.rope_switch is not None:
         check_one_rotation(state.rope_switch, of_pass.layout.past, of_pass.layout.keys)
@@ -101,6 +103,15 @@ def before_attention(attn: RoutedAttention, args: Args, kwargs: dict[str, Any]) 
         return args, {**kwargs, CALL: PendingCall(of_pass, cache, dropped)}
     decision = route_layer(attn, args[0] if args else kwargs["hidden_states"], of_pass, cache, dropped)
     return args, {**kwargs, CALL: _planned(decision, layer, of_pass, cache)}
+
+
+def _check_mask(state: AttachedState, mask: Any) -> None:
+    """Refuse masks by layer type that leave the backbone's own sliding layers out."""
+    if state.windows and isinstance(mask, dict) and SLIDING not in mask:
+        raise ValueError(
+            f"attention_mask is a dict of {', '.join(map(str, mask)) or 'nothing'}, but the model has layers of "
+            f"{SLIDING} too; pass the tokenizer's 2D mask"
+        )
 
 
 def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardPass:
