@@ -64,6 +64,7 @@ class RouteRecord:
         layout: of the prompt or turn that the routes were decided on.
         override: what `override_routes` gave at that time.
         earlier: the turns before the one that `layers` decided.
+        rotation: by which factors the cached keys were rotated (`elastic.model.long_rope.rotation`).
     """
 
     layers: dict[int, Tensor] = field(default_factory=dict)
@@ -74,6 +75,7 @@ class RouteRecord:
     layout: Layout | None = None
     override: int | Tensor | None = None
     earlier: list[Turn] = field(default_factory=list)
+    rotation: int = 0
     _modes: tuple[int | Tensor | None, tuple[bool, SparseConfig], Tensor] | None = None
 
     @property
@@ -177,10 +179,16 @@ class RouteRecord:
             moved_N: int64; by how many key positions each sample, one's own first, was moved.
 
         Raises:
-            ValueError: conversations of several turns, which differ from row to row.
+            ValueError: conversations of several turns, which differ from row to row, or keys that were rotated by
+                different factors.
         """
         if self.earlier or other.earlier:
             raise ValueError("caches join after their first prompt; one of them has read a later turn")
+        if self.rotation != other.rotation:
+            raise ValueError(
+                "caches join where RoPE has rotated their keys by the same factors; one of them holds more tokens than "
+                "the short factors are for, the other does not"
+            )
         for name in ("layers", "heads", "densities"):
             ours, theirs = getattr(self, name), getattr(other, name)
             setattr(self, name, {layer: torch.cat([ours[layer], theirs[layer]]) for layer in ours})

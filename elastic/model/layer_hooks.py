@@ -31,7 +31,7 @@ from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.route_record import RouteRecord, check_depth, find_record, new_record
 from elastic.model.families import RoutedAttention, prerope_keys
 from elastic.model.layer_types import SLIDING
-from elastic.model.long_rope import check_one_rotation
+from elastic.model.long_rope import check_one_rotation, check_whole_rows, rotation, tokens_by_position
 from elastic.model.pass_state import AttachedState, ForwardPass, LayerCall, PendingCall, forced_on
 from elastic.protocols import KVCache
 from elastic.routing.decision import decide_from_keys, decide_from_reach
@@ -70,14 +70,29 @@ def before_decoder(
         )
     _check_mask(state, kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
     of_pass = _begin(state, args, kwargs)
-    if state.rope_switch is not None:
-        check_one_rotation(state.rope_switch, of_pass.layout.past, of_pass.layout.keys)
+    if state.rope_switches:
+        positions = kwargs.get("position_ids", args[2] if len(args) > 2 else None)
+        _rotate_as_cached(state.rope_switches, of_pass, positions, find_record(cache))
     state.last.watched = bool(kwargs.get(_WATCH, getattr(decoder.config, _WATCH, False)))
     if of_pass.mode_LNK is None:
         state.last.record = of_pass.record
     if isinstance(cache, ElasticCache):
         cache.begin_pass(of_pass.mode_LNK if of_pass.layout.queries == 1 else None, of_pass.override, of_pass.config)
     return args, {**kwargs, CALL: of_pass}
+
+
+def _rotate_as_cached(
+    switches: tuple[int, ...], of_pass: ForwardPass, positions: Tensor | None, record: RouteRecord | None
+) -> None:
+    """Note by which factors RoPE rotates in a pass, which must be those of the cached keys."""
+    layout = of_pass.layout
+    check_whole_rows(switches, layout, of_pass.row_slice)
+    tokens = tokens_by_position(positions, layout)
+    if tokens is None:
+        return
+    of_pass.rotation = rotation(switches, tokens)
+    if layout.past and record is not None:
+        check_one_rotation(switches, record.rotation, tokens)
 
 
 def before_attention(attn: RoutedAttention, args: Args, kwargs: dict[str, Any]) -> tuple[Args, dict[str, Any]]:
@@ -257,7 +272,7 @@ def _settled(
         decision = replace(decision, route_NK=torch.where(dropped_NK, streaming, decision.route_NK), mode_NK=None)
     if record is not None:
         record.set_route(layer, decision.route_NK)
-        record.layout, record.override = of_pass.layout, of_pass.override
+        record.layout, record.override, record.rotation = of_pass.layout, of_pass.override, of_pass.rotation
     return decision
 
 
