@@ -199,6 +199,25 @@ def test_checkpoints_go_by_routed_layers(tmp_path):
                   tmp_path / "routers")  # fmt: skip
 
 
+MOVED = {
+    "other layers": (("olmo3", {"layer_types": [f"{kind}_attention" for kind in
+                                ("full", "sliding", "full", "sliding", "full")]}),
+                     r"routed_layers=\[1, 3, 4\], but this backbone has routed_layers=\[0, 2, 4\]"),
+    "more sliding layers": (("olmo3", {"num_hidden_layers": 6, "layer_types": [*SLIDING["layer_types"],
+                                       "sliding_attention"]}),
+                            "decoder_layers=5, but this backbone has decoder_layers=6"),
+    "no sliding layers": (("olmo2", {}), r"routed_layers=\[1, 3, 4\], but this backbone has routed_layers=all"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MOVED)
+def test_checkpoints_whose_routers_sit_in_other_layers_are_refused(tmp_path, case):
+    (family, changes), told = MOVED[case]
+    save_elastic(tmp_path / "routers", routed("olmo3"), "tiny")
+    with pytest.raises(ValueError, match=told):
+        load_into(tiny_model(family, **changes), tmp_path / "routers")
+
+
 REFUSED = {
     "no full layer": ("olmo3", {"layer_types": ["sliding_attention"] * 5}, "every layer has its own sliding window"),
     "Mistral's, which is for all layers": ("mistral", {}, "layer 1 has its own sliding window of 12 tokens"),
