@@ -205,6 +205,21 @@ def test_requests_of_two_rotations_do_not_decode_together():
         caches[0].join(caches[1])
 
 
+def test_a_served_answer_ends_before_the_rotation_changes():
+    """As long as it may be it is answered; a token more would fail whoever decodes beside it."""
+    model, tokenizer = attach(phi3(), small_config()), load_backbone("tiny")[1]
+    reader = PromptReader(model, tokenizer)
+    try:
+        assert [reader.room_after(length) for length in (30, 64, 65, 100, 159)] == [35, 1, 95, 60, 1]
+    finally:
+        reader.close()
+    for length in (30, 64):
+        ids, room = random_ids(1, length), reader.room_after(length)
+        assert model.generate(ids, max_new_tokens=room, do_sample=False).shape[1] == length + room
+        with pytest.raises(ValueError, match="cross 64"):
+            model.generate(ids, max_new_tokens=room + 1, do_sample=False)
+
+
 def test_serving_and_evaluation_read_as_much():
     tokenizer = load_backbone("tiny")[1]
     model = attach(stretched(YARN), small_config())
