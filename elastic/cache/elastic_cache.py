@@ -23,7 +23,14 @@ from elastic.attention.modes import STREAMING
 from elastic.cache.decode_attention import Stored
 from elastic.cache.kv_pool import KVPool, Visible, slot_of, upload, visible_slots
 from elastic.cache.layer import ElasticLayer
-from elastic.cache.route_record import RouteRecord, check_windows, find_record, new_record, same_override
+from elastic.cache.route_record import (
+    RouteRecord,
+    check_windows,
+    find_record,
+    new_record,
+    removed_tokens,
+    same_override,
+)
 from elastic.cache.sliding_layer import SlidingLayer
 from elastic.config import ElasticConfig
 
@@ -298,7 +305,7 @@ class ElasticCache(Cache):
             ValueError: keys that streaming heads have dropped would be visible again, or a prompt's start that the
                 router has pooled would be cut.
         """
-        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
+        removed = removed_tokens(self.seen, tokens_to_remove)
         if self.seen == 0:
             return
         if removed == 0:
@@ -321,7 +328,7 @@ class ElasticCache(Cache):
                     f"cropping {removed} tokens would make keys visible that streaming heads have dropped (sample "
                     f'{sample} holds {count} tokens); use kv_cache="full", or copy.deepcopy the cache before'
                 )
-        check_windows(self)
+        check_windows(self, removed)
         for own in self.sliding:
             own.crop(-removed)
         self._lengthen(-removed)

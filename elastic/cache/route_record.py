@@ -64,6 +64,7 @@ class RouteRecord:
         layout: of the prompt or turn that the routes were decided on.
         override: what `override_routes` gave at that time.
         earlier: the turns before the one that `layers` decided.
+        rotation: by which factors the cached keys were rotated (`elastic.model.long_rope.rotation`).
     """
 
     layers: dict[int, Tensor] = field(default_factory=dict)
@@ -74,6 +75,7 @@ class RouteRecord:
     layout: Layout | None = None
     override: int | Tensor | None = None
     earlier: list[Turn] = field(default_factory=list)
+    rotation: int = 0
     _modes: tuple[int | Tensor | None, tuple[bool, SparseConfig], Tensor] | None = None
 
     @property
@@ -177,10 +179,16 @@ class RouteRecord:
             moved_N: int64; by how many key positions each sample, one's own first, was moved.
 
         Raises:
-            ValueError: conversations of several turns, which differ from row to row.
+            ValueError: conversations of several turns, which differ from row to row, or keys that were rotated by
+                different factors.
         """
         if self.earlier or other.earlier:
             raise ValueError("caches join after their first prompt; one of them has read a later turn")
+        if self.rotation != other.rotation:
+            raise ValueError(
+                "caches join where RoPE has rotated their keys by the same factors; one of them holds more tokens than "
+                "the short factors are for, the other does not"
+            )
         for name in ("layers", "heads", "densities"):
             ours, theirs = getattr(self, name), getattr(other, name)
             setattr(self, name, {layer: torch.cat([ours[layer], theirs[layer]]) for layer in ours})
@@ -246,8 +254,9 @@ class _Followed:
         if record is None or record.layout is None:
             return self.inner(what)
         if self.name == "crop":
-            _check_crop(record, int(self.cache.get_seq_length()), what)
-            check_windows(self.cache)
+            seen = int(self.cache.get_seq_length())
+            _check_crop(record, seen, what)
+            check_windows(self.cache, removed_tokens(seen, what))
             return self.inner(what)
         found = self.inner(what)  # first: a cache that cannot do this must keep its record
         record.select(self._chosen(what, record.layout.row_N))
@@ -262,7 +271,7 @@ class _Followed:
 
 def _check_crop(record: RouteRecord, seen: int, tokens_to_remove: int) -> None:
     """Refuse to cut what the routes of a later turn are decided on, or a row's first token, short of the whole."""
-    left = seen + tokens_to_remove if tokens_to_remove <= 0 else min(seen, tokens_to_remove)
+    left = seen - removed_tokens(seen, tokens_to_remove)
     if record.layout is None or left <= 0:
         return
     needed, what = record.pooled_end_N, "that the routes were decided on"
@@ -273,17 +282,32 @@ def _check_crop(record: RouteRecord, seen: int, tokens_to_remove: int) -> None:
         raise ValueError(f"cropping to {left} tokens cuts the tokens up to {kept} {what}; start from an empty cache")
 
 
-def check_windows(cache: KVCache) -> None:
+def removed_tokens(seen: int, asked: int) -> int:
+    """How many tokens `crop(asked)` takes from a cache of `seen`: -n takes n; a positive number is the length to keep
+    (transformers before 5.20).
+    """
+    return -asked if asked <= 0 else max(0, seen - asked)
+
+
+def check_windows(cache: KVCache, removed: int) -> None:
     """Refuse to crop a cache whose sliding layers, the backbone's own, have dropped keys that would be visible again.
+    A layer that records its past for candidates holds what was read since it was last cropped.
+
+    Args:
+        removed: tokens that the crop takes.
 
     Raises:
         ValueError: they have.
     """
     for layer in cache.layers:
-        if not getattr(layer, "is_sliding", False) or getattr(layer, "record_past", False):
+        if not getattr(layer, "is_sliding", False):
             continue
         window = getattr(layer, "sliding_window", None) or layer.max_cache_len  # of a static cache
-        if layer.get_seq_length() >= window:
+        seen = layer.get_seq_length()
+        dropped = seen >= window
+        if dropped and getattr(layer, "record_past", False):
+            dropped = layer.keys.shape[2] - removed < min(window - 1, seen - removed)
+        if dropped:
             raise ValueError(
                 f"cropping would make keys visible that the model's sliding layers of {window} tokens have dropped; "
                 "copy.deepcopy the cache before, or start from an empty one"

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from elastic.attention.routed import backend_for
 from elastic.cache.elastic_cache import ElasticCache
+from elastic.cache.route_record import route_of
 from elastic.config import SparseConfig
 from elastic.model.attach import elastic_config
 from elastic.model.layer_types import sliding_windows
+from elastic.model.long_rope import check_one_rotation, switch_lengths
 from elastic.protocols import CausalLM, CausalLMOutput
 
 
@@ -28,7 +30,7 @@ class DecodeGraph:
     """
 
     def __init__(self, model: CausalLM, cache: ElasticCache) -> None:
-        self.forward, self.cache = model.forward, cache
+        self.forward, self.cache, self.switches = model.forward, cache, switch_lengths(model.config)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.version = -1
         self.token_B1 = self.logits_B1V = torch.zeros(0)
@@ -36,6 +38,8 @@ class DecodeGraph:
     @torch.no_grad()
     def step(self, token_B1: Tensor) -> Tensor:
         """Append a token [B, 1] and return the logits [B, 1, V] that follow it; the next step overwrites them."""
+        if self.switches:  # a replay runs no hook
+            check_one_rotation(self.switches, route_of(self.cache).rotation, max(self.cache.counts) + 1)
         if self.cache.steps_left < 1 or self.version != self.cache.version:
             self.graph = None
             logits = self.run(token_B1)  # grows the storage, and warms up what a capture must find in place

@@ -26,7 +26,7 @@ from elastic.model.families import FAMILIES, RoutedAttention, attention_layers
 from elastic.model.generation import unwatch, watch
 from elastic.model.layer_hooks import before_attention, before_decoder
 from elastic.model.layer_types import sliding_windows
-from elastic.model.long_rope import keep_cache, keep_no_cache, switch_length
+from elastic.model.long_rope import keep_cache, keep_no_cache, switch_lengths
 from elastic.model.outside import device_of, unwrapped
 from elastic.model.pass_state import AttachedState, PassRecord, PassRoutes, forced_on, forcing
 from elastic.model.saving import save_as_before, save_backbone_alone
@@ -117,7 +117,7 @@ def attach(model: Model, config: ElasticConfig | None = None) -> Model:
     trainable = [(named.get(id(parameter), ""), parameter, parameter.requires_grad) for parameter in model.parameters()]
     handle = Handle(AttachedState(config, share.parts), bare.config._attn_implementation, trainable, share)
     handle.state.places = {attn.layer_idx: place for place, attn in enumerate(layers)}
-    handle.state.windows, handle.state.rope_switch = sliding_windows(bare.config), switch_length(bare.config)
+    handle.state.windows, handle.state.rope_switches = sliding_windows(bare.config), switch_lengths(bare.config)
     try:
         _install(bare, handle, layers, made)
     except BaseException:
@@ -150,7 +150,7 @@ def _install(model: CausalLM, handle: Handle, layers: list[AttentionModule], mad
         handle.hooks.append(attn.register_forward_pre_hook(before_attention, with_kwargs=True))
     watch(model, handle.state)
     save_backbone_alone(model)
-    keep_cache(model, handle.state.rope_switch)
+    keep_cache(model, handle.state.rope_switches)
     decoder = model.get_decoder()
     chunk(decoder, handle.state.chunk_tokens)
     hook = partial(before_decoder, handle.state)

@@ -30,6 +30,7 @@ FORMAT = 1
 WEIGHTS, METADATA = "router.safetensors", "elastic.json"
 MULTIPLIERS = "multipliers."  # prefix; which ones there are depends on the objective
 _SHAPE = ("num_layers", "num_kv_heads", "head_dim")
+_PLACES, _ALL = ("routed_layers", "decoder_layers"), "all"  # of backbones with sliding layers of their own
 _WAY_OUT = "restore the checkpoint from a copy or train again"
 
 
@@ -219,6 +220,13 @@ def _check_backbone(mine: dict[str, Any], metadata: dict[str, Any], path: str | 
             raise ValueError(
                 f"checkpoint {path} was trained on {name!r} with {key}={theirs[key]}, but this backbone has "
                 f"{key}={mine[key]}; load the backbone it was trained on"
+            )
+    for key in _PLACES:
+        if mine.get(key) != theirs.get(key):
+            raise ValueError(
+                f"checkpoint {path} was trained on {name!r} with {key}={theirs.get(key, _ALL)}, but this backbone has "
+                f"{key}={mine.get(key, _ALL)}, so routers would sit in other layers; load the backbone it was trained "
+                "on"
             )
     other = [key for key, value in mine.items() if value != theirs.get(key)]
     if other:

@@ -13,7 +13,7 @@ FAMILIES = (
     "cohere", "cohere2", "gemma3_text", "glm4", "gpt_oss", "granite", "granitemoe", "llama", "ministral", "mistral",
     "mixtral", "olmo2", "olmo3", "olmoe", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3",
 )  # fmt: skip
-_DROPOUTS = ("resid_pdrop",)  # of the layer, beside attention's own
+_DROPOUTS = ("resid_pdrop", "router_jitter_noise")  # of the layer, beside attention's own: Phi's, Mixtral's
 
 
 class RoutedAttention(KeyProjection, Protocol):

@@ -30,7 +30,8 @@ from elastic.attention.spans import check_prompts, check_user, pairs
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.route_record import RouteRecord, check_depth, find_record, new_record
 from elastic.model.families import RoutedAttention, prerope_keys
-from elastic.model.long_rope import check_one_rotation
+from elastic.model.layer_types import SLIDING
+from elastic.model.long_rope import check_one_rotation, check_whole_rows, rotation, tokens_by_position
 from elastic.model.pass_state import AttachedState, ForwardPass, LayerCall, PendingCall, forced_on
 from elastic.protocols import KVCache
 from elastic.routing.decision import decide_from_keys, decide_from_reach
@@ -67,15 +68,31 @@ def before_decoder(
             f"the ElasticCache was made for sliding windows {cache.windows} by layer, but the model has "
             f"{state.windows}; make it with elastic.new_cache(model)"
         )
+    _check_mask(state, kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
     of_pass = _begin(state, args, kwargs)
-    if state.rope_switch is not None:
-        check_one_rotation(state.rope_switch, of_pass.layout.past, of_pass.layout.keys)
+    if state.rope_switches:
+        positions = kwargs.get("position_ids", args[2] if len(args) > 2 else None)
+        _rotate_as_cached(state.rope_switches, of_pass, positions, find_record(cache))
     state.last.watched = bool(kwargs.get(_WATCH, getattr(decoder.config, _WATCH, False)))
     if of_pass.mode_LNK is None:
         state.last.record = of_pass.record
     if isinstance(cache, ElasticCache):
         cache.begin_pass(of_pass.mode_LNK if of_pass.layout.queries == 1 else None, of_pass.override, of_pass.config)
     return args, {**kwargs, CALL: of_pass}
+
+
+def _rotate_as_cached(
+    switches: tuple[int, ...], of_pass: ForwardPass, positions: Tensor | None, record: RouteRecord | None
+) -> None:
+    """Note by which factors RoPE rotates in a pass, which must be those of the cached keys."""
+    layout = of_pass.layout
+    check_whole_rows(switches, layout, of_pass.row_slice)
+    tokens = tokens_by_position(positions, layout)
+    if tokens is None:
+        return
+    of_pass.rotation = rotation(switches, tokens)
+    if layout.past and record is not None:
+        check_one_rotation(switches, record.rotation, tokens)
 
 
 def before_attention(attn: RoutedAttention, args: Args, kwargs: dict[str, Any]) -> tuple[Args, dict[str, Any]]:
@@ -101,6 +118,15 @@ def before_attention(attn: RoutedAttention, args: Args, kwargs: dict[str, Any]) 
         return args, {**kwargs, CALL: PendingCall(of_pass, cache, dropped)}
     decision = route_layer(attn, args[0] if args else kwargs["hidden_states"], of_pass, cache, dropped)
     return args, {**kwargs, CALL: _planned(decision, layer, of_pass, cache)}
+
+
+def _check_mask(state: AttachedState, mask: Any) -> None:
+    """Refuse masks by layer type that leave the backbone's own sliding layers out."""
+    if state.windows and isinstance(mask, dict) and SLIDING not in mask:
+        raise ValueError(
+            f"attention_mask is a dict of {', '.join(map(str, mask)) or 'nothing'}, but the model has layers of "
+            f"{SLIDING} too; pass the tokenizer's 2D mask"
+        )
 
 
 def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardPass:
@@ -246,7 +272,7 @@ def _settled(
         decision = replace(decision, route_NK=torch.where(dropped_NK, streaming, decision.route_NK), mode_NK=None)
     if record is not None:
         record.set_route(layer, decision.route_NK)
-        record.layout, record.override = of_pass.layout, of_pass.override
+        record.layout, record.override, record.rotation = of_pass.layout, of_pass.override, of_pass.rotation
     return decision
 
 

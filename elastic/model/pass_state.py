@@ -100,7 +100,7 @@ class AttachedState:
         parts: into how many parts tensor parallelism has cut the heads.
         places: by decoder layer, its place among those that have routers; a layer that is not named is its own.
         windows: the backbone's own sliding windows, by decoder layer.
-        rope_switch: see `elastic.model.long_rope.switch_length`.
+        rope_switches: see `elastic.model.long_rope.switch_lengths`.
     """
 
     def __init__(self, config: ElasticConfig, parts: int = 1) -> None:
@@ -111,7 +111,7 @@ class AttachedState:
         self.last = LastPass()
         self.places = dict[int, int]()
         self.windows = dict[int, int]()
-        self.rope_switch: int | None = None
+        self.rope_switches: tuple[int, ...] = ()
 
     def chunk_tokens(self) -> int:
         """Tokens that an MLP or norm works on at a time; 0 is all at once."""
@@ -196,11 +196,12 @@ class ForwardPass:
         gumbel_LNK2: see `Forced`.
         places: see `AttachedState`; L counts the layers that have routers.
         masked: the call brought a mask.
+        rotation: see `elastic.model.long_rope.rotation`.
     """
 
     __slots__ = (
         "config", "fused", "gumbel_LNK2", "layout", "level_N", "masked", "mode_LNK", "override", "places", "record",
-        "row_slice", "temperature",
+        "rotation", "row_slice", "temperature",
     )  # fmt: skip
 
     def __init__(
@@ -213,7 +214,7 @@ class ForwardPass:
         self.override, self.mode_LNK = override, mode_LNK
         self.row_slice = row_slice or RowSlice()
         self.temperature, self.fused, self.level_N = temperature, fused, level_N
-        self.gumbel_LNK2, self.masked = gumbel_LNK2, masked
+        self.gumbel_LNK2, self.masked, self.rotation = gumbel_LNK2, masked, 0
         self.places: Mapping[int, int] = {} if places is None else places
 
     def place(self, layer: int) -> int:

@@ -1,7 +1,8 @@
 """Attention of the backbone's own sliding layers in an attached model: transformers' own, as in the stock model.
 
 transformers makes their mask from the batch's, as for the stock model, and it is used as it came. Where the batch says
-otherwise than by a mask what may be seen (packed rows, steps that follow a padded prompt), the mask is made here.
+otherwise than by a mask of theirs what may be seen (packed rows, steps that follow a padded prompt, masks by layer type
+that give the batch's own or none), the mask is made here.
 Legend: B rows, H query heads, K KV heads, D head dim.
 """
 
@@ -30,11 +31,15 @@ def attend_as_stock(
             "context parallelism leaves each process a slice of a row, but the windows of this backbone's own sliding "
             "layers cross slices; train it with DDP or FSDP"
         )
-    layout, window = of_pass.layout, int(module.sliding_window)  # type: ignore[arg-type]
-    if layout.packed or (layout.padded and not of_pass.masked):
-        keys = key.shape[2]
+    layout, window = of_pass.layout, int(module.config.sliding_window)  # type: ignore[union-attr,arg-type]
+    keys, sinks = key.shape[2], options.get("s_aux") is not None
+    if mask is not None and mask.dim() == 4:
+        told = not layout.packed and (of_pass.masked or not layout.padded)
+    else:  # transformers leaves it out where causal attention of a prompt, or of all keys, is the same
+        told = mask is None and not (layout.packed or layout.padded or sinks) and keys <= min(window, layout.keys)
+    if not told:
         mask = layout.memo(("sliding", window, keys), lambda: window_mask(layout, window, keys))
-        if options.get("s_aux") is not None:  # eager attention adds its mask
+        if sinks:  # eager attention adds its mask
             mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(
                 ~mask, torch.finfo(query.dtype).min
             )
@@ -53,13 +58,15 @@ def _stock(module: nn.Module, options: dict[str, Any]) -> Callable[..., Any]:
 
 
 def window_mask(layout: Layout, window: int, keys: int) -> Tensor:
-    """Bool [B, 1, Lq, keys]: what the queries see of a layer's last `keys` keys.
+    """Bool [B, 1, Lq, keys]: what the queries see of a layer's last `keys` keys; a static cache that is not full hands
+    out all keys and, after them, the room for more.
 
     Args:
         window: tokens that a query sees, itself included.
     """
     device = layout.begin_N.device
-    key = torch.arange(layout.keys - keys, layout.keys, device=device)
+    first = max(0, layout.keys - keys)
+    key = torch.arange(first, first + keys, device=device)
     query = torch.arange(layout.past, layout.keys, device=device)[:, None]
     near = (key <= query) & (key > query - window)
     if layout.packed:

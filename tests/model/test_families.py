@@ -63,6 +63,7 @@ def test_experts_report_and_balance_as_in_the_stock_model(family, chunk_tokens):
 
 REFUSED = {
     "residual dropout": ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop=0.1, expected 0 for a frozen backbone"),
+    "noise of experts": ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1, expected 0"),
     "attention dropout": ("mixtral", {"attention_dropout": 0.1}, "attention_dropout=0.1, expected 0"),
     "a window everywhere": ("phi3", {"sliding_window": 8}, "own sliding window of 8 tokens"),
     "experts and a window": ("mixtral", {"sliding_window": 8}, "own sliding window of 8 tokens"),

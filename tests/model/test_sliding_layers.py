@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import elastic
 from elastic.cache.elastic_cache import ElasticCache
@@ -93,6 +93,62 @@ def test_verified_decoding_keeps_no_more_than_the_window():
     assert {layer.keys.shape[2] for layer in cache.sliding} == {11}
 
 
+@pytest.mark.parametrize("make", ["elastic", "dynamic"])
+def test_tokens_are_taken_back_after_candidates_as_far_as_they_are_held(make):
+    """The layers have recorded what was read since the last crop, and hold no more than their window before that."""
+    model, ids = routed("olmo3", "full"), random_ids(1, 12).repeat(1, 5)
+    for turn, removed, refused in ((2, 2, False), (9, 20, True)):
+        cache = new_cache(model) if make == "elastic" else DynamicCache(config=model.config)
+        options = {"max_new_tokens": 6, "do_sample": False, "past_key_values": cache}
+        with torch.no_grad(), override_routes(model, 0):
+            found = model.generate(ids, prompt_lookup_num_tokens=4, **options)[:, :65]
+            model(random_ids(1, turn, seed=5), past_key_values=cache)
+            if refused:
+                with pytest.raises(ValueError, match="sliding layers of 12 tokens have dropped"):
+                    cache.crop(-removed)
+                continue
+            cache.crop(-removed)
+            token = random_ids(1, 1, seed=6)
+            again, fresh = model(token, past_key_values=cache).logits, new_cache(model)
+            assert cache.get_seq_length() == 66
+            model(ids, past_key_values=fresh)
+            for place in range(60, 65):
+                model(found[:, place : place + 1], past_key_values=fresh)
+            torch.testing.assert_close(again, model(token, past_key_values=fresh).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["olmo3", "gpt_oss", "gemma3_text"])
+def test_a_static_cache_with_room_is_continued_without_a_mask(family):
+    """Its sliding layers hand out their whole room until it is full."""
+    model = routed(family, "full")
+    for length in (6, 14):
+        ids, mask = left_padded(random_ids(2, length), [0, 2])
+        found = []
+        for make in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=64)):
+            with torch.no_grad(), override_routes(model, 0):
+                model(ids, attention_mask=mask, past_key_values=make)
+                found.append([model(random_ids(2, 1, seed=n), past_key_values=make).logits for n in range(9)])
+        torch.testing.assert_close(torch.cat(found[1]), torch.cat(found[0]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("given", ["none", "2d", "padded"])
+def test_masks_by_layer_type_never_lift_the_window(given):
+    """A mask of full layers alone, or the batch's own for both kinds: sliding layers keep their window."""
+    model = attach(hybrid("qwen2"), small_config())
+    ids, mask = left_padded(random_ids(1, 30), [0 if given == "none" else 5])
+    mine = None if given == "none" else mask
+    by_type = {"full_attention": mine, "sliding_attention": mask if given == "2d" else None}
+    with torch.no_grad(), override_routes(model, 0):
+        found, expected = (model(ids, attention_mask=one).logits[:, 5:] for one in (by_type, mask))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_masks_by_layer_type_without_one_of_sliding_layers_are_refused():
+    model = attach(hybrid("qwen2"), small_config())
+    with pytest.raises(ValueError, match="attention_mask is a dict of full_attention, but the model has"):
+        model(random_ids(1, 30), attention_mask={"full_attention": torch.ones(1, 30, dtype=torch.int64)})
+
+
 def test_a_padded_prompt_is_continued_without_a_mask():
     model = routed("olmo3", "full")
     ids, mask = left_padded(random_ids(1, 20), [8])
@@ -141,6 +197,25 @@ def test_checkpoints_go_by_routed_layers(tmp_path):
     with pytest.raises(ValueError, match="num_layers=3, but this backbone has num_layers=4"):
         load_into(tiny_model("olmo3", num_hidden_layers=5, layer_types=["sliding_attention"] + ["full_attention"] * 4),
                   tmp_path / "routers")  # fmt: skip
+
+
+MOVED = {
+    "other layers": (("olmo3", {"layer_types": [f"{kind}_attention" for kind in
+                                ("full", "sliding", "full", "sliding", "full")]}),
+                     r"routed_layers=\[1, 3, 4\], but this backbone has routed_layers=\[0, 2, 4\]"),
+    "more sliding layers": (("olmo3", {"num_hidden_layers": 6, "layer_types": [*SLIDING["layer_types"],
+                                       "sliding_attention"]}),
+                            "decoder_layers=5, but this backbone has decoder_layers=6"),
+    "no sliding layers": (("olmo2", {}), r"routed_layers=\[1, 3, 4\], but this backbone has routed_layers=all"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MOVED)
+def test_checkpoints_whose_routers_sit_in_other_layers_are_refused(tmp_path, case):
+    (family, changes), told = MOVED[case]
+    save_elastic(tmp_path / "routers", routed("olmo3"), "tiny")
+    with pytest.raises(ValueError, match=told):
+        load_into(tiny_model(family, **changes), tmp_path / "routers")
 
 
 REFUSED = {

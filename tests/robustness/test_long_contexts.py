@@ -3,6 +3,7 @@ than what any backbone reads.
 """
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,17 +13,21 @@ pytest.importorskip("lm_eval", reason="needs the extra eval")
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
 import elastic
+from elastic.attention.layout import packed_layout
+from elastic.attention.row_slice import RowSlice
 from elastic.data.context_length import context_length
 from elastic.data.packing import Sample, packed_row
 from elastic.data.shards import DataWriter, longest_sample, read_manifest, tokenizer_hash
 from elastic.evaluation.routed_lm import RoutedLM
+from elastic.inference.serving.batch import Batch
 from elastic.inference.serving.errors import RefusedError
 from elastic.inference.serving.reading import PromptReader
 from elastic.model.attach import attach, detach, override_routes
 from elastic.model.loading import load_backbone, longest_context
+from elastic.model.long_rope import check_whole_rows
 from elastic.training.resume import check_data
 from tests.helpers.cached import new_cache
-from tests.helpers.models import FAMILIES, random_ids, small_config, tiny_model
+from tests.helpers.models import FAMILIES, left_padded, random_ids, small_config, tiny_model
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 DYNAMIC = {"rope_type": "dynamic", "factor": 3.0}
@@ -95,6 +100,124 @@ def test_phi3_is_not_decoded_across_its_switch_by_hand():
     model(random_ids(1, 64), past_key_values=cache)
     with pytest.raises(ValueError, match=r"cross 64.*end within 64"):
         model(random_ids(1, 1), past_key_values=cache)
+
+
+def turns(change):
+    """A Phi-3 whose two rows, the second padded, have read 70 columns; then `change` and three tokens more."""
+    model = attach(phi3(), small_config())
+    for cache in (DynamicCache(config=model.config), new_cache(model)):
+        ids, mask = left_padded(random_ids(2, 70), change.pads)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        with torch.no_grad(), override_routes(model, 0):
+            model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            rows = change(cache)
+            mask = torch.cat([mask[rows, : cache.get_seq_length()], mask.new_ones(len(rows), change.new)], 1)
+            more = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1)[:, -change.new :]}
+            yield lambda: model(random_ids(len(rows), change.new), past_key_values=cache, **more)  # noqa: B023
+
+
+class Kept:
+    """Nothing happens; by columns the length of 64 was crossed before, by positions it is now."""
+
+    pads, new = [8, 12], 5
+
+    def __call__(self, cache):
+        return [0, 1]
+
+
+class Cropped(Kept):
+    """The rest is short enough for the short factors, but was rotated by the long ones."""
+
+    pads, new = [0, 12], 3
+
+    def __call__(self, cache):
+        cache.crop(-10)
+        return [0, 1]
+
+
+class Selected(Cropped):
+    """The row that was long enough for the long factors leaves."""
+
+    def __call__(self, cache):
+        cache.batch_select_indices(torch.tensor([1]))
+        return [1]
+
+
+class Swapped(Cropped):
+    """Both rows become the short one."""
+
+    def __call__(self, cache):
+        cache.reorder_cache(torch.tensor([1, 1]))
+        return [1, 1]
+
+
+@pytest.mark.parametrize("change", [Kept(), Cropped(), Selected(), Swapped()], ids=lambda it: type(it).__name__)
+def test_phi3_rotates_new_tokens_as_the_cached_ones_or_says_so(change):
+    told = "cross 64" if type(change) is Kept else "end within 64.*long factors"
+    for more in turns(change):
+        with pytest.raises(ValueError, match=told):
+            more()
+
+
+def test_phi3_continues_what_the_long_factors_rotated():
+    """Cropped and read beyond the length again: all tokens equal those that were read at once."""
+    model, ids = attach(phi3(), small_config()), random_ids(1, 75)
+    for cache in (DynamicCache(config=model.config), new_cache(model)):
+        with torch.no_grad(), override_routes(model, 0):
+            model(ids[:, :70], past_key_values=cache)
+            cache.crop(-10)
+            found = model(ids[:, 60:], past_key_values=cache).logits
+            torch.testing.assert_close(found, model(ids).logits[:, 60:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_rotation_of_one_kind_of_layers_is_watched_too():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+            "original_max_position_embeddings": 64, "factor": 4.0}  # fmt: skip
+    kinds = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    model = attach(tiny_model("gemma3_text", rope_parameters=kinds), small_config())
+    cache = new_cache(model)
+    model(random_ids(1, 60), past_key_values=cache)
+    with pytest.raises(ValueError, match="up to 70 in all, cross 64"):
+        model(random_ids(1, 10), past_key_values=cache)
+
+
+def test_slices_of_a_row_that_crosses_the_switch_are_refused():
+    layout = packed_layout(torch.tensor([0, 20, 90]), None, 90, torch.device("cpu"))
+    check_whole_rows((), layout, SimpleNamespace(size=2))
+    check_whole_rows((64,), layout, RowSlice())
+    check_whole_rows((70,), layout, SimpleNamespace(size=2))
+    with pytest.raises(ValueError, match=r"a sample of 70 tokens crosses 64.*context parallelism"):
+        check_whole_rows((64,), layout, SimpleNamespace(size=2))
+
+
+def test_requests_of_two_rotations_do_not_decode_together():
+    model = attach(phi3(), small_config())
+    caches, batches = [], []
+    for length in (30, 70):
+        cache = new_cache(model)
+        with torch.no_grad():
+            model(random_ids(1, length), past_key_values=cache)
+        caches.append(cache)
+        job = SimpleNamespace(sampling=SimpleNamespace(seed=None))
+        batches.append(Batch(model, SimpleNamespace(job=job), cache))
+    assert not batches[0].takes(batches[1]) and not batches[1].takes(batches[0]) and batches[0].takes(batches[0])
+    with pytest.raises(ValueError, match="rotated their keys by the same factors"):
+        caches[0].join(caches[1])
+
+
+def test_a_served_answer_ends_before_the_rotation_changes():
+    """As long as it may be it is answered; a token more would fail whoever decodes beside it."""
+    model, tokenizer = attach(phi3(), small_config()), load_backbone("tiny")[1]
+    reader = PromptReader(model, tokenizer)
+    try:
+        assert [reader.room_after(length) for length in (30, 64, 65, 100, 159)] == [35, 1, 95, 60, 1]
+    finally:
+        reader.close()
+    for length in (30, 64):
+        ids, room = random_ids(1, length), reader.room_after(length)
+        assert model.generate(ids, max_new_tokens=room, do_sample=False).shape[1] == length + room
+        with pytest.raises(ValueError, match="cross 64"):
+            model.generate(ids, max_new_tokens=room + 1, do_sample=False)
 
 
 def test_serving_and_evaluation_read_as_much():

@@ -61,12 +61,12 @@ class Answer:
                 400, f"{wanted} new tokens were asked for; this server makes {limits.max_new_tokens}", "max_tokens"
             )
         prompt = await reader.read([message.plain() for message in body.messages])
-        room = reader.room - len(prompt)
+        room = reader.room_after(len(prompt))
         if body.limit and wanted > room:
             raise RefusedError(
                 400,
                 f"the messages have {len(prompt)} tokens and {wanted} new ones were asked for, but this model reads at "
-                f"most {reader.room}; shorten the messages, or set max_tokens to {room} or less",
+                f"most {len(prompt) + room}; shorten the messages, or set max_tokens to {room} or less",
                 "max_tokens",
             )
         events: asyncio.Queue[Event] = asyncio.Queue()

@@ -6,6 +6,7 @@ Legend: B rows, V vocabulary.
 import torch
 
 from elastic.cache.elastic_cache import ElasticCache
+from elastic.cache.route_record import route_of
 from elastic.inference.decode_graph import DecodeGraph, can_graph
 from elastic.inference.serving.rows import Row
 from elastic.model.loading import architecture
@@ -28,9 +29,10 @@ class Batch:
 
     def takes(self, other: "Batch") -> bool:
         """Whether the rows of another batch may join. A seeded answer decodes alone: it must repeat to the bit, and how
-        sums are rounded depends on the number of rows.
+        sums are rounded depends on the number of rows. RoPE of two factors rotates a batch by those of its longest row.
         """
-        return all(row.job.sampling.seed is None for row in self.rows + other.rows)
+        alike = route_of(self.cache).rotation == route_of(other.cache).rotation
+        return alike and all(row.job.sampling.seed is None for row in self.rows + other.rows)
 
     def join(self, other: "Batch") -> None:
         """Take in the rows of another batch."""

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from elastic.data.context_length import context_length
 from elastic.data.prompts import EncodedPrompt, Message, encode_messages
 from elastic.inference.serving.errors import RefusedError
+from elastic.model.long_rope import switch_lengths
 from elastic.protocols import CausalLM, Tokenizer
 
 _MOST_WAITING = 64  # prompts that wait to be read
@@ -24,6 +25,7 @@ class PromptReader:
     def __init__(self, model: CausalLM, tokenizer: Tokenizer, sanitize: bool = False) -> None:
         self.sanitize = sanitize
         self.tokenizer, self.room = tokenizer, context_length(model.config)
+        self._switches = switch_lengths(model.config)
         self.characters = self.room * max(map(len, tokenizer.backend_tokenizer.get_vocab()))
         self._thread = ThreadPoolExecutor(1, "elastic-reader")
         self._waiting = 0
@@ -58,6 +60,13 @@ class PromptReader:
                 "messages",
             )
         return prompt
+
+    def room_after(self, prompt: int) -> int:
+        """New tokens that a prompt of so many leaves room for. Where RoPE changes its factors at a length, an answer
+        ends before new tokens would cross it, which fails all answers that decode together; its last token is not read.
+        """
+        switch = next((switch for switch in self._switches if prompt <= switch), self.room)
+        return min(self.room - prompt, switch - prompt + 1)
 
     def close(self) -> None:
         """Let the thread end."""
