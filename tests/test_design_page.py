@@ -155,6 +155,9 @@ def _numbers(shape: str, sizes: dict[str, int]) -> str:
     return re.sub(r"(\d*)([CDFKT])", lambda found: str(int(found[1] or 1) * sizes[found[2]]), shape)
 
 
+OF_HYBRIDS = {"routed_layers", "decoder_layers"}  # of the architecture, where some layers slide
+
+
 def test_description_of_a_checkpoint(tmp_path):
     model, _ = public("load_backbone")("tiny")
     saved = public("read_elastic")(elastic.save_elastic(tmp_path / "made", elastic.attach(model), "tiny"))
@@ -162,7 +165,7 @@ def test_description_of_a_checkpoint(tmp_path):
     rows = fields_of("elastic.json")
     for found in (saved, shipped):
         assert set(found) == set(rows)
-        assert set(found["architecture"]) == set(fields_of("architecture"))
+        assert set(found["architecture"]) == set(fields_of("architecture")) - OF_HYBRIDS
         assert found["config"].keys() == elastic.ElasticConfig().to_dict().keys()
         assert list(found["versions"]) == re.findall("`(.+?)`", rows["versions"][1])
     assert rows["format"][1] == str(saved["format"]) == str(shipped["format"])
@@ -178,7 +181,7 @@ def test_which_differences_a_checkpoint_refuses(tmp_path):
     for name, (_, what) in fields_of("architecture").items():
         other = {**metadata["architecture"], name: "other" if name == "model_type" else 7}
         (path / "elastic.json").write_text(json.dumps({**metadata, "architecture": other}), encoding="utf-8")
-        if what == "is refused":
+        if what.startswith("is refused"):
             with pytest.raises(ValueError, match=f"{name}=7"):
                 public("load_into")(model, path)
             continue

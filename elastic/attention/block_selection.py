@@ -12,7 +12,7 @@ from torch import Tensor
 
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.modes import BLOCK_SPARSE
-from elastic.attention.selection.sample import Sample
+from elastic.attention.selection.sample import AttentionSample
 from elastic.attention.selection.table import SELECTIONS, Selection
 from elastic.kernels import select_blocks
 from elastic.kernels.block_bits import bits_from_mask, count_bits, query_block
@@ -54,7 +54,9 @@ def selected_bits(selection: Selection, q_BHSD: Tensor, k_BKSD: Tensor, plan: He
         queries = slice(max(0, begin - layout.past), max(0, end - layout.past))
         if queries.start >= queries.stop:
             continue
-        chosen = selection.choose(Sample(q_BHSD[row, :, queries], k_BKSD[row, :, begin:end], plan.sparse, scale))
+        chosen = selection.choose(
+            AttentionSample(q_BHSD[row, :, queries], k_BKSD[row, :, begin:end], plan.sparse, scale)
+        )
         of_heads = bits_from_mask(chosen).repeat_interleave(heads // chosen.shape[0], dim=0)
         runs = (plan.mode_NK[n] == BLOCK_SPARSE).repeat_interleave(heads // kv_heads)
         bits[n, :, : of_heads.shape[1], : of_heads.shape[2]] = of_heads * runs[:, None, None]

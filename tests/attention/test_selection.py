@@ -13,7 +13,7 @@ from elastic.attention.layout import batch_layout, packed_layout
 from elastic.attention.modes import MODE_IDS
 from elastic.attention.routed import backend_for, fused, routed_attention
 from elastic.attention.selection import compressed, flashprefill, flexprefill, pooling
-from elastic.attention.selection.sample import Sample
+from elastic.attention.selection.sample import AttentionSample
 from elastic.attention.selection.table import SELECTIONS
 from elastic.cache.decode_attention import decode_attention
 from elastic.config import CHOOSING, CHOOSING_IN_STEPS, SHORT, SparseConfig
@@ -35,7 +35,7 @@ def sparse_of(name: str, block: int = 4, **sizes) -> SparseConfig:
     return SparseConfig("full", name, block=block, **sizes)
 
 
-def random_sample(name: str, seed: int, dtype: torch.dtype = torch.float32) -> Sample:
+def random_sample(name: str, seed: int, dtype: torch.dtype = torch.float32) -> AttentionSample:
     """Any length, grouping, number of cached keys, block and setting."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     block, kv_heads, group = rng.choice((4, 8, 16, 64)), rng.choice((1, 2, 3)), rng.choice((1, 2, 4))
@@ -45,7 +45,7 @@ def random_sample(name: str, seed: int, dtype: torch.dtype = torch.float32) -> S
     sizes = {"sink": block * rng.choice((0, 1, 2)), "window": block * rng.choice((1, 2, 4))}
     sizes |= {"top_k": rng.choice((None, 1, 2, 4)), "chunk": block * rng.choice((1, 2, 4))}
     sizes |= {"threshold": rng.choice((0.1, 0.5, 0.9)), "min_budget": block * rng.choice((1, 2))}
-    return Sample(q.to(dtype), k.to(dtype), sparse_of(name, block, **sizes), SCALE)
+    return AttentionSample(q.to(dtype), k.to(dtype), sparse_of(name, block, **sizes), SCALE)
 
 
 def random_samples(name: str, dtype: torch.dtype):
@@ -89,12 +89,12 @@ def test_chunks_of_scores_change_nothing(monkeypatch):
                 assert torch.equal(SELECTIONS[name].choose(sample), found)
 
 
-def one_head(name: str, length: int, block: int, q=None, k=None, **sizes) -> Sample:
+def one_head(name: str, length: int, block: int, q=None, k=None, **sizes) -> AttentionSample:
     """One query head of dimension 8 over `length` keys, of random values unless given."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, length, 8, generator=generator) if q is None else q
     k = torch.randn(1, length, 8, generator=generator) if k is None else k
-    return Sample(q, k, sparse_of(name, block, **sizes), 8**-0.5)
+    return AttentionSample(q, k, sparse_of(name, block, **sizes), 8**-0.5)
 
 
 @pytest.mark.parametrize(("length", "sparsity"), [(8192, 0.8125), (32768, 0.9531)])
@@ -171,7 +171,7 @@ def operands(rows, queries, keys, heads=4, kv_heads=2, seed=0):
 def oracle_mask(q, k, sparse):
     """What the choosing heads of whole rows see, [B, H, Lq, Lk], by the oracle."""
     queries, keys = q.shape[2], k.shape[2]
-    samples = [Sample(q[row], k[row], sparse, SCALE) for row in range(q.shape[0])]
+    samples = [AttentionSample(q[row], k[row], sparse, SCALE) for row in range(q.shape[0])]
     chosen = torch.stack([SELECTIONS[sparse.route1].oracle(sample) for sample in samples])
     blocks = chosen.repeat_interleave(q.shape[1] // chosen.shape[1], 1).repeat_interleave(sparse.block, -1)[..., :keys]
     rows = blocks.repeat_interleave(query_block(sparse.block), -2)[:, :, :queries]

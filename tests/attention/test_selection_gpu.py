@@ -6,7 +6,7 @@ import torch
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import batch_layout
 from elastic.attention.routed import backend_for, fused, routed_attention
-from elastic.attention.selection.sample import Sample
+from elastic.attention.selection.sample import AttentionSample
 from elastic.attention.selection.table import SELECTIONS
 from elastic.attention.torch_path import attend
 from elastic.console import say
@@ -24,7 +24,7 @@ def test_the_choice_is_the_oracles(name, dtype):
     differing, far, rows, seed = 0, 0, 0, 0
     while rows < ROWS:
         sample = random_sample(name, seed, dtype)
-        device = Sample(sample.q_HLD.to(DEVICE), sample.k_KSD.to(DEVICE), sample.sparse, sample.scale)
+        device = AttentionSample(sample.q_HLD.to(DEVICE), sample.k_KSD.to(DEVICE), sample.sparse, sample.scale)
         found, wanted = SELECTIONS[name].choose(device).cpu(), SELECTIONS[name].oracle(sample)
         most = torch.maximum((found & ~wanted).sum(-1), (wanted & ~found).sum(-1))
         differing, far = differing + int((most > 0).sum()), far + int((most > 1).sum())

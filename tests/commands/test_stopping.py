@@ -211,5 +211,6 @@ def test_one_process_of_a_run_speaks(rank, lines, monkeypatch, capsys):
 
     monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setattr(cli, "_run", stop)
+    monkeypatch.setattr(cli, "PATIENCE", 0)
     assert cli.main(["fit"]) == 130
     assert capsys.readouterr().err.count("\n") == lines

@@ -146,7 +146,7 @@ def test_processes_share_out_the_rows_of_evaluation_and_count_each_once(data, wo
     module.setup("test")
     steps, seen = set(), []
     for rank in range(world):
-        module.trainer = SimpleNamespace(world_size=world, global_rank=rank)
+        module.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": world, "rank": rank})
         batches = list(module.test_dataloader())
         steps.add(len(batches))
         predicted = [tuple(place) for batch in module.predict_dataloader() for place in batch["place"].tolist()]

@@ -46,7 +46,7 @@ def loaded():
 
 @pytest.mark.parametrize("words", [300, 900])
 def test_a_needle_keeps_more_full_heads_than_prose(loaded, words):
-    """What fits into sink and window loses nothing, and every head runs sparse."""
+    """What fits into sink and window loses nothing, and nearly every head runs sparse."""
     model, tokenizer = loaded
     names = ("needle_single", "continuation")
     samples = [tokenise(next(generate(name, "test", 1, words, 7)), tokenizer) for name in names]
@@ -63,6 +63,6 @@ def test_a_needle_keeps_more_full_heads_than_prose(loaded, words):
         )
     needle, prose = (last_routes(model).route[:, place].mean() for place in order)
     if words == 300:
-        assert needle == prose == 1.0
+        assert needle == prose > 0.95
     else:
         assert 0.3 < needle < prose - 0.03 < 1.0

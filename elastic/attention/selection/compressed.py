@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from elastic.attention.selection.pooling import grouped_scores, run_means
-from elastic.attention.selection.sample import Sample
+from elastic.attention.selection.sample import AttentionSample
 
 STRIDE = 16  # d of both papers
 RUNS = 4  # of a query block
@@ -32,7 +32,7 @@ def cell_keys(k_KSD: Tensor, stride: int) -> Tensor:
     return (means[:, :-1] + means[:, 1:]) / 2 if means.shape[1] else means
 
 
-def cell_shares(sample: Sample) -> Tensor:
+def cell_shares(sample: AttentionSample) -> Tensor:
     """Attention to the cells, summed over the runs of a query block and the heads of a group: [K, M, C]. 0 for cells
     that a query block does not see.
     """
@@ -55,7 +55,7 @@ def cell_shares(sample: Sample) -> Tensor:
     return share_KMC
 
 
-def _run_shares(sample: Sample, q_HRD: Tensor, k_KCD: Tensor, first_run: int, stride: int) -> Tensor:
+def _run_shares(sample: AttentionSample, q_HRD: Tensor, k_KCD: Tensor, first_run: int, stride: int) -> Tensor:
     """Shares [K, m, C] of the query blocks that these runs are of."""
     run = sample.rows // RUNS
     first_R = (torch.arange(q_HRD.shape[1], device=q_HRD.device) + first_run) * run + sample.past
@@ -73,7 +73,7 @@ def _run_shares(sample: Sample, q_HRD: Tensor, k_KCD: Tensor, first_run: int, st
     return torch.unflatten(torch.unflatten(whole, 0, (-1, sample.group)), 2, (-1, RUNS)).sum((1, 3))
 
 
-def oracle_shares(sample: Sample) -> Tensor:
+def oracle_shares(sample: AttentionSample) -> Tensor:
     """`cell_shares` from the equations, a head, a run and a cell at a time."""
     stride, wide = cell_stride(sample.sparse.block), sample.wide
     run, length = sample.rows // RUNS, sample.q_HLD.shape[1]

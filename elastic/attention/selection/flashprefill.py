@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from elastic.attention.selection.pooling import grouped_scores, run_means
-from elastic.attention.selection.sample import Sample
+from elastic.attention.selection.sample import AttentionSample
 
 LAST_FULL = 2  # query blocks at the end that visit everything
 _CHUNK_SCORES = 1 << 26  # that exist at a time
 
 
-def choose(sample: Sample) -> Tensor:
+def choose(sample: AttentionSample) -> Tensor:
     """Key blocks of every query head, [H, M, N]."""
     seen_MN, block = sample.seen(), sample.sparse.block
     k_KND = run_means(sample.k_KSD, block).to(sample.k_KSD.dtype)
@@ -41,7 +41,7 @@ def choose(sample: Sample) -> Tensor:
     return (heavy | _always(sample)) & seen_MN
 
 
-def _block_scores(sample: Sample, begin: int, end: int, k_KWD: Tensor) -> Tensor:
+def _block_scores(sample: AttentionSample, begin: int, end: int, k_KWD: Tensor) -> Tensor:
     """log p of the query blocks [begin, end), [H, m, W]; -inf where no query sees the whole of a key block."""
     queries = slice(begin * sample.rows, end * sample.rows)
     score_HCW = grouped_scores(sample.q_HLD[:, queries], k_KWD).mul_(sample.scale)
@@ -57,14 +57,14 @@ def _block_scores(sample: Sample, begin: int, end: int, k_KWD: Tensor) -> Tensor
     return torch.where(final_HmW == float("-inf"), final_HmW, total)
 
 
-def _always(sample: Sample) -> Tensor:
+def _always(sample: AttentionSample) -> Tensor:
     """Sink, window and the last query blocks, [M, N]."""
     blocks = sample.firsts.shape[0]
     last = torch.arange(blocks, device=sample.firsts.device) >= blocks - LAST_FULL
     return sample.sink(sample.sparse.sink) | sample.window(sample.sparse.window) | last[:, None]
 
 
-def oracle(sample: Sample) -> Tensor:
+def oracle(sample: AttentionSample) -> Tensor:
     """The same, from the equations, a pair of blocks at a time."""
     sparse, wide, length = sample.sparse, sample.wide, sample.q_HLD.shape[1]
     seen_MN, own_MN = sample.seen().cpu(), sample.own().cpu()

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from elastic.attention.selection.pooling import block_sums, covering, grouped_scores, rank_order, run_means
-from elastic.attention.selection.sample import Sample
+from elastic.attention.selection.sample import AttentionSample
 
 TAU = 0.1
 
 
-def choose(sample: Sample) -> Tensor:
+def choose(sample: AttentionSample) -> Tensor:
     """Key blocks of every query head, [H, M, N]."""
     seen_MN, own_MN, block = sample.seen(), sample.own(), sample.sparse.block
     last_q, k_KND = sample.q_HLD[:, -block:], run_means(sample.k_KSD, block)
@@ -49,7 +49,7 @@ def distance(one: Tensor, other: Tensor) -> Tensor:
     return (sum(parts) / 2).clamp(min=0).sqrt()  # type: ignore[union-attr]
 
 
-def _lines(sample: Sample, last_q: Tensor) -> Tensor:
+def _lines(sample: AttentionSample, last_q: Tensor) -> Tensor:
     """Attention of the last queries by key, and by distance (0 first), their mean, [2, H, S]."""
     keys, rows = sample.k_KSD.shape[1], last_q.shape[1]
     # Before the first key come as many that nobody sees, so that the diagonals of all rows are of one length.
@@ -65,7 +65,7 @@ def _lines(sample: Sample, last_q: Tensor) -> Tensor:
     return torch.stack([share_HRP.mean(1)[:, rows - 1 :], (diagonal_HSR.sum(-1) / rows).flip(-1)])
 
 
-def _tokens(mass_2HS: Tensor, sample: Sample) -> Tensor:
+def _tokens(mass_2HS: Tensor, sample: AttentionSample) -> Tensor:
     """The fewest tokens and distances that hold gamma of their mass, [2, H]."""
     flat = mass_2HS.flatten(0, 1)
     cut, equal = covering(flat, flat.new_full((flat.shape[0],), sample.sparse.threshold))
@@ -94,7 +94,7 @@ def _along(distances_HN: Tensor, own_MN: Tensor) -> Tensor:
     return found
 
 
-def _heaviest_pairs(sample: Sample, k_KND: Tensor) -> Tensor:
+def _heaviest_pairs(sample: AttentionSample, k_KND: Tensor) -> Tensor:
     """Pairs of query and key block that hold gamma of the estimate, [H, M, N]."""
     score_HMN = grouped_scores(run_means(sample.q_HLD, sample.rows), k_KND).mul_(sample.scale)
     share = torch.softmax(score_HMN.masked_fill_(~sample.seen(), float("-inf")), dim=-1)
@@ -104,7 +104,7 @@ def _heaviest_pairs(sample: Sample, k_KND: Tensor) -> Tensor:
     return ((flat > cut) | (is_cut & (is_cut.cumsum(-1) <= equal))).view_as(share)
 
 
-def oracle(sample: Sample) -> Tensor:
+def oracle(sample: AttentionSample) -> Tensor:
     """The same, from the algorithms, a head at a time."""
     wide, block, gamma = sample.wide, sample.sparse.block, sample.sparse.threshold
     length, keys = sample.q_HLD.shape[1], sample.k_KSD.shape[1]
@@ -145,7 +145,7 @@ def _oracle_lines(mass: Tensor, block: int, gamma: float, budget: int, aware: bo
     return {0, *sorted(range(1, len(sums)), key=lambda n: (-sums[n], n))[: count - 1]}
 
 
-def _oracle_pairs(sample: Sample, q_LD: Tensor, means: Tensor, seen_MN: Tensor) -> Tensor:
+def _oracle_pairs(sample: AttentionSample, q_LD: Tensor, means: Tensor, seen_MN: Tensor) -> Tensor:
     """What a query-aware head visits, [M, N]."""
     shares: dict[tuple[int, int], float] = {}
     for m, seen_N in enumerate(seen_MN.tolist()):

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from elastic.attention.selection.compressed import cell_shares, cell_stride, oracle_shares
 from elastic.attention.selection.pooling import heaviest
-from elastic.attention.selection.sample import Sample
+from elastic.attention.selection.sample import AttentionSample
 
 PUBLISHED = 64
 
 
-def choose(sample: Sample) -> Tensor:
+def choose(sample: AttentionSample) -> Tensor:
     """Key blocks of every KV head, [K, M, N]."""
     sparse, seen_MN = sample.sparse, sample.seen()
     window_MN, sink_MN = sample.window(sparse.window), sample.sink(sparse.sink)
@@ -32,7 +32,7 @@ def choose(sample: Sample) -> Tensor:
     return heaviest(score_KMN, window_MN | sink_MN, seen_MN, total_M)
 
 
-def oracle(sample: Sample) -> Tensor:
+def oracle(sample: AttentionSample) -> Tensor:
     """The same, from the equations, a query block at a time."""
     sparse, share_KMC, stride = sample.sparse, oracle_shares(sample), cell_stride(sample.sparse.block)
     (kv_heads, blocks, cells), share = share_KMC.shape, share_KMC.tolist()

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from elastic.attention.selection.pooling import grouped_scores, heaviest, run_means
-from elastic.attention.selection.sample import Sample
+from elastic.attention.selection.sample import AttentionSample
 
 PUBLISHED = 3
 
 
-def choose(sample: Sample) -> Tensor:
+def choose(sample: AttentionSample) -> Tensor:
     """Key blocks of every query head, [H, M, N]."""
     sparse = sample.sparse
     score_HMC = grouped_scores(run_means(sample.q_HLD, sample.rows), run_means(sample.k_KSD, sparse.chunk))
@@ -31,7 +31,7 @@ def choose(sample: Sample) -> Tensor:
     return chunks_HMC.repeat_interleave(sparse.chunk // sparse.block, dim=-1)[..., : seen_MN.shape[1]] & seen_MN
 
 
-def oracle(sample: Sample) -> Tensor:
+def oracle(sample: AttentionSample) -> Tensor:
     """The same, from the equations: a score for every query and block of MoBA's, ranked one query block at a time."""
     sparse, wide = sample.sparse, sample.wide
     seen_MN = sample.seen()

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from elastic.attention.selection.compressed import cell_shares, cell_stride, oracle_shares
 from elastic.attention.selection.pooling import heaviest
-from elastic.attention.selection.sample import Sample
+from elastic.attention.selection.sample import AttentionSample
 
 PUBLISHED = 16
 
 
-def choose(sample: Sample) -> Tensor:
+def choose(sample: AttentionSample) -> Tensor:
     """Key blocks of every KV head, [K, M, N]."""
     seen_MN, own_MN = sample.seen(), sample.own()
     share_KMC, strides = cell_shares(sample), sample.sparse.block // cell_stride(sample.sparse.block)
@@ -34,7 +34,7 @@ def choose(sample: Sample) -> Tensor:
     return chosen | sample.window(sample.sparse.window)
 
 
-def oracle(sample: Sample) -> Tensor:
+def oracle(sample: AttentionSample) -> Tensor:
     """The same, from the equations, a query block at a time."""
     share_KMC, block, stride = oracle_shares(sample), sample.sparse.block, cell_stride(sample.sparse.block)
     (kv_heads, blocks, cells), share = share_KMC.shape, share_KMC.tolist()

@@ -19,7 +19,7 @@ from elastic.kernels.block_bits import query_block
 
 
 @dataclass(frozen=True)
-class Sample:
+class AttentionSample:
     """One sample; its queries are its last positions.
 
     Attributes:

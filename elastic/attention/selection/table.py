@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from elastic.attention.selection import flashprefill, flexprefill, infllm, moba, nsa
-from elastic.attention.selection.sample import Sample
+from elastic.attention.selection.sample import AttentionSample
 
 
 class Selection(NamedTuple):
@@ -17,8 +17,8 @@ class Selection(NamedTuple):
         oracle: slow and readable.
     """
 
-    choose: Callable[[Sample], Tensor]
-    oracle: Callable[[Sample], Tensor]
+    choose: Callable[[AttentionSample], Tensor]
+    oracle: Callable[[AttentionSample], Tensor]
 
 
 SELECTIONS: dict[str, Selection] = {
