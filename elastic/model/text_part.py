@@ -9,12 +9,12 @@ WITH_TEXT = ("gemma3",)  # model types; what `attach` knows is the type of their
 
 
 def text_config(config: Any) -> Any:
-    """The configuration of the text part; the configuration itself where there is no other part."""
+    """The text part's configuration, or the whole one if the model reads text alone."""
     return config.text_config if getattr(config, "model_type", None) in WITH_TEXT else config
 
 
 def text_part(model: Any) -> Any:
-    """A causal LM of the text part's own modules; the model itself where there is no other part.
+    """A causal LM made of the text part's own modules, or the model itself if it reads text alone.
 
     Its logits equal the whole model's on text, bit for bit, but for `final_logit_softcapping`, which transformers'
     whole model leaves out.

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Processes:
-    """The processes of a command that share its work; this one alone where there is no process group.
+    """The processes that share a command's work: all of the process group, or only this one without a group.
 
     Attributes:
         rank, count: which of them this is, and how many there are.
