@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from elastic.bench import records, tables
+from elastic.bench import records
 from elastic.bench.cases import DTYPES, SINK, WINDOW, Case
 from elastic.bench.options import add_shape_options, kernel_device, streaming_heads
-from elastic.bench.race import DISAGREED, TOLERANCE, largest_difference
+from elastic.bench.race import DISAGREED, TOLERANCE, largest_difference, measure_cases
 from elastic.bench.records import LEFT_OUT, Measurement
 from elastic.bench.replay import copies_beyond_cache, in_turn, replayed
 from elastic.bench.timing import host_microseconds, measure
@@ -244,9 +244,4 @@ def run(args: argparse.Namespace, command: str) -> int:
     stamp["kernel"] = "attention_decode"
     found = [{**record, **stamp} for record in machine_records(cases)]
     rivals = {name: RIVALS[name] for name in RIVALS if name in args.contestants}
-    for case in cases:
-        found += [{**record, **stamp} for record in run_case(case, rivals, args.budget_ms, str(device))]
-        records.save(path, found)  # after every case: a long run that is stopped leaves what it has
-        torch.cuda.empty_cache()
-    say(f"\n{tables.terminal(found)}\n\nWritten: {path}")
-    return int(any(r["metric"] == LEFT_OUT and r["why"].startswith(DISAGREED) for r in found))
+    return measure_cases(cases, lambda case: run_case(case, rivals, args.budget_ms, str(device)), found, stamp, path)

@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from elastic.bench import records, tables
+from elastic.bench import records
 from elastic.bench.cases import DTYPES, PATTERN
 from elastic.bench.contestants import FA4_PACKAGE
 from elastic.bench.decode import PEAKED, DecodeCase
 from elastic.bench.options import add_record_options, kernel_device, streaming_heads
-from elastic.bench.race import DISAGREED, TOLERANCE, largest_difference
+from elastic.bench.race import DISAGREED, TOLERANCE, largest_difference, measure_cases
 from elastic.bench.records import LEFT_OUT, Measurement
 from elastic.bench.replay import captured
 from elastic.bench.timing import measure_in_turn
@@ -302,10 +302,4 @@ def run(args: argparse.Namespace, command: str) -> int:
     for name in absent:
         say(f"{name} left out: {RIVALS[name].package} is not installed")
     stamp, path = records.stamp(command, args.commit, device), Path(args.out) / f"{args.tag}.json"
-    found: list[Measurement] = []
-    for case in cases:
-        found += [{**record, **stamp} for record in run_case(case, rivals, args.budget_ms, str(device))]
-        records.save(path, found)  # after every case: a long run that is stopped leaves what it has
-        torch.cuda.empty_cache()
-    say(f"\n{tables.terminal(found)}\n\nWritten: {path}")
-    return int(any(r["metric"] == LEFT_OUT and r["why"].startswith(DISAGREED) for r in found))
+    return measure_cases(cases, lambda case: run_case(case, rivals, args.budget_ms, str(device)), [], stamp, path)

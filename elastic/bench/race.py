@@ -4,7 +4,9 @@ run or disagrees is a record too, with the reason.
 
 import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,3 +143,20 @@ def _left_out(case: Case, who: str, why: str) -> Measurement:
     say(f"{case.name:24s} {who:7s} left out: {why}")
     shared = {"case": case.name, "who": who, **case.properties()}
     return {**shared, "metric": LEFT_OUT, "value": None, "unit": "", "why": why}
+
+
+def measure_cases(
+    cases: Iterable[Any], run_case: Callable[[Any], Iterable[Measurement]], found: list[Measurement],
+    stamp: Measurement, path: Path,
+) -> int:  # fmt: skip
+    """Add the stamped records of every case to `found`, write them to `path` and show the table.
+
+    Returns:
+        0, or 1 where a rival's output differs from ours.
+    """
+    for case in cases:
+        found += [{**record, **stamp} for record in run_case(case)]
+        save(path, found)  # after every case: a long run that is stopped leaves what it has
+        torch.cuda.empty_cache()
+    say(f"\n{tables.terminal(found)}\n\nWritten: {path}")
+    return int(any(r["metric"] == LEFT_OUT and r["why"].startswith(DISAGREED) for r in found))
