@@ -27,6 +27,7 @@ from elastic.training.callbacks import (
     ResumeCheckpoint,
     RoutingPictures,
     RunProgress,
+    StopSignal,
     check_unused,
 )
 from elastic.training.config import ALLOCATOR
@@ -150,7 +151,7 @@ class ElasticCLI(LightningCLI):
         given = config.get("plugins") or []
         kwargs["plugins"] = [*(given if isinstance(given, list) else [given]), AtomicCheckpointIO()]
         bar = [] if config.get("enable_progress_bar") is False else [RunProgress()]
-        callbacks = [*bar, RoutingPictures(), ResultsFile(), PredictionFile()]  # the bar closes before a table appears
+        callbacks = [StopSignal(), *bar, RoutingPictures(), ResultsFile(), PredictionFile()]  # a table after the bar
         kwargs["callbacks"] = [*(config.get("callbacks") or []), *callbacks]
         return super().instantiate_trainer(**kwargs)
 

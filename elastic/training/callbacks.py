@@ -1,7 +1,9 @@
 """Callbacks of a training run: resumable and final checkpoints, routing pictures, the progress bar."""
 
 import shlex
+import signal
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,22 @@ class ElasticCheckpoint(Callback):
                 chat_template_kwargs=data.get(TEMPLATE, {}) if data else None,  # earlier data was told nothing
             )
             self.wrote = str(path)
+
+
+class StopSignal(Callback):
+    """Leaves SIGTERM to the command, also in the middle of a run. Lightning's own handler first tells the other ranks
+    by a broadcast, which waits for ever where one of them is inside another collective; Lightning ends those that rank
+    0 has started all the same.
+    """
+
+    def __init__(self) -> None:
+        self._handler = signal.getsignal(signal.SIGTERM)
+
+    def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if callable(self._handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._handler)
+
+    on_sanity_check_start = on_train_start = on_validation_start = on_test_start = on_predict_start = _restore
 
 
 class RoutingPictures(Callback):

@@ -1,12 +1,14 @@
 """The whole path from files that a real run wrote: fit, test, predict, load, generate."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from elastic import cli
+from elastic.training.module import ElasticModule
 from tests.helpers.training import ROOT, build_data
 
 CONFIGS = ROOT / "configs"
@@ -53,6 +55,26 @@ def test_a_run_leaves_its_files(run):
     assert (run / "last.ckpt").stat().st_size < 4e6  # routers and their optimiser state, no backbone
     recipe = json.loads((run / "checkpoint" / "elastic.json").read_text())["recipe"]
     assert recipe["steps"] == 4 and recipe["optimiser"]["lr"] == 0.01 and recipe["data"]["seq_length"] == 128
+
+
+@pytest.mark.parametrize("name", ["fit", "test"])
+def test_sigterm_stays_the_commands_during_a_run(name, data, tmp_path, monkeypatch):
+    """Lightning's handler would wait for ever for a rank that is inside another collective."""
+    seen = []
+
+    def whose(*_):
+        seen.append(signal.getsignal(signal.SIGTERM))
+
+    def mine(*_):
+        raise AssertionError("nobody sends it")
+
+    monkeypatch.setattr(ElasticModule, "on_train_batch_end" if name == "fit" else "on_test_batch_end", whose)
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        assert command(name, data, tmp_path / "run", "--trainer.max_steps=1") == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen and set(seen) == {mine}
 
 
 def test_the_saved_configuration_repeats_the_run(run, data, tmp_path):
