@@ -13,7 +13,6 @@ from elastic.bench.options import add_options, cases_of, chosen, kernel_device
 from elastic.bench.race import product_ceiling, race
 from elastic.bench.records import Measurement
 from elastic.bench.timing import extra_bytes, host_microseconds
-from elastic.console import say
 from elastic.kernels import unsupported_reason
 
 SUMMARY = "the fused forward kernel beside SDPA, FlexAttention, serial dispatch and flash-attn-4"
@@ -33,10 +32,8 @@ def run(args: argparse.Namespace, command: str) -> int:
     Raises:
         ValueError: options that do not fit, or no GPU that runs the kernels.
     """
-    cases, (contestants, absent) = cases_of(args), chosen(args, COMPETITORS)
+    cases, contestants = cases_of(args), chosen(args, COMPETITORS)
     device = kernel_device(args, unsupported_reason)
-    for name in absent:
-        say(f"{name} left out: {COMPETITORS[name].package} is not installed")
     stamp = records.stamp(command, args.commit, device)
     return race(args, cases, {"ours": ours}, contestants, machine_records(cases), stamp, device)
 

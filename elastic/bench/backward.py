@@ -14,12 +14,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from elastic.bench import records
 from elastic.bench.cases import PATTERN, Case, Inputs
-from elastic.bench.contestants import Call, Contestant, compiled_flex, flex_mask, forward
+from elastic.bench.contestants import FA4_PACKAGE, Call, Contestant, compiled_flex, flash_attn_4, flex_mask, forward
 from elastic.bench.options import add_options, cases_of, chosen, kernel_device
 from elastic.bench.race import product_ceiling, race
 from elastic.kernels import attention_backward, unsupported_backward
 
-SUMMARY = "the backward kernels beside autograd of SDPA and FlexAttention"
+SUMMARY = "the backward kernels beside autograd of SDPA, FlexAttention and flash-attn-4"
 FORWARDS = 2.5
 
 
@@ -39,8 +39,17 @@ def ours(inputs: Inputs, deterministic: bool) -> Call:
 
 def _autograd(inputs: Inputs, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Call:
     """Autograd of a function of [1, heads, S, D] operands; the forward pass runs once, here."""
+
+    def token_first(*operands: Tensor) -> Tensor:
+        return attend(*(x.transpose(1, 2) for x in operands)).transpose(1, 2)
+
+    return _autograd_token_first(inputs, token_first)
+
+
+def _autograd_token_first(inputs: Inputs, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Call:
+    """The same of [1, S, heads, D] operands, which some kernels take as they are."""
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
-    out, grad = attend(*(x.transpose(1, 2) for x in leaves)), upstream(inputs).transpose(1, 2)
+    out, grad = attend(*leaves), upstream(inputs)
     return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 
@@ -57,6 +66,10 @@ def _flex(case: Case, inputs: Inputs) -> Call:
     return _autograd(inputs, lambda q, k, v: flex(q, k, v, block_mask=mask, enable_gqa=True))
 
 
+def _fa4(case: Case, inputs: Inputs) -> Call:
+    return _autograd_token_first(inputs, flash_attn_4(case, inputs.q.device))
+
+
 def _is_dense(case: Case) -> bool:
     return case.msr == 0
 
@@ -67,6 +80,7 @@ COMPETITORS = {
         "PyTorch SDPA, FlashAttention-2 (dense)", _is_dense, partial(_sdpa, SDPBackend.FLASH_ATTENTION)
     ),
     "flex": Contestant("compiled FlexAttention under the same block mask", lambda case: True, _flex, flex=True),
+    "fa4": Contestant(f"{FA4_PACKAGE}, block sparse where the case is", lambda case: True, _fa4, package=FA4_PACKAGE),
 }
 
 
@@ -77,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, command: str) -> int:
     """As `elastic.bench.attention.run`, for gradients: 1 where a contestant's differ from ours."""
-    cases, (contestants, _) = cases_of(args), chosen(args, COMPETITORS)
+    cases, contestants = cases_of(args), chosen(args, COMPETITORS)
     device = kernel_device(args, unsupported_backward)
     stamp = {**records.stamp(command, args.commit, device), "kernel": "attention_backward_sm90 (sm_90a)"}
     kernels = {"ours": partial(ours, deterministic=False), "ours-deterministic": partial(ours, deterministic=True)}

@@ -118,22 +118,31 @@ def _serial(case: Case, inputs: Inputs) -> Call:
     return call
 
 
-def _fa4(case: Case, inputs: Inputs) -> Call:
-    """flash-attn-4: its causal kernel on dense cases, its block-sparse one (causal, 128 x 128 lists) on the others."""
+def flash_attn_4(case: Case, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """flash-attn-4 on [1, S, heads, D] operands: its causal kernel on dense cases, its block-sparse one on the others
+    (causal, lists of 128 x 128 blocks; of query blocks for each key block in the backward pass).
+    """
     from flash_attn.cute import flash_attn_func
 
-    sparse = None
+    sparse = {}
     if case.msr != 0:
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-        lists = split_lists(case.block_mask().to(inputs.q.device))
-        sparse = BlockSparseTensorsTorch(*lists, block_size=(BLOCK, BLOCK))
+        mask = case.block_mask().to(device)
+        for name, seen in (("block_sparse_tensors", mask), ("block_sparse_tensors_bwd", mask.transpose(-1, -2))):
+            sparse[name] = BlockSparseTensorsTorch(*split_lists(seen), block_size=(BLOCK, BLOCK))
 
-    def call() -> tuple[Tensor, ...]:
-        result = flash_attn_func(inputs.q, inputs.k, inputs.v, causal=True, block_sparse_tensors=sparse)
-        return result[:1] if isinstance(result, tuple) else (result,)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result = flash_attn_func(q, k, v, causal=True, **sparse)
+        out: Tensor = result[0] if isinstance(result, tuple) else result
+        return out
 
-    return call
+    return attend
+
+
+def _fa4(case: Case, inputs: Inputs) -> Call:
+    attend = flash_attn_4(case, inputs.q.device)
+    return lambda: (attend(*inputs[:3]),)
 
 
 def _is_dense(case: Case) -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from elastic.bench.cases import DTYPES, Case
 from elastic.bench.contestants import Contestant
+from elastic.console import say
 
 LENGTHS = (8192, 16384, 32768, 65536, 131072, 262144)
 RATIOS = (0.0, 0.5, 0.75, 1.0)
@@ -82,8 +83,9 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     return found
 
 
-def chosen(args: argparse.Namespace, competitors: Mapping[str, Contestant]) -> tuple[dict[str, Contestant], list[str]]:
-    """The contestants to run, and by name those that are absent because their package is.
+def chosen(args: argparse.Namespace, competitors: Mapping[str, Contestant]) -> dict[str, Contestant]:
+    """The contestants to run. Those that nobody asked for by name and whose package is absent are left out, which is
+    said.
 
     Raises:
         ValueError: an unknown name, one asked for by name that is not installed, or a budget that is not a time.
@@ -91,15 +93,17 @@ def chosen(args: argparse.Namespace, competitors: Mapping[str, Contestant]) -> t
     if not args.budget_ms > 0:
         raise ValueError(f"--budget-ms {args.budget_ms:g} is not positive; the default is 400")
     if args.contestants is None:
-        absent = [name for name, one in competitors.items() if not one.installed]
-        return {name: one for name, one in competitors.items() if one.installed}, absent
+        for name, one in competitors.items():
+            if not one.installed:
+                say(f"{name} left out: {one.package} is not installed")
+        return {name: one for name, one in competitors.items() if one.installed}
     for name in args.contestants:
         if name not in competitors:
             raise ValueError(f"there is no contestant {name!r}; expected some of {', '.join(competitors)}")
         if not competitors[name].installed:
             package = competitors[name].package
             raise ValueError(f"{name} needs {package}, which is not installed; run `pip install --pre {package}`")
-    return {name: competitors[name] for name in competitors if name in args.contestants}, []
+    return {name: competitors[name] for name in competitors if name in args.contestants}
 
 
 def kernel_device(

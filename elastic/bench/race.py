@@ -1,9 +1,10 @@
-"""One case, one contestant after the other: outputs are compared with ours first, then timed. A competitor that cannot
-run or disagrees is a record too, with the reason.
+"""One case, all its contestants: outputs are compared with ours first, then all are timed in turn, so that they share
+what the GPU's clock and heat do. A competitor that cannot run or disagrees is a record too, with the reason.
 """
 
 import argparse
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor
 from elastic.bench import drawing, tables
 from elastic.bench.cases import Case, Inputs
 from elastic.bench.contestants import Call, Contestant
+from elastic.bench.gpu_state import watched
 from elastic.bench.records import LEFT_OUT, Measurement, save
-from elastic.bench.timing import matmul_tflops, measure
+from elastic.bench.timing import matmul_tflops, measure_in_turn
 from elastic.console import say
 
 TOLERANCE = 0.05  # of the largest value, at least of 1: N(0, 1) operands in bf16, a few roundings
@@ -80,34 +82,34 @@ def run_case(
     inputs = case.inputs(device)
     calls = {name: build(inputs) for name, build in ours.items()}
     reference = next(iter(calls.values()))()
-    found = [
-        record
-        for who, call in calls.items()
-        for record in timed(case.name, case.properties(), who, call, work, budget_ms)
-    ]
+    left_out = []
     for name, contestant in contestants.items():
         if not contestant.takes(case):
             continue
         if contestant.flex and case.length > flex_max_length:
-            found.append(_left_out(case, name, f"longer than --flex-max-length {flex_max_length}"))
+            left_out.append(_left_out(case, name, f"longer than --flex-max-length {flex_max_length}"))
             continue
         try:
-            found += _checked(case, name, contestant, inputs, reference, work, budget_ms)
+            calls[name] = _checked(contestant, case, inputs, reference)
         except Exception as error:  # noqa: BLE001 - a competitor that cannot run is a result, stated in the table
             reason = " ".join(str(error).split())[:200]
-            found.append(_left_out(case, name, f"{type(error).__name__}: {reason}"))
-    return found
+            why = reason if isinstance(error, DisagreementError) else f"{type(error).__name__}: {reason}"
+            left_out.append(_left_out(case, name, why))
+    del reference
+    rates = dict.fromkeys(calls, work)
+    return [*timed(case.name, case.properties(), calls, rates, budget_ms, torch.device(device)), *left_out]
 
 
-def _checked(
-    case: Case, name: str, contestant: Contestant, inputs: Inputs, reference: tuple[Tensor, ...], work: float,
-    budget_ms: float,
-) -> list[Measurement]:  # fmt: skip
+class DisagreementError(ValueError):
+    """A contestant's output differs from ours."""
+
+
+def _checked(contestant: Contestant, case: Case, inputs: Inputs, reference: tuple[Tensor, ...]) -> Call:
     call = contestant.build(case, inputs)
     difference = largest_difference(call(), reference)
     if not difference <= TOLERANCE:
-        return [_left_out(case, name, f"{DISAGREED} by {difference:.3g}, allowed is {TOLERANCE}")]
-    return timed(case.name, case.properties(), name, call, work, budget_ms)
+        raise DisagreementError(f"{DISAGREED} by {difference:.3g}, allowed is {TOLERANCE}")
+    return call
 
 
 def largest_difference(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> float:
@@ -126,17 +128,27 @@ def largest_difference(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> 
 
 
 def timed(
-    case: str, properties: Measurement, who: str, call: Callable[[], object], work: float, budget_ms: float
-) -> list[Measurement]:
-    """Time a call of `work` floating-point operations: its `time` in ms and `eff` in TFLOP/s, with `properties`."""
-    timing = measure(call, budget_ms)
-    rate = work / timing.ms / 1e9
-    say(f"{case:24s} {who:7s} {timing.ms:10.4f} ms  {rate:6.1f} TFLOP/s  {timing.repeats} repeats")
-    shared = {"case": case, "who": who, "repeats": timing.repeats, **properties}
-    return [
-        {**shared, "metric": "time", "value": timing.ms, "unit": "ms"},
-        {**shared, "metric": "eff", "value": rate, "unit": "TFLOP/s"},
-    ]
+    case: str, properties: Measurement, calls: Mapping[str, Callable[[], object]], work: Mapping[str, float],
+    budget_ms: float, device: torch.device,
+) -> list[Measurement]:  # fmt: skip
+    """Time calls of so many floating-point operations in turn: each one's `time` in ms and `eff` in TFLOP/s, and the
+    GPU's state meanwhile, with `properties`.
+    """
+    with watched(device) as state:
+        times = measure_in_turn(calls, budget_ms)
+    found: list[Measurement] = []
+    for who, rounds in times.items():
+        ms = statistics.median(rounds)
+        rate = work[who] / ms / 1e9
+        say(f"{case:24s} {who:7s} {ms:10.4f} ms  {rate:6.1f} TFLOP/s  {len(rounds)} rounds")
+        shared = {"case": case, "who": who, "repeats": len(rounds), **properties}
+        found += [
+            {**shared, "metric": "time", "value": ms, "unit": "ms"},
+            {**shared, "metric": "eff", "value": rate, "unit": "TFLOP/s"},
+        ]
+    for record in state:
+        say(f"{case:24s} {record['metric']} {record['value']:.0f} {record['unit']}")
+    return [*found, *({"case": case, **properties, **record} for record in state)]
 
 
 def _left_out(case: Case, who: str, why: str) -> Measurement:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from elastic.bench import gpu_state
 from elastic.bench.e2e_tables import FIRST_TOKEN, e2e_cells
 from elastic.bench.records import DIGITS, LEFT_OUT, Measurement
 from elastic.bench.scaling_tables import of_scaling, scaling_cells
@@ -54,8 +55,11 @@ def remarks(found: Sequence[Measurement]) -> list[str]:
     lines = [
         f"{r['case']}, {r['who']}, {r['metric']}: {r['value']:.4g} {r['unit']}"
         for r in found
-        if r["metric"] not in ("time", LEFT_OUT) and not (r["metric"] == "eff" and (r["case"], r["who"]) in timed)
+        if r["metric"] not in ("time", LEFT_OUT)
+        and r["who"] != gpu_state.WHO
+        and not (r["metric"] == "eff" and (r["case"], r["who"]) in timed)
     ]
+    lines += gpu_state.ranges(found)
     reasons: dict[tuple[str, str], list[str]] = {}
     for r in found:
         if r["metric"] == LEFT_OUT:

@@ -5,7 +5,7 @@ on and below the diagonal, those of a layer the blocks that it visits.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -103,11 +103,11 @@ def selection_records(length: int, stride: int, args: argparse.Namespace, device
     work = 2.0 * HEADS * stride * HEAD_DIM * cells * (cells + 1) / 2
     name = _name(f"select-s{stride}-b{args.block}", length)
     bits = select_blocks(*given, **sizes)
-    found = timed(name, _properties(length), "ours", partial(select_blocks, *given, **sizes), work, args.budget_ms)
+    found = _timed(name, length, {"ours": partial(select_blocks, *given, **sizes)}, {"ours": work}, args, device)
     found.append(_figure(name, length, "density", causal_share(bits, length, args.block), ""))
     if length <= TORCH_LONGEST:
         oracle = partial(select_oracle, *given, **sizes)
-        found += timed(name, _properties(length), "torch", oracle, work, args.budget_ms)
+        found += _timed(name, length, {"torch": oracle}, {"torch": work}, args, device)  # far slower: not in turn
         counts, wanted = count_bits(bits), count_bits(oracle())
         close = ((counts - wanted).abs() <= 1).double().mean().item()
         found.append(_figure(name, length, "rows within 1 block of the oracle", close, ""))
@@ -142,10 +142,9 @@ def layer_records(length: int, args: argparse.Namespace, device: str) -> list[Me
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
             )
 
-    found = timed(name, _properties(length), "ours", lambda: attend(select()), density * dense, args.budget_ms)
-    alone = f"{name}-attention-alone"
-    found += timed(alone, _properties(length), "ours", lambda: attend(bits), density * dense, args.budget_ms)
-    found += timed(name, _properties(length), "cudnn", cudnn, dense, args.budget_ms)
+    work = {"ours": density * dense, "cudnn": dense}
+    found = _timed(name, length, {"ours": lambda: attend(select()), "cudnn": cudnn}, work, args, device)
+    found += _timed(f"{name}-attention-alone", length, {"ours": lambda: attend(bits)}, work, args, device)
     ms = {r["who"]: r["value"] for r in found if r["metric"] == "time" and r["case"] == name}
     found.append(_figure(name, length, "density", density, ""))
     return [*found, _figure(name, length, "speed over cudnn", ms["cudnn"] / ms["ours"], "x")]
@@ -162,6 +161,13 @@ def memory_records(length: int, args: argparse.Namespace, device: str) -> list[M
     found["attention"] = extra_bytes(lambda: (attend(bits),)) + chosen
     name = _name(f"layer-s16-b{args.block}", length)
     return [_figure(name, length, f"extra memory, {part}", size / 1e6, "MB") for part, size in found.items()]
+
+
+def _timed(
+    case: str, length: int, calls: Mapping[str, Callable[[], Tensor]], work: Mapping[str, float],
+    args: argparse.Namespace, device: str,
+) -> list[Measurement]:  # fmt: skip
+    return timed(case, _properties(length), calls, work, args.budget_ms, torch.device(device))
 
 
 def _name(kind: str, length: int) -> str:

@@ -1,9 +1,11 @@
 """`elastic bench` without a GPU: cases and their arithmetic, block lists, contestants, messages."""
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
+import time
 import types
 from functools import partial
 
@@ -13,10 +15,10 @@ from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
 from elastic import cli
-from elastic.bench import attention, backward, contestants, race, records, tables
+from elastic.bench import attention, backward, contestants, gpu_state, race, records, tables
 from elastic.bench.cases import BLOCK, SINK, WINDOW, Case
 from elastic.bench.contestants import COMPETITORS, Contestant, block_lists, forward, split_lists
-from elastic.bench.timing import Timing, repeats_within
+from elastic.bench.timing import repeats_within
 from elastic.kernels.block_bits import mask_from_bits
 from elastic.visibility import visible
 
@@ -85,14 +87,20 @@ def by_lists(q, k, v, *, block_mask, enable_gqa):
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
 
 
-def flash_attn_func(q, k, v, causal, block_sparse_tensors):
-    """What flash-attn-4 computes: a causal mask over all listed blocks."""
-    assert causal
+def flash_attn_func(q, k, v, causal, block_sparse_tensors=None, block_sparse_tensors_bwd=None):
+    """What flash-attn-4 computes: a causal mask over all listed blocks. Its backward pass reads lists of query blocks
+    for each key block, which must name the same pairs.
+    """
+    assert causal and (block_sparse_tensors is None) == (block_sparse_tensors_bwd is None)
     mask = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()[None, None]
     if block_sparse_tensors is not None:
-        few, first, many, rest, block_size = block_sparse_tensors
-        assert block_size == (BLOCK, BLOCK)
-        mask = mask & (listed_tokens(few, first) | listed_tokens(many, rest))
+        listed, turned = (
+            listed_tokens(few, first) | listed_tokens(many, rest)
+            for few, first, many, rest, block_size in (block_sparse_tensors, block_sparse_tensors_bwd)
+            if block_size == (BLOCK, BLOCK)
+        )
+        assert torch.equal(listed, turned.transpose(-1, -2))
+        mask = mask & listed
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2), None
 
@@ -108,7 +116,7 @@ def on_cpu(monkeypatch):
     lists.BlockSparseTensorsTorch = lambda *tensors, block_size: (*tensors, block_size)
     for module in (types.ModuleType("flash_attn"), package, lists):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(race, "measure", lambda call, _budget: Timing(2.0, 3))
+    monkeypatch.setattr(race, "measure_in_turn", lambda calls, _: {name: [1.0, 2.0, 4.0] for name in calls})
 
 
 @pytest.mark.parametrize(
@@ -136,11 +144,12 @@ def test_every_backward_contestant_computes_the_same(on_cpu, monkeypatch):
     monkeypatch.setattr(backward, "compiled_flex", lambda: by_lists)
     monkeypatch.setattr(race, "TOLERANCE", 5e-3)
     ours = {"ours": partial(backward.ours, deterministic=True)}
-    flex = {"flex": backward.COMPETITORS["flex"]}
+    rivals = {name: backward.COMPETITORS[name] for name in ("flex", "fa4")}
     for kind in ({}, {"streaming": 1}, {"density": 0.5}):
         case = Case(1280, **kind, **SHAPE, dtype="fp16")
-        found = race.run_case(case, ours, flex, 2.5 * case.flops(), 400.0, 4096, "cpu")
+        found = race.run_case(case, ours, rivals, 2.5 * case.flops(), 400.0, 4096, "cpu")
         assert not [r["why"] for r in found if r["metric"] == records.LEFT_OUT]
+        assert [r["who"] for r in found if r["metric"] == "time"] == ["ours", "flex", "fa4"]
         assert {r["value"] for r in found if r["metric"] == "eff"} == {2.5 * case.flops() / 2e9}
 
 
@@ -244,3 +253,41 @@ def test_a_race_keeps_every_case_and_tells_a_contestant_that_differs(on_cpu, tmp
     assert str(tmp_path / "run.json") in capsys.readouterr().out
     wrong = Contestant("adds one", lambda case: True, lambda case, inputs: lambda: (attention.ours(inputs)()[0] + 1,))
     assert race.race(args, cases[:1], ours, {"wrong": wrong}, [ceiling], stamp, torch.device("cpu")) == 1
+
+
+TOOL = """#!/bin/sh
+echo "$@" >> LOG
+for i in 1 2 3; do echo "17${i}0, 612.4${i}"; done
+echo "1980, [N/A]"
+printf "19"
+exec sleep 60
+"""
+
+
+def test_the_gpus_clock_and_power_are_read_while_it_is_timed(monkeypatch, tmp_path):
+    """A tool that says what nvidia-smi says, also a figure that is not available and a line that was cut short."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(TOOL.replace("LOG", str(tmp_path / "log")))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(uuid="a-b"))
+    with gpu_state.watched(torch.device("cuda", 0)) as state:
+        until = time.monotonic() + 20
+        while not (tmp_path / "log").is_file() and time.monotonic() < until:
+            time.sleep(0.02)
+        time.sleep(0.2)
+    read = [(record["metric"], record["value"], record["unit"]) for record in state]
+    assert read == [("SM clock", 1725.0, "MHz"), ("power", 612.42, "W")]
+    assert "--id=GPU-a-b" in (tmp_path / "log").read_text()
+    other = [{**record, "value": record["value"] + 100} for record in state]
+    line = "GPU while it was timed, medians of the cases: SM clock 1725 to 1825 MHz, power 612 to 712 W"
+    assert gpu_state.ranges([*state, *other]) == [line]
+    timing = {"case": "a", "who": "ours", "metric": "time", "value": 1.0, "unit": "ms"}
+    assert tables.remarks([timing, *({"case": "a", **r} for r in (*state, *other))]) == [line]
+
+
+def test_without_the_drivers_tool_nothing_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with gpu_state.watched(torch.device("cuda", 0)) as state:
+        pass
+    assert state == [] and gpu_state.ranges(state) == []

@@ -9,7 +9,6 @@ from torch.nn.attention import SDPBackend
 from elastic import cli
 from elastic.bench import race, records, tables, xattention
 from elastic.bench.structured import structured
-from elastic.bench.timing import Timing
 from elastic.kernels import Pattern, bits_from_mask, select_blocks
 
 
@@ -40,7 +39,11 @@ def small_on_cpu(monkeypatch):
     monkeypatch.setattr(xattention, "kernel_device", lambda args, why: torch.device("cpu"))
     monkeypatch.setattr(race, "matmul_tflops", lambda: 1.0)
     monkeypatch.setattr(xattention, "extra_bytes", lambda call: sum(x.numel() for x in call()))
-    monkeypatch.setattr(race, "measure", lambda call, _budget: Timing(2.0 + 0.0 * call().float().sum().item(), 3))
+    monkeypatch.setattr(
+        race,
+        "measure_in_turn",
+        lambda calls, _: {who: [2.0 + 0.0 * calls[who]().float().sum().item()] for who in calls},
+    )
 
 
 def test_figures_of_a_run(small_on_cpu, tmp_path, capsys):
