@@ -25,6 +25,7 @@ CacheKind = Literal["full", "elastic"]
 
 _LARGEST = 2**31 - 1  # 32 bits
 BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
+UNTOLD = {"pool_over": "prompt"}  # router settings of files from before there was a choice
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,13 @@ def test_a_data_folder_gives_the_same_batches():
     assert [[checksum(batch)] for batch in module.test_dataloader()] == EXPECTED["batches"]["test"]
 
 
-def test_a_run_is_tested_with_its_resolved_configuration(folder):
+def test_a_run_is_tested_with_its_resolved_configuration(folder, capsys):
+    """With one setting that there was no choice of, and whose default is another one now."""
     before = json.loads((BEFORE / "run" / "results_test.json").read_text())
-    assert cli.main(["test", "-c", "run/config.yaml", "--ckpt_path", "last"]) == 0
+    command = ["test", "-c", "run/config.yaml", "--ckpt_path", "last"]
+    assert cli.main(command) == 2
+    assert "was trained with router {" in capsys.readouterr().err
+    assert cli.main([*command, "--model.elastic.router.pool_over", "prompt"]) == 0
     after = json.loads((folder / "run" / "results_test.json").read_text())
     assert after.keys() - before.keys() == {"samples", "source_tasks"} and not before.keys() - after.keys()
     assert after["routes"] == before["routes"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic._version import __version__
-from elastic.config import ElasticConfig
+from elastic.config import UNTOLD, ElasticConfig
 from elastic.data.prompts import TEMPLATE, TEMPLATE_KWARGS, check_kwargs
 from elastic.files import file_sha256, is_foreign, member, new_folder, read_json, set_aside
 from elastic.model.attach import Model, attach, elastic_config, handle_of, routers
@@ -144,7 +144,7 @@ def read_elastic(path: str | Path) -> dict[str, Any]:
         metadata: dict[str, Any] = read_json(path / METADATA)
         config, found = member(metadata, "config", dict), metadata.get("format")
         config.setdefault("router", {})
-        member(config, "router", dict).setdefault("pool_over", "prompt")  # what it was before there was a choice
+        config["router"] = {**UNTOLD, **member(config, "router", dict)}
         metadata[TEMPLATE] = check_kwargs(metadata.get(TEMPLATE, {}))  # earlier ones were told nothing
     except ValueError as error:
         raise ValueError(f"{path / METADATA} is damaged ({error}); {_WAY_OUT}") from error

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from elastic.config import RouterConfig, SparseConfig
+from elastic.config import UNTOLD, RouterConfig, SparseConfig
 from elastic.data.shards import longest_sample, tokenizer_hash
 from elastic.files import new_file
 from elastic.model.checkpoint import MULTIPLIERS
@@ -140,9 +140,9 @@ def check_checkpoint(checkpoint: dict[str, Any], mine: dict[str, Any], wanted: s
             "version that began it"
         )
     known, sizes = theirs.get("router"), theirs.get("sparse")
-    if isinstance(known, dict):  # settings that were not there when it was written
-        theirs = {**theirs, "router": asdict(RouterConfig(**{**mine["router"], **known}))}
-    if isinstance(sizes, dict):  # likewise, and their defaults are what ran then
+    if isinstance(known, dict):  # of settings that were not there when it was written, what ran then
+        theirs = {**theirs, "router": asdict(RouterConfig(**{**UNTOLD, **known}))}
+    if isinstance(sizes, dict):  # likewise
         theirs = {**theirs, "sparse": {**asdict(SparseConfig()), **sizes}}
     for key in mine if fitting else ALWAYS:
         if theirs.get(key) != mine[key]:
