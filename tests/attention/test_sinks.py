@@ -127,6 +127,20 @@ def operators_run(monkeypatch):
     return ran
 
 
+def test_sinks_that_learn_need_the_backward_kernels(monkeypatch):
+    """Where a GPU has none, PyTorch runs the layer, even if nothing else has a gradient."""
+    from elastic.attention import routed
+
+    monkeypatch.setattr(routed, "unsupported_reason", lambda *_: None)
+    q, route = torch.randn(1, 2, 30, 8), torch.zeros(1, 2)
+    plan = HeadPlan.build(route, SPARSE, batch_layout(1, 30, 0, q.device, None))
+    sinks = torch.zeros(2, requires_grad=True)
+    (in_torch,) = torch.autograd.grad(attend(q, q, q, replace(plan, sinks_H=sinks), 0.3).sum(), sinks)
+    monkeypatch.setattr(routed, "fused", lambda *_: pytest.fail("a kernel ran"))
+    found = routed_attention(q, q, q, route, replace(plan, sinks_H=sinks), 0.3).output
+    assert torch.equal(*torch.autograd.grad(found.sum(), sinks), in_torch)
+
+
 @pytest.mark.parametrize("kv_cache", ["full", "elastic"])
 def test_a_model_with_sinks_reads_and_answers_through_the_operators(operators_run, monkeypatch, kv_cache):
     model = attach(tiny_model("gpt_oss"), replace(small_config(), kv_cache=kv_cache))

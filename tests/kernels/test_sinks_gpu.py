@@ -17,7 +17,6 @@ from tests.helpers.models import left_padded, random_ids, tiny_model
 from tests.kernels.generators import random_problem
 from tests.kernels.gpu import judge, needs_gpu, paths, run
 from tests.kernels.gpu_backward import judge_gradients, run_backward, upstream
-from tests.kernels.gpu_decode import configs, judge_decode, run_decode
 from tests.kernels.gpu_sinks import decode_with_sinks, expected_lse, largest_error, mean_errors, outcome, random_sinks
 from tests.kernels.test_routed_attention import HAS_BACKWARD, layouts, valid
 from tests.kernels.test_routed_attention import problem as layer_problem
@@ -53,17 +52,6 @@ def test_random_problems(first: int) -> None:
     if of_sinks:  # a single problem's error, a sum over its rows, may be small by luck
         mine, theirs = torch.tensor(of_sinks).T
         assert mine.isfinite().all() and mine.mean() <= 2 * theirs.mean() and mine.max() <= 2 * theirs.max()
-
-
-@pytest.mark.parametrize("block", range(20))
-def test_random_decode_problems(block: int) -> None:
-    for seed in range(25 * block, 25 * block + 25):
-        problem = decode_with_sinks(seed)
-        for config in configs(problem):
-            try:
-                judge_decode(run_decode(problem, config), problem)
-            except AssertionError as error:
-                raise AssertionError(f"seed {seed}, {config}: {error}") from error
 
 
 @pytest.mark.parametrize("name", ["rows", "left", "right", "decode", "chunk", "packed"])
