@@ -64,8 +64,8 @@ def attention_forward(
         sinks: [H], a logit of each query head that joins its softmax's denominator, see `attention_sinks`.
 
     Returns:
-        out [B, Sq, H, D] contiguous, in q's dtype, 0 in rows of no sample; lse [B, H, Sq] fp32, the natural logarithm
-        of the softmax denominator, -inf where a query sees no key.
+        out [B, Sq, H, D] contiguous, in q's dtype, 0 in rows of no sample; lse [B, H, Sq] fp32 (of fp64 operands
+        fp64), the natural logarithm of the softmax denominator, -inf where a query sees no key.
 
     Raises:
         ValueError: arguments that do not fit, with the way out.
@@ -174,7 +174,7 @@ def _forward_cpu(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(q, k, v, mode, pattern, ranges, bits, sinks)
     out, lse = attention_oracle(q, k, v, mode, pattern, ranges, bits)
-    return (out, lse.float()) if sinks is None else share_with_sinks(out, lse.float(), sinks)
+    return (out, lse) if sinks is None else share_with_sinks(out, lse, sinks)
 
 
 def _check(
@@ -189,8 +189,8 @@ def _check(
 
 
 def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+    shape, wide = (q.shape[0], q.shape[2], q.shape[1]), torch.promote_types(q.dtype, torch.float32)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(shape, dtype=wide, device=q.device)
 
 
 operators.define(

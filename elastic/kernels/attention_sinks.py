@@ -33,14 +33,14 @@ def share_with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, T
     """O' and LSE' of O and LSE.
 
     Args:
-        out: [B, S, H, D], scaled in place: in fp32, and rounded to its type a second time.
-        lse: fp32 [B, H, S].
+        out: [B, S, H, D], scaled in place: in the type of `lse`, and rounded to its own a second time.
+        lse: fp32 or wider [B, H, S].
         sinks: [H].
 
     Returns:
         `out`; LSE', contiguous. A row that sees nothing keeps 0 and -inf.
     """
-    sinks_H1 = sinks.detach().float()[:, None]
+    sinks_H1 = sinks.detach().to(lse.dtype)[:, None]
     empty = lse == NOTHING
     kept_BHS = torch.sigmoid(lse - sinks_H1).masked_fill(empty, 0.0)  # exp(LSE - LSE')
     out.mul_(kept_BHS.transpose(1, 2)[..., None])
@@ -54,6 +54,6 @@ def sinks_gradient(grad_out: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) ->
         grad_out: [B, S, H, D]; may hold anything in rows of no sample.
         out, lse: O' and LSE', as `share_with_sinks` returned them.
     """
-    delta_BHS = (grad_out.float() * out.float()).sum(-1).transpose(1, 2)
-    share_BHS = torch.exp(sinks.float()[:, None] - lse)
+    delta_BHS = (grad_out.to(lse.dtype) * out).sum(-1).transpose(1, 2)
+    share_BHS = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
     return -(share_BHS * delta_BHS).masked_fill(lse == NOTHING, 0.0).sum((0, 2)).to(sinks.dtype)

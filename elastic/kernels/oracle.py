@@ -124,7 +124,7 @@ def gradient_oracle(
         if g.mask is None:
             dq[at_queries] = dk[at_keys] = dv[at_keys] = float("nan")
             continue
-        weights, _ = g.weights(scale, None if lse is None else lse[g.row, g.heads, g.queries].to(wide))
+        weights, _ = g.weights(scale, None if lse is None else lse[g.row, g.heads, g.queries])
         grad_GLD = grad_out[at_queries].transpose(0, 1).to(wide)
         dp = grad_GLD @ g.v_LD.T
         ds = weights * (dp - (weights * dp).sum(-1, keepdim=True))

@@ -106,8 +106,9 @@ def test_the_operators_equal_the_torch_path(name, sparse):
         leaves = [x.clone().requires_grad_() for x in (q, k, v, route, sinks)]
         out = valid(layout, run(*leaves[:4], replace(plan, sinks_H=leaves[4]), 0.25))
         results.append([out, *torch.autograd.grad((out * valid(layout, weight)).sum(), leaves)])
-    for found, want in zip(*results, strict=True):
-        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    for name, found, want in zip(("out", "q", "k", "v", "route", "sinks"), *results, strict=True):
+        tolerance = 1e-5 if name == "route" else 1e-9  # the route's gradient is summed in fp32
+        torch.testing.assert_close(found, want, rtol=tolerance, atol=tolerance, msg=lambda told, n=name: f"{n}: {told}")
         assert float(want.detach().norm()) > 0
 
 
