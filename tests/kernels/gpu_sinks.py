@@ -17,9 +17,10 @@ Outcome = tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor]
 
 
 def random_sinks(seed: int, heads: int, device: str = "cuda") -> Tensor:
-    """Logits of so many heads: beside the scores, or far from some of them."""
+    """Logits of so many heads: beside the scores, or far from some of them. The fp32 numbers are bf16 ones too."""
     spread = random.Random(seed).choice((1.0, 4.0, 30.0))
-    return spread * torch.randn(heads, generator=torch.Generator(device).manual_seed(seed), device=device)
+    normal = torch.randn(heads, generator=torch.Generator(device).manual_seed(seed), device=device)
+    return (spread * normal).bfloat16().float()
 
 
 def decode_with_sinks(seed: int) -> DecodeProblem:
