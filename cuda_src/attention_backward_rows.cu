@@ -8,7 +8,6 @@ namespace elastic {
 constexpr int kD = ELASTIC_HEAD_DIM;
 constexpr int kRows = kBackwardRows<kD>;
 constexpr int kThreads = 256, kLanes = kD / 8;  // lanes that share a row, 16 bytes each
-constexpr float kLog2e = 1.4426950408889634f;
 
 ELASTIC_FN float low_half(u32 x) {
 #if ELASTIC_BF16

@@ -26,7 +26,7 @@ class HeadPlan:
         bits: key blocks of the heads whose mode chooses them, see `elastic.kernels.block_bits`; None until
             `elastic.attention.block_selection` has chosen them from queries and keys.
         sinks_H: attention sinks, a logit for each query head that takes its share of every softmax; None: there are
-            none. The kernels do not know them.
+            none.
     """
 
     mode_NK: Tensor

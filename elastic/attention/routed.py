@@ -26,6 +26,7 @@ from elastic.kernels import (
     kernel_path,
     period_of,
     route_gap,
+    sinks_gradient,
     slot_table,
     unsupported_backward,
     unsupported_reason,
@@ -34,15 +35,11 @@ from elastic.kernels import (
 
 
 def backend_for(
-    device: torch.device, dtype: torch.dtype, head_dim: int, training: bool = False, sparse: SparseConfig | None = None,
-    sinks: bool = False,
-) -> str:  # fmt: skip
+    device: torch.device, dtype: torch.dtype, head_dim: int, training: bool = False, sparse: SparseConfig | None = None
+) -> str:
     """What runs inference (or `training`) on such tensors, as reports and logs state it: a kernel, or PyTorch and on a
-    GPU the reason. With the modes of `sparse`, also where PyTorch chooses key blocks for a kernel. `sinks`: heads have
-    attention sinks.
+    GPU the reason. With the modes of `sparse`, also where PyTorch chooses key blocks for a kernel.
     """
-    if sinks and device.type == "cuda":
-        return "torch (cuda; the kernels do not know attention sinks)"
     reason = (unsupported_backward if training else unsupported_reason)(device, dtype, head_dim)
     if reason is None:
         chooser = _chosen_in_torch(device, dtype, head_dim, None if sparse is None else sparse.chooser)
@@ -87,7 +84,7 @@ def routed_attention(
         ValueError: shapes that do not belong together.
     """
     _check(q_BHSD, k_BKSD, v_BKSD, plan)
-    kernels = plan.sinks_H is None and _runs_fused(q_BHSD, k_BKSD, v_BKSD, route_NK)
+    kernels = _runs_fused(q_BHSD, k_BKSD, v_BKSD, route_NK, plan.sinks_H)
     routed = torch.is_grad_enabled() and route_NK.requires_grad
     share = None
     if plan.sparse.chooser is not None:
@@ -103,8 +100,9 @@ def routed_attention(
     return Routed(out, plan, share)
 
 
-def _runs_fused(q: Tensor, k: Tensor, v: Tensor, route: Tensor) -> bool:
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, route))
+def _runs_fused(q: Tensor, k: Tensor, v: Tensor, route: Tensor, sinks: Tensor | None) -> bool:
+    inputs = (q, k, v, route, sinks)
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     reason = unsupported_backward if differentiable else unsupported_reason
     return reason(q.device, q.dtype, q.shape[-1]) is None
 
@@ -115,7 +113,7 @@ def fused(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, route_NK: Tensor, plan
     On the CPU the operators are their oracles, which is how the plan's translation is tested without a GPU.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BHSD, k_BKSD, v_BKSD))
-    output: Tensor = _Fused.apply(q, k, v, route_NK, plan, scale)
+    output: Tensor = _Fused.apply(q, k, v, route_NK, plan.sinks_H, plan, scale)
     return output
 
 
@@ -123,17 +121,20 @@ class _Fused(torch.autograd.Function):
     """The fused operators under autograd; q, k, v are [B, S, heads, D]."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, route_NK: Tensor, plan: HeadPlan, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, route_NK: Tensor, sinks_H: Tensor | None, plan: HeadPlan,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
         visible = plan.pattern(scale), plan.layout.kernel_ranges, plan.bits
-        out, lse = attention_forward(q, k, v, plan.mode_NK, *visible)
-        ctx.save_for_backward(q, k, v, out, lse, route_NK)
+        out, lse = attention_forward(q, k, v, plan.mode_NK, *visible, sinks_H)
+        ctx.save_for_backward(q, k, v, out, lse, route_NK, sinks_H)
         ctx.plan, ctx.visible = plan, visible
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        q, k, v, out, lse, route_NK = ctx.saved_tensors
+        q, k, v, out, lse, route_NK, sinks_H = ctx.saved_tensors
         grads: tuple[Tensor | None, ...] = (None, None, None)
         if any(ctx.needs_input_grad[:3]):
             deterministic = torch.are_deterministic_algorithms_enabled()
@@ -143,9 +144,11 @@ class _Fused(torch.autograd.Function):
         droute = None
         if ctx.needs_input_grad[3]:
             other, share = ctx.plan.flipped().mode_NK, ctx.plan.gradient_share
-            gap = route_gap(grad, out, q, k, v, other, *ctx.visible, share=share, table=_slots(ctx.plan))
+            table = _slots(ctx.plan)
+            gap = route_gap(grad, out, q, k, v, other, *ctx.visible, share=share, table=table, sinks=sinks_H)
             droute = (gap * (2.0 * route_NK - 1.0)).to(route_NK.dtype)
-        return *grads, droute, None, None
+        dsinks = sinks_gradient(grad, out, lse, sinks_H) if ctx.needs_input_grad[4] else None
+        return *grads, droute, dsinks, None, None
 
 
 def _slots(plan: HeadPlan) -> Tensor:

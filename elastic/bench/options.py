@@ -37,7 +37,8 @@ def add_shape_options(
                         help=f"shares of streaming KV heads (default {listed})")  # fmt: skip
     parser.add_argument("--heads", type=int, default=32, metavar="H", help="query heads (default 32)")
     parser.add_argument("--kv-heads", type=int, default=8, metavar="K", help="KV heads (default 8)")
-    parser.add_argument("--head-dim", type=int, default=128, metavar="D", help="64 or 128 (default 128)")
+    parser.add_argument("--head-dim", type=int, default=128, metavar="D",
+                        help="64 or 128; with others `attention` times PyTorch (default 128)")  # fmt: skip
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="element type (default bf16)")
     add_record_options(parser, tag)
 

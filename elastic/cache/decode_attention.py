@@ -46,15 +46,16 @@ def decode_attention(
     """
     if plan.chooses_blocks:
         return _chosen(q_BH1D, k_BKTD, v_BKTD, plan, scale, stored)
-    kernel = plan.sinks_H is None and unsupported_reason(q_BH1D.device, q_BH1D.dtype, q_BH1D.shape[-1]) is None
+    kernel = unsupported_reason(q_BH1D.device, q_BH1D.dtype, q_BH1D.shape[-1]) is None
     if stored is not None:
         q_BH1D = q_BH1D.to(stored.pool.keys.dtype)  # under autocast the cache holds what the model stored
         if kernel:
-            return _launch(q_BH1D, stored.pool.keys, stored.pool.values, stored.pool.base_BK, stored.visible, scale)
+            pool = stored.pool
+            return _launch(q_BH1D, pool.keys, pool.values, pool.base_BK, stored.visible, plan, scale)
         k, v = stored.pool.dense(stored.begin_B, stored.count_B, plan.layout.keys)
         return attend(q_BH1D, k, v, plan, scale)
     if kernel and k_BKTD.is_contiguous() and v_BKTD.is_contiguous():
-        return _launch(q_BH1D, k_BKTD, v_BKTD, *_dense_rows(k_BKTD, plan), scale)
+        return _launch(q_BH1D, k_BKTD, v_BKTD, *_dense_rows(k_BKTD, plan), plan, scale)
     keys = plan.layout.keys  # a static cache hands out its whole allocation
     found = routed_attention(q_BH1D, k_BKTD[:, :, :keys], v_BKTD[:, :, :keys], plan.mode_NK, plan, scale)
     return found.output
@@ -83,5 +84,8 @@ def _dense_rows(k_BKTD: Tensor, plan: HeadPlan) -> tuple[Tensor, Visible]:
     return head * length + layout.begin_N[:, None], visible
 
 
-def _launch(q_BH1D: Tensor, keys: Tensor, values: Tensor, base_BK: Tensor, visible: Visible, scale: float) -> Tensor:
-    return attention_decode(q_BH1D[:, :, 0], keys, values, base_BK, *visible, scale=scale)[:, None]
+def _launch(
+    q_BH1D: Tensor, keys: Tensor, values: Tensor, base_BK: Tensor, visible: Visible, plan: HeadPlan, scale: float
+) -> Tensor:
+    q_BHD = q_BH1D[:, :, 0]
+    return attention_decode(q_BHD, keys, values, base_BK, *visible, scale=scale, sinks=plan.sinks_H)[:, None]

@@ -189,17 +189,18 @@ def _kernels() -> list[Check]:
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 384, 4, 64, generator=generator).bfloat16()
     k, v = (torch.randn(1, 384, 2, 64, generator=generator).bfloat16() for _ in range(2))
-    mode = torch.tensor([[0, 1]], dtype=torch.int32)
+    mode, sinks = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([-1.0, 0.0, 1.0, 2.0])
     places = (torch.device("cpu"), device)
 
     def forward(where: torch.device) -> torch.Tensor:
-        on_device = q.to(where), k.to(where), v.to(where), mode.to(where)
-        return kernels.attention_forward(*on_device, kernels.Pattern(sink=128, window=128))[0].cpu().float()
+        on_device = q.to(where), k.to(where), v.to(where), mode.to(where), kernels.Pattern(sink=128, window=128)
+        found = [kernels.attention_forward(*on_device, sinks=own)[0] for own in (None, sinks.to(where))]
+        return torch.stack(found).cpu().float()
 
     outputs = [forward(where) for where in places]
     error = float((outputs[0] - outputs[1]).abs().max())
     good = error < HALF_TOLERANCE
-    detail = f"{kernels.kernel_path(device)}: within {error:.1e} of the oracle (bf16)"
+    detail = f"{kernels.kernel_path(device)}: within {error:.1e} of the oracle (bf16, attention sinks too)"
     checks = [Check("kernels", OK if good else FAIL, detail, "" if good else "run pytest tests/kernels and report it")]
     missing = kernels.unsupported_selection(device, q.dtype, q.shape[-1])
     if missing is not None:

@@ -29,7 +29,7 @@ from elastic.inference.report import RouteReport, route_reports
 from elastic.model.attach import biased, elastic_config, handle_of, is_attached, route_of, set_config, user_wrote
 from elastic.model.checkpoint import load_into, read_elastic
 from elastic.model.generation import REFUSED, VERIFIED, judge, setting
-from elastic.model.layer_types import has_sinks, sliding_windows
+from elastic.model.layer_types import sliding_windows
 from elastic.model.loading import architecture, load_backbone
 from elastic.model.ordered_routers import attach_fixed, attach_static
 from elastic.protocols import CausalLM, KVCache, Tokenizer
@@ -271,7 +271,7 @@ def route_report(model: CausalLM, cache: KVCache) -> list[RouteReport]:
         sparse,
         head_dim=head_dim,
         element_size=model.dtype.itemsize,
-        backend=backend_for(model.device, model.dtype, head_dim, sparse=sparse, sinks=has_sinks(model.config)),
+        backend=backend_for(model.device, model.dtype, head_dim, sparse=sparse),
         density_LNK=density,
         turns=turns,
         windows=sliding_windows(model.config),

@@ -5,6 +5,7 @@ first use.
 from elastic.kernels.attention_backward import attention_backward
 from elastic.kernels.attention_decode import attention_decode
 from elastic.kernels.attention_forward import attention_forward
+from elastic.kernels.attention_sinks import sinks_gradient
 from elastic.kernels.block_bits import bits_from_indices, bits_from_mask
 from elastic.kernels.devices import (
     kernel_path,
@@ -36,6 +37,7 @@ __all__ = [
     "reach",
     "route_gap",
     "select_blocks",
+    "sinks_gradient",
     "slot_table",
     "unsupported_backward",
     "unsupported_reach",

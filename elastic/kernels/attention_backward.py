@@ -43,7 +43,7 @@ def attention_backward(
 
     Args:
         grad_out: [B, Sq, H, D], in q's dtype, gradient of the output.
-        out, lse: what `attention_forward` returned.
+        out, lse: what `attention_forward` returned, with the sinks that it was given.
         deterministic: repeats give the same bits; key blocks then wait for each other when they add to dq.
         the others: as given to `attention_forward`.
 
@@ -185,7 +185,7 @@ def _backward_cpu(
     ranges: Ranges, bits: Tensor | None, _deterministic: bool,
 ) -> Gradients:  # fmt: skip
     _check(grad_out, q, k, v, out, lse, mode, pattern, ranges, bits)
-    return gradient_oracle(grad_out, q, k, v, mode, pattern, ranges, bits)
+    return gradient_oracle(grad_out, q, k, v, mode, pattern, ranges, bits, lse=lse)
 
 
 def _backward_fake(_grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Gradients:

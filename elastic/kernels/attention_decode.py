@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from elastic.kernels import jit, operators
+from elastic.kernels.attention_sinks import check_sinks
 from elastic.kernels.checks import HEAD_DIMS, check_scale
 from elastic.kernels.devices import (
     MAX_GROUP,
@@ -28,7 +29,7 @@ from elastic.kernels.devices import (
 )
 from elastic.kernels.params import is_half
 
-_PARAMS = struct.Struct("<10Q3q3if")
+PARAMS = struct.Struct("<11Q3q3if")  # elastic::DecodeParams
 
 
 def attention_decode(
@@ -42,6 +43,7 @@ def attention_decode(
     *,
     token_stride: int = 1,
     scale: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of the newest token of each sample to the cached tokens that its KV head keeps. Not differentiable.
 
@@ -60,6 +62,7 @@ def attention_decode(
         sink, begin, end: int32 [B, K], tokens.
         token_stride: rows from one token to the next.
         scale: softmax scale, default D ** -0.5.
+        sinks: [H], a logit of each query head that joins its softmax's denominator, see `attention_sinks`.
 
     Returns:
         [B, H, D] contiguous, in q's dtype.
@@ -71,12 +74,12 @@ def attention_decode(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     plain = operators.is_plain_cuda(q)
     run: Callable[..., Tensor] = _decode_cuda if plain else torch.ops.elastic.attention_decode
-    return run(q, keys, values, base, sink, begin, end, token_stride, scale)
+    return run(q, keys, values, base, sink, begin, end, token_stride, scale, sinks)
 
 
 def check_decode(
     q: Tensor, keys: Tensor, values: Tensor, base: Tensor, spans: tuple[Tensor, Tensor, Tensor], token_stride: int,
-    scale: float,
+    scale: float, sinks: Tensor | None,
 ) -> None:  # fmt: skip
     """Shapes, types and devices; reads no device memory. `spans` are sink, begin, end."""
     if q.dim() != 3 or keys.dim() < 2 or keys.shape != values.shape or keys.shape[-1] != q.shape[-1]:
@@ -113,6 +116,8 @@ def check_decode(
     if token_stride < 1:
         raise ValueError(f"token_stride={token_stride} rows; expected at least 1")
     check_scale(scale)
+    if sinks is not None:
+        check_sinks(sinks, q.shape[1], q.device)
 
 
 def visible_tokens(sink: int, begin: int, end: int, device: torch.device) -> Tensor:
@@ -123,9 +128,10 @@ def visible_tokens(sink: int, begin: int, end: int, device: torch.device) -> Ten
 
 def decode_oracle(
     q: Tensor, keys: Tensor, values: Tensor, base: Tensor, sink: Tensor, begin: Tensor, end: Tensor, token_stride: int,
-    scale: float, compute: torch.dtype | None = None,
+    scale: float, sinks: Tensor | None = None, compute: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """The readable twin of the kernel: softmax(scale q K^T) V over the visible tokens, one KV head after the other.
+    """The readable twin of the kernel: softmax(scale q K^T) V over the visible tokens and the sink, whose value is 0,
+    one KV head after the other.
 
     Args:
         compute: element type of every intermediate; default fp32, or fp64 for fp64 input.
@@ -150,8 +156,10 @@ def decode_oracle(
                 f"{rows_k.shape[0]} rows: base, end or token_stride do not fit it"
             )
         heads = slice(k * group, (k + 1) * group)
-        weights = torch.softmax(q[b, heads].to(wide) @ rows_k[rows].to(wide).T * scale, dim=-1)
-        out[b, heads] = weights @ rows_v[rows].to(wide)
+        scores = q[b, heads].to(wide) @ rows_k[rows].to(wide).T * scale
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[heads, None].to(wide)], dim=-1)
+        out[b, heads] = torch.softmax(scores, dim=-1)[:, : rows.numel()] @ rows_v[rows].to(wide)
     return out.to(q.dtype)
 
 
@@ -200,7 +208,7 @@ def decode_launch(index: int, head_dim: int, group: int, heads: int) -> DecodeCo
 
 def launch_decode(
     out: Tensor, q: Tensor, keys: Tensor, values: Tensor, base: Tensor, spans: tuple[Tensor, Tensor, Tensor],
-    token_stride: int, scale: float, config: DecodeConfig,
+    token_stride: int, scale: float, config: DecodeConfig, sinks: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Run the kernel on checked CUDA tensors, into a tensor the caller owns."""
     samples, query_heads, dim = q.shape
@@ -208,34 +216,35 @@ def launch_decode(
     group = query_heads // kv_heads
     partial = torch.empty(2 * config.grid * group * (dim + 2), dtype=torch.float32, device=q.device)
     arrived = arrivals(q.device, jit.current_stream(index), jit.capture_id(index))
-    tensors = (q, keys, values, out, base, *spans, partial, arrived)
-    addresses = (x.data_ptr() for x in tensors)
+    sinks = None if sinks is None else sinks.float().contiguous()
+    tensors = (q, keys, values, out, base, *spans, partial, arrived, sinks)
+    addresses = (0 if x is None else x.data_ptr() for x in tensors)
     strides = (q.stride(0), q.stride(1), token_stride)
-    params = _PARAMS.pack(*addresses, *strides, samples, query_heads, kv_heads, scale * math.log2(math.e))
+    params = PARAMS.pack(*addresses, *strides, samples, query_heads, kv_heads, scale * math.log2(math.e))
     kernel = _kernel(config, dim, q.dtype == torch.bfloat16, index)
     jit.launch(kernel, (config.grid,), 32 * config.warps, params, config.shared_bytes, index)
 
 
 def _decode_cuda(
     q: Tensor, keys: Tensor, values: Tensor, base: Tensor, sink: Tensor, begin: Tensor, end: Tensor, token_stride: int,
-    scale: float,
+    scale: float, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     spans = (sink, begin, end)
-    check_decode(q, keys, values, base, spans, token_stride, scale)
+    check_decode(q, keys, values, base, spans, token_stride, scale, sinks)
     check_decode_cuda(q, keys, values, base.numel())
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel():
         config = decode_launch(q.device.index, q.shape[2], q.shape[1] // base.shape[1], base.numel())
-        launch_decode(out, q, keys, values, base, spans, token_stride, scale, config)
+        launch_decode(out, q, keys, values, base, spans, token_stride, scale, config, sinks)
     return out
 
 
 def _decode_cpu(
     q: Tensor, keys: Tensor, values: Tensor, base: Tensor, sink: Tensor, begin: Tensor, end: Tensor, token_stride: int,
-    scale: float,
+    scale: float, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    check_decode(q, keys, values, base, (sink, begin, end), token_stride, scale)
-    return decode_oracle(q, keys, values, base, sink, begin, end, token_stride, scale)
+    check_decode(q, keys, values, base, (sink, begin, end), token_stride, scale, sinks)
+    return decode_oracle(q, keys, values, base, sink, begin, end, token_stride, scale, sinks)
 
 
 def _decode_fake(q: Tensor, *_: Any) -> Tensor:
@@ -244,7 +253,7 @@ def _decode_fake(q: Tensor, *_: Any) -> Tensor:
 
 operators.define(
     "attention_decode(Tensor q, Tensor keys, Tensor values, Tensor base, Tensor sink, Tensor begin, Tensor end, "
-    "int token_stride, float scale) -> Tensor",
+    "int token_stride, float scale, Tensor? sinks) -> Tensor",
     cuda=_decode_cuda,
     cpu=_decode_cpu,
     fake=_decode_fake,

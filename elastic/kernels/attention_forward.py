@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from elastic.kernels import jit, operators
+from elastic.kernels.attention_sinks import check_sinks, share_with_sinks
 from elastic.kernels.checks import check_alignment, check_cuda, check_metadata, check_pattern, check_tensors
 from elastic.kernels.devices import LaunchConfig, capability_of, launch_config, processors_of
 from elastic.kernels.oracle import attention_oracle
@@ -48,7 +49,7 @@ def tile_counter(device: torch.device) -> Tensor:
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mode: Tensor, pattern: Pattern, ranges: Ranges = WHOLE_ROWS,
-    bits: Tensor | None = None,
+    bits: Tensor | None = None, sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Causal attention of all heads, each in its mode. Not differentiable by itself.
 
@@ -60,18 +61,19 @@ def attention_forward(
         pattern: sizes of the streaming heads and of the blocks, softmax scale.
         ranges: where the samples lie; by default every row is one.
         bits: int32 [N, H, ceil(Sq / 128), ceil(Sk / (32 * pattern.block))], see `block_bits`.
+        sinks: [H], a logit of each query head that joins its softmax's denominator, see `attention_sinks`.
 
     Returns:
-        out [B, Sq, H, D] contiguous, in q's dtype, 0 in rows of no sample; lse [B, H, Sq] fp32, the natural logarithm
-        of the softmax denominator, -inf where a query sees nothing.
+        out [B, Sq, H, D] contiguous, in q's dtype, 0 in rows of no sample; lse [B, H, Sq] fp32 (of fp64 operands
+        fp64), the natural logarithm of the softmax denominator, -inf where a query sees no key.
 
     Raises:
         ValueError: arguments that do not fit, with the way out.
     """
     if operators.is_plain_cuda(q):
-        return _forward_cuda(q, k, v, mode, pattern, ranges, bits)
+        return _forward_cuda(q, k, v, mode, pattern, ranges, bits, sinks)
     flat = operators.flatten(pattern, ranges, q.shape[-1])
-    out, lse = torch.ops.elastic.attention_forward(q, k, v, mode, *flat, bits)
+    out, lse = torch.ops.elastic.attention_forward(q, k, v, mode, *flat, bits, sinks)
     return out, lse
 
 
@@ -146,12 +148,13 @@ def launch_key(pattern: Pattern, *tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def _forward_cuda(
-    q: Tensor, k: Tensor, v: Tensor, mode: Tensor, pattern: Pattern, ranges: Ranges, bits: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    key = launch_key(pattern, q, k, v, mode, *ranges, bits)
+    q: Tensor, k: Tensor, v: Tensor, mode: Tensor, pattern: Pattern, ranges: Ranges, bits: Tensor | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    key = launch_key(pattern, q, k, v, mode, *ranges, bits, sinks)
     plan = _PLANS.get(key)
     if plan is None:
-        _check(q, k, v, mode, pattern, ranges, bits)
+        _check(q, k, v, mode, pattern, ranges, bits, sinks)
         check_cuda(q, k, v)
     out, lse = _outputs(q, ranges)
     if k.shape[1] == 0 or out.numel() == 0:
@@ -162,33 +165,37 @@ def _forward_cuda(
         plan = _PLANS[key] = prepare_launch(q, k, v, out, mode, pattern, bits)
     check_alignment(q, k, v)
     launch_into(out, lse, q, k, v, mode, ranges, bits, plan)
-    return out, lse
+    return (out, lse) if sinks is None else share_with_sinks(out, lse, sinks)
 
 
 def _forward_cpu(
-    q: Tensor, k: Tensor, v: Tensor, mode: Tensor, pattern: Pattern, ranges: Ranges, bits: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, mode, pattern, ranges, bits)
+    q: Tensor, k: Tensor, v: Tensor, mode: Tensor, pattern: Pattern, ranges: Ranges, bits: Tensor | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check(q, k, v, mode, pattern, ranges, bits, sinks)
     out, lse = attention_oracle(q, k, v, mode, pattern, ranges, bits)
-    return out, lse.float()
+    return (out, lse) if sinks is None else share_with_sinks(out, lse, sinks)
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, mode: Tensor, pattern: Pattern, ranges: Ranges, bits: Tensor | None
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, mode: Tensor, pattern: Pattern, ranges: Ranges, bits: Tensor | None,
+    sinks: Tensor | None,
+) -> None:  # fmt: skip
     check_tensors(q, k, v)
     check_pattern(pattern, bits)
     check_metadata(q, k, mode, ranges, bits, pattern.block)
+    if sinks is not None:
+        check_sinks(sinks, q.shape[2], q.device)
 
 
 def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+    shape, wide = (q.shape[0], q.shape[2], q.shape[1]), torch.promote_types(q.dtype, torch.float32)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(shape, dtype=wide, device=q.device)
 
 
 operators.define(
     f"attention_forward(Tensor q, Tensor k, Tensor v, Tensor mode, {operators.PATTERN}, {operators.RANGES}, "
-    "Tensor? bits) -> (Tensor, Tensor)",
+    "Tensor? bits, Tensor? sinks) -> (Tensor, Tensor)",
     cuda=operators.unflattened(_forward_cuda, 4),
     cpu=operators.unflattened(_forward_cpu, 4),
     fake=_forward_fake,

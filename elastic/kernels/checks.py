@@ -66,11 +66,11 @@ def check_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
                 f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; expected {q.dtype} "
                 f"{list(q.shape)} on {q.device}, as q"
             )
-    wanted = (q.shape[0], q.shape[2], q.shape[1])
-    if tuple(lse.shape) != wanted or lse.dtype != torch.float32 or not lse.is_contiguous() or lse.device != q.device:
+    wanted, wide = (q.shape[0], q.shape[2], q.shape[1]), torch.promote_types(q.dtype, torch.float32)
+    if tuple(lse.shape) != wanted or lse.dtype != wide or not lse.is_contiguous() or lse.device != q.device:
         raise ValueError(
-            f"lse is {lse.dtype} {list(lse.shape)} on {lse.device}; expected contiguous torch.float32 {list(wanted)} "
-            f"on {q.device}: pass what attention_forward returned"
+            f"lse is {lse.dtype} {list(lse.shape)} on {lse.device}; expected contiguous {wide} {list(wanted)} on "
+            f"{q.device}: pass what attention_forward returned"
         )
     if not out.is_contiguous():
         raise ValueError(f"out has strides {list(out.stride())}; expected contiguous, as attention_forward returns it")

@@ -49,11 +49,13 @@ class _Group:
     v_LD: Tensor
     mask: Tensor | None
 
-    def weights(self, scale: float) -> tuple[Tensor, Tensor]:
-        """Softmax [G, Lq, Lk] and its log-sum-exp [G, Lq]; a query that sees nothing has weights 0 and -inf."""
+    def weights(self, scale: float, lse_GL: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Softmax [G, Lq, Lk] and its log-sum-exp [G, Lq], that of the keys or the given one; a query that sees nothing
+        has weights 0 and -inf.
+        """
         assert self.mask is not None
         scores = (self.q_GLD @ self.k_LD.T * scale).masked_fill(~self.mask, float("-inf"))
-        sums = torch.logsumexp(scores, dim=-1)
+        sums = torch.logsumexp(scores, dim=-1) if lse_GL is None else lse_GL
         return torch.exp(scores - sums.masked_fill(sums == float("-inf"), 0.0)[..., None]), sums
 
 
@@ -106,10 +108,13 @@ def attention_oracle(
 
 def gradient_oracle(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mode: Tensor, pattern: Pattern, ranges: Ranges,
-    bits: Tensor | None, compute: torch.dtype | None = None,
+    bits: Tensor | None, compute: torch.dtype | None = None, lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv of `attention_oracle` in q's dtype, in the steps in which PyTorch differentiates a softmax:
     dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(P dP)), dQ = scale dS K, dK = scale dS^T Q.
+
+    Args:
+        lse: [B, H, Sq], of denominators in which more than the keys has a share; default that of the keys.
     """
     wide = compute or torch.promote_types(q.dtype, torch.float32)
     scale = pattern.scale_for(q.shape[3])
@@ -119,7 +124,7 @@ def gradient_oracle(
         if g.mask is None:
             dq[at_queries] = dk[at_keys] = dv[at_keys] = float("nan")
             continue
-        weights, _ = g.weights(scale)
+        weights, _ = g.weights(scale, None if lse is None else lse[g.row, g.heads, g.queries])
         grad_GLD = grad_out[at_queries].transpose(0, 1).to(wide)
         dp = grad_GLD @ g.v_LD.T
         ds = weights * (dp - (weights * dp).sum(-1, keepdim=True))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from elastic.kernels import jit, operators
-from elastic.kernels.attention_decode import arrivals, decode_launch
+from elastic.kernels.attention_decode import PARAMS, arrivals, decode_launch
 from elastic.kernels.attention_forward import launch_key
 from elastic.kernels.checks import check_alignment
 from elastic.kernels.devices import MAX_GROUP, MAX_HEADS, DecodeConfig
@@ -24,8 +24,7 @@ from elastic.kernels.paged_oracle import paged_oracle
 from elastic.kernels.pages import check_paged, check_paged_cuda
 from elastic.kernels.params import Pattern, pack_pages, strides_of
 
-_SHARED = struct.Struct("<10Q3q3if")  # elastic::DecodeParams
-_PARAMS = struct.Struct(f"<{_SHARED.size + 16}s2Q3I5i")
+_PARAMS = struct.Struct(f"<{PARAMS.size + 16}s2Q3I5i")
 
 
 def paged_decode(
@@ -82,9 +81,10 @@ def launch_paged_decode(
     (requests, heads, dim), kv_heads, index = q.shape, keys.shape[2], q.device.index
     partial = torch.empty(2 * config.grid * (heads // kv_heads) * (dim + 2), dtype=torch.float32, device=q.device)
     arrived = arrivals(q.device, jit.current_stream(index), jit.capture_id(index))
-    addresses = (*(x.data_ptr() for x in (q, keys, values, out)), 0, 0, 0, 0, partial.data_ptr(), arrived.data_ptr())
+    given = (q, keys, values, out, None, None, None, None, partial, arrived, None)  # neither base and spans nor sinks
+    addresses = (0 if x is None else x.data_ptr() for x in given)
     sizes = (q.stride(0), q.stride(1), 0, requests, heads, kv_heads)
-    shared = _SHARED.pack(*addresses, *sizes, pattern.scale_for(dim) * math.log2(math.e))
+    shared = PARAMS.pack(*addresses, *sizes, pattern.scale_for(dim) * math.log2(math.e))
     page, place, head = (stride // 8 for stride in strides_of(keys))
     params = _PARAMS.pack(
         shared + pack_pages(table, keys.shape[1]),

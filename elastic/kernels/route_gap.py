@@ -85,13 +85,14 @@ def draw_slots(table: Tensor) -> tuple[Ranges, Tensor]:
 def route_gap(
     grad_out: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, other_mode: Tensor, pattern: Pattern,
     ranges: Ranges = WHOLE_ROWS, bits: Tensor | None = None, *, share: float = 1.0, table: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Sum over the sample's queries, the group's heads and D of grad_out (out - other), fp32 [N, K].
 
     Args:
         grad_out, out: [B, Sq, H, D], gradient of the output and the output.
         other_mode: int32 [N, K]: what to compare with.
-        q, k, v, pattern, ranges, bits: as for `attention_forward`.
+        q, k, v, pattern, ranges, bits, sinks: as for `attention_forward`.
         share: share of the queries that are looked at, one over a whole number.
         table: `slot_table` of these samples and this share, where the caller has it already.
 
@@ -108,7 +109,7 @@ def route_gap(
         begin_q = ranges.begin_q
         first = slots.begin_q if begin_q is None else slots.begin_q - begin_q.index_select(0, owner)
         bits = _bits_of_slots(bits, owner, first, _slot_size(q.shape[0], q.shape[1], period))
-    other, _ = attention_forward(q, k, v, modes, pattern, slots, bits)
+    other, _ = attention_forward(q, k, v, modes, pattern, slots, bits, sinks)
     plain = operators.is_plain_cuda(q)
     slot_gap: Callable[..., Tensor] = _slot_gap_cuda if plain else torch.ops.elastic.slot_gap
     gap_TK = slot_gap(grad_out, out, other, modes, slots.begin_q, slots.end_q, slots.row)

@@ -25,7 +25,6 @@ from elastic.data.calibration_rows import RowSet
 from elastic.data.packing import Batch, collate
 from elastic.files import text_sha256
 from elastic.model.attach import attach, detach, routers
-from elastic.model.layer_types import has_sinks
 from elastic.model.loading import DTYPES, architecture, architecture_hash, backbone_id, load_backbone
 from elastic.routing.calibration import LEVELS, Calibration, Curve
 from elastic.routing.level import LevelRouter
@@ -183,9 +182,7 @@ class HeadNeed(LightningModule):
             "by": self.recipe.by,
             "settings": self.recipe.settings(),
             "dtype": self.dtype_name,
-            "backend": backend_for(
-                self.device, self.model.dtype, self.shape["head_dim"], True, self.sparse, has_sinks(self.model.config)
-            ),
+            "backend": backend_for(self.device, self.model.dtype, self.shape["head_dim"], True, self.sparse),
             "data": {**self.data, "order": self.order_rows.summary(), CURVE: self.curve_rows.summary(), **levels},
             "versions": {
                 "elastic-attention": __version__,

@@ -21,7 +21,6 @@ from elastic.data.tasks import TASKS
 from elastic.model.attach import drawn_by, last_features, last_routes, routers, set_temperature, update_statistics
 from elastic.model.checkpoint import MULTIPLIERS, is_trainable
 from elastic.model.compiling import compile_layers
-from elastic.model.layer_types import has_sinks
 from elastic.model.loading import architecture_hash
 from elastic.model.logits import logit_head
 from elastic.routing.methods import DEFAULT_METHODS
@@ -125,8 +124,7 @@ class ElasticModule(RoutedModule):
             raise ValueError("the schedules need a number of steps; set trainer.max_steps or trainer.max_epochs")
         self.total_steps, self.noise_seed = int(steps), torch.initial_seed()
         dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else self.model.dtype
-        sinks = has_sinks(self.model.config)
-        backend = backend_for(self.device, dtype, self.shape["head_dim"], True, self.elastic.sparse, sinks)
+        backend = backend_for(self.device, dtype, self.shape["head_dim"], True, self.elastic.sparse)
         if self.trainer.is_global_zero:
             say(f"attention in training runs in {backend}", stream=sys.stderr)
 

@@ -5,17 +5,23 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import DynamicCache
 
+from elastic.attention.block_selection import with_blocks
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import batch_layout
-from elastic.attention.routed import backend_for, routed_attention
+from elastic.attention.routed import backend_for, fused, routed_attention
 from elastic.attention.row_slice import RowSlice
 from elastic.attention.torch_path import attend, attend_with_sinks
 from elastic.config import SparseConfig
-from elastic.model.attach import attach, set_row_slice
-from tests.helpers.models import random_ids, small_config, tiny_model
+from elastic.inference.generate import new_cache
+from elastic.model.attach import attach, override_routes, routers, set_row_slice
+from tests.helpers.models import left_padded, random_ids, small_config, tiny_model, varied_routers
+from tests.kernels.test_routed_attention import SPARSE as KERNEL_SPARSE
+from tests.kernels.test_routed_attention import layouts, problem, valid
 
 SPARSE = SparseConfig(sink=4, window=16, block=4)
+DECODE = "attention_decode"
 
 
 def written_out(q, k, v, mask, scale, sinks):
@@ -81,18 +87,100 @@ def test_modes_take_the_sink_of_each_query_head(modes):
     assert float(ratio.std(-1).max()) < 1e-3  # one share for all of a head's numbers
 
 
-def test_the_kernels_are_refused_by_name(monkeypatch):
+XATTENTION = replace(KERNEL_SPARSE, route1="xattention", stride=8, threshold=0.5)
+
+
+@pytest.mark.parametrize("name", ["rows", "left", "right", "chunk", "packed"])
+@pytest.mark.parametrize("sparse", [KERNEL_SPARSE, XATTENTION], ids=["streaming", "xattention"])
+def test_the_operators_equal_the_torch_path(name, sparse):
+    """Output and the gradients of q, k, v, route and sinks, mixed routes, the operators' oracles for the kernels."""
+    layout = layouts(torch.device("cpu"))[name]
+    q, k, v, route = problem(layout, torch.float64, torch.device("cpu"), head_dim=16)
+    sinks = torch.tensor([-1.0, 0.5, 2.0, 4.0], dtype=torch.float64)
+    weight = torch.randn(layout.rows, layout.queries, 4, 16, generator=torch.Generator().manual_seed(1)).double()
+    plan = HeadPlan.build(route, sparse, layout)
+    if sparse is XATTENTION:
+        plan = with_blocks(q, k, plan, 0.25, fused=False, both=True)
+    results = []
+    for run in (fused, lambda *args: routed_attention(*args).output):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, route, sinks)]
+        out = valid(layout, run(*leaves[:4], replace(plan, sinks_H=leaves[4]), 0.25))
+        results.append([out, *torch.autograd.grad((out * valid(layout, weight)).sum(), leaves)])
+    for name, found, want in zip(("out", "q", "k", "v", "route", "sinks"), *results, strict=True):
+        tolerance = 1e-5 if name == "route" else 1e-9  # the route's gradient is summed in fp32
+        torch.testing.assert_close(found, want, rtol=tolerance, atol=tolerance, msg=lambda told, n=name: f"{n}: {told}")
+        assert float(want.detach().norm()) > 0
+
+
+@pytest.fixture
+def operators_run(monkeypatch):
+    """A layer's and a step's attention go to the operators, as on a GPU; the names of those that ran."""
+    from elastic.attention import routed
+    from elastic.cache import decode_attention
+
+    ran = []
+    for room, name in ((routed, "attention_forward"), (routed, "attention_backward"), (decode_attention, DECODE)):
+        operator = getattr(room, name)
+        monkeypatch.setattr(room, name, lambda *a, n=name, f=operator, **k: ran.append(n) or f(*a, **k))
+    for room, name in ((routed, "unsupported_reason"), (routed, "unsupported_backward")):
+        monkeypatch.setattr(room, name, lambda *_: None)
+    monkeypatch.setattr(decode_attention, "unsupported_reason", lambda *_: None)
+    return ran
+
+
+def test_sinks_that_learn_need_the_backward_kernels(monkeypatch):
+    """Where a GPU has none, PyTorch runs the layer, even if nothing else has a gradient."""
     from elastic.attention import routed
 
-    assert backend_for(torch.device("cuda"), torch.bfloat16, 64, sinks=True) == (
-        "torch (cuda; the kernels do not know attention sinks)"
-    )
     monkeypatch.setattr(routed, "unsupported_reason", lambda *_: None)
+    q, route = torch.randn(1, 2, 30, 8), torch.zeros(1, 2)
+    plan = HeadPlan.build(route, SPARSE, batch_layout(1, 30, 0, q.device, None))
+    sinks = torch.zeros(2, requires_grad=True)
+    (in_torch,) = torch.autograd.grad(attend(q, q, q, replace(plan, sinks_H=sinks), 0.3).sum(), sinks)
     monkeypatch.setattr(routed, "fused", lambda *_: pytest.fail("a kernel ran"))
-    q = torch.randn(1, 2, 30, 64)
-    plan = HeadPlan.build(torch.zeros(1, 2), SPARSE, batch_layout(1, 30, 0, q.device, None))
-    plan = replace(plan, sinks_H=torch.zeros(2))
-    assert routed_attention(q, q, q, torch.zeros(1, 2), plan, 0.1).output.shape == (1, 30, 2, 64)
+    found = routed_attention(q, q, q, route, replace(plan, sinks_H=sinks), 0.3).output
+    assert torch.equal(*torch.autograd.grad(found.sum(), sinks), in_torch)
+
+
+@pytest.mark.parametrize("kv_cache", ["full", "elastic"])
+def test_a_model_with_sinks_reads_and_answers_through_the_operators(operators_run, monkeypatch, kv_cache):
+    model = attach(tiny_model("gpt_oss"), replace(small_config(), kv_cache=kv_cache))
+    ids, mask = left_padded(random_ids(2, 60), [0, 17])
+    route = (torch.arange(12).view(3, 2, 2) % 3 == 1).float()
+    found = []
+    for kernels in (True, False):
+        if not kernels:
+            monkeypatch.undo()
+        cache = new_cache(model) if kv_cache == "elastic" else DynamicCache(config=model.config)
+        with torch.no_grad(), override_routes(model, route):
+            steps = [model(ids, attention_mask=mask, past_key_values=cache).logits[mask.bool()]]
+            for number in range(3):
+                mask_now = torch.cat([mask, mask.new_ones(2, number + 1)], 1)
+                token = random_ids(2, 1, seed=number)
+                steps.append(model(token, attention_mask=mask_now, past_key_values=cache).logits)
+        found.append(steps)
+    for with_operators, in_torch in zip(*found, strict=True):
+        torch.testing.assert_close(with_operators, in_torch, rtol=1e-4, atol=1e-4)
+    assert operators_run.count("attention_forward") == 3 and operators_run.count(DECODE) == 9
+
+
+def test_a_model_with_sinks_trains_through_the_operators(operators_run, monkeypatch):
+    """The routers' gradients, and the sinks' once they are thawed."""
+    model = attach(tiny_model("gpt_oss"), small_config()).train()
+    varied_routers(model)
+    sinks = [p for name, p in model.named_parameters() if name.endswith("sinks")]
+    wanted = [p.requires_grad_() for p in (*sinks, *(r.head[-1].bias for r in routers(model)))]
+    found = []
+    for kernels in (True, False):
+        if not kernels:
+            monkeypatch.undo()
+        torch.manual_seed(0)
+        loss = model(random_ids(2, 60), use_cache=False).logits.square().mean()
+        found.append(torch.autograd.grad(loss, wanted))
+    for with_operators, in_torch in zip(*found, strict=True):
+        torch.testing.assert_close(with_operators, in_torch, rtol=1e-4, atol=1e-7)
+        assert float(in_torch.norm()) > 0
+    assert operators_run.count("attention_backward") == 3
 
 
 def test_head_dim_256_runs_in_torch_with_the_reason():

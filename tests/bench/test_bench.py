@@ -140,6 +140,28 @@ def test_every_contestant_computes_the_same(on_cpu, monkeypatch, kind, who):
     assert all(r["length"] == 2944 and r["repeats"] == 3 for r in found)
 
 
+WIDE = {"heads": 4, "kv_heads": 2, "head_dim": 256}
+
+
+@pytest.mark.parametrize("kind", [{}, {"streaming": 1}, {"density": 0.25}], ids=["dense", "mixed", "random"])
+def test_what_runs_instead_of_the_kernel_computes_the_same(kind):
+    inputs = Case(2944, **kind, **WIDE, dtype="fp16").inputs("cpu")
+    assert race.largest_difference(attention.in_torch(inputs)(), forward(inputs)[:1]) <= 5e-3
+
+
+def test_a_head_dim_without_kernels_is_timed_in_torch_and_recorded_so(on_cpu, monkeypatch, tmp_path, capsys):
+    ceiling = {"case": "matmul", "who": "cublas", "metric": "eff", "value": 1.0, "unit": "TFLOP/s"}
+    monkeypatch.setattr(attention, "kernel_device", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(attention, "product_ceiling", lambda: ceiling)
+    case = ["--lengths", "256", "--heads", "4", "--kv-heads", "2", "--head-dim", "256", "--msr", "0.5", "--density"]
+    assert cli.main(["bench", "attention", *case, "--contestants", "flex", "--out", str(tmp_path)]) == 0
+    assert "the kernels take no head dim 256; timed is PyTorch" in capsys.readouterr().out
+    timed = [r for r in records.load(tmp_path / "attention.json") if r["metric"] == "time"]
+    assert [(r["who"], r["kernel"], r["head_dim"]) for r in timed] == [
+        (who, "torch (cpu)", 256) for who in ("torch", "flex")
+    ]
+
+
 def test_every_backward_contestant_computes_the_same(on_cpu, monkeypatch):
     monkeypatch.setattr(backward, "compiled_flex", lambda: by_lists)
     monkeypatch.setattr(race, "TOLERANCE", 5e-3)

@@ -24,10 +24,11 @@ class DecodeProblem:
     spans: tuple[Tensor, Tensor, Tensor]
     token_stride: int
     scale: float
+    sinks: Tensor | None = None
 
     def args(self) -> tuple:
         """As `decode_oracle` takes them."""
-        return self.q, self.keys, self.values, self.base, *self.spans, self.token_stride, self.scale
+        return self.q, self.keys, self.values, self.base, *self.spans, self.token_stride, self.scale, self.sinks
 
 
 def random_decode(seed: int, device: str = "cuda") -> DecodeProblem:
@@ -86,7 +87,8 @@ def run_decode(problem: DecodeProblem, config: DecodeConfig) -> Tensor:
     out = store[guard:-guard].view(q.shape)
     out.fill_(float("nan"))
     q, keys, values, base, *_ = problem.args()
-    launch_decode(out, q, keys, values, base, problem.spans, problem.token_stride, problem.scale, config)
+    shared = problem.token_stride, problem.scale, config, problem.sinks
+    launch_decode(out, q, keys, values, base, problem.spans, *shared)
     assert (store[:guard] == SENTINEL).all() and (store[-guard:] == SENTINEL).all(), "a guard band was overwritten"
     return out
 

@@ -37,6 +37,7 @@ from tests.kernels.gpu_decode import configs, random_decode, run_decode
 from tests.kernels.gpu_paged import decode_configs, random_paged, run_paged, run_paged_decode
 from tests.kernels.gpu_reach import judge_reach, run_reach
 from tests.kernels.gpu_selection import Selection, judge_selection, run_selection
+from tests.kernels.gpu_sinks import decode_with_sinks
 from tests.kernels.test_reach_gpu import mixed
 from tests.kernels.test_router_gpu import linears, operands, trained_router
 
@@ -92,6 +93,7 @@ def decode(_debug: tuple[str, ...]) -> None:
         problem = random_decode(seed)
         for config in configs(problem):
             run_decode(problem, config)
+            run_decode(decode_with_sinks(seed), config)
         done(f"decode seed {seed} {list(problem.q.shape)}", started)
 
 

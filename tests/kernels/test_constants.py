@@ -82,15 +82,15 @@ def test_structures_have_the_asserted_size(file: str, name: str, size: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("file", "name", "module"),
+    ("file", "name", "module", "python"),
     [
-        (DECODE, "DecodeParams", "attention_decode"),
-        (DECODE, "PagedDecodeParams", "paged_decode"),
-        (ROUTER, "RouteParams", "route_prompt"),
+        (DECODE, "DecodeParams", "attention_decode", "PARAMS"),
+        (DECODE, "PagedDecodeParams", "paged_decode", "_PARAMS"),
+        (ROUTER, "RouteParams", "route_prompt", "_PARAMS"),
     ],
 )
-def test_packed_structures_have_the_asserted_size(file: str, name: str, module: str) -> None:
-    packed: struct.Struct = importlib.import_module(f"elastic.kernels.{module}")._PARAMS
+def test_packed_structures_have_the_asserted_size(file: str, name: str, module: str, python: str) -> None:
+    packed: struct.Struct = getattr(importlib.import_module(f"elastic.kernels.{module}"), python)
     assert constants(file).sizes[name] == packed.size
 
 

@@ -84,7 +84,7 @@ def test_what_is_visible(sink: int, begin: int, end: int, count: int) -> None:
 
 def test_operator_contract() -> None:
     q, k, v = operands()
-    torch.library.opcheck(torch.ops.elastic.attention_decode, (q, k, v, *spans(4, 40, T), 1, 0.1))
+    torch.library.opcheck(torch.ops.elastic.attention_decode, (q, k, v, *spans(4, 40, T), 1, 0.1, torch.zeros(K * G)))
 
 
 def replaced(**change) -> dict:
@@ -119,4 +119,4 @@ def test_devices_are_compared() -> None:
     q, k, v = operands()
     base, sink, begin, end = spans(0, 0, T)
     with pytest.raises(ValueError, match=r"q on cpu.*begin on meta.*expected one device for all"):
-        check_decode(q, k, v, base, (sink, begin.to("meta"), end), 1, 0.1)
+        check_decode(q, k, v, base, (sink, begin.to("meta"), end), 1, 0.1, None)

@@ -1,5 +1,7 @@
 """The decode kernel against the oracle on a GPU: random problems, repeats, graphs whose lengths change, long heads."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -7,15 +9,17 @@ from torch.nn.functional import scaled_dot_product_attention
 from elastic.kernels import attention_decode
 from tests.kernels.generators import SENTINEL
 from tests.kernels.gpu import needs_gpu
-from tests.kernels.gpu_decode import configs, judge_decode, random_decode, run_decode
+from tests.kernels.gpu_decode import DecodeProblem, configs, judge_decode, random_decode, run_decode
+from tests.kernels.gpu_sinks import decode_with_sinks
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 
 
-@pytest.mark.parametrize("block", range(8))
-def test_random_problems(block: int) -> None:
+@pytest.mark.parametrize("block", range(20))
+@pytest.mark.parametrize("draw", [random_decode, decode_with_sinks])
+def test_random_problems(draw: Callable[[int], DecodeProblem], block: int) -> None:
     for seed in range(25 * block, 25 * block + 25):
-        problem = random_decode(seed)
+        problem = draw(seed)
         for config in configs(problem):
             try:
                 judge_decode(run_decode(problem, config), problem)

@@ -154,7 +154,7 @@ def test_no_host_synchronisation_and_no_large_memory() -> None:
 def test_operator_contract() -> None:
     problem = dense_problem(256, streaming=1, heads=4, kv_heads=2)
     operator = torch.ops.elastic.attention_forward
-    spans = (None,) * 6
+    spans = (None,) * 7
     torch.library.opcheck(
         operator, (problem.q, problem.k, problem.v, problem.mode, 128, 2048, "block", 128, 0.1, *spans)
     )

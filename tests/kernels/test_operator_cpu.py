@@ -54,23 +54,24 @@ def test_packed_equals_separate() -> None:
 
 
 def contract_cases():
-    """Arguments of the operator by name: whole rows, views of [B, H, S, D], packed samples, block bits."""
+    """Arguments of the operator by name: whole rows, views of [B, H, S, D], packed samples, block bits, sinks."""
     q, k, v, mode = operands()
     views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     cuts = torch.tensor([0, 15, 40], dtype=torch.int32)
     begin, end = cuts[:-1].clone(), cuts[1:].clone()
-    packed = (begin, end, begin, end, torch.zeros(2, dtype=torch.int32), None)
+    packed = (begin, end, begin, end, torch.zeros(2, dtype=torch.int32), None, None)
     bits = bits_from_mask(torch.ones(2, 4, 1, 1))
     whole = (4, 8, "token", 64, 0.1)
     return {
-        "whole": (q, k, v, mode, *whole, *[None] * 6),
-        "views": (*views, mode, *whole, *[None] * 6),
+        "whole": (q, k, v, mode, *whole, *[None] * 7),
+        "views": (*views, mode, *whole, *[None] * 7),
         "packed": (q[:1], k[:1], v[:1], mode, *whole, *packed),
-        "bits": (q, k, v, 2 * torch.ones_like(mode), *whole, *[None] * 5, bits),
+        "bits": (q, k, v, 2 * torch.ones_like(mode), *whole, *[None] * 5, bits, None),
+        "sinks": (q, k, v, mode, *whole, *[None] * 6, torch.zeros(4)),
     }
 
 
-@pytest.mark.parametrize("name", ["whole", "views", "packed", "bits"])
+@pytest.mark.parametrize("name", ["whole", "views", "packed", "bits", "sinks"])
 def test_operator_contract(name: str) -> None:
     torch.library.opcheck(torch.ops.elastic.attention_forward, contract_cases()[name])
 

@@ -11,11 +11,12 @@ struct DecodeParams {
   const int *sink, *begin, *end;       // [B, K], tokens
   float* partial;                      // [2 * CTAs, G, D], then [2 * CTAs, G, 2]: maximum and sum
   int* arrived;                        // [B, K], zero before and after every launch
+  const float* sinks;                  // [H], a logit that joins a query head's softmax, or null
   i64 q_sample, q_head, token_stride;  // elements, elements, rows
   int samples, heads, kv_heads;
   float scale_log2;
 };
-static_assert(sizeof(DecodeParams) == 120, "elastic/kernels/attention_decode.py packs 120 bytes");
+static_assert(sizeof(DecodeParams) == 128, "elastic/kernels/attention_decode.py packs 128 bytes");
 
 struct Span {  // the visible tokens of a head, numbered 0..count: the sink, then the rest, `skip` tokens further on
   int sink, skip, count;

@@ -62,6 +62,13 @@ ELASTIC_FN void gather_warps(float* rows, Shared& shared, float (&o)[kD / 2], So
   __syncthreads();
 }
 
+// What the attention sink of a row adds to its sum under the maximum `top`.
+ELASTIC_FN float sink_share(const DecodeParams& p, int head, int row, float top) {
+  if (!p.sinks) return 0.0f;
+  const float logit = p.sinks[head % p.kv_heads * (p.heads / p.kv_heads) + row];
+  return exp2_approx(fmaf(logit, kLog2e, -top * p.scale_log2));
+}
+
 ELASTIC_FN float* peaks_of(const DecodeParams& p, int group) { return p.partial + i64(2) * gridDim.x * group * kD; }
 
 // The CTA's part of a head: to the output if it is the whole head, else to slot `slot` of the partial results. A head
@@ -79,7 +86,7 @@ ELASTIC_FN void store_item(const DecodeParams& p, const float* rows, const Share
       x += part.x, y += part.y;
     }
     if (item.whole) {
-      const float factor = 1.0f / total.y;
+      const float factor = 1.0f / (total.y + sink_share(p, item.head, row, total.x));
       store_pair(p, item.head, row, column, total.y == 0.0f ? none : x * factor, total.y == 0.0f ? none : y * factor);
     } else {
       *(float2*)(p.partial + (i64(slot) * group + row) * kD + column) = make_float2(x, y);
@@ -91,7 +98,7 @@ ELASTIC_FN void store_item(const DecodeParams& p, const float* rows, const Share
 // What follows runs in the CTA that finishes last, and its code comes from memory then: loops stay rolled.
 
 // Weights of the parts of a head, [parts, G] in shared memory: what each counts in the whole, already over its sum.
-ELASTIC_FN void weigh_parts(const DecodeParams& p, const Parts& parts, float2* peaks, float* weights) {
+ELASTIC_FN void weigh_parts(const DecodeParams& p, const Parts& parts, int head, float2* peaks, float* weights) {
   const int group = p.heads / p.kv_heads, lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int row = threadIdx.x / 32; row < group; row += kWarps) {
@@ -113,7 +120,7 @@ ELASTIC_FN void weigh_parts(const DecodeParams& p, const Parts& parts, float2* p
     }
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const float factor = sum == 0.0f ? 0.0f : 1.0f / (sum + sink_share(p, head, row, top));
 #pragma unroll 1
     for (int part = lane; part < parts.count; part += 32) weights[part * group + row] *= factor;
   }
@@ -136,7 +143,7 @@ ELASTIC_FN void merge(const DecodeParams& p, const Parts& parts, int head, float
       for (int i = 4 * lane; i < floats; i += 128) copy_async(target + 4 * i, source + i, true);
     }
     copy_commit();
-    if (first == 0) weigh_parts(p, parts, (float2*)rows, weights);
+    if (first == 0) weigh_parts(p, parts, head, (float2*)rows, weights);
     copy_wait();
     __syncthreads();
 #pragma unroll 1

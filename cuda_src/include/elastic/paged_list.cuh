@@ -5,14 +5,14 @@
 
 namespace elastic {
 
-struct PagedDecodeParams : DecodeParams {  // base, sink, begin, end and token_stride are not used
+struct PagedDecodeParams : DecodeParams {  // base, sink, begin, end and token_stride are not used, sinks are null
   Pages pages;
   const int *length, *mode;                   // [B], tokens with the newest; [B, K]
   u32 page_stride, place_stride, head_stride;  // of keys and of values, in 16 bytes
   int capacity;                               // tokens of a table's row
   int streaming_sink, window, by_block, block;
 };
-static_assert(sizeof(PagedDecodeParams) == 184, "elastic/kernels/paged_decode.py packs 184 bytes");
+static_assert(sizeof(PagedDecodeParams) == 192, "elastic/kernels/paged_decode.py packs 192 bytes");
 
 ELASTIC_FN bool is_unknown(int mode) { return mode != kFull && mode != kStreaming; }
 

@@ -5,6 +5,8 @@
 
 namespace elastic {
 
+constexpr float kLog2e = 1.4426950408889634f;
+
 ELASTIC_FN float minus_infinity() { return __int_as_float(0xff800000); }
 
 ELASTIC_FN float exp2_approx(float x) {
