@@ -12,6 +12,7 @@ import argparse
 import gc
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -117,7 +118,7 @@ def both_modes(
     outs = []
     for value in (0.0, 1.0):
         constant = torch.full_like(route_NK, value).detach()
-        mode = HeadPlan.build(constant, plan.sparse, plan.layout)
+        mode = replace(plan, mode_NK=HeadPlan.build(constant, plan.sparse, plan.layout).mode_NK)
         outs.append(fused(q_BHSD, k_BKSD, v_BKSD, constant, mode, scale))
     lengths = plan.layout.end_N - plan.layout.begin_N
     group = q_BHSD.shape[1] // k_BKSD.shape[1]

@@ -28,14 +28,20 @@ def batch(data):
 
 @pytest.fixture
 def mixing():
+    return mixing_model("llama")
+
+
+def mixing_model(family):
     """A small model that mixes both modes, its layers and KV heads."""
-    model = attach(tiny_model("llama", vocab_size=64), ElasticConfig(SMALL.router, SMALL.sparse))
+    model = attach(tiny_model(family, vocab_size=64), ElasticConfig(SMALL.router, SMALL.sparse))
     set_row_slice(model, recipes.BothModes())
     return model, len(routers(model)), routers(model)[0].kv_heads
 
 
-def test_gates_of_one_and_zero_are_the_two_modes(mixing, batch):
-    model, layers, heads = mixing
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_gates_of_one_and_zero_are_the_two_modes(family, batch):
+    """Attention sinks included, which both modes have."""
+    model, layers, heads = mixing_model(family)
     for gate in (1.0, 0.0):
         with torch.no_grad(), override_routes(model, 1 - int(gate)):
             wanted = packed_hidden_states(model, batch)
