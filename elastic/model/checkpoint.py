@@ -1,11 +1,10 @@
 """Checkpoints for use (docs/design.md section 8): a folder with `router.safetensors` and `elastic.json`.
 
 A few MB; never backbone weights, never a pickle. A folder is complete or absent: it is written beside its final place
-and renamed, and `elastic.json` holds the checksum of the tensors.
+and renamed. `elastic.json` holds the checksum of the tensors and its own, so that an altered checkpoint is refused.
 """
 
 import importlib.metadata
-import json
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from elastic._version import __version__
 from elastic.config import ElasticConfig
 from elastic.data.prompts import TEMPLATE, TEMPLATE_KWARGS, check_kwargs
-from elastic.files import file_sha256, is_foreign, member, new_folder, read_json, set_aside
+from elastic.files import SEAL, file_sha256, is_foreign, member, new_folder, sealed, set_aside, unsealed
 from elastic.model.attach import Model, attach, elastic_config, handle_of, routers
 from elastic.model.loading import architecture, architecture_hash
 from elastic.model.tensor_parallel import HeadShare
@@ -32,6 +31,7 @@ MULTIPLIERS = "multipliers."  # prefix; which ones there are depends on the obje
 _SHAPE = ("num_layers", "num_kv_heads", "head_dim")
 _PLACES, _ALL = ("routed_layers", "decoder_layers"), "all"  # of backbones with sliding layers of their own
 _WAY_OUT = "restore the checkpoint from a copy or train again"
+_YOURS = f"; where a change is yours, take its {SEAL!r} out"
 
 
 def is_trainable(name: str) -> bool:
@@ -118,17 +118,17 @@ def save_elastic(
             "recipe": recipe or {},
             "metrics": metrics or {},
         }
-        (scratch / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+        (scratch / METADATA).write_text(sealed(metadata), encoding="utf-8")
         shutil.copymode(scratch / METADATA, scratch / WEIGHTS)  # safetensors makes files that only their owner reads
     return path
 
 
 def read_elastic(path: str | Path) -> dict[str, Any]:
-    """Contents of `elastic.json`.
+    """Contents of `elastic.json`, without its own checksum, which earlier ones lack.
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: damaged, or written by a newer version.
+        ValueError: damaged, changed after it was written, or written by a newer version.
     """
     path = Path(path)
     for name in (METADATA, WEIGHTS):
@@ -137,17 +137,17 @@ def read_elastic(path: str | Path) -> dict[str, Any]:
             hint = (
                 f"a save was interrupted, rename {old} to get the previous checkpoint back"
                 if not path.exists() and old.is_dir()
-                else "`elastic fit` and `elastic demo` write one"
+                else "`elastic fit` and `elastic demo` write one, `elastic pull` fetches one"
             )
             raise FileNotFoundError(f"no checkpoint at {path}: {name} is missing; {hint}")
     try:
-        metadata: dict[str, Any] = read_json(path / METADATA)
+        metadata = unsealed((path / METADATA).read_text(encoding="utf-8"))
         config, found = member(metadata, "config", dict), metadata.get("format")
         config.setdefault("router", {})
         member(config, "router", dict).setdefault("pool_over", "prompt")  # what it was before there was a choice
         metadata[TEMPLATE] = check_kwargs(metadata.get(TEMPLATE, {}))  # earlier ones were told nothing
     except ValueError as error:
-        raise ValueError(f"{path / METADATA} is damaged ({error}); {_WAY_OUT}") from error
+        raise ValueError(f"{path / METADATA} is damaged ({error}); {_WAY_OUT}{_YOURS}") from error
     if found != FORMAT:
         raise ValueError(f"{path} has format {found!r}, this version reads format {FORMAT}; update elastic-attention")
     try:
@@ -198,7 +198,7 @@ def read_routers(path: str | Path, shape: dict[str, Any]) -> tuple[ElasticConfig
 
 def _checked(path: str | Path, shape: dict[str, Any]) -> tuple[ElasticConfig, dict[str, Tensor]]:
     """Settings and router tensors of a checkpoint that fits a backbone of this shape."""
-    metadata, state = _read_both(Path(path))
+    metadata, state = read_both(Path(path))
     _check_backbone(shape, metadata, path)
     config = ElasticConfig.from_dict(metadata["config"])
     state = {name: value for name, value in state.items() if not name.startswith(MULTIPLIERS)}
@@ -248,8 +248,14 @@ def _expected(shape: dict[str, Any], config: ElasticConfig) -> dict[str, Tensor]
     }
 
 
-def _read_both(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Metadata and tensors of one save, also while another replaces the folder between the two."""
+def read_both(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and tensors of one save, also while another replaces the folder between the two. Whether they fit each
+    other is known once there is a backbone (`load_into`).
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: a damaged or altered file.
+    """
     while True:
         metadata = read_elastic(path)
         try:
