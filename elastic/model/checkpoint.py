@@ -26,7 +26,7 @@ from elastic.routing.kinds import build_router
 from elastic.routing.router import Router, check_router
 
 FORMAT = 1
-WEIGHTS, METADATA = "router.safetensors", "elastic.json"
+WEIGHTS, METADATA, CARD = "router.safetensors", "elastic.json", "README.md"
 MULTIPLIERS = "multipliers."  # prefix; which ones there are depends on the objective
 _SHAPE = ("num_layers", "num_kv_heads", "head_dim")
 _PLACES, _ALL = ("routed_layers", "decoder_layers"), "all"  # of backbones with sliding layers of their own
@@ -71,7 +71,7 @@ def save_elastic(
     metrics: dict[str, Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint folder; a checkpoint that exists there stays until the new one is complete.
+    """Write a checkpoint folder; one that is there stays until the new one is complete, its model card beyond that.
 
     Args:
         path: folder to write.
@@ -119,6 +119,8 @@ def save_elastic(
             "metrics": metrics or {},
         }
         (scratch / METADATA).write_text(sealed(metadata), encoding="utf-8")
+        if (path / CARD).is_file():
+            shutil.copyfile(path / CARD, scratch / CARD)  # somebody may have written it
         shutil.copymode(scratch / METADATA, scratch / WEIGHTS)  # safetensors makes files that only their owner reads
     return path
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from elastic.files import SEAL, file_sha256, unsealed
 from elastic.model.attach import attach, elastic_config, is_attached, last_routes, override_routes, routers
 from elastic.model.checkpoint import (
+    CARD,
     METADATA,
     WEIGHTS,
     is_trainable,
@@ -101,6 +102,12 @@ def test_saving_again_replaces_the_checkpoint(saved):
     assert read_elastic(saved)["backbone"] == "other"
     assert float(load_file(saved / WEIGHTS)["layers.0.head.0.bias"].mean()) == 0.5
     assert [p.name for p in saved.parent.iterdir()] == ["ck"]
+
+
+def test_saving_again_keeps_a_card(saved):
+    (saved / CARD).write_text("my own words")
+    save_elastic(saved, load_into(tiny_model(), saved), "other")
+    assert read_elastic(saved)["backbone"] == "other" and (saved / CARD).read_text() == "my own words"
 
 
 @pytest.mark.parametrize("step", ["safetensors.torch.save_file", "elastic.files._flush", "elastic.files.put_in_place"])
