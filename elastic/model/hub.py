@@ -18,6 +18,7 @@ from elastic.model.loading import is_hub_id
 
 _OF_EVERY_REPOSITORY = {CARD, ".gitattributes"}  # also of one that was just made on the hub's website
 _COMMIT = re.compile("[0-9a-f]{40}")
+_LONGEST = 300  # characters of the client's words in an error
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -113,8 +114,8 @@ def _download(repository: str, revision: str | None) -> Path:
 
 
 def publish(repository: str, files: Mapping[str, bytes], *, private: bool = False) -> Shared:
-    """One commit with the files, of which `README.md` is left out where somebody wrote or edited the one there. The
-    repository is made where there is none; its other files stay, and so do earlier commits.
+    """One commit with the files. A model card that `model_card` made is left out where somebody wrote or edited the one
+    there. The repository is made where there is none; its other files stay, and so do earlier commits.
 
     Args:
         repository: owner/name.
@@ -145,7 +146,8 @@ def publish(repository: str, files: Mapping[str, bytes], *, private: bool = Fals
             "Attention checkpoint; choose another name"
         )
     with _in_words(repository):
-        kept = CARD in names and not is_written_here(_read_card(repository, head))
+        made = is_written_here(files[CARD].decode(errors="replace"))
+        kept = made and CARD in names and not is_written_here(_read_card(repository, head))
         adding = [CommitOperationAdd(name, data) for name, data in files.items() if not (kept and name == CARD)]
         if head is None:
             api.create_repo(repository, private=private or None)  # None: as the organisation has it
@@ -185,9 +187,9 @@ def _in_words(repository: str, revision: str | None = None) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
             raise  # of the disk
         if isinstance(error, ValueError):
-            raise ValueError(f"{repository!r} at {revision or 'main'!r}: {_line(error)}") from raised
+            raise ValueError(f"{repository!r} at {revision or 'main'!r}: {_words(error)}") from raised
         raise HubUnreachableError(
-            f"the hub cannot be reached for {repository} ({_line(error)}); try again later"
+            f"the hub cannot be reached for {repository} ({_words(error)}); try again later"
         ) from raised
 
 
@@ -210,13 +212,13 @@ def _answer(error: Exception, repository: str, revision: str | None) -> Exceptio
             f"{WEIGHTS}; check the name"
         )
     if status in (401, 403):
-        return PermissionError(f"the hub does not let you do this with {repository} ({_line(error)}); {_LOGIN}")
+        return PermissionError(f"the hub does not let you do this with {repository} ({_words(error)}); {_LOGIN}")
     if status == 412:
         return OSError(f"somebody else changed {repository} at the same time; look at what is there, then try again")
-    return OSError(f"the hub answered {status} for {repository} ({_line(error)}); try again later")
+    return OSError(f"the hub answered {status} for {repository} ({_words(error)}); try again later")
 
 
-def _line(error: BaseException) -> str:
-    """The first line of an error that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _words(error: BaseException) -> str:
+    """What an error says, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

@@ -40,12 +40,11 @@ def push(
             backbone that others do not have.
         OSError: no checkpoint, or a place that cannot be written (`elastic.model.hub.publish`).
     """
-    files = _contents(Path(checkpoint))
+    files, metadata = _contents(Path(checkpoint))
     on_hub = _is_on_hub(target)
     if backbone is not None:
-        values = {**unsealed(files[METADATA].decode()), "backbone": backbone}
-        files[METADATA] = sealed(values).encode()
-    metadata = unsealed(files[METADATA].decode())
+        metadata["backbone"] = backbone
+        files[METADATA] = sealed({**unsealed(files[METADATA].decode()), "backbone": backbone}).encode()
     if on_hub and not _others_have(metadata["backbone"]):
         raise ValueError(
             f"{checkpoint} names its backbone {metadata['backbone']!r}, a place on this machine that others do not "
@@ -53,6 +52,8 @@ def push(
         )
     if CARD not in files or is_written_here(files[CARD].decode(errors="replace")):
         files[CARD] = model_card(metadata, target, license_id).encode()
+    elif license_id is not None:
+        raise ValueError(f"--license is for a card that is made, but {checkpoint} has its own {CARD}; write it there")
     if on_hub:
         return publish(target, files, private=private)
     if private:
@@ -76,10 +77,10 @@ def pull(source: str, out: str | Path | None = None, revision: str | None = None
     _check_free(out)
     if _is_on_hub(source):
         folder = fetch(source, revision)
-        return replace(_put(_contents(folder), out), commit=folder.name)
+        return replace(_put(_contents(folder)[0], out), commit=folder.name)
     if revision is not None:
         raise ValueError(f"--revision {revision} is of a repository on the hub, but {source} is a folder")
-    return _put(_contents(Path(source)), out)
+    return _put(_contents(Path(source))[0], out)
 
 
 def _is_on_hub(name: str) -> bool:
@@ -102,8 +103,8 @@ def _others_have(backbone: str) -> bool:
     return backbone in (TINY, SMOLLM2) or is_hub_id(backbone)
 
 
-def _contents(folder: Path) -> dict[str, bytes]:
-    """The files of a whole checkpoint by name, and its model card if it has one.
+def _contents(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The files of a whole checkpoint by name, its model card among them if it has one; and what `read_elastic` says.
 
     Raises:
         FileNotFoundError: no checkpoint there.
@@ -114,16 +115,16 @@ def _contents(folder: Path) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as copy:
         _write(files, Path(copy))
         try:
-            read_both(Path(copy))
+            metadata, _ = read_both(Path(copy))
         except ValueError as error:
             raise ValueError(str(error).replace(copy, str(folder))) from error
     if (folder / CARD).is_file():
         files[CARD] = (folder / CARD).read_bytes()
-    return files
+    return files, metadata
 
 
 def _check_free(target: Path) -> None:
-    check_place("--out", target, folder=True)
+    check_place("the place", target, folder=True)
     if is_foreign(target, METADATA):
         raise ValueError(f"{target} exists but is not an Elastic Attention checkpoint; choose another folder")
 
@@ -142,13 +143,16 @@ def _put(files: dict[str, bytes], target: Path) -> Shared:
     there = {name: (target / name).read_bytes() for name in (METADATA, WEIGHTS) if (target / name).is_file()}
     if any(there.get(name) != files[name] for name in (METADATA, WEIGHTS)):
         raise ValueError(f"{target} holds another checkpoint, which stays; delete it, or choose another folder")
-    if CARD in files and not (target / CARD).exists():
+    card = (target / CARD).read_bytes() if (target / CARD).is_file() else None
+    if CARD not in files or card == files[CARD]:
+        return Shared(str(target), False)
+    kept = card is not None and not is_written_here(card.decode(errors="replace"))
+    if not kept:
         with new_file(target / CARD) as scratch:
             scratch.write_bytes(files[CARD])
-    kept = CARD in files and (target / CARD).read_bytes() != files[CARD]
     return Shared(str(target), False, card_kept=kept)
 
 
-def _write(files: dict[str, Any], folder: Path) -> None:
+def _write(files: dict[str, bytes], folder: Path) -> None:
     for name, data in files.items():
         (folder / name).write_bytes(data)

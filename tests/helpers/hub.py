@@ -197,7 +197,8 @@ class Handler(BaseHTTPRequestHandler):
             self._say(200, {"success": True, "commitOid": commit, "commitUrl": url})
 
     def yaml(self):
-        self._say(200, {"errors": [], "warnings": []})
+        errors = [{"message": '"license" must be one of a list'}] if b"license: no-such" in self.body else []
+        self._say(400 if errors else 200, {"errors": errors, "warnings": []})
 
 
 def _oid(path, data):

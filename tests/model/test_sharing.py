@@ -62,8 +62,8 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def card_of(place, source):
-    return model_card(read_elastic(source), str(place)).encode()
+def card_of(place, source, license_id=None):
+    return model_card(read_elastic(source), str(place), license_id).encode()
 
 
 def same_routers(one, other):
@@ -142,6 +142,18 @@ def test_the_newest_commit_is_asked_for_and_the_cache_answers_where_no_hub_does(
             elastic.load("me/other")
         with pytest.raises(OSError, match=r"cannot be reached .* or bring a folder that `elastic pull` wrote"):
             pull("me/other")
+
+
+def test_a_checkpoint_from_before_there_were_checksums_of_settings(hub, one, tmp_path):
+    """Nor a recipe, measurements, or what the chat template was told."""
+    earlier = unsealed((one / METADATA).read_text())
+    for name in ("recipe", "metrics", "chat_template_kwargs", "versions"):
+        del earlier[name]
+    (one / METADATA).write_text(json.dumps(earlier))
+    push(one, REPO)
+    pull(REPO, "out")
+    assert {name: contents("out")[name] for name in BOTH} == contents(one)
+    assert contents("out")[CARD].count(b"Nothing was recorded.") == 2
 
 
 # -- altered contents
@@ -324,8 +336,9 @@ def test_what_a_folder_holds_is_not_replaced(one, two, tmp_path):
     assert push(one, str(shared)).card_kept
     assert contents(shared) == before
     (shared / CARD).unlink()
-    assert not push(one, str(shared)).card_kept
-    assert contents(shared) == {**before, CARD: card_of(shared, one)}
+    for license_id in (None, "mit"):
+        assert not push(one, str(shared), license_id=license_id).card_kept
+        assert contents(shared) == {**before, CARD: card_of(shared, one, license_id)}
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.tex").write_text("mine")
     for place in ("work", "work/thesis.tex"):
@@ -361,11 +374,20 @@ def test_a_card_that_somebody_wrote_stays(hub, one, two):
 
 def test_a_card_in_the_folder_goes_along(hub, one, two):
     (one / CARD).write_text("---\nlicense: mit\n---\nmy own words")
-    push(one, REPO)
-    assert hub.repositories[REPO].files[CARD] == (one / CARD).read_bytes()
+    with pytest.raises(ValueError, match=r"--license is for a card that is made, but .*/one has its own README\.md"):
+        push(one, REPO, license_id="mit")
+    for words in ("my own words", "better words"):
+        (one / CARD).write_text(f"---\nlicense: mit\n---\n{words}")
+        assert not push(one, REPO).card_kept and hub.repositories[REPO].files[CARD] == (one / CARD).read_bytes()
     (two / CARD).write_bytes(card_of("somebody/else", two))  # which an earlier push wrote
     push(two, "me/others")
     assert hub.repositories["me/others"].files[CARD] == card_of("me/others", two)
+
+
+def test_a_card_that_the_hub_refuses(hub, one):
+    with pytest.raises(ValueError, match=r'Invalid metadata in README\.md\. - "license" must be one of a list'):
+        push(one, REPO, license_id="no-such")
+    assert push(one, REPO, license_id="mit").is_new
 
 
 def test_what_a_card_says(tmp_path):
@@ -451,6 +473,13 @@ def test_the_commands(hub, one, capsys):
         assert cli.main(wrong) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_a_server_of_a_revision(hub, one, capsys):
+    pytest.importorskip("fastapi", reason="needs the extra serve")
+    push(one, REPO)
+    assert cli.main(["serve", "--checkpoint", REPO, "--revision", "v9", "--port", "0"]) == 2
+    assert "me/routers has no revision 'v9'" in capsys.readouterr().err
 
 
 def test_a_process_finds_the_hub_by_its_environment(hub, one, tmp_path):
