@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -86,8 +87,6 @@ def save_elastic(
     Raises:
         ValueError: a path that holds something else than a checkpoint, or routers that are not finite fp32.
     """
-    from safetensors.torch import save_file
-
     path = Path(path)
     if is_foreign(path, METADATA):
         raise ValueError(f"{path} exists but is not an Elastic Attention checkpoint; choose another folder")
@@ -102,7 +101,7 @@ def save_elastic(
     if multipliers is not None:
         state |= {f"{MULTIPLIERS}{name}": value.detach().cpu() for name, value in multipliers.state_dict().items()}
     with new_folder(path, sync=True) as scratch:
-        save_file(state, scratch / WEIGHTS)
+        safetensors.torch.save_file(state, scratch / WEIGHTS)
         metadata = {
             "format": FORMAT,
             "config": config.to_dict(),
@@ -268,15 +267,12 @@ def read_both(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     file, found = path / WEIGHTS, file_sha256(path / WEIGHTS)
     if found != sha256:
         raise ValueError(f"{file} is damaged: sha256 {found}, expected {sha256}; {_WAY_OUT}")
     try:
-        return load_file(file)
-    except SafetensorError as error:
+        return safetensors.torch.load_file(file)
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}); {_WAY_OUT}") from error
 
 
