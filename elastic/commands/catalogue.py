@@ -11,6 +11,8 @@ COMMANDS = {
     "calibrate": "measure what each KV head is needed for, and write an order of the heads",
     "generate": "answer prompts with a routed model and show its routes",
     "serve": "serve a routed model over an OpenAI-compatible HTTP endpoint",
+    "push": "publish the routers of a checkpoint, with a model card, on the Hugging Face Hub or in a folder",
+    "pull": "fetch routers that somebody published, checked, into a folder",
     "eval": "compare dense, sparse, static, random and trained routing on RULER and LongBench",
     "demo": "what routing does, on this machine: ask, calibrate, fit routers, compare with dense, answer",
     "bench": "time the kernels on this GPU beside their competitors; show recorded timings",

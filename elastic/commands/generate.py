@@ -19,10 +19,12 @@ def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     parser = Parser(prog="elastic generate", description=COMMANDS["generate"])
     routers = (
-        "folder with elastic.json; or a method with --backbone: static:<file>[@<msr>], heads of a calibration or a "
-        "pattern file, or another such as moba:3"
+        "folder with elastic.json, or owner/name on the Hugging Face Hub; or a method with --backbone: "
+        "static:<file>[@<msr>], heads of a calibration or a pattern file, or another such as moba:3"
     )
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help=routers)
+    revision = "branch, tag or commit hash of a checkpoint on the hub (default main)"
+    parser.add_argument("--revision", metavar="REV", help=revision)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="the user's message; - reads standard input")
     source.add_argument("--prompt-file", type=Path, metavar="FILE", help="UTF-8 file with the user's message")
@@ -90,7 +92,8 @@ def _answer(args: argparse.Namespace, prompt: str) -> None:
     from elastic.inference.generate import generate, load
     from elastic.model.attach import elastic_config, override_routes
 
-    model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype, kv_cache=args.kv_cache)
+    where = {"kv_cache": args.kv_cache, "revision": args.revision}
+    model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype, **where)
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "chat_template": not args.raw}
     options["sanitize_control_tokens"] = args.sanitize_control_tokens
 

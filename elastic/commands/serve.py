@@ -20,8 +20,13 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     parser = Parser(prog="elastic serve", description=COMMANDS["serve"])
-    routers = "folder with elastic.json, or static:<file>[@<msr>]: heads of a calibration or a pattern file"
+    routers = (
+        "folder with elastic.json, owner/name on the Hugging Face Hub, or static:<file>[@<msr>]: heads of a "
+        "calibration or a pattern file"
+    )
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help=routers)
+    revision = "branch, tag or commit hash of a checkpoint on the hub (default main)"
+    parser.add_argument("--revision", metavar="REV", help=revision)
     parser.add_argument("--backbone", metavar="NAME", help="default: what the checkpoint was trained on")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default float32)")
@@ -73,7 +78,7 @@ def serve(args: argparse.Namespace) -> None:
     door = door_of(args)
     limits = ServerLimits(args.max_new_tokens, args.timeout, args.max_body, args.grace, args.sanitize_control_tokens)
     with listen_on(args.host, args.port) as listening:  # a used port is told before the model is loaded
-        model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype)
+        model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype, revision=args.revision)
         name = args.name or Path(args.checkpoint).resolve().name
         app = build_app(
             name,

@@ -29,6 +29,7 @@ from elastic.inference.report import RouteReport, route_reports
 from elastic.model.attach import biased, elastic_config, handle_of, is_attached, route_of, set_config, user_wrote
 from elastic.model.checkpoint import load_into, read_elastic
 from elastic.model.generation import REFUSED, VERIFIED, judge, setting
+from elastic.model.hub import checkpoint_folder
 from elastic.model.layer_types import sliding_windows
 from elastic.model.loading import architecture, load_backbone
 from elastic.model.ordered_routers import attach_fixed, attach_static
@@ -65,31 +66,38 @@ def load(
     dtype: str = "float32",
     gguf_file: str | None = None,
     kv_cache: str | None = None,
+    revision: str | None = None,
 ) -> tuple[CausalLM, Tokenizer]:
     """A backbone with the routers of a checkpoint, frozen and in eval mode, and its tokenizer.
 
     Args:
-        path: checkpoint folder; or the name of a method (`elastic.routing.methods`) whose routes are the same for every
-            input: `static:<file>[@<msr>]`, the heads of a calibration (`elastic calibrate`) or of a pattern file, or
-            one such as `moba:3`, with the default sizes of `SparseConfig`.
+        path: checkpoint folder; owner/name of a checkpoint on the Hugging Face Hub, unless a folder of that name is
+            here; or the name of a method (`elastic.routing.methods`) whose routes are the same for every input:
+            `static:<file>[@<msr>]`, the heads of a calibration (`elastic calibrate`) or of a pattern file, or one such
+            as `moba:3`, with the default sizes of `SparseConfig`.
         backbone: name to load the backbone by; default the one that was trained on or calibrated; other methods
             need it.
         device: a torch device.
         dtype: of the backbone's weights; routers stay fp32.
         gguf_file: file name where the backbone's weights are in GGUF format.
         kv_cache: what `generate` keeps of a prompt, `full` or `elastic`; default: as the checkpoint says.
+        revision: branch, tag or commit hash of a checkpoint on the hub; default `main`, whose newest commit is taken.
 
     Raises:
         FileNotFoundError: no checkpoint, no file, or no such backbone.
-        ValueError: a damaged checkpoint or file, or one for another backbone.
+        OSError: a hub that cannot be reached, or does not let the user read (`elastic.model.hub.fetch`).
+        ValueError: a damaged or altered checkpoint or file, one for another backbone, or a revision of a folder.
     """
     options: dict[str, Any] = {"dtype": dtype, "device": device, "gguf_file": gguf_file}
     method = _fixed_method(path)
     if method is None:
+        path = checkpoint_folder(path, revision)
         metadata = read_elastic(path)
         model, tokenizer = load_backbone(backbone or metadata["backbone"], **options)
         set_template_kwargs(tokenizer, metadata[TEMPLATE])
         load_into(model, path)
+    elif revision is not None:
+        raise ValueError(f"revision={revision!r} is of a repository on the hub, but {path} is a method")
     elif method.file is not None:
         model, tokenizer = _load_static(method, backbone, options)
     else:
@@ -101,7 +109,7 @@ def load(
 
 def _fixed_method(path: str | Path) -> Method | None:
     """The method that is named instead of a checkpoint folder, if one is whose routes no router decides."""
-    kind = re.split("[:/@]", str(path), maxsplit=1)[0]
+    kind = re.split("[:@]", str(path), maxsplit=1)[0]
     if kind not in FORMS or kind == "elastic" or Path(path).exists():
         return None
     return parse_method(str(path))

@@ -1,24 +1,24 @@
 """Checkpoints for use (docs/design.md section 8): a folder with `router.safetensors` and `elastic.json`.
 
 A few MB; never backbone weights, never a pickle. A folder is complete or absent: it is written beside its final place
-and renamed, and `elastic.json` holds the checksum of the tensors.
+and renamed. `elastic.json` holds the checksum of the tensors and its own, so that an altered checkpoint is refused.
 """
 
 import importlib.metadata
-import json
 import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from elastic._version import __version__
 from elastic.config import UNTOLD, ElasticConfig
 from elastic.data.prompts import TEMPLATE, TEMPLATE_KWARGS, check_kwargs
-from elastic.files import file_sha256, is_foreign, member, new_folder, read_json, set_aside
+from elastic.files import SEAL, file_sha256, is_foreign, member, new_folder, sealed, set_aside, unsealed
 from elastic.model.attach import Model, attach, elastic_config, handle_of, routers
 from elastic.model.loading import architecture, architecture_hash
 from elastic.model.tensor_parallel import HeadShare
@@ -27,11 +27,12 @@ from elastic.routing.kinds import build_router
 from elastic.routing.router import Router, check_router
 
 FORMAT = 1
-WEIGHTS, METADATA = "router.safetensors", "elastic.json"
+WEIGHTS, METADATA, CARD = "router.safetensors", "elastic.json", "README.md"
 MULTIPLIERS = "multipliers."  # prefix; which ones there are depends on the objective
 _SHAPE = ("num_layers", "num_kv_heads", "head_dim")
 _PLACES, _ALL = ("routed_layers", "decoder_layers"), "all"  # of backbones with sliding layers of their own
 _WAY_OUT = "restore the checkpoint from a copy or train again"
+_YOURS = f"; where a change is yours, take its {SEAL!r} out"
 
 
 def is_trainable(name: str) -> bool:
@@ -71,7 +72,7 @@ def save_elastic(
     metrics: dict[str, Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint folder; a checkpoint that exists there stays until the new one is complete.
+    """Write a checkpoint folder; one that is there stays until the new one is complete, its model card beyond that.
 
     Args:
         path: folder to write.
@@ -86,8 +87,6 @@ def save_elastic(
     Raises:
         ValueError: a path that holds something else than a checkpoint, or routers that are not finite fp32.
     """
-    from safetensors.torch import save_file
-
     path = Path(path)
     if is_foreign(path, METADATA):
         raise ValueError(f"{path} exists but is not an Elastic Attention checkpoint; choose another folder")
@@ -102,7 +101,7 @@ def save_elastic(
     if multipliers is not None:
         state |= {f"{MULTIPLIERS}{name}": value.detach().cpu() for name, value in multipliers.state_dict().items()}
     with new_folder(path, sync=True) as scratch:
-        save_file(state, scratch / WEIGHTS)
+        safetensors.torch.save_file(state, scratch / WEIGHTS)
         metadata = {
             "format": FORMAT,
             "config": config.to_dict(),
@@ -118,17 +117,19 @@ def save_elastic(
             "recipe": recipe or {},
             "metrics": metrics or {},
         }
-        (scratch / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+        (scratch / METADATA).write_text(sealed(metadata), encoding="utf-8")
+        if (path / CARD).is_file():
+            shutil.copyfile(path / CARD, scratch / CARD)  # somebody may have written it
         shutil.copymode(scratch / METADATA, scratch / WEIGHTS)  # safetensors makes files that only their owner reads
     return path
 
 
 def read_elastic(path: str | Path) -> dict[str, Any]:
-    """Contents of `elastic.json`.
+    """Contents of `elastic.json`, without its own checksum, which earlier ones lack.
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: damaged, or written by a newer version.
+        ValueError: damaged, changed after it was written, or written by a newer version.
     """
     path = Path(path)
     for name in (METADATA, WEIGHTS):
@@ -137,17 +138,17 @@ def read_elastic(path: str | Path) -> dict[str, Any]:
             hint = (
                 f"a save was interrupted, rename {old} to get the previous checkpoint back"
                 if not path.exists() and old.is_dir()
-                else "`elastic fit` and `elastic demo` write one"
+                else "`elastic fit` and `elastic demo` write one, `elastic pull` fetches one"
             )
             raise FileNotFoundError(f"no checkpoint at {path}: {name} is missing; {hint}")
     try:
-        metadata: dict[str, Any] = read_json(path / METADATA)
+        metadata = unsealed((path / METADATA).read_text(encoding="utf-8"))
         config, found = member(metadata, "config", dict), metadata.get("format")
         config.setdefault("router", {})
         config["router"] = {**UNTOLD, **member(config, "router", dict)}
         metadata[TEMPLATE] = check_kwargs(metadata.get(TEMPLATE, {}))  # earlier ones were told nothing
     except ValueError as error:
-        raise ValueError(f"{path / METADATA} is damaged ({error}); {_WAY_OUT}") from error
+        raise ValueError(f"{path / METADATA} is damaged ({error}); {_WAY_OUT}{_YOURS}") from error
     if found != FORMAT:
         raise ValueError(f"{path} has format {found!r}, this version reads format {FORMAT}; update elastic-attention")
     try:
@@ -198,7 +199,7 @@ def read_routers(path: str | Path, shape: dict[str, Any]) -> tuple[ElasticConfig
 
 def _checked(path: str | Path, shape: dict[str, Any]) -> tuple[ElasticConfig, dict[str, Tensor]]:
     """Settings and router tensors of a checkpoint that fits a backbone of this shape."""
-    metadata, state = _read_both(Path(path))
+    metadata, state = read_both(Path(path))
     _check_backbone(shape, metadata, path)
     config = ElasticConfig.from_dict(metadata["config"])
     state = {name: value for name, value in state.items() if not name.startswith(MULTIPLIERS)}
@@ -248,8 +249,14 @@ def _expected(shape: dict[str, Any], config: ElasticConfig) -> dict[str, Tensor]
     }
 
 
-def _read_both(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Metadata and tensors of one save, also while another replaces the folder between the two."""
+def read_both(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and tensors of one save, also while another replaces the folder between the two. Whether they fit each
+    other is known once there is a backbone (`load_into`).
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: a damaged or altered file.
+    """
     while True:
         metadata = read_elastic(path)
         try:
@@ -260,15 +267,12 @@ def _read_both(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     file, found = path / WEIGHTS, file_sha256(path / WEIGHTS)
     if found != sha256:
         raise ValueError(f"{file} is damaged: sha256 {found}, expected {sha256}; {_WAY_OUT}")
     try:
-        return load_file(file)
-    except SafetensorError as error:
+        return safetensors.torch.load_file(file)
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}); {_WAY_OUT}") from error
 
 

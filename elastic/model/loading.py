@@ -5,6 +5,7 @@ Checkpoints name backbones, so what one brings along is data: code in it, or ker
 
 import importlib.metadata
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,11 @@ def check_device(device: str) -> None:
         raise ValueError(f"device={device!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA GPUs")
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a repository on the hub, owner/name, which a relative path may have too."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None
+
+
 def backbone_id(name: str) -> str:
     """What a checkpoint records as its backbone: a shipped name or hub id as it is, a folder by its absolute path."""
     if name in (TINY, SMOLLM2):
@@ -171,7 +177,7 @@ def _resolve(name: str) -> str:
         if not (path / "config.json").is_file() and not list(path.glob("*.gguf")):
             raise FileNotFoundError(f"{path} holds no config.json; expected a folder written by save_pretrained")
         return str(path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    if not is_hub_id(name):
         raise FileNotFoundError(
             f"no backbone {name!r}: it is neither {TINY}, {SMOLLM2}, an existing folder nor a hub id (owner/name)"
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from elastic.bench.studies.routing import headlines, named
 from elastic.bench.studies.runs import FOREIGN, has_rows, read_study
+from elastic.files import sealed
 from elastic.model.checkpoint import METADATA, read_elastic
 
 
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
         stored["recipe"][key] = study.stamp[key]
     shutil.rmtree(args.target, ignore_errors=True)
     shutil.copytree(source, args.target)
-    (args.target / METADATA).write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    (args.target / METADATA).write_text(sealed(stored), encoding="utf-8")
     read_elastic(args.target)
     sys.stdout.write(f"{args.target}: {json.dumps(stored['metrics'])}\n")
     return 0

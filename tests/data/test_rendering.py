@@ -11,6 +11,7 @@ from elastic.data.control_tokens import control_tokens
 from elastic.data.packing import tokenise
 from elastic.data.prompts import encode, encode_prompt, render, set_template_kwargs, template_kwargs
 from elastic.data.records import Record
+from elastic.files import unsealed
 from tests.data.test_prompts import CHATML, QUESTION, SYSTEMS, TRIMMING, TURNS, chat, tokenizer_with, users_words
 from tests.helpers.models import small_config, tiny_model, varied_routers
 
@@ -125,7 +126,7 @@ def test_what_data_was_told_is_in_manifest_and_checkpoint_and_holds_in_use(tmp_p
         assert json.loads((root / "checkpoint" / "elastic.json").read_text())["chat_template_kwargs"] == wanted
         assert template_kwargs(load(root / "checkpoint")[1]) == wanted
     file = root / "checkpoint" / "elastic.json"
-    earlier = json.loads(file.read_text())
+    earlier = unsealed(file.read_text())
     del earlier["chat_template_kwargs"]
     file.write_text(json.dumps(earlier))
     assert template_kwargs(load(root / "checkpoint")[1]) == {}  # as it was rendered then

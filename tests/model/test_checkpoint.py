@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from elastic.files import file_sha256
-from elastic.model.attach import attach, is_attached, last_routes, override_routes, routers
+from elastic.files import SEAL, file_sha256, unsealed
+from elastic.model.attach import attach, elastic_config, is_attached, last_routes, override_routes, routers
 from elastic.model.checkpoint import (
+    CARD,
     METADATA,
     WEIGHTS,
     is_trainable,
@@ -39,7 +40,7 @@ def rewrite(path, change):
 
 
 def edit(path, **values):
-    metadata = json.loads((path / METADATA).read_text())
+    metadata = unsealed((path / METADATA).read_text())
     (path / METADATA).write_text(json.dumps({**metadata, **values}))
 
 
@@ -101,6 +102,12 @@ def test_saving_again_replaces_the_checkpoint(saved):
     assert read_elastic(saved)["backbone"] == "other"
     assert float(load_file(saved / WEIGHTS)["layers.0.head.0.bias"].mean()) == 0.5
     assert [p.name for p in saved.parent.iterdir()] == ["ck"]
+
+
+def test_saving_again_keeps_a_card(saved):
+    (saved / CARD).write_text("my own words")
+    save_elastic(saved, load_into(tiny_model(), saved), "other")
+    assert read_elastic(saved)["backbone"] == "other" and (saved / CARD).read_text() == "my own words"
 
 
 @pytest.mark.parametrize("step", ["safetensors.torch.save_file", "elastic.files._flush", "elastic.files.put_in_place"])
@@ -227,6 +234,20 @@ def test_a_newer_format(saved):
 def test_an_unknown_setting(saved):
     edit(saved, config={"colour": "red"})
     refused(saved, r"elastic\.json is damaged \(unknown setting colour")
+
+
+def test_a_changed_setting_is_refused_unless_the_checksum_was_taken_out(saved):
+    """Checkpoints from before there was one lack it, and load."""
+    file = saved / METADATA
+    text = file.read_text()
+    changed = text.replace('"sparsity_bias": 0.0', '"sparsity_bias": -2.0')
+    assert changed != text and SEAL in json.loads(text) and SEAL not in read_elastic(saved)
+    file.write_text(changed)
+    refused(
+        saved, r"elastic\.json is damaged \(it was changed after .*; where a change is yours, take its 'sha256' out"
+    )
+    file.write_text(json.dumps({key: value for key, value in json.loads(changed).items() if key != SEAL}))
+    assert elastic_config(load_into(tiny_model(), saved)).sparsity_bias == -2.0
 
 
 @pytest.mark.parametrize("size", [0, 7, 1000])

@@ -38,7 +38,7 @@ def read_twice(folder, model):
 
 def test_a_checkpoint(checkpoint):
     file = checkpoint / METADATA
-    good, model, ids = json.loads(file.read_text()), tiny_model(), random_ids(1, 12)
+    good, model, ids = unsealed(file.read_text()), tiny_model(), random_ids(1, 12)
 
     @examples(150)
     @given(files_of(good))

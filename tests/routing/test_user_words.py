@@ -10,6 +10,7 @@ import torch
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.config import ElasticConfig, RouterConfig
 from elastic.data.prompts import EncodedPrompt
+from elastic.files import unsealed
 from elastic.inference.generate import answer_tokens, load, new_cache
 from elastic.model import loading
 from elastic.model.attach import attach, last_features, last_routes, user_wrote
@@ -59,7 +60,7 @@ def test_routers_of_older_checkpoints_see_the_whole_prompt():
 def test_a_checkpoint_from_before_pools_the_prompt(tmp_path):
     model, _ = loading.load_backbone("tiny")
     path = save_elastic(tmp_path / "ck", attach(model, small_config()), "tiny")
-    metadata = json.loads((path / "elastic.json").read_text())
+    metadata = unsealed((path / "elastic.json").read_text())
     assert metadata["config"]["router"].pop("pool_over") == "user"
     (path / "elastic.json").write_text(json.dumps(metadata))
     loaded, _ = load(path)
