@@ -49,8 +49,8 @@ def next_piece(pending: Pieces | None, past: int, keys: int, end: int | None, de
     """
     if pending is not None and (end != pending.end or keys > pending.end):
         raise ValueError(
-            f"the cache holds {past} tokens of a prompt whose {pending.end} tokens were to be read in pieces, and these "
-            f"are {keys - past} others: its routes were never decided; start from an empty cache"
+            f"the cache holds {past} of {pending.end} tokens of a prompt that was to be read in pieces, but others "
+            "followed, so its routes were never decided; start from an empty cache"
         )
     if end is None or (pending is None and keys >= end):
         return None

@@ -1,9 +1,9 @@
 """What `generate` of an attached model is asked for, judged in one place: its own keywords, a `generation_config` and
 the model's own generation config (docs/design.md section 7).
 
-A prompt, read in one pass or in pieces (`elastic.model.prefill`), decides the routes; what reads several tokens after it verifies an answer under the
-same decision. Prompt lookup and assisted decoding would read their first candidates together with the prompt, so they
-are given none until the prompt has been read.
+A prompt, read in one pass or in pieces (`elastic.model.prefill`), decides the routes; what reads several tokens after
+it verifies an answer under the same decision. Prompt lookup and assisted decoding would read their first candidates
+together with the prompt, so they are given none until the prompt has been read.
 """
 
 from functools import partial

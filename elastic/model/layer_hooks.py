@@ -134,15 +134,8 @@ def _check_mask(state: AttachedState, mask: Any) -> None:
 
 def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardPass:
     """The pass that the decoder was called for; takes this project's own batch keywords out of `kwargs`."""
-    tokens = next((t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
-    if tokens is None:
-        raise ValueError("the model was called without input_ids and inputs_embeds; pass one of them")
-    if 0 in tokens.shape[:2]:
-        raise ValueError(
-            f"the batch is empty: {tokens.shape[0]} rows of {tokens.shape[1]} tokens; give at least one each"
-        )
     config, forced, row_slice = state.config_in_force(), forced_on(state), state.row_slice
-    override = forced.route
+    tokens, override = _tokens(args, kwargs), forced.route
     rows, queries = tokens.shape[0], tokens.shape[1] * row_slice.size
     cache = kwargs.get("past_key_values")
     past = 0 if cache is None else int(cache.get_seq_length())
@@ -154,10 +147,9 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
     bounds = packed_bounds(kwargs, positions, mask, queries)
     spans, user = (kwargs.pop(name, None) for name in ("prompt_spans", "user_spans"))
     prompt_end, modes = None if spans is None else pairs("prompt_spans", spans)[:, 1], None
-    record = find_record(cache)
-    user = _user_spans(user, forced.user_spans, rows)
-    dense = override is None and config.router.kind != "static"
+    record, user = find_record(cache), _user_spans(user, forced.user_spans, rows)
     pending = record.pieces if record is not None and past else None
+    dense = override is None and config.router.kind != "static"
     pieces = next_piece(pending, past, past + queries, forced.prompt_end, dense)
     decoding = pieces is None and (queries == 1 or forced.verifying)
     if past and decoding and bounds is None and record is not None and record.layout is not None:
@@ -178,13 +170,12 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
             "elastic.training.context_parallel.shard"
         )
     else:
+        prompt_end = prompt_end if pieces is None else torch.full((rows,), pieces.end)
         begun = None if pieces is None else pieces.begin
-        if pieces is not None:
-            prompt_end = torch.full((rows,), pieces.end)
         layout = batch_layout(rows, queries, past, tokens.device, mask, prompt_end, user, begun)
         if past and record is not None and record.layout is not None:
             layout = turn_layout(record.layout, layout, mask is not None, user is not None)
-        if layout.padded_right and forced_on(state).generating:
+        if layout.padded_right and forced.generating:
             raise right_padding()
     if spans is not None:
         check_prompts(layout, spans)
@@ -195,6 +186,19 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
         fused=state.fused, level_N=forced.level_N, gumbel_LNK2=forced.gumbel_LNK2, places=state.places,
         masked=mask is not None, pieces=pieces,
     )  # fmt: skip
+
+
+def _tokens(args: Args, kwargs: dict[str, Any]) -> Tensor:
+    """Ids or embeddings [B, S, ...] that the decoder was called with."""
+    found = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    tokens: Tensor | None = next((given for given in found if given is not None), None)
+    if tokens is None:
+        raise ValueError("the model was called without input_ids and inputs_embeds; pass one of them")
+    if 0 in tokens.shape[:2]:
+        raise ValueError(
+            f"the batch is empty: {tokens.shape[0]} rows of {tokens.shape[1]} tokens; give at least one each"
+        )
+    return tokens
 
 
 def _whole_row(bounds: Tensor, here: int, row_slice: RowSlice) -> int:

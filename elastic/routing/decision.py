@@ -51,8 +51,8 @@ def decide_from_keys(
 
 def decide_from_reach(
     router: LevelRouter | ReachRouter, q_BHSD: Tensor, k_BKSD: Tensor, layout: Layout, config: ElasticConfig,
-    scale: float, earlier_NR: Tensor | None, *, kept_NHQD: Tensor | None = None, dropped_NK: Tensor | None = None, level_N: Tensor | None = None,
-    temperature: float = 1.0, gumbel_NK2: Tensor | None = None,
+    scale: float, earlier_NR: Tensor | None, *, kept_NHQD: Tensor | None = None, dropped_NK: Tensor | None = None,
+    level_N: Tensor | None = None, temperature: float = 1.0, gumbel_NK2: Tensor | None = None,
 ) -> Decision:  # fmt: skip
     """Decision of a router by level or by reach from queries and keys after RoPE, at most the last 32 of what the user
     wrote.

@@ -4,8 +4,8 @@ pieces. Both beside the whole prompt read in one pass, routed and dense. Questio
 
     python tests/bench/chunked_prefill.py levels=checkpoints/smollm2-135m-fa-ssa --lengths 2000 4000 --out runs/bench
 
-Seconds are processor time until the prompt was read, the probe included. Answers are judged token by token with the right ones
-before them, as decode steps read them.
+Seconds are processor time until the prompt was read, the probe included. Answers are judged token by token with the
+right ones before them, as decode steps read them.
 Legend: L layers, N = 1 samples, K KV heads.
 """
 

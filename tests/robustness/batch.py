@@ -49,7 +49,7 @@ class Batch:
         return self.seen == 0 or self.unread > 1
 
     def begin(self, sparse: SparseConfig, given: Tensor | None, piece: int = ROOM) -> None:
-        """The unread tokens are read now, under routes [L, K] that are given, if any are, in pieces of so many columns."""
+        """The unread tokens are read now, under routes [L, K] that are given, if any are, and in pieces of so many."""
         self.given, early = given, self.seen + (self.unread - 1) // piece * piece
         for sample, pad in zip(self.samples, self.pads, strict=True):
             begin, end = len(sample.answer), len(sample.ids)
