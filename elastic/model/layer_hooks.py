@@ -150,7 +150,9 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
     record, user = find_record(cache), _user_spans(user, forced.user_spans, rows)
     pending = record.pieces if record is not None and past else None
     dense = override is None and config.router.kind != "static"
-    pieces = next_piece(pending, past, past + queries, forced.prompt_end, dense)
+    pieces = None
+    if pending is not None or forced.prompt_end is not None:
+        pieces = next_piece(pending, past, past + queries, forced.prompt_end, dense)
     decoding = pieces is None and (queries == 1 or forced.verifying)
     if past and decoding and bounds is None and record is not None and record.layout is not None:
         layout = decode_layout(record.layout, rows, past, mask, queries)

@@ -4,6 +4,7 @@ runs routed. tests/robustness compares families, batches, later turns and the de
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 from elastic.attention.layout import batch_layout, turn_layout
 from elastic.attention.prompt_reach import last_queries, prompt_reach
 from elastic.config import ElasticConfig
+from elastic.inference.decode_graph import _Graphed
 from elastic.inference.generate import generate, route_report
 from elastic.model.attach import (
     attach,
@@ -262,3 +264,14 @@ def test_kept_queries_are_those_of_one_pass(cut):
     found = prompt_reach(q[:, :, cut:], k, last, sparse, 0.25, kept)
     torch.testing.assert_close(found.largest, expected.largest)
     torch.testing.assert_close(found.recent, expected.recent)
+
+
+@torch.no_grad()
+def test_a_piece_of_one_token_is_no_decode_step():
+    """Neither of a graph nor of the cache, though it comes alone and after others."""
+    model, cache = routed(), SimpleNamespace(seen=5)
+    graph = SimpleNamespace(cache=cache, forward=lambda *_, **__: "model", step=lambda _: "graph")
+    call, token = _Graphed(model, graph), random_ids(1, 1)
+    assert call(token, past_key_values=cache).logits == "graph"
+    with reading(handle_of(model).state, 9):
+        assert call(token, past_key_values=cache) == "model"
