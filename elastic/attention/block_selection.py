@@ -69,7 +69,7 @@ def density(plan: HeadPlan) -> Tensor | None:
     the configuration chooses; 1 where such heads attend in full to a single token.
     """
     layout = plan.layout
-    if plan.sparse.chooser is None or (layout.queries == 1 and layout.past):
+    if plan.sparse.chooser is None or layout.decoding:
         return None
     if plan.bits is None:
         return torch.ones(plan.mode_NK.shape, dtype=torch.float64, device=plan.mode_NK.device)

@@ -32,6 +32,7 @@ class Layout:
         padded: some position belongs to no sample.
         padded_right: some row ends in padding, so nothing can follow.
         bounds: the samples' boundaries in a packed row, known to the host.
+        begun: key position where the prompt or turn begins of which these queries are a piece; None: it is all here.
     """
 
     row_N: Tensor
@@ -47,6 +48,7 @@ class Layout:
     padded: bool
     padded_right: bool = False
     bounds: tuple[int, ...] = ()
+    begun: int | None = None
     _memo: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def memo(self, name: Hashable, build: Callable[[], T]) -> T:
@@ -64,7 +66,12 @@ class Layout:
     @property
     def decoding(self) -> bool:
         """Whether this is one more token of samples whose routes are decided."""
-        return self.queries == 1 and self.past > 0
+        return self.queries == 1 and self.past > 0 and self.begun is None
+
+    @property
+    def turn_begin(self) -> int:
+        """Key position where the present prompt or turn begins."""
+        return self.past if self.begun is None else self.begun
 
     @property
     def lengths(self) -> list[int]:
@@ -110,6 +117,7 @@ def batch_layout(
     attention_mask: Tensor | None = None,
     prompt_end: Tensor | None = None,
     user_spans: Tensor | None = None,
+    begun: int | None = None,
 ) -> Layout:
     """One sample per row.
 
@@ -117,9 +125,11 @@ def batch_layout(
         attention_mask: [B, Lk] with 1 on valid tokens, which must be one run per row (left or right padding).
         prompt_end: [B], key positions; default the end of the valid tokens.
         user_spans: [B, 2], key positions; default the whole prompt.
+        begun: of a piece of prompts, see `Layout`. A row may then hold no valid token yet; its sample will begin after
+            these keys.
 
     Raises:
-        ValueError: a mask of another shape, a row without valid tokens, or padding between valid tokens.
+        ValueError: a mask of another shape, otherwise a row without valid tokens, or padding between valid tokens.
     """
     keys = past + queries
     row = torch.arange(rows, device=device)
@@ -130,11 +140,11 @@ def batch_layout(
             raise _bad_mask(attention_mask, rows, keys)
         valid = attention_mask[:, :keys].to(device).bool()
         count = valid.sum(1)
-        begin = valid.int().argmax(1)
+        begin = torch.where(count > 0, valid.int().argmax(1), keys)
         end = begin + count
         padded = bool((count < keys).any())
         if padded:
-            if bool((count == 0).any()):
+            if begun is None and bool((count == 0).any()):
                 raise ValueError(
                     f"row {int(count.argmin())} of attention_mask has no valid token; drop empty prompts from the batch"
                 )
@@ -144,7 +154,7 @@ def batch_layout(
             padded_right = bool((end < keys).any())
     prompt_end = end if prompt_end is None else prompt_end.to(device)
     user = _user(user_spans, begin, prompt_end)
-    return Layout(row, begin, end, prompt_end, *user, rows, queries, keys, False, padded, padded_right)
+    return Layout(row, begin, end, prompt_end, *user, rows, queries, keys, False, padded, padded_right, begun=begun)
 
 
 def decode_layout(
@@ -171,23 +181,29 @@ def decode_layout(
     )  # fmt: skip
 
 
-def turn_layout(earlier: Layout, turn: Layout, masked: bool) -> Layout:
-    """The layout of a later turn: padding is where it was.
+def turn_layout(earlier: Layout, turn: Layout, masked: bool, user: bool) -> Layout:
+    """The layout of a later turn, or of a prompt's next piece: padding is where it was, and so do the users' words
+    begin; rows of which nothing but padding was read begin where the mask says.
 
     Args:
         earlier: of the prompt or turn before.
         turn: of the new tokens, as `batch_layout` made it.
         masked: whether it was made from a mask.
+        user: whether the call said where the users' words are.
 
     Raises:
         ValueError: a turn that cannot continue the prompt, see `check_continued`, or a mask with other padding.
     """
     check_continued(earlier, turn.rows)
+    begun = earlier.begin_N < earlier.end_N
+    if not user:
+        turn = replace(turn, user_begin_N=torch.where(begun, earlier.user_begin_N, turn.user_begin_N))
     if not earlier.padded and not turn.padded:
         return turn
-    if masked and not torch.equal(turn.begin_N, earlier.begin_N):
+    begin = torch.where(begun, earlier.begin_N, turn.begin_N)
+    if masked and not torch.equal(turn.begin_N, begin):
         raise _other_mask()
-    return replace(turn, begin_N=earlier.begin_N, padded=True)
+    return replace(turn, begin_N=begin, padded=True)
 
 
 def check_continued(earlier: Layout, rows: int) -> None:

@@ -84,6 +84,8 @@ def _sample(
     layout, (row, begin, end) = plan.layout, plan.layout.spans[sample]
     group = q_BHSD.shape[1] // k_BKSD.shape[1]
     first, last = max(0, begin - layout.past), max(0, end - layout.past)  # its query rows
+    if begin == end:  # nothing but padding has been read of it
+        return q_BHSD.new_zeros(1, layout.queries, *q_BHSD.shape[1::2])
     outputs, order = [], []
     for mode in sorted(set(modes)):
         kv_heads = [head for head, of_head in enumerate(modes) if of_head == mode]

@@ -2,7 +2,11 @@
 
 Time to first token, decode tokens a second, peak memory and bytes of the KV cache, and what the prompt's time is spent
 on. Routes are random heads of a given MSR; the routers do their work all the same. The stock model runs through
-transformers' own cache and SDPA; its decode steps also as a CUDA graph over a cache written in place, like ours.
+transformers' own cache and SDPA; its decode steps also as a CUDA graph over a cache written in place, like ours. With
+`--prefill-chunk-size` prompts are read in pieces too: by the routers, which decide in the last one after dense ones;
+under the same routes as static ones, which hold from the first; and by the stock model.
+
+    elastic bench e2e --shapes llama-3.1-8b --lengths 131072 --msr 0.7 --prefill-chunk-size 8192 --tag e2e-pieces
 """
 
 import argparse
@@ -17,7 +21,7 @@ import torch
 
 from elastic.bench import drawing, records
 from elastic.bench.e2e_models import SHAPES, random_model, route_at_random
-from elastic.bench.e2e_runs import STOCK, Run, elastic_runs, stock_runs
+from elastic.bench.e2e_runs import STOCK, Run, elastic_runs, given_runs, stock_runs
 from elastic.bench.e2e_tables import OUT_OF_MEMORY, e2e_table
 from elastic.bench.options import LENGTHS
 from elastic.bench.records import LEFT_OUT, Measurement
@@ -40,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", type=int, metavar="N", help="decoder layers, for a quick look (default: the shape's)"
     )
+    parser.add_argument("--prefill-chunk-size", type=int, nargs="*", default=[], metavar="N",
+                        help="read prompts in pieces of so many tokens, too (default: do not)")  # fmt: skip
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="decode steps timed (default 32)")
     parser.add_argument("--decode-max-length", type=int, default=LENGTHS[-1], metavar="N",
                         help="time no decode steps after longer prompts (default 262144)")  # fmt: skip
@@ -94,15 +100,20 @@ def _run_shape(
     name = shape if args.layers is None else f"{shape}-{args.layers}layers"
     sparse = SparseConfig(sink=args.sink, window=args.window, block=args.block)
     for length in args.lengths:
-        new_tokens = args.new_tokens if length <= args.decode_max_length else 0
+        sizes = (length, args.new_tokens if length <= args.decode_max_length else 0, args.repeats)
+        pieces = [piece for piece in args.prefill_chunk_size if piece < length]
         for ratio in args.msr:
-            share = route_at_random(model, ratio, ElasticConfig(sparse=sparse, kv_cache="elastic"))
-            add(_case(name, length, "elastic", share),
-                partial(elastic_runs, model, length, new_tokens, args.repeats))  # fmt: skip
+            route = route_at_random(model, ratio, ElasticConfig(sparse=sparse, kv_cache="elastic"))
+            share = float(route.mean())
+            add(_case(name, length, "elastic", share), partial(elastic_runs, model, *sizes))
+            for piece in pieces:
+                add(_case(name, length, f"elastic in {piece}s", share), partial(elastic_runs, model, *sizes, piece))
+                add(_case(name, length, f"static in {piece}s", share), partial(given_runs, model, *sizes, piece, route))
             detach(model)
         for who in args.contestants:
-            add(_case(name, length, who, None),
-                partial(stock_runs, model, who, length, new_tokens, args.repeats))  # fmt: skip
+            add(_case(name, length, who, None), partial(stock_runs, model, who, *sizes))
+            for piece in pieces:
+                add(_case(name, length, f"{who} in {piece}s", None), partial(stock_runs, model, who, *sizes, piece))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -114,6 +125,7 @@ def check(args: argparse.Namespace) -> None:
         )
     for name, values, least in (
         *(("--lengths", args.lengths, 2), ("--new-tokens", [args.new_tokens], 1), ("--repeats", [args.repeats], 1)),
+        ("--prefill-chunk-size", args.prefill_chunk_size or [1], 1),
         ("--layers", [1 if args.layers is None else args.layers], 1),
     ):  # fmt: skip
         if min(values) < least:

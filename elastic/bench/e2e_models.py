@@ -79,14 +79,15 @@ def force(router: Any, route_K: Tensor) -> None:
         router.count.fill_(MIN_STATISTICS)
 
 
-def route_at_random(model: CausalLM, msr: float, config: ElasticConfig, seed: int = 0) -> float:
-    """Attach routers that send a random share `msr` of all (layer, KV head) pairs to SA; returns the exact share."""
+def route_at_random(model: CausalLM, msr: float, config: ElasticConfig, seed: int = 0) -> Tensor:
+    """Attach routers that send a random share `msr` of all (layer, KV head) pairs to SA; returns the routes [L, K]."""
     found = routers(attach(model, config))
     pairs = len(found) * found[0].kv_heads
     chosen = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed))[: round(msr * pairs)]
     route = torch.zeros(pairs)
     route[chosen] = 1.0
-    for router, route_K in zip(found, route.view(len(found), -1), strict=True):
+    route_LK = route.view(len(found), -1)
+    for router, route_K in zip(found, route_LK, strict=True):
         assert isinstance(router, AttentionRouter)
         force(router, route_K.to(model.device))
-    return len(chosen) / pairs
+    return route_LK

@@ -17,7 +17,15 @@ from elastic.bench.stock_graph import captured, give_room, in_place_step
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.inference.decode_graph import DecodeGraph
 from elastic.model import layer_hooks
-from elastic.model.attach import elastic_config, route_of, set_row_slice
+from elastic.model.attach import (
+    elastic_config,
+    handle_of,
+    is_attached,
+    override_routes,
+    route_of,
+    set_row_slice,
+)
+from elastic.model.pass_state import reading
 from elastic.protocols import CausalLM, KVCache
 
 Run = list[Measurement]
@@ -26,9 +34,9 @@ _WARM_STEPS = 3
 _TIMED_SDPA = "elastic-bench-sdpa"
 
 
-def elastic_runs(model: CausalLM, length: int, new_tokens: int, repeats: int) -> Run:
-    """The attached model over an elastic cache; decode steps, if any, launched one by one and, on a GPU, as a CUDA
-    graph.
+def elastic_runs(model: CausalLM, length: int, new_tokens: int, repeats: int, piece: int | None = None) -> Run:
+    """The attached model over an elastic cache, the prompt in one pass or in pieces of so many tokens; decode steps, if
+    any, launched one by one and, on a GPU, as a CUDA graph.
     """
     layers = len(model.get_decoder().layers)
 
@@ -36,7 +44,7 @@ def elastic_runs(model: CausalLM, length: int, new_tokens: int, repeats: int) ->
         return ElasticCache(layers, elastic_config(model), reserve=2 * (new_tokens + _WARM_STEPS))
 
     with _timed_elastic(model) as clock:
-        found, cache, token = _prefills(model, new_cache, length, repeats, clock)
+        found, cache, token = _prefills(model, new_cache, length, repeats, clock, piece)
     found.append(_record("MSR", float(route_of(cache).route.float().mean()), ""))
     if new_tokens == 0:
         return found
@@ -46,14 +54,20 @@ def elastic_runs(model: CausalLM, length: int, new_tokens: int, repeats: int) ->
     return found
 
 
-def stock_runs(model: CausalLM, name: str, length: int, new_tokens: int, repeats: int) -> Run:
-    """The stock model over transformers' DynamicCache; the prompt by one SDPA backend, decode steps by the fastest of
-    all, launched one by one and, on a GPU, as a CUDA graph over the same cache written in place.
+def given_runs(model: CausalLM, length: int, new_tokens: int, repeats: int, piece: int | None, route_LK: Tensor) -> Run:
+    """`elastic_runs` under routes that are given, as static ones are, and so hold from the first piece."""
+    with override_routes(model, route_LK):
+        return elastic_runs(model, length, new_tokens, repeats, piece)
+
+
+def stock_runs(model: CausalLM, name: str, length: int, new_tokens: int, repeats: int, piece: int | None = None) -> Run:
+    """The stock model over transformers' DynamicCache; the prompt by one SDPA backend, in one pass or in pieces; decode
+    steps by the fastest, launched one by one and, on a GPU, as a CUDA graph over the same cache written in place.
     """
     from transformers import DynamicCache
 
     with _timed_stock(model) as clock, _only(model, name):
-        found, cache, token = _prefills(model, lambda: DynamicCache(config=model.config), length, repeats, clock)
+        found, cache, token = _prefills(model, lambda: DynamicCache(config=model.config), length, repeats, clock, piece)
     if new_tokens == 0:
         return found
     found += _fastest(model, "decode", lambda: _stepper(model, cache), token, new_tokens)
@@ -95,18 +109,23 @@ def _ids(model: CausalLM, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def _prefill(model: CausalLM, cache: KVCache, ids: Tensor) -> Tensor:
-    """Next token [1, 1] of a prompt."""
-    return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+def _prefill(model: CausalLM, cache: KVCache, ids: Tensor, piece: int | None) -> Tensor:
+    """Next token [1, 1] of a prompt that is read in one pass or in pieces."""
+    token, in_pieces = ids, piece is not None and is_attached(model)
+    with reading(handle_of(model).state, ids.shape[1]) if in_pieces else nullcontext():
+        for part in ids.split(piece or ids.shape[1], dim=1):
+            logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            token = logits[:, -1:].argmax(-1)
+    return token
 
 
 def _prefills(
-    model: CausalLM, new_cache: Callable[[], Any], length: int, repeats: int, clock: "_Clock"
+    model: CausalLM, new_cache: Callable[[], Any], length: int, repeats: int, clock: "_Clock", piece: int | None
 ) -> tuple[Run, Any, Tensor]:
     """Time to first token (median, as the user waits for it), where it goes (attention, router with its pooling, the
     rest: device time of the last run) and peak memory; the last run's cache and token.
     """
-    _prefill(model, new_cache(), _ids(model, min(length, 4096)))  # kernels compiled, workspaces there
+    _prefill(model, new_cache(), _ids(model, min(length, 4096)), piece)  # kernels compiled, workspaces there
     ids, times, token, before = _ids(model, length), [], torch.zeros(0), 0
     cache: Any = None
     for _ in range(repeats):
@@ -115,7 +134,7 @@ def _prefills(
         clock.spans.clear()
         before = _reset_peak(model.device)
         start = time.perf_counter()
-        token = clock.timed("all", _prefill)(model, cache, ids)
+        token = clock.timed("all", _prefill)(model, cache, ids, piece)
         _wait(model.device)
         times.append((time.perf_counter() - start) * 1e3)
     peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else 0

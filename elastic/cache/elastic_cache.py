@@ -121,7 +121,7 @@ class ElasticCache(Cache):
 
     def _finish(self, layout: Layout) -> None:
         """The last layer has taken in a prompt or a turn."""
-        if not layout.past:
+        if not layout.turn_begin:
             begin = layout.user_begin_N if self.config.router.pool_over == "user" else layout.begin_N
             pooled = torch.minimum(begin + self.config.router.pool_tokens, layout.end_N)
             self.pooled_B = pooled - layout.begin_N

@@ -113,7 +113,7 @@ class KVPool:
         ring_BK = upload([int(r) for of_sample in ring for r in of_sample], device).bool()
         sample = head // kv_heads
         position = position_in(slot, count_B[sample], ring_BK[head], sparse).clamp_min(0)
-        index = (sample, head % kv_heads, begin_B[sample] + position)
+        index = (sample, head % kv_heads, (begin_B[sample] + position).clamp_max(k_BKSD.shape[2] - 1))
         shape = (len(ring), kv_heads)
         return cls(k_BKSD[index], v_BKSD[index], base.view(shape), ring_BK.view(shape), ring, capacity, sparse)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from elastic.attention.layout import Layout
 from elastic.attention.modes import mode_ids
+from elastic.cache.pieces import Pieces
 from elastic.config import RouterConfig, SparseConfig
 from elastic.protocols import KVCache
 
@@ -21,7 +22,7 @@ _PLACES = ("begin_N", "end_N", "prompt_end_N", "user_begin_N", "user_end_N")  # 
 
 @dataclass(frozen=True)
 class Turn:
-    """Tokens that were read in one pass under one decision: the prompt, or a later turn.
+    """Tokens that were read in one pass under one decision: the prompt, a piece of it, or a later turn.
 
     Attributes:
         route_LNK: int8.
@@ -43,6 +44,14 @@ class Turn:
         density = None if self.density_LNK is None else self.density_LNK.cpu()
         return Turn(self.route_LNK.cpu(), density, self.begin_N.cpu(), self.end_N.cpu())
 
+    def joined(self, other: "Turn") -> "Turn":
+        """Its samples, then those of another one."""
+        density = None
+        if self.density_LNK is not None and other.density_LNK is not None:
+            density = torch.cat([self.density_LNK, other.density_LNK], 1)
+        begin, end = torch.cat([self.begin_N, other.begin_N]), torch.cat([self.end_N, other.end_N])
+        return Turn(torch.cat([self.route_LNK, other.route_LNK], 1), density, begin, end)
+
     def select(self, index: Tensor) -> "Turn":
         """Follow a cache whose samples became `index`."""
         density = None if self.density_LNK is None else self.density_LNK[:, index.to(self.density_LNK.device)]
@@ -62,8 +71,10 @@ class RouteRecord:
         pooled_end_N: key position after the last of them.
         densities: by layer, what XAttention heads visited [N, K], see `elastic.attention.block_selection.density`.
         layout: of the prompt or turn that the routes were decided on.
+        begin_N: int64; tokens of each sample before those that were read under these routes.
         override: what `override_routes` gave at that time.
         earlier: the turns before the one that `layers` decided.
+        pieces: of a prompt whose last piece has not been read yet.
         rotation: by which factors the cached keys were rotated (`elastic.model.long_rope.rotation`).
     """
 
@@ -73,8 +84,10 @@ class RouteRecord:
     pooled_end_N: Tensor | None = None
     densities: dict[int, Tensor] = field(default_factory=dict)
     layout: Layout | None = None
+    begin_N: Tensor | None = None
     override: int | Tensor | None = None
     earlier: list[Turn] = field(default_factory=list)
+    pieces: Pieces | None = None
     rotation: int = 0
     _modes: tuple[int | Tensor | None, tuple[bool, SparseConfig], Tensor] | None = None
 
@@ -102,15 +115,14 @@ class RouteRecord:
     @property
     def _turn(self) -> Turn:
         """The prompt or turn that the routes were decided on."""
-        assert self.layout is not None
+        assert self.layout is not None and self.begin_N is not None
         layout, stack = self.layout, torch.stack
         density = stack([self.densities[i] for i in sorted(self.densities)]) if self.densities else None
-        begin = (layout.past - layout.begin_N).clamp_min(0)
         route = stack([self.layers[i] for i in sorted(self.layers)])
-        return Turn(route, density, begin, layout.prompt_end_N - layout.begin_N)
+        return Turn(route, density, self.begin_N, torch.minimum(layout.prompt_end_N, layout.end_N) - layout.begin_N)
 
     def begin_turn(self, layout: Layout) -> None:
-        """A later turn is about to be decided; what a crop has removed since counts no more."""
+        """A later turn, or a prompt's next piece, is about to be read; what a crop has removed since counts no more."""
         held = (layout.past - layout.begin_N).clamp_min(0)
         self.earlier = [turn.cut(held) for turn in (*self.earlier, self._turn)]
 
@@ -118,6 +130,11 @@ class RouteRecord:
         """Remember a layer's decision."""
         self.layers[layer] = route_NK.detach().to(torch.int8)
         self._modes = None
+
+    def read_under(self, layout: Layout, override: int | Tensor | None, rotation: int, pieces: Pieces | None) -> None:
+        """Remember what a layer's routes were decided on, and by which of `override_routes`; see the attributes."""
+        self.layout, self.override, self.rotation, self.pieces = layout, override, rotation, pieces
+        self.begin_N = (layout.past - layout.begin_N).clamp_min(0)
 
     def modes(self, override: int | Tensor | None, dense: bool, sparse: SparseConfig) -> Tensor:
         """int32 [L, N, K]: what every head does in a decode step; made once and kept until something changes.
@@ -164,6 +181,7 @@ class RouteRecord:
         self.densities = {layer: density[index.to(density.device)] for layer, density in self.densities.items()}
         self.pooled_N = None if self.pooled_N is None else self.pooled_N[index]
         self.pooled_end_N = None if self.pooled_end_N is None else self.pooled_end_N[index]
+        self.begin_N = None if self.begin_N is None else self.begin_N[index]
         self.earlier = [turn.select(index) for turn in self.earlier]
         layout = self.layout
         if layout is not None:
@@ -179,16 +197,16 @@ class RouteRecord:
             moved_N: int64; by how many key positions each sample, one's own first, was moved.
 
         Raises:
-            ValueError: conversations of several turns, which differ from row to row, or keys that were rotated by
-                different factors.
+            ValueError: keys that were rotated by different factors.
         """
-        if self.earlier or other.earlier:
-            raise ValueError("caches join after their first prompt; one of them has read a later turn")
         if self.rotation != other.rotation:
             raise ValueError(
                 "caches join where RoPE has rotated their keys by the same factors; one of them holds more tokens than "
                 "the short factors are for, the other does not"
             )
+        if self.begin_N is not None and other.begin_N is not None:
+            self.earlier = joined_turns(self.earlier, other.earlier, (self._turn, other._turn))
+            self.begin_N = torch.cat([self.begin_N, other.begin_N])
         for name in ("layers", "heads", "densities"):
             ours, theirs = getattr(self, name), getattr(other, name)
             setattr(self, name, {layer: torch.cat([ours[layer], theirs[layer]]) for layer in ours})
@@ -204,6 +222,18 @@ class RouteRecord:
             row = torch.arange(moved_N.shape[0], device=moved_N.device)
             self.layout = replace(self.layout, row_N=row, rows=row.shape[0], padded=True, **places)
         self._modes = None
+
+
+def joined_turns(ones: list[Turn], others: list[Turn], like: tuple[Turn, Turn]) -> list[Turn]:
+    """Turns of two conversations as those of one batch: the last with the last, and where one has no more, it has read
+    nothing. `like` are turns of the two.
+    """
+    longest = max(len(ones), len(others))
+    both = [
+        [replace(of, end_N=of.begin_N)] * (longest - len(turns)) + turns
+        for turns, of in zip((ones, others), like, strict=True)
+    ]
+    return [one.joined(other) for one, other in zip(*both, strict=True)]
 
 
 def given_routes(override: int | Tensor, like_LNK: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("full", "elastic"),
         help="keep all tokens, or only sink + window of streaming heads (default: as the checkpoint says)",
     )
+    pieces = "read the prompt in pieces of so many tokens, which needs less memory (default: in one pass)"
+    parser.add_argument("--prefill-chunk-size", type=int, metavar="N", help=pieces)
     parser.add_argument("--dense", action="store_true", help="answer with all heads full as well, to compare")
     parser.add_argument("--report-json", type=Path, metavar="FILE", help="write the route report as JSON")
     parser.add_argument("--heatmap", type=Path, metavar="FILE", help="write the decisions as a PNG picture")
@@ -96,6 +98,8 @@ def _answer(args: argparse.Namespace, prompt: str) -> None:
     model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype, **where)
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "chat_template": not args.raw}
     options["sanitize_control_tokens"] = args.sanitize_control_tokens
+    if args.prefill_chunk_size is not None:
+        options["prefill_chunk_size"] = args.prefill_chunk_size
 
     def stream() -> Any:
         return _streamer(tokenizer)
@@ -119,7 +123,7 @@ def _answer(args: argparse.Namespace, prompt: str) -> None:
 
 @contextmanager
 def prompt_progress(model: CausalLM) -> Iterator[None]:
-    """While a prompt is read, a bar on stderr that counts layers, where stderr is a terminal."""
+    """While a prompt, or a piece of it, is read, a bar on stderr that counts layers, where stderr is a terminal."""
     from tqdm import tqdm
 
     layers = model.get_decoder().layers
@@ -129,7 +133,8 @@ def prompt_progress(model: CausalLM) -> Iterator[None]:
         if args[0].shape[1] > 1 and not bar.disable:
             bar.update()
             if bar.n >= len(layers):
-                bar.close()
+                bar.reset()  # for the next piece, if there is one
+                bar.clear()
 
     hooks = [layer.register_forward_hook(after_layer) for layer in layers]
     try:

@@ -38,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--api-key", nargs="+", metavar="KEY", help=keys)
     hosts = "names that clients may call this server by, * for any (default: loopback names and --host)"
     parser.add_argument("--allowed-hosts", nargs="+", metavar="NAME", help=hosts)
+    pieces = "read prompts in pieces of so many tokens, which needs less memory (default: in one pass)"
+    parser.add_argument("--prefill-chunk-size", type=int, metavar="N", help=pieces)
     parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="answered at a time (default 8)")
     parser.add_argument("--max-queue", type=int, default=64, metavar="N", help="waiting requests (default 64)")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default 512)")
@@ -74,17 +76,24 @@ def serve(args: argparse.Namespace) -> None:
     from elastic.inference.serving.engine import Engine
     from elastic.inference.serving.limits import ServerLimits
     from elastic.inference.serving.listening import Listener
+    from elastic.model.generation import judge
 
     door = door_of(args)
     limits = ServerLimits(args.max_new_tokens, args.timeout, args.max_body, args.grace, args.sanitize_control_tokens)
     with listen_on(args.host, args.port) as listening:  # a used port is told before the model is loaded
         model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype, revision=args.revision)
+        judge(model, {} if args.prefill_chunk_size is None else {"prefill_chunk_size": args.prefill_chunk_size})
         name = args.name or Path(args.checkpoint).resolve().name
         app = build_app(
             name,
             limits,
             lambda metrics: Engine(
-                model, tokenizer, max_batch=args.max_batch, max_queue=args.max_queue, metrics=metrics
+                model,
+                tokenizer,
+                max_batch=args.max_batch,
+                max_queue=args.max_queue,
+                metrics=metrics,
+                prefill_chunk_size=args.prefill_chunk_size,
             ),
             door,
         )

@@ -15,7 +15,7 @@ from elastic.attention.routed import backend_for
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.route_record import route_of
 from elastic.config import SparseConfig
-from elastic.model.attach import elastic_config
+from elastic.model.attach import elastic_config, is_reading
 from elastic.model.layer_types import sliding_windows
 from elastic.model.long_rope import check_one_rotation, switch_lengths
 from elastic.protocols import CausalLM, CausalLMOutput
@@ -72,15 +72,15 @@ class DecodeGraph:
 class _Graphed:
     """A model's forward that replays the decode steps of one cache; other calls go to the model as before."""
 
-    def __init__(self, graph: DecodeGraph) -> None:
-        self.graph = graph
+    def __init__(self, model: CausalLM, graph: DecodeGraph) -> None:
+        self.model, self.graph = model, graph
         self.__wrapped__ = graph.forward  # `generate` reads the signature
 
     def __call__(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         cache = self.graph.cache
-        ours = kwargs.get("past_key_values") is cache and cache.seen > 0
+        ours = kwargs.get("past_key_values") is cache and cache.seen > 0 and not is_reading(self.model)
         if not ours or input_ids is None or input_ids.shape[1] != 1:
             return self.graph.forward(input_ids, **kwargs)
         return CausalLMOutputWithPast(logits=self.graph.step(input_ids), past_key_values=cache)
@@ -94,7 +94,7 @@ def graphed(model: CausalLM, cache: ElasticCache) -> Iterator[None]:
     """
     before = vars(model).get("forward")
     part: Any = model  # of which the protocol lets nobody assign a method
-    part.forward = _Graphed(DecodeGraph(model, cache))
+    part.forward = _Graphed(model, DecodeGraph(model, cache))
     try:
         with torch.cuda.device(model.device):  # whose stream is captured
             yield

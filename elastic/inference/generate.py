@@ -170,8 +170,10 @@ def generate(
         chat_template_kwargs: for this call only: variables of the chat template, such as `enable_thinking`, beside
             those of the checkpoint.
         sanitize_control_tokens: control tokens that messages spell out, such as `<|im_start|>`, stay text.
-        **options: passed to `model.generate`. Decode steps replay a CUDA graph where the decode kernel runs, except
-            with beams, with the same numbers; `cuda_graph=False` launches them one by one.
+        **options: passed to `model.generate`; among them `prefill_chunk_size`: so many tokens of a prompt are read at a
+            time, which needs less memory. Routers decide in the last piece, and those before it attend in full. Decode
+            steps replay a CUDA graph where the decode kernel runs, except with beams, with the same numbers;
+            `cuda_graph=False` launches them one by one.
 
     Returns:
         One `Generation` per prompt, in order; `num_return_sequences` of them per prompt, if that is among the options.

@@ -90,5 +90,5 @@ def _read(
         How tokens are drawn, and the logits [1, V] of the first.
     """
     del inputs["stopping_criteria"]  # whoever asks for tokens decides when they are enough
-    found = model(**model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **inputs))
+    found = model._prefill(input_ids, generation_config, inputs)
     return Drawing(input_ids, logits_processor, generation_config.do_sample, None), found.logits[:, -1]

@@ -195,6 +195,11 @@ def is_attached(model: CausalLM) -> bool:
     return hasattr(unwrapped(model), HANDLE)
 
 
+def is_reading(model: CausalLM) -> bool:
+    """Whether `generate` is reading a prompt in pieces, in this thread (or asyncio task)."""
+    return forced_on(handle_of(model).state).prompt_end is not None
+
+
 def elastic_config(model: CausalLM) -> ElasticConfig:
     """The configuration in force: the model's, with what `override_routes` and `biased` force in this thread."""
     return handle_of(model).state.config_in_force()

@@ -1,9 +1,9 @@
 """What `generate` of an attached model is asked for, judged in one place: its own keywords, a `generation_config` and
 the model's own generation config (docs/design.md section 7).
 
-A prompt is read in one pass and decides the routes; what reads several tokens after it verifies an answer under the
-same decision. Prompt lookup and assisted decoding would read their first candidates together with the prompt, so they
-are given none until the prompt has been read.
+A prompt, read in one pass or in pieces (`elastic.model.prefill`), decides the routes; what reads several tokens after
+it verifies an answer under the same decision. Prompt lookup and assisted decoding would read their first candidates
+together with the prompt, so they are given none until the prompt has been read.
 """
 
 from functools import partial
@@ -11,10 +11,10 @@ from typing import Any
 
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.model.pass_state import AttachedState, generating
+from elastic.model.prefill import Prefill
 from elastic.protocols import CausalLM
 
 REFUSED = {
-    "prefill_chunk_size": "the route is decided from the whole prompt, so it must be read in one pass",
     "assistant_early_exit": "an early exit leaves layers out, whose routes the cache would miss",
     "penalty_alpha": "contrastive search runs code from a hub on its own cache",
     "dola_layers": "contrasting layers needs code from a hub",
@@ -46,6 +46,7 @@ def judge(model: CausalLM, options: dict[str, Any], refused: dict[str, str] = RE
     if setting(model, options, "use_cache") is False:
         raise ValueError("use_cache=False is not supported: routes live on the cache; leave it out")
     verified = [name for name in VERIFIED if setting(model, options, name) is not None]
+    _check_pieces(model, options, verified)
     handle = getattr(model, "_elastic_handle", None)
     sparse = None if handle is None else handle.state.config_in_force().sparse
     if verified and sparse is not None and sparse.chooses_in_steps:
@@ -65,6 +66,23 @@ def judge(model: CausalLM, options: dict[str, Any], refused: dict[str, str] = RE
             f"{verified[0]} came with a cache of {cache.get_seq_length()} tokens; start from an empty cache"
         )
     return bool(verified)
+
+
+def _check_pieces(model: CausalLM, options: dict[str, Any], verified: list[str]) -> None:
+    size = setting(model, options, "prefill_chunk_size")
+    if size is None:
+        return
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"prefill_chunk_size={size!r} is not a whole number of 1 or more tokens")
+    if verified:
+        raise ValueError(
+            f"prefill_chunk_size={size} and {verified[0]} do not go together: transformers' assisted decoding reads a "
+            "prompt in one pass; leave one of them out"
+        )
+    if options.get("inputs_embeds") is not None:
+        raise ValueError(
+            f"prefill_chunk_size={size} came with inputs_embeds; pieces are cut from input_ids, pass those"
+        )
 
 
 class Generate:
@@ -115,10 +133,11 @@ def _prompt_first(make: Any, *args: Any, **settings: Any) -> PromptFirst:
 
 
 def watch(model: CausalLM, state: AttachedState) -> None:
-    """Put the judge before a model's `generate`."""
+    """Put the judge before a model's `generate`, and what it needs into the steps of it."""
     part: Any = model
     make = part._get_candidate_generator
     part.generate, part._get_candidate_generator = Generate(model, state), partial(_prompt_first, make)
+    part._prefill = Prefill(model, state)
 
 
 def unwatch(model: CausalLM) -> None:
@@ -129,3 +148,4 @@ def unwatch(model: CausalLM) -> None:
         if getattr(before, "__func__", None) is not type(model).generate:
             own["generate"] = before  # somebody else's, from before
         own.pop("_get_candidate_generator", None)
+        own.pop("_prefill", None)

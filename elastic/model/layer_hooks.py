@@ -25,9 +25,12 @@ from elastic.attention.layout import (
     right_padding,
     turn_layout,
 )
+from elastic.attention.modes import FULL, STREAMING
+from elastic.attention.prompt_reach import last_queries
 from elastic.attention.row_slice import RowSlice
 from elastic.attention.spans import check_prompts, check_user, pairs
 from elastic.cache.elastic_cache import ElasticCache
+from elastic.cache.pieces import next_piece
 from elastic.cache.route_record import RouteRecord, check_depth, find_record, new_record
 from elastic.model.families import RoutedAttention, prerope_keys
 from elastic.model.layer_types import SLIDING
@@ -131,15 +134,8 @@ def _check_mask(state: AttachedState, mask: Any) -> None:
 
 def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardPass:
     """The pass that the decoder was called for; takes this project's own batch keywords out of `kwargs`."""
-    tokens = next((t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
-    if tokens is None:
-        raise ValueError("the model was called without input_ids and inputs_embeds; pass one of them")
-    if 0 in tokens.shape[:2]:
-        raise ValueError(
-            f"the batch is empty: {tokens.shape[0]} rows of {tokens.shape[1]} tokens; give at least one each"
-        )
     config, forced, row_slice = state.config_in_force(), forced_on(state), state.row_slice
-    override = forced.route
+    tokens, override = _tokens(args, kwargs), forced.route
     rows, queries = tokens.shape[0], tokens.shape[1] * row_slice.size
     cache = kwargs.get("past_key_values")
     past = 0 if cache is None else int(cache.get_seq_length())
@@ -151,9 +147,13 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
     bounds = packed_bounds(kwargs, positions, mask, queries)
     spans, user = (kwargs.pop(name, None) for name in ("prompt_spans", "user_spans"))
     prompt_end, modes = None if spans is None else pairs("prompt_spans", spans)[:, 1], None
-    record = find_record(cache)
-    user = _user_spans(user, forced.user_spans, rows)
-    decoding = queries == 1 or forced.verifying
+    record, user = find_record(cache), _user_spans(user, forced.user_spans, rows)
+    pending = record.pieces if record is not None and past else None
+    dense = override is None and config.router.kind != "static"
+    pieces = None
+    if pending is not None or forced.prompt_end is not None:
+        pieces = next_piece(pending, past, past + queries, forced.prompt_end, dense)
+    decoding = pieces is None and (queries == 1 or forced.verifying)
     if past and decoding and bounds is None and record is not None and record.layout is not None:
         layout = decode_layout(record.layout, rows, past, mask, queries)
         modes = record.modes(override, config.dense_decode, config.sparse)
@@ -172,20 +172,35 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
             "elastic.training.context_parallel.shard"
         )
     else:
-        layout = batch_layout(rows, queries, past, tokens.device, mask, prompt_end, user)
+        prompt_end = prompt_end if pieces is None else torch.full((rows,), pieces.end)
+        begun = None if pieces is None else pieces.begin
+        layout = batch_layout(rows, queries, past, tokens.device, mask, prompt_end, user, begun)
         if past and record is not None and record.layout is not None:
-            layout = _later_turn(layout, record.layout, mask, user)
-        if layout.padded_right and forced_on(state).generating:
+            layout = turn_layout(record.layout, layout, mask is not None, user is not None)
+        if layout.padded_right and forced.generating:
             raise right_padding()
-    if prompt_end is not None:
+    if spans is not None:
         check_prompts(layout, spans)
     if user is not None and modes is None:
         check_user(layout, user)
     return ForwardPass(
         layout, config, override=override, mode_LNK=modes, row_slice=row_slice, temperature=state.temperature,
         fused=state.fused, level_N=forced.level_N, gumbel_LNK2=forced.gumbel_LNK2, places=state.places,
-        masked=mask is not None,
+        masked=mask is not None, pieces=pieces,
     )  # fmt: skip
+
+
+def _tokens(args: Args, kwargs: dict[str, Any]) -> Tensor:
+    """Ids or embeddings [B, S, ...] that the decoder was called with."""
+    found = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    tokens: Tensor | None = next((given for given in found if given is not None), None)
+    if tokens is None:
+        raise ValueError("the model was called without input_ids and inputs_embeds; pass one of them")
+    if 0 in tokens.shape[:2]:
+        raise ValueError(
+            f"the batch is empty: {tokens.shape[0]} rows of {tokens.shape[1]} tokens; give at least one each"
+        )
+    return tokens
 
 
 def _whole_row(bounds: Tensor, here: int, row_slice: RowSlice) -> int:
@@ -215,11 +230,12 @@ def route_layer(
         dropped_NK: bool; heads whose cached keys allow streaming attention only.
     """
     layout, override, layer = of_pass.layout, of_pass.override, of_pass.place(attn.layer_idx)
-    record = _record(cache, layout, layer)
-    if override is not None:
-        samples = layout.row_N.shape[0]
-        route = _given(override, layer, samples, attn.router.kv_heads, hidden_BSE.device)
-        decision = Decision(route, None, None)
+    record, samples = _record(cache, layout, layer), layout.row_N.shape[0]
+    if override is not None or of_pass.early:
+        decision = _undecided(of_pass, samples, attn.router.kv_heads, hidden_BSE.device)
+        if override is not None:
+            route = _given(override, layer, samples, attn.router.kv_heads, hidden_BSE.device)
+            decision = Decision(route, None, None)
         if record is not None and not attn.router.after_rope:
             _pool_unrouted(attn, hidden_BSE, of_pass, record)
     else:
@@ -235,11 +251,16 @@ def decide_after_rope(
     layer = of_pass.place(attn.layer_idx)
     if of_pass.row_slice.size > 1:
         raise whole_rows_needed()
-    record = _record(cache, of_pass.layout, layer)
+    record, kept, pieces = _record(cache, of_pass.layout, layer), None, of_pass.pieces
+    if pieces is not None:
+        kept = pieces.queries[layer] = last_queries(q_BHSD, of_pass.layout, pieces.queries.get(layer))
+    if of_pass.early:
+        decision = _undecided(of_pass, of_pass.layout.row_N.shape[0], attn.router.kv_heads, q_BHSD.device)
+        return _planned(_settled(decision, layer, of_pass, record, dropped), layer, of_pass, cache)
     earlier = of_pass.record.decisions[layer - 1].reach_NR if layer else None
     decision = decide_from_reach(
         cast(LevelRouter | ReachRouter, attn.router), q_BHSD, k_BKSD, of_pass.layout, of_pass.config, scale, earlier,
-        dropped_NK=dropped, level_N=of_pass.level_N, temperature=of_pass.temperature,
+        kept_NHQD=kept, dropped_NK=dropped, level_N=of_pass.level_N, temperature=of_pass.temperature,
         gumbel_NK2=of_pass.noise(layer),
     )  # fmt: skip
     return _planned(_settled(decision, layer, of_pass, record, dropped), layer, of_pass, cache)
@@ -257,7 +278,10 @@ def _planned(decision: Decision, layer: int, of_pass: ForwardPass, cache: KVCach
     """What attention is told of a decision, which the pass and an elastic cache remember."""
     config = of_pass.config
     of_pass.record.decisions[layer] = decision
-    plan = HeadPlan.build(decision.route_NK, config.sparse, of_pass.layout, config.gradient_share, decision.mode_NK)
+    if of_pass.early and decision.mode_NK is not None:  # of modes that no route may name
+        plan = HeadPlan(decision.mode_NK, config.sparse.dense, of_pass.layout)
+    else:
+        plan = HeadPlan.build(decision.route_NK, config.sparse, of_pass.layout, config.gradient_share, decision.mode_NK)
     if isinstance(cache, ElasticCache):
         cache.routed[layer].follow(plan)
     return LayerCall(of_pass, layer, decision.route_NK, plan, cache)
@@ -267,13 +291,26 @@ def _settled(
     decision: Decision, layer: int, of_pass: ForwardPass, record: RouteRecord | None, dropped_NK: Tensor | None
 ) -> Decision:
     """The decision with what is fixed already, kept on the cache's record."""
+    sparse, early = of_pass.config.sparse, of_pass.early
     if dropped_NK is not None:
-        streaming = float(of_pass.config.sparse.route1 == "streaming")
-        decision = replace(decision, route_NK=torch.where(dropped_NK, streaming, decision.route_NK), mode_NK=None)
+        streaming = float(sparse.route1 == "streaming")
+        mode = torch.where(dropped_NK, STREAMING, decision.mode_NK) if early and decision.mode_NK is not None else None
+        decision = replace(decision, route_NK=torch.where(dropped_NK, streaming, decision.route_NK), mode_NK=mode)
     if record is not None:
         record.set_route(layer, decision.route_NK)
-        record.layout, record.override, record.rotation = of_pass.layout, of_pass.override, of_pass.rotation
+        record.read_under(of_pass.layout, of_pass.override, of_pass.rotation, of_pass.pending)
+        if early and sparse.chooser is not None:
+            record.densities[layer] = torch.ones_like(decision.route_NK, dtype=torch.float64)
     return decision
+
+
+def _undecided(of_pass: ForwardPass, samples: int, kv_heads: int, device: torch.device) -> Decision:
+    """Every head in full, as the pieces of a prompt run before the last; the route is that of the mode which leaves
+    out least.
+    """
+    shape = (samples, kv_heads)
+    route = torch.full(shape, float(of_pass.config.sparse.route0 == "streaming"), device=device)
+    return Decision(route, None, None, torch.full(shape, FULL, dtype=torch.int32, device=device))
 
 
 def _decide(attn: RoutedAttention, hidden_BSE: Tensor, of_pass: ForwardPass, record: RouteRecord | None) -> Decision:
@@ -282,21 +319,29 @@ def _decide(attn: RoutedAttention, hidden_BSE: Tensor, of_pass: ForwardPass, rec
     """
     keys, pooling, earlier = _boundary_keys(attn, hidden_BSE, of_pass, record)
     layer = of_pass.place(attn.layer_idx)
+    last = None if of_pass.pieces is None else of_pass.pieces.last.get(layer)
+    if last is not None:
+        earlier = last if earlier is None else earlier + last
     decision, first = decide_from_keys(
         attn.router, keys, pooling, of_pass.config, earlier, row_slice=of_pass.row_slice,
         temperature=of_pass.temperature, gumbel_NK2=of_pass.noise(layer), fused=of_pass.fused,
     )  # fmt: skip
     if record is not None:
+        first = first if last is None else first - last
         record.keep_pooled(layer, first, pooling.first_N, of_pass.layout, of_pass.config.router)
     return decision
 
 
 def _pool_unrouted(attn: RoutedAttention, hidden_BSE: Tensor, of_pass: ForwardPass, record: RouteRecord) -> None:
-    """Remember the first P keys of a pass whose routes were given: the router may decide a later turn."""
+    """Remember the first P keys of a pass whose routes were given: the router may decide a later turn. Of a prompt's
+    early piece also the last P, for its own decision.
+    """
     keys, pooling, earlier = _boundary_keys(attn, hidden_BSE, of_pass, record)
-    first = half_sums(keys, pooling.weight_N2P)[:, 0]
+    first, last = half_sums(keys, pooling.weight_N2P).unbind(1)
     first = first if earlier is None else first + earlier
     layer = of_pass.place(attn.layer_idx)
+    if of_pass.pieces is not None and of_pass.early:
+        of_pass.pieces.keep_last(layer, last, pooling.last_N)
     record.keep_pooled(layer, first, pooling.first_N, of_pass.layout, of_pass.config.router)
 
 
@@ -309,7 +354,8 @@ def _boundary_keys(
     layout = of_pass.layout
     before = record if layout.past else None
     pooled_N = None if before is None else before.pooled_N
-    pooling = Pooling.shared(layout, of_pass.config.router, hidden_BSE.shape[1], of_pass.row_slice, pooled_N)
+    last_N = None if of_pass.pieces is None else of_pass.pieces.last_N
+    pooling = Pooling.shared(layout, of_pass.config.router, hidden_BSE.shape[1], of_pass.row_slice, pooled_N, last_N)
     keys = prerope_keys(attn, hidden_BSE.flatten(0, 1).index_select(0, pooling.token_M))
     earlier = None if before is None else before.heads.get(of_pass.place(attn.layer_idx))
     return keys.unflatten(0, pooling.weight_N2P.shape), pooling, earlier
@@ -349,9 +395,3 @@ def _user_spans(given: Tensor | None, forced: Tensor | None, rows: int) -> Tenso
     if forced is None:
         return None
     return pairs("user_spans", forced).repeat_interleave(max(1, rows // max(1, forced.shape[0])), 0)
-
-
-def _later_turn(layout: Layout, earlier: Layout, mask: Tensor | None, user: Tensor | None) -> Layout:
-    """A new turn's layout: unless the call says otherwise, the users' words begin where they began in the first."""
-    layout = turn_layout(earlier, layout, mask is not None)
-    return layout if user is not None else replace(layout, user_begin_N=earlier.user_begin_N)

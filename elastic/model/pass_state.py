@@ -20,6 +20,7 @@ from torch import Tensor
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import Layout
 from elastic.attention.row_slice import RowSlice
+from elastic.cache.pieces import Pieces
 from elastic.cache.route_record import find_record
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.protocols import KVCache
@@ -135,6 +136,7 @@ class Forced:
         generating: the model's `generate` is running, so tokens will follow every prompt.
         verifying: several tokens after the prompt are candidates of its answer, not a new turn.
         gumbel_LNK2: noise [L, N, K, 2] that the routes of the passes to come are drawn by.
+        prompt_end: key position where the prompt ends that is being read in pieces.
     """
 
     route: int | Tensor | None = None
@@ -145,6 +147,7 @@ class Forced:
     generating: bool = False
     verifying: bool = False
     gumbel_LNK2: Tensor | None = None
+    prompt_end: int | None = None
 
     def applied_to(self, config: ElasticConfig) -> ElasticConfig:
         """The configuration under these modes and this bias."""
@@ -179,6 +182,13 @@ def generating(state: AttachedState, verifying: bool) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def reading(state: AttachedState, prompt_end: int) -> Iterator[None]:
+    """Say that the passes to come are pieces of prompts that end at this key position, in the present thread alone."""
+    with forcing(state, replace(forced_on(state), prompt_end=prompt_end)):
+        yield
+
+
 class ForwardPass:
     """What all layers of a pass share; the decoder's pre-hook builds it.
 
@@ -197,25 +207,36 @@ class ForwardPass:
         places: see `AttachedState`; L counts the layers that have routers.
         masked: the call brought a mask.
         rotation: see `elastic.model.long_rope.rotation`.
+        pieces: of the prompt that this pass reads a piece of.
     """
 
     __slots__ = (
-        "config", "fused", "gumbel_LNK2", "layout", "level_N", "masked", "mode_LNK", "override", "places", "record",
-        "rotation", "row_slice", "temperature",
+        "config", "fused", "gumbel_LNK2", "layout", "level_N", "masked", "mode_LNK", "override", "pieces", "places",
+        "record", "rotation", "row_slice", "temperature",
     )  # fmt: skip
 
     def __init__(
         self, layout: Layout, config: ElasticConfig, *, override: int | Tensor | None = None,
         mode_LNK: Tensor | None = None, row_slice: RowSlice | None = None, temperature: float = 1.0, fused: bool = True,
         level_N: Tensor | None = None, gumbel_LNK2: Tensor | None = None,
-        places: Mapping[int, int] | None = None, masked: bool = True,
+        places: Mapping[int, int] | None = None, masked: bool = True, pieces: Pieces | None = None,
     ) -> None:  # fmt: skip
         self.layout, self.config, self.record = layout, config, PassRecord(layout)
         self.override, self.mode_LNK = override, mode_LNK
         self.row_slice = row_slice or RowSlice()
         self.temperature, self.fused, self.level_N = temperature, fused, level_N
-        self.gumbel_LNK2, self.masked, self.rotation = gumbel_LNK2, masked, 0
+        self.gumbel_LNK2, self.masked, self.rotation, self.pieces = gumbel_LNK2, masked, 0, pieces
         self.places: Mapping[int, int] = {} if places is None else places
+
+    @property
+    def early(self) -> bool:
+        """Whether this is a piece before the one that decides."""
+        return self.pieces is not None and self.pieces.dense and self.layout.keys < self.pieces.end
+
+    @property
+    def pending(self) -> Pieces | None:
+        """What the cache must keep for the piece after this one."""
+        return self.pieces if self.pieces is not None and self.layout.keys < self.pieces.end else None
 
     def place(self, layer: int) -> int:
         """Place of a decoder layer among those that have routers: its index in L."""

@@ -51,19 +51,20 @@ def decide_from_keys(
 
 def decide_from_reach(
     router: LevelRouter | ReachRouter, q_BHSD: Tensor, k_BKSD: Tensor, layout: Layout, config: ElasticConfig,
-    scale: float, earlier_NR: Tensor | None, *, dropped_NK: Tensor | None = None, level_N: Tensor | None = None,
-    temperature: float = 1.0, gumbel_NK2: Tensor | None = None,
+    scale: float, earlier_NR: Tensor | None, *, kept_NHQD: Tensor | None = None, dropped_NK: Tensor | None = None,
+    level_N: Tensor | None = None, temperature: float = 1.0, gumbel_NK2: Tensor | None = None,
 ) -> Decision:  # fmt: skip
     """Decision of a router by level or by reach from queries and keys after RoPE, at most the last 32 of what the user
     wrote.
 
     Args:
         earlier_NR: reach in the layers before; None in the first.
+        kept_NHQD: the queries of a prompt that was read in pieces (`last_queries`), instead of those here.
         dropped_NK: bool; heads whose cached keys are not all there, so that they tell nothing.
         level_N: MSR that each sample is run at instead (level routers), see `at_level`.
         temperature, gumbel_NK2: of the Gumbel-softmax in training; default noise: drawn here.
     """
-    found = prompt_reach(q_BHSD, k_BKSD, layout, config.sparse, scale)
+    found = prompt_reach(q_BHSD, k_BKSD, layout, config.sparse, scale, kept_NHQD)
     reached = router.with_earlier(found.largest, found.recent, earlier_NR, dropped_NK)
     features = router.features(reached, layout.user_end_N - layout.begin_N, config.sparse)
     logits = router(features)

@@ -53,35 +53,41 @@ class Pooling:
         token_M: place of the N * 2P pooled tokens among all tokens here.
         weight_N2P: 1.0 for those that count, else 0.0.
         first_N: number of tokens among the first P that were pooled so far, in earlier turns and other slices too.
+        last_N: number of tokens among the last P that were pooled so far, in earlier pieces and other slices too.
         count_N11: number of pooled tokens per sample, those of earlier turns and other slices included; at least 1.
     """
 
     token_M: Tensor
     weight_N2P: Tensor
     first_N: Tensor
+    last_N: Tensor
     count_N11: Tensor
 
     @classmethod
     def shared(
-        cls, layout: Layout, config: RouterConfig, here: int, row_slice: RowSlice, earlier_N: Tensor | None = None
-    ) -> "Pooling":
+        cls, layout: Layout, config: RouterConfig, here: int, row_slice: RowSlice, earlier_N: Tensor | None = None,
+        earlier_last_N: Tensor | None = None,
+    ) -> "Pooling":  # fmt: skip
         """The pooling of all layers of a forward pass, made by the first of them."""
-        return layout.memo(("pooling", config, here), lambda: cls.of(layout, config, here, row_slice, earlier_N))
+        earlier = (earlier_N, earlier_last_N)
+        return layout.memo(("pooling", config, here), lambda: cls.of(layout, config, here, row_slice, *earlier))
 
     @classmethod
     def of(
-        cls, layout: Layout, config: RouterConfig, here: int, row_slice: RowSlice, earlier_N: Tensor | None = None
-    ) -> "Pooling":
-        """For a slice of `here` tokens of every row; `earlier_N` is `first_N` of the turn before. Generated tokens
-        among the first P were never pooled and do not count.
+        cls, layout: Layout, config: RouterConfig, here: int, row_slice: RowSlice, earlier_N: Tensor | None = None,
+        earlier_last_N: Tensor | None = None,
+    ) -> "Pooling":  # fmt: skip
+        """For a slice of `here` tokens of every row; `earlier_N` is `first_N` of the turn or piece before,
+        `earlier_last_N` is `last_N` of the piece before. Generated tokens among the first P were never pooled and do
+        not count.
         """
         spans = {"user": (layout.user_begin_N, layout.user_end_N), "prompt": (layout.begin_N, layout.prompt_end_N)}
         slots = BoundarySlots.of(*spans[config.pool_over], config.pool_tokens)
         position = slots.index_N2P - layout.past - row_slice.rank * here
         weight = slots.weight_N2P * ((position >= 0) & (position < here))
         token = layout.row_N[:, None] * here + position.clamp(0, here - 1)
-        counted = slots.weight_N2P * (slots.index_N2P >= layout.past)
-        first = counted[:, : config.pool_tokens].sum(1)
+        counted = slots.weight_N2P * (slots.index_N2P >= layout.past) * (slots.index_N2P < layout.keys)
+        first, last = counted.unflatten(1, (2, -1)).sum(2).unbind(1)
         first = first if earlier_N is None else first + earlier_N
-        count = first + counted[:, config.pool_tokens :].sum(1)
-        return cls(token.flatten(), weight, first, count.clamp_min(1.0)[:, None, None])
+        last = last if earlier_last_N is None else last + earlier_last_N
+        return cls(token.flatten(), weight, first, last, (first + last).clamp_min(1.0)[:, None, None])

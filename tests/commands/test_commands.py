@@ -73,6 +73,15 @@ def test_both_kinds_of_cache_give_the_same_answer(checkpoint, capsys):
     assert said["full"] == said["elastic"]
 
 
+def test_prompts_in_pieces(checkpoint, capsys, monkeypatch):
+    assert run(checkpoint, "--prompt", PROMPT, "--prefill-chunk-size", "0") == 2
+    assert "prefill_chunk_size=0 is not a whole number of 1 or more tokens" in capsys.readouterr().err
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert run(checkpoint, "--prompt", PROMPT, "--prefill-chunk-size", "8") == 0
+    assert terminal.getvalue().count("reading the prompt:   0%|") > 2  # once more for every piece
+
+
 @pytest.mark.parametrize("options", [["-"], ["--prompt", "-"]])
 def test_prompt_from_standard_input(checkpoint, capsys, monkeypatch, options):
     run(checkpoint, "--prompt", PROMPT)

@@ -217,7 +217,7 @@ def test_prompts_that_are_refused(model, tokenizer, prompt, message):
         ({"max_new_tokens": True}, "max_new_tokens=True is not a whole number"),
         ({"max_new_tokens": 500}, "has 90 tokens and 500 new ones.*at most 512; shorten.*max_new_tokens to 422"),
         ({"past_key_values": None}, "generate sets past_key_values itself; for full control call model.generate"),
-        ({"prefill_chunk_size": 16}, "prefill_chunk_size=16 is not supported: the route is decided from the whole"),
+        ({"prefill_chunk_size": -1}, "prefill_chunk_size=-1 is not a whole number of 1 or more tokens"),
         ({"penalty_alpha": 0.6}, "penalty_alpha=0.6 is not supported: contrastive search"),
         ({"custom_generate": "x/y"}, "foreign code may not keep the routes"),
         ({"cache_implementation": "static"}, "kv_cache='full' or 'elastic' chooses what it keeps"),

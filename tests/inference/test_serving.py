@@ -68,6 +68,16 @@ def test_concurrent_answers_are_those_of_generate(model, server):
     assert float(figures["elastic_batch_size_sum"]) > float(figures["elastic_batch_size_count"])  # some shared steps
 
 
+def test_prompts_in_pieces_are_answered_as_by_generate(model):
+    asked = PROMPTS[:6]
+    expected = [generate(*model, prompt, max_new_tokens=6, prefill_chunk_size=8)[0] for prompt in asked]
+    with serving(model, prefill_chunk_size=8) as address, ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(lambda prompt: ask(address, body_of(prompt, max_tokens=6)), asked))
+    for (status, answer), one in zip(answers, expected, strict=True):
+        assert status == 200 and answer["choices"][0]["message"]["content"].split() == one.text.split()
+        assert answer["elastic"]["esr"] == pytest.approx(one.report.esr_all)
+
+
 @pytest.mark.slow
 def test_load_on_a_real_model():
     """SmolLM2: 24 requests from 12 clients, half of them streams, each gets the answer to its own question."""

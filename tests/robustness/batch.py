@@ -9,9 +9,10 @@ from torch import Tensor
 
 from elastic.config import SparseConfig
 from tests.helpers.masked64 import Sample, Turn
-from tests.helpers.models import VOCAB
+from tests.helpers.models import KV_HEADS, LAYERS, VOCAB
 from tests.robustness.cases import Case
 
+ROOM = 400  # tokens of a conversation, at most
 MASKS_BY_LAYER_TYPE = ("qwen2", "qwen3")  # families of transformers that take them
 
 
@@ -47,16 +48,22 @@ class Batch:
         """Whether the unread tokens are a prompt or a turn; a single one is an answer's."""
         return self.seen == 0 or self.unread > 1
 
-    def begin(self, sparse: SparseConfig, given: Tensor | None) -> None:
-        """The unread tokens are read now, under routes [L, K] that are given, if any are."""
-        self.given = given
-        for sample in self.samples:
+    def begin(self, sparse: SparseConfig, given: Tensor | None, piece: int = ROOM) -> None:
+        """The unread tokens are read now, under routes [L, K] that are given, if any are, and in pieces of so many."""
+        self.given, early = given, self.seen + (self.unread - 1) // piece * piece
+        for sample, pad in zip(self.samples, self.pads, strict=True):
             begin, end = len(sample.answer), len(sample.ids)
             if self.reads_turn:
                 start = sample.turns[-1].user[0] if sample.turns else 0
                 dropped = self.case.cache == "elastic" and begin > sparse.sink + sparse.window
                 sample.turns.append(Turn(begin, end, (start, end), dropped, given))
             self.was_read(sample, answer=not self.reads_turn)
+            if self.reads_turn and given is None:  # pieces before the last attend in full, where keys are there
+                full = torch.zeros(LAYERS, KV_HEADS, dtype=torch.int64)
+                if sample.turns[-1].dropped:
+                    full = sample.turns[-2].route
+                before = max(begin, early - pad)
+                sample.given[begin:before] = [full] * (before - begin)
 
     def was_read(self, sample: Sample, answer: bool) -> None:
         """All tokens of the sample have been read, in its last turn."""

@@ -25,11 +25,11 @@ from elastic.model.attach import attach, last_routes, override_routes, routers
 from elastic.model.layer_types import sliding_windows
 from tests.helpers.masked64 import Reference, Sample
 from tests.helpers.models import FAMILIES, KV_HEADS, LAYERS, tiny_model, varied_routers
-from tests.robustness.batch import Batch
+from tests.robustness.batch import ROOM, Batch
 from tests.robustness.cases import Case, case_of
 
 PACKAGE = Path(elastic.__file__).parent
-ROOM = 400  # tokens of a static cache
+PIECE = 8  # tokens of a prompt that is read in pieces
 TOLERANCE = 5e-3  # of logits, whose deviation is 2.4; rounding stays below 1e-3
 UNDECIDED = 1e-3  # margin of a decision that rounding may turn
 
@@ -147,13 +147,13 @@ class Run:
             "lookup": {"prompt_lookup_num_tokens": 3},
             "assistant": {"assistant_model": stock(self.family, 7)},
             "beams": {"num_beams": 3, "output_scores": True},
-            "chunks": {"prefill_chunk_size": 8},
+            "chunks": {"prefill_chunk_size": PIECE},
         }[how]
         if self.case.cache == "static by name":
             options["cache_implementation"] = "static"
         if how == "beams" and batch.seen and self.case.number % 4 and self.case.cache != "static":
             self.cache.batch_repeat_interleave(3)  # without, it is refused
-        batch.begin(self.config.sparse, self.given)
+        batch.begin(self.config.sparse, self.given, PIECE if how == "chunks" else ROOM)
         found = self.model.generate(
             ids, past_key_values=self.cache, max_new_tokens=steps, do_sample=False, return_dict_in_generate=True,
             output_logits=True, **options, **batch.mask(mask),
@@ -166,7 +166,7 @@ class Run:
         logits = torch.stack(found.logits, 1)  # [B, steps, V]
         assert torch.equal(logits.argmax(-1), found.sequences[:, ids.shape[1] :]), "tokens are not the likeliest"
         batch.answered(found.sequences.tolist(), ids.shape[1])
-        self.judge(list(logits), False)
+        self.judge(list(logits), turn)
 
     def crop(self, count: int) -> None:
         """Take back so many tokens."""

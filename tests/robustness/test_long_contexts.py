@@ -181,6 +181,13 @@ def test_a_rotation_of_one_kind_of_layers_is_watched_too():
         model(random_ids(1, 10), past_key_values=cache)
 
 
+def test_pieces_of_a_prompt_that_crosses_the_switch_are_refused():
+    model = attach(phi3(), small_config())
+    with pytest.raises(ValueError, match="prefill_chunk_size=20: a prompt of 70 tokens in pieces crosses 64"):
+        model.generate(random_ids(1, 70), max_new_tokens=2, prefill_chunk_size=20)
+    assert model.generate(random_ids(1, 60), max_new_tokens=2, prefill_chunk_size=20).shape == (1, 62)
+
+
 def test_slices_of_a_row_that_crosses_the_switch_are_refused():
     layout = packed_layout(torch.tensor([0, 20, 90]), None, 90, torch.device("cpu"))
     check_whole_rows((), layout, SimpleNamespace(size=2))

@@ -157,8 +157,10 @@ def test_lookup_of_a_wrapped_model_is_verified(family):
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     greedy = wrapped.generate(ids, **options)
     assert torch.equal(wrapped.base_model.generate(ids, prompt_lookup_num_tokens=3, **options), greedy)
-    with pytest.raises(ValueError, match="prefill_chunk_size=8 is not supported"):
-        model.generate(ids, prefill_chunk_size=8, **options)
+    with pytest.raises(ValueError, match=r"penalty_alpha=0\.6 is not supported"):
+        model.generate(ids, penalty_alpha=0.6, **options)
+    pieces = wrapped.generate(ids, prefill_chunk_size=8, **options)
+    assert torch.equal(model.generate(ids, prefill_chunk_size=8, **options), pieces)
 
 
 def test_what_replaces_linear_layers_leaves_routers_alone():

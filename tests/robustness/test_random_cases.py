@@ -4,6 +4,7 @@ These are the first cases of every family; `python -m tests.robustness.run_case 
 """
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -31,7 +32,7 @@ def narrow(position, key, **sizes):
 
 def shifted(layout, *arguments):
     pooling = Pooling.of(layout, *arguments)
-    return Pooling(pooling.token_M.roll(1), pooling.weight_N2P, pooling.first_N, pooling.count_N11)
+    return replace(pooling, token_M=pooling.token_M.roll(1))
 
 
 FAULTS = {

@@ -93,7 +93,7 @@ def test_a_block_granule_too():
 
 
 REFUSED = {
-    "prefill_chunk_size": (16, "prefill_chunk_size=16 is not supported: the route is decided from the whole prompt"),
+    "prefill_chunk_size": (0, "prefill_chunk_size=0 is not a whole number of 1 or more tokens"),
     "assistant_early_exit": (2, "assistant_early_exit=2 is not supported"),
     "penalty_alpha": (0.6, "penalty_alpha=0.6 is not supported"),
     "use_cache": (False, "use_cache=False is not supported"),
@@ -149,7 +149,7 @@ def test_generate_is_the_models_own_again_after_detach_and_copies_keep_theirs():
     twin = copy.deepcopy(model)
     expected = answer(model).sequences
     detach(model)
-    assert not {"generate", "_get_candidate_generator"} & set(vars(model))
+    assert not {"generate", "_get_candidate_generator", "_prefill"} & set(vars(model))
     assert torch.equal(answer(twin, prompt_lookup_num_tokens=4).sequences, expected)
     with pytest.raises(ValueError, match="in training mode"):
         twin.train().generate(random_ids(1, 20))

@@ -108,7 +108,7 @@ class LayerRouter:
         slots = BoundarySlots.of(torch.tensor([begin]), torch.tensor([end]), config.pool_tokens)
         position_P, weight = slots.index_N2P[0], slots.weight_N2P
         k_PKD = pages.read_at(torch.arange(self.kv_heads), position_P)[0].transpose(0, 1)
-        counts = weight[:, : config.pool_tokens].sum(1), weight.sum(1).clamp_min(1.0)[:, None, None]
+        counts = *weight.unflatten(1, (2, -1)).sum(2).unbind(1), weight.sum(1).clamp_min(1.0)[:, None, None]
         decision, _ = decide_from_keys(
             self.router, self.rotation.undo(k_PKD, position_P)[None], Pooling(position_P, weight, *counts), self.config,
             None, row_slice=RowSlice(), fused=False,

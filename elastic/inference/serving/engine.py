@@ -33,14 +33,17 @@ class Engine:
         max_batch: requests that are answered at a time.
         max_queue: requests that may wait; one more is refused.
         metrics: told about waiting, running and finished requests.
+        prefill_chunk_size: tokens of a prompt that are read at a time; None: as the model's generation config says.
     """
 
     def __init__(
-        self, model: CausalLM, tokenizer: Tokenizer, *, max_batch: int, max_queue: int, metrics: "Metrics"
-    ) -> None:
+        self, model: CausalLM, tokenizer: Tokenizer, *, max_batch: int, max_queue: int, metrics: "Metrics",
+        prefill_chunk_size: int | None = None,
+    ) -> None:  # fmt: skip
         for name, value in (("max_batch", max_batch), ("max_queue", max_queue)):
             if value < 1:
                 raise ValueError(f"{name}={value} is below 1; the server must take at least one request")
+        self._reads = {} if prefill_chunk_size is None else {"prefill_chunk_size": prefill_chunk_size}
         self.model, self.tokenizer, self.metrics = model, tokenizer, metrics
         self.max_batch, self.max_queue = max_batch, max_queue
         self._batches: list[Batch] = []
@@ -150,7 +153,8 @@ class Engine:
         self._reading += 1
         try:
             with Pauses(job, lambda: self._turn(short), self._step_seconds).between_layers(self.model):
-                drawing, cache = begin(self.model, job.prompt, max_new_tokens=job.limit, **job.sampling.options())
+                how = {**self._reads, **job.sampling.options()}
+                drawing, cache = begin(self.model, job.prompt, max_new_tokens=job.limit, **how)
         finally:
             self._reading -= 1
         stops = (*job.stops, *(setting(self.model, {}, "stop_strings") or ()))
