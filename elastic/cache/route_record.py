@@ -273,7 +273,11 @@ class _Followed:
 
 
 def _check_batched(cache: KVCache) -> None:
-    """Refuse to select or repeat rows of a stock cache with layers of linear attention, which can only reorder them."""
+    """Refuse to select or repeat rows of a stock cache whose layers can only reorder them (linear attention).
+
+    Raises:
+        ValueError: there are such layers.
+    """
     lacking = [type(layer).__name__ for layer in cache.layers if not hasattr(layer, "batch_select_indices")]
     if lacking:
         raise ValueError(

@@ -12,7 +12,16 @@ from elastic.model.attach import attach, elastic_config, last_routes, override_r
 from elastic.model.checkpoint import load_into, save_elastic
 from elastic.model.sliding_attention import window_mask
 from tests.helpers.cached import generate, new_cache, routed
-from tests.helpers.models import HYBRIDS, SLIDING, left_padded, random_ids, small_config, tiny_model, varied_routers
+from tests.helpers.models import (
+    HYBRIDS,
+    LINEAR,
+    SLIDING,
+    left_padded,
+    random_ids,
+    small_config,
+    tiny_model,
+    varied_routers,
+)
 
 PLAIN = {"cohere2": {}, "qwen2": {"use_sliding_window": True}, "qwen3": {"use_sliding_window": True},
          "smollm3": {"use_sliding_window": True, "no_rope_layers": [0, 1, 0, 1, 1]}}  # fmt: skip
@@ -45,8 +54,19 @@ def test_sliding_layers_stay_as_they_were(family):
     assert last_routes(model).route.shape == (3, 2, 2)
 
 
+def held_by_stock(cache, family):
+    """Bytes of the layers without routers, which are 0 and 2."""
+    both = [True, False, True, False, False]
+    if family in LINEAR:
+        assert cache.is_linear == both
+        kinds = [kind for layer in cache.linear for kind in (layer.conv_states, layer.recurrent_states)]
+        return sum(state.nbytes for kind in kinds for state in kind.values())
+    assert cache.is_sliding == both and [layer.keys.shape[2] for layer in cache.sliding] == [11, 11]
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.sliding)
+
+
 @pytest.mark.parametrize("kind", ["full", "elastic"])
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("family", [*HYBRIDS, *LINEAR])
 @torch.no_grad()
 def test_the_elastic_cache_holds_both_kinds(family, kind):
     model, ids = routed(family, kind), random_ids(2, 50)
@@ -54,9 +74,7 @@ def test_the_elastic_cache_holds_both_kinds(family, kind):
     _, alone = generate(model, ids, steps=30)
     _, found = generate(model, ids, cache=cache, steps=30)
     torch.testing.assert_close(found, alone, rtol=1e-3, atol=1e-3)
-    assert cache.is_sliding == [True, False, True, False, False]
-    assert [layer.keys.shape[2] for layer in cache.sliding] == [11, 11]
-    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.sliding)
+    kept = held_by_stock(cache, family)
     assert cache.nbytes == kept + sum(layer.held().nbytes for layer in cache.routed) == sum(cache.sample_bytes())
     twin = copy.deepcopy(cache)
     twin.batch_select_indices(torch.tensor([1]))
@@ -65,7 +83,7 @@ def test_the_elastic_cache_holds_both_kinds(family, kind):
     torch.testing.assert_close(one[0], both[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("family", [*HYBRIDS, *LINEAR])
 @torch.no_grad()
 def test_requests_that_join_decode_as_alone(family):
     model, lengths = routed(family), (50, 8)
