@@ -1,4 +1,4 @@
-"""Backbones with sliding layers of their own: routers in the others alone, the sliding ones as in the stock model."""
+"""Backbones with sliding or linear layers of their own: routers in the others alone, these as in the stock model."""
 
 import copy
 
@@ -28,23 +28,30 @@ PLAIN = {"cohere2": {}, "qwen2": {"use_sliding_window": True}, "qwen3": {"use_sl
 
 
 def hybrid(family):
-    return tiny_model(family, **SLIDING, **PLAIN.get(family, {}))
+    return tiny_model(family) if family in LINEAR else tiny_model(family, **SLIDING, **PLAIN.get(family, {}))
 
 
-@pytest.mark.parametrize("family", [*HYBRIDS, "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("family", [*HYBRIDS, *LINEAR, "qwen2", "qwen3", "smollm3"])
 @torch.no_grad()
-def test_sliding_layers_stay_as_they_were(family):
+def test_layers_without_routers_stay_as_they_were(family):
     """Bit for bit: what they are given, what they make of it, under padding, in a prompt and while decoding."""
     model = hybrid(family)
     ids, mask = left_padded(random_ids(2, 40), [0, 9])
     layers, seen = model.get_decoder().layers, []
     for number in (0, 2):
-        layers[number].self_attn.register_forward_hook(lambda _, __, out: seen.append(out[0]))
+        part = layers[number].linear_attn if family in LINEAR else layers[number].self_attn
+        part.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
     options = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
     expected = model.generate(ids, **options)
     stock, seen[:] = list(seen), []
     attach(model, small_config())
-    assert [hasattr(layer.self_attn, "router") for layer in layers] == [False, True, False, True, True]
+    assert [hasattr(getattr(layer, "self_attn", None), "router") for layer in layers] == [
+        False,
+        True,
+        False,
+        True,
+        True,
+    ]
     with override_routes(model, 0):
         assert torch.equal(model.generate(ids, **options), expected)
     assert len(seen) == len(stock) == 2 * 20
