@@ -260,8 +260,9 @@ def packed_bounds(
     Args:
         kwargs: of the decoder; what says boundaries is taken out of it: this project's `cu_seq_lens`, transformers'
             `cu_seq_lens_q` and `cu_seq_lens_k` with their lengths, and its `seq_idx` [1, S], the sample of every token.
-        position_ids: [1 or B, S]; without boundaries and mask, a sample begins where they do not grow by one, which is
-            how `DataCollatorWithFlattening` says it. Those of a slice of a row (then S < `queries`) are not looked at.
+        position_ids: [1 or B, S], or [4, 1 or B, S] with those of text first; without boundaries and mask, a sample
+            begins where they do not grow by one, which is how `DataCollatorWithFlattening` says it. Those of a slice of
+            a row (then S < `queries`) are not looked at.
 
     Raises:
         ValueError: boundaries that contradict each other, or positions that begin again in several rows.
@@ -277,6 +278,8 @@ def packed_bounds(
         return cast(Tensor, first)
     if any(length is not None for length in lengths):
         raise ValueError("max_length_q and max_length_k came without cu_seq_lens_q; pass the samples' boundaries too")
+    if position_ids is not None and position_ids.dim() == 3 and position_ids.shape[0] == 4:
+        position_ids = position_ids[0]  # of text, time, height and width (Qwen3.5)
     told, step = (position_ids, 1) if seq_idx is None else (seq_idx, 0)
     if told is None or mask is not None or told.dim() != 2 or queries < 2:
         return None

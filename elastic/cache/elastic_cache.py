@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from elastic.attention.layout import Layout
+from elastic.attention.layout import Layout, right_padding
 from elastic.attention.modes import STREAMING
 from elastic.cache.decode_attention import Stored
 from elastic.cache.kv_pool import KVPool, Visible, slot_of, upload, visible_slots
 from elastic.cache.layer import ElasticLayer
+from elastic.cache.linear_layer import LinearLayer
 from elastic.cache.route_record import (
     RouteRecord,
     check_windows,
@@ -38,6 +39,10 @@ STEP = 1024  # tokens by which heads that keep everything grow
 _BEHIND = 2  # layers whose routes may still be on their way to the host
 
 
+def _stock_layer(window: int | None) -> SlidingLayer | LinearLayer:
+    return LinearLayer() if window is None else SlidingLayer(window)
+
+
 class ElasticCache(Cache):
     """Keys and values of a generation, by the routes of its prefill.
 
@@ -47,8 +52,8 @@ class ElasticCache(Cache):
         reserve: tokens that the storage has room for beyond a prompt, before it grows by `step`; give the number of
             tokens to be generated and no step will move memory.
         step: tokens by which the storage grows.
-        windows: the backbone's own sliding windows by decoder layer; such layers keep their last tokens, as they do in
-            transformers' cache.
+        windows: of the layers without routers, see `elastic.model.layer_types.stock_layers`. Sliding ones keep their
+            last tokens, those of linear attention their states, as they do in transformers' cache.
 
     Attributes:
         routed: the layers whose heads are routed, in order; L counts them.
@@ -60,16 +65,17 @@ class ElasticCache(Cache):
 
     def __init__(
         self, num_layers: int, config: ElasticConfig, reserve: int = 0, step: int = STEP,
-        windows: Mapping[int, int] | None = None,
+        windows: Mapping[int, int | None] | None = None,
     ) -> None:  # fmt: skip
         if reserve < 0 or step < 1:
             raise ValueError(f"reserve={reserve}, step={step}; expected 0 or more and 1 or more tokens")
         self.windows = dict(windows or {})
         made: list[Any] = [
-            SlidingLayer(self.windows[n]) if n in self.windows else ElasticLayer() for n in range(num_layers)
+            _stock_layer(self.windows[n]) if n in self.windows else ElasticLayer() for n in range(num_layers)
         ]
         self.routed = [layer for layer in made if isinstance(layer, ElasticLayer)]
         self.sliding = [layer for layer in made if isinstance(layer, SlidingLayer)]
+        self.linear = [layer for layer in made if isinstance(layer, LinearLayer)]
         self._places = {n: place for place, n in enumerate(n for n in range(num_layers) if n not in self.windows)}
         super().__init__(layers=made)
         self.config, self.reserve, self.step, self.version = config, reserve, step, 0
@@ -81,9 +87,14 @@ class ElasticCache(Cache):
         self.pooled_B = self.begin_B = self.count_B = torch.zeros(0, dtype=torch.int64)
         self.visible_LBK: Visible | None = None
         self.rows_LBK = self.base_LBK = self.ring_LBK = torch.zeros(0)
-        for layer in (*self.routed, *self.sliding):
+        for layer in (*self.routed, *self.stock):
             layer.reset()
         new_record(self)
+
+    @property
+    def stock(self) -> list[Any]:
+        """The layers without routers."""
+        return [*self.sliding, *self.linear]
 
     @property
     def seen(self) -> int:
@@ -238,13 +249,13 @@ class ElasticCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all keys and values, reserved room included."""
         self.settle()
-        return sum(layer.held().nbytes for layer in self.routed) + sum(layer.nbytes for layer in self.sliding)
+        return sum(layer.held().nbytes for layer in self.routed) + sum(int(layer.nbytes) for layer in self.stock)
 
     def sample_bytes(self) -> list[int]:
         """`nbytes` by sample."""
         self.settle()
         pools = [layer.held() for layer in self.routed]
-        own = sum(layer.nbytes for layer in self.sliding) // max(1, len(self.counts))
+        own = sum(layer.nbytes for layer in self.stock) // max(1, len(self.counts))
         return [sum(pool.sample_bytes(b) for pool in pools) + own for b in range(len(self.counts))]
 
     # -- batch and length
@@ -258,7 +269,7 @@ class ElasticCache(Cache):
         index = upload(chosen, self.count_B.device)
         self.begin_B, self.count_B, self.pooled_B = self.begin_B[index], self.count_B[index], self.pooled_B[index]
         self.counts = [self.counts[b] for b in chosen]
-        for layer in self.sliding:
+        for layer in self.stock:
             layer.select(index)
         record = find_record(self)
         if record is not None:
@@ -288,12 +299,14 @@ class ElasticCache(Cache):
         counts, count_B = self.counts + other.counts, torch.cat([self.count_B, other.count_B])
         begin_B = max(counts) - count_B
         mine, theirs = find_record(self), find_record(other)
+        if self.linear and theirs is not None and theirs.layout is not None and theirs.layout.padded_right:
+            raise right_padding()
         if mine is not None and theirs is not None:
             mine.join(theirs, begin_B - torch.cat([self.begin_B, other.begin_B]))
         for layer, joining in zip(self.routed, other.routed, strict=True):
             layer.pool, layer.seen = layer.held().joined(joining.held()), max(counts)
-        for own, theirs_own in zip(self.sliding, other.sliding, strict=True):
-            own.join(theirs_own, max(counts))
+        for own, joining_own in zip(self.stock, other.stock, strict=True):
+            own.join(joining_own, max(counts))
         self.counts, self.count_B, self.begin_B = counts, count_B, begin_B
         self.pooled_B = torch.cat([self.pooled_B, other.pooled_B])
         self._forget_rows()

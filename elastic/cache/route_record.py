@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import LinearAttentionLayer
 
 from elastic.attention.layout import Layout
 from elastic.attention.modes import mode_ids
@@ -288,6 +289,8 @@ class _Followed:
             _check_crop(record, seen, what)
             check_windows(self.cache, removed_tokens(seen, what))
             return self.inner(what)
+        if self.name != "reorder_cache":
+            _check_batched(self.cache)
         found = self.inner(what)  # first: a cache that cannot do this must keep its record
         record.select(self._chosen(what, record.layout.row_N))
         return found
@@ -297,6 +300,19 @@ class _Followed:
             return torch.arange(row_N.shape[0], device=row_N.device).repeat_interleave(what)
         index: Tensor = torch.as_tensor(what, device=row_N.device)
         return index.nonzero().flatten() if index.dtype == torch.bool else index
+
+
+def _check_batched(cache: KVCache) -> None:
+    """Refuse to select or repeat rows of a stock cache whose layers can only reorder them (linear attention).
+
+    Raises:
+        ValueError: there are such layers.
+    """
+    lacking = [type(layer).__name__ for layer in cache.layers if not hasattr(layer, "batch_select_indices")]
+    if lacking:
+        raise ValueError(
+            f"a {type(cache).__name__} cannot select or repeat the rows of its {lacking[0]}; use elastic.new_cache"
+        )
 
 
 def _check_crop(record: RouteRecord, seen: int, tokens_to_remove: int) -> None:
@@ -320,8 +336,9 @@ def removed_tokens(seen: int, asked: int) -> int:
 
 
 def check_windows(cache: KVCache, removed: int) -> None:
-    """Refuse to crop a cache whose sliding layers, the backbone's own, have dropped keys that would be visible again.
-    A layer that records its past for candidates holds what was read since it was last cropped.
+    """Refuse to crop a cache whose sliding layers, the backbone's own, have dropped keys that would be visible again,
+    or which has layers of linear attention. A sliding layer that records its past for candidates holds what was read
+    since it was last cropped.
 
     Args:
         removed: tokens that the crop takes.
@@ -330,6 +347,11 @@ def check_windows(cache: KVCache, removed: int) -> None:
         ValueError: they have.
     """
     for layer in cache.layers:
+        if removed and isinstance(layer, LinearAttentionLayer):
+            raise ValueError(
+                f"cropping {removed} tokens would take them out of the state of a layer of linear attention, which "
+                "keeps no tokens; copy.deepcopy the cache before, or start from an empty one"
+            )
         if not getattr(layer, "is_sliding", False):
             continue
         window = getattr(layer, "sliding_window", None) or layer.max_cache_len  # of a static cache

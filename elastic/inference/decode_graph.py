@@ -16,7 +16,7 @@ from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.route_record import route_of
 from elastic.config import SparseConfig
 from elastic.model.attach import elastic_config, is_reading
-from elastic.model.layer_types import sliding_windows
+from elastic.model.layer_types import stock_layers
 from elastic.model.long_rope import check_one_rotation, switch_lengths
 from elastic.protocols import CausalLM, CausalLMOutput
 
@@ -106,13 +106,14 @@ def graphed(model: CausalLM, cache: ElasticCache) -> Iterator[None]:
 
 def can_graph(model: CausalLM, head_dim: int, sparse: SparseConfig | None = None) -> bool:
     """Whether decode steps of this model run through the decode kernel, as a graph needs: in this process alone,
-    without choosing key blocks, and without sliding layers, whose caches grow by concatenation, as in transformers.
+    without choosing key blocks, and with routers in all layers: caches of sliding ones grow by concatenation, as in
+    transformers, and linear ones run its code.
 
     Args:
         sparse: modes and sizes that will be in force; default those that are.
     """
     alone = (getattr(model, "tp_size", None) or 1) == 1
     chooses = (sparse or elastic_config(model).sparse).chooses_in_steps
-    if not alone or chooses or sliding_windows(model.config):
+    if not alone or chooses or stock_layers(model.config):
         return False
     return not backend_for(model.device, model.dtype, head_dim).startswith("torch")

@@ -11,6 +11,7 @@ import torch
 
 from elastic.attention.routed import backend_for
 from elastic.cache.elastic_cache import ElasticCache
+from elastic.cache.linear_layer import state_bytes
 from elastic.config import SparseConfig
 from elastic.data.prompts import (
     TEMPLATE,
@@ -30,7 +31,7 @@ from elastic.model.attach import biased, elastic_config, handle_of, is_attached,
 from elastic.model.checkpoint import load_into, read_elastic
 from elastic.model.generation import REFUSED, VERIFIED, judge, setting
 from elastic.model.hub import checkpoint_folder
-from elastic.model.layer_types import sliding_windows
+from elastic.model.layer_types import stock_layers
 from elastic.model.loading import architecture, load_backbone
 from elastic.model.ordered_routers import attach_fixed, attach_static
 from elastic.protocols import CausalLM, KVCache, Tokenizer
@@ -250,7 +251,7 @@ def new_cache(model: CausalLM, max_new_tokens: int = 0, kv_cache: str | None = N
     config = elastic_config(model)
     if kv_cache is not None:
         config = replace(config, kv_cache=kv_cache)  # type: ignore[arg-type]
-    windows = sliding_windows(model.config)
+    windows = stock_layers(model.config)
     return ElasticCache(len(model.get_decoder().layers), config, max_new_tokens, windows=windows)
 
 
@@ -264,11 +265,13 @@ def route_report(model: CausalLM, cache: KVCache) -> list[RouteReport]:
     """
     record, sparse, head_dim = route_of(cache), elastic_config(model).sparse, architecture(model)["head_dim"]
     samples, whole = record.route.shape[1], handle_of(model).share.whole
+    states = state_bytes(cache) // samples
     if isinstance(cache, ElasticCache):
         kind, held = cache.config.kv_cache, cache.sample_bytes()
     else:
+        keyed = [layer for layer in cache.layers if hasattr(layer, "keys")]  # all but linear attention
         kind = "full"
-        held = [sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // samples] * samples
+        held = [sum(layer.keys.nbytes + layer.values.nbytes for layer in keyed) // samples + states] * samples
     held = whole(torch.tensor(held)[:, None]).sum(1).tolist()
     density = None if record.density is None else whole(record.density)
     turns = [
@@ -284,7 +287,8 @@ def route_report(model: CausalLM, cache: KVCache) -> list[RouteReport]:
         backend=backend_for(model.device, model.dtype, head_dim, sparse=sparse),
         density_LNK=density,
         turns=turns,
-        windows=sliding_windows(model.config),
+        windows=stock_layers(model.config),
+        state_bytes=states,
         kv_cache=kind,
         held_N=held,
     )

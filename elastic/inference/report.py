@@ -44,9 +44,11 @@ class RouteReport:
         density: by layer, share of the query-key pairs that its heads with chosen blocks computed; None in a layer
             without such heads, and empty if the configuration has none. Of all turns, as ESR.
         layers: decoder layers of the model.
-        routed_layers: those that L counts, which have routers. The rest have a sliding window of the model's own.
+        routed_layers: those that L counts, which have routers. The rest are of the model's own kinds, with a sliding
+            window or linear attention.
         msr_model, esr_model, kv_bytes_kept_model, kv_bytes_full_model: `msr`, `esr_all`, `kv_bytes_kept` and
-            `kv_bytes_full` over all decoder layers, where the heads of the model's own sliding layers count as sparse.
+            `kv_bytes_full` over all decoder layers, where the heads of the other layers count as sparse. Linear
+            attention visits no pairs and keeps a state, whose bytes are counted.
     """
 
     route: tuple[tuple[int, ...], ...]
@@ -103,8 +105,8 @@ class RouteReport:
         ]
         if len(self.routed_layers) < self.layers:
             lines += [
-                f"routers in layers {', '.join(map(str, self.routed_layers))} of {self.layers}; with the model's own "
-                "sliding layers, counted as sparse:",
+                f"routers in layers {', '.join(map(str, self.routed_layers))} of {self.layers}; with its other layers, "
+                "counted as sparse:",
                 f"MSR {self.msr_model:.3f}   ESR {self.esr_model:.3f}   KV cache: {_size(self.kv_bytes_kept_model)} of "
                 f"{_size(self.kv_bytes_full_model)}",
             ]
@@ -147,7 +149,8 @@ def route_reports(
     held_N: Sequence[int],
     density_LNK: Tensor | None = None,
     turns: Sequence[Turn] = (),
-    windows: Mapping[int, int] | None = None,
+    windows: Mapping[int, int | None] | None = None,
+    state_bytes: int = 0,
 ) -> list[RouteReport]:
     """One report per sample.
 
@@ -161,7 +164,8 @@ def route_reports(
         held_N: bytes that the cache holds for every sample.
         density_LNK: see `elastic.routing.sparsity.esr`.
         turns: all turns of the conversation; default: there is one.
-        windows: the model's own sliding windows by decoder layer; default: it has none.
+        windows: of the layers without routers, see `elastic.model.layer_types.stock_layers`; default: there are none.
+        state_bytes: what all layers of linear attention keep of a sample.
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -171,7 +175,7 @@ def route_reports(
     one = Turn(route_LNK, density_LNK, torch.zeros_like(lengths_N), lengths_N)
     last, mean, density = _over_turns(turns or [one], sparse)
     kept = kv_bytes_kept(route, lengths_N, sparse, head_dim, element_size)
-    model = _Model(route.shape[0], dict(windows or {}), route.shape[2] * 2 * head_dim * element_size)
+    model = _Model(route.shape[0], dict(windows or {}), route.shape[2] * 2 * head_dim * element_size, state_bytes)
     return [
         RouteReport(
             route=tuple(tuple(int(r) for r in layer[n].tolist()) for layer in route),
@@ -202,32 +206,36 @@ def _check_shapes(route_LNK: Tensor, lengths_N: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Model:
-    """All layers of a model with its own sliding ones.
+    """All layers of a model with those of its own kinds.
 
     Attributes:
         routed: how many layers have routers.
         windows: of the others, by decoder layer.
         token: bytes of a token's keys and values in one layer.
+        states: bytes of a sample's states in all layers of linear attention.
     """
 
     routed: int
-    windows: dict[int, int]
+    windows: dict[int, int | None]
     token: int
+    states: int
 
     def figures(self, length: int, msr: float, esr: float, kept: int) -> dict[str, Any]:
         """What a report says of all layers and of full caches, given what it says of the routed layers of a prompt."""
         full = self.routed * length * self.token
-        layers, windows = self.routed + len(self.windows), self.windows.values()
-        pruned = sum(1 - window_pairs(length, window) / max(1, causal_pairs(length)) for window in windows)
-        sliding = sum(min(length, window - 1) for window in windows) * self.token  # the next token is the window's last
+        layers, windows = self.routed + len(self.windows), [w for w in self.windows.values() if w is not None]
+        seen = sum(window_pairs(length, window) for window in windows)  # pairs; linear attention has none
+        pruned = len(self.windows) - seen / max(1, causal_pairs(length))
+        held = sum(min(length, window - 1) for window in windows) * self.token  # the next token is the window's last
+        held += self.states
         return {
             "kv_bytes_full": full,
             "layers": layers,
             "routed_layers": tuple(n for n in range(layers) if n not in self.windows),
             "msr_model": (self.routed * msr + len(self.windows)) / layers,
             "esr_model": (self.routed * esr + pruned) / layers,
-            "kv_bytes_kept_model": kept + sliding,
-            "kv_bytes_full_model": full + sliding,
+            "kv_bytes_kept_model": kept + held,
+            "kv_bytes_full_model": full + held,
         }
 
 

@@ -21,11 +21,12 @@ from elastic.attention.row_slice import RowSlice
 from elastic.cache.route_record import RouteRecord, route_of
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.model.attention_function import IMPLEMENTATION, register
-from elastic.model.chunking import chunk, unchunk
+from elastic.model.chunking import chunk, give_back
 from elastic.model.families import FAMILIES, RoutedAttention, attention_layers
 from elastic.model.generation import unwatch, watch
 from elastic.model.layer_hooks import before_attention, before_decoder
-from elastic.model.layer_types import sliding_windows
+from elastic.model.layer_types import stock_layers
+from elastic.model.linear_attention import keep_linear
 from elastic.model.long_rope import keep_cache, keep_no_cache, switch_lengths
 from elastic.model.outside import device_of, unwrapped
 from elastic.model.pass_state import AttachedState, PassRecord, PassRoutes, forced_on, forcing
@@ -85,7 +86,7 @@ class Handle:
 
 def attach(model: Model, config: ElasticConfig | None = None) -> Model:
     """Give every layer of full attention of `model` a router, freeze the backbone, and run attention by head plan.
-    Works in place. Layers with a sliding window of the backbone's own stay as they are.
+    Works in place. Layers of the backbone's own kinds, sliding or linear, stay as they are.
 
     Args:
         model: a transformers causal LM of one of `FAMILIES`, on any devices and in any dtype, quantised, offloaded, or
@@ -117,7 +118,7 @@ def attach(model: Model, config: ElasticConfig | None = None) -> Model:
     trainable = [(named.get(id(parameter), ""), parameter, parameter.requires_grad) for parameter in model.parameters()]
     handle = Handle(AttachedState(config, share.parts), bare.config._attn_implementation, trainable, share)
     handle.state.places = {attn.layer_idx: place for place, attn in enumerate(layers)}
-    handle.state.windows, handle.state.rope_switches = sliding_windows(bare.config), switch_lengths(bare.config)
+    handle.state.windows, handle.state.rope_switches = stock_layers(bare.config), switch_lengths(bare.config)
     try:
         _install(bare, handle, layers, made)
     except BaseException:
@@ -153,6 +154,7 @@ def _install(model: CausalLM, handle: Handle, layers: list[AttentionModule], mad
     keep_cache(model, handle.state.rope_switches)
     decoder = model.get_decoder()
     chunk(decoder, handle.state.chunk_tokens)
+    keep_linear(decoder, handle.state.windows)
     hook = partial(before_decoder, handle.state)
     handle.hooks.append(decoder.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -178,9 +180,11 @@ def _undo(model: CausalLM, handle: Handle) -> None:
     unwatch(model)
     save_as_before(model)
     keep_no_cache(model)
-    unchunk(model.get_decoder())
-    for attn in _attention_layers(model):
-        attn._modules.pop("router", None)
+    give_back(model.get_decoder())
+    for layer in model.get_decoder().layers:
+        attn: Any = getattr(layer, "self_attn", None)
+        if attn is not None:
+            attn._modules.pop("router", None)
     # An adapter renames what it wraps, and sharding replaces it under its name; what came later keeps its flag.
     now = dict(model.named_parameters())
     for name, parameter, flag in handle.trainable:
@@ -232,9 +236,9 @@ def set_row_slice(model: CausalLM, row_slice: RowSlice) -> RowSlice:
 
 
 def routers(model: CausalLM) -> list[Router]:
-    """The routers in layer order; layers with a sliding window of the backbone's own have none."""
-    places, layers = handle_of(model).state.places, _attention_layers(model)
-    return [cast(RoutedAttention, layers[layer]).router for layer in places]
+    """The routers in layer order; layers of the backbone's own kinds, sliding or linear, have none."""
+    places, layers = handle_of(model).state.places, model.get_decoder().layers
+    return [cast(RoutedAttention, layers[layer].self_attn).router for layer in places]
 
 
 def last_routes(model: CausalLM) -> PassRoutes:
@@ -380,10 +384,6 @@ def _last_record(model: CausalLM) -> PassRecord:
     if record is None or len(record.decisions) < len(routers(model)):
         raise RuntimeError("no routes yet: run a forward pass of the attached model first, in this thread")
     return record
-
-
-def _attention_layers(model: CausalLM) -> list[AttentionModule]:
-    return [layer.self_attn for layer in model.get_decoder().layers]
 
 
 def _check_override(route: int | Tensor | None, num_layers: int, kv_heads: int) -> None:

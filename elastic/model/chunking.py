@@ -14,7 +14,14 @@ from elastic.model.families import feed_forward
 from elastic.protocols import Decoder, Module
 
 
-class Chunked:
+class Instead:
+    """What is called in place of a module's forward, `inner`, until `give_back`. Copies with its model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.inner = module.forward
+
+
+class Chunked(Instead):
     """A module's forward, `size()` tokens at a time. Callable in place of the method; copies with its model.
 
     Args:
@@ -23,7 +30,8 @@ class Chunked:
     """
 
     def __init__(self, module: nn.Module, size: Callable[[], int]) -> None:
-        self.inner, self.size = module.forward, size
+        super().__init__(module)
+        self.size = size
         self.run: Callable[..., Any] = self.inner
 
     def compile(self, **settings: Any) -> None:
@@ -57,10 +65,10 @@ def chunk(decoder: Decoder, size: Callable[[], int]) -> None:
         module.forward = Chunked(module, size)
 
 
-def unchunk(root: nn.Module | Module) -> None:
-    """Undo `chunk` on a module and everything inside it."""
+def give_back(root: nn.Module | Module) -> None:
+    """Give a module and everything inside it their own forward again, which `Instead` took the place of."""
     for module in root.modules():
-        if not isinstance(vars(module).get("forward"), Chunked):
+        if not isinstance(vars(module).get("forward"), Instead):
             continue
         inner = vars(module).pop("forward").inner
         if getattr(inner, "__func__", None) is not type(module).forward:

@@ -8,15 +8,17 @@ import torch
 
 from elastic.model.attach import Model, handle_of
 from elastic.model.attention_function import COMPILED
-from elastic.model.chunking import Chunked, unchunk
+from elastic.model.chunking import Chunked, give_back
+from elastic.model.linear_attention import StockLinear
 
 
 def compile_layers(model: Model, **settings: Any) -> Model:
     """`torch.compile` what surrounds attention in every decoder layer (norms, projections, RoPE, MLP), in place.
 
-    Routing and attention stay outside, where the kernels are launched as before. Works under training, gradient
-    checkpointing and for any sequence length; `detach` undoes it. Where a KV cache comes along, only MLPs and norms run
-    compiled: a cache talks to the host, and the number of the layer that it wants would make each layer a graph.
+    Routing and attention, linear attention too, stay outside, where the kernels are launched as before. Works under
+    training, gradient checkpointing and for any sequence length; `detach` undoes it. Where a KV cache comes along, only
+    MLPs and norms run compiled: a cache talks to the host, and the number of the layer that it wants would make each
+    layer a graph.
 
     Args:
         settings: of `torch.compile`, such as `backend` or `mode`; `dynamic=True` unless given.
@@ -28,12 +30,12 @@ def compile_layers(model: Model, **settings: Any) -> Model:
     done = {part for part, _ in handle.compiled}
     for layer in model.get_decoder().layers:
         for part in layer.children():
-            if part in done:
+            if part in done or isinstance(part.forward, StockLinear):
                 continue
             if isinstance(part.forward, Chunked):
                 part.forward.compile(**settings)
             else:
-                unchunk(part)  # a chunked norm inside would make every layer a graph of its own
+                give_back(part)  # a chunked norm inside would make every layer a graph of its own
                 handle.compiled.append((part, vars(part).get("forward")))
                 part.forward = _compiled_without_cache(part.forward, settings)
     return model

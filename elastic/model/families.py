@@ -4,14 +4,15 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from elastic.model.layer_types import routed_layers, stock_implementation
+from elastic.model.layer_types import LINEAR, routed_layers, stock_implementation, stock_layers
 from elastic.model.text_part import WITH_TEXT
 from elastic.protocols import AttentionModule, CausalLM, DecoderLayer, KeyProjection, Norm
 from elastic.routing.router import Router
 
 FAMILIES = (
     "cohere", "cohere2", "gemma3_text", "glm4", "gpt_oss", "granite", "granitemoe", "llama", "ministral", "mistral",
-    "mixtral", "olmo2", "olmo3", "olmoe", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3",
+    "mixtral", "olmo2", "olmo3", "olmoe", "phi3", "qwen2", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe",
+    "qwen3_next", "smollm3",
 )  # fmt: skip
 _DROPOUTS = ("resid_pdrop", "router_jitter_noise")  # of the layer, beside attention's own: Phi's, Mixtral's
 
@@ -69,6 +70,12 @@ def feed_forward(layer: DecoderLayer) -> nn.Module:
     return module
 
 
+def linear_attention(layer: DecoderLayer) -> nn.Module:
+    """The linear attention of a layer that is of this kind."""
+    module: nn.Module = layer.linear_attn  # type: ignore[attr-defined]
+    return module
+
+
 def attention_layers(model: CausalLM) -> list[AttentionModule]:
     """The attention modules of a transformers causal LM that get routers, in layer order.
 
@@ -87,11 +94,17 @@ def attention_layers(model: CausalLM) -> list[AttentionModule]:
             f"the model runs attention by {config._attn_implementation!r}, expected {expected!r}, which full heads "
             f"reproduce; load it with attn_implementation={expected!r}"
         )
-    layers = [layer.self_attn for layer in model.get_decoder().layers]
-    routed = routed_layers(config)
-    for number in routed:
-        _check_layer(layers[number], f"layer {number}", config)
-    return [layers[number] for number in routed]
+    layers, found = model.get_decoder().layers, list[AttentionModule]()
+    for number, window in stock_layers(config).items():
+        if window is None and not hasattr(layers[number], "linear_attn"):
+            raise ValueError(
+                f"layer {number} is of type {LINEAR!r}, but has no linear_attn; expected a {family} model without such "
+                "layers"
+            )
+    for number in routed_layers(config):
+        found.append(layers[number].self_attn)
+        _check_layer(found[-1], f"layer {number}", config)
+    return found
 
 
 def _check_layer(attn: AttentionModule, where: str, config: Any) -> None:

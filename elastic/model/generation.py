@@ -54,6 +54,11 @@ def judge(model: CausalLM, options: dict[str, Any], refused: dict[str, str] = RE
             f"{verified[0]} verifies several tokens at once, but heads of {sparse.name} choose key blocks for every "
             "token; leave it out"
         )
+    if verified and handle is not None and None in handle.state.windows.values():
+        raise ValueError(
+            f"{verified[0]} takes tokens back, but the backbone's linear attention keeps a state instead of tokens; "
+            "leave it out"
+        )
     cache = options.get("past_key_values")
     if verified and hasattr(setting(model, options, "assistant_model"), "_elastic_handle"):
         raise ValueError("the assistant model has routers, which would route each of its drafts; detach it first")

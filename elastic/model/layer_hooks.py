@@ -33,7 +33,7 @@ from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.pieces import next_piece
 from elastic.cache.route_record import RouteRecord, check_depth, find_record, new_record
 from elastic.model.families import RoutedAttention, prerope_keys
-from elastic.model.layer_types import SLIDING
+from elastic.model.layer_types import LINEAR, SLIDING
 from elastic.model.long_rope import check_one_rotation, check_whole_rows, rotation, tokens_by_position
 from elastic.model.pass_state import AttachedState, ForwardPass, LayerCall, PendingCall, forced_on
 from elastic.protocols import KVCache
@@ -68,8 +68,8 @@ def before_decoder(
     check_depth(cache, len(decoder.layers), len(decoder.layers) - len(state.windows))
     if isinstance(cache, ElasticCache) and cache.windows != state.windows:
         raise ValueError(
-            f"the ElasticCache was made for sliding windows {cache.windows} by layer, but the model has "
-            f"{state.windows}; make it with elastic.new_cache(model)"
+            f"the ElasticCache was made for windows {cache.windows} by layer (None: linear attention), but the model "
+            f"has {state.windows}; make it with elastic.new_cache(model)"
         )
     _check_mask(state, kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
     of_pass = _begin(state, args, kwargs)
@@ -124,12 +124,14 @@ def before_attention(attn: RoutedAttention, args: Args, kwargs: dict[str, Any]) 
 
 
 def _check_mask(state: AttachedState, mask: Any) -> None:
-    """Refuse masks by layer type that leave the backbone's own sliding layers out."""
-    if state.windows and isinstance(mask, dict) and SLIDING not in mask:
-        raise ValueError(
-            f"attention_mask is a dict of {', '.join(map(str, mask)) or 'nothing'}, but the model has layers of "
-            f"{SLIDING} too; pass the tokenizer's 2D mask"
-        )
+    """Refuse masks by layer type that leave the backbone's own sliding or linear layers out."""
+    for window in state.windows.values() if isinstance(mask, dict) else ():
+        kind = LINEAR if window is None else SLIDING
+        if kind not in mask:
+            raise ValueError(
+                f"attention_mask is a dict of {', '.join(map(str, mask)) or 'nothing'}, but the model has layers of "
+                f"{kind} too; pass the tokenizer's 2D mask"
+            )
 
 
 def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardPass:

@@ -100,7 +100,7 @@ class AttachedState:
         last: the last decisions, by thread.
         parts: into how many parts tensor parallelism has cut the heads.
         places: by decoder layer, its place among those that have routers; a layer that is not named is its own.
-        windows: the backbone's own sliding windows, by decoder layer.
+        windows: the layers without routers, see `elastic.model.layer_types.stock_layers`.
         rope_switches: see `elastic.model.long_rope.switch_lengths`.
     """
 
@@ -111,7 +111,7 @@ class AttachedState:
         self.fused = True
         self.last = LastPass()
         self.places = dict[int, int]()
-        self.windows = dict[int, int]()
+        self.windows = dict[int, int | None]()
         self.rope_switches: tuple[int, ...] = ()
 
     def chunk_tokens(self) -> int:

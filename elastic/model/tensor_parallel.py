@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from elastic.model.layer_types import has_sinks, sliding_windows
+from elastic.model.layer_types import has_sinks, stock_layers
 from elastic.protocols import AttentionModule, CausalLM
 from elastic.routing.router import PER_HEAD, Router
 
@@ -64,10 +64,11 @@ def head_share(model: CausalLM, layers: list[AttentionModule]) -> HeadShare:
             f"{heads} KV heads cannot be cut into {parts} parts, of which routers need whole heads; use tensor "
             "parallelism over a divisor of the KV heads"
         )
-    if not hasattr(first, "k_proj") or sliding_windows(model.config) or has_sinks(model.config):
+    if not hasattr(first, "k_proj") or stock_layers(model.config) or has_sinks(model.config):
         raise ValueError(
             f"a {model.config.model_type} model was cut into {parts} parts by tensor parallelism, but fused "
-            "projections, sliding layers and attention sinks are routed in whole models only; load it without tp_plan"
+            "projections, sliding or linear layers and attention sinks are routed in whole models only; load it "
+            "without tp_plan"
         )
     norm: Any = getattr(first, "k_norm", None)
     if norm is not None and tuple(norm.weight.shape) != (first.head_dim,):

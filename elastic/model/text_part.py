@@ -1,11 +1,11 @@
-"""The language model of a backbone that also reads pictures, as a causal LM of its own (Gemma 3).
+"""The language model of a backbone that also reads pictures, as a causal LM of its own (Gemma 3, Qwen3.5).
 
 Its hub folders hold all parts in one, and transformers' text class does not find its weights among them.
 """
 
 from typing import Any
 
-WITH_TEXT = ("gemma3",)  # model types; what `attach` knows is the type of their text part
+WITH_TEXT = ("gemma3", "qwen3_5", "qwen3_5_moe")  # model types; what `attach` knows is the type of their text part
 
 
 def text_config(config: Any) -> Any:
@@ -28,4 +28,4 @@ def text_part(model: Any) -> Any:
         part: Any = AutoModelForCausalLM.from_config(model.config.text_config, dtype=model.dtype)
     part.model, part.lm_head = model.model.language_model, model.lm_head
     part.config, part.generation_config = part.model.config, model.generation_config
-    return part
+    return part.train(model.training)

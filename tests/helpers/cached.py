@@ -6,7 +6,7 @@ import torch
 
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.model.attach import attach, elastic_config
-from elastic.model.layer_types import sliding_windows
+from elastic.model.layer_types import stock_layers
 from tests.helpers.models import small_config, tiny_model, varied_routers
 
 KINDS = ["full", "elastic"]
@@ -21,7 +21,7 @@ def routed(family="llama", kind="elastic", granule="token", seed=0):
 
 def new_cache(model, step=8, reserve=0, **changes):
     config = replace(elastic_config(model), **changes)
-    return ElasticCache(model.config.num_hidden_layers, config, reserve, step, sliding_windows(model.config))
+    return ElasticCache(model.config.num_hidden_layers, config, reserve, step, stock_layers(model.config))
 
 
 def generate(model, ids, mask=None, cache=None, steps=40, **options):

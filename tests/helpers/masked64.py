@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 
 from elastic.config import ElasticConfig
 from elastic.model.families import key_projection
-from elastic.model.layer_types import routed_layers, sliding_windows
+from elastic.model.layer_types import routed_layers, stock_layers
 from elastic.routing.router import STEEPNESS
 from tests.helpers.models import doubled
 
@@ -75,9 +75,11 @@ class Reference:
         self.model.set_attn_implementation(NAME)
         self.given: Tensor | None = None
         self.keys: dict[int, Tensor] = {}  # of every layer, before RoPE and after the norm
-        self.windows = sliding_windows(model.config)
+        self.windows = stock_layers(model.config)
         self.places = {layer: place for place, layer in enumerate(routed_layers(model.config))}
         for number, block in enumerate(self.model.model.layers):
+            if not hasattr(block, "self_attn"):  # linear attention, which runs as it is
+                continue
             attn = block.self_attn
             attn.reference = self
             if number in self.windows:

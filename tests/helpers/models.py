@@ -17,6 +17,17 @@ SLIDING: dict[str, Any] = {
     "layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "full", "full")],
     "sliding_window": 12,
 }
+# Two layers of linear attention among three that get routers.
+STATES: dict[str, Any] = {
+    "head_dim": 16,
+    "num_hidden_layers": 5,
+    "layer_types": [f"{kind}_attention" for kind in ("linear", "full", "linear", "full", "full")],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_SHARED = {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, **_EXPERTS}
 # Every supported family with what its tiny model must be told; the whole battery of tests runs over it.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -38,12 +49,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 24, "final_logit_softcapping": 5.0, **SLIDING},
     "ministral": {"head_dim": 16, **SLIDING},
     "olmo3": SLIDING,
+    "qwen3_next": {**_SHARED, **STATES},
+    "qwen3_5_text": STATES,
+    "qwen3_5_moe_text": {**_SHARED, **STATES},
 }
 # What a stock model fails at by itself in some releases of transformers, which no test can ask of it there.
 STOCK_FAULTS = {"granitemoe": "transformers 5.17's own Granite-MoE fails on output_router_logits"}
 ASSISTED = "sliding caches of transformers 5.17 fail under an assistant, in the stock model too"
 EXPERTS = tuple(family for family, settings in FAMILIES.items() if "num_experts_per_tok" in settings)
-HYBRIDS = tuple(family for family, settings in FAMILIES.items() if "layer_types" in settings)
+HYBRIDS = tuple(family for family, settings in FAMILIES.items() if settings.items() >= SLIDING.items())
+LINEAR = tuple(family for family, settings in FAMILIES.items() if settings.items() >= STATES.items())
 VOCAB = 97
 LAYERS, KV_HEADS = 3, 2
 
@@ -69,6 +84,8 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
     for name, parameter in model.named_parameters():
         if name.endswith("sinks"):  # as large as the logits beside them
             torch.nn.init.normal_(parameter, 1.0)
+        if name.endswith("A_log"):  # states that remember tens of tokens, where those of random models forget the last
+            torch.nn.init.uniform_(parameter, -4.0, -2.0)
     return model
 
 

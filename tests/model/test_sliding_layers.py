@@ -1,4 +1,4 @@
-"""Backbones with sliding layers of their own: routers in the others alone, the sliding ones as in the stock model."""
+"""Backbones with sliding or linear layers of their own: routers in the others alone, these as in the stock model."""
 
 import copy
 
@@ -12,30 +12,46 @@ from elastic.model.attach import attach, elastic_config, last_routes, override_r
 from elastic.model.checkpoint import load_into, save_elastic
 from elastic.model.sliding_attention import window_mask
 from tests.helpers.cached import generate, new_cache, routed
-from tests.helpers.models import HYBRIDS, SLIDING, left_padded, random_ids, small_config, tiny_model, varied_routers
+from tests.helpers.models import (
+    HYBRIDS,
+    LINEAR,
+    SLIDING,
+    left_padded,
+    random_ids,
+    small_config,
+    tiny_model,
+    varied_routers,
+)
 
 PLAIN = {"cohere2": {}, "qwen2": {"use_sliding_window": True}, "qwen3": {"use_sliding_window": True},
          "smollm3": {"use_sliding_window": True, "no_rope_layers": [0, 1, 0, 1, 1]}}  # fmt: skip
 
 
 def hybrid(family):
-    return tiny_model(family, **SLIDING, **PLAIN.get(family, {}))
+    return tiny_model(family) if family in LINEAR else tiny_model(family, **SLIDING, **PLAIN.get(family, {}))
 
 
-@pytest.mark.parametrize("family", [*HYBRIDS, "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("family", [*HYBRIDS, *LINEAR, "qwen2", "qwen3", "smollm3"])
 @torch.no_grad()
-def test_sliding_layers_stay_as_they_were(family):
+def test_layers_without_routers_stay_as_they_were(family):
     """Bit for bit: what they are given, what they make of it, under padding, in a prompt and while decoding."""
     model = hybrid(family)
     ids, mask = left_padded(random_ids(2, 40), [0, 9])
     layers, seen = model.get_decoder().layers, []
     for number in (0, 2):
-        layers[number].self_attn.register_forward_hook(lambda _, __, out: seen.append(out[0]))
+        part = layers[number].linear_attn if family in LINEAR else layers[number].self_attn
+        part.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
     options = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
     expected = model.generate(ids, **options)
     stock, seen[:] = list(seen), []
     attach(model, small_config())
-    assert [hasattr(layer.self_attn, "router") for layer in layers] == [False, True, False, True, True]
+    assert [hasattr(getattr(layer, "self_attn", None), "router") for layer in layers] == [
+        False,
+        True,
+        False,
+        True,
+        True,
+    ]
     with override_routes(model, 0):
         assert torch.equal(model.generate(ids, **options), expected)
     assert len(seen) == len(stock) == 2 * 20
@@ -45,8 +61,19 @@ def test_sliding_layers_stay_as_they_were(family):
     assert last_routes(model).route.shape == (3, 2, 2)
 
 
+def held_by_stock(cache, family):
+    """Bytes of the layers without routers, which are 0 and 2."""
+    both = [True, False, True, False, False]
+    if family in LINEAR:
+        assert cache.is_linear == both
+        kinds = [kind for layer in cache.linear for kind in (layer.conv_states, layer.recurrent_states)]
+        return sum(state.nbytes for kind in kinds for state in kind.values())
+    assert cache.is_sliding == both and [layer.keys.shape[2] for layer in cache.sliding] == [11, 11]
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.sliding)
+
+
 @pytest.mark.parametrize("kind", ["full", "elastic"])
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("family", [*HYBRIDS, *LINEAR])
 @torch.no_grad()
 def test_the_elastic_cache_holds_both_kinds(family, kind):
     model, ids = routed(family, kind), random_ids(2, 50)
@@ -54,9 +81,7 @@ def test_the_elastic_cache_holds_both_kinds(family, kind):
     _, alone = generate(model, ids, steps=30)
     _, found = generate(model, ids, cache=cache, steps=30)
     torch.testing.assert_close(found, alone, rtol=1e-3, atol=1e-3)
-    assert cache.is_sliding == [True, False, True, False, False]
-    assert [layer.keys.shape[2] for layer in cache.sliding] == [11, 11]
-    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.sliding)
+    kept = held_by_stock(cache, family)
     assert cache.nbytes == kept + sum(layer.held().nbytes for layer in cache.routed) == sum(cache.sample_bytes())
     twin = copy.deepcopy(cache)
     twin.batch_select_indices(torch.tensor([1]))
@@ -65,7 +90,7 @@ def test_the_elastic_cache_holds_both_kinds(family, kind):
     torch.testing.assert_close(one[0], both[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("family", [*HYBRIDS, *LINEAR])
 @torch.no_grad()
 def test_requests_that_join_decode_as_alone(family):
     model, lengths = routed(family), (50, 8)
@@ -164,7 +189,7 @@ def test_a_padded_prompt_is_continued_without_a_mask():
 
 def test_a_cache_of_another_make_is_refused():
     model = routed("olmo3")
-    with pytest.raises(ValueError, match=r"made for sliding windows \{\} by layer, but the model has \{0: 12, 2: 12\}"):
+    with pytest.raises(ValueError, match=r"made for windows \{\} by layer .* has \{0: 12, 2: 12\}"):
         model(random_ids(1, 20), past_key_values=ElasticCache(5, elastic_config(model)))
 
 
@@ -221,8 +246,8 @@ def test_checkpoints_whose_routers_sit_in_other_layers_are_refused(tmp_path, cas
 REFUSED = {
     "no full layer": ("olmo3", {"layer_types": ["sliding_attention"] * 5}, "every layer has its own sliding window"),
     "Mistral's, which is for all layers": ("mistral", {}, "layer 1 has its own sliding window of 12 tokens"),
-    "linear attention": ("qwen3", {"layer_types": ["linear_attention"] * 2 + ["full_attention"] * 3},
-                         "layer 0 is of type 'linear_attention', expected full_attention or sliding_attention"),
+    "another kind of layer": ("qwen3", {"layer_types": ["chunked_attention"] * 2 + ["full_attention"] * 3},
+                              "layer 0 is of type 'chunked_attention', expected full_attention, sliding_attention or"),
     "both directions": ("gemma3_text", {"use_bidirectional_attention": True}, "layer 1 lets queries see later keys"),
 }  # fmt: skip
 

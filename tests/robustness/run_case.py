@@ -22,7 +22,7 @@ from elastic.cache.elastic_cache import ElasticCache
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.inference.generate import route_report
 from elastic.model.attach import attach, last_routes, override_routes, routers
-from elastic.model.layer_types import sliding_windows
+from elastic.model.layer_types import stock_layers
 from tests.helpers.masked64 import Reference, Sample
 from tests.helpers.models import FAMILIES, KV_HEADS, LAYERS, tiny_model, varied_routers
 from tests.robustness.batch import ROOM, Batch
@@ -81,7 +81,7 @@ class Run:
             self.cache = StaticCache(config=self.model.config, max_cache_len=ROOM)
         elif case.cache in ("full", "elastic"):
             self.cache = ElasticCache(
-                self.model.config.num_hidden_layers, self.config, step=8, windows=sliding_windows(self.model.config)
+                self.model.config.num_hidden_layers, self.config, step=8, windows=stock_layers(self.model.config)
             )
 
     @torch.no_grad()

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from elastic.model.attach import attach, detach, is_attached, override_routes, routers
+from elastic.model.families import attention_layers
+from elastic.model.layer_types import routed_layers
 from tests.helpers.models import FAMILIES, KV_HEADS, doubled, random_ids, small_config, tiny_model, varied_routers
 
 
@@ -41,8 +43,8 @@ class Lora(nn.Module):
 def test_shapes_are_of_the_config_not_of_the_weights(family, weight):
     model, ids = tiny_model(family), random_ids(1, 40)
     expected, name = model(ids).logits, "qkv_proj" if family == "phi3" else "k_proj"
-    for layer in model.model.layers:
-        setattr(layer.self_attn, name, Packed(getattr(layer.self_attn, name), weight))
+    for attention in attention_layers(model):
+        setattr(attention, name, Packed(getattr(attention, name), weight))
     attach(model, small_config())
     assert {router.kv_heads for router in routers(model)} == {KV_HEADS}
     model(ids)
@@ -55,13 +57,14 @@ def test_shapes_are_of_the_config_not_of_the_weights(family, weight):
 def test_detach_after_lora(family, merged):
     model, ids = attach(tiny_model(family), small_config()), random_ids(1, 40)
     name = "qkv_proj" if family == "phi3" else "q_proj"
-    for layer in model.model.layers:
-        wrapped = Lora(getattr(layer.self_attn, name))
-        setattr(layer.self_attn, name, wrapped)
+    for layer in routed_layers(model.config):
+        attention = model.model.layers[layer].self_attn
+        wrapped = Lora(getattr(attention, name))
+        setattr(attention, name, wrapped)
         if merged:
             with torch.no_grad():
                 wrapped.base_layer.weight += wrapped.lora_B.weight @ wrapped.lora_A.weight
-            setattr(layer.self_attn, name, wrapped.base_layer)
+            setattr(attention, name, wrapped.base_layer)
     with override_routes(model, 0):
         expected = model(ids).logits
     detach(model)

@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.model.attach import attach, detach, elastic_config, override_routes
 from elastic.model.families import key_projection
+from elastic.model.layer_types import routed_layers
 from elastic.model.saving import SavePretrained
 from tests.helpers.cached import new_cache, routed
 from tests.helpers.models import FAMILIES, KV_HEADS, LAYERS, random_ids, small_config, tiny_model, varied_routers
 
 
 def routed_layer(model):
-    return next(layer.self_attn for layer in model.get_decoder().layers if hasattr(layer.self_attn, "router"))
+    return model.get_decoder().layers[routed_layers(model.config)[0]].self_attn
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,8 +4,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from elastic.model.attach import attach, route_of
-from tests.helpers.models import FAMILIES, HYBRIDS, random_ids, small_config, tiny_model, varied_routers
+from elastic.cache.elastic_cache import ElasticCache
+from elastic.model.attach import attach, elastic_config, route_of
+from elastic.model.layer_types import stock_layers
+from tests.helpers.models import FAMILIES, HYBRIDS, LINEAR, random_ids, small_config, tiny_model, varied_routers
 
 ROWS = 4
 
@@ -36,7 +38,15 @@ def test_routes_follow_rows(family, name, tokens):
     act, rows = OPERATIONS[name]
     model, cache = filled(family, ids)
     before = route_of(cache).route
-    act(cache)
+    if family in LINEAR and name != "reorder":
+        with pytest.raises(ValueError, match="DynamicCache cannot select or repeat the rows of its Linear"):
+            act(cache)
+        assert torch.equal(route_of(cache).route, before)
+        cache = ElasticCache(5, elastic_config(model), windows=stock_layers(model.config))
+        model(ids, past_key_values=cache)
+        act(cache)
+    else:
+        act(cache)
     assert torch.equal(route_of(cache).route, before[:, rows])
     _, expected = filled(family, ids[rows])
     more = random_ids(len(rows), tokens, 5)
@@ -54,6 +64,11 @@ def test_a_crop_keeps_the_start_or_is_refused(family):
         with pytest.raises(ValueError, match=r"cropping to 3 tokens cuts the tokens up to \[8\] that the routes"):
             cache.crop(cut)
     assert cache.get_seq_length() == 40
+    if family in LINEAR:
+        with pytest.raises(ValueError, match="cropping 30 tokens would take them out of the state of a layer"):
+            cache.crop(-30)
+        assert cache.get_seq_length() == 40
+        return
     if family in HYBRIDS:
         with pytest.raises(ValueError, match="the model's sliding layers of 12 tokens have dropped"):
             cache.crop(-30)
