@@ -4,11 +4,13 @@ Legend: B rows, V vocabulary.
 """
 
 import torch
+from torch import Tensor
 
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.route_record import route_of
 from elastic.inference.decode_graph import DecodeGraph, can_graph
 from elastic.inference.serving.rows import Row
+from elastic.inference.stepwise import draw_each
 from elastic.model.loading import architecture
 from elastic.protocols import CausalLM
 
@@ -18,12 +20,13 @@ class Batch:
 
     Args:
         model: an attached model.
-        row: the first of them, whose first token is drawn.
-        cache: filled by its prompt.
+        rows: the first of them.
+        token_B1: int64; their last tokens.
+        cache: filled by their prompts.
     """
 
-    def __init__(self, model: CausalLM, row: Row, cache: ElasticCache) -> None:
-        self.rows, self.cache = [row], cache
+    def __init__(self, model: CausalLM, rows: list[Row], token_B1: Tensor, cache: ElasticCache) -> None:
+        self.rows, self.token_B1, self.cache = rows, token_B1, cache
         self._decode, self._device = DecodeGraph(model, cache), model.device
         self._graphed = can_graph(model, architecture(model)["head_dim"])
 
@@ -38,18 +41,22 @@ class Batch:
         """Take in the rows of another batch."""
         self.cache.join(other.cache)
         self.rows += other.rows
+        self.token_B1 = torch.cat([self.token_B1, other.token_B1])
 
     @torch.no_grad()
     def step(self) -> None:
         """One more token for every row."""
-        token_B1 = torch.cat([row.drawing.ids_1S[:, -1:] for row in self.rows])
         if self._graphed:
             with torch.cuda.device(self._device):  # whose stream is captured
-                logits_B1V = self._decode.step(token_B1)
+                logits_B1V = self._decode.step(self.token_B1)
         else:
-            logits_B1V = self._decode.run(token_B1)
-        drawn = [row.drawing.draw(logits) for row, logits in zip(self.rows, logits_B1V[:, -1].split(1), strict=True)]
-        for row, token in zip(self.rows, torch.cat(drawn).flatten().tolist(), strict=True):
+            logits_B1V = self._decode.run(self.token_B1)
+        self.token_B1 = draw_each([row.drawing for row in self.rows], logits_B1V[:, -1])
+        self.tell()
+
+    def tell(self) -> None:
+        """Give every row its last token."""
+        for row, token in zip(self.rows, self.token_B1.flatten().tolist(), strict=True):
             row.take(token)
 
     def leave(self) -> list[Row]:
@@ -57,6 +64,7 @@ class Batch:
         kept = [at for at, row in enumerate(self.rows) if row.reason is None]
         if 0 < len(kept) < len(self.rows):
             self.cache.batch_select_indices(torch.tensor(kept))
+            self.token_B1 = self.token_B1[kept]
         done = [row for row in self.rows if row.reason is not None]
         self.rows = [self.rows[at] for at in kept]
         return done

@@ -10,6 +10,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from elastic.inference.generate import eos_ids, route_report
+from elastic.inference.serving.admission import Admission
 from elastic.inference.serving.batch import Batch
 from elastic.inference.serving.jobs import Job, QueueFullError
 from elastic.inference.serving.pauses import GivenUpError, Pauses
@@ -30,7 +31,7 @@ class Engine:
 
     Args:
         model, tokenizer: as `elastic.load` returns them.
-        max_batch: requests that are answered at a time.
+        max_batch: requests that are answered at a time, fewer where memory does not hold them.
         max_queue: requests that may wait; one more is refused.
         metrics: told about waiting, running and finished requests.
     """
@@ -42,9 +43,9 @@ class Engine:
             if value < 1:
                 raise ValueError(f"{name}={value} is below 1; the server must take at least one request")
         self.model, self.tokenizer, self.metrics = model, tokenizer, metrics
-        self.max_batch, self.max_queue = max_batch, max_queue
+        self.max_queue, self._admission = max_queue, Admission(model, max_batch)
         self._batches: list[Batch] = []
-        self._reading = 0  # prompts; one is read within a pause of another
+        self._reading: list[Job] = []  # whose prompts are; some within a pause of others
         self._step_seconds = 0.0  # of the last token of all running answers
         self._waiting: deque[Job] = deque()
         self._news = threading.Condition()
@@ -101,27 +102,29 @@ class Engine:
                     self._news.wait()
 
     def _turn(self, longest: float = math.inf) -> bool:
-        """Begin with the oldest request whose prompt has no more tokens than that, if there is room for it, and give
-        every running answer a token; whether there is more to do.
+        """Begin with the oldest request whose prompt has no more tokens than that, and with those that are read with
+        it, and give every running answer a token; whether there is more to do.
         """
-        job = self._take(longest)
-        if job:
-            self._begin(job)
+        jobs = self._take(longest)
+        if jobs:
+            self._start(jobs)
         begun = time.monotonic()
         for batch in list(self._batches):
             self._step(batch)
         self._step_seconds = time.monotonic() - begun
-        return job is not None or bool(self._batches)
+        return bool(jobs) or bool(self._batches)
 
-    def _take(self, longest: float) -> Job | None:
+    def _take(self, longest: float) -> list[Job]:
+        if not self._waiting:
+            return []
+        running = len(self._reading) + sum(len(batch.rows) for batch in self._batches)
+        held = sum(batch.cache.nbytes for batch in self._batches) + sum(map(self._admission.bytes_of, self._reading))
         with self._news:
             self._drop_late()
-            if self._reading + sum(len(batch.rows) for batch in self._batches) < self.max_batch:
-                for job in self._waiting:
-                    if len(job.prompt) <= longest:
-                        self._waiting.remove(job)
-                        return job
-        return None
+            chosen = self._admission.choose(self._waiting, running, held, longest)
+            for job in chosen:
+                self._waiting.remove(job)
+        return chosen
 
     def _drop_late(self) -> None:
         """Drop requests that nobody waits for any more."""
@@ -130,35 +133,53 @@ class Engine:
                 self._waiting.remove(job)
                 job.give_up(reason, "while it waited for its turn")
 
-    def _begin(self, job: Job) -> None:
-        """Read a prompt and let its answer decode with the others."""
+    def _start(self, jobs: list[Job]) -> None:
         try:
-            self.metrics.started(time.monotonic() - job.arrived)
-            batch = self._read(job)
+            for job in jobs:
+                self.metrics.started(time.monotonic() - job.arrived)
+        except Exception as error:  # noqa: BLE001 - told to the callers, and written down
+            self._fail(jobs, error)
+        else:
+            self._begin(jobs)
+
+    def _begin(self, jobs: list[Job]) -> None:
+        """Read prompts and let their answers decode with the others."""
+        batch = None
+        try:
+            batch = self._read(jobs)
+            batch.tell()
             self._finish(batch.leave())
             if batch.rows:
                 self._add(batch)
-        except GivenUpError as reason:
-            job.give_up(str(reason), "while its prompt was read")
-            self.metrics.failed(1)
-        except Exception as error:  # noqa: BLE001 - told to the caller, and written down
-            self._fail([job], error)
+        except GivenUpError:
+            for job in jobs:
+                job.give_up(job.given_up or "cancelled", "while its prompt was read")
+            self.metrics.failed(len(jobs))
+        except Exception as error:  # noqa: BLE001 - told to the callers, and written down
+            if batch is None and len(jobs) > 1:  # of which one may be at fault
+                for job in jobs:
+                    self._begin([job])
+            else:
+                self._fail(jobs, error)
 
-    def _read(self, job: Job) -> Batch:
+    def _read(self, jobs: list[Job]) -> Batch:
         # Between two layers others have their turns, and prompts that are read within the time of one layer begin.
-        short = len(job.prompt) / len(self.model.get_decoder().layers)
-        self._reading += 1
+        short = max(len(job.prompt) for job in jobs) / len(self.model.get_decoder().layers)
+        self._reading += jobs
         try:
-            with Pauses(job, lambda: self._turn(short), self._step_seconds).between_layers(self.model):
-                drawing, cache = begin(self.model, job.prompt, max_new_tokens=job.limit, **job.sampling.options())
+            with Pauses(jobs, lambda: self._turn(short), self._step_seconds).between_layers(self.model):
+                asked, bias = [job.asked for job in jobs], jobs[0].sampling.sparsity_bias
+                drawings, token_B1, cache = begin(self.model, asked, bias)
         finally:
-            self._reading -= 1
-        stops = (*job.stops, *(setting(self.model, {}, "stop_strings") or ()))
-        row = Row(job, drawing, TextCutter(self.tokenizer, stops), eos_ids(self.model))
-        row.take(int(drawing.ids_1S[0, -1]))
-        report = route_report(self.model, cache)[0]
-        row.details = {"msr": report.msr, "esr": report.esr_all, "backend": report.backend}
-        return Batch(self.model, row, cache)
+            self._reading = [job for job in self._reading if job not in jobs]
+        own, ends = setting(self.model, {}, "stop_strings") or (), eos_ids(self.model)
+        rows = [
+            Row(job, drawing, TextCutter(self.tokenizer, (*job.stops, *own)), ends)
+            for job, drawing in zip(jobs, drawings, strict=True)
+        ]
+        for row, report in zip(rows, route_report(self.model, cache), strict=True):
+            row.details = {"msr": report.msr, "esr": report.esr_all, "backend": report.backend}
+        return Batch(self.model, rows, token_B1, cache)
 
     def _add(self, batch: Batch) -> None:
         others = next((other for other in self._batches if other.takes(batch)), None)
