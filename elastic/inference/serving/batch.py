@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.route_record import route_of
-from elastic.inference.decode_graph import DecodeGraph, can_graph
+from elastic.inference.decode_graph import RowGraphs, can_graph
 from elastic.inference.serving.rows import Row
 from elastic.inference.stepwise import draw_each
 from elastic.model.loading import architecture
@@ -27,13 +27,15 @@ class Batch:
 
     def __init__(self, model: CausalLM, rows: list[Row], token_B1: Tensor, cache: ElasticCache) -> None:
         self.rows, self.token_B1, self.cache = rows, token_B1, cache
-        self._decode, self._device = DecodeGraph(model, cache), model.device
+        self._decode, self._device = RowGraphs(model, cache), model.device
         self._graphed = can_graph(model, architecture(model)["head_dim"])
 
     def takes(self, other: "Batch") -> bool:
         """Whether the rows of another batch may join. A seeded answer decodes alone: it must repeat to the bit, and how
         sums are rounded depends on the number of rows. RoPE of two factors rotates a batch by those of its longest row.
         """
+        if not self.rows:
+            return True
         alike = route_of(self.cache).rotation == route_of(other.cache).rotation
         return alike and all(row.job.sampling.seed is None for row in self.rows + other.rows)
 
@@ -60,11 +62,10 @@ class Batch:
             row.take(token)
 
     def leave(self) -> list[Row]:
-        """Let the rows that are done go; returns them."""
+        """Let the rows that are done go; returns them. A batch that is left by all takes in any other."""
         kept = [at for at, row in enumerate(self.rows) if row.reason is None]
-        if 0 < len(kept) < len(self.rows):
-            self.cache.batch_select_indices(torch.tensor(kept))
-            self.token_B1 = self.token_B1[kept]
         done = [row for row in self.rows if row.reason is not None]
-        self.rows = [self.rows[at] for at in kept]
+        if done:
+            self.cache.keep(kept)
+            self.rows, self.token_B1 = [self.rows[at] for at in kept], self.token_B1[kept]
         return done

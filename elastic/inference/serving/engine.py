@@ -109,19 +109,24 @@ class Engine:
         if jobs:
             self._start(jobs)
         begun = time.monotonic()
-        for batch in list(self._batches):
+        running = self._running
+        for batch in running:
             self._step(batch)
         self._step_seconds = time.monotonic() - begun
-        return bool(jobs) or bool(self._batches)
+        return bool(jobs or running)
+
+    @property
+    def _running(self) -> list[Batch]:
+        return [batch for batch in self._batches if batch.rows]
 
     def _take(self, longest: float) -> list[Job]:
         if not self._waiting:
             return []
-        running = len(self._reading) + sum(len(batch.rows) for batch in self._batches)
-        held = sum(batch.cache.nbytes for batch in self._batches) + sum(map(self._admission.bytes_of, self._reading))
+        rows = [row for batch in self._batches for row in batch.rows]
+        held = sum(row.held for row in rows) + sum(map(self._admission.bytes_of, self._reading))
         with self._news:
             self._drop_late()
-            chosen = self._admission.choose(self._waiting, running, held, longest)
+            chosen = self._admission.choose(self._waiting, len(rows) + len(self._reading), held, longest)
             for job in chosen:
                 self._waiting.remove(job)
         return chosen
@@ -178,15 +183,21 @@ class Engine:
             for job, drawing in zip(jobs, drawings, strict=True)
         ]
         for row, report in zip(rows, route_report(self.model, cache), strict=True):
+            row.held = report.kv_bytes_held
             row.details = {"msr": report.msr, "esr": report.esr_all, "backend": report.backend}
         return Batch(self.model, rows, token_B1, cache)
 
     def _add(self, batch: Batch) -> None:
-        others = next((other for other in self._batches if other.takes(batch)), None)
-        if others is None:
+        others = [other for other in self._batches if other.takes(batch)]
+        if not others:
             self._batches.append(batch)
-        else:
-            others.join(batch)
+            return
+        chosen = max(others, key=lambda other: len(other.rows))  # one that is empty comes last
+        try:
+            chosen.join(batch)
+        except Exception as error:
+            self._drop(chosen, error)  # some of its layers may have moved
+            raise
 
     def _step(self, batch: Batch) -> None:
         """One more token for the rows of a batch; whatever goes wrong, their callers hear of it."""
@@ -195,9 +206,18 @@ class Engine:
             batch.step()
             self._finish(batch.leave())
         except Exception as error:  # noqa: BLE001 - told to the callers, and written down
-            jobs, batch.rows = [row.job for row in batch.rows], []
-            self._fail(jobs, error)
-        if not batch.rows:
+            self._drop(batch, error)
+        self._forget_idle()
+
+    def _drop(self, batch: Batch, error: Exception) -> None:
+        """Give up a batch that has failed."""
+        self._batches.remove(batch)
+        self._fail([row.job for row in batch.rows], error)
+
+    def _forget_idle(self) -> None:
+        """Of the batches that all rows have left, keep one: its storage, and the graphs over it, are for the next."""
+        idle = [batch for batch in self._batches if not batch.rows]
+        for batch in idle[1:]:
             self._batches.remove(batch)
 
     def _finish(self, rows: list[Row]) -> None:
