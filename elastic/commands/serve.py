@@ -33,7 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--api-key", nargs="+", metavar="KEY", help=keys)
     hosts = "names that clients may call this server by, * for any (default: loopback names and --host)"
     parser.add_argument("--allowed-hosts", nargs="+", metavar="NAME", help=hosts)
-    parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="answered at a time (default 8)")
+    places = "answered at a time, fewer where memory does not hold them (default 64)"
+    parser.add_argument("--max-batch", type=int, default=64, metavar="N", help=places)
     parser.add_argument("--max-queue", type=int, default=64, metavar="N", help="waiting requests (default 64)")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default 512)")
     parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="of a request (default 300)")
