@@ -20,9 +20,11 @@ from typing import Any
 NAME = "model"
 _STARTING, _ANSWERING = 600.0, 300.0  # seconds at most
 _WORDS = (
-    "the night watch wrote down every ship that passed lighthouse and of its captains crews cargo harbour winter "
-    "storms letters maps tides rope bread salt silver copper wool timber north south east west river island bell"
-).split()
+    "the", "night", "watch", "wrote", "down", "every", "ship", "that", "passed", "lighthouse", "and", "of",
+    "its", "captains", "crews", "cargo", "harbour", "winter", "storms", "letters", "maps", "tides", "rope",
+    "bread", "salt", "silver", "copper", "wool", "timber", "north", "south", "east", "west", "river", "island",
+    "bell",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -42,13 +42,13 @@ class Drawing:
 
     Attributes:
         ids_1S: int64; the prompt and the answer so far, which the processors read.
-        processors: what transformers does to logits [1, V] under the settings of the call and of the model.
+        processors: a list, what transformers does to logits [1, V] under the settings of the call and of the model.
         do_sample: draw at random; else the largest.
         generator: random numbers of a seeded answer; None: those of torch.
     """
 
     ids_1S: Tensor
-    processors: Callable[[Tensor, Tensor], Tensor]
+    processors: Any
     do_sample: bool
     generator: torch.Generator | None
 
@@ -125,9 +125,7 @@ def _called(model: CausalLM, ids: Tensor, mask: Tensor, method: Callable[..., An
     return inner(ids, attention_mask=mask, custom_generate=method, stop_strings=None, **options)
 
 
-def _prepared(
-    model: Any, input_ids: Tensor, logits_processor: Any, generation_config: Any, **inputs: Any
-) -> Drawing:
+def _prepared(model: Any, input_ids: Tensor, logits_processor: Any, generation_config: Any, **inputs: Any) -> Drawing:
     """A decoding method that makes nothing: how transformers would draw the tokens."""
     return Drawing(input_ids, logits_processor, generation_config.do_sample, None)
 

@@ -93,7 +93,7 @@ def test_clients_send_no_more_when_the_time_is_up(monkeypatch):
 
 
 def test_a_refused_request_ends_the_run(model):
-    with server.serving(model) as address, pytest.raises(RequestFailedError, match="status 404: .*is not served here"):
+    with server.serving(model) as address, pytest.raises(RequestFailedError, match=r"status 404: .*not served here"):
         run_load(port_of(address), Load(2, 4, 60.0, (1, 2), (1, 2), 0))
 
 

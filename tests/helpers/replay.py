@@ -1,5 +1,5 @@
-"""CUDA graphs on the CPU: the operations of a capture, run again over the same tensors. What a graph would miss, such as
-a tensor that was exchanged for another one, a replay here misses too.
+"""CUDA graphs on the CPU: the operations of a capture, run again over the same tensors. What a graph would miss, such
+as a tensor that was exchanged for another one, a replay here misses too.
 """
 
 from contextlib import contextmanager, nullcontext

@@ -78,7 +78,7 @@ class Admission:
 def free_bytes(device: torch.device) -> int:
     """Memory of a device that nothing uses."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return int(torch.cuda.mem_get_info(device)[0])
     told = Path("/proc/meminfo")
     if told.exists():
         return int(told.read_text().partition("MemAvailable:")[2].split()[0]) * 1024

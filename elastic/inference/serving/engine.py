@@ -68,8 +68,8 @@ class Engine:
         """Requests in the queue, without those that nobody waits for any more."""
         return sum(job.given_up is None for job in tuple(self._waiting))
 
-    def submit(self, job: Job) -> None:
-        """Queue a request.
+    def submit(self, *jobs: Job) -> None:
+        """Queue a request: all of its jobs, or none.
 
         Raises:
             QueueFullError: too many wait already, or the server is shutting down.
@@ -78,9 +78,12 @@ class Engine:
             if self._closing:
                 raise QueueFullError("the server is shutting down")
             self._drop_late()
-            if len(self._waiting) >= self.max_queue:
-                raise QueueFullError(f"{len(self._waiting)} requests are waiting, the most this server lets wait")
-            self._waiting.append(job)
+            if len(self._waiting) + len(jobs) > self.max_queue:
+                more = f", and {len(jobs)} more came at once" if len(jobs) > 1 else ""
+                raise QueueFullError(
+                    f"{len(self._waiting)} requests are waiting{more}; this server lets {self.max_queue} wait"
+                )
+            self._waiting.extend(jobs)
             self._news.notify()
 
     def close(self, seconds: float) -> bool:
