@@ -1,4 +1,4 @@
-"""Rows of a cache behind tensors that stay where they are, so that a CUDA graph of a decode step outlives the rows.
+"""Rows of a cache, told by tensors that keep their place, so that a CUDA graph of a decode step outlives the rows.
 
 Legend: L layers, B samples, K KV heads.
 """

@@ -125,14 +125,16 @@ def _called(model: CausalLM, ids: Tensor, mask: Tensor, method: Callable[..., An
     return inner(ids, attention_mask=mask, custom_generate=method, stop_strings=None, **options)
 
 
-def _prepared(model: Any, input_ids: Tensor, logits_processor: Any, generation_config: Any, **inputs: Any) -> Drawing:
+def _prepared(*call: Any, logits_processor: Any, generation_config: Any, **inputs: Any) -> Drawing:
     """A decoding method that makes nothing: how transformers would draw the tokens."""
-    return Drawing(input_ids, logits_processor, generation_config.do_sample, None)
+    _, ids = call  # after the model
+    return Drawing(ids, logits_processor, generation_config.do_sample, None)
 
 
-def _read(model: Any, input_ids: Tensor, logits_processor: Any, generation_config: Any, **inputs: Any) -> Tensor:
+def _read(model: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
     """A decoding method that reads the prompts and makes no token: the logits [B, V] that follow them."""
-    del inputs["stopping_criteria"]  # whoever asks for tokens decides when they are enough
+    for name in ("logits_processor", "stopping_criteria", "generation_config"):
+        del inputs[name]  # whoever asks for tokens draws them, and decides when they are enough
     found = model(**model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **inputs))
     logits: Tensor = found.logits[:, -1]
     return logits
