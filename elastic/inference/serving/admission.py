@@ -31,7 +31,7 @@ class Admission:
     def __init__(self, model: CausalLM, max_batch: int, room: int | None = None) -> None:
         shape = architecture(model)
         heads = shape["num_layers"] * shape["num_kv_heads"]
-        self.bytes_per_token = 2 * heads * shape["head_dim"] * model.dtype.itemsize
+        self.bytes_per_token: int = 2 * heads * shape["head_dim"] * model.dtype.itemsize
         self.max_batch, self.room = max_batch, free_bytes(model.device) // 2 if room is None else room
         self._switches = switch_lengths(model.config)
 
