@@ -47,6 +47,11 @@ def add_record_options(parser: argparse.ArgumentParser, tag: str) -> None:
     """Time to spend, and where the records go."""
     parser.add_argument("--budget-ms", type=float, default=400.0, metavar="MS",
                         help="time for 3 to 50 repeats of one contestant on one case (default 400)")  # fmt: skip
+    add_output_options(parser, tag)
+
+
+def add_output_options(parser: argparse.ArgumentParser, tag: str) -> None:
+    """Where the records go; `tag` is the default name of their file."""
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default runs/bench")
     parser.add_argument("--tag", default=tag, metavar="NAME", help=f"name of the files (default {tag})")
     parser.add_argument("--commit", metavar="HASH", help="commit to state where git is not at hand")

@@ -68,8 +68,9 @@ def remarks(found: Sequence[Measurement]) -> list[str]:
 
 
 def terminal(found: Sequence[Measurement]) -> str:
-    """Timings and remarks as plain text."""
-    return "\n".join([table(*cells(found)), "", *remarks(found)])
+    """Timings, if there are any, and remarks as plain text."""
+    header, rows = cells(found)
+    return "\n".join([*([table(header, rows), ""] if rows else []), *remarks(found)])
 
 
 def markdown(runs: Mapping[str, list[Measurement]], pictures: Sequence[str] = (), pages: Sequence[str] = ()) -> str:

@@ -30,6 +30,7 @@ from elastic.cache.route_record import (
     find_record,
     new_record,
     removed_tokens,
+    route_of,
     same_override,
 )
 from elastic.cache.sliding_layer import SlidingLayer
@@ -199,6 +200,11 @@ class ElasticCache(Cache):
         self._lengthen(1)
         self.counts = [count + 1 for count in self.counts]
 
+    def count_step(self) -> None:
+        """Count a step that was made over a `Frame` of all samples."""
+        self.count_B += 1
+        self.advance()
+
     def _lengthen(self, tokens: int) -> None:
         for layer in self.routed:
             layer.seen += tokens
@@ -266,6 +272,22 @@ class ElasticCache(Cache):
             return
         self.settle()
         self._resize(chosen, [self.routed[0].held().capacity[b] for b in chosen])
+        self._follow(chosen)
+
+    def keep(self, samples: list[int]) -> None:
+        """Let all others go, without moving anything: what they held is for those that join next. None may be left,
+        and samples that join such a cache are the first again.
+
+        Args:
+            samples: in ascending order.
+        """
+        self.settle()
+        for layer in self.routed:
+            layer.pool = layer.held().view(samples)
+        self._forget_rows()
+        self._follow(samples)
+
+    def _follow(self, chosen: list[int]) -> None:
         index = upload(chosen, self.count_B.device)
         self.begin_B, self.count_B, self.pooled_B = self.begin_B[index], self.count_B[index], self.pooled_B[index]
         self.counts = [self.counts[b] for b in chosen]
@@ -296,6 +318,8 @@ class ElasticCache(Cache):
             raise ValueError("caches join once each has read a prompt under the same sparse settings")
         self.settle()
         other.settle()
+        if not self.counts:
+            route_of(self).rotation = route_of(other).rotation
         counts, count_B = self.counts + other.counts, torch.cat([self.count_B, other.count_B])
         begin_B = max(counts) - count_B
         mine, theirs = find_record(self), find_record(other)

@@ -8,7 +8,7 @@ Legend: B samples, K KV heads, S tokens, D head dim, R rows of the pool, p posit
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -73,12 +73,13 @@ class KVPool:
     """Keys and values of one layer.
 
     Attributes:
-        keys, values: [R, D].
+        keys, values: [R, D]; room for more rows than are used.
         base_BK: int64; first row of every head.
         ring_BK: bool; heads that keep sink + window only.
         ring: the same on the host.
         capacity: by sample, tokens that a head without a ring can hold.
         sparse: sizes of the streaming pattern.
+        used: rows from the first to the last that is used; samples that have left make gaps.
     """
 
     keys: Tensor
@@ -88,6 +89,7 @@ class KVPool:
     ring: list[list[bool]]
     capacity: list[int]
     sparse: SparseConfig
+    used: int
 
     @classmethod
     def build(
@@ -115,29 +117,57 @@ class KVPool:
         position = position_in(slot, count_B[sample], ring_BK[head], sparse).clamp_min(0)
         index = (sample, head % kv_heads, (begin_B[sample] + position).clamp_max(k_BKSD.shape[2] - 1))
         shape = (len(ring), kv_heads)
-        return cls(k_BKSD[index], v_BKSD[index], base.view(shape), ring_BK.view(shape), ring, capacity, sparse)
+        return cls(
+            k_BKSD[index], v_BKSD[index], base.view(shape), ring_BK.view(shape), ring, capacity, sparse, sum(sizes)
+        )
 
     def rebuilt(self, samples: list[int], capacity: list[int]) -> "KVPool":
         """A pool of these samples of this one (repeats allowed), with other capacities by sample."""
         ring = [self.ring[b] for b in samples]
         old = [min(self._size(b, k), self._size_at(capacity[i], r)) for i, b in enumerate(samples)
                for k, r in enumerate(self.ring[b])]  # fmt: skip
-        device = self.keys.device
-        head, slot, base = _rows(_sizes(ring, capacity, self.sparse), device)
+        device, sizes = self.keys.device, _sizes(ring, capacity, self.sparse)
+        head, slot, base = _rows(sizes, device)
         chosen = upload(samples, device)
         start = self.base_BK[chosen].flatten()
         source = start[head] + slot.minimum(upload(old, device)[head] - 1)
         shape = (len(samples), self.base_BK.shape[1])
         return KVPool(
-            self.keys[source], self.values[source], base.view(shape), self.ring_BK[chosen], ring, capacity, self.sparse
-        )
+            self.keys[source], self.values[source], base.view(shape), self.ring_BK[chosen], ring, capacity, self.sparse,
+            sum(sizes),
+        )  # fmt: skip
+
+    def view(self, samples: list[int]) -> "KVPool":
+        """These samples over the same rows; a repeated one is the same one again, not a copy."""
+        chosen = upload(samples, self.keys.device)
+        return replace(
+            self, base_BK=self.base_BK[chosen], ring_BK=self.ring_BK[chosen], ring=[self.ring[b] for b in samples],
+            capacity=[self.capacity[b] for b in samples],
+        )  # fmt: skip
 
     def joined(self, other: "KVPool") -> "KVPool":
-        """The samples of this pool, then those of another one."""
-        base = torch.cat([self.base_BK, other.base_BK + self.keys.shape[0]])
-        keys, values = torch.cat([self.keys, other.keys]), torch.cat([self.values, other.values])
-        ring_BK, ring = torch.cat([self.ring_BK, other.ring_BK]), self.ring + other.ring
-        return KVPool(keys, values, base, ring_BK, ring, self.capacity + other.capacity, self.sparse)
+        """The samples of this pool, then those of another one, in this pool's rows as long as there is room."""
+        mine = self if self.used + other.used <= self.keys.shape[0] else self._closed_up(other.used)
+        for rows, theirs in ((mine.keys, other.keys), (mine.values, other.values)):
+            rows[mine.used : mine.used + other.used] = theirs[: other.used]
+        return replace(
+            mine, base_BK=torch.cat([mine.base_BK, other.base_BK + mine.used]),
+            ring_BK=torch.cat([mine.ring_BK, other.ring_BK]), ring=mine.ring + other.ring,
+            capacity=mine.capacity + other.capacity, used=mine.used + other.used,
+        )  # fmt: skip
+
+    def _closed_up(self, more: int) -> "KVPool":
+        """Without gaps, and with room for so many rows more: in the same storage, or in a larger one."""
+        dense, held = self.rebuilt(list(range(len(self.ring))), self.capacity), self.keys.shape[0]
+        room = held if dense.used + more <= held else max(dense.used + more, held + held // 2)
+        keys, values = (rows if room == held else rows.new_empty(room, rows.shape[1]) for rows in self.rows)
+        keys[: dense.used], values[: dense.used] = dense.rows
+        return replace(dense, keys=keys, values=values)
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Keys and values."""
+        return self.keys, self.values
 
     def append(self, rows_BK: Tensor, k_BK1D: Tensor, v_BK1D: Tensor) -> None:
         """Write one token per head into its row, in place."""

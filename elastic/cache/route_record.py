@@ -259,10 +259,15 @@ def find_record(cache: KVCache | None) -> RouteRecord | None:
     return getattr(cache, _RECORD, None)
 
 
+def keep_record(cache: KVCache, record: RouteRecord) -> None:
+    """Let a cache hold a record."""
+    setattr(cache, _RECORD, record)
+
+
 def new_record(cache: KVCache) -> RouteRecord:
     """Give the cache an empty record, which follows what happens to the cache."""
     record = RouteRecord()
-    setattr(cache, _RECORD, record)
+    keep_record(cache, record)
     if not getattr(cache, "keeps_its_record", False):
         for name in _FOLLOWED:
             if hasattr(cache, name) and not isinstance(getattr(cache, name), _Followed):

@@ -13,7 +13,9 @@ from elastic.console import Parser, say
 BENCHMARKS = {
     **{name: name for name in ("attention", "backward", "decode", "e2e", "paged", "router")},
     "routing": "studies.routing",
-    **{name: name for name in ("selection", "training", "xattention")},
+    "selection": "selection",
+    "serve": "serving",
+    **{name: name for name in ("training", "xattention")},
 }
 
 

@@ -40,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--allowed-hosts", nargs="+", metavar="NAME", help=hosts)
     pieces = "read prompts in pieces of so many tokens, which needs less memory (default: in one pass)"
     parser.add_argument("--prefill-chunk-size", type=int, metavar="N", help=pieces)
-    parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="answered at a time (default 8)")
+    places = "answered at a time, fewer where memory does not hold them (default 64)"
+    parser.add_argument("--max-batch", type=int, default=64, metavar="N", help=places)
     parser.add_argument("--max-queue", type=int, default=64, metavar="N", help="waiting requests (default 64)")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default 512)")
     parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="of a request (default 300)")

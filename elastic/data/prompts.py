@@ -102,13 +102,16 @@ def encode(
     return encode_prompt([dict(message) for message in item], tokenizer, sanitize, tools=tools, kwargs=kwargs)
 
 
-def encode_messages(messages: Sequence[Message], tokenizer: Tokenizer, sanitize: bool = False) -> EncodedPrompt:
-    """A conversation in the tokenizer's chat template, ready for the answer; `sanitize` as in `encode_prompt`.
+def encode_messages(
+    messages: Sequence[Message], tokenizer: Tokenizer, sanitize: bool = False, kwargs: Mapping[str, Any] | None = None
+) -> EncodedPrompt:
+    """A conversation in the tokenizer's chat template, ready for the answer; `sanitize` as in `encode_prompt`, `kwargs`
+    as in `render`.
 
     Raises:
         ValueError: a message without text, or a tokenizer without a template.
     """
-    return encode(list(messages), tokenizer, chat_template=True, sanitize=sanitize)
+    return encode(list(messages), tokenizer, chat_template=True, kwargs=kwargs, sanitize=sanitize)
 
 
 def encode_prompt(

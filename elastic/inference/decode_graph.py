@@ -13,6 +13,8 @@ from torch import Tensor
 
 from elastic.attention.routed import backend_for
 from elastic.cache.elastic_cache import ElasticCache
+from elastic.cache.frame import Frame
+from elastic.cache.kv_pool import upload
 from elastic.cache.route_record import route_of
 from elastic.config import SparseConfig
 from elastic.model.attach import elastic_config, is_reading
@@ -67,6 +69,50 @@ class DecodeGraph:
         self.token_B1, self.graph = token_B1.clone(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits_B1V = self.run(self.token_B1)
+
+
+class RowGraphs:
+    """Runs decode steps of a cache whose samples come and go, as graphs that outlive them: one for each number of rows,
+    rounded up to a power of two, in which the first row fills those that are missing.
+
+    Args:
+        model: as for `DecodeGraph`.
+        cache: filled by a prompt.
+    """
+
+    def __init__(self, model: CausalLM, cache: ElasticCache) -> None:
+        self.model, self.cache = model, cache
+        self._graphs: dict[int, tuple[Frame, DecodeGraph]] = {}
+        self._shown, self._rows = -1, torch.zeros(0)  # at which version of the cache, and which rows
+
+    @torch.no_grad()
+    def step(self, token_B1: Tensor) -> Tensor:
+        """Append a token [B, 1] and return the logits [B, 1, V] that follow it; the next step overwrites them."""
+        self.cache.settle()
+        if self.cache.steps_left < 1:
+            return self.run(token_B1)  # grows the storage
+        graph = self._graph(token_B1.shape[0])
+        logits_B1V = graph.step(token_B1[self._rows])
+        self.cache.count_step()
+        return logits_B1V[: token_B1.shape[0]]
+
+    def run(self, token_B1: Tensor) -> Tensor:
+        """The same step, launched operation by operation, on any device."""
+        return DecodeGraph(self.model, self.cache).run(token_B1)
+
+    def _graph(self, rows: int) -> DecodeGraph:
+        """The graph for so many rows, which shows those of the cache."""
+        cache, size = self.cache, 1 << (rows - 1).bit_length()
+        shown = [*range(rows), *[0] * (size - rows)]
+        if self._shown != cache.version:
+            self._graphs = {n: pair for n, pair in self._graphs.items() if pair[0].shares(cache)}
+            if size in self._graphs:
+                self._graphs[size][0].show(cache, shown)
+            else:
+                frame = Frame(cache, shown)
+                self._graphs[size] = frame, DecodeGraph(self.model, frame)
+            self._shown, self._rows = cache.version, upload(shown, cache.count_B.device)
+        return self._graphs[size][1]
 
 
 class _Graphed:

@@ -1,21 +1,39 @@
-"""One answer token by token, with the numbers of `model.generate`, so that answers may begin and end while others run.
+"""Answers token by token, with the numbers of `model.generate`, so that they may begin and end while others run.
 
-Legend: S tokens, V vocabulary.
+Prompts that are read in one pass are its left-padded rows, each with its own routes.
+Legend: B rows, S tokens, V vocabulary.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from elastic.cache.elastic_cache import ElasticCache
-from elastic.data.prompts import EncodedPrompt, padded_spans
+from elastic.data.prompts import EncodedPrompt, left_pad, padded_spans
 from elastic.inference.generate import new_cache
 from elastic.model.attach import biased, user_wrote
 from elastic.model.generation import judge, setting
 from elastic.protocols import CausalLM
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An answer that is asked for.
+
+    Attributes:
+        prompt: in tokens.
+        max_new_tokens: of the answer; the cache has room for as many.
+        seed: of the answer's own random numbers, which are those after `torch.manual_seed(seed)`.
+        options: of `model.generate`.
+    """
+
+    prompt: EncodedPrompt
+    max_new_tokens: int
+    seed: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -23,16 +41,21 @@ class Drawing:
     """How the tokens of one answer are drawn.
 
     Attributes:
-        ids_1S: int64; the prompt and the answer so far.
-        processors: what transformers does to logits [1, V] under the settings of the call and of the model.
+        ids_1S: int64; the prompt and the answer so far, which the processors read.
+        processors: a list, what transformers does to logits [1, V] under the settings of the call and of the model.
         do_sample: draw at random; else the largest.
         generator: random numbers of a seeded answer; None: those of torch.
     """
 
     ids_1S: Tensor
-    processors: Callable[[Tensor, Tensor], Tensor]
+    processors: Any
     do_sample: bool
     generator: torch.Generator | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the next token is that of the largest logit, whatever came before."""
+        return not self.do_sample and not self.processors
 
     def draw(self, logits_1V: Tensor) -> Tensor:
         """The next token, int64 [1, 1]."""
@@ -45,50 +68,85 @@ class Drawing:
         return token
 
 
+def draw_each(drawings: Sequence[Drawing], logits_BV: Tensor) -> Tensor:
+    """The next token of every row, int64 [B, 1]; those of plain rows at once."""
+    token_B1 = logits_BV.argmax(-1, keepdim=True)
+    for at, drawing in enumerate(drawings):
+        if not drawing.plain:
+            token_B1[at] = drawing.draw(logits_BV[at : at + 1])[0]
+    return token_B1
+
+
 def begin(
     model: CausalLM,
-    prompt: EncodedPrompt,
-    *,
-    max_new_tokens: int,
-    seed: int | None = None,
+    asked: Sequence[Asked],
     sparsity_bias: float | None = None,
-    **options: Any,
-) -> tuple[Drawing, ElasticCache]:
-    """Read a prompt and draw the answer's first token.
+    prefill_chunk_size: int | None = None,
+) -> tuple[list[Drawing], Tensor, ElasticCache]:
+    """Read prompts together and draw the first token of each answer.
 
     Args:
-        max_new_tokens: of the answer; the cache has room for as many.
-        seed: of the answer's own random numbers, which are those after `torch.manual_seed(seed)`.
-        sparsity_bias: for this prompt instead of the configuration's.
-        **options: of `model.generate`.
+        sparsity_bias: for these prompts instead of the configuration's.
+        prefill_chunk_size: tokens that are read at a time; None: as the model's generation config says.
+
+    Returns:
+        How the tokens of each answer are drawn, the first ones, int64 [B, 1], and the cache of all rows.
 
     Raises:
-        ValueError: settings, also the model's own, under which tokens are not made one by one.
+        ValueError: settings, also the model's own, under which tokens are not made one by one; several prompts of which
+            one is longer than a piece.
     """
+    drawings = [_drawing(model, one) for one in asked]
+    prompts, room = [one.prompt for one in asked], max(one.max_new_tokens for one in asked)
+    ids, mask = left_pad([prompt.ids for prompt in prompts], _ANY, model.device)
+    cache = new_cache(model, room)
+    pieces = {} if prefill_chunk_size is None else {"prefill_chunk_size": prefill_chunk_size}
+    judge(model, pieces)
+    piece, longest = setting(model, pieces, "prefill_chunk_size"), max(len(prompt.ids) for prompt in prompts)
+    if piece is not None and len(asked) > 1 and longest > piece:
+        raise ValueError(
+            f"prompts of up to {longest} tokens are not read together in pieces of {piece}: which tokens of one are in "
+            "the last piece would depend on the others; read each alone"
+        )
+    with biased(model, sparsity_bias), user_wrote(model, padded_spans(prompts, torch.device("cpu"))):
+        logits = _called(model, ids, mask, _read, past_key_values=cache, max_new_tokens=room, **pieces)
+    return drawings, draw_each(drawings, logits), cache
+
+
+_ANY = 0  # a token in the place of padding, which nothing reads
+
+
+def _drawing(model: CausalLM, asked: Asked) -> Drawing:
+    options = dict(asked.options)
     judge(model, options)
     if (setting(model, options, "num_beams") or 1) != 1:
         raise ValueError("the generation config asks for beams, which are not made token by token; set num_beams=1")
-    ids, cache = torch.tensor([prompt.ids], device=model.device), new_cache(model, max_new_tokens)
-    prepare = cast(Any, model.generate).inner  # `generate` refuses foreign decoding methods; this one keeps the routes
-    with biased(model, sparsity_bias), user_wrote(model, padded_spans([prompt], torch.device("cpu"))):
-        drawing, logits = prepare(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=max_new_tokens,
-            custom_generate=_read, stop_strings=None, **options,
-        )  # fmt: skip
-    if seed is not None:
-        drawing.generator = torch.Generator(model.device).manual_seed(seed)
-    drawing.draw(logits)
-    return drawing, cache
+    ids = torch.tensor([asked.prompt.ids], device=model.device)
+    drawing: Drawing = _called(
+        model, ids, torch.ones_like(ids), _prepared, max_new_tokens=asked.max_new_tokens, **options
+    )
+    if asked.seed is not None:
+        drawing.generator = torch.Generator(model.device).manual_seed(asked.seed)
+    return drawing
 
 
-def _read(
-    model: Any, input_ids: Tensor, logits_processor: Any, generation_config: Any, **inputs: Any
-) -> tuple[Drawing, Tensor]:
-    """A decoding method of transformers, called with all that its own are: reads the prompt and makes no token.
-
-    Returns:
-        How tokens are drawn, and the logits [1, V] of the first.
+def _called(model: CausalLM, ids: Tensor, mask: Tensor, method: Callable[..., Any], **options: Any) -> Any:
+    """What a decoding method of this file returns when transformers' `generate` calls it; an attached model's own
+    refuses foreign methods, but these keep the routes.
     """
-    del inputs["stopping_criteria"]  # whoever asks for tokens decides when they are enough
-    found = model._prefill(input_ids, generation_config, inputs)
-    return Drawing(input_ids, logits_processor, generation_config.do_sample, None), found.logits[:, -1]
+    inner = cast(Any, model.generate).inner
+    return inner(ids, attention_mask=mask, custom_generate=method, stop_strings=None, **options)
+
+
+def _prepared(*call: Any, logits_processor: Any, generation_config: Any, **inputs: Any) -> Drawing:
+    """A decoding method that makes nothing: how transformers would draw the tokens."""
+    _, ids = call  # after the model
+    return Drawing(ids, logits_processor, generation_config.do_sample, None)
+
+
+def _read(model: Any, input_ids: Tensor, generation_config: Any, **inputs: Any) -> Tensor:
+    """A decoding method that reads the prompts and makes no token: the logits [B, V] that follow them."""
+    for name in ("logits_processor", "stopping_criteria"):
+        del inputs[name]  # whoever asks for tokens draws them, and decides when they are enough
+    logits: Tensor = model._prefill(input_ids, generation_config, inputs).logits[:, -1]
+    return logits

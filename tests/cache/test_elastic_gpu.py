@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from elastic.cache import decode_attention
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
-from elastic.inference.decode_graph import DecodeGraph, graphed
+from elastic.inference.decode_graph import DecodeGraph, RowGraphs, graphed
 from elastic.model.attach import attach, elastic_config, override_routes, route_of, set_config
 from elastic.model.compiling import compile_layers
 from tests.helpers.models import LAYERS, left_padded, random_ids, tiny_model, varied_routers
@@ -84,13 +84,13 @@ def test_a_graph_follows_rows_that_join_and_leave():
     model = gpu_model()
     prompts, fed = [random_ids(1, length, length).cuda() for length in (500, 90, 300)], random_ids(3, 60).cuda()
 
-    def logits(stepped):
+    def logits(steps, stepped):
         """[2 + 3 + 2 rows' steps, V]: two rows, then three, then two again, 15 steps each."""
         caches = [new_cache(model, step=8) for _ in prompts]
         for ids, one in zip(prompts, caches, strict=True):
             model(ids, past_key_values=one, use_cache=True)
         cache, found = caches[0], []
-        take = getattr(DecodeGraph(model, cache), stepped)
+        take = getattr(steps(model, cache), stepped)
         for turn, rows in enumerate(([0, 1], [0, 1, 2], [0, 2])):
             if turn < 2:
                 cache.join(caches[turn + 1])
@@ -99,8 +99,10 @@ def test_a_graph_follows_rows_that_join_and_leave():
             found += [take(fed[rows, at : at + 1])[:, -1].float().clone() for at in range(15 * turn, 15 * turn + 15)]
         return torch.cat(found)
 
-    expected = logits("run")
-    assert expected.isfinite().all() and torch.equal(logits("step"), expected)
+    expected = logits(DecodeGraph, "run")
+    assert expected.isfinite().all() and torch.equal(logits(DecodeGraph, "step"), expected)
+    found = logits(RowGraphs, "step")  # three rows run as four, whose sums may be rounded otherwise
+    assert (found - expected).norm() < 0.02 * expected.norm()
 
 
 def test_generate_over_a_graph_equals_generate_without():

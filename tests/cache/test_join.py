@@ -116,3 +116,23 @@ def test_caches_that_do_not_belong_together_are_refused():
     varied_routers(attach(other, small_config(window=8)))
     with pytest.raises(ValueError, match="same sparse settings"):
         filled.join(Alone(other, random_ids(1, 20)).cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_who_joins_a_cache_that_all_have_left_decodes_as_alone(family):
+    model = routed(family)
+    (first, second, third), (_, *expected) = read(model)
+    cache = first.cache
+    step(model, cache, [first])
+    cache.keep([])
+    for joining in (second, third):
+        cache.join(joining.cache)
+    for _ in range(9):
+        step(model, cache, [second, third])
+        for one in expected:
+            one.step()
+    cache.keep([1])
+    step(model, cache, [third])
+    expected[1].step()
+    compare([second, third], expected)

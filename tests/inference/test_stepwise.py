@@ -8,7 +8,7 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 from elastic.data.prompts import encode_messages
 from elastic.inference.decode_graph import DecodeGraph
 from elastic.inference.generate import generate, route_report
-from elastic.inference.stepwise import begin
+from elastic.inference.stepwise import Asked, begin, draw_each
 from tests.helpers.models import varied_routers
 from tests.helpers.server import tiny_model
 
@@ -35,15 +35,17 @@ def routed():
     return model, tokenizer
 
 
-def stepwise(routed, **options):
+def stepwise(routed, *texts, seed=None, sparsity_bias=None, **options):
+    """Tokens and report of the answer to each text, all read in one pass; of one text, not in a list."""
     model, tokenizer = routed
-    prompt = encode_messages([{"role": "user", "content": PROMPT}], tokenizer)
-    drawing, cache = begin(model, prompt, max_new_tokens=STEPS, **options)
-    report = route_report(model, cache)[0]
+    prompts = [encode_messages([{"role": "user", "content": text}], tokenizer) for text in texts or [PROMPT]]
+    drawings, token, cache = begin(model, [Asked(p, STEPS, seed, options) for p in prompts], sparsity_bias)
+    reports, tokens = route_report(model, cache), [token]
     for _ in range(STEPS - 1):
         with torch.no_grad():
-            drawing.draw(DecodeGraph(model, cache).run(drawing.ids_1S[:, -1:])[:, -1])
-    return drawing.ids_1S[0, len(prompt) :].tolist(), report
+            tokens.append(draw_each(drawings, DecodeGraph(model, cache).run(tokens[-1])[:, -1]))
+    found = list(zip(torch.cat(tokens, 1).tolist(), reports, strict=True))
+    return found if texts else found[0]
 
 
 @pytest.mark.parametrize("name", ASKED)
@@ -61,6 +63,30 @@ def test_its_answers_are_those_of_generate(routed, name):
     if name not in ("greedy", "looked up", "in pieces"):
         torch.manual_seed(11)
         assert generate(*routed, PROMPT, max_new_tokens=STEPS, **asked)[0].token_ids != usual  # the setting matters
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_prompts_that_are_read_together_are_answered_as_each_alone(routed, name):
+    own, asked = ASKED[name]
+    if name == "in pieces":  # all of them in the first
+        own = {"prefill_chunk_size": 200}
+    if asked:
+        asked = {**asked, "do_sample": False}  # what is drawn at random follows the order of the rows
+    for setting, value in own.items():
+        setattr(routed[0].generation_config, setting, value)
+    texts = [f"{'f1 f3 ' * n} {PROMPT}" for n in (0, 9, 2, 40)]
+    for bias in (None, -1e4, 1e4):
+        for text, (found, report) in zip(texts, stepwise(routed, *texts, sparsity_bias=bias, **asked), strict=True):
+            expected = generate(*routed, text, max_new_tokens=STEPS, sparsity_bias=bias, **asked)[0]
+            assert found[: len(expected.token_ids)] == expected.token_ids
+            assert report.route == expected.report.route and report.prompt_tokens == expected.report.prompt_tokens
+
+
+def test_prompts_of_several_pieces_are_not_read_together(routed):
+    """Which of a prompt's tokens attend in full would depend on the others."""
+    routed[0].generation_config.prefill_chunk_size = 8
+    with pytest.raises(ValueError, match=r"prompts of up to \d+ tokens are not read together in pieces of 8"):
+        stepwise(routed, PROMPT, "find k1")
 
 
 def test_seeds_leave_torchs_random_numbers_alone(routed):

@@ -20,6 +20,7 @@ BODY = {
     "messages": [{"role": "system", "content": "f1"}, {"role": "user", "content": [{"type": "text", "text": "f2"}]}],
     "max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "seed": 7, "stop": ["x", "yy"], "stream": False, "n": 1,
     "stream_options": {"include_usage": True}, "sparsity_bias": 0.25, "user": "me", "metadata": {"a": "b"},
+    "chat_template_kwargs": {"enable_thinking": True},
 }  # fmt: skip
 
 
@@ -31,10 +32,11 @@ class Queue:
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.job = model, tokenizer, None
 
-    def submit(self, job):
-        self.job = job
-        job.say("text", "v1")
-        job.say("end", "stop", msr=0.5)
+    def submit(self, *jobs):
+        self.job = jobs[0]
+        for job in jobs:
+            job.say("text", "v1")
+            job.say("end", "stop", msr=0.5)
 
 
 @pytest.fixture(scope="module")

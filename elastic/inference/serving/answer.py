@@ -18,23 +18,24 @@ from elastic.inference.serving.protocol import ChatRequest, Envelope
 from elastic.inference.serving.reading import PromptReader
 
 _T = TypeVar("_T")
+News = tuple[int, Event]  # and of which choice
 
 
 class Answer:
     """One request in the engine; `ask` makes it.
 
     Args:
-        job: in the engine.
-        events: news of the job.
+        jobs: in the engine, one for each choice.
+        events: news of the jobs, each with the number of its choice.
         body: what was asked.
         model_name: served name.
         metrics: told when the first text comes.
     """
 
     def __init__(
-        self, job: Job, events: "asyncio.Queue[Event]", body: ChatRequest, model_name: str, metrics: Metrics
+        self, jobs: list[Job], events: "asyncio.Queue[News]", body: ChatRequest, model_name: str, metrics: Metrics
     ) -> None:
-        self.job, self.events, self.body, self.metrics = job, events, body, metrics
+        self.jobs, self.events, self.body, self.metrics = jobs, events, body, metrics
         self.envelope = Envelope(model_name)
 
     @classmethod
@@ -60,7 +61,7 @@ class Answer:
             raise RefusedError(
                 400, f"{wanted} new tokens were asked for; this server makes {limits.max_new_tokens}", "max_tokens"
             )
-        prompt = await reader.read([message.plain() for message in body.messages])
+        prompt = await reader.read([message.plain() for message in body.messages], body.chat_template_kwargs)
         room = reader.room_after(len(prompt))
         if body.limit and wanted > room:
             raise RefusedError(
@@ -69,59 +70,83 @@ class Answer:
                 f"most {len(prompt) + room}; shorten the messages, or set max_tokens to {room} or less",
                 "max_tokens",
             )
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        job = Job(prompt, min(wanted, room), body.sampling, body.stops, deadline, _teller(events))
+        events: asyncio.Queue[News] = asyncio.Queue()
+        jobs = [
+            Job(prompt, min(wanted, room), sampling, body.stops, deadline, _teller(events, choice))
+            for choice, sampling in enumerate(body.samplings)
+        ]
         try:
-            engine.submit(job)
+            engine.submit(*jobs)
         except QueueFullError as error:
             raise RefusedError(429, f"{error}; try again later") from error
-        return cls(job, events, body, model_name, metrics)
+        return cls(jobs, events, body, model_name, metrics)
 
     @property
     def usage(self) -> dict[str, int]:
-        """Tokens read and written."""
-        prompt, new = len(self.job.prompt), self.job.new_tokens
+        """Tokens read, once for all choices, and written."""
+        prompt, new = len(self.jobs[0].prompt), sum(job.new_tokens for job in self.jobs)
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
-    async def next_event(self) -> Event:
-        """The next news, or `RefusedError` for an error or when the time is up."""
+    async def next_event(self) -> News:
+        """The next news, or `RefusedError` for an error of any choice or when the time is up."""
         try:
-            event = await asyncio.wait_for(self.events.get(), self.job.deadline + 1 - time.monotonic())
+            choice, event = await asyncio.wait_for(self.events.get(), self.jobs[0].deadline + 1 - time.monotonic())
+            if event.kind == "error":
+                raise RefusedError(event.details["status"], event.text)
+            return choice, event
         except TimeoutError:
-            self.job.cancelled.set()
+            self._leave()
             raise RefusedError(504, "the request timed out") from None
-        except asyncio.CancelledError:
-            self.job.cancelled.set()
+        except (asyncio.CancelledError, RefusedError):
+            self._leave()
             raise
-        if event.kind == "error":
-            raise RefusedError(event.details["status"], event.text)
-        return event
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
-        texts, event = [], await self.next_event()
-        self.metrics.first.observe(time.monotonic() - self.job.arrived)
-        while event.kind == "text":
-            texts.append(event.text)
-            event = await self.next_event()
-        return self.envelope.whole("".join(texts), event.text, self.usage, event.details)
+        texts: list[list[str]] = [[] for _ in self.jobs]
+        ends: dict[int, Event] = {}
+        choice, event = await self.next_event()
+        self.metrics.first.observe(time.monotonic() - self.jobs[0].arrived)
+        while True:
+            if event.kind == "text":
+                texts[choice].append(event.text)
+            else:
+                ends[choice] = event
+                if len(ends) == len(self.jobs):
+                    break
+            choice, event = await self.next_event()
+        choices = [("".join(parts), ends[number].text) for number, parts in enumerate(texts)]
+        return self.envelope.whole(choices, self.usage, event.details)  # routes are the prompt's, the same for all
 
-    async def stream(self, event: Event) -> AsyncIterator[str]:
-        """Server-sent events of the protocol, `elastic` with the routes in the last chunk of the text."""
-        self.metrics.first.observe(time.monotonic() - self.job.arrived)
+    async def stream(self, news: News) -> AsyncIterator[str]:
+        """Server-sent events of the protocol, `elastic` with the routes in the last chunk of each choice's text."""
+        self.metrics.first.observe(time.monotonic() - self.jobs[0].arrived)
+        begun, left = set[int](), len(self.jobs)
         try:
-            yield _sse(self.envelope.piece({"role": "assistant", "content": ""}))
-            while event.kind == "text":
-                yield _sse(self.envelope.piece({"content": event.text}))
-                event = await self.next_event()
-            yield _sse(self.envelope.piece({}, event.text, elastic=event.details))
+            while True:
+                choice, event = news
+                if choice not in begun:
+                    begun.add(choice)
+                    yield _sse(self.envelope.piece({"role": "assistant", "content": ""}, choice))
+                if event.kind == "text":
+                    yield _sse(self.envelope.piece({"content": event.text}, choice))
+                else:
+                    yield _sse(self.envelope.piece({}, choice, event.text, elastic=event.details))
+                    left -= 1
+                    if not left:
+                        break
+                news = await self.next_event()
             if self.body.stream_options and self.body.stream_options.include_usage:
                 yield _sse(self.envelope.usage(self.usage))
             yield "data: [DONE]\n\n"
         except RefusedError as error:
             yield _sse(error.body())
         finally:
-            self.job.cancelled.set()  # the client went away, or all is said
+            self._leave()  # the client went away, or all is said
+
+    def _leave(self) -> None:
+        for job in self.jobs:
+            job.cancelled.set()
 
 
 async def while_listening(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
@@ -148,13 +173,13 @@ async def _left(request: Request) -> None:
         pass
 
 
-def _teller(events: "asyncio.Queue[Event]") -> Callable[[Event], None]:
-    """Puts events into a queue of this loop from another thread; a loop that has ended no longer listens."""
+def _teller(events: "asyncio.Queue[News]", choice: int) -> Callable[[Event], None]:
+    """Puts events of a choice into a queue of this loop from another thread; one that has ended no longer listens."""
     loop = asyncio.get_running_loop()
 
     def tell(event: Event) -> None:
         with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(events.put_nowait, event)
+            loop.call_soon_threadsafe(events.put_nowait, (choice, event))
 
     return tell
 

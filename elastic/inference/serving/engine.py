@@ -10,6 +10,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from elastic.inference.generate import eos_ids, route_report
+from elastic.inference.serving.admission import Admission
 from elastic.inference.serving.batch import Batch
 from elastic.inference.serving.jobs import Job, QueueFullError
 from elastic.inference.serving.pauses import GivenUpError, Pauses
@@ -30,7 +31,7 @@ class Engine:
 
     Args:
         model, tokenizer: as `elastic.load` returns them.
-        max_batch: requests that are answered at a time.
+        max_batch: requests that are answered at a time, fewer where memory does not hold them.
         max_queue: requests that may wait; one more is refused.
         metrics: told about waiting, running and finished requests.
         prefill_chunk_size: tokens of a prompt that are read at a time; None: as the model's generation config says.
@@ -43,11 +44,11 @@ class Engine:
         for name, value in (("max_batch", max_batch), ("max_queue", max_queue)):
             if value < 1:
                 raise ValueError(f"{name}={value} is below 1; the server must take at least one request")
-        self._reads = {} if prefill_chunk_size is None else {"prefill_chunk_size": prefill_chunk_size}
-        self.model, self.tokenizer, self.metrics = model, tokenizer, metrics
-        self.max_batch, self.max_queue = max_batch, max_queue
+        self.model, self.tokenizer, self.metrics, self._piece = model, tokenizer, metrics, prefill_chunk_size
+        piece = prefill_chunk_size or setting(model, {}, "prefill_chunk_size")
+        self.max_queue, self._admission = max_queue, Admission(model, max_batch, piece=piece)
         self._batches: list[Batch] = []
-        self._reading = 0  # prompts; one is read within a pause of another
+        self._reading: list[Job] = []  # whose prompts are; some within a pause of others
         self._step_seconds = 0.0  # of the last token of all running answers
         self._waiting: deque[Job] = deque()
         self._news = threading.Condition()
@@ -70,8 +71,8 @@ class Engine:
         """Requests in the queue, without those that nobody waits for any more."""
         return sum(job.given_up is None for job in tuple(self._waiting))
 
-    def submit(self, job: Job) -> None:
-        """Queue a request.
+    def submit(self, *jobs: Job) -> None:
+        """Queue a request: all of its jobs, or none.
 
         Raises:
             QueueFullError: too many wait already, or the server is shutting down.
@@ -80,9 +81,12 @@ class Engine:
             if self._closing:
                 raise QueueFullError("the server is shutting down")
             self._drop_late()
-            if len(self._waiting) >= self.max_queue:
-                raise QueueFullError(f"{len(self._waiting)} requests are waiting, the most this server lets wait")
-            self._waiting.append(job)
+            if len(self._waiting) + len(jobs) > self.max_queue:
+                more = f", and {len(jobs)} more came at once" if len(jobs) > 1 else ""
+                raise QueueFullError(
+                    f"{len(self._waiting)} requests are waiting{more}; this server lets {self.max_queue} wait"
+                )
+            self._waiting.extend(jobs)
             self._news.notify()
 
     def close(self, seconds: float) -> bool:
@@ -104,27 +108,34 @@ class Engine:
                     self._news.wait()
 
     def _turn(self, longest: float = math.inf) -> bool:
-        """Begin with the oldest request whose prompt has no more tokens than that, if there is room for it, and give
-        every running answer a token; whether there is more to do.
+        """Begin with the oldest request whose prompt has no more tokens than that, and with those that are read with
+        it, and give every running answer a token; whether there is more to do.
         """
-        job = self._take(longest)
-        if job:
-            self._begin(job)
+        jobs = self._take(longest)
+        if jobs:
+            self._start(jobs)
         begun = time.monotonic()
-        for batch in list(self._batches):
+        running = self._running
+        for batch in running:
             self._step(batch)
         self._step_seconds = time.monotonic() - begun
-        return job is not None or bool(self._batches)
+        return bool(jobs or running)
 
-    def _take(self, longest: float) -> Job | None:
+    @property
+    def _running(self) -> list[Batch]:
+        return [batch for batch in self._batches if batch.rows]
+
+    def _take(self, longest: float) -> list[Job]:
+        if not self._waiting:
+            return []
+        rows = [row for batch in self._batches for row in batch.rows]
+        held = sum(row.held for row in rows) + sum(map(self._admission.bytes_of, self._reading))
         with self._news:
             self._drop_late()
-            if self._reading + sum(len(batch.rows) for batch in self._batches) < self.max_batch:
-                for job in self._waiting:
-                    if len(job.prompt) <= longest:
-                        self._waiting.remove(job)
-                        return job
-        return None
+            chosen = self._admission.choose(self._waiting, len(rows) + len(self._reading), held, longest)
+            for job in chosen:
+                self._waiting.remove(job)
+        return chosen
 
     def _drop_late(self) -> None:
         """Drop requests that nobody waits for any more."""
@@ -133,43 +144,66 @@ class Engine:
                 self._waiting.remove(job)
                 job.give_up(reason, "while it waited for its turn")
 
-    def _begin(self, job: Job) -> None:
-        """Read a prompt and let its answer decode with the others."""
+    def _start(self, jobs: list[Job]) -> None:
         try:
-            self.metrics.started(time.monotonic() - job.arrived)
-            batch = self._read(job)
+            for job in jobs:
+                self.metrics.started(time.monotonic() - job.arrived)
+        except Exception as error:  # noqa: BLE001 - told to the callers, and written down
+            self._fail(jobs, error)
+        else:
+            self._begin(jobs)
+
+    def _begin(self, jobs: list[Job]) -> None:
+        """Read prompts and let their answers decode with the others."""
+        batch = None
+        try:
+            batch = self._read(jobs)
+            batch.tell()
             self._finish(batch.leave())
             if batch.rows:
                 self._add(batch)
-        except GivenUpError as reason:
-            job.give_up(str(reason), "while its prompt was read")
-            self.metrics.failed(1)
-        except Exception as error:  # noqa: BLE001 - told to the caller, and written down
-            self._fail([job], error)
+        except GivenUpError:
+            for job in jobs:
+                job.give_up(job.given_up or "cancelled", "while its prompt was read")
+            self.metrics.failed(len(jobs))
+        except Exception as error:  # noqa: BLE001 - told to the callers, and written down
+            if batch is None and len(jobs) > 1:  # of which one may be at fault
+                for job in jobs:
+                    self._begin([job])
+            else:
+                self._fail(jobs, error)
 
-    def _read(self, job: Job) -> Batch:
+    def _read(self, jobs: list[Job]) -> Batch:
         # Between two layers others have their turns, and prompts that are read within the time of one layer begin.
-        short = len(job.prompt) / len(self.model.get_decoder().layers)
-        self._reading += 1
+        short = max(len(job.prompt) for job in jobs) / len(self.model.get_decoder().layers)
+        self._reading += jobs
         try:
-            with Pauses(job, lambda: self._turn(short), self._step_seconds).between_layers(self.model):
-                how = {**self._reads, **job.sampling.options()}
-                drawing, cache = begin(self.model, job.prompt, max_new_tokens=job.limit, **how)
+            with Pauses(jobs, lambda: self._turn(short), self._step_seconds).between_layers(self.model):
+                asked, bias = [job.asked for job in jobs], jobs[0].sampling.sparsity_bias
+                drawings, token_B1, cache = begin(self.model, asked, bias, self._piece)
         finally:
-            self._reading -= 1
-        stops = (*job.stops, *(setting(self.model, {}, "stop_strings") or ()))
-        row = Row(job, drawing, TextCutter(self.tokenizer, stops), eos_ids(self.model))
-        row.take(int(drawing.ids_1S[0, -1]))
-        report = route_report(self.model, cache)[0]
-        row.details = {"msr": report.msr, "esr": report.esr_all, "backend": report.backend}
-        return Batch(self.model, row, cache)
+            self._reading = [job for job in self._reading if job not in jobs]
+        own, ends = setting(self.model, {}, "stop_strings") or (), eos_ids(self.model)
+        rows = [
+            Row(job, drawing, TextCutter(self.tokenizer, (*job.stops, *own)), ends)
+            for job, drawing in zip(jobs, drawings, strict=True)
+        ]
+        for row, report in zip(rows, route_report(self.model, cache), strict=True):
+            row.held = report.kv_bytes_held
+            row.details = {"msr": report.msr, "esr": report.esr_all, "backend": report.backend}
+        return Batch(self.model, rows, token_B1, cache)
 
     def _add(self, batch: Batch) -> None:
-        others = next((other for other in self._batches if other.takes(batch)), None)
-        if others is None:
+        others = [other for other in self._batches if other.takes(batch)]
+        if not others:
             self._batches.append(batch)
-        else:
-            others.join(batch)
+            return
+        chosen = max(others, key=lambda other: len(other.rows))  # one that is empty comes last
+        try:
+            chosen.join(batch)
+        except Exception as error:
+            self._drop(chosen, error)  # some of its layers may have moved
+            raise
 
     def _step(self, batch: Batch) -> None:
         """One more token for the rows of a batch; whatever goes wrong, their callers hear of it."""
@@ -178,9 +212,18 @@ class Engine:
             batch.step()
             self._finish(batch.leave())
         except Exception as error:  # noqa: BLE001 - told to the callers, and written down
-            jobs, batch.rows = [row.job for row in batch.rows], []
-            self._fail(jobs, error)
-        if not batch.rows:
+            self._drop(batch, error)
+        self._forget_idle()
+
+    def _drop(self, batch: Batch, error: Exception) -> None:
+        """Give up a batch that has failed."""
+        self._batches.remove(batch)
+        self._fail([row.job for row in batch.rows], error)
+
+    def _forget_idle(self) -> None:
+        """Of the batches that all rows have left, keep one: its storage, and the graphs over it, are for the next."""
+        idle = [batch for batch in self._batches if not batch.rows]
+        for batch in idle[1:]:
             self._batches.remove(batch)
 
     def _finish(self, rows: list[Row]) -> None:

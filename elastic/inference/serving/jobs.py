@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from elastic.data.prompts import EncodedPrompt
+from elastic.inference.stepwise import Asked
 
 _log = logging.getLogger(__name__)
 
@@ -21,8 +22,8 @@ class Sampling(NamedTuple):
     sparsity_bias: float | None = None
 
     def options(self) -> dict[str, Any]:
-        """Options of `elastic.inference.stepwise.begin`."""
-        options = {"do_sample": self.temperature > 0, "seed": self.seed, "sparsity_bias": self.sparsity_bias}
+        """Options of `model.generate`."""
+        options: dict[str, Any] = {"do_sample": self.temperature > 0}
         if self.temperature > 0:
             options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return options
@@ -64,6 +65,11 @@ class Job:
     arrived: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
     ended: bool = False
+
+    @property
+    def asked(self) -> Asked:
+        """As it is begun."""
+        return Asked(self.prompt, self.limit, self.sampling.seed, self.sampling.options())
 
     @property
     def given_up(self) -> str | None:

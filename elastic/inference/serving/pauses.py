@@ -1,7 +1,7 @@
-"""Pauses in the reading of a prompt, which is one pass through all layers: between two of them others have a turn."""
+"""Pauses in the reading of prompts, which is one pass through all layers: between two of them others have a turn."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context
 from typing import Any
@@ -13,20 +13,20 @@ _PATIENCE = 8  # turns that others wait before the first pause, so that a short 
 
 
 class GivenUpError(Exception):
-    """Nobody waits for the prompt that is being read; its text says why."""
+    """Nobody waits for any of the prompts that are being read."""
 
 
 class Pauses:
-    """Shares the time of the model between a prompt that is being read and everything else, half and half.
+    """Shares the time of the model between prompts that are being read and everything else, half and half.
 
     Args:
-        job: whose prompt is read.
+        jobs: whose prompts are read.
         turn: lets others have a turn; whether there was anything to do.
         turn_seconds: how long one takes, as far as known.
     """
 
-    def __init__(self, job: Job, turn: Callable[[], bool], turn_seconds: float) -> None:
-        self.job, self.turn = job, turn
+    def __init__(self, jobs: Sequence[Job], turn: Callable[[], bool], turn_seconds: float) -> None:
+        self.jobs, self.turn = jobs, turn
         self._resumed, self._longest_turn, self._pausing = time.monotonic(), turn_seconds, False
         self._due = self._resumed + _PATIENCE * turn_seconds
 
@@ -43,8 +43,8 @@ class Pauses:
     def _pause(self, *_: Any) -> None:
         if self._pausing:  # a pass of those who have their turn
             return
-        if reason := self.job.given_up:
-            raise GivenUpError(reason)
+        if all(job.given_up for job in self.jobs):
+            raise GivenUpError
         now = time.monotonic()
         if now < self._due:
             return

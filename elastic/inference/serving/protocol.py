@@ -5,6 +5,7 @@ What a client may send but this server cannot do is refused by name, never ignor
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -14,13 +15,13 @@ from elastic.inference.serving.jobs import Sampling
 _INT64 = 2**63 - 1  # seeds of torch; no answer has as many tokens either
 _MOST_STOPS, _LONGEST_STOP = 16, 256  # texts, characters: every token is compared with all of them
 _MOST_MESSAGES = 2048
+_MOST_CHOICES = 16  # each is an answer of its own in the engine
 _MOST_KEYS = 64  # of a JSON object; every unknown one would be an error of its own
 _LONGEST_ERROR = 400  # characters; errors quote what was given
 _COLDEST = 1e-5  # as vLLM's: logits divided by less leave the range of floats, and nothing but the first is drawn
 _LARGEST_BIAS = 1e6  # far beyond every logit of a router
 # Values under which a setting that is not served changes nothing. A null is a setting left out, everywhere.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
@@ -127,6 +128,7 @@ class ChatRequest(_Object):
     max_completion_tokens: int | None = Field(default=None, ge=1, le=_INT64)
     temperature: float = Field(default=1.0, ge=0.0, le=2.0, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, allow_inf_nan=False)
+    n: int = Field(default=1, ge=1, le=_MOST_CHOICES)
     seed: int | None = Field(default=None, ge=-_INT64 - 1, le=_INT64)
     stop: Annotated[list[Stop] | None, BeforeValidator(_texts), Field(max_length=_MOST_STOPS)] = None
     stream: bool = False
@@ -135,6 +137,7 @@ class ChatRequest(_Object):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = Field(default=None, max_length=_MOST_KEYS)
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, max_length=_MOST_KEYS)
     sparsity_bias: float | None = Field(default=None, ge=-_LARGEST_BIAS, le=_LARGEST_BIAS, allow_inf_nan=False)
 
     @property
@@ -143,6 +146,15 @@ class ChatRequest(_Object):
         if self.temperature < _COLDEST:
             return Sampling(sparsity_bias=self.sparsity_bias)
         return Sampling(self.temperature, self.top_p, self.seed, self.sparsity_bias)
+
+    @property
+    def samplings(self) -> list[Sampling]:
+        """`sampling` of each of the `n` choices; of a seeded request, under seeds that count up."""
+        of_first, seed = self.sampling, self.sampling.seed
+        if seed is None:
+            return [of_first] * self.n
+        wrapped = ((seed + choice + _INT64 + 1) % (2 * _INT64 + 2) - _INT64 - 1 for choice in range(self.n))
+        return [of_first._replace(seed=one) for one in wrapped]
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -165,14 +177,19 @@ class Envelope:
     def __init__(self, model: str) -> None:
         self.id, self.created, self.model = f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model
 
-    def whole(self, text: str, reason: str, usage: dict[str, int], elastic: dict[str, Any]) -> dict[str, Any]:
-        """The answer in one piece; `elastic` holds what the routers decided."""
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
-        return {**self._head("chat.completion"), "choices": [choice], "usage": usage, "elastic": elastic}
+    def whole(
+        self, choices: Sequence[tuple[str, str]], usage: dict[str, int], elastic: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The answer in one piece: text and finish reason of each choice; `elastic` holds what the routers decided."""
+        told = [
+            {"index": index, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
+            for index, (text, reason) in enumerate(choices)
+        ]
+        return {**self._head("chat.completion"), "choices": told, "usage": usage, "elastic": elastic}
 
-    def piece(self, delta: dict[str, str], reason: str | None = None, **more: Any) -> dict[str, Any]:
-        """One chunk of a stream."""
-        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+    def piece(self, delta: dict[str, str], index: int, reason: str | None = None, **more: Any) -> dict[str, Any]:
+        """One chunk of a stream, of the choice with this index."""
+        choice = {"index": index, "delta": delta, "finish_reason": reason}
         return {**self._head("chat.completion.chunk"), "choices": [choice], **more}
 
     def usage(self, usage: dict[str, int]) -> dict[str, Any]:

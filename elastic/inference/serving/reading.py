@@ -1,8 +1,9 @@
 """Messages to tokens, beside the event loop: one thread reads prompts; what cannot fit is refused before."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from elastic.data.context_length import context_length
 from elastic.data.prompts import EncodedPrompt, Message, encode_messages
@@ -30,8 +31,11 @@ class PromptReader:
         self._thread = ThreadPoolExecutor(1, "elastic-reader")
         self._waiting = 0
 
-    async def read(self, messages: Sequence[Message]) -> EncodedPrompt:
+    async def read(self, messages: Sequence[Message], kwargs: Mapping[str, Any] | None = None) -> EncodedPrompt:
         """The conversation in tokens, with room for one more.
+
+        Args:
+            kwargs: variables of the chat template, beside the tokenizer's own.
 
         Raises:
             RefusedError: an empty or too long conversation, one that UTF-8 cannot write or the chat template refuses,
@@ -49,7 +53,7 @@ class PromptReader:
             raise RefusedError(429, f"{self._waiting} prompts wait to be read; try again later")
         self._waiting += 1
         try:
-            prompt = await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, messages)
+            prompt = await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, messages, kwargs)
         finally:
             self._waiting -= 1
         if len(prompt) >= self.room:
@@ -72,8 +76,16 @@ class PromptReader:
         """Let the thread end."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _encode(self, messages: Sequence[Message]) -> EncodedPrompt:
+    def _encode(self, messages: Sequence[Message], kwargs: Mapping[str, Any] | None) -> EncodedPrompt:
         try:
-            return encode_messages(messages, self.tokenizer, self.sanitize)
+            return encode_messages(messages, self.tokenizer, self.sanitize, kwargs)
         except ValueError as error:
             raise RefusedError(400, str(error), "messages") from error
+        except Exception as error:
+            if not kwargs:
+                raise
+            raise RefusedError(
+                400,
+                f"the chat template fails with these variables: {type(error).__name__}: {error}; see what it knows",
+                "chat_template_kwargs",
+            ) from error

@@ -23,12 +23,14 @@ class Row:
     Attributes:
         reason: why no more tokens are needed; None while they are.
         details: what the end tells beside the reason.
+        held: bytes of its keys and values.
     """
 
     def __init__(self, job: Job, drawing: Drawing, cutter: TextCutter, ends: Collection[int]) -> None:
         self.job, self.drawing, self.cutter, self.ends = job, drawing, cutter, ends
         self.reason: str | None = None
         self.details: dict[str, Any] = {}
+        self.held = 0
 
     def take(self, token: int) -> None:
         """The next token."""
