@@ -11,7 +11,7 @@ COMMANDS = {
     "calibrate": "measure what each KV head is needed for, and write an order of the heads",
     "generate": "answer prompts with a routed model and show its routes",
     "serve": "serve a routed model over an OpenAI-compatible HTTP endpoint",
-    "eval": "compare dense, sparse, static, random and trained routing on RULER and LongBench",
+    "eval": "compare dense, sparse, static, random and trained routing on packed rows, RULER and LongBench",
     "demo": "what routing does, on this machine: ask, calibrate, fit routers, compare with dense, answer",
     "bench": "time the kernels on this GPU beside their competitors; show recorded timings",
     "doctor": "what this machine can run, with a self-check",
