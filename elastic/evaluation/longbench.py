@@ -1,12 +1,11 @@
 """LongBench-E and LongBench-v2: lm-evaluation-harness' tasks, corrected by the files in configs/eval, over the official
 files or the hub's.
 
-Official record of LongBench-E: input, context, answers, all_classes, length (words), _id; one file per set,
-`<set>_e.jsonl`. Of LongBench-v2: _id, difficulty, length, question, choice_A to choice_D, answer, context; one file,
-`data.json`.
+`longbench_rows` has the format of their rows.
 """
 
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -16,17 +15,17 @@ from typing import Any
 from elastic.data.file_rows import ENDINGS, ReadReport, read_rows
 from elastic.evaluation.benchmark import Found, Request, Routed, Share
 from elastic.evaluation.generated import PROTOCOL, generate
-from elastic.files import file_sha256, shipped
+from elastic.evaluation.longbench_rows import V2, document
+from elastic.files import file_sha256, shipped, text_sha256
 
 CONFIGS = shipped("configs") / "eval"
-E, V2 = "longbench_e", "longbench2"
+E = "longbench_e"
 SETS = (
     *("qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "gov_report", "multi_news", "trec", "triviaqa", "samsum"),
     *("passage_count", "passage_retrieval_en", "lcc", "repobench-p"),
 )
 TASKS = {E: tuple(f"longbench_{name}_e" for name in SETS), V2: (V2,)}
 HUB = {E: "Xnhyacinth/LongBench", V2: "THUDM/LongBench-v2"}
-BUCKETS = ((4000, "0-4k"), (8000, "4-8k"))  # in words; from the last bound on: 8k+
 V2_STEMS = ("data", "longbench_v2", "longbench2")
 PACKAGES = ("rouge",)  # of the metrics
 CORRECTIONS = {
@@ -170,16 +169,21 @@ def harness_task(task: str, docs: list[dict[str, Any]]) -> Any:
 
 
 def documents(task: str, data: Path | None, count: int | None, report: ReadReport) -> list[dict[str, Any]]:
-    """The first `count` documents of a task (None: all), checked; bad rows are named in the report.
+    """The first `count` documents of a task (None: all), checked; bad rows are named in the report, as is a row that is
+    there a second time. Rows that share their id alone are different documents.
 
     Raises:
         ValueError: no file of this task, one that cannot be read, or one without a usable row.
     """
     found: list[dict[str, Any]] = []
+    seen: dict[str, str] = {}
     hub = ((f"row {number}", row) for number, row in enumerate(_hub_rows(task) if data is None else (), 1))
     for where, row in hub if data is None else read_rows(_file(task, data), report):
         try:
-            found.append({"index": len(found), **_document(task, row)})
+            made = document(task, row)
+            if (first := seen.setdefault(text_sha256(json.dumps(made)), where)) != where:
+                raise ValueError(f"the same document as {first}")
+            found.append({"index": len(found), **made})
         except (KeyError, TypeError, ValueError) as error:
             report.bad.append(f"{where}: {f'no field {error}' if isinstance(error, KeyError) else error}")
         if count is not None and len(found) == count:
@@ -188,11 +192,6 @@ def documents(task: str, data: Path | None, count: int | None, report: ReadRepor
     if not found:
         raise ValueError(f"task {task} has no usable row; {report}")
     return found
-
-
-def bucket(words: int) -> str:
-    """LongBench-E's length bucket."""
-    return next((name for bound, name in BUCKETS if words < bound), "8k+")
 
 
 def _stems(task: str) -> tuple[str, ...]:
@@ -227,29 +226,3 @@ def _hub_rows(task: str) -> Any:
             f"cannot be had from the hub ({' '.join(name)}: {type(error).__name__}); name the folder of the official "
             "files with --data"
         ) from error
-
-
-def _document(task: str, row: Any) -> dict[str, Any]:
-    """What templates and metrics read of a row, its references, and the groups that scores are told by."""
-    if not isinstance(row, Mapping):
-        raise TypeError(f"a row is a {type(row).__name__}, expected an object")
-    made: dict[str, Any]
-    if task == V2:
-        texts = {name: row[name] for name in ("context", "question", *(f"choice_{c}" for c in "ABCD"), "answer")}
-        groups = [row["difficulty"], row["length"]]
-        if row["answer"] not in tuple("ABCD"):
-            raise ValueError(f"answer {row['answer']!r}; expected A, B, C or D")
-        made = {"references": [row["answer"]]}
-    else:
-        texts = {"context": row["context"], "question": row["input"] if "input" in row else row["question"]}
-        answers, length, classes = row["answers"], row["length"], row.get("all_classes") or []
-        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
-            raise TypeError(f"answers {answers!r}; expected a list of texts")
-        if not isinstance(length, int) or length < 0:
-            raise TypeError(f"length {length!r}; expected a number of words")
-        groups = [bucket(length)]
-        made = {"references": answers, "answers": answers, "all_classes": list(classes)}
-    for name, text in (*texts.items(), *((f"group {n}", group) for n, group in enumerate(groups, 1))):
-        if not isinstance(text, str):
-            raise TypeError(f"field {name!r} is a {type(text).__name__}, expected text")
-    return {**texts, **made, "id": str(row["_id"]), "groups": groups}
