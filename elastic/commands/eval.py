@@ -6,10 +6,10 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from elastic.commands.catalogue import COMMANDS
-from elastic.config import SparseConfig
+from elastic.config import RopeScaling, SparseConfig
 from elastic.console import Parser, complain, say
 from elastic.files import check_place
 from elastic.routing.methods import GRAMMAR, caveats, parse_methods
@@ -42,6 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--points", type=int, default=9, metavar="N", help="of a sweep (default 9)")
     backbone = "of all methods (default: that of the checkpoints among them, else smollm2-135m)"
     parser.add_argument("--backbone", metavar="NAME", help=backbone)
+    rope = "stretch the backbone's RoPE for lengths over its own, by length / its own: yarn, or ntk (dynamic NTK)"
+    parser.add_argument("--rope", choices=get_args(RopeScaling), help=rope)
     parser.add_argument("--out", type=Path, default=Path("runs/eval"), metavar="DIR", help="default runs/eval")
     parser.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="samples in a forward pass (default 16)"
@@ -120,6 +122,7 @@ def run(args: argparse.Namespace) -> None:
     tasks, samples = _tasks(args)
     template = common_template(methods if args.chat else [])
     plan = _plan(args, backbone, sparse, tasks, samples, template)
+    notes += _stretching(plan)
     notes += [f"No samples: {', '.join(missing)}"] if (missing := plan.missing()) else []
     for package in ("lm_eval", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.ERROR)  # their notes on things that are meant
@@ -132,6 +135,13 @@ def run(args: argparse.Namespace) -> None:
     if not processes.rank:
         _report(args, plan, rows, against, notes)
         say(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes.")
+
+
+def _stretching(plan: "EvaluationPlan") -> list[str]:
+    """What a table says of a backbone that reads more than its own length."""
+    lengths = (length for length in plan.lengths if plan.stretched(length) > 1)
+    told = ", ".join(f"{length} tokens by {plan.stretched(length):g}" for length in lengths)
+    return [f"Beyond the length of {plan.backbone}, its RoPE is stretched ({plan.rope}): {told}"] if told else []
 
 
 def _tasks(args: argparse.Namespace) -> tuple[list[tuple["Benchmark", str]], int | None]:
@@ -221,4 +231,5 @@ def _plan(
         sparse,
         args.seed,
         template,
+        args.rope,
     )

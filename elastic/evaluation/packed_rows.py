@@ -28,7 +28,7 @@ from elastic.model.logits import logit_head
 from elastic.routing.sparsity import esr, msr
 from elastic.training.evaluation_module import packed_hidden_states
 from elastic.training.metrics import score_answers
-from elastic.training.resume import check_data
+from elastic.training.resume import check_tokenizer
 
 SPLIT = "test"
 SETS = {"sensitive": SENSITIVE, "robust": ROBUST}
@@ -180,8 +180,12 @@ class PackedRows:
         """Scores of the answers, `batch_size` samples packed together; `prefill_seconds` are those of the batch's whole
         forward pass.
         """
-        check_data(self.rows.manifest, context_length(routed.model.config), routed.tokenizer, routed.backbone)
-        return [self._measured(routed, self.chosen(request), share) for request in requests]
+        check_tokenizer(self.rows.manifest, routed.tokenizer, routed.backbone)
+        chosen, limit = [self.chosen(request) for request in requests], context_length(routed.model.config)
+        longest = max(place.tokens for places in chosen for place in places)
+        if longest > limit:
+            raise ValueError(f"{self.name} has samples of {longest} tokens, but {routed.backbone} reads {limit} here")
+        return [self._measured(routed, places, share) for places in chosen]
 
     def _measured(self, routed: Routed, places: Sequence[Place], share: Share) -> Found:
         mine = share(range(len(places)))

@@ -13,13 +13,15 @@ import torch
 from tqdm import tqdm
 
 from elastic._version import __version__
-from elastic.config import ElasticConfig, SparseConfig
+from elastic.config import ElasticConfig, RopeScaling, SparseConfig
 from elastic.data.context_length import context_length
 from elastic.data.prompts import TEMPLATE, TEMPLATE_KWARGS, set_template_kwargs
 from elastic.evaluation.benchmark import Benchmark, Request, Routed
 from elastic.evaluation.like_with_like import trained
 from elastic.evaluation.scores import LOCK, row_of, sample_file, slug
 from elastic.files import alone, file_sha256, write_atomic
+from elastic.model.loading import longest_context
+from elastic.model.rope_scaling import stretch
 from elastic.protocols import CausalLM, Tokenizer
 from elastic.routing.methods import Method
 from elastic.training.launch import Processes
@@ -55,6 +57,7 @@ class EvaluationPlan:
         sparse: pattern of the methods without a checkpoint.
         seed: of the samples.
         template: what the chat template is told (`chat_template_kwargs`).
+        rope: how the backbone's RoPE is stretched for lengths beyond its own, by length / its own.
     """
 
     backbone: str
@@ -68,6 +71,7 @@ class EvaluationPlan:
     sparse: SparseConfig
     seed: int
     template: Mapping[str, Any] = field(default_factory=lambda: dict(TEMPLATE_KWARGS))
+    rope: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size"):
@@ -84,6 +88,12 @@ class EvaluationPlan:
             for benchmark, task in self.tasks
             for length in benchmark.lengths(task, self.lengths)
         ]
+
+    def stretched(self, length: int | None) -> float:
+        """By what the backbone's length is multiplied for prompts of this one."""
+        if self.rope is None or length is None:
+            return 1.0
+        return max(1.0, length / longest_context(self.backbone))
 
     def missing(self) -> list[str]:
         """Tasks that have no samples at some length, with these lengths; the means there are over the other tasks."""
@@ -124,19 +134,20 @@ def run(
     if len(names) < len(methods):
         raise ValueError(f"methods {', '.join(m.name for m in methods)} would share files; name each once")
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    loaded: tuple[str, CausalLM, Tokenizer] | None = None
+    loaded: tuple[tuple[str, float], CausalLM, Tokenizer] | None = None
     rows = []
     total, hidden = len(methods) * len(plan.cells()), processes.rank > 0
     with tqdm(total=total, desc="evaluation", unit="task", disable=hidden) as bar:
         for method in methods:
-            source = method.checkpoint or plan.backbone
             for cells in plan.batches():
+                factor = plan.stretched(cells[0].length)
+                source = method.checkpoint or plan.backbone, factor
                 files = [sample_file(out, method.name, cell.task, cell.length) for cell in cells]
                 origins = [_origin(plan, method, cell) for cell in cells]
                 samples = processes.agree(partial(_read_all, files, origins))
                 missing = [i for i, found in enumerate(samples) if found is None]
                 if missing and (loaded is None or loaded[0] != source):
-                    loaded = (source, *load_model(plan, method))
+                    loaded = (source, *load_model(plan, method, factor))
                 some = [cells[i] for i in missing]
                 made = _evaluate(plan, method, some, *loaded[1:], processes) if missing and loaded else []
                 for i, new in zip(missing, made, strict=True):
@@ -158,8 +169,8 @@ def _write(file: Path, origin: dict[str, Any], samples: list[dict[str, Any]], lo
         write_atomic(file, "".join(json.dumps(line) + "\n" for line in (origin, *samples)))
 
 
-def load_model(plan: EvaluationPlan, method: Method) -> tuple[CausalLM, Tokenizer]:
-    """The method's model, attached and in eval mode, and its tokenizer."""
+def load_model(plan: EvaluationPlan, method: Method, factor: float = 1.0) -> tuple[CausalLM, Tokenizer]:
+    """The method's model, attached and in eval mode, its length multiplied, and its tokenizer."""
     if method.checkpoint is not None:
         from elastic.inference.generate import load
 
@@ -170,6 +181,8 @@ def load_model(plan: EvaluationPlan, method: Method) -> tuple[CausalLM, Tokenize
 
         model, tokenizer = load_backbone(plan.backbone, dtype=plan.dtype, device=plan.device)
         model = attach(model, ElasticConfig(sparse=plan.sparse)).eval()
+    if plan.rope is not None:
+        stretch(model, plan.rope, factor)
     set_template_kwargs(tokenizer, plan.template)
     return model, tokenizer
 
@@ -235,6 +248,7 @@ def _origin(plan: EvaluationPlan, method: Method, cell: Cell) -> dict[str, Any]:
         "batch_size": plan.batch_size,
         "sparse": asdict(method.sparse(own)),
         **({RANDOM_SEED: method.seed} if method.kind == "random" else {}),
+        **({"rope": f"{plan.rope}:{factor:g}"} if (factor := plan.stretched(cell.length)) > 1 else {}),
         "checkpoint": _stamp(method),
         "documents": cell.benchmark.identity(cell.task),
         "protocol": [f"{cell.benchmark.name} {cell.benchmark.protocol}", *cell.benchmark.corrections],

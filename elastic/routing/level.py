@@ -93,8 +93,8 @@ class LevelRouter(Router):
         return torch.stack([torch.zeros_like(sparse_NK), sparse_NK], -1)
 
     def level(self, features_NF: Tensor) -> Tensor:
-        """MSR that the input is run at, [N]; outside [0, 1] every head is on one side. A length outside `USUAL` counts as
-        one at its edge: there the level was never fitted, and only caution may move it, towards full heads.
+        """MSR that the input is run at, [N]; outside [0, 1] every head is on one side. A length more than `USUAL` away
+        counts as one at that distance: where the level was never fitted only caution moves it, towards full heads.
         """
         z_NF = self._within_usual_length((features_NF - self.mean) * self.scale)
         budget = self.slope * (math.log(self.config.budget) - self.fitted_budget.log())
