@@ -79,7 +79,8 @@ class EvaluationPlan:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is below 1")
         if not self.cells():
-            raise ValueError("no lengths or no tasks; name at least one of each")
+            tasks, lengths = ", ".join(task for _, task in self.tasks), ", ".join(map(str, self.lengths))
+            raise ValueError(f"no samples of tasks {tasks or 'none'} at lengths {lengths or 'none'}; name others")
 
     def cells(self) -> list[Cell]:
         """Every task at every length that it has samples of, or once where its benchmark has no lengths."""

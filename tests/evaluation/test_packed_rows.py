@@ -1,6 +1,7 @@
 """The test rows of packed data in `elastic eval`: what `elastic test` finds, by task and length, resumed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,12 +112,13 @@ def test_lengths_are_those_that_sources_name_else_powers_of_two(tmp_path):
         ("own_qa", 1024): [1024],
         ("own_qa", 2048): [1025],
     }
-    with pytest.raises(ValueError, match="own_needle has no rows at --lengths 512, 4096; it has some at 1024, 2048"):
-        rows.lengths("own_needle", (512, 4096))
+    assert rows.lengths("own_needle", (512, 4096)) == ()
     asked, sparse = tuple((rows, task) for task in rows.tasks()), SparseConfig()
     plan = EvaluationPlan("tiny", "cpu", "float32", asked, (1024, 4096), 1, 1, False, sparse, 0)
     assert [cell.label for cell in plan.cells()] == ["own_needle@1024", "own_qa@1024"]
     assert plan.missing() == ["own_needle at 4096", "own_qa at 4096"]
+    with pytest.raises(ValueError, match="no samples of tasks own_needle, own_qa at lengths 4096; name others"):
+        replace(plan, lengths=(4096,))
 
 
 def test_few_samples_are_of_all_sources_and_sets_are_by_sensitivity(tmp_path):
