@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+RopeScaling = Literal["yarn", "ntk"]  # elastic.model.rope_scaling
 Mode = Literal["full", "streaming", "xattention", "moba", "nsa", "infllm", "flexprefill", "flashprefill"]
 CHOOSING: tuple[Mode, ...] = ("xattention", "moba", "nsa", "infllm", "flexprefill", "flashprefill")
 CHOOSING_IN_STEPS: tuple[Mode, ...] = ("nsa", "infllm")  # in decode steps too; the others attend in full there

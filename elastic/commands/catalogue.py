@@ -13,7 +13,7 @@ COMMANDS = {
     "serve": "serve a routed model over an OpenAI-compatible HTTP endpoint",
     "push": "publish the routers of a checkpoint, with a model card, on the Hugging Face Hub or in a folder",
     "pull": "fetch routers that somebody published, checked, into a folder",
-    "eval": "compare dense, sparse, static, random and trained routing on RULER and LongBench",
+    "eval": "compare dense, sparse, static, random and trained routing on packed rows, RULER and LongBench",
     "demo": "what routing does, on this machine: ask, calibrate, fit routers, compare with dense, answer",
     "bench": "time the kernels on this GPU beside their competitors; show recorded timings",
     "doctor": "what this machine can run, with a self-check",

@@ -1,4 +1,4 @@
-"""`elastic eval`: several methods on RULER and LongBench through lm-evaluation-harness, in one command that resumes."""
+"""`elastic eval`: several methods on the test rows of packed data, RULER and LongBench, in one command that resumes."""
 
 import argparse
 import importlib.util
@@ -6,10 +6,10 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from elastic.commands.catalogue import COMMANDS
-from elastic.config import SparseConfig
+from elastic.config import RopeScaling, SparseConfig
 from elastic.console import Parser, complain, say
 from elastic.files import check_place
 from elastic.routing.methods import GRAMMAR, caveats, parse_methods
@@ -22,24 +22,7 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     parser = Parser(prog="elastic eval", description=COMMANDS["eval"])
-    tasks = "ruler (default), ruler-paper, longbench_e, longbench2, or their tasks"
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=tasks)
-    parser.add_argument(
-        "--preset",
-        choices=("official", "paper"),
-        help="RULER's thirteen tasks with 500 samples, or the paper's eleven with 50, instead of --tasks and --limit",
-    )
-    parser.add_argument("--lengths", default="1024,2048", help="tokens of prompt and answer (default 1024,2048)")
-    limit = "samples per task and length (default: 50 with RULER, else all)"
-    parser.add_argument("--limit", type=int, metavar="N", help=limit)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="official LongBench files (default: the hub)")
-    for name, ways in (
-        ("essays", "haystack of five RULER tasks: text file, folder or PaulGrahamEssays.json, or hub"),
-        ("squad", "dev-v2.0.json, or hub"),
-        ("hotpotqa", "hotpot_dev_distractor_v1.json, or hub"),
-        ("words", "RULER's english_words.json or a list of words, for ruler_cwe over about 64K"),
-    ):
-        parser.add_argument(f"--{name}", metavar="PATH", help=ways)
+    _add_tasks(parser)
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -47,6 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         help=f"{GRAMMAR} (default: dense streaming)",
     )
+    against = "of the methods, those that the others are compared with (default: dense and the first static)"
+    parser.add_argument("--against", nargs="+", metavar="METHOD", help=against)
     parser.add_argument(
         "--sweep",
         type=Path,
@@ -57,6 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--points", type=int, default=9, metavar="N", help="of a sweep (default 9)")
     backbone = "of all methods (default: that of the checkpoints among them, else smollm2-135m)"
     parser.add_argument("--backbone", metavar="NAME", help=backbone)
+    rope = "stretch the backbone's RoPE for lengths over its own, by length / its own: yarn, or ntk (dynamic NTK)"
+    parser.add_argument("--rope", choices=get_args(RopeScaling), help=rope)
     parser.add_argument("--out", type=Path, default=Path("runs/eval"), metavar="DIR", help="default runs/eval")
     parser.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="samples in a forward pass (default 16)"
@@ -77,6 +64,32 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    """What is evaluated, and where its data is."""
+    tasks = (
+        "names of --rows, ruler, ruler-paper, longbench_e, longbench2, or their tasks (default: all --rows and ruler)"
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=tasks)
+    rows = "packed data whose test rows are tasks of that name, such as foreign=data/foreign"
+    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME=DIR", help=rows)
+    parser.add_argument(
+        "--preset",
+        choices=("official", "paper"),
+        help="RULER's thirteen tasks with 500 samples, or the paper's eleven with 50, instead of --tasks and --limit",
+    )
+    parser.add_argument("--lengths", default="1024,2048", help="tokens of prompt and answer (default 1024,2048)")
+    limit = "samples per task and length (default: 50 with RULER, else all)"
+    parser.add_argument("--limit", type=int, metavar="N", help=limit)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="official LongBench files (default: the hub)")
+    for name, ways in (
+        ("essays", "haystack of five RULER tasks: text file, folder or PaulGrahamEssays.json, or hub"),
+        ("squad", "dev-v2.0.json, or hub"),
+        ("hotpotqa", "hotpot_dev_distractor_v1.json, or hub"),
+        ("words", "RULER's english_words.json or a list of words, for ruler_cwe over about 64K"),
+    ):
+        parser.add_argument(f"--{name}", metavar="PATH", help=ways)
+
+
 def main(argv: list[str]) -> int:
     """Run the command."""
     args = build_parser().parse_args(argv)
@@ -94,29 +107,23 @@ def run(args: argparse.Namespace) -> None:
     for package in ("lm_eval", "wonderwords"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the package {package} is missing; run `pip install 'elastic-attention[eval]'`")
-    from elastic.evaluation.benchmark import choose, corrections_of, reasons
+    from elastic.evaluation.comparison import references
     from elastic.evaluation.like_with_like import common_backbone, common_sizes, common_template, uneven
-    from elastic.evaluation.longbench import TASKS, LongBench
-    from elastic.evaluation.ruler import PRESETS, Ruler
-    from elastic.evaluation.ruler_data import RulerData
     from elastic.evaluation.runner import run
-    from elastic.evaluation.summary import group_table, summary_table, write_summary
-    from elastic.evaluation.sweep import make_ranking, sweep_methods, write_sweep
+    from elastic.evaluation.sweep import make_ranking, sweep_methods
     from elastic.training.launch import launch
 
     methods = named if args.sweep is None else sweep_methods(args.sweep, args.points)
+    against = references(methods, args.against)
     sizes = {"sink": args.sink, "window": args.window, "block": args.block, "stride": args.stride}
     backbone, sparse = common_backbone(methods, args.backbone), common_sizes(methods, sizes)
     notes = [f"Uneven: {difference}" for difference in uneven(methods, sparse)]
     notes += [f"Caveat: {caveat}" for caveat in caveats(methods)]
-    data = RulerData(args.essays, args.squad, args.hotpotqa, args.words)
-    longbench = [LongBench(name, args.data) for name in TASKS]
-    benchmarks: list[Benchmark] = [Ruler(data), Ruler(data, paper=True), *longbench]
-    family, samples = PRESETS.get(args.preset, ("ruler", None))
-    asked = args.tasks or [family]
-    samples = samples if args.limit is None else args.limit
+    tasks, samples = _tasks(args)
     template = common_template(methods if args.chat else [])
-    plan = _plan(args, backbone, sparse, choose(benchmarks, asked), samples, template)
+    plan = _plan(args, backbone, sparse, tasks, samples, template)
+    notes += _stretching(plan)
+    notes += [f"No samples: {', '.join(missing)}"] if (missing := plan.missing()) else []
     for package in ("lm_eval", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.ERROR)  # their notes on things that are meant
     processes = launch(args.device, args.devices)
@@ -125,22 +132,75 @@ def run(args: argparse.Namespace) -> None:
         if args.sweep is not None:
             make_ranking(replace(plan, device=str(processes.device)), args.sweep)  # one makes it, the others wait
         rows = run(plan, methods, args.out, processes)
-    if processes.rank:
-        return
+    if not processes.rank:
+        _report(args, plan, rows, against, notes)
+        say(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes.")
+
+
+def _stretching(plan: "EvaluationPlan") -> list[str]:
+    """What a table says of a backbone that reads more than its own length."""
+    lengths = (length for length in plan.lengths if plan.stretched(length) > 1)
+    told = ", ".join(f"{length} tokens by {plan.stretched(length):g}" for length in lengths)
+    return [f"Beyond the length of {plan.backbone}, its RoPE is stretched ({plan.rope}): {told}"] if told else []
+
+
+def _tasks(args: argparse.Namespace) -> tuple[list[tuple["Benchmark", str]], int | None]:
+    """What is evaluated, and how many samples of each task and length; None: all."""
+    from elastic.evaluation.benchmark import choose
+    from elastic.evaluation.longbench import TASKS, LongBench
+    from elastic.evaluation.packed_rows import of_folder
+    from elastic.evaluation.ruler import PRESETS, Ruler
+    from elastic.evaluation.ruler_data import RulerData
+
+    data = RulerData(args.essays, args.squad, args.hotpotqa, args.words)
+    benchmarks: list[Benchmark] = [Ruler(data), Ruler(data, paper=True), *(LongBench(n, args.data) for n in TASKS)]
+    known = {name for benchmark in benchmarks for name in (benchmark.name, *benchmark.tasks())}
+    families: dict[str, list[str]] = {}
+    for given in args.rows:
+        name, equals, folder = given.partition("=")
+        if not (name and equals and folder) or name in families or name in known:
+            raise ValueError(f"--rows {given}: expected NAME=DIR with a name of its own, such as foreign=data/foreign")
+        made = of_folder(name, Path(folder))
+        families[name] = [benchmark.name for benchmark in made]
+        benchmarks += made
+    tasks = choose(benchmarks, [name for given in _asked(args) for name in families.get(given, [given])])
+    samples = PRESETS[args.preset][1] if args.preset else None
+    usual = next((benchmark.usual_samples for benchmark, _ in tasks if benchmark.usual_samples is not None), None)
+    return tasks, next((count for count in (args.limit, samples, usual) if count is not None), None)
+
+
+def _asked(args: argparse.Namespace) -> list[str]:
+    """Names of tasks and benchmarks that the command is for."""
+    from elastic.evaluation.ruler import PRESETS
+
+    family = PRESETS[args.preset][0] if args.preset else "ruler"
+    return args.tasks or [*(given.partition("=")[0] for given in args.rows), family]
+
+
+def _report(
+    args: argparse.Namespace, plan: "EvaluationPlan", rows: list[dict[str, Any]], against: list[str], notes: list[str]
+) -> None:
+    """Print the tables and what there is to say about them; write the files."""
+    from elastic.evaluation.benchmark import corrections_of, reasons
+    from elastic.evaluation.comparison import compare
+    from elastic.evaluation.paper import write_tables
+    from elastic.evaluation.summary import group_table, summary_table, write_summary
+    from elastic.evaluation.sweep import write_sweep
+
     tables = "\n\n".join(filter(None, (summary_table(rows), group_table(rows))))
     say(f"\nscore ± half of the 95 % interval @ MSR, on {plan.backbone}\n\n{tables}\n")
     for note in notes:
         say(note)
     for benchmark in dict.fromkeys(benchmark for benchmark, _ in plan.tasks):
-        if benchmark.name in asked and benchmark.left_out():
+        if benchmark.name in _asked(args) and benchmark.left_out():
             say(f"Not in the means of {benchmark.name}: {reasons(benchmark.left_out())}")
         for correction in corrections_of(benchmark, [task for owner, task in plan.tasks if owner is benchmark]):
             say(f"Corrected: {correction}")
-    for row in (row for benchmark in longbench for row in benchmark.skipped):
-        say(f"Not a usable document: {row}")
-    written = write_summary(rows, args.out, notes) + (write_sweep(rows, args.out) if args.sweep else [])
+        for row in benchmark.skipped:
+            say(f"Not a usable document: {row}")
+    written = write_tables(compare(rows, args.out, against), against, notes, args.out)
+    written += write_summary(rows, args.out, notes) + (write_sweep(rows, args.out) if args.sweep else [])
     say(f"Written: {args.out / 'samples'}, {args.out / 'summary'}.{{json,txt}}, {', '.join(map(str, written))}")
-    say(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes.")
 
 
 def _plan(
@@ -159,8 +219,6 @@ def _plan(
         raise ValueError(
             f"--lengths {args.lengths!r}: expected numbers divided by commas, such as 1024,2048"
         ) from error
-    if samples is None and any(benchmark.by_length for benchmark, _ in tasks):
-        samples = 50
     return EvaluationPlan(
         backbone,
         args.device,
@@ -173,4 +231,5 @@ def _plan(
         sparse,
         args.seed,
         template,
+        args.rope,
     )

@@ -166,6 +166,24 @@ def packed_row(samples: list[Sample]) -> PackedRow:
     return row
 
 
+def sample_alone(row: PackedRow, index: int) -> PackedRow:
+    """One sample of a row, in a row of its own."""
+    begin, end = row["cu_seq_lens"][index : index + 2]
+
+    def moved(spans: list[list[int]]) -> list[list[int]]:
+        return [[place - begin for place in spans[index]]]
+
+    return PackedRow(
+        input_ids=row["input_ids"][begin:end],
+        labels=row["labels"][begin:end],
+        cu_seq_lens=[0, end - begin],
+        prompt_spans=moved(row["prompt_spans"]),
+        user_spans=moved(row.get("user_spans") or row["prompt_spans"]),
+        task_id=row["task_id"][index : index + 1],
+        source=row["source"][index : index + 1],
+    )
+
+
 def collate(rows: list[PackedRow]) -> Batch:
     """Join rows into one batch of one long row; samples stay apart.
 

@@ -3,6 +3,7 @@
 SENSITIVE = ("single_qa", "multihop_qa")
 ROBUST = ("summarization", "code", "in_context")
 TASKS = (*SENSITIVE, *ROBUST)
+BY_LOSS = ("summarization", "code")  # tasks whose answers are running text
 
 
 def task_index(name: str) -> int:
@@ -14,3 +15,8 @@ def task_index(name: str) -> int:
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; known tasks are {', '.join(TASKS)}")
     return TASKS.index(name)
+
+
+def bound_score(task: str) -> str:
+    """The score that tells whether answers of this task are as good as the dense model's, `exact` or `loss`."""
+    return "loss" if task in BY_LOSS else "exact"

@@ -1,21 +1,27 @@
-"""What the runner asks of a benchmark: names of its tasks, and lm-evaluation-harness tasks over their documents."""
+"""What the runner asks of a benchmark: names of its tasks, and what a model under one method makes of their samples."""
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from elastic.protocols import Tokenizer
+from torch import Tensor
+
+from elastic.config import SparseConfig
+from elastic.protocols import CausalLM, Tokenizer
+
+Share = Callable[[Sequence[int]], list[int]]  # places of samples to those that this process evaluates
+Found = list[tuple[int, dict[str, Any]]]  # place of a sample, and the line of its result file
 
 
 @dataclass(frozen=True)
 class Request:
-    """Documents that the runner asks for.
+    """Samples that the runner asks for.
 
     Attributes:
         task: one of the benchmark's tasks.
         length: tokens of prompt and answer; None for a benchmark without lengths.
-        samples: how many documents; None takes all of them.
+        samples: how many; None takes all of them.
         tokenizer: of the backbone.
         seed: of what is drawn.
         chat: whether prompts go into the chat template.
@@ -29,17 +35,41 @@ class Request:
     chat: bool
 
 
+@dataclass(frozen=True)
+class Routed:
+    """A model under one method.
+
+    Attributes:
+        backbone: its name.
+        model: attached, in eval mode, at the method's bias.
+        tokenizer: of the backbone.
+        route: what `override_routes` takes; None leaves the decision to the routers.
+        sparse: modes and pattern sizes.
+        batch_size: samples in one forward pass.
+    """
+
+    backbone: str
+    model: CausalLM
+    tokenizer: Tokenizer
+    route: int | Tensor | None
+    sparse: SparseConfig
+    batch_size: int
+
+
 class Benchmark(Protocol):
     """A family of tasks.
 
     Attributes:
-        name: `--tasks` takes it for all tasks that can run.
-        by_length: whether every task runs once per length; otherwise once, its documents as they are, prompts over the
-            model's limit cut in the middle.
+        name: `--tasks` takes it for all tasks that can run; without spaces.
+        usual_samples: per task and length, where nobody says how many; None: all that there are.
+        protocol: how its samples are judged, in a few words.
+        skipped: documents of the tasks that were run that could not be used, and why.
     """
 
     name: str
-    by_length: bool
+    usual_samples: int | None
+    protocol: str
+    skipped: list[str]
 
     @property
     def corrections(self) -> tuple[str, ...]:
@@ -56,27 +86,29 @@ class Benchmark(Protocol):
         """Tasks that cannot run here, and what they need."""
         ...
 
-    def takes_chat(self, task: str) -> bool:
+    def lengths(self, task: str, asked: Sequence[int], /) -> tuple[int | None, ...]:
+        """Those of the asked lengths that it has samples of. (None,) for a benchmark without lengths, whose documents
+        are taken as they are, prompts over the model's limit cut in the middle.
+        """
+        ...
+
+    def takes_chat(self, task: str, /) -> bool:
         """Whether the official protocol allows the chat template."""
         ...
 
-    def identity(self, task: str) -> Any:
+    def identity(self, task: str, /) -> Any:
         """What its documents depend on beyond the request (checksums of local files), as JSON; results made from other
         documents are not used again.
         """
         ...
 
-    def harness_task(self, request: Request) -> Any:
-        """A `ConfigurableTask` that generates, whose `process_results` gives {"score": between 0 and 1}.
+    def measure(self, routed: Routed, requests: Sequence[Request], share: Share) -> list[Found]:
+        """Per request, what the model makes of this process's samples: `index`, `score` (0 to 1), what
+        `elastic.evaluation.scores.MEASURED` names, and where the summary shows parts of a task apart (by length or
+        difficulty), `groups`: their names.
 
         Raises:
-            ValueError: documents that cannot be made or read.
-        """
-        ...
-
-    def describe(self, doc: dict[str, Any]) -> dict[str, Any]:
-        """What the result file keeps of a document: `index`, `references`, and where the summary shows parts of a task
-        apart (by length or difficulty), `groups`: their names.
+            ValueError: samples that cannot be made or read.
         """
         ...
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from rouge import Rouge
 
+from elastic.evaluation.longbench_rows import PARAGRAPH
+
 Document = dict[str, Any]
 Scored = dict[str, float]
 LETTERS = (re.compile(r"The correct answer is \(([A-D])\)"), re.compile(r"The correct answer is ([A-D])"))
@@ -104,8 +106,9 @@ def number_share(answer: str, reference: str) -> float:
 
 
 def paragraph_share(answer: str, reference: str) -> float:
-    """The share of an answer's numbers that are that of the reference, `Paragraph <number>`."""
-    return number_share(answer, re.findall(r"Paragraph (\d+)", reference)[0])
+    """The share of an answer's numbers that are that of the reference, `Paragraph <number>`; 0 of one without."""
+    found = PARAGRAPH.search(reference)
+    return number_share(answer, found[1]) if found else 0.0
 
 
 def _of_answer(score: Callable[[str, str], float]) -> Callable[[Document, list[str]], Scored]:

@@ -59,7 +59,7 @@ class Source:
     questions: int | None = None
 
 
-def generate(
+def make_samples(
     task: str, length: int, count: int, tokens: Callable[[Doc], int], tokenizer: Tokenizer, data: RulerData, seed: int
 ) -> list[Doc]:
     """`count` samples whose prompt and answer together have at most `length` tokens.

@@ -13,13 +13,15 @@ import torch
 from tqdm import tqdm
 
 from elastic._version import __version__
-from elastic.config import ElasticConfig, SparseConfig
+from elastic.config import ElasticConfig, RopeScaling, SparseConfig
 from elastic.data.context_length import context_length
 from elastic.data.prompts import TEMPLATE, TEMPLATE_KWARGS, set_template_kwargs
-from elastic.evaluation.benchmark import Benchmark, Request
+from elastic.evaluation.benchmark import Benchmark, Request, Routed
 from elastic.evaluation.like_with_like import trained
-from elastic.evaluation.scores import BY, LOCK, row_of
+from elastic.evaluation.scores import LOCK, row_of, sample_file, slug
 from elastic.files import alone, file_sha256, write_atomic
+from elastic.model.loading import longest_context
+from elastic.model.rope_scaling import stretch
 from elastic.protocols import CausalLM, Tokenizer
 from elastic.routing.methods import Method
 from elastic.training.launch import Processes
@@ -55,6 +57,7 @@ class EvaluationPlan:
         sparse: pattern of the methods without a checkpoint.
         seed: of the samples.
         template: what the chat template is told (`chat_template_kwargs`).
+        rope: how the backbone's RoPE is stretched for lengths beyond its own, by length / its own.
     """
 
     backbone: str
@@ -68,22 +71,39 @@ class EvaluationPlan:
     sparse: SparseConfig
     seed: int
     template: Mapping[str, Any] = field(default_factory=lambda: dict(TEMPLATE_KWARGS))
+    rope: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is below 1")
-        if not self.tasks or (not self.lengths and any(benchmark.by_length for benchmark, _ in self.tasks)):
-            raise ValueError("no lengths or no tasks; name at least one of each")
+        if not self.cells():
+            tasks, lengths = ", ".join(task for _, task in self.tasks), ", ".join(map(str, self.lengths))
+            raise ValueError(f"no samples of tasks {tasks or 'none'} at lengths {lengths or 'none'}; name others")
 
     def cells(self) -> list[Cell]:
-        """Every task at every length, or once where its benchmark has no lengths."""
+        """Every task at every length that it has samples of, or once where its benchmark has no lengths."""
         return [
             Cell(benchmark, task, length)
             for benchmark, task in self.tasks
-            for length in (self.lengths if benchmark.by_length else (None,))
+            for length in benchmark.lengths(task, self.lengths)
         ]
+
+    def stretched(self, length: int | None) -> float:
+        """By what the backbone's length is multiplied for prompts of this one."""
+        if self.rope is None or length is None:
+            return 1.0
+        return max(1.0, length / longest_context(self.backbone))
+
+    def missing(self) -> list[str]:
+        """Tasks that have no samples at some length, with these lengths; the means there are over the other tasks."""
+        found = []
+        for benchmark, task in self.tasks:
+            has = benchmark.lengths(task, self.lengths)
+            if lacks := [str(length) for length in self.lengths if length not in has and None not in has]:
+                found.append(f"{task} at {' and '.join(lacks)}")
+        return found
 
     def batches(self) -> list[list[Cell]]:
         """Cells that are evaluated together: at one length, and few enough samples for one forward pass, in which
@@ -111,23 +131,24 @@ def run(
     """
     processes = processes or Processes(torch.device(plan.device))
     plan = replace(plan, device=str(processes.device))
-    names = {_slug(method.name) for method in methods}
+    names = {slug(method.name) for method in methods}
     if len(names) < len(methods):
         raise ValueError(f"methods {', '.join(m.name for m in methods)} would share files; name each once")
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    loaded: tuple[str, CausalLM, Tokenizer] | None = None
+    loaded: tuple[tuple[str, float], CausalLM, Tokenizer] | None = None
     rows = []
     total, hidden = len(methods) * len(plan.cells()), processes.rank > 0
     with tqdm(total=total, desc="evaluation", unit="task", disable=hidden) as bar:
         for method in methods:
-            source = method.checkpoint or plan.backbone
             for cells in plan.batches():
-                files = [out / "samples" / f"{_slug(method.name)}.{c.label.replace('@', '.')}.jsonl" for c in cells]
+                factor = plan.stretched(cells[0].length)
+                source = method.checkpoint or plan.backbone, factor
+                files = [sample_file(out, method.name, cell.task, cell.length) for cell in cells]
                 origins = [_origin(plan, method, cell) for cell in cells]
                 samples = processes.agree(partial(_read_all, files, origins))
                 missing = [i for i, found in enumerate(samples) if found is None]
                 if missing and (loaded is None or loaded[0] != source):
-                    loaded = (source, *load_model(plan, method))
+                    loaded = (source, *load_model(plan, method, factor))
                 some = [cells[i] for i in missing]
                 made = _evaluate(plan, method, some, *loaded[1:], processes) if missing and loaded else []
                 for i, new in zip(missing, made, strict=True):
@@ -149,8 +170,8 @@ def _write(file: Path, origin: dict[str, Any], samples: list[dict[str, Any]], lo
         write_atomic(file, "".join(json.dumps(line) + "\n" for line in (origin, *samples)))
 
 
-def load_model(plan: EvaluationPlan, method: Method) -> tuple[CausalLM, Tokenizer]:
-    """The method's model, attached and in eval mode, and its tokenizer."""
+def load_model(plan: EvaluationPlan, method: Method, factor: float = 1.0) -> tuple[CausalLM, Tokenizer]:
+    """The method's model, attached and in eval mode, its length multiplied, and its tokenizer."""
     if method.checkpoint is not None:
         from elastic.inference.generate import load
 
@@ -161,6 +182,8 @@ def load_model(plan: EvaluationPlan, method: Method) -> tuple[CausalLM, Tokenize
 
         model, tokenizer = load_backbone(plan.backbone, dtype=plan.dtype, device=plan.device)
         model = attach(model, ElasticConfig(sparse=plan.sparse)).eval()
+    if plan.rope is not None:
+        stretch(model, plan.rope, factor)
     set_template_kwargs(tokenizer, plan.template)
     return model, tokenizer
 
@@ -173,10 +196,9 @@ def _evaluate(
     tokenizer: Tokenizer,
     processes: Processes,
 ) -> list[list[dict[str, Any]]]:
-    """Per cell and sample: prediction, references, score, MSR, ESR, prefill seconds and tokens. Each process evaluates
-    its share of the samples of every cell, and all of them get what all found.
+    """The lines of the samples of every cell. Each process evaluates its share of them, and all of them get what all
+    found.
     """
-    from elastic.evaluation.routed_lm import RoutedLM
     from elastic.model.attach import biased, elastic_config
     from elastic.model.loading import architecture
 
@@ -185,18 +207,16 @@ def _evaluate(
         raise ValueError(f"length {first.length} is over the {limit} tokens that {plan.backbone} reads; take it out")
     chat = plan.chat and first.benchmark.takes_chat(first.task)
     requests = [Request(cell.task, cell.length, plan.samples, tokenizer, plan.seed, chat) for cell in cells]
-    tasks = [cell.benchmark.harness_task(request) for cell, request in zip(cells, requests, strict=True)]
     shape = architecture(model)
     route = method.routes(shape["num_layers"], shape["num_kv_heads"], shape)
     sparse = method.sparse(plan.sparse if method.checkpoint is None else elastic_config(model).sparse)
-    lm = RoutedLM(model, tokenizer, route, plan.batch_size, sparse=sparse)
+    routed = Routed(plan.backbone, model, tokenizer, route, sparse, plan.batch_size)
 
     def mine() -> list[tuple[int, int, dict[str, Any]]]:
-        docs = {task.config.task: processes.share(range(len(task.eval_docs))) for task in tasks}
         started = time.perf_counter()
         try:
             with biased(model, method.bias):
-                found = _by_harness(lm, [task for task in tasks if docs[task.config.task]], chat, docs)
+                found = first.benchmark.measure(routed, requests, processes.share)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"{first.label} ran out of the memory of {plan.device} with --batch-size {plan.batch_size}; use a "
@@ -204,50 +224,11 @@ def _evaluate(
             ) from error
         seconds = (time.perf_counter() - started) / len(cells)
         return [
-            (place, sample["doc_id"], _line(cell.benchmark, sample, lm, seconds))
-            for place, (cell, task) in enumerate(zip(cells, tasks, strict=True))
-            for sample in found.get(task.config.task, ())
+            (of, place, {**line, "task_seconds": seconds}) for of, lines in enumerate(found) for place, line in lines
         ]
 
-    found = sorted(processes.gather(mine), key=lambda line: line[:2])
-    return [[line for of, _, line in found if of == place] for place in range(len(cells))]
-
-
-def _line(benchmark: Benchmark, sample: dict[str, Any], lm: Any, seconds: float) -> dict[str, Any]:
-    """What is kept of a sample that the harness has evaluated."""
-    return {
-        **benchmark.describe(sample["doc"]),
-        "prediction": sample["resps"][0][0],
-        "score": sample["score"],
-        **asdict(lm.prefill_stats[sample["arguments"][0][0]]),
-        "task_seconds": seconds,
-    }
-
-
-def _by_harness(lm: Any, tasks: list[Any], chat: bool, docs: dict[str, list[int]]) -> dict[str, Any]:
-    """What its `simple_evaluate` does between reading thousands of task files (20 s) and collecting facts about the
-    machine (seconds for every task, by calling pip and asking the hub).
-
-    Args:
-        docs: places of the documents to evaluate, by task; none where there are no tasks.
-
-    Returns:
-        the samples by task.
-    """
-    if not tasks:
-        return {}
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    for task in tasks:
-        task.set_config(key="num_fewshot", value=0)
-    loaded = TaskManager(include_defaults=False).load(tasks)
-    results: dict[str, Any] = lm_eval.evaluate(
-        lm=lm, task_dict=loaded, bootstrap_iters=0, apply_chat_template=chat, log_samples=True, verbosity="ERROR",
-        samples={task.config.task: docs[task.config.task] for task in tasks},
-    )  # fmt: skip
-    found: dict[str, Any] = results["samples"]
-    return found
+    gathered = sorted(processes.gather(mine), key=lambda line: line[:2])
+    return [[line for of, _, line in gathered if of == place] for place in range(len(cells))]
 
 
 def _origin(plan: EvaluationPlan, method: Method, cell: Cell) -> dict[str, Any]:
@@ -268,9 +249,10 @@ def _origin(plan: EvaluationPlan, method: Method, cell: Cell) -> dict[str, Any]:
         "batch_size": plan.batch_size,
         "sparse": asdict(method.sparse(own)),
         **({RANDOM_SEED: method.seed} if method.kind == "random" else {}),
+        **({"rope": f"{plan.rope}:{factor:g}"} if (factor := plan.stretched(cell.length)) > 1 else {}),
         "checkpoint": _stamp(method),
         "documents": cell.benchmark.identity(cell.task),
-        "protocol": [f"{cell.benchmark.name}{BY}", *cell.benchmark.corrections],
+        "protocol": [f"{cell.benchmark.name} {cell.benchmark.protocol}", *cell.benchmark.corrections],
         "versions": {
             "elastic-attention": __version__,  # also where the package runs uninstalled
             **{name: version(name) for name in ("lm_eval", "torch", "transformers")},
@@ -305,7 +287,3 @@ def _read(file: Path, origin: dict[str, Any]) -> list[dict[str, Any]] | None:
         first = {**first, "sparse": origin["sparse"]}
     wanted = {**origin, "count": len(samples), "batch_size": first.get("batch_size")}
     return samples if first == wanted else None
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)

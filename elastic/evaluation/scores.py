@@ -7,7 +7,18 @@ from typing import Any
 from elastic.training.intervals import half_width
 
 LOCK = ".lock"  # of whoever writes into the folder of an evaluation
-BY = " by lm-evaluation-harness"  # ends the first line of a result's protocol, after the benchmark's name
+MEASURED = ("score", "msr", "esr_last", "esr_all", "prefill_seconds", "tokens")  # of every sample
+
+
+def sample_file(out: Path, method: str, task: str, length: int | None) -> Path:
+    """Where the samples of a method's task lie in the folder of an evaluation."""
+    name = ".".join(slug(part) for part in (method, task, str(length or "")) if part)
+    return out / "samples" / f"{name}.jsonl"
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
@@ -27,12 +38,9 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
 
 def row_of(origin: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Row of a task: means over its samples, by the first line of its result file, which says how they came about."""
-    mean = {
-        name: sum(sample[name] for sample in samples) / len(samples)
-        for name in ("score", "msr", "esr_last", "esr_all", "prefill_seconds", "tokens")
-    }
+    mean = {name: sum(sample[name] for sample in samples) / len(samples) for name in MEASURED}
     return {
-        "benchmark": origin["protocol"][0].removesuffix(BY),
+        "benchmark": origin["protocol"][0].partition(" ")[0],
         **{name: origin[name] for name in ("method", "task", "length")},
         "n": len(samples),
         **mean,

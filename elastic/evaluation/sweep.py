@@ -46,7 +46,7 @@ def make_ranking(plan: EvaluationPlan, pattern: Path) -> None:
 
 
 def _rank(plan: EvaluationPlan, pattern: Path) -> None:
-    model, tokenizer = load_model(plan, parse_method("dense"))
+    model, tokenizer = load_model(plan, parse_method("dense"), plan.stretched(plan.lengths[0]))
     length, seed = plan.lengths[0], plan.seed + 1  # not the samples that are evaluated
     docs = [
         doc

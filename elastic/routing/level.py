@@ -93,10 +93,16 @@ class LevelRouter(Router):
         return torch.stack([torch.zeros_like(sparse_NK), sparse_NK], -1)
 
     def level(self, features_NF: Tensor) -> Tensor:
-        """MSR that the input is run at, [N]; outside [0, 1] every head is on one side."""
-        z_NF = (features_NF - self.mean) * self.scale
+        """MSR that the input is run at, [N]; outside [0, 1] every head is on one side. A length more than `USUAL` away
+        counts as one at that distance: where the level was never fitted only caution moves it, towards full heads.
+        """
+        z_NF = self._within_usual_length((features_NF - self.mean) * self.scale)
         budget = self.slope * (math.log(self.config.budget) - self.fitted_budget.log())
         return z_NF @ self.weight + self.bias + budget - self.config.caution * self.strangeness(features_NF)
+
+    def _within_usual_length(self, z_NF: Tensor) -> Tensor:
+        held_N1 = torch.where(self.count >= MIN_STATISTICS, z_NF[:, -1:].clamp(-USUAL, USUAL), z_NF[:, -1:])
+        return torch.cat([z_NF[:, :-1], held_N1], 1)
 
     def strangeness(self, features_NF: Tensor) -> Tensor:
         """How unlike the training inputs these are, [N]: deviations of mean reach, mean recent reach or length from

@@ -176,6 +176,15 @@ def check_data(manifest: dict[str, Any], limit: int, tokenizer: Tokenizer, backb
             f"packed samples have up to {longest} tokens but backbone {backbone!r} reads at most {limit}; pack the "
             f"data with --seq-length {limit} or less"
         )
+    check_tokenizer(manifest, tokenizer, backbone)
+
+
+def check_tokenizer(manifest: dict[str, Any], tokenizer: Tokenizer, backbone: str) -> None:
+    """Refuse packed data that was made for another tokenizer.
+
+    Raises:
+        ValueError: with both names.
+    """
     theirs = manifest["tokenizer"]
     if theirs["sha256"] != tokenizer_hash(tokenizer):
         raise ValueError(

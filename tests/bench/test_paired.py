@@ -10,8 +10,8 @@ from elastic import cli
 from elastic.bench.records import load
 from elastic.bench.studies.bounds import kept
 from elastic.bench.studies.equal_quality import Comparison, Family, crossing, falling, family, interpolated
-from elastic.bench.studies.paired import Interval, Resamples, difference
 from elastic.bench.studies.samples import Samples, read_samples
+from elastic.training.paired import Interval, Resamples, difference
 from tests.bench.test_study import STAMP, results
 
 SOURCES = {

@@ -9,15 +9,15 @@ import torch
 from elastic import cli
 from elastic.bench.drawing import figures
 from elastic.bench.records import load
-from elastic.bench.studies.bounds import kind_of
-from elastic.bench.studies.paired import over_seeds
 from elastic.bench.studies.routing import equal_quality, headlines, lead
 from elastic.bench.studies.runs import Point, by_bias, points_of, read_study, score_of, slack
 from elastic.config import ElasticConfig
+from elastic.data.source_names import kind_of
 from elastic.data.tasks import TASKS
 from elastic.model.attach import attach
 from elastic.model.checkpoint import read_elastic, save_elastic
 from elastic.routing.router import STEEPNESS
+from elastic.training.paired import over_seeds
 from tests.bench import ship
 from tests.bench.routing_plans import NEED, NEED_AT
 from tests.helpers.models import tiny_model

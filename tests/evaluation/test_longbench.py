@@ -14,6 +14,7 @@ pytest.importorskip("rouge", reason="the extra `eval` is not installed")
 from elastic.data.file_rows import ReadReport
 from elastic.evaluation import longbench
 from elastic.evaluation import longbench_metrics as metrics
+from elastic.evaluation.longbench_rows import bucket
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ["Date", "Date of birth", "Other location", "location"]
@@ -98,7 +99,7 @@ def test_all_thirteen_sets_with_their_limits():
 def test_prompts_differ_from_the_harness_where_the_official_ones_do(tmp_path):
     for name in longbench.SETS:
         task = of_set(name)
-        write(tmp_path / f"{name}_e.jsonl", [record()])
+        write(tmp_path / f"{name}_e.jsonl", [record(all_classes=CLASSES, answers=["Paragraph 2"])])
         doc = read(task, tmp_path)[0][0]
         ours = prompt(task, doc)
         theirs = harness_file(f"longbench/{name}_e.yaml")["doc_to_text"]
@@ -273,13 +274,13 @@ def test_uncorrected_sets_are_scored_by_the_whole_answer(tmp_path):
     ("words", "name"), [(0, "0-4k"), (3999, "0-4k"), (4000, "4-8k"), (7999, "4-8k"), (8000, "8k+")]
 )
 def test_length_buckets(words, name):
-    assert longbench.bucket(words) == name
+    assert bucket(words) == name
 
 
 @pytest.mark.parametrize("place", ["hotpotqa_e.jsonl", "data/hotpotqa_e.jsonl", "LongBench/hotpotqa_e.parquet"])
 def test_official_files_are_found_and_bad_rows_named(place, tmp_path):
     good = [record(_id=str(i), length=i * 4000) for i in range(3)]
-    bad = [{"context": "x"}, record(answers="Ann"), record(answers=[]), record(length="5"), record(context=7)]
+    bad = [{"context": "x"}, record(answers="Ann"), record(answers=[]), record(length="five"), record(context=7)]
     file = tmp_path / place
     if file.suffix == ".parquet":
         from datasets import Dataset
@@ -296,10 +297,44 @@ def test_official_files_are_found_and_bad_rows_named(place, tmp_path):
     assert [doc["groups"] for doc in docs] == [["0-4k"], ["4-8k"], ["8k+"]]
     told = "\n".join(report.bad)
     assert len(report.bad) == len(bad) + (3 if bad else 0) and report.good == 3
-    for part in ("no field 'input'", "answers 'Ann'", "answers []", "length '5'", "'context' is a int", "not UTF-8"):
+    for part in ("no field 'input'", "answers 'Ann'", "answers []", "length 'five'", "'context' is a int", "not UTF-8"):
         assert not bad or part in told or part == "no field 'input'"
     assert not bad or (f"{file}:10: not JSON" in told and "row is a int" in told and "no field 'question'" in told)
     assert len(read(of_set("hotpotqa"), tmp_path, 2)[0]) == 2
+
+
+def test_habits_of_copies_of_the_files(tmp_path):
+    """Lengths as text, null classes, empty answers, ids and rows that come twice: read, or named."""
+    rows = [
+        record(_id="a", length="4000"),
+        record(_id="a", context="Another context of the same id."),
+        record(_id="a", length=4000),  # the first one again
+        record(_id="b", answers=["", "Ann"]),
+        record(_id=7, question="Who?", all_classes=[]),
+        *(record(_id="c", answers=answers) for answers in ([], [""], [" ", "\n"], [None], None)),
+        *(record(_id="d", length=length) for length in ("", "-5", "4e3", "\u0665", True, 4000.5, None)),
+        record(_id="e", all_classes="Date"),
+        record(_id="f", all_classes=[None]),
+    ]
+    docs, report = read(of_set("qasper"), write(tmp_path / "qasper_e.jsonl", rows).parent)
+    assert [(doc["id"], doc["index"]) for doc in docs] == [("a", 0), ("a", 1), ("b", 2), ("7", 3)]
+    assert docs[0]["groups"] == ["4-8k"] and {tuple(doc["all_classes"]) for doc in docs} == {()}
+    assert report.bad[0].endswith(f"qasper_e.jsonl:3: the same document as {tmp_path / 'qasper_e.jsonl'}:1")
+    assert len(report.bad) == 15 and sum("answers" in line for line in report.bad) == 5
+    assert sum("expected a number of words" in line for line in report.bad) == 7
+    assert metrics.OF_HARNESS["get_qa_f1_with_score"](docs[2], ["Ann"])["score"] == 1
+    assert metrics.code_similarity(docs[2], [""])["score"] == 1  # an empty line is that reference, as officially
+
+
+def test_sets_that_need_classes_or_paragraphs_name_rows_without(tmp_path):
+    rows = [record(all_classes=given, answers=["Date"]) for given in (CLASSES, None, [])]
+    docs, report = read(of_set("trec"), write(tmp_path / "trec_e.jsonl", rows).parent)
+    assert len(docs) == 1 and "all_classes None; expected" in report.bad[0] and "all_classes []" in report.bad[1]
+    rows = [record(answers=given) for given in (["Paragraph 3"], ["", "Paragraph 4"], ["third"])]
+    docs, report = read(of_set("passage_retrieval_en"), write(tmp_path / "passage_retrieval_en_e.jsonl", rows).parent)
+    score = metrics.OF_HARNESS["get_retrieval_with_score"]
+    assert [score(doc, ["Paragraph 4"])["score"] for doc in docs] == [0, 1]
+    assert len(report.bad) == 1 and "answers ['third']; expected 'Paragraph <number>'" in report.bad[0]
 
 
 def test_the_official_array_of_version_two_is_read(tmp_path):
@@ -345,7 +380,7 @@ def test_the_hub_is_asked_once_where_it_cannot_be_reached(monkeypatch):
     def hub(*names, split):
         asked.append((*names, split))
         if names == ("Xnhyacinth/LongBench", "trec_e"):
-            return [{**record(), "question": "Q?"}]
+            return [{**record(all_classes=CLASSES), "question": "Q?"}]
         raise ConnectionError("no route") if len(asked) > 2 else ValueError("no such set")
 
     monkeypatch.setattr(datasets, "load_dataset", hub)

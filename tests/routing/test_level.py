@@ -140,6 +140,30 @@ def test_strange_inputs_keep_more_full_heads():
     assert float(few.strangeness(unlike).abs().max()) == 0.0 and USUAL > 1
 
 
+@pytest.mark.parametrize("slope", [-0.2, 0.2])
+def test_a_level_does_not_drift_with_lengths_that_it_was_never_fitted_to(slope):
+    """Fitted to 1K to 8K: from the edge on a prompt of any length runs at the edge's level, less the caution."""
+    router, generator = single(caution=0.05), torch.Generator().manual_seed(0)
+    reach = torch.rand(400, SIZE - 1, generator=generator)
+    lengths = 1024 * 2 ** (3 * torch.rand(400, generator=generator))
+    features = router.features(reach, lengths, SPARSE)
+    router.update_statistics(features)
+    with torch.no_grad():
+        router.weight[-1] = slope
+    fitted = router.level(features)
+    z = (features[:, -1] - router.mean[-1]) * router.scale[-1]
+    plain = 0.5 + slope * z - 0.05 * router.strangeness(features)
+    torch.testing.assert_close(fitted, plain)  # within what was seen nothing changes
+    usual = router.outline_mean[:2].mean().item()
+    beyond = torch.tensor([16, 32, 64, 128, 1024]) * 1024
+    far = router.features(torch.full((5, SIZE - 1), usual), beyond, SPARSE)
+    level, strange = router.level(far), router.strangeness(far)
+    assert bool((level.diff() <= 1e-6).all()) and float(strange[-1]) > 1
+    edge = 0.5 + slope * USUAL
+    torch.testing.assert_close(level[-1], edge - 0.05 * strange[-1])
+    assert float(level.max()) <= max(edge, float(fitted.max())) + 1e-5
+
+
 @pytest.mark.parametrize(("name", "value"), [("budget", 0), ("budget", "x"), ("budget", math.inf), ("caution", -1)])
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"router\.{name}="):

@@ -8,19 +8,18 @@ robust tasks have a bound each, so that no rise of one is hidden by another's fa
 Values are tensors of any one shape: a point's means, or means by draw and level (`paired.Resamples`).
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from elastic.data.tasks import SENSITIVE
+from elastic.data.source_names import generator_of, kind_of
+from elastic.data.tasks import SENSITIVE, bound_score
 
 KEPT, RISE = 0.97, 0.02  # equal quality: share of dense's exact answers that must stay, rise of loss that may be
 CHOSEN = 0.99  # share of retrieval that a point to be chosen keeps: the best of several owes some of its lead to luck
 RETRIEVAL = "retrieval"
-BY_LOSS = ("summarization", "code")  # tasks whose answers are running text
 # Task class by generator, for results from before they told it (`source_tasks`).
 GENERATOR_TASKS = {
     **dict.fromkeys(("needle_single", "needle_multi_key", "needle_multi_value", "needle_multi_query"), "single_qa"),
@@ -37,16 +36,6 @@ GENERATOR_TASKS = {
 }
 
 
-def generator_of(source: str) -> str:
-    """`needle_single` of `needle_single-4096`."""
-    return source.partition("-")[0]
-
-
-def kind_of(source: str) -> str:
-    """`foreign_code` of `foreign_code-2048-long`: the name without length and system prompt."""
-    return re.sub(r"-\d+(-(none|short|long))?$", "", source)
-
-
 def task_of(source: str, known: Mapping[str, str]) -> str:
     """Task class of a source: as the results tell, or of a generator by its name.
 
@@ -60,11 +49,6 @@ def task_of(source: str, known: Mapping[str, str]) -> str:
             "now), and give each source one task"
         )
     return task
-
-
-def bound_score(task: str) -> str:
-    """The score that a source of this task is judged by, `exact` or `loss`."""
-    return "loss" if task in BY_LOSS else "exact"
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elastic.bench.studies.bounds import KEPT, bound_score, kept
-from elastic.bench.studies.paired import Interval, Resamples
+from elastic.bench.studies.bounds import KEPT, kept
 from elastic.bench.studies.samples import Samples
-from elastic.data.tasks import ROBUST, SENSITIVE, TASKS
+from elastic.data.tasks import ROBUST, SENSITIVE, TASKS, bound_score
+from elastic.training.paired import Interval, Resamples
 
 PARTS = {"mean MSR": TASKS, "MSR sensitive": SENSITIVE, "MSR robust": ROBUST}
 
@@ -27,7 +27,7 @@ class Family:
 
     Attributes:
         name: of the method.
-        score_ML: the score that counts for each sample, `bounds.bound_score` of its task.
+        score_ML: the score that counts for each sample, `bound_score` of its task.
         msr_ML: its MSR.
     """
 

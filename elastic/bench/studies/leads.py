@@ -11,11 +11,11 @@ from torch import Tensor
 from elastic.bench.records import Measurement
 from elastic.bench.studies.bounds import KEPT
 from elastic.bench.studies.equal_quality import PARTS, Comparison, Family, family
-from elastic.bench.studies.paired import Interval, Resamples, over_seeds
 from elastic.bench.studies.routing_tables import AT_LEAST, PAIRED
 from elastic.bench.studies.runs import RIVALS, Run, Study, by_bias
 from elastic.bench.studies.samples import Samples
 from elastic.routing.methods import parse_method
+from elastic.training.paired import Interval, Resamples, over_seeds
 
 CRITERIA = {  # name: share of dense retrieval that is kept, whether other sources' bounds are left out
     "97 % of retrieval": (KEPT, True),

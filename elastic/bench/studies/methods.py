@@ -7,8 +7,8 @@ from statistics import fmean
 from typing import Any
 
 from elastic.bench.records import Measurement
-from elastic.bench.studies.bounds import generator_of
 from elastic.bench.studies.runs import RETRIEVAL, score_of
+from elastic.data.source_names import generator_of
 from elastic.routing.methods import RATIOS, ratio_columns, renamed
 
 SCORES = {"exact": "share", "accuracy": "share", "loss": "nats a token"}

@@ -9,9 +9,8 @@ from typing import Any
 
 from elastic.bench import drawing
 from elastic.bench.records import Measurement, save
-from elastic.bench.studies.bounds import RETRIEVAL, kind_of
+from elastic.bench.studies.bounds import RETRIEVAL
 from elastic.bench.studies.leads import paired_cells, paired_records
-from elastic.bench.studies.paired import over_seeds
 from elastic.bench.studies.routing_notes import BOUNDS, BY_SOURCE, ROWS
 from elastic.bench.studies.routing_tables import (
     AT_LEAST,
@@ -28,7 +27,9 @@ from elastic.bench.studies.routing_tables import (
 )
 from elastic.bench.studies.runs import FOREIGN, RIVALS, Point, Run, Study, has_rows, read_study, score_of, slack
 from elastic.console import say, table
+from elastic.data.source_names import kind_of
 from elastic.data.tasks import ROBUST, SENSITIVE
+from elastic.training.paired import over_seeds
 
 SUMMARY = "what trained routers keep of the dense model's quality, from recorded runs"
 UNITS = {**dict.fromkeys(("loss", "text loss", "kl"), "nats a token"), **dict.fromkeys(("regulariser", *PRICES), "")}

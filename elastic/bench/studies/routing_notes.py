@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from elastic.bench.records import Measurement
 from elastic.bench.studies.bounds import CHOSEN, KEPT, RISE
-from elastic.bench.studies.paired import RESAMPLES
+from elastic.training.paired import RESAMPLES
 
 BOUNDS, BY_SOURCE = "bounds", "every source"  # a field of records of MSR at equal quality; earlier ones lack it
 ROWS = "rows"  # a field of records of headlines: the set of rows, where they are not of the training's kind

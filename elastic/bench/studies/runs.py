@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.bench.studies.bounds import CHOSEN, GENERATOR_TASKS, Kept, bound_score, generator_of, kept, task_of
+from elastic.bench.studies.bounds import CHOSEN, GENERATOR_TASKS, Kept, kept, task_of
 from elastic.bench.studies.samples import Samples, read_samples
-from elastic.data.tasks import SENSITIVE
+from elastic.data.source_names import generator_of
+from elastic.data.tasks import SENSITIVE, bound_score
 from elastic.routing.methods import Method, parse_method, ratio_columns, renamed
 
 Row = dict[str, float]
