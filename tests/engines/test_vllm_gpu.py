@@ -2,6 +2,7 @@
 calls of the paged kernels in place of PyTorch. `gpu_engine.py` is for a machine that has a GPU.
 """
 
+import json
 import random
 from types import SimpleNamespace
 
@@ -19,12 +20,15 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_worker import Worker
 
+from elastic.bench.records import load as load_records
+from elastic.bench.records import stamp
 from elastic.data.prompts import EncodedPrompt
 from elastic.engines.vllm import step as steps
 from elastic.engines.vllm.engine import RoutedWorker, routed_config
 from elastic.engines.vllm.gpu import GpuBackend, GpuImpl, GpuWorker
 from elastic.engines.vllm.options import Options
 from elastic.engines.vllm.paged import attend_launches, write_pages
+from tests.engines import gpu_engine
 from tests.helpers.vllm_engine import engine, routed, sampling
 from tests.helpers.vllm_schedules import run
 
@@ -170,3 +174,25 @@ def test_no_step_in_which_layers_decide_may_be_the_replay_of_a_graph(model):
         answers = llm.generate([{"prompt_token_ids": prompt.ids} for prompt in asked], sampling(3), use_tqdm=False)
     assert found == [(1, False), (1, True), (1, True)]
     assert [list(of.outputs[0].token_ids) for of in answers] == [model.answer(prompt)[0][:3] for prompt in asked]
+
+
+def test_the_script_for_a_machine_with_a_gpu(monkeypatch, tmp_path):
+    """All of it, on the CPU, in this process and with a shape that one can hold."""
+    on_cpu = {"block_size": 32, "enforce_eager": True, "kv_cache_memory_bytes": 1 << 26}  # stock vLLM takes no other
+    started, sizes = gpu_engine.started, {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2}
+    monkeypatch.setattr(gpu_engine, "apart", lambda task, *args: json.loads(json.dumps(task(*args))))
+    monkeypatch.setattr(gpu_engine, "started", lambda *args, **options: started(*args, **options | on_cpu))
+    monkeypatch.setattr(gpu_engine, "stamp", lambda command, *_: stamp(command, None, torch.device("cpu")))
+    monkeypatch.setattr(gpu_engine, "version", lambda _: "0.32.0")
+    monkeypatch.setattr(gpu_engine, "CONTESTANTS", {"vLLM": None, "plugin": "random:0.5"})
+    monkeypatch.setattr(gpu_engine, "DECODED", 4)
+    monkeypatch.setattr(gpu_engine, "SHAPE", sizes | {"num_key_value_heads": 2, "vocab_size": 320})
+    options = ["--lengths", "64", "--batch", "2", "--layers", "2", "--repeats", "1", "--out", str(tmp_path)]
+    assert gpu_engine.main(options) == 0
+    found = load_records(tmp_path / "vllm-gpu.json")
+    assert [record["value"] for record in found if record["metric"].startswith("tokens with")] == [1.0, 1.0]
+    assert all(record["value"] > 0 for record in found if record["unit"] in ("s", "tokens/s"))
+    assert len(found) == 2 * 3 + 2 * 2
+    monkeypatch.setattr(gpu_engine, "LARGEST_ERROR", 0.0)
+    assert gpu_engine.main(options) == 1  # a check that fails ends it before anything is timed
+    assert len(load_records(tmp_path / "vllm-gpu.json")) == 2 * 3

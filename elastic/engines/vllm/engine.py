@@ -56,6 +56,7 @@ def routed_config(arguments: Any, options: Options, make: Callable[[], Any]) -> 
     made.parallel_config.worker_cls = own
     if current_platform.is_cuda():
         made.attention_config.backend = AttentionBackendEnum.CUSTOM  # the CPU has one backend, which is replaced
+        logger.warning("elastic: no engine with this plugin has run on a GPU yet; compare its answers")
     made.scheduler_config.scheduler_cls = f"{__name__}.{RoutedScheduler.__name__}"
     logger.info(
         "elastic: %s routes %d layers of %d KV heads as %s (sparsity_bias %g)",
