@@ -45,8 +45,7 @@ def routed_config(arguments: Any, options: Options, make: Callable[[], Any]) -> 
         ValueError: a setting or model without support, or routers that do not fit.
         FileNotFoundError: no such routers.
     """
-    _check_process(options)
-    stock, own = _WORKERS[current_platform.device_type]
+    stock, own = _WORKERS[_platform(options)]
     arguments.enable_chunked_prefill = bool(arguments.enable_chunked_prefill)  # vLLM's own default is to chunk
     os.environ[_RUNNER] = "0"  # read by the engine's other processes, which inherit it
     made = make()
@@ -66,12 +65,15 @@ def routed_config(arguments: Any, options: Options, make: Callable[[], Any]) -> 
     return made
 
 
-def _check_process(options: Options) -> None:
-    """Refuse devices and runners that the plugin does not know, and a GPU that nobody asked to try."""
+def _platform(options: Options) -> str:
+    """The key of `_WORKERS`. Devices and runners that the plugin does not know are refused, and a GPU that nobody asked
+    to try.
+    """
     device = current_platform.device_name or current_platform.device_type
-    if current_platform.device_type not in _WORKERS:
+    found = "cpu" if current_platform.is_cpu() else "cuda" if current_platform.is_cuda() else None
+    if found is None:
         raise ValueError(f"{OPTION} was asked for on {device}; it runs on {' and '.join(_WORKERS)}")
-    if current_platform.is_cuda() and not options.untested_gpu:
+    if found == "cuda" and not options.untested_gpu:
         raise ValueError(
             f"{OPTION} was asked for on {device}, where no engine with it has run yet: its kernels were tested alone, "
             f'its way through vLLM on the CPU only. Add "untested_gpu": true to the keys of {OPTION} to try it and '
@@ -81,6 +83,7 @@ def _check_process(options: Options) -> None:
         raise ValueError(
             f"{_RUNNER}={os.environ[_RUNNER]} was set, but {OPTION} knows the V1 model runner only; leave it out"
         )
+    return found
 
 
 def _check_settings(made: Any, worker: str) -> None:
