@@ -113,6 +113,7 @@ def test_what_vllm_asks_the_backend():
     assert builder.get_cudagraph_support(None, None) is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     assert AttentionBackendEnum[GpuBackend.get_name()] is AttentionBackendEnum.CUSTOM
     assert GpuBackend.get_preferred_block_size(16) == 16
+    assert GpuBackend.get_kv_cache_shape(7, 16, 2, 64, cache_dtype_str="auto") == (7, 2, 16, 128)  # asked by 0.24
 
 
 def test_a_gpu_without_the_kernels_is_refused_before_weights_load(model, monkeypatch):

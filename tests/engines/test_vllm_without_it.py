@@ -50,6 +50,14 @@ def test_the_tested_version_is_not(version):
     check_version(version)
 
 
+def test_a_version_that_was_only_read_starts_where_that_is_asked_for():
+    check_version("0.24.0", untested=True)
+    with pytest.raises(RuntimeError, match=r"vLLM 0\.24\.0 is installed"):
+        check_version("0.24.0")
+    with pytest.raises(RuntimeError, match=r"vLLM 0\.25\.0 is installed"):
+        check_version("0.25.0", untested=True)
+
+
 def test_no_option_means_no_routing():
     assert Options.of({}) is None and Options.of(None) is None and Options.of({"other": 1}) is None
     assert Options.of({"elastic": {"checkpoint": "x", "sparsity_bias": 1}}) == Options("x", 1.0)

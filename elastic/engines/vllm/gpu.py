@@ -13,7 +13,6 @@ from vllm import _custom_ops as ops
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.gpu_worker import Worker
 
 from elastic.engines.vllm.backend import RoutedImpl, RoutedMetadataBuilder
@@ -59,8 +58,17 @@ class GpuBackend(AttentionBackend):
         return bool(capability >= DeviceCapability(8, 0))
 
     @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+    def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
+        from vllm.v1.kv_cache_layout import KVCacheLayout  # not in 0.24, which asks for the shape below instead
+
         return (KVCacheLayout.LBHNC, KVCacheLayout.LBNHC)  # a layer's pages together: the kernels count from its first
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
+    ) -> tuple[int, ...]:
+        del cache_dtype_str
+        return num_blocks, num_kv_heads, block_size, 2 * head_size
 
     @staticmethod
     def get_impl_cls() -> type[GpuImpl]:
