@@ -193,6 +193,14 @@ def test_the_script_for_a_machine_with_a_gpu(monkeypatch, tmp_path):
     assert [record["value"] for record in found if record["metric"].startswith("tokens with")] == [1.0, 1.0]
     assert all(record["value"] > 0 for record in found if record["unit"] in ("s", "tokens/s"))
     assert len(found) == 2 * 3 + 2 * 2
-    monkeypatch.setattr(gpu_engine, "LARGEST_ERROR", 0.0)
-    assert gpu_engine.main(options) == 1  # a check that fails ends it before anything is timed
-    assert len(load_records(tmp_path / "vllm-gpu.json")) == 2 * 3
+
+
+@pytest.mark.parametrize(("unit", "value"), [("share", 0.5), ("of the largest output", 0.5)])
+def test_a_check_that_fails_ends_the_script_before_anything_is_timed(monkeypatch, tmp_path, unit, value):
+    bad = {"case": "check llama", "who": "plugin", "metric": "a metric", "value": value, "unit": unit}
+    monkeypatch.setattr(gpu_engine, "checks", lambda *_: iter([bad]))
+    monkeypatch.setattr(gpu_engine, "races", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(gpu_engine, "stamp", lambda command, *_: stamp(command, None, torch.device("cpu")))
+    monkeypatch.setattr(gpu_engine, "version", lambda _: "0.32.0")
+    assert gpu_engine.main(["--out", str(tmp_path)]) == 1
+    assert [record["value"] for record in load_records(tmp_path / "vllm-gpu.json")] == [value] * 2

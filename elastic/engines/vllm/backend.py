@@ -104,3 +104,21 @@ class RoutedImpl(AttentionImpl[Step]):
             logger.info("elastic: request %s of %d prompt tokens runs at MSR %.3f, ESR %.3f%s",
                         request.name, request.prompt_tokens, float(route_LK.mean()),
                         request.esr(sparse, route_LK), chunks)  # fmt: skip
+
+
+class RoutedBackend:
+    """What the backends of all devices answer.
+
+    Attributes:
+        impl: attention of a layer there.
+    """
+
+    impl: ClassVar[type[RoutedImpl]]
+
+    @classmethod
+    def get_impl_cls(cls) -> type[RoutedImpl]:
+        return cls.impl
+
+    @classmethod
+    def get_builder_cls(cls) -> type[RoutedMetadataBuilder]:
+        return RoutedMetadataBuilder

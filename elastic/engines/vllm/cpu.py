@@ -10,7 +10,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from elastic.engines.vllm.backend import RoutedImpl, RoutedMetadataBuilder
+from elastic.engines.vllm.backend import RoutedBackend, RoutedImpl
 from elastic.engines.vllm.engine import RoutedWorker
 from elastic.engines.vllm.paged import write_pages
 
@@ -26,8 +26,10 @@ class CpuImpl(RoutedImpl):
         write_pages(kv_cache, key, value, slot_mapping)
 
 
-class CpuBackend(CPUAttentionBackend):
+class CpuBackend(RoutedBackend, CPUAttentionBackend):
     """Attention under routes."""
+
+    impl: ClassVar = CpuImpl
 
     @staticmethod
     def get_supported_kernel_block_sizes(*spec: Any) -> list[Any]:
@@ -36,14 +38,6 @@ class CpuBackend(CPUAttentionBackend):
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         return []
-
-    @staticmethod
-    def get_impl_cls() -> type[CpuImpl]:
-        return CpuImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[RoutedMetadataBuilder]:
-        return RoutedMetadataBuilder
 
 
 class CpuWorker(RoutedWorker, CPUWorker):

@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_worker import Worker
 
-from elastic.engines.vllm.backend import RoutedImpl, RoutedMetadataBuilder
+from elastic.engines.vllm.backend import RoutedBackend, RoutedImpl
 from elastic.engines.vllm.engine import RoutedWorker
 from elastic.engines.vllm.options import OPTION
 from elastic.kernels import unsupported_reason
@@ -35,9 +35,10 @@ class GpuImpl(RoutedImpl):
         ops.reshape_and_cache_flash(key, value, keys, values, slot_mapping, self.kv_cache_dtype, *scales)
 
 
-class GpuBackend(AttentionBackend):
+class GpuBackend(RoutedBackend, AttentionBackend):
     """What the kernels take; vLLM refuses other models by these answers before it loads weights."""
 
+    impl: ClassVar = GpuImpl
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
     forward_includes_kv_cache_update = False
 
@@ -69,14 +70,6 @@ class GpuBackend(AttentionBackend):
     ) -> tuple[int, ...]:
         del cache_dtype_str
         return num_blocks, num_kv_heads, block_size, 2 * head_size
-
-    @staticmethod
-    def get_impl_cls() -> type[GpuImpl]:
-        return GpuImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[RoutedMetadataBuilder]:
-        return RoutedMetadataBuilder
 
 
 class GpuWorker(RoutedWorker, Worker):
