@@ -76,8 +76,8 @@ def _platform(options: Options) -> str:
     if found == "cuda" and not options.untested_gpu:
         raise ValueError(
             f"{OPTION} was asked for on {device}, where no engine with it has run yet: its kernels have tests of their "
-            f'own, its way through vLLM ran on the CPU only. Add "untested_gpu": true to the keys of {OPTION} to try it and '
-            "compare its answers (tests/engines/gpu_engine.py does), or use `elastic serve`"
+            f'own, its way through vLLM ran on the CPU only. Add "untested_gpu": true to the keys of {OPTION} to try '
+            "it and compare its answers (tests/engines/gpu_engine.py does), or use `elastic serve`"
         )
     if os.environ.get(_RUNNER, "0") not in ("0", ""):
         raise ValueError(
