@@ -37,7 +37,7 @@ from elastic.engines.vllm import step as steps
 from elastic.engines.vllm.paged import PagedStep, attend_launches, attend_spans
 from tests.helpers.vllm_engine import engine, routed, sampling
 
-LARGEST_ERROR, LEAST_SAME = 0.02, 0.9  # of attention in bf16; share of routes and of tokens
+LARGEST_ERROR, LEAST_SAME = 0.01, 0.9  # of attention in fp16; share of routes and of tokens
 TOKENS, DECODED = 24, 128
 SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
          "vocab_size": 128256, "max_position_embeddings": 1 << 18}  # fmt: skip
@@ -68,7 +68,7 @@ def started(folder: str, checkpoint: str | None, **options: Any) -> Any:
     """An engine in this process; without a checkpoint stock vLLM."""
     own = None if checkpoint is None else {"checkpoint": checkpoint, "untested_gpu": True}
     settings = {"enable_prefix_caching": False, "enable_chunked_prefill": False, "skip_tokenizer_init": True}
-    return engine(Path(folder), own, dtype="bfloat16", **settings, **options)
+    return engine(Path(folder), own, **settings | options)
 
 
 def answers(llm: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
@@ -97,7 +97,8 @@ def check(folder: str, checkpoint: str, eager: bool) -> dict[str, Any]:
         errors.append(float((out[:stop].float().cpu() - want[:stop]).abs().max() / want[:stop].abs().max()))
 
     judge = patch.object(steps, "attend_step", judged) if eager else nullcontext()
-    with judge, started(folder, checkpoint, enforce_eager=eager, max_model_len=256) as llm:
+    # fp16, whose roundings turn fewer of a small model's tokens
+    with judge, started(folder, checkpoint, dtype="float16", enforce_eager=eager, max_model_len=256) as llm:
         found, asked = answers(llm, small_prompts(), TOKENS), sampling(2)
         asked.detokenize = False
         for number, ids in enumerate(small_prompts()):
@@ -133,7 +134,10 @@ def times(folder: str, checkpoint: str | None, cases: list[tuple[int, int]], rep
     """Of every case (length, batch): seconds to the first token of all its requests, and decoded tokens a second."""
     longest, most = max(length for length, _ in cases) + DECODED + 16, max(batch for _, batch in cases)
     sizes = {"max_model_len": longest, "max_num_batched_tokens": max(longest, 8192), "max_num_seqs": most}
-    found, own = [], {"load_format": "dummy", "enforce_eager": False, "kv_cache_memory_bytes": None}
+    found, own = (
+        [],
+        {"load_format": "dummy", "dtype": "bfloat16", "enforce_eager": False, "kv_cache_memory_bytes": None},
+    )
     with started(folder, checkpoint, **sizes, **own) as llm:
         for length, batch in cases:
             rng = random.Random(length)

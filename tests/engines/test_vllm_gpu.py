@@ -18,6 +18,8 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.gpu_worker import Worker
 
 from elastic.bench.records import load as load_records
@@ -65,8 +67,10 @@ def made_for_a_gpu(model):
     return made
 
 
-def test_the_configuration_for_a_gpu(request, model):
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_configuration_for_a_gpu(request, model, ahead):
     made = made_for_a_gpu(model)
+    made.scheduler_config.async_scheduling = ahead  # vLLM's default on a GPU
     request.getfixturevalue("cuda")
     found = routed_config(
         SimpleNamespace(enable_chunked_prefill=None), Options("dense", untested_gpu=True), lambda: made
@@ -74,7 +78,8 @@ def test_the_configuration_for_a_gpu(request, model):
     assert found.attention_config.backend is AttentionBackendEnum.CUSTOM
     worker = resolve_obj_by_qualname(found.parallel_config.worker_cls)
     assert worker is GpuWorker and worker.__mro__[1] is RoutedWorker and issubclass(worker, Worker)
-    assert found.scheduler_config.scheduler_cls.endswith("RoutedScheduler")
+    scheduler = found.scheduler_config.get_scheduler_cls()
+    assert issubclass(scheduler, AsyncScheduler) == ahead and issubclass(scheduler, Scheduler)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +189,7 @@ def test_the_script_for_a_machine_with_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_engine, "started", lambda *args, **options: started(*args, **options | on_cpu))
     monkeypatch.setattr(gpu_engine, "stamp", lambda command, *_: stamp(command, None, torch.device("cpu")))
     monkeypatch.setattr(gpu_engine, "version", lambda _: "0.32.0")
+    monkeypatch.setattr(steps, "attend_step", attend_launches)
     monkeypatch.setattr(gpu_engine, "CONTESTANTS", {"vLLM": None, "plugin": "random:0.5"})
     monkeypatch.setattr(gpu_engine, "DECODED", 4)
     monkeypatch.setattr(gpu_engine, "SHAPE", sizes | {"num_key_value_heads": 2, "vocab_size": 320})

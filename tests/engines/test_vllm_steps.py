@@ -159,6 +159,33 @@ def test_what_a_captured_graph_reads_stays_where_it_is():
         assert captured.mode_LBK.tolist() == [[[1, int(names < "e")]] * 4] * 2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_graph_of_a_step_follows_its_requests():
+    """Captured without requests, replayed with two whose routes differ."""
+    config = small_config(sink=16, window=16, block=16)
+    table, modes, layer = table_of(config), modes_of(config, layers=1, device="cuda"), layer_router(config, "paper")
+    cache, q = torch.randn(8, KV, PAGE, 128).half().cuda(), torch.randn(2, HEADS, 64).half().cuda()
+    batch = Batch(torch.randperm(8).view(2, 4).int().cuda(), int32(0, 1, 2).cuda(), int32(1, 1).cuda())
+    captured, output, graph = (
+        Step.of(table, modes, [0, 1, 2], [1, 1], batch),
+        torch.empty_like(q),
+        torch.cuda.CUDAGraph(),
+    )
+    run_layer(layer, captured, q, cache, output)
+    with torch.cuda.graph(graph):
+        run_layer(layer, captured, q, cache, output)
+    stepped(table, [("a", 55, 0, 55), ("b", 60, 0, 60)])
+    for name, route in (("a", [1.0, 0.0]), ("b", [0.0, 1.0])):
+        table.requests[name].layers.append(torch.tensor(route).cuda())
+    batch.length_R.copy_(int32(56, 61))
+    step = stepped(table, [("a", 55, 55, 56), ("b", 60, 60, 61)], modes, batch)
+    graph.replay()
+    want, here = torch.empty(q.shape), dataclasses.replace(step.paged, table=step.paged.table.cpu())
+    attend_spans(q.cpu().float(), cache.cpu().float(), here, step.mode_LBK[0].cpu(), config.sparse, layer.scale, want)
+    torch.testing.assert_close(output.cpu().float(), want, atol=5e-3, rtol=5e-3)
+
+
 def test_a_step_that_must_decide_is_known_before_it_begins():
     """A prompt of one token, and the last token of a prompt in chunks, look like decoding to the engine."""
     table = table_of(small_config())

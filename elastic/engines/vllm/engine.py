@@ -16,6 +16,7 @@ from vllm.distributed import get_tp_group
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from elastic.engines.vllm.backend import logger
@@ -28,8 +29,8 @@ from elastic.engines.vllm.table import RouteTable
 
 # By platform: vLLM's own worker, and ours.
 _WORKERS = {
-    "cpu": ("vllm.v1.worker.cpu_worker.CPUWorker", "elastic.engines.vllm.cpu.CpuWorker"),
-    "cuda": ("vllm.v1.worker.gpu_worker.Worker", "elastic.engines.vllm.gpu.GpuWorker"),
+    "cpu": ("vllm.v1.worker.cpu_worker.CPUWorker", f"{__package__}.cpu.CpuWorker"),
+    "cuda": ("vllm.v1.worker.gpu_worker.Worker", f"{__package__}.gpu.GpuWorker"),
 }
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
@@ -56,7 +57,8 @@ def routed_config(arguments: Any, options: Options, make: Callable[[], Any]) -> 
     if current_platform.is_cuda():
         made.attention_config.backend = AttentionBackendEnum.CUSTOM  # the CPU has one backend, which is replaced
         logger.warning("elastic: no engine with this plugin has run on a GPU yet; compare its answers")
-    made.scheduler_config.scheduler_cls = f"{__name__}.{RoutedScheduler.__name__}"
+    scheduler = RoutedAsyncScheduler if made.scheduler_config.async_scheduling else RoutedScheduler
+    made.scheduler_config.scheduler_cls = f"{__name__}.{scheduler.__name__}"
     logger.info(
         "elastic: %s routes %d layers of %d KV heads as %s (sparsity_bias %g)",
         *(options.checkpoint, len(routing.routers), routing.routers[0].kv_heads),
@@ -120,8 +122,11 @@ def _check_settings(made: Any, worker: str) -> None:
         raise ValueError(f"{name}={value!r} does not go together with {OPTION} yet; leave it at its default")
 
 
-class RoutedScheduler(Scheduler):
-    """vLLM's scheduler, which lets requests share no longer a prefix than is the same under all routes."""
+class _ShortPrefixes:
+    """Lets requests share no longer a prefix than is the same under all routes."""
+
+    vllm_config: Any
+    kv_cache_manager: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -129,6 +134,14 @@ class RoutedScheduler(Scheduler):
         if most is not None:
             find = coordinator.find_longest_cache_hit
             coordinator.find_longest_cache_hit = lambda hashes, longest: find(hashes, min(longest, most))
+
+
+class RoutedScheduler(_ShortPrefixes, Scheduler):
+    """vLLM's scheduler that waits for each step, as on the CPU."""
+
+
+class RoutedAsyncScheduler(_ShortPrefixes, AsyncScheduler):
+    """vLLM's scheduler that plans a step while the one before runs: on a GPU its default."""
 
 
 class RoutedWorker:
