@@ -90,7 +90,8 @@ class PagedStep:
     Attributes:
         table: int32 [B, P] on the cache's device, each span's pages in order.
         lengths: int32 [B] there, its request's tokens up to the span's last.
-        bounds, ends: where each span's queries begin, and their number; `lengths`: the same for the host.
+        bounds: for the host, where each span's queries begin, and the number of all.
+        ends: for the host, what `lengths` are.
         launches: the calls that run them on a GPU.
     """
 
