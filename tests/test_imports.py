@@ -13,7 +13,8 @@ MODULES = sorted(
     for folder in ("elastic", "data_prep")
     for path in (ROOT / folder).rglob("*.py")
 )
-NEEDS = {"elastic.engines.vllm.engine": "vllm"}  # what a module imports that the package itself does not need
+# What a module imports that the package itself does not need.
+NEEDS = {f"elastic.engines.vllm.{name}": "vllm" for name in ("backend", "cpu", "engine", "gpu")}
 HEAVY = ("torch", "cupy", "lightning", "transformers", "datasets", "matplotlib")
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, its neighbo
 
 from elastic.bench.records import Measurement, save, stamp
 from elastic.console import say
-from elastic.engines.vllm import engine as versioned
+from elastic.engines.vllm import backend, cpu
 from elastic.engines.vllm import step as steps
 from tests.helpers.vllm_engine import Routed, engine, routed, sampling
 
@@ -57,13 +57,13 @@ def own_times(llm: Any, count: int) -> Times:
     (worker,) = llm.collective_rpc(lambda worker: worker)
     runner, table = worker.model_runner, worker.table
     seen: list[Any] = []
-    build = versioned.RoutedMetadataBuilder.build
+    build = backend.RoutedMetadataBuilder.build
 
     def spy(self: Any, common_prefix_len: int, metadata: Any, fast_build: bool = False) -> Any:
         seen.append((self, metadata))
         return build(self, common_prefix_len, metadata, fast_build)
 
-    with patch.object(versioned.RoutedMetadataBuilder, "build", spy):
+    with patch.object(backend.RoutedMetadataBuilder, "build", spy):
         llm.llm_engine.step()
     (builder, metadata), names = seen[-1], runner.input_batch.req_ids
     layers = list(runner.compilation_config.static_forward_context.values())
@@ -72,8 +72,8 @@ def own_times(llm: Any, count: int) -> Times:
     k = torch.zeros(len(names), impl.num_kv_heads, impl.head_size)
     output, found = torch.empty_like(q), []
     with (
-        patch.object(steps, "attend_rows", lambda q, *_: q),
-        patch.object(versioned, "write_pages", lambda *_: None),
+        patch.object(steps, "attend_step", lambda *_: None),
+        patch.object(cpu, "write_pages", lambda *_: None),
     ):
         for _ in range(count):
             begun = time.thread_time()

@@ -307,13 +307,3 @@ def test_other_versions_are_refused_where_routing_is_asked_for(llama, monkeypatc
         engine(llama.folder, {"checkpoint": "dense"}),
     ):
         pass
-
-
-def test_a_gpu_is_refused_for_now(llama, monkeypatch):
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.platforms import current_platform
-
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
-    arguments = EngineArgs(str(llama.folder), additional_config={"elastic": {"checkpoint": "dense"}})
-    with pytest.raises(ValueError, match="paged CUDA kernels are not written yet"):
-        arguments.create_engine_config()

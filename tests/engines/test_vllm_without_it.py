@@ -1,7 +1,5 @@
 """What the vLLM plugin decides without vLLM: options, versions, routers, and which tokens the user wrote."""
 
-import dataclasses
-import itertools
 import sys
 
 import pytest
@@ -13,14 +11,13 @@ from elastic.data.prompts import encode
 from elastic.engines.vllm import plugin
 from elastic.engines.vllm.decide import Rotation
 from elastic.engines.vllm.options import Options
-from elastic.engines.vllm.paged import PagedStep, Pages, attend_launches, attend_pages, attend_step, write_pages
+from elastic.engines.vllm.paged import Pages, attend_pages, write_pages
 from elastic.engines.vllm.routers import load_routing
 from elastic.engines.vllm.shards import Shard, check_heads
 from elastic.engines.vllm.spans import ChatMarks, user_span
-from elastic.engines.vllm.step import Step
 from elastic.engines.vllm.table import RoutedRequest, RouteTable
 from elastic.engines.vllm.versions import check_version
-from elastic.kernels import Pattern, paged_forward
+from elastic.kernels import Pattern
 from elastic.kernels.reach_oracle import hidden_mass
 from elastic.model.attach import attach, override_routes, routers
 from elastic.model.checkpoint import save_elastic
@@ -53,6 +50,14 @@ def test_the_tested_version_is_not(version):
     check_version(version)
 
 
+def test_a_version_that_was_only_read_starts_where_that_is_asked_for():
+    check_version("0.24.0", untested=True)
+    with pytest.raises(RuntimeError, match=r"vLLM 0\.24\.0 is installed"):
+        check_version("0.24.0")
+    with pytest.raises(RuntimeError, match=r"vLLM 0\.25\.0 is installed"):
+        check_version("0.25.0", untested=True)
+
+
 def test_no_option_means_no_routing():
     assert Options.of({}) is None and Options.of(None) is None and Options.of({"other": 1}) is None
     assert Options.of({"elastic": {"checkpoint": "x", "sparsity_bias": 1}}) == Options("x", 1.0)
@@ -64,12 +69,13 @@ def test_no_option_means_no_routing():
         ("folder", "not a mapping"),
         (
             {"checkpoint": "x", "bias": 1},
-            r"unknown key elastic\.bias; known keys are checkpoint, sparsity_bias, budget",
+            r"unknown key elastic\.bias; known keys are checkpoint, sparsity_bias, budget, untested_gpu",
         ),
         ({}, r"elastic\.checkpoint=None"),
         ({"checkpoint": "x", "sparsity_bias": "1"}, r"elastic\.sparsity_bias='1' is not a finite number"),
         ({"checkpoint": "x", "budget": float("nan")}, r"elastic\.budget=nan is not a finite number"),
         ({"checkpoint": "x", "budget": 0.1, "sparsity_bias": 0.0}, "give one of them"),
+        ({"checkpoint": "x", "untested_gpu": 1}, r"elastic\.untested_gpu=1 is not true or false"),
     ],
 )
 def test_wrong_options_are_refused(given, message):
@@ -218,40 +224,6 @@ def test_attention_over_pages_is_masked_attention(queries, granule):
         torch.testing.assert_close(found[:, head], weight @ v[:, head // 2], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("singles", [0, 2, 4])
-def test_a_step_is_its_requests_one_by_one_and_what_the_kernels_compute(singles):
-    """The PyTorch path of a batch with different routes, against the operators' twin over the same cache."""
-    sparse, modes = (
-        SparseConfig(sink=4, window=8, block=4),
-        torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]], dtype=torch.int32),
-    )
-    cache = torch.randn(11, 2, 16, 16)
-    table = torch.tensor([[7, 2, 5], [1, 8, 0], [4, 3, 6], [9, 10, 0]], dtype=torch.int32)
-    news, lengths = [1] * singles + [45, 0, 13, 20][singles:], torch.tensor([45, 20, 31, 25], dtype=torch.int32)
-    starts = torch.tensor([0, *torch.tensor(news).cumsum(0)], dtype=torch.int32)
-    q, pools = torch.randn(sum(news), 4, 8), cache.transpose(1, 2).chunk(2, dim=-1)
-    step = PagedStep(table, starts, lengths, singles)
-    found = attend_step(q, cache, step, modes, sparse, 0.3)
-    want = paged_forward(q, *pools, table, starts, lengths, modes, Pattern(4, 8, sparse.granule, 4, 0.3))[0]
-    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(attend_launches(q, cache, step, modes, sparse, 0.3), want, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("singles", [0, 1, 2])
-def test_a_step_on_a_gpu_equals_that_on_the_cpu(singles):
-    sparse, modes = SparseConfig(sink=64, window=64, block=64), torch.tensor([[1, 0], [0, 1]], dtype=torch.int32)
-    cache, table = torch.randn(20, 2, 16, 128), torch.randperm(20).view(2, 10).int()
-    news, lengths = [1] * singles + [150, 13][singles:], torch.tensor([150, 97], dtype=torch.int32)
-    starts = torch.tensor([0, *torch.tensor(news).cumsum(0)], dtype=torch.int32)
-    q = torch.randn(sum(news), 4, 64)
-    want = attend_step(q, cache, PagedStep(table, starts, lengths, singles), modes, sparse, 0.125)
-    step = PagedStep(table.cuda(), starts.cuda(), lengths.cuda(), singles)
-    found = attend_step(q.half().cuda(), cache.half().cuda(), step, modes.cuda(), sparse, 0.125)
-    torch.testing.assert_close(found.float().cpu(), want, atol=5e-3, rtol=5e-3)
-
-
 def test_the_table_lives_as_long_as_its_requests():
     table = RouteTable(lambda ids: (0, len(ids)), small_config())
     table.begin_step([("a", [1, 2]), ("b", [3])])
@@ -264,58 +236,6 @@ def test_the_table_lives_as_long_as_its_requests():
     table.forget(["a"])  # aborted, and its name used again
     table.begin_step([("a", [9, 9, 9])])
     assert table.take_step()[0].prompt_tokens == 3
-
-
-def stepped(table, rows):
-    """The step of rows (name, prompt tokens, first token, end) and what it makes of them."""
-    table.begin_step((name, [1] * prompt) for name, prompt, _, _ in rows)
-    bounds = [0, *itertools.accumulate(end - first for _, _, first, end in rows)]
-    pages = torch.arange(4 * len(rows)).view(len(rows), 4)
-    return Step.of(table, bounds, torch.tensor([end for *_, end in rows]), pages)
-
-
-def test_tokens_of_chunks_before_the_prompts_end_are_dense_for_good():
-    table = RouteTable(lambda ids: (0, len(ids)), small_config())
-    stepped(table, [("a", 50, 0, 20)])
-    request = table.requests["a"]
-    assert (request.dense_until, request.dense_tokens) == (20, 20)
-    stepped(table, [("a", 50, 20, 45)])
-    assert request.dense_until == 45
-    stepped(table, [("a", 50, 16, 30)])  # preempted; a page came from the prefix cache
-    assert (request.dense_until, request.cached) == (30, 16)
-    (row,) = stepped(table, [("a", 50, 30, 50)]).reading
-    assert (request.dense_until, row.past, row.length) == (30, 30, 50)
-    request.layers.append(torch.tensor([1.0, 0.0]))
-    stepped(table, [("a", 50, 0, 52)])  # preempted while decoding
-    assert request.dense_until == 30
-
-
-def test_a_prompt_after_cached_pages_is_whole_and_static_routes_know_no_chunks():
-    table = RouteTable(lambda ids: (0, len(ids)), small_config())
-    stepped(table, [("a", 50, 16, 50)])
-    assert table.requests["a"].dense_tokens == 0
-    table = RouteTable(lambda ids: (0, len(ids)), small_config(), fixed=True)
-    stepped(table, [("a", 50, 0, 20)])
-    assert table.requests["a"].dense_until == 0
-
-
-@pytest.mark.parametrize("dense_decode", [False, True])
-def test_tables_of_decoding_rows_change_with_the_batch_alone(dense_decode):
-    table = RouteTable(lambda ids: (0, len(ids)), dataclasses.replace(small_config(), dense_decode=dense_decode))
-    stepped(table, [("a", 5, 0, 5), ("b", 3, 0, 3)])
-    for name, route in (("a", [1.0, 0.0]), ("b", [0.0, 0.0])):
-        table.requests[name].layers += [torch.tensor(route), torch.tensor([0.0, 1.0])]
-    first = stepped(table, [("a", 5, 5, 6), ("b", 3, 3, 4)])
-    again = stepped(table, [("a", 5, 6, 7), ("b", 3, 4, 5)])
-    assert first.decoding.token_R is None and not first.reading and first.decoding.streams is again.decoding.streams
-    sparse = [[[True, False], [False, False]], [[False, True], [False, True]]]
-    found = [of.tolist() for of in first.decoding.streams]
-    assert found == ([[[False] * 2] * 2] * 2 if dense_decode else sparse)
-    mixed = stepped(table, [("a", 5, 7, 8), ("c", 9, 0, 9), ("b", 3, 5, 6)])
-    assert mixed.decoding.token_R.tolist() == [0, 10] and mixed.decoding.length_R.tolist() == [8, 6]
-    assert [row.request.name for row in mixed.reading] == ["c"] and mixed.decoding.page_RP[1, 0] == 8
-    left = stepped(table, [("b", 3, 6, 7)])
-    assert [of.tolist() for of in left.decoding.streams] == [of[1:] for of in found]
 
 
 def test_esr_counts_dense_chunks_as_computed():

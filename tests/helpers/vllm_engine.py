@@ -49,11 +49,12 @@ class Routed:
 
 
 def routed(
-    folder: Path, family: str, kind: str, seed: int = 0, kv_heads: int = KV_HEADS, layers: int = LAYERS, **config: Any
-) -> Routed:
+    folder: Path, family: str, kind: str, seed: int = 0, kv_heads: int = KV_HEADS, layers: int = LAYERS,
+    head_dim: int = 32, **config: Any,
+) -> Routed:  # fmt: skip
     """A random backbone whose answers vary, with routers of a kind whose decisions vary, both saved."""
     tokenizer = load_tokenizer("tiny")
-    sizes = {"hidden_size": 128, "head_dim": 32, "num_key_value_heads": kv_heads, "num_hidden_layers": layers}
+    sizes = {"hidden_size": 128, "head_dim": head_dim, "num_key_value_heads": kv_heads, "num_hidden_layers": layers}
     model = tiny_model(family, seed, vocab_size=len(tokenizer), eos_token_id=None, **sizes)
     with torch.no_grad():  # weights large enough that attention decides what comes next
         for name, weight in model.named_parameters():

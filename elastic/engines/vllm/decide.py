@@ -103,17 +103,24 @@ class LayerRouter:
             self._mass(request, q_QHD, pages)
 
     def _from_keys(self, request: RoutedRequest, pages: Pages) -> Tensor:
-        config = self.config.router
-        begin, end = request.user if config.pool_over == "user" else (0, request.prompt_tokens)
-        slots = BoundarySlots.of(torch.tensor([begin]), torch.tensor([end]), config.pool_tokens)
-        position_P, weight = slots.index_N2P[0], slots.weight_N2P
-        k_PKD = pages.read_at(torch.arange(self.kv_heads), position_P)[0].transpose(0, 1)
-        counts = *weight.unflatten(1, (2, -1)).sum(2).unbind(1), weight.sum(1).clamp_min(1.0)[:, None, None]
+        if request.pooling is None:
+            request.pooling = self._pooling(request, pages.cache_NKTE.device)
+        pooling = request.pooling
+        k_PKD = pages.read_at(pooling.token_M)[0].transpose(0, 1)
+        keys_1PKD = self.rotation.undo(k_PKD, pooling.token_M)[None]
         decision, _ = decide_from_keys(
-            self.router, self.rotation.undo(k_PKD, position_P)[None], Pooling(position_P, weight, *counts), self.config,
-            None, row_slice=RowSlice(), fused=False,
-        )  # fmt: skip
+            self.router, keys_1PKD, pooling, self.config, None, row_slice=RowSlice(), fused=False
+        )
         return decision.route_NK[0]
+
+    def _pooling(self, request: RoutedRequest, device: torch.device) -> Pooling:
+        config = self.config.router
+        span = request.user if config.pool_over == "user" else (0, request.prompt_tokens)
+        begin, end = (torch.full((1,), place, device=device) for place in span)
+        slots = BoundarySlots.of(begin, end, config.pool_tokens)
+        weight = slots.weight_N2P
+        counts = *weight.unflatten(1, (2, -1)).sum(2).unbind(1), weight.sum(1).clamp_min(1.0)[:, None, None]
+        return Pooling(slots.index_N2P[0], weight, *counts)
 
     def _from_reach(
         self, router: LevelRouter | ReachRouter, request: RoutedRequest, q_QHD: Tensor, pages: Pages
@@ -126,7 +133,8 @@ class LayerRouter:
         earlier = None if request.reach_R is None else request.reach_R[None]
         reached = router.with_earlier(largest[None], recent[None], earlier, None)
         request.reach_R = reached[0]
-        logits = router(router.features(reached, torch.tensor([request.user[1]]), self.config.sparse))
+        length = torch.full((1,), request.user[1], device=reached.device)
+        logits = router(router.features(reached, length, self.config.sparse))
         route = decide(logits, self.config.sparsity_bias)[0]
         return self.shard.own(route) if level else route
 
@@ -148,7 +156,7 @@ class LayerRouter:
         mass_KGQ, here, stop = request.mass[self.number], max(first, past), min(end, pages.length)
         if here < stop:
             q_KGQD = q_QHD[here - past : stop - past].float().permute(1, 0, 2).unflatten(0, (self.kv_heads, -1))
-            k_KSD, _ = pages.read(torch.arange(self.kv_heads), stop)
+            k_KSD, _ = pages.read(length=stop)
             found = hidden_mass(q_KGQD, k_KSD, _pattern(sparse, self.scale))
             mass_KGQ[:, :, here - first : stop - first] = found
         return mass_KGQ

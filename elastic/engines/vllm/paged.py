@@ -1,11 +1,12 @@
-"""Keys and values of requests in an engine's pages, and attention over them: by the kernels on a GPU, a step's requests
-at once; elsewhere request by request in PyTorch.
+"""Keys and values of requests in an engine's pages, and attention over them: by the kernels on a GPU, a step's spans at
+once; elsewhere span by span in PyTorch.
 
-Legend: N pages, K KV heads, T tokens of a page, D head dim, H query heads, Q queries, h KV heads of one mode; of a step
-B requests, S queries, P entries of a row of the table.
+Legend: N pages, K KV heads, T tokens of a page, D head dim, E = 2 D, H query heads, Q queries, h KV heads of one mode;
+of a step B spans, S queries, P entries of a row of the table.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 from elastic.attention.torch_path import streaming
 from elastic.config import SparseConfig
 from elastic.kernels import Pattern, paged_decode, paged_forward
+from elastic.kernels.checks import MAX_SAMPLES
+from elastic.kernels.devices import MAX_HEADS
 from elastic.visibility import lower_bound
 
 _CHUNK = 512  # queries whose mask exists at a time
@@ -25,7 +28,7 @@ class Pages:
 
     Attributes:
         cache_NKTE: the layer's pages, E = 2 D: a token's key, then its value.
-        page: int64, the request's pages in order.
+        page: the request's pages in order.
         length: tokens.
     """
 
@@ -33,17 +36,21 @@ class Pages:
     page: Tensor
     length: int
 
-    def read(self, heads: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first `length` tokens (default: all), [h, length, D] each."""
+    def read(self, heads: Tensor | None = None, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `length` tokens (default: all) in these heads (default: all), [h, length, D]
+        each.
+        """
         length = self.length if length is None else length
         page = self.page[: -(-length // self.cache_NKTE.shape[2])]
-        found = self.cache_NKTE[page[:, None], heads].transpose(0, 1).flatten(1, 2)[:, :length]
-        return _halves(found)
+        found = self.cache_NKTE[page] if heads is None else self.cache_NKTE[page[:, None], heads]
+        return _halves(found.transpose(0, 1).flatten(1, 2)[:, :length])
 
-    def read_at(self, heads: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    def read_at(self, position: Tensor, heads: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values of single tokens, [h, positions, D] each."""
         size = self.cache_NKTE.shape[2]
         page, slot = self.page[position // size], position % size
+        if heads is None:
+            return _halves(self.cache_NKTE[page, :, slot].transpose(0, 1))
         return _halves(self.cache_NKTE[page, heads[:, None], slot])
 
 
@@ -62,63 +69,106 @@ def write_pages(cache_NKTE: Tensor, k_SKD: Tensor, v_SKD: Tensor, slot_S: Tensor
 
 
 @dataclass(frozen=True)
-class PagedStep:
-    """What a step's layers share, int32 on the cache's device.
+class Launch:
+    """Spans of a step that one call of an operator runs.
 
     Attributes:
-        table: [B, P], each request's pages in order.
-        starts: [B + 1], where each request's queries begin, and their number S.
-        lengths: [B], each request's tokens with the new ones.
-        singles: of the first requests, how many have one query each (an engine puts them first): they run as decoding.
+        spans, tokens: which.
+        starts: int32 [spans + 1], where each span's queries begin among the launch's tokens; None: each has one query.
+    """
+
+    spans: slice
+    tokens: slice
+    starts: Tensor | None
+
+
+@dataclass(frozen=True)
+class PagedStep:
+    """What a step's layers share: spans of tokens, each the last ones that its request has up to there, and all of a
+    span's tokens in one mode by head.
+
+    Attributes:
+        table: int32 [B, P] on the cache's device, each span's pages in order.
+        lengths: int32 [B] there, its request's tokens up to the span's last.
+        bounds: for the host, where each span's queries begin, and the number of all.
+        ends: for the host, what `lengths` are.
+        launches: the calls that run them on a GPU.
     """
 
     table: Tensor
-    starts: Tensor
     lengths: Tensor
-    singles: int
+    bounds: list[int]
+    ends: list[int]
+    launches: tuple[Launch, ...]
+
+    @classmethod
+    def of(
+        cls, table: Tensor, starts: Tensor, lengths: Tensor, bounds: list[int], ends: list[int], kv_heads: int
+    ) -> "PagedStep":
+        """Single queries at the step's beginning (an engine puts them first) run as decoding, all others as a forward
+        pass; a launch takes no more spans than the kernels do.
+
+        Args:
+            starts: int32 [B + 1] on the cache's device, what `bounds` are.
+        """
+        spans, most = len(ends), max(1, MAX_HEADS // kv_heads)
+        singles = next((n for n, (a, b) in enumerate(pairwise(bounds)) if b - a != 1), spans)
+        edges = [(n, min(n + most, singles)) for n in range(0, singles, most)]
+        launches = [Launch(slice(a, b), slice(a, b), None) for a, b in edges]
+        for a in range(singles, spans, MAX_SAMPLES):
+            b, first = min(a + MAX_SAMPLES, spans), bounds[a]
+            here = starts[a : b + 1] - first if first else starts[a : b + 1]
+            launches.append(Launch(slice(a, b), slice(first, bounds[b]), here))
+        return cls(table[:spans], lengths[:spans], bounds, ends, tuple(launches))
 
 
 def attend_step(
-    q_SHD: Tensor, cache_NKTE: Tensor, step: PagedStep, mode_BK: Tensor, sparse: SparseConfig, scale: float
-) -> Tensor:
-    """Attention of all new tokens of a step, each the last of its request.
+    q_SHD: Tensor, cache_NKTE: Tensor, step: PagedStep, mode_BK: Tensor, sparse: SparseConfig, scale: float,
+    output_SHD: Tensor,
+) -> None:  # fmt: skip
+    """Attention of all new tokens of a step into `output_SHD`; rows after the step's last token stay as they are.
 
-    On a GPU one launch for single queries and one for all others, which read `step` and `mode_BK` there; elsewhere
-    `attend_pages`.
+    On a GPU by the paged kernels, which read table, lengths and modes there, so that a captured graph may be replayed
+    after they have changed; elsewhere span by span in PyTorch.
 
     Args:
-        mode_BK: int32, 1 where a KV head runs streaming, else 0.
-
-    Returns:
-        [S, H, D].
+        mode_BK: int32, a row for each span: 1 where a KV head runs streaming, else 0.
 
     Raises:
         ValueError: a GPU's tensors that the kernels do not take, with the way out.
     """
-    if q_SHD.is_cuda:
-        return attend_launches(q_SHD, cache_NKTE, step, mode_BK, sparse, scale)
-    output, bounds = torch.empty_like(q_SHD), step.starts.tolist()
-    for n, (length, modes) in enumerate(zip(step.lengths.tolist(), mode_BK.tolist(), strict=True)):
-        queries = slice(bounds[n], bounds[n + 1])
-        if queries.start < queries.stop:
-            pages = Pages(cache_NKTE, step.table[n].long(), length)
-            output[queries] = attend_pages(q_SHD[queries], pages, [bool(mode) for mode in modes], sparse, scale)
-    return output
+    run = attend_launches if q_SHD.is_cuda else attend_spans
+    run(q_SHD, cache_NKTE, step, mode_BK, sparse, scale, output_SHD)
 
 
 def attend_launches(
-    q_SHD: Tensor, cache_NKTE: Tensor, step: PagedStep, mode_BK: Tensor, sparse: SparseConfig, scale: float
-) -> Tensor:
+    q_SHD: Tensor, cache_NKTE: Tensor, step: PagedStep, mode_BK: Tensor, sparse: SparseConfig, scale: float,
+    output_SHD: Tensor,
+) -> None:  # fmt: skip
     """`attend_step` by the paged operators, whatever the device."""
-    keys, values = _halves(cache_NKTE.transpose(1, 2))
+    pools = _halves(cache_NKTE.transpose(1, 2))
     pattern = Pattern(sparse.sink, sparse.window, sparse.granule, sparse.block, scale)
-    n, parts = step.singles, []
-    if n:
-        parts.append(paged_decode(q_SHD[:n], keys, values, step.table[:n], step.lengths[:n], mode_BK[:n], pattern))
-    if n < mode_BK.shape[0]:
-        rest = step.table[n:], step.starts[n:] - n, step.lengths[n:], mode_BK[n:]
-        parts.append(paged_forward(q_SHD[n:], keys, values, *rest, pattern)[0])
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    for launch in step.launches:
+        spans, q = launch.spans, q_SHD[launch.tokens]
+        table, lengths, mode = step.table[spans], step.lengths[spans], mode_BK[spans]
+        if launch.starts is None:
+            found = paged_decode(q, *pools, table, lengths, mode, pattern)
+        else:
+            found, _ = paged_forward(q, *pools, table, launch.starts, lengths, mode, pattern)
+        output_SHD[launch.tokens] = found
+
+
+def attend_spans(
+    q_SHD: Tensor, cache_NKTE: Tensor, step: PagedStep, mode_BK: Tensor, sparse: SparseConfig, scale: float,
+    output_SHD: Tensor,
+) -> None:  # fmt: skip
+    """`attend_step` in PyTorch, on the CPU."""
+    modes = mode_BK.tolist()
+    for n, (first, stop) in enumerate(pairwise(step.bounds)):
+        if first < stop:
+            pages = Pages(cache_NKTE, step.table[n], step.ends[n])
+            streaming_K = [bool(mode) for mode in modes[n]]
+            output_SHD[first:stop] = attend_pages(q_SHD[first:stop], pages, streaming_K, sparse, scale)
 
 
 def attend_pages(q_QHD: Tensor, pages: Pages, sparse_K: list[bool], sparse: SparseConfig, scale: float) -> Tensor:
@@ -162,7 +212,7 @@ def _streaming(q_HQD: Tensor, pages: Pages, heads: Tensor, sparse: SparseConfig,
         return streaming(q_HQD[None], k[None], v[None], sparse, scale)[0]
     local = max(0, lower_bound(pages.length - 1, sparse.window, sparse.granule, sparse.block))
     seen = torch.cat([torch.arange(min(sparse.sink, local)), torch.arange(local, pages.length)])
-    k, v = pages.read_at(heads, seen)
+    k, v = pages.read_at(seen, heads)
     return _sdpa(q_HQD, k, v, None, scale).transpose(0, 1)
 
 

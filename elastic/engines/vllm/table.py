@@ -1,15 +1,16 @@
 """The table of routes: what is remembered of a request from its first step until it ends.
 
-Legend: L layers, R requests of a batch, K KV heads here, G query heads of a KV head, Q queries that reach looks at.
+Legend: L layers, K KV heads here, G query heads of a KV head, Q queries that reach looks at.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from elastic.config import ElasticConfig, SparseConfig
+from elastic.routing.pooling import Pooling
 from elastic.routing.sparsity import causal_pairs, esr
 
 Span = tuple[int, int]
@@ -34,6 +35,8 @@ class RoutedRequest:
         read: prompt tokens that are computed so far.
         cached: those of them that came from the prefix cache.
         mass: by layer [K, G, Q], what routers by reach saw of the user's last queries so far.
+        pooling: which of its tokens routers pool, once a layer has asked.
+        modes: what `ModeTable` made of its routes.
     """
 
     name: str
@@ -45,6 +48,8 @@ class RoutedRequest:
     read: int = 0
     cached: int = 0
     mass: dict[int, Tensor] = field(default_factory=dict)
+    pooling: Pooling | None = None
+    modes: dict[bool, Tensor] = field(default_factory=dict)
 
     def begin_chunk(self, past: int, length: int) -> None:
         """Note that tokens [past, length) are computed next, before the routes are decided: dense, unless the prompt
@@ -82,8 +87,6 @@ class RouteTable:
         self.find_user, self.config, self.fixed = find_user, config, fixed
         self.requests: dict[str, RoutedRequest] = {}
         self._step: list[RoutedRequest] = []
-        self._batch: list[RoutedRequest] = []
-        self._streams: tuple[Tensor, ...] = ()
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop requests that have finished or were aborted; a name may come again for another one."""
@@ -99,15 +102,9 @@ class RouteTable:
         step, self._step = self._step, []
         return step
 
-    def decoding(self, batch: Sequence[RoutedRequest]) -> tuple[Tensor, ...]:
-        """Which heads of decided requests decode as streaming ones, by layer bool [R, K]; the same tensors until the
-        batch changes.
-        """
-        if len(batch) != len(self._batch) or any(a is not b for a, b in zip(batch, self._batch, strict=True)):
-            route_LRK = torch.stack([torch.stack(request.layers) for request in batch], dim=1)
-            route_LRK = torch.zeros_like(route_LRK) if self.config.dense_decode else route_LRK
-            self._batch, self._streams = list(batch), streams(route_LRK, self.config.sparse).unbind(0)
-        return self._streams
+    def undecided(self) -> bool:
+        """Whether a request of the step that begins has no routes yet, so that layers must decide in it."""
+        return any(not request.layers for request in self._step)
 
     def _known(self, name: str, prompt: list[int]) -> RoutedRequest:
         if name not in self.requests:

