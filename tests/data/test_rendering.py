@@ -62,7 +62,7 @@ def doors(tokenizer):
     return {
         "data": record.input_ids[: record.prompt_length],
         "generation": encode(QUESTION, tokenizer, True).ids,
-        "serving": PromptReader(model, tokenizer)._encode(messages).ids,
+        "serving": PromptReader(model, tokenizer)._encode(messages, None).ids,
         "evaluation": lm.tok_encode(rendered),
     }
 
@@ -197,7 +197,7 @@ def test_generate_and_server_offer_it():
         generate(model, tokenizer, words, 1, chat_template=False, sanitize_control_tokens=True)
     assert not ServerLimits().sanitize_control_tokens
     reader = PromptReader(model, tokenizer, ServerLimits(sanitize_control_tokens=True).sanitize_control_tokens)
-    assert reader._encode(chat(words)) == encode_prompt(chat(words), tokenizer, sanitize=True)
+    assert reader._encode(chat(words), None) == encode_prompt(chat(words), tokenizer, sanitize=True)
     reader.close()
 
 
