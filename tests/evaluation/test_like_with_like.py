@@ -89,8 +89,8 @@ def noted(loaded):
     """`load_model` that writes down what it loaded."""
     load = runner.load_model
 
-    def load_model(plan, method):
-        model, tokenizer = load(plan, method)
+    def load_model(plan, method, factor):
+        model, tokenizer = load(plan, method, factor)
         shape = architecture(model)
         loaded[method.name] = shape["model_type"], shape["num_layers"], sizes(elastic_config(model).sparse)
         return model, tokenizer
