@@ -67,6 +67,13 @@ def test_prompts_on_both_sides_of_a_change_of_rope_are_read_apart(model, monkeyp
     assert lengths(chosen) == [90, 94]
 
 
+def test_prompts_longer_than_a_piece_are_read_alone(model):
+    """Read in pieces together, which of a prompt's tokens attend in full would depend on the others."""
+    waiting = [job(100), job(100), job(90)]
+    assert len(Admission(model[0], 8, 10**15, piece=100).choose(waiting, 0, 0, math.inf)) == 3
+    assert len(Admission(model[0], 8, 10**15, piece=99).choose(waiting, 0, 0, math.inf)) == 1
+
+
 def test_as_many_begin_as_there_are_places_and_room(model):
     waiting, each = [job(100) for _ in range(5)], Admission(model[0], 1, 0).bytes_of(job(100))
     assert each == STEP * 2 * 3 * 2 * 32 * 4  # keys and values, layers, heads, numbers, bytes
@@ -91,12 +98,12 @@ class Passes:
     def __init__(self, monkeypatch, fails=False):
         self.sizes, self.go, begin = [], threading.Event(), engine.begin
 
-        def watched(model, asked, bias):
+        def watched(model, asked, *how):
             self.sizes.append(len(asked))
             assert self.go.wait(30)
             if fails and len(asked) > 1:
                 raise MemoryError("too many")
-            return begin(model, asked, bias)
+            return begin(model, asked, *how)
 
         monkeypatch.setattr(engine, "begin", watched)
 
