@@ -90,7 +90,7 @@ def test_whoever_is_cut_off_when_the_server_stops_is_told(model, monkeypatch, ca
             for _ in "12"
         ]
         threads[0].start()
-        assert until(lambda: figure(address, "elastic_running_requests") == 1)
+        assert until(lambda: figure(address, "elastic_first_text_seconds_count") == 1)  # a stream's status is out
         threads[1].start()
         assert until(lambda: figure(address, "elastic_waiting_requests") == 1)
         half = connected(address, HEAD + "content-length: 900\r\n\r\n{")
