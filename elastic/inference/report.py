@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.cache.route_record import Turn
+from elastic.cache.turns import Turn
 from elastic.config import CHOOSING, SHORT, SparseConfig
 from elastic.console import supports_unicode
 from elastic.files import write_atomic
