@@ -31,7 +31,7 @@ def keyword() -> str:
     )
 
 
-def given(cache: KVCache | None) -> dict[str, KVCache | None]:
+def given(cache: KVCache | None) -> dict[str, Any]:
     """The keyword argument that hands a KV cache to a model, to its `generate` or to its output."""
     return {keyword(): cache}
 
@@ -42,7 +42,7 @@ def cache_of(kwargs: Mapping[str, Any], args: Sequence[Any] = ()) -> KVCache | N
     The old name is read beside the new one, to which transformers renames it.
 
     Raises:
-        ValueError: a cache in another place, which transformers would not see or this project would not, or two of them.
+        ValueError: a cache in another place, where transformers or this project would not see it, or two of them.
     """
     name = keyword()
     known = (NEW, OLD) if name == NEW else (OLD,)
@@ -62,5 +62,7 @@ def cache_of(kwargs: Mapping[str, Any], args: Sequence[Any] = ()) -> KVCache | N
 
 
 def without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a layer with None for the KV cache, under whatever name; linear attention has its own before 5.24."""
+    """Arguments of a layer with None for the KV cache, whatever its name; that of linear attention was another before
+    transformers 5.24.
+    """
     return {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}

@@ -105,6 +105,11 @@ def before_attention(attn: RoutedAttention, args: Args, kwargs: dict[str, Any]) 
     if not isinstance(of_pass, ForwardPass):
         raise ValueError("this layer was called outside the attached model's decoder; call the whole model")
     config, layout, layer = of_pass.config, of_pass.layout, of_pass.place(attn.layer_idx)
+    if cache is None and layout.past:
+        raise ValueError(
+            f"the decoder was given a KV cache of {layout.past} tokens, but its layer {attn.layer_idx} none; gradient "
+            "checkpointing withholds it in training: call model.eval(), or train without a cache"
+        )
     elastic = cache if isinstance(cache, ElasticCache) else None
     if elastic is not None:
         elastic.routed[layer].begin(layout)
