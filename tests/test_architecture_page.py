@@ -21,7 +21,7 @@ INSTEAD = {
     "kernels/attention_forward.py": ("attention/torch_path.py",),
     "kernels/attention_decode.py": ("attention/torch_path.py",),
 }
-LEAVES = {"attention/modes.py", "config.py", "kernels/devices.py", "visibility.py"}
+LEAVES = {"attention/modes.py", "cache/keyword.py", "config.py", "kernels/devices.py", "visibility.py"}
 CHUNKS = {"model/chunking.py"}  # around the MLPs, not on the way to attention
 MOST_FILES = 12
 

@@ -15,6 +15,7 @@ from elastic.attention.row_slice import RowSlice
 from elastic.bench.records import Measurement
 from elastic.bench.stock_graph import captured, give_room, in_place_step
 from elastic.cache.elastic_cache import ElasticCache
+from elastic.cache.keyword import given
 from elastic.inference.decode_graph import DecodeGraph
 from elastic.model import layer_hooks
 from elastic.model.attach import (
@@ -114,7 +115,7 @@ def _prefill(model: CausalLM, cache: KVCache, ids: Tensor, piece: int | None) ->
     token, in_pieces = ids, piece is not None and is_attached(model)
     with reading(handle_of(model).state, ids.shape[1]) if in_pieces else nullcontext():
         for part in ids.split(piece or ids.shape[1], dim=1):
-            logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(part, use_cache=True, logits_to_keep=1, **given(cache)).logits
             token = logits[:, -1:].argmax(-1)
     return token
 
@@ -171,7 +172,7 @@ def _wait(device: torch.device) -> None:
 def _stepper(model: CausalLM, cache: KVCache) -> Callable[[Tensor], Tensor]:
     @torch.no_grad()
     def step(token_B1: Tensor) -> Tensor:
-        return model(token_B1, past_key_values=cache, use_cache=True).logits
+        return model(token_B1, use_cache=True, **given(cache)).logits
 
     return step
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from elastic.cache.keyword import given
 from elastic.protocols import CausalLM
 
 _UNMASKED_SDPA = "elastic-bench-unmasked"
@@ -58,7 +59,7 @@ def in_place_step(model: CausalLM, cache: Cache) -> Callable[[Tensor], Tensor]:
         before = model.config._attn_implementation
         model.set_attn_implementation(_UNMASKED_SDPA)
         try:
-            return model(token_B1, past_key_values=cache, use_cache=True).logits
+            return model(token_B1, use_cache=True, **given(cache)).logits
         finally:
             model.set_attn_implementation(before)
 

@@ -335,6 +335,11 @@ class ElasticCache(Cache):
         self.pooled_B = torch.cat([self.pooled_B, other.pooled_B])
         self._forget_rows()
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` takes back any new tokens; transformers asks before it verifies candidates."""
+        return self.config.kv_cache == "full" and all(layer.is_croppable for layer in self.stock)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: -n removes n; a positive number is the length to keep (transformers before 5.20).
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
+from elastic.cache.keyword import given
 from elastic.config import SparseConfig
 from elastic.data.context_length import context_length
 from elastic.data.prompts import EncodedPrompt, left_pad, padded_spans, render, token_span, user_text
@@ -169,7 +170,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             ours = new_cache(self.model, max_length - context.shape[1], "full") if graph else None
             cache: KVCache = DynamicCache(config=self.model.config) if ours is None else ours
             with nullcontext() if ours is None else graphed(self.model, ours):
-                output: Tensor = super()._model_generate(context, max_length, past_key_values=cache, **generation)
+                output: Tensor = super()._model_generate(context, max_length, **given(cache), **generation)
         record = route_of(cache)
         assert record.prompt_lengths is not None and clock.seconds is not None  # the prefill has just run
         self._keep(record.route, record.density, record.prompt_lengths, clock.seconds)

@@ -14,6 +14,7 @@ from torch import Tensor
 from elastic.attention.routed import backend_for
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.frame import Frame
+from elastic.cache.keyword import cache_of, given
 from elastic.cache.kv_pool import upload
 from elastic.cache.route_record import route_of
 from elastic.config import SparseConfig
@@ -59,9 +60,7 @@ class DecodeGraph:
     def run(self, token_B1: Tensor) -> Tensor:
         """The same step, launched operation by operation, on any device."""
         position = self.cache.count_B[:, None].clone()
-        found: CausalLMOutput = self.forward(
-            token_B1, position_ids=position, past_key_values=self.cache, use_cache=True
-        )
+        found: CausalLMOutput = self.forward(token_B1, position_ids=position, use_cache=True, **given(self.cache))
         return found.logits
 
     def _capture(self, token_B1: Tensor) -> None:
@@ -126,10 +125,10 @@ class _Graphed:
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         cache = self.graph.cache
-        ours = kwargs.get("past_key_values") is cache and cache.seen > 0 and not is_reading(self.model)
+        ours = cache_of(kwargs) is cache and cache.seen > 0 and not is_reading(self.model)
         if not ours or input_ids is None or input_ids.shape[1] != 1:
             return self.graph.forward(input_ids, **kwargs)
-        return CausalLMOutputWithPast(logits=self.graph.step(input_ids), past_key_values=cache)
+        return CausalLMOutputWithPast(logits=self.graph.step(input_ids), **given(cache))
 
 
 @contextmanager

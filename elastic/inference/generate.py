@@ -11,6 +11,7 @@ import torch
 
 from elastic.attention.routed import backend_for
 from elastic.cache.elastic_cache import ElasticCache
+from elastic.cache.keyword import NEW, OLD, given
 from elastic.cache.linear_layer import state_bytes
 from elastic.config import SparseConfig
 from elastic.data.prompts import (
@@ -38,7 +39,7 @@ from elastic.protocols import CausalLM, KVCache, Tokenizer
 from elastic.routing.calibration import is_calibration, read_calibration
 from elastic.routing.methods import FORMS, Method, parse_method
 
-_OWN = ("input_ids", "inputs_embeds", "attention_mask", "past_key_values", "return_dict_in_generate", "max_length")
+_OWN = ("input_ids", "inputs_embeds", "attention_mask", NEW, OLD, "return_dict_in_generate", "max_length")
 _REFUSED = {
     **REFUSED,
     "cache_implementation": "the cache holds the routes; kv_cache='full' or 'elastic' chooses what it keeps",
@@ -226,7 +227,7 @@ def answer_tokens(
         options["tokenizer"] = tokenizer
     replayed = graphed(model, cache) if graph else nullcontext()
     with torch.no_grad(), biased(model, sparsity_bias), user_wrote(model, spans), replayed:
-        output = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+        output = model.generate(ids, attention_mask=mask, **given(cache), **options)
     each = len(output) // len(encoded)
     reports = route_report(model, cache)[:: len(cache.counts) // len(encoded)]  # a prompt's answers share its route
     reports = [report for report in reports for _ in range(each)]

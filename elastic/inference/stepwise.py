@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from elastic.cache.elastic_cache import ElasticCache
+from elastic.cache.keyword import given
 from elastic.data.prompts import EncodedPrompt, left_pad, padded_spans
 from elastic.inference.generate import new_cache
 from elastic.model.attach import biased, user_wrote
@@ -109,7 +110,7 @@ def begin(
             "the last piece would depend on the others; read each alone"
         )
     with biased(model, sparsity_bias), user_wrote(model, padded_spans(prompts, torch.device("cpu"))):
-        logits = _called(model, ids, mask, _read, past_key_values=cache, max_new_tokens=room, **pieces)
+        logits = _called(model, ids, mask, _read, max_new_tokens=room, **given(cache), **pieces)
     return drawings, draw_each(drawings, logits), cache
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from elastic.cache.keyword import cache_of
 from elastic.model.attach import Model, handle_of
 from elastic.model.attention_function import COMPILED
 from elastic.model.chunking import Chunked, give_back
@@ -46,6 +47,6 @@ def _compiled_without_cache(plain: Callable[..., Any], settings: dict[str, Any])
 
     @wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return (compiled if kwargs.get("past_key_values") is None else plain)(*args, **kwargs)
+        return (compiled if cache_of(kwargs, args) is None else plain)(*args, **kwargs)
 
     return forward

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from elastic.cache.elastic_cache import ElasticCache
+from elastic.cache.keyword import cache_of
 from elastic.model.pass_state import AttachedState, generating
 from elastic.model.prefill import Prefill
 from elastic.protocols import CausalLM
@@ -59,7 +60,7 @@ def judge(model: CausalLM, options: dict[str, Any], refused: dict[str, str] = RE
             f"{verified[0]} takes tokens back, but the backbone's linear attention keeps a state instead of tokens; "
             "leave it out"
         )
-    cache = options.get("past_key_values")
+    cache = cache_of(options)
     if verified and hasattr(setting(model, options, "assistant_model"), "_elastic_handle"):
         raise ValueError("the assistant model has routers, which would route each of its drafts; detach it first")
     if verified and isinstance(cache, ElasticCache) and cache.config.kv_cache == "elastic":

@@ -30,6 +30,7 @@ from elastic.attention.prompt_reach import last_queries
 from elastic.attention.row_slice import RowSlice
 from elastic.attention.spans import check_prompts, check_user, pairs
 from elastic.cache.elastic_cache import ElasticCache
+from elastic.cache.keyword import cache_of
 from elastic.cache.pieces import next_piece
 from elastic.cache.route_record import RouteRecord, check_depth, find_record, new_record
 from elastic.model.families import RoutedAttention, prerope_keys
@@ -64,7 +65,7 @@ def before_decoder(
             f"the model is cut into {state.parts} parts by tensor parallelism, each of which knows the gradient of its "
             "own heads alone; train with FSDP2 or context parallelism, or call model.eval()"
         )
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs, args)
     check_depth(cache, len(decoder.layers), len(decoder.layers) - len(state.windows))
     if isinstance(cache, ElasticCache) and cache.windows != state.windows:
         raise ValueError(
@@ -100,10 +101,15 @@ def _rotate_as_cached(
 
 def before_attention(attn: RoutedAttention, args: Args, kwargs: dict[str, Any]) -> tuple[Args, dict[str, Any]]:
     """Decide what the layer's heads do and hand it to the attention function."""
-    of_pass, cache = kwargs.get(CALL), kwargs.get("past_key_values")
+    of_pass, cache = kwargs.get(CALL), cache_of(kwargs, args)
     if not isinstance(of_pass, ForwardPass):
         raise ValueError("this layer was called outside the attached model's decoder; call the whole model")
     config, layout, layer = of_pass.config, of_pass.layout, of_pass.place(attn.layer_idx)
+    if cache is None and layout.past:
+        raise ValueError(
+            f"the decoder was given a KV cache of {layout.past} tokens, but its layer {attn.layer_idx} none; gradient "
+            "checkpointing withholds it in training: call model.eval(), or train without a cache"
+        )
     elastic = cache if isinstance(cache, ElasticCache) else None
     if elastic is not None:
         elastic.routed[layer].begin(layout)
@@ -139,7 +145,7 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
     config, forced, row_slice = state.config_in_force(), forced_on(state), state.row_slice
     tokens, override = _tokens(args, kwargs), forced.route
     rows, queries = tokens.shape[0], tokens.shape[1] * row_slice.size
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs, args)
     past = 0 if cache is None else int(cache.get_seq_length())
     mask, positions = (
         kwargs.get(name, args[place] if len(args) > place else None)

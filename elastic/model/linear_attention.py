@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from elastic.attention.layout import Layout
+from elastic.cache.keyword import without_cache
 from elastic.model.chunking import Instead
 from elastic.model.families import linear_attention
 from elastic.model.layer_hooks import CALL
@@ -45,7 +46,7 @@ class StockLinear(Instead):
             mask = layout.memo("linear", lambda: _valid(layout)) if layout.padded and not layout.past else None
             found: Tensor = self.inner(hidden_states, **{**options, "attention_mask": mask})
             return found
-        options |= {"attention_mask": None, "cache_params": None}  # nothing can follow a packed row
+        options = {**without_cache(options), "attention_mask": None}  # nothing can follow a packed row
         lengths = [end - begin for _, begin, end in layout.spans]
         return torch.cat([self.inner(part, **options) for part in hidden_states.split(lengths, 1)], 1)
 

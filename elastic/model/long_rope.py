@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elastic.attention.layout import Layout
 from elastic.attention.row_slice import RowSlice
+from elastic.cache.keyword import cache_of, given
 from elastic.protocols import CausalLM
 
 
@@ -95,13 +96,13 @@ class PrepareInputs:
         self.switches, self.inner = switches, part.prepare_inputs_for_generation
         self.__wrapped__ = self.inner  # generate reads the signature
 
-    def __call__(self, input_ids: Any, past_key_values: Any = None, **options: Any) -> Any:
+    def __call__(self, input_ids: Any, **options: Any) -> Any:
         """The inputs of one step of `generate`."""
-        if past_key_values is not None and (past := past_key_values.get_seq_length()):
+        cache = cache_of(options)
+        if cache is not None and (past := cache.get_seq_length()):
             columns = input_ids.shape[1]  # by which the model's own method would put the cache aside
             check_one_rotation(self.switches, rotation(self.switches, past), columns)
-        found = self.inner(input_ids, past_key_values=past_key_values, **options)
-        return {**found, "past_key_values": past_key_values}
+        return {**self.inner(input_ids, **options), **given(cache)}
 
 
 def keep_cache(model: CausalLM, switches: tuple[int, ...]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from elastic.cache.keyword import cache_of
 from elastic.model.long_rope import rotation
 from elastic.model.pass_state import AttachedState, reading
 
@@ -26,7 +27,7 @@ class Prefill:
         Raises:
             ValueError: no cache, or a prompt whose pieces RoPE would rotate by different factors.
         """
-        size, cache = generation_config.prefill_chunk_size, model_kwargs.get("past_key_values")
+        size, cache = generation_config.prefill_chunk_size, cache_of(model_kwargs)
         if size is None:
             return self.inner(input_ids, generation_config, model_kwargs, **options)
         if cache is None:
