@@ -206,7 +206,7 @@ def test_requests_of_two_rotations_do_not_decode_together():
             model(random_ids(1, length), past_key_values=cache)
         caches.append(cache)
         job = SimpleNamespace(sampling=SimpleNamespace(seed=None))
-        batches.append(Batch(model, SimpleNamespace(job=job), cache))
+        batches.append(Batch(model, [SimpleNamespace(job=job)], torch.zeros(1, 1, dtype=torch.int64), cache))
     assert not batches[0].takes(batches[1]) and not batches[1].takes(batches[0]) and batches[0].takes(batches[0])
     with pytest.raises(ValueError, match="rotated their keys by the same factors"):
         caches[0].join(caches[1])
