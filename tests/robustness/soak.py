@@ -24,6 +24,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -83,7 +84,8 @@ class Figures:
         lost: requests without the answer that they should have had, each with why.
         mixed_up: answers that differ from those of `elastic.generate`, each with both.
         kinds, ends: how often each kind of request and each finish reason came.
-        growth_mb: the server's memory, most less least over the last half of the requests.
+        growth_mb: the largest rise of the server's memory within the last half of the requests; it may fall, as batches
+            end.
         alone_s, beside_s: a short request's time, alone and beside a long one; medians.
         waited_for_the_long_one: it was answered before they were.
         tracebacks: in the server's log.
@@ -330,7 +332,7 @@ def soak(requests, seed=0, different=150):
             long_one.close()
         figures.tracebacks, figures.code = log.read_text().count("Traceback"), process.returncode
     last = figures.rss_mb[requests // 2 :]
-    figures.growth_mb = max(last) - min(last)
+    figures.growth_mb = max(after - before for before, after in zip(accumulate(last, min), last, strict=True))
     return figures
 
 
