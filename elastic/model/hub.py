@@ -130,7 +130,7 @@ def publish(repository: str, files: Mapping[str, bytes], *, private: bool = Fals
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     if get_token() is None:
-        raise PermissionError(f"the hub accepts files from users who are logged in alone; {_LOGIN}")
+        raise PermissionError(f"the hub accepts files only from users who are logged in; {_LOGIN}")
     api = HfApi()
     try:
         with _in_words(repository):

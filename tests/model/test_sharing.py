@@ -252,7 +252,7 @@ def test_what_cannot_be_fetched(hub, one, monkeypatch, case, kind, message):
         (
             "nobody",
             PermissionError,
-            "the hub accepts files from users who are logged in alone; log in with `hf auth login`",
+            "the hub accepts files only from users who are logged in; log in with `hf auth login`",
         ),
         ("stranger", PermissionError, "the hub does not let you do this with me/routers"),
         ("a model", ValueError, "me/routers on the hub holds config.json, model.safetensors and no Elastic Attention"),
