@@ -1,6 +1,7 @@
 """The routed engine of vLLM on a GPU beside stock vLLM, with random weights. First the checks, on small models:
 attention in every step against PyTorch, the decided routes against transformers', tokens with CUDA graphs against those
-without. Then time to first token and tokens/s of a Llama-3.1-8B shape, without chunked prefill and prefix cache.
+without, both compiled. Then time to first token and tokens/s of a Llama-3.1-8B shape, without chunked prefill and
+prefix cache.
 
     python tests/engines/gpu_engine.py --out tests/bench/results
     python tests/engines/gpu_engine.py --cases 8192x1 --layers 4     # a first look
@@ -43,6 +44,11 @@ from tests.helpers.vllm_engine import engine, routed, sampling
 LARGEST_ERROR, LEAST_SAME = 0.01, 0.9  # of attention in fp16; share of routes and of tokens
 TOKENS, DECODED = 24, 128
 CHECKED = [("llama", "paper"), ("qwen3", "level")]
+WAYS: dict[str, dict[str, Any]] = {
+    "eager": {"enforce_eager": True},
+    "compiled": {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "NONE"}},
+    "graphs": {"enforce_eager": False},
+}
 SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
          "vocab_size": 128256, "max_position_embeddings": 1 << 18}  # fmt: skip
 CONTESTANTS = {"vLLM": None, "plugin, MSR 0.7": "random:0.7", "plugin, all heads full": "dense"}
@@ -90,8 +96,8 @@ def small_prompts() -> list[list[int]]:
     return [[rng.randrange(4, 64) for _ in range(length)] for length in (1, 2, 64, 90, 120, 150, 180)]
 
 
-def check(folder: str, checkpoint: str, eager: bool) -> dict[str, Any]:
-    """Tokens, routes and, without graphs, the largest error of attention over all steps and layers."""
+def check(folder: str, checkpoint: str, way: str) -> dict[str, Any]:
+    """Tokens, routes and, in the eager way, the largest error of attention over all steps and layers."""
     errors = [0.0]
 
     def judged(q: Tensor, cache: Tensor, step: PagedStep, mode: Tensor, sparse: Any, scale: float, out: Tensor) -> None:
@@ -101,10 +107,10 @@ def check(folder: str, checkpoint: str, eager: bool) -> dict[str, Any]:
         attend_spans(q.float().cpu(), cache.float().cpu(), there, mode.cpu(), sparse, scale, want)
         errors.append(float((out[:stop].float().cpu() - want[:stop]).abs().max() / want[:stop].abs().max()))
 
-    judge = patch.object(steps, "attend_step", judged) if eager else nullcontext()
+    judge = patch.object(steps, "attend_step", judged) if way == "eager" else nullcontext()
     # fp16, whose roundings turn fewer of a small model's tokens; little memory, since several run at once
     settings = {"dtype": "float16", "max_model_len": 256, "max_num_seqs": 16, "gpu_memory_utilization": 0.1}
-    with judge, started(folder, checkpoint, enforce_eager=eager, **settings) as llm:
+    with judge, started(folder, checkpoint, **settings | WAYS[way]) as llm:
         found, asked = answers(llm, small_prompts(), TOKENS), sampling(2)
         asked.detokenize = False
         for number, ids in enumerate(small_prompts()):
@@ -119,16 +125,17 @@ def checks() -> Iterator[Measurement]:
     with tempfile.TemporaryDirectory() as folder:
         models = [routed(Path(folder, family), family, kind, head_dim=64) for family, kind in CHECKED]
         expected = [[model.answer(EncodedPrompt.whole(ids))[1] for ids in small_prompts()] for model in models]
-        ways = [(str(model.folder), str(model.checkpoint), eager) for model in models for eager in (True, False)]
+        given = [(str(model.folder), str(model.checkpoint), way) for model in models for way in WAYS]
         with ThreadPoolExecutor() as pool:
-            found = list(pool.map(lambda way: apart(check, *way), ways))
-    for (family, kind), want, eager, graphs in zip(CHECKED, expected, found[::2], found[1::2], strict=True):
+            found = iter(list(pool.map(lambda case: apart(check, *case), given)))
+    for (family, kind), want in zip(CHECKED, expected, strict=True):
+        eager, compiled, graphs = (next(found) for _ in WAYS)
         about = {"case": f"check {family}, {kind} routers", "who": "plugin"}
         error = {"metric": "largest error of attention", "value": eager["error"], "unit": "of the largest output"}
         yield {**about, **error}
         same = _share(_flat(eager["routes"]), _flat(want))
         yield {**about, "metric": "routes as transformers decides in fp32", "value": same, "unit": "share"}
-        same = _share(_flat(eager["tokens"]), _flat(graphs["tokens"]))
+        same = _share(_flat(compiled["tokens"]), _flat(graphs["tokens"]))
         yield {**about, "metric": "tokens with graphs as without", "value": same, "unit": "share"}
 
 
