@@ -7,12 +7,14 @@ Legend: T tokens of all rows, E hidden size, F width of an MLP, H query heads, K
 """
 
 from collections.abc import Callable
+from functools import cache
 from types import FunctionType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._triton import has_triton
 
 Function = Callable[..., Any]
 
@@ -72,6 +74,14 @@ def norm_rotate(
     return rotate(rms_norm(q_THD, q_weight, eps), rms_norm(k_TKD, k_weight, eps), cos_TD, sin_TD)
 
 
+@cache
+def unfused_reason(device: str) -> str | None:
+    """Why parts are not compiled on devices of this type; None where they are."""
+    if device != "cuda":
+        return f"devices of type {device} run transformers' own code"
+    return None if has_triton() else "torch.compile has no Triton for this GPU"
+
+
 class Parts:
     """The functions above as one model runs them.
 
@@ -91,8 +101,11 @@ class Parts:
         """Whether parts over these operands run here. Weights that are offloaded or cut among processes are left to
         those who know where they are, and what is being compiled already is left to that compiler.
         """
-        here = hidden.device.type in self.devices and self.on and not torch.compiler.is_compiling()
-        return here and all(w.device == hidden.device and not hasattr(w, "to_local") for w in weights)
+        kind = hidden.device.type
+        if not self.on or kind not in self.devices or torch.compiler.is_compiling():
+            return False
+        ready = kind != "cuda" or unfused_reason(kind) is None
+        return ready and all(w.device == hidden.device and not hasattr(w, "to_local") for w in weights)
 
     def run(self, function: Function, *args: Any) -> Any:
         """A function above of these operands, compiled. What is not a parameter has tokens on its first axis, of any
