@@ -74,6 +74,31 @@ def norm_rotate(
     return rotate(rms_norm(q_THD, q_weight, eps), rms_norm(k_TKD, k_weight, eps), cos_TD, sin_TD)
 
 
+def project(hidden: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+    """Products with several weights, each followed by its bias or None."""
+    pairs = zip(parameters[::2], parameters[1::2], strict=True)
+    return tuple(functional.linear(hidden, cast(Tensor, weight), bias) for weight, bias in pairs)
+
+
+def project_silu(hidden: Tensor, gate_FE: Tensor, up_FE: Tensor) -> Tensor:
+    """`silu_product` of two products."""
+    return silu_product(functional.linear(hidden, gate_FE), functional.linear(hidden, up_FE))
+
+
+def project_gelu(hidden: Tensor, gate_FE: Tensor, up_FE: Tensor) -> Tensor:
+    """`gelu_product` of two products."""
+    return gelu_product(functional.linear(hidden, gate_FE), functional.linear(hidden, up_FE))
+
+
+def project_add(hidden: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    """A product, and the sum with what is given."""
+    return residual + functional.linear(hidden, weight)
+
+
+# Of one token. So tuned, the compiler reads a weight by kernels of its own, to which it adds what precedes and follows.
+PRODUCTS = (project, project_silu, project_gelu, project_add)
+
+
 @cache
 def unfused_reason(device: str) -> str | None:
     """Why parts are not compiled on devices of this type; None where they are."""
@@ -87,7 +112,7 @@ class Parts:
 
     Args:
         devices: types of the devices on which they are compiled; elsewhere the model's own modules run.
-        settings: of `torch.compile`.
+        settings: of `torch.compile`; of one's own none, which are `PRODUCTS`' own then.
 
     Attributes:
         on: False leaves everything to the model's own modules.
@@ -115,7 +140,8 @@ class Parts:
             # The compiler counts recompilations by code object, for all models of the process: each gets its own.
             plain = cast(FunctionType, function)
             own = FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__)
-            self._compiled[function] = torch.compile(own, **self.settings)
+            tuned = {"options": {"coordinate_descent_tuning": True}} if function in PRODUCTS else {}
+            self._compiled[function] = torch.compile(own, **(self.settings or tuned))
         for operand in args:
             if isinstance(operand, Tensor) and not isinstance(operand, nn.Parameter) and operand.shape[0] > 1:
                 torch._dynamo.maybe_mark_dynamic(operand, 0)

@@ -38,6 +38,10 @@ ACTIVATIONS = {
     "SiLUActivation": fused_parts.silu_product,
     "GELUTanh": fused_parts.gelu_product,
 }
+PROJECTED = {
+    fused_parts.silu_product: fused_parts.project_silu,
+    fused_parts.gelu_product: fused_parts.project_gelu,
+}
 # Projections, an RMS norm of each head or none, RoPE on all of D, cache, attention, projection.
 _ATTENTIONS = "Granite Llama Mistral Mixtral Qwen2 Qwen3 Qwen3Moe"
 ATTENTIONS = {f"{name}Attention" for name in _ATTENTIONS.split()}
@@ -92,10 +96,24 @@ class FusedMLP:
     def product(self, hidden: Tensor) -> Tensor:
         """What `down_proj` reads."""
         mlp: Any = self.module
-        gate, up = mlp.gate_proj(hidden), mlp.up_proj(hidden)
-        function = ACTIVATIONS[type(mlp.act_fn).__name__]
-        found: Tensor = self.parts.run(function, gate.flatten(0, -2), up.flatten(0, -2))
-        return found.view(gate.shape)
+        function, run = ACTIVATIONS[type(mlp.act_fn).__name__], self.parts.run
+        found: Tensor
+        if is_step(hidden) and is_plain(mlp.gate_proj, hidden, False) and is_plain(mlp.up_proj, hidden, False):
+            found = run(PROJECTED[function], hidden.flatten(0, -2), mlp.gate_proj.weight, mlp.up_proj.weight)
+        else:
+            gate, up = mlp.gate_proj(hidden), mlp.up_proj(hidden)
+            found = run(function, gate.flatten(0, -2), up.flatten(0, -2))
+        return found.view(*hidden.shape[:-1], -1)
+
+    def down(self, product: Tensor, residual: Tensor | None) -> Tensor:
+        """The end of a step."""
+        linear: Any = self.module.down_proj
+        if residual is None or not is_plain(linear, product, False):
+            found = projected(self.parts, product, linear)[0]
+            return found if residual is None else residual + found
+        operands = (product.flatten(0, -2), linear.weight, residual.flatten(0, -2))
+        added: Tensor = self.parts.run(fused_parts.project_add, *operands)
+        return added.view(residual.shape)
 
     def __call__(self, hidden: Tensor, size: int, residual: Tensor | None = None) -> Tensor:
         """[B, S, E] -> [B, S, E], `size` tokens at a time (0: all at once).
@@ -105,11 +123,13 @@ class FusedMLP:
         """
         mlp: Any = self.module
         tokens = hidden.shape[:-1].numel()
+        if is_step(hidden):
+            return self.down(self.product(hidden), residual)
         if torch.is_grad_enabled() or (residual is None and not 0 < size < tokens):
             found: Tensor = mlp.down_proj(self.product(hidden))
             return found if residual is None else residual + found
         out = torch.empty_like(hidden) if residual is None else residual
-        weight = plain_weight(mlp.down_proj, hidden)
+        weight = mlp.down_proj.weight if is_plain(mlp.down_proj, hidden, False) else None
         parts = zip(*(x.flatten(0, -2).split(size or tokens) for x in (hidden, out)), strict=True)
         for part, place in parts:
             product = self.product(part)
@@ -122,13 +142,27 @@ class FusedMLP:
         return out
 
 
-def plain_weight(linear: nn.Module, hidden: Tensor) -> Tensor | None:
-    """The weight of a projection that is nothing but a product with it, here and in this precision; else None."""
-    if type(linear) is not nn.Linear or linear.bias is not None or not is_bare(linear):
-        return None
-    weight = linear.weight
-    alike = (weight.dtype, weight.device) == (hidden.dtype, hidden.device) and not hasattr(weight, "to_local")
-    return weight if alike and not torch.is_autocast_enabled(hidden.device.type) else None
+def is_step(hidden: Tensor) -> bool:
+    """Whether this is one token, of which products with weights are bound by reading them."""
+    return hidden.shape[:-1].numel() == 1 and not torch.is_grad_enabled()
+
+
+def is_plain(linear: nn.Module, hidden: Tensor, biased: bool = True) -> bool:
+    """Whether a projection is nothing but a product with its weight, here and in this precision, and perhaps a bias."""
+    if type(linear) is not nn.Linear or not is_bare(linear) or (linear.bias is not None and not biased):
+        return False
+    weight, kind = linear.weight, hidden.device.type
+    alike = (weight.dtype, weight.device) == (hidden.dtype, hidden.device) and isinstance(weight, nn.Parameter)
+    return alike and not hasattr(weight, "to_local") and not torch.is_autocast_enabled(kind)
+
+
+def projected(parts: Parts, hidden: Tensor, *linears: nn.Module) -> list[Tensor]:
+    """What projections make of the same input: of one token at once, else one after the other."""
+    if not is_step(hidden) or not all(is_plain(linear, hidden) for linear in linears):
+        return [linear(hidden) for linear in linears]
+    parameters = [parameter for linear in linears for parameter in (linear.weight, linear.bias)]
+    found = parts.run(fused_parts.project, hidden.flatten(0, -2), *parameters)
+    return [x.view(*hidden.shape[:-1], -1) for x in found]
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -159,7 +193,7 @@ class FusedAttention(Instead):
             given = (hidden_states, position_embeddings, attention_mask, past_key_values)
             return self.inner(*given, **options)
         shape = (*hidden_states.shape[:-1], -1, attn.head_dim)
-        q, k, v = (project(hidden_states) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k, v = projected(self.parts, hidden_states, attn.q_proj, attn.k_proj, attn.v_proj)
         cos_sin = [x.expand(*shape[:2], -1).flatten(0, 1) for x in position_embeddings]
         q, k = self.rotated(q.view(shape).flatten(0, 1), k.view(shape).flatten(0, 1), norms, *cos_sin)
         q, k, v = (x.view(shape).transpose(1, 2) for x in (q, k, v))
@@ -169,7 +203,8 @@ class FusedAttention(Instead):
         out, weights = attention_of(attn)(
             attn, q, k, v, attention_mask, dropout=0.0, scaling=attn.scaling, sliding_window=window, **options
         )
-        return attn.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+        out = out.reshape(*hidden_states.shape[:-1], -1)
+        return projected(self.parts, out, attn.o_proj)[0], weights
 
     def rotated(
         self, q_THD: Tensor, k_TKD: Tensor, norms: list[FusedNorm], cos_TD: Tensor, sin_TD: Tensor

@@ -5,17 +5,21 @@ run their own code. On the CPU the compiler's eager backend runs the functions; 
 import copy
 import pickle
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.model import fused_parts
-from elastic.model.attach import attach, detach, handle_of, routers
-from elastic.model.fused_parts import Parts
+from elastic.model.attach import attach, detach, handle_of, override_routes, routers
+from elastic.model.fused_parts import Function, Parts
 from elastic.model.fusing import ATTENTIONS, LAYERS, MLPS, NORMS, is_known
 from tests.helpers.models import FAMILIES, left_padded, random_ids, small_config, tiny_model, varied_routers
+from tests.kernels.gpu import needs_gpu
 
 
 def plainly(function: Any, *args: Any) -> Any:
@@ -70,7 +74,8 @@ def test_known_modules_compute_the_fused_functions(family: str) -> None:
 @torch.no_grad()
 def test_prompts_and_steps_are_the_same(family: str) -> None:
     ids, mask = left_padded(random_ids(2, 45), [0, 10])
-    for size in (0, 7):
+    for size, rows in ((0, 2), (7, 2), (7, 1)):
+        ids, mask = ids[-rows:], mask[-rows:]
         plain, model = (prepared(family, fused, chunk_tokens=size) for fused in (False, True))
         seen = calls(model)
         want = plain(ids, attention_mask=mask).logits
@@ -106,6 +111,17 @@ def test_what_runs_fused_in_a_layer() -> None:
 
 
 @torch.no_grad()
+def test_what_runs_fused_in_a_step() -> None:
+    """Several products of one token are one part; of more tokens each projection runs by itself."""
+    model = prepared("qwen3", True)
+    found = model(random_ids(1, 45), use_cache=True)
+    seen = calls(model)
+    model(random_ids(1, 1), past_key_values=found.past_key_values, use_cache=True)
+    layer = ["rms_norm", "project", "norm_rotate", "project", "add_rms_norm", "project_silu", "project_add"]
+    assert seen == layer * 3 + ["rms_norm"]
+
+
+@torch.no_grad()
 def test_nothing_runs_fused_on_the_cpu_and_detach_gives_all_back() -> None:
     stock = tiny_model("qwen3")
     ids = random_ids(1, 45)
@@ -123,13 +139,21 @@ def test_nothing_runs_fused_on_the_cpu_and_detach_gives_all_back() -> None:
 def test_hooks_and_changed_modules_run() -> None:
     """What something hung on a module is heard, and a module that is not what its class says runs its own code."""
     ids = random_ids(1, 45)
-    for name in ("post_attention_layernorm", "mlp", "mlp.down_proj", "self_attn.q_norm", "self_attn.o_proj"):
+    for name in (
+        "post_attention_layernorm",
+        "mlp",
+        "mlp.down_proj",
+        "mlp.up_proj",
+        "self_attn.q_norm",
+        "self_attn.o_proj",
+    ):
         models = [prepared("qwen3", fused) for fused in (False, True)]
         logits = []
         for model in models:
             module = model.model.layers[1].get_submodule(name)
             module.register_forward_hook(lambda _module, _args, out: out * 1.5)
-            logits.append(model(ids).logits)
+            found = model(ids, use_cache=True)
+            logits.append(torch.cat([found.logits, model(ids[:, :1], past_key_values=found.past_key_values).logits], 1))
         torch.testing.assert_close(*logits, rtol=1e-5, atol=2e-5)
     models = [prepared("llama", fused) for fused in (False, True)]
     for model in models:
@@ -157,3 +181,117 @@ def test_copies_run_their_own_modules() -> None:
     parts = Parts()
     parts._compiled[fused_parts.rotate] = lambda: None
     assert pickle.loads(pickle.dumps(parts))._compiled == {}
+
+
+def weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape), requires_grad=False)
+
+
+def operands(tokens: int) -> dict[Function, tuple[Any, ...]]:
+    """What each function takes, for one token or several."""
+    hidden, heads, turns = (tokens, 64), (tokens, 4, 16), (tokens, 16)
+    made: dict[Function, tuple[Any, ...]] = {
+        function: (hidden, weight(64), 1e-6) for function in set(NORMS.values())
+    } | {
+        fused_parts.add_rms_norm: (hidden, hidden, weight(64), 1e-6),
+        fused_parts.silu_product: (hidden, hidden),
+        fused_parts.gelu_product: (hidden, hidden),
+        fused_parts.rotate: (heads, (tokens, 2, 16), turns, turns),
+        fused_parts.norm_rotate: (heads, (tokens, 2, 16), weight(16), weight(16), 1e-6, turns, turns),
+        fused_parts.project: (hidden, weight(96, 64), None, weight(32, 64), weight(32)),
+        fused_parts.project_silu: (hidden, weight(96, 64), weight(96, 64)),
+        fused_parts.project_gelu: (hidden, weight(96, 64), weight(96, 64)),
+        fused_parts.project_add: (hidden, weight(64, 64), hidden),
+    }
+    torch.manual_seed(tokens)
+    return {
+        function: tuple(torch.randn(x, requires_grad=True) if isinstance(x, tuple) else x for x in given)
+        for function, given in made.items()
+    }
+
+
+def with_gradients(call: Any, given: tuple[Any, ...]) -> list[Tensor]:
+    """Outputs, and gradients of what has one."""
+    found = call(*given)
+    outs = [found] if isinstance(found, Tensor) else list(found)
+    leaves = [x for x in given if isinstance(x, Tensor) and x.requires_grad]
+    torch.manual_seed(0)
+    loss = sum((out.float() * torch.randn(out.shape).to(out.device)).sum() for out in outs)
+    assert isinstance(loss, Tensor)
+    return [out.detach() for out in outs] + list(torch.autograd.grad(loss, leaves))
+
+
+def test_compiled_functions_and_their_gradients() -> None:
+    """Any number of tokens after the first takes no new graph, and neither does one token."""
+    torch.compiler.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    parts = Parts(("cpu",), backend=backend)
+    frames = []
+    for tokens in (7, 1, 30, 1, 9):
+        for function, given in operands(tokens).items():
+            if function in fused_parts.PRODUCTS and tokens > 1:
+                continue
+            got, want = (with_gradients(call, given) for call in (partial(parts.run, function), function))
+            for one, other in zip(got, want, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        frames.append(backend.frame_count)
+    assert frames[1:] == frames[1:2] * 4, "lengths share their graphs"
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("tokens", [1, 2, 700])
+def test_kernels_are_as_exact_as_the_functions(tokens: int) -> None:
+    """In bf16, against fp32: outputs and gradients no worse than those of the plain functions."""
+    parts = Parts()
+    for function, given in operands(tokens).items():
+        if function in fused_parts.PRODUCTS and tokens > 1:
+            continue
+        exact = with_gradients(function, placed(given, torch.float32))
+        plain, found = (
+            with_gradients(c, placed(given, torch.bfloat16)) for c in (function, partial(parts.run, function))
+        )
+        for got, eager, want in zip(found, plain, exact, strict=True):
+            allowed = (eager.float() - want).norm() + 1e-3 * want.norm()
+            assert (got.float() - want).norm() <= 1.1 * allowed, function.__name__
+
+
+def placed(given: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """The operands on the GPU in this precision, all of them rounded to bf16 before."""
+    found = list[Any]()
+    for x in given:
+        if isinstance(x, Tensor):
+            moved = x.detach().bfloat16().to("cuda", dtype)
+            x = nn.Parameter(moved, False) if isinstance(x, nn.Parameter) else moved.requires_grad_(x.requires_grad)
+        found.append(x)
+    return tuple(found)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "olmo2", "qwen3_moe"])
+@torch.no_grad()
+def test_models_answer_as_unfused_on_the_gpu(family: str) -> None:
+    """A prompt and steps of one and of two rows: as close to fp32 as with transformers' own modules."""
+    changes = {"hidden_size": 256, "head_dim": 64}
+    config = ElasticConfig(RouterConfig(pool_tokens=8), SparseConfig(sink=64, window=64, block=64))
+    logits = {}
+    for name, dtype, fused in (("exact", torch.float32, False), ("plain", torch.bfloat16, False),
+                               ("fused", torch.bfloat16, True)):  # fmt: skip
+        model = attach(tiny_model(family, **changes).to(dtype), config).to("cuda")
+        handle_of(model).state.layer_parts.on = fused
+        logits[name] = torch.cat([answers(model, rows) for rows in (1, 2)])
+    error, allowed = ((logits[name] - logits["exact"]).norm() for name in ("fused", "plain"))
+    assert error <= 1.2 * allowed
+
+
+def answers(model: Any, rows: int) -> Tensor:
+    """fp32 logits of a prompt and of three tokens after it, every head in full."""
+    ids = random_ids(rows, 300).cuda()
+    with override_routes(model, 0):
+        found = model(ids[:, :-3], use_cache=True)
+        steps = [found.logits]
+        for place in range(-3, 0):
+            token = ids[:, place : place + 1 or None]
+            steps.append(model(token, past_key_values=found.past_key_values, use_cache=True).logits)
+    return torch.cat(steps, 1).float().flatten(0, 1)
