@@ -28,8 +28,8 @@ class Fused(Protocol):
         """Whether it does this call."""
         ...
 
-    def __call__(self, hidden: Tensor, size: int) -> Tensor:
-        """What the module would return, at most `size` tokens at a time where memory asks for it; 0 is all at once."""
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """What the module would return."""
         ...
 
 
@@ -55,9 +55,9 @@ class Chunked(Instead):
         self.run, self.fused = torch.compile(self.inner, **settings), None
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        size = self.size()
         if self.fused is not None and self.fused.takes(hidden):
-            return self.fused(hidden, size)
+            return self.fused(hidden)
+        size = self.size()
         if hidden.dim() < 3 or not 0 < size < hidden.shape[1] or torch.is_grad_enabled():
             return self.run(hidden, *args, **kwargs)
         out, others = torch.empty_like(hidden), list[Tensor]()

@@ -1,12 +1,12 @@
 """What surrounds attention, in one pass over memory for each part: norms, RoPE, activations (docs/design.md section 7).
 
-Each part is a plain PyTorch function that computes what transformers' modules compute, step by step and bit for bit.
-On a GPU `torch.compile` makes one kernel of it, in which intermediate results are not rounded; anywhere else, and for
-tests, the function itself runs.
+Each part is a plain PyTorch function that computes what transformers' modules compute, step by step and bit for bit
+(norms of heads: up to the order of a sum). On a GPU `torch.compile` makes one kernel of it, in which intermediate
+results are not rounded; anywhere else, and for tests, the function itself runs.
 Legend: T tokens of all rows, E hidden size, F width of an MLP, H query heads, K KV heads, D head dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import FunctionType
 from typing import Any, cast
@@ -58,45 +58,30 @@ def gelu_product(gate: Tensor, up: Tensor) -> Tensor:
 
 def rotate(q_THD: Tensor, k_TKD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor]:
     """RoPE that pairs element i with i + D / 2, on all D."""
-    cos, sin = cos_TD[:, None], sin_TD[:, None]
-    return _rotated(q_THD, cos, sin), _rotated(k_TKD, cos, sin)
-
-
-def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    (one, two), (cos1, cos2), (sin1, sin2) = (x.chunk(2, -1) for x in (heads, cos, sin))
-    return torch.cat((one * cos1 + -two * sin1, two * cos2 + one * sin2), -1)
+    return _turned(q_THD.chunk(2, -1), cos_TD, sin_TD), _turned(k_TKD.chunk(2, -1), cos_TD, sin_TD)
 
 
 def norm_rotate(
     q_THD: Tensor, k_TKD: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos_TD: Tensor, sin_TD: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`rms_norm` of every head, then `rotate`."""
-    return rotate(rms_norm(q_THD, q_weight, eps), rms_norm(k_TKD, k_weight, eps), cos_TD, sin_TD)
+    """`rms_norm` of every head, then `rotate`. The norm takes the two halves of a head together, so that one kernel can
+    do both.
+    """
+    q, k = _normed_halves(q_THD, q_weight, eps), _normed_halves(k_TKD, k_weight, eps)
+    return _turned(q, cos_TD, sin_TD), _turned(k, cos_TD, sin_TD)
 
 
-def project(hidden: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-    """Products with several weights, each followed by its bias or None."""
-    pairs = zip(parameters[::2], parameters[1::2], strict=True)
-    return tuple(functional.linear(hidden, cast(Tensor, weight), bias) for weight, bias in pairs)
+def _normed_halves(heads: Tensor, weight: Tensor, eps: float) -> list[Tensor]:
+    one, two = (half.to(torch.float32) for half in heads.chunk(2, -1))
+    mean = (one.pow(2) + two.pow(2)).sum(-1, keepdim=True) / heads.shape[-1]
+    scale = torch.rsqrt(mean + eps)
+    return [w * (half * scale).to(heads.dtype) for half, w in zip((one, two), weight.chunk(2), strict=True)]
 
 
-def project_silu(hidden: Tensor, gate_FE: Tensor, up_FE: Tensor) -> Tensor:
-    """`silu_product` of two products."""
-    return silu_product(functional.linear(hidden, gate_FE), functional.linear(hidden, up_FE))
-
-
-def project_gelu(hidden: Tensor, gate_FE: Tensor, up_FE: Tensor) -> Tensor:
-    """`gelu_product` of two products."""
-    return gelu_product(functional.linear(hidden, gate_FE), functional.linear(hidden, up_FE))
-
-
-def project_add(hidden: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    """A product, and the sum with what is given."""
-    return residual + functional.linear(hidden, weight)
-
-
-# Of one token. So tuned, the compiler reads a weight by kernels of its own, to which it adds what precedes and follows.
-PRODUCTS = (project, project_silu, project_gelu, project_add)
+def _turned(halves: Sequence[Tensor], cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    one, two = halves
+    (cos1, cos2), (sin1, sin2) = (x[:, None].chunk(2, -1) for x in (cos_TD, sin_TD))
+    return torch.cat((one * cos1 + -two * sin1, two * cos2 + one * sin2), -1)
 
 
 @cache
@@ -112,7 +97,7 @@ class Parts:
 
     Args:
         devices: types of the devices on which they are compiled; elsewhere the model's own modules run.
-        settings: of `torch.compile`; of one's own none, which are `PRODUCTS`' own then.
+        settings: of `torch.compile`.
 
     Attributes:
         on: False leaves everything to the model's own modules.
@@ -140,8 +125,7 @@ class Parts:
             # The compiler counts recompilations by code object, for all models of the process: each gets its own.
             plain = cast(FunctionType, function)
             own = FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__)
-            tuned = {"options": {"coordinate_descent_tuning": True}} if function in PRODUCTS else {}
-            self._compiled[function] = torch.compile(own, **(self.settings or tuned))
+            self._compiled[function] = torch.compile(own, **self.settings)
         for operand in args:
             if isinstance(operand, Tensor) and not isinstance(operand, nn.Parameter) and operand.shape[0] > 1:
                 torch._dynamo.maybe_mark_dynamic(operand, 0)

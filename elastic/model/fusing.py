@@ -5,11 +5,13 @@ that something else has changed, run their own code. Nothing is copied: the part
 Legend: B rows, S tokens, H query heads, K KV heads, D head dim, E hidden size.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from elastic.kernels.row_products import row_gated, row_products, unsupported_rows
 from elastic.model import fused_parts
 from elastic.model.chunking import Chunked, Instead, chunk
 from elastic.model.fused_parts import Function, Parts
@@ -38,10 +40,7 @@ ACTIVATIONS = {
     "SiLUActivation": fused_parts.silu_product,
     "GELUTanh": fused_parts.gelu_product,
 }
-PROJECTED = {
-    fused_parts.silu_product: fused_parts.project_silu,
-    fused_parts.gelu_product: fused_parts.project_gelu,
-}
+GATES = {fused_parts.silu_product: "silu", fused_parts.gelu_product: "gelu"}  # as `row_gated` names them
 # Projections, an RMS norm of each head or none, RoPE on all of D, cache, attention, projection.
 _ATTENTIONS = "Granite Llama Mistral Mixtral Qwen2 Qwen3 Qwen3Moe"
 ATTENTIONS = {f"{name}Attention" for name in _ATTENTIONS.split()}
@@ -77,17 +76,19 @@ class FusedNorm:
         named: Any = vars(self.module)
         return float(named["variance_epsilon"] if "variance_epsilon" in named else named["eps"])
 
-    def __call__(self, hidden: Tensor, size: int = 0) -> Tensor:
-        """[..., E] -> [..., E], all at once whatever the size."""
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[..., E] -> [..., E]."""
         found: Tensor = self.parts.run(self.function, hidden.flatten(0, -2), self.weight, self.eps)
         return found.view(hidden.shape)
 
 
 class FusedMLP:
-    """down(act(gate) * up), the product in one pass, and results written to their place."""
+    """down(act(gate) * up), the product in one pass, and results written to their place; at most `size()` tokens at a
+    time, 0 is all at once.
+    """
 
-    def __init__(self, module: nn.Module, parts: Parts) -> None:
-        self.module, self.parts = module, parts
+    def __init__(self, module: nn.Module, parts: Parts, size: Callable[[], int]) -> None:
+        self.module, self.parts, self.size = module, parts, size
 
     def takes(self, hidden: Tensor) -> bool:
         """Whether this call runs fused; the activation may have been changed since."""
@@ -96,73 +97,61 @@ class FusedMLP:
     def product(self, hidden: Tensor) -> Tensor:
         """What `down_proj` reads."""
         mlp: Any = self.module
-        function, run = ACTIVATIONS[type(mlp.act_fn).__name__], self.parts.run
-        found: Tensor
-        if is_step(hidden) and is_plain(mlp.gate_proj, hidden, False) and is_plain(mlp.up_proj, hidden, False):
-            found = run(PROJECTED[function], hidden.flatten(0, -2), mlp.gate_proj.weight, mlp.up_proj.weight)
+        function, found = ACTIVATIONS[type(mlp.act_fn).__name__], hidden
+        if is_row(hidden, mlp.gate_proj, mlp.up_proj) and mlp.gate_proj.bias is mlp.up_proj.bias is None:
+            found = row_gated(hidden.flatten(0, -2), mlp.gate_proj.weight, mlp.up_proj.weight, GATES[function])
         else:
             gate, up = mlp.gate_proj(hidden), mlp.up_proj(hidden)
-            found = run(function, gate.flatten(0, -2), up.flatten(0, -2))
+            found = self.parts.run(function, gate.flatten(0, -2), up.flatten(0, -2))
         return found.view(*hidden.shape[:-1], -1)
 
-    def down(self, product: Tensor, residual: Tensor | None) -> Tensor:
-        """The end of a step."""
-        linear: Any = self.module.down_proj
-        if residual is None or not is_plain(linear, product, False):
-            found = projected(self.parts, product, linear)[0]
-            return found if residual is None else residual + found
-        operands = (product.flatten(0, -2), linear.weight, residual.flatten(0, -2))
-        added: Tensor = self.parts.run(fused_parts.project_add, *operands)
-        return added.view(residual.shape)
-
-    def __call__(self, hidden: Tensor, size: int, residual: Tensor | None = None) -> Tensor:
-        """[B, S, E] -> [B, S, E], `size` tokens at a time (0: all at once).
-
-        Args:
-            residual: what the result is added to, in place.
-        """
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[B, S, E] -> [B, S, E]."""
         mlp: Any = self.module
-        tokens = hidden.shape[:-1].numel()
-        if is_step(hidden):
-            return self.down(self.product(hidden), residual)
-        if torch.is_grad_enabled() or (residual is None and not 0 < size < tokens):
-            found: Tensor = mlp.down_proj(self.product(hidden))
-            return found if residual is None else residual + found
-        out = torch.empty_like(hidden) if residual is None else residual
-        weight = mlp.down_proj.weight if is_plain(mlp.down_proj, hidden, False) else None
-        parts = zip(*(x.flatten(0, -2).split(size or tokens) for x in (hidden, out)), strict=True)
-        for part, place in parts:
-            product = self.product(part)
-            if weight is None:
-                place.copy_(mlp.down_proj(product)) if residual is None else place.add_(mlp.down_proj(product))
-            elif residual is None:
-                torch.mm(product, weight.t(), out=place)
+        size = self.size()
+        if not 0 < size < hidden.shape[:-1].numel() or torch.is_grad_enabled():
+            return projected(self.product(hidden), mlp.down_proj)[0]
+        out, plain = torch.empty_like(hidden), is_plain(mlp.down_proj, hidden) and mlp.down_proj.bias is None
+        for part, place in zip(*(x.flatten(0, -2).split(size) for x in (hidden, out)), strict=True):
+            if plain:
+                torch.mm(self.product(part), mlp.down_proj.weight.t(), out=place)
             else:
-                place.addmm_(product, weight.t())
+                place.copy_(mlp.down_proj(self.product(part)))
         return out
 
+    def added(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """The sum of what the call returns and `residual`, which may be overwritten."""
+        down: Any = self.module.down_proj
+        if not is_row(hidden, down) or down.bias is not None:
+            return residual.add_(self(hidden))
+        product = self.product(hidden).flatten(0, -2)
+        return row_products(product, [down.weight], [residual.flatten(0, -2)])[0].view(residual.shape)
 
-def is_step(hidden: Tensor) -> bool:
-    """Whether this is one token, of which products with weights are bound by reading them."""
-    return hidden.shape[:-1].numel() == 1 and not torch.is_grad_enabled()
+
+def is_row(hidden: Tensor, *linears: nn.Module) -> bool:
+    """Whether this is one token at inference, whose products with these weights `row_products` takes."""
+    if hidden.shape[:-1].numel() > 1 or torch.is_grad_enabled():
+        return False
+    weights: Any = [linear.weight for linear in linears if is_plain(linear, hidden)]
+    return len(weights) == len(linears) and unsupported_rows(hidden, *weights) is None
 
 
-def is_plain(linear: nn.Module, hidden: Tensor, biased: bool = True) -> bool:
+def is_plain(linear: nn.Module, hidden: Tensor) -> bool:
     """Whether a projection is nothing but a product with its weight, here and in this precision, and perhaps a bias."""
-    if type(linear) is not nn.Linear or not is_bare(linear) or (linear.bias is not None and not biased):
+    if type(linear) is not nn.Linear or not is_bare(linear):
         return False
     weight, kind = linear.weight, hidden.device.type
     alike = (weight.dtype, weight.device) == (hidden.dtype, hidden.device) and isinstance(weight, nn.Parameter)
     return alike and not hasattr(weight, "to_local") and not torch.is_autocast_enabled(kind)
 
 
-def projected(parts: Parts, hidden: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """What projections make of the same input: of one token at once, else one after the other."""
-    if not is_step(hidden) or not all(is_plain(linear, hidden) for linear in linears):
+def projected(hidden: Tensor, *linears: nn.Module) -> list[Tensor]:
+    """What projections make of the same input: of one token in one launch, else one after the other."""
+    if not is_row(hidden, *linears):
         return [linear(hidden) for linear in linears]
-    parameters = [parameter for linear in linears for parameter in (linear.weight, linear.bias)]
-    found = parts.run(fused_parts.project, hidden.flatten(0, -2), *parameters)
-    return [x.view(*hidden.shape[:-1], -1) for x in found]
+    weights: Any = [linear.weight for linear in linears]
+    biases: Any = [linear.bias for linear in linears]
+    return [x.view(*hidden.shape[:-1], -1) for x in row_products(hidden.flatten(0, -2), weights, biases)]
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -193,7 +182,7 @@ class FusedAttention(Instead):
             given = (hidden_states, position_embeddings, attention_mask, past_key_values)
             return self.inner(*given, **options)
         shape = (*hidden_states.shape[:-1], -1, attn.head_dim)
-        q, k, v = projected(self.parts, hidden_states, attn.q_proj, attn.k_proj, attn.v_proj)
+        q, k, v = projected(hidden_states, attn.q_proj, attn.k_proj, attn.v_proj)
         cos_sin = [x.expand(*shape[:2], -1).flatten(0, 1) for x in position_embeddings]
         q, k = self.rotated(q.view(shape).flatten(0, 1), k.view(shape).flatten(0, 1), norms, *cos_sin)
         q, k, v = (x.view(shape).transpose(1, 2) for x in (q, k, v))
@@ -204,7 +193,7 @@ class FusedAttention(Instead):
             attn, q, k, v, attention_mask, dropout=0.0, scaling=attn.scaling, sliding_window=window, **options
         )
         out = out.reshape(*hidden_states.shape[:-1], -1)
-        return projected(self.parts, out, attn.o_proj)[0], weights
+        return projected(out, attn.o_proj)[0], weights
 
     def rotated(
         self, q_THD: Tensor, k_TKD: Tensor, norms: list[FusedNorm], cos_TD: Tensor, sin_TD: Tensor
@@ -246,7 +235,7 @@ class FusedLayer(Instead):
         attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
         given = (hidden_states.flatten(0, 1), attended.flatten(0, 1), norm.weight, norm.eps)
         hidden, normed = (x.view(attended.shape) for x in self.parts.run(fused_parts.add_rms_norm, *given))
-        return mlp(normed, layer.mlp.forward.size(), hidden)
+        return mlp.added(normed, hidden)
 
 
 def fused_of(module: nn.Module) -> Any:
@@ -265,7 +254,7 @@ def fuse(decoder: Decoder, state: AttachedState) -> None:
         if isinstance(forward, Chunked) and is_known(module, NORMS):
             forward.fused = FusedNorm(module, state.layer_parts)
         elif isinstance(forward, Chunked) and is_known(module, MLPS):
-            forward.fused = FusedMLP(module, state.layer_parts)
+            forward.fused = FusedMLP(module, state.layer_parts, state.chunk_tokens)
         elif is_known(module, ATTENTIONS):
             module.forward = FusedAttention(module, state.layer_parts)
         elif is_known(module, LAYERS):

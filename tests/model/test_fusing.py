@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
-from elastic.model import fused_parts
+from elastic.model import fused_parts, fusing
 from elastic.model.attach import attach, detach, handle_of, override_routes, routers
 from elastic.model.fused_parts import Function, Parts
 from elastic.model.fusing import ATTENTIONS, LAYERS, MLPS, NORMS, is_known
@@ -111,14 +111,30 @@ def test_what_runs_fused_in_a_layer() -> None:
 
 
 @torch.no_grad()
-def test_what_runs_fused_in_a_step() -> None:
-    """Several products of one token are one part; of more tokens each projection runs by itself."""
-    model = prepared("qwen3", True)
-    found = model(random_ids(1, 45), use_cache=True)
-    seen = calls(model)
-    model(random_ids(1, 1), past_key_values=found.past_key_values, use_cache=True)
-    layer = ["rms_norm", "project", "norm_rotate", "project", "add_rms_norm", "project_silu", "project_add"]
-    assert seen == layer * 3 + ["rms_norm"]
+def test_a_step_of_one_token_reads_weights_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bias and residual are added in the same launch; of two tokens every projection runs by itself."""
+    monkeypatch.setattr(fusing, "unsupported_rows", lambda *_: None)
+    launches = list[str]()
+    for name in ("row_products", "row_gated"):
+        plain = getattr(fusing, name)
+
+        def noted(x: Tensor, *args: Any, plain: Any = plain, name: str = name) -> Any:
+            assert x.shape[0] == 1
+            launches.append(name)
+            return plain(x, *args)
+
+        monkeypatch.setattr(fusing, name, noted)
+    for family in ("qwen3", "qwen2", "gemma3_text"):
+        for rows in (1, 2):
+            ids, logits = random_ids(rows, 45), []
+            for fused in (False, True):
+                model = prepared(family, fused)
+                found = model(ids[:, :-1], use_cache=True)
+                launches.clear()
+                logits.append(model(ids[:, -1:], past_key_values=found.past_key_values).logits)
+            torch.testing.assert_close(*logits, rtol=1e-5, atol=2e-5)
+            layer = ["row_products", "row_products", "row_gated", "row_products"][2 * (family == "gemma3_text") :]
+            assert launches == layer * len(model.model.layers) * (rows == 1)
 
 
 @torch.no_grad()
@@ -198,10 +214,6 @@ def operands(tokens: int) -> dict[Function, tuple[Any, ...]]:
         fused_parts.gelu_product: (hidden, hidden),
         fused_parts.rotate: (heads, (tokens, 2, 16), turns, turns),
         fused_parts.norm_rotate: (heads, (tokens, 2, 16), weight(16), weight(16), 1e-6, turns, turns),
-        fused_parts.project: (hidden, weight(96, 64), None, weight(32, 64), weight(32)),
-        fused_parts.project_silu: (hidden, weight(96, 64), weight(96, 64)),
-        fused_parts.project_gelu: (hidden, weight(96, 64), weight(96, 64)),
-        fused_parts.project_add: (hidden, weight(64, 64), hidden),
     }
     torch.manual_seed(tokens)
     return {
@@ -229,8 +241,6 @@ def test_compiled_functions_and_their_gradients() -> None:
     frames = []
     for tokens in (7, 1, 30, 1, 9):
         for function, given in operands(tokens).items():
-            if function in fused_parts.PRODUCTS and tokens > 1:
-                continue
             got, want = (with_gradients(call, given) for call in (partial(parts.run, function), function))
             for one, other in zip(got, want, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
@@ -245,8 +255,6 @@ def test_kernels_are_as_exact_as_the_functions() -> None:
     parts = Parts()
     for tokens in (1, 2, 700):
         for function, given in operands(tokens).items():
-            if function in fused_parts.PRODUCTS and tokens > 1:
-                continue
             exact = with_gradients(function, placed(given, torch.float32, tokens > 1))
             rounded = placed(given, torch.bfloat16, tokens > 1)
             plain, found = (with_gradients(call, rounded) for call in (function, partial(parts.run, function)))
