@@ -3,7 +3,7 @@
 Imported where Triton is at hand only. Legend: F rows and K columns of a weight [F, K].
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 import triton
 import triton.language as tl
 
