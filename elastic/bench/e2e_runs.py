@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -124,18 +124,25 @@ def stock_runs(model: CausalLM, name: str, sizes: Sizes, compiled: bool = False)
             found += _fastest(model, "decode", lambda: _stepper(model, cache), token_B1, sizes.new_tokens)
         if model.device.type == "cuda":
             give_room(cache)
-            step = in_place_step(model, cache)
-            timed = _fastest(model, "decode graph", lambda: captured(step, token_B1), token_B1, sizes.new_tokens)
-            found += [*timed, *(_beside_floor(model, cache, record, sizes.batch) for record in timed[-1:])]
+            step, backends = in_place_step(model, cache), [name] if compiled else STOCK  # each compiles for itself
+            new = sizes.new_tokens
+            timed = _fastest(model, "decode graph", lambda: captured(step, token_B1), token_B1, new, backends)
+            best = [record for record in timed if record["metric"] == "decode graph"]
+            found += [*timed, *(_beside_floor(model, cache, record, sizes.batch) for record in best)]
     return found
 
 
 def _fastest(
-    model: CausalLM, metric: str, make: Callable[[], Callable[[Tensor], Tensor]], token_B1: Tensor, new_tokens: int
+    model: CausalLM,
+    metric: str,
+    make: Callable[[], Callable[[Tensor], Tensor]],
+    token_B1: Tensor,
+    new_tokens: int,
+    backends: Iterable[str] = STOCK,
 ) -> Run:
-    """Decode steps by every SDPA backend, and once more the fastest; a backend that fails says why."""
+    """Decode steps by each SDPA backend, and once more the fastest; a backend that fails says why."""
     found = []
-    for backend in STOCK:
+    for backend in backends:
         with _only(model, backend):
             try:
                 found.append(_decode(f"{metric} {backend}", make(), token_B1, new_tokens))
