@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic.kernels.row_products import row_gated, row_products, unsupported_rows
+from elastic.kernels.token_products import token_gated, token_products, unsupported_tokens
 from elastic.model import fused_parts
 from elastic.model.chunking import Chunked, Instead, chunk
 from elastic.model.fused_parts import Function, Parts
@@ -40,7 +40,7 @@ ACTIVATIONS = {
     "SiLUActivation": fused_parts.silu_product,
     "GELUTanh": fused_parts.gelu_product,
 }
-GATES = {fused_parts.silu_product: "silu", fused_parts.gelu_product: "gelu"}  # as `row_gated` names them
+GATES = {fused_parts.silu_product: "silu", fused_parts.gelu_product: "gelu"}  # as `token_gated` names them
 # Projections, an RMS norm of each head or none, RoPE on all of D, cache, attention, projection.
 _ATTENTIONS = "Granite Llama Mistral Mixtral Qwen2 Qwen3 Qwen3Moe"
 ATTENTIONS = {f"{name}Attention" for name in _ATTENTIONS.split()}
@@ -98,8 +98,8 @@ class FusedMLP:
         """What `down_proj` reads."""
         mlp: Any = self.module
         function, found = ACTIVATIONS[type(mlp.act_fn).__name__], hidden
-        if is_row(hidden, mlp.gate_proj, mlp.up_proj) and mlp.gate_proj.bias is mlp.up_proj.bias is None:
-            found = row_gated(hidden.flatten(0, -2), mlp.gate_proj.weight, mlp.up_proj.weight, GATES[function])
+        if is_step(hidden, mlp.gate_proj, mlp.up_proj) and mlp.gate_proj.bias is mlp.up_proj.bias is None:
+            found = token_gated(hidden.flatten(0, -2), mlp.gate_proj.weight, mlp.up_proj.weight, GATES[function])
         else:
             gate, up = mlp.gate_proj(hidden), mlp.up_proj(hidden)
             found = self.parts.run(function, gate.flatten(0, -2), up.flatten(0, -2))
@@ -122,18 +122,18 @@ class FusedMLP:
     def added(self, hidden: Tensor, residual: Tensor) -> Tensor:
         """The sum of what the call returns and `residual`, which may be overwritten."""
         down: Any = self.module.down_proj
-        if not is_row(hidden, down) or down.bias is not None:
+        if not is_step(hidden, down) or down.bias is not None:
             return residual.add_(self(hidden))
         product = self.product(hidden).flatten(0, -2)
-        return row_products(product, [down.weight], [residual.flatten(0, -2)])[0].view(residual.shape)
+        return token_products(product, [down.weight], [residual.flatten(0, -2)])[0].view(residual.shape)
 
 
-def is_row(hidden: Tensor, *linears: nn.Module) -> bool:
-    """Whether this is one token at inference, whose products with these weights `row_products` takes."""
-    if hidden.shape[:-1].numel() > 1 or torch.is_grad_enabled():
+def is_step(hidden: Tensor, *linears: nn.Module) -> bool:
+    """Whether these are a few tokens at inference, whose products with these weights `token_products` takes."""
+    if torch.is_grad_enabled():
         return False
     weights: Any = [linear.weight for linear in linears if is_plain(linear, hidden)]
-    return len(weights) == len(linears) and unsupported_rows(hidden, *weights) is None
+    return len(weights) == len(linears) and unsupported_tokens(hidden, *weights) is None
 
 
 def is_plain(linear: nn.Module, hidden: Tensor) -> bool:
@@ -146,12 +146,12 @@ def is_plain(linear: nn.Module, hidden: Tensor) -> bool:
 
 
 def projected(hidden: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """What projections make of the same input: of one token in one launch, else one after the other."""
-    if not is_row(hidden, *linears):
+    """What projections make of the same input: of a few tokens in one launch, else one after the other."""
+    if not is_step(hidden, *linears):
         return [linear(hidden) for linear in linears]
     weights: Any = [linear.weight for linear in linears]
     biases: Any = [linear.bias for linear in linears]
-    return [x.view(*hidden.shape[:-1], -1) for x in row_products(hidden.flatten(0, -2), weights, biases)]
+    return [x.view(*hidden.shape[:-1], -1) for x in token_products(hidden.flatten(0, -2), weights, biases)]
 
 
 def is_bare(module: nn.Module) -> bool:
