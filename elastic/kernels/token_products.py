@@ -34,7 +34,7 @@ def unsupported_tokens(x: Tensor, *weights: Tensor) -> str | None:
     if any(w.dtype != x.dtype or w.device != x.device or not w.is_contiguous() for w in weights):
         return "weights lie elsewhere, in another dtype or not in rows"
     if width % (8 if tokens == 1 else _TILE_COLUMNS) or any(tensor.data_ptr() % 16 for tensor in (x, *weights)):
-        return f"rows of {width} are no multiple of {_TILE_COLUMNS} or do not start at 16 bytes"
+        return f"rows of {width} numbers do not fit, of which several tokens need a multiple of {_TILE_COLUMNS}"
     return None if _triton() else "Triton does not run on this GPU"
 
 
