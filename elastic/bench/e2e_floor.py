@@ -30,9 +30,11 @@ def products_ms(model: CausalLM, length: int, chunk: int) -> float:
                 continue
             wide, high = linear.in_features, linear.out_features
             size = min(length, chunk or length) if ".self_attn" not in f".{name}" else length
-            tokens_SE = inputs.setdefault(wide, torch.randn(length, wide, device=device, dtype=dtype))
-            made_SF = outputs.setdefault(high, torch.empty(length, high, device=device, dtype=dtype))
-            parts = zip(tokens_SE.split(size), made_SF.split(size), strict=True)
+            if wide not in inputs:
+                inputs[wide] = torch.randn(length, wide, device=device, dtype=dtype)
+            if high not in outputs:
+                outputs[high] = torch.empty(length, high, device=device, dtype=dtype)
+            parts = zip(inputs[wide].split(size), outputs[high].split(size), strict=True)
             work += [(part, linear.weight.t(), place) for part, place in parts]
 
     def all_of_them() -> None:

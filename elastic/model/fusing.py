@@ -62,8 +62,8 @@ class FusedNorm:
         self.module, self.parts, self.function = module, parts, NORMS[type(module).__name__]
 
     def takes(self, hidden: Tensor) -> bool:
-        """Whether this call runs fused."""
-        return self.parts.take(hidden, self.weight)
+        """Whether this call runs fused: of tokens, or heads in either order, that follow each other in memory."""
+        return (hidden.is_contiguous() or _heads_first(hidden)) and self.parts.take(hidden, self.weight)
 
     @property
     def weight(self) -> Tensor:
@@ -77,9 +77,16 @@ class FusedNorm:
         return float(named["variance_epsilon"] if "variance_epsilon" in named else named["eps"])
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """[..., E] -> [..., E]."""
+        """[..., E] -> [..., E], in the order in memory in which it came."""
+        if _heads_first(hidden):
+            return self(hidden.transpose(1, 2)).transpose(1, 2)
         found: Tensor = self.parts.run(self.function, hidden.flatten(0, -2), self.weight, self.eps)
         return found.view(hidden.shape)
+
+
+def _heads_first(heads: Tensor) -> bool:
+    """Whether these are heads [B, H, S, D] of tokens that are [B, S, H, D] in memory."""
+    return heads.dim() == 4 and not heads.is_contiguous() and heads.transpose(1, 2).is_contiguous()
 
 
 class FusedMLP:

@@ -180,6 +180,22 @@ def test_hooks_and_changed_modules_run() -> None:
 
 
 @torch.no_grad()
+def test_norms_of_heads_copy_nothing_and_keep_the_order_in_memory() -> None:
+    model = prepared("gemma3_text", True)
+    seen = calls(model)
+    norm = model.model.layers[1].self_attn.q_norm
+    heads = torch.randn(2, 7, 4, 16)
+    want = norm(heads)
+    for given in (heads, heads.transpose(1, 2)):
+        seen.clear()
+        found = norm(given)
+        assert seen == ["rms_norm_offset"] and found.stride() == given.stride()
+        assert torch.equal(found.transpose(1, 2) if given is not heads else found, want)
+    seen.clear()
+    assert torch.equal(norm(heads[:, ::2]), want[:, ::2]) and not seen, "what has gaps runs as in transformers"
+
+
+@torch.no_grad()
 def test_layers_report_what_they_computed() -> None:
     """Sums are made in place, but never in what a layer was given or returned."""
     ids = random_ids(1, 45)
