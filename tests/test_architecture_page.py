@@ -22,7 +22,7 @@ INSTEAD = {
     "kernels/attention_decode.py": ("attention/torch_path.py",),
 }
 LEAVES = {"attention/modes.py", "cache/keyword.py", "config.py", "kernels/devices.py", "visibility.py"}
-CHUNKS = {"model/chunking.py"}  # around the MLPs, not on the way to attention
+PARTS = {"model/chunking.py", "model/fusing.py", "model/fused_parts.py"}  # around attention, not on the way to it
 MOST_FILES = 12
 
 
@@ -68,7 +68,7 @@ def test_no_file_twice_and_few_of_them(walk):
 def test_a_prefill_walks_as_documented(model):
     cache = DynamicCache(config=model.config)
     found = entered(lambda: model(random_ids(1, 64), past_key_values=cache))
-    assert found - LEAVES - CHUNKS == on_the_cpu(documented("prefill"))
+    assert found - LEAVES - PARTS == on_the_cpu(documented("prefill"))
 
 
 @torch.no_grad()
@@ -76,4 +76,4 @@ def test_a_decode_step_walks_as_documented(model):
     cache = new_cache(model, 4)
     model(random_ids(1, 64), past_key_values=cache)
     found = entered(lambda: model(random_ids(1, 1), past_key_values=cache))
-    assert found - LEAVES - CHUNKS == on_the_cpu(documented("decode"))
+    assert found - LEAVES - PARTS == on_the_cpu(documented("decode"))

@@ -13,6 +13,7 @@ import argparse
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 
 from elastic.bench import drawing, records
 from elastic.bench.e2e_models import SHAPES, random_model, route_at_random
-from elastic.bench.e2e_runs import STOCK, Run, elastic_runs, given_runs, stock_runs
+from elastic.bench.e2e_runs import STOCK, Run, Sizes, elastic_runs, given_runs, stock_runs
 from elastic.bench.e2e_tables import OUT_OF_MEMORY, e2e_table
 from elastic.bench.options import LENGTHS
 from elastic.bench.records import LEFT_OUT, Measurement
@@ -47,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill-chunk-size", type=int, nargs="*", default=[], metavar="N",
                         help="read prompts in pieces of so many tokens, too (default: do not)")  # fmt: skip
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="decode steps timed (default 32)")
+    parser.add_argument("--batch", type=int, default=1, metavar="B",
+                        help="copies of the prompt that decode together (default 1)")  # fmt: skip
+    parser.add_argument("--compiled", action="store_true", help="time the stock model under torch.compile, too")
+    parser.add_argument("--unfused", action="store_true", help="time the routed model with nothing fused, too")
     parser.add_argument("--decode-max-length", type=int, default=LENGTHS[-1], metavar="N",
                         help="time no decode steps after longer prompts (default 262144)")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="timed prompts a case (default 1)")
@@ -100,20 +105,26 @@ def _run_shape(
     name = shape if args.layers is None else f"{shape}-{args.layers}layers"
     sparse = SparseConfig(sink=args.sink, window=args.window, block=args.block)
     for length in args.lengths:
-        sizes = (length, args.new_tokens if length <= args.decode_max_length else 0, args.repeats)
+        sizes = Sizes(length, args.new_tokens if length <= args.decode_max_length else 0, args.repeats, args.batch)
         pieces = [piece for piece in args.prefill_chunk_size if piece < length]
         for ratio in args.msr:
             route = route_at_random(model, ratio, ElasticConfig(sparse=sparse, kv_cache="elastic"))
             share = float(route.mean())
-            add(_case(name, length, "elastic", share), partial(elastic_runs, model, *sizes))
+            add(_case(name, length, "elastic", share), partial(elastic_runs, model, sizes))
+            if args.unfused:
+                add(_case(name, length, "elastic unfused", share), partial(elastic_runs, model, sizes, False))
             for piece in pieces:
-                add(_case(name, length, f"elastic in {piece}s", share), partial(elastic_runs, model, *sizes, piece))
-                add(_case(name, length, f"static in {piece}s", share), partial(given_runs, model, *sizes, piece, route))
+                cut = replace(sizes, piece=piece)
+                add(_case(name, length, f"elastic in {piece}s", share), partial(elastic_runs, model, cut))
+                add(_case(name, length, f"static in {piece}s", share), partial(given_runs, model, cut, route))
             detach(model)
         for who in args.contestants:
-            add(_case(name, length, who, None), partial(stock_runs, model, who, *sizes))
+            add(_case(name, length, who, None), partial(stock_runs, model, who, sizes))
+            if args.compiled:
+                add(_case(name, length, f"{who} compiled", None), partial(stock_runs, model, who, sizes, True))
             for piece in pieces:
-                add(_case(name, length, f"{who} in {piece}s", None), partial(stock_runs, model, who, *sizes, piece))
+                cut = replace(sizes, piece=piece)
+                add(_case(name, length, f"{who} in {piece}s", None), partial(stock_runs, model, who, cut))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -125,7 +136,7 @@ def check(args: argparse.Namespace) -> None:
         )
     for name, values, least in (
         *(("--lengths", args.lengths, 2), ("--new-tokens", [args.new_tokens], 1), ("--repeats", [args.repeats], 1)),
-        ("--prefill-chunk-size", args.prefill_chunk_size or [1], 1),
+        ("--prefill-chunk-size", args.prefill_chunk_size or [1], 1), ("--batch", [args.batch], 1),
         ("--layers", [1 if args.layers is None else args.layers], 1),
     ):  # fmt: skip
         if min(values) < least:

@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elastic.attention.row_slice import RowSlice
+from elastic.bench.e2e_floor import bytes_per_second, products_ms, step_bytes
 from elastic.bench.records import Measurement
 from elastic.bench.stock_graph import captured, give_room, in_place_step
 from elastic.cache.elastic_cache import ElasticCache
@@ -35,56 +37,112 @@ _WARM_STEPS = 3
 _TIMED_SDPA = "elastic-bench-sdpa"
 
 
-def elastic_runs(model: CausalLM, length: int, new_tokens: int, repeats: int, piece: int | None = None) -> Run:
-    """The attached model over an elastic cache, the prompt in one pass or in pieces of so many tokens; decode steps, if
-    any, launched one by one and, on a GPU, as a CUDA graph.
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed: a prompt of `length` tokens, `repeats` times, then `new_tokens` decode steps (0: none) of `batch`
+    copies of it; `piece`: the prompt in pieces of so many tokens (None: in one pass).
+    """
+
+    length: int
+    new_tokens: int
+    repeats: int
+    batch: int = 1
+    piece: int | None = None
+
+
+def elastic_runs(model: CausalLM, sizes: Sizes, fused: bool = True) -> Run:
+    """The attached model over an elastic cache; decode steps launched one by one and, on a GPU, as a CUDA graph.
+
+    Args:
+        fused: whether parts of a layer run fused where they can.
     """
     layers = len(model.get_decoder().layers)
 
     def new_cache() -> ElasticCache:
-        return ElasticCache(layers, elastic_config(model), reserve=2 * (new_tokens + _WARM_STEPS))
+        return ElasticCache(layers, elastic_config(model), reserve=2 * (sizes.new_tokens + _WARM_STEPS))
 
-    with _timed_elastic(model) as clock:
-        found, cache, token = _prefills(model, new_cache, length, repeats, clock, piece)
-    found.append(_record("MSR", float(route_of(cache).route.float().mean()), ""))
-    if new_tokens == 0:
+    parts = handle_of(model).state.layer_parts
+    before, parts.on = parts.on, fused
+    try:
+        with _timed_elastic(model) as clock:
+            found, cache, token = _prefills(model, new_cache, sizes, clock)
+        found.append(_record("MSR", float(route_of(cache).route.float().mean()), ""))
+        if model.device.type == "cuda":
+            found.append(_beside_products(model, found, sizes.length))
+        if sizes.new_tokens:
+            found += _elastic_steps(model, cache, token, sizes)
         return found
-    found.append(_decode("decode", _stepper(model, cache), token, new_tokens))
+    finally:
+        parts.on = before
+
+
+def _elastic_steps(model: CausalLM, cache: ElasticCache, token_11: Tensor, sizes: Sizes) -> Run:
+    cache.batch_repeat_interleave(sizes.batch)
+    token_B1 = token_11.expand(sizes.batch, 1)
+    found = [_decode("decode", _stepper(model, cache), token_B1, sizes.new_tokens)]
     if model.device.type == "cuda":
-        found.append(_decode("decode graph", DecodeGraph(model, cache).step, token, new_tokens))
+        found.append(_decode("decode graph", DecodeGraph(model, cache).step, token_B1, sizes.new_tokens))
+        found.append(_beside_floor(model, cache, found[-1], sizes.batch))
     return found
 
 
-def given_runs(model: CausalLM, length: int, new_tokens: int, repeats: int, piece: int | None, route_LK: Tensor) -> Run:
+def _beside_products(model: CausalLM, found: Run, length: int) -> Measurement:
+    """How much longer the rest of a prompt takes than its matrix products alone."""
+    rest = next(record["value"] for record in found if record["metric"] == "rest")
+    return _record("rest over products", rest / products_ms(model, length, elastic_config(model).chunk_tokens), "x")
+
+
+def _beside_floor(model: CausalLM, cache: KVCache, decoded: Measurement, batch: int) -> Measurement:
+    """Which share of the tokens a second that the memory's speed allows is reached."""
+    allowed = batch * bytes_per_second(model.device) / step_bytes(model, cache)
+    return _record("share of bandwidth", decoded["value"] / allowed, "")
+
+
+def given_runs(model: CausalLM, sizes: Sizes, route_LK: Tensor) -> Run:
     """`elastic_runs` under routes that are given, as static ones are, and so hold from the first piece."""
     with override_routes(model, route_LK):
-        return elastic_runs(model, length, new_tokens, repeats, piece)
+        return elastic_runs(model, sizes)
 
 
-def stock_runs(model: CausalLM, name: str, length: int, new_tokens: int, repeats: int, piece: int | None = None) -> Run:
-    """The stock model over transformers' DynamicCache; the prompt by one SDPA backend, in one pass or in pieces; decode
-    steps by the fastest, launched one by one and, on a GPU, as a CUDA graph over the same cache written in place.
+def stock_runs(model: CausalLM, name: str, sizes: Sizes, compiled: bool = False) -> Run:
+    """The stock model over transformers' DynamicCache; the prompt by one SDPA backend; decode steps by the fastest,
+    launched one by one and, on a GPU, as a CUDA graph over the same cache written in place.
+
+    Args:
+        compiled: let torch.compile run the model, which is then not asked where its time goes.
     """
     from transformers import DynamicCache
 
-    with _timed_stock(model) as clock, _only(model, name):
-        found, cache, token = _prefills(model, lambda: DynamicCache(config=model.config), length, repeats, clock, piece)
-    if new_tokens == 0:
-        return found
-    found += _fastest(model, "decode", lambda: _stepper(model, cache), token, new_tokens)
-    if model.device.type == "cuda":
-        give_room(cache)
-        step = in_place_step(model, cache)
-        found += _fastest(model, "decode graph", lambda: captured(step, token), token, new_tokens)
+    with stock_compiled(model) if compiled else nullcontext():
+        with nullcontext(_Clock()) if compiled else _timed_stock(model) as clock, _only(model, name):
+            found, cache, token = _prefills(model, lambda: DynamicCache(config=model.config), sizes, clock, compiled)
+        if sizes.new_tokens == 0:
+            return found
+        cache.batch_repeat_interleave(sizes.batch)
+        token_B1 = token.expand(sizes.batch, 1).contiguous()
+        if not compiled:  # a cache that grows by concatenation has another shape in every step
+            found += _fastest(model, "decode", lambda: _stepper(model, cache), token_B1, sizes.new_tokens)
+        if model.device.type == "cuda":
+            give_room(cache)
+            step, backends = in_place_step(model, cache), [name] if compiled else STOCK  # each compiles for itself
+            new = sizes.new_tokens
+            timed = _fastest(model, "decode graph", lambda: captured(step, token_B1), token_B1, new, backends)
+            best = [record for record in timed if record["metric"] == "decode graph"]
+            found += [*timed, *(_beside_floor(model, cache, record, sizes.batch) for record in best)]
     return found
 
 
 def _fastest(
-    model: CausalLM, metric: str, make: Callable[[], Callable[[Tensor], Tensor]], token_B1: Tensor, new_tokens: int
+    model: CausalLM,
+    metric: str,
+    make: Callable[[], Callable[[Tensor], Tensor]],
+    token_B1: Tensor,
+    new_tokens: int,
+    backends: Iterable[str] = STOCK,
 ) -> Run:
-    """Decode steps by every SDPA backend, and once more the fastest; a backend that fails says why."""
+    """Decode steps by each SDPA backend, and once more the fastest; a backend that fails says why."""
     found = []
-    for backend in STOCK:
+    for backend in backends:
         with _only(model, backend):
             try:
                 found.append(_decode(f"{metric} {backend}", make(), token_B1, new_tokens))
@@ -121,15 +179,20 @@ def _prefill(model: CausalLM, cache: KVCache, ids: Tensor, piece: int | None) ->
 
 
 def _prefills(
-    model: CausalLM, new_cache: Callable[[], Any], length: int, repeats: int, clock: "_Clock", piece: int | None
+    model: CausalLM, new_cache: Callable[[], Any], sizes: Sizes, clock: "_Clock", compiled: bool = False
 ) -> tuple[Run, Any, Tensor]:
     """Time to first token (median, as the user waits for it), where it goes (attention, router with its pooling, the
     rest: device time of the last run) and peak memory; the last run's cache and token.
+
+    Args:
+        compiled: another length compiles the model again, so it warms up on this one, and does not say where time goes.
     """
-    _prefill(model, new_cache(), _ids(model, min(length, 4096)), piece)  # kernels compiled, workspaces there
+    length, piece = sizes.length, sizes.piece
+    warm = length if compiled else min(length, 4096)
+    _prefill(model, new_cache(), _ids(model, warm), piece)  # kernels compiled, workspaces there
     ids, times, token, before = _ids(model, length), [], torch.zeros(0), 0
     cache: Any = None
-    for _ in range(repeats):
+    for _ in range(sizes.repeats):
         del cache
         cache = new_cache()
         clock.spans.clear()
@@ -142,6 +205,8 @@ def _prefills(
     attention, router, everything = (clock.total(part) for part in ("attention", "router", "all"))
     found = [_record("first token", statistics.median(times), "ms"), _record("peak memory", peak, "bytes")]
     found.append(_record("KV cache", _cache_bytes(cache, model.device, before), "bytes"))
+    if compiled:
+        return found, cache, token
     found += [_record("attention", attention, "ms"), _record("router", router, "ms")]
     return [*found, _record("rest", everything - attention - router, "ms")], cache, token
 
@@ -178,7 +243,7 @@ def _stepper(model: CausalLM, cache: KVCache) -> Callable[[Tensor], Tensor]:
 
 
 def _decode(metric: str, step: Callable[[Tensor], Tensor], token_B1: Tensor, new_tokens: int) -> Measurement:
-    """Tokens a second of greedy decoding, batch 1."""
+    """Tokens a second of greedy decoding, those of all rows."""
     for _ in range(_WARM_STEPS):
         token_B1 = step(token_B1)[:, -1:].argmax(-1)
     _wait(token_B1.device)
@@ -186,7 +251,7 @@ def _decode(metric: str, step: Callable[[Tensor], Tensor], token_B1: Tensor, new
     for _ in range(new_tokens):
         token_B1 = step(token_B1)[:, -1:].argmax(-1)
     _wait(token_B1.device)
-    return _record(metric, new_tokens / (time.perf_counter() - start), "tokens/s")
+    return _record(metric, token_B1.shape[0] * new_tokens / (time.perf_counter() - start), "tokens/s")
 
 
 class _Clock:
@@ -230,6 +295,18 @@ def _timed_elastic(model: CausalLM) -> Iterator[_Clock]:
             yield clock
     finally:
         set_row_slice(model, previous)
+
+
+@contextmanager
+def stock_compiled(model: CausalLM) -> Iterator[None]:
+    """Inside the context torch.compile runs the stock model, as `torch.compile(model)` does."""
+    part: Any = model  # of which the protocol lets nobody assign a method
+    part.forward = torch.compile(model.forward)
+    try:
+        yield
+    finally:
+        del part.forward
+        torch.compiler.reset()  # the next length is another program
 
 
 @contextmanager

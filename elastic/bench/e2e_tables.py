@@ -9,7 +9,9 @@ from elastic.plots import Panel, in_rows, panels_figure, token_ticks
 
 FIRST_TOKEN, OUT_OF_MEMORY = "first token", "out of memory"
 DECODE = ("decode", "decode graph")
-METRICS = (FIRST_TOKEN, *DECODE, "KV cache", "peak memory", "attention", "router", "rest")
+SPENT = ("attention", "router", "rest")
+BESIDE = ("rest over products", "share of bandwidth")  # beside what the machine allows
+METRICS = (FIRST_TOKEN, *DECODE, "KV cache", "peak memory", *SPENT, *BESIDE)
 
 PANELS = {  # metric -> title, unit, scale
     FIRST_TOKEN: ("time to the first token", "s", 1e-3),
@@ -26,7 +28,7 @@ def e2e_cells(found: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]
     second over its best way to decode, as a CUDA graph or not. Below 1 the stock model is faster.
     """
     header = ["case", "first token s", "x dense", "decode tok/s", "with graph", "best x dense", "KV GB", "of dense",
-              "peak GB", "attention s", "router s", "rest s"]  # fmt: skip
+              "peak GB", "attention s", "router s", "rest s", "rest x products", "of bandwidth"]  # fmt: skip
     rows = []
     for key in dict.fromkeys(map(_key, found)):
         shape, length, who, msr = key
@@ -42,7 +44,8 @@ def e2e_cells(found: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]
         cells += [f"{mine[way]:.1f}" if way in mine else "" for way in DECODE]
         cells.append(_ratio(_best_rate(mine), _best_rate(dense)))
         cells += [f"{mine['KV cache'] / 1e9:.3f}", _ratio(mine["KV cache"], dense.get("KV cache"), 3)]
-        cells += [f"{mine['peak memory'] / 1e9:.1f}", *(f"{mine[p] / 1e3:.3f}" for p in METRICS[-3:])]
+        cells += [f"{mine['peak memory'] / 1e9:.1f}", *(f"{mine[p] / 1e3:.3f}" if p in mine else "" for p in SPENT)]
+        cells += [f"{mine[p]:.2f}" if p in mine else "" for p in BESIDE]
         rows.append([name, *cells])
     return header, rows
 

@@ -33,7 +33,7 @@ from elastic.bench.timing import Timing, measure
 from elastic.config import SparseConfig
 from elastic.console import say
 from elastic.kernels import unsupported_backward
-from elastic.model.attach import last_routes, set_row_slice
+from elastic.model.attach import handle_of, last_routes, set_row_slice
 from elastic.training.config import ALLOCATOR
 
 SUMMARY = "a routed training step beside the recipe that runs both modes; memory of a step of a whole backbone"
@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"what to run, of {', '.join(PARTS)} (default all)")  # fmt: skip
     parser.add_argument("--memory-gb", type=float, default=80.0, metavar="GB", help="limit on memory (default 80)")
     parser.add_argument("--compile", action="store_true", help="torch.compile what surrounds attention")
+    parser.add_argument("--unfused", action="store_true", help="time steps with nothing around attention fused, too")
     parser.add_argument("--devices", type=int, default=1, metavar="N",
                         help="GPUs: above 1, whole steps under each strategy beside one GPU (default 1)")  # fmt: skip
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), metavar="NAME",
@@ -228,8 +229,16 @@ def step_records(args: argparse.Namespace, device: torch.device, name: str) -> l
         recipe()
         set_row_slice(model, previous)
 
+    def unfused(call: Callable[[], Any]) -> None:
+        parts = handle_of(model).state.layer_parts
+        parts.on = False
+        call()
+        parts.on = True
+
     calls: dict[str, Callable[[], Any]] = {"both modes": both}
     calls |= {named(share): Step(model, batch, share, args.msr) for share in args.shares}
+    if args.unfused:
+        calls |= {f"{name}, unfused": partial(unfused, call) for name, call in calls.items()}
     case = f"{name}-{args.layers}l-{args.length // 1024}k"
     found = compare(case, calls, timed_steps)
     ratio = last_routes(model).route.mean().item()

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     args = parser.parse_args(argv)
     cpu = [*_environment(), *_guarded(_self_check), *_guarded(_stock_check)]
-    checks = [*cpu, *_guarded(_gpu), *_guarded(_toolchain), *_guarded(_kernels), _smollm2()]
+    checks = [*cpu, *_guarded(_gpu), *_guarded(_toolchain), *_guarded(_kernels), *_guarded(_layer_parts), _smollm2()]
     works = all(check.status == OK for check in cpu)
     if args.json:
         say(json.dumps({"cpu_path": works, "checks": [asdict(check) for check in checks]}, indent=1))
@@ -216,6 +216,30 @@ def _kernels() -> list[Check]:
     detail = f"{wrong} of {bits[0].numel()} rows of key blocks differ from the oracle's"
     good = wrong <= bits[0].numel() // 8  # a mass on the threshold may fall to either side
     return [*checks, Check("block choice", OK if good else FAIL, detail, "" if good else "run pytest tests/kernels")]
+
+
+def _layer_parts() -> list[Check]:
+    """What surrounds attention, compiled against the same functions uncompiled where there is a GPU."""
+    import torch
+
+    from elastic.model import fused_parts
+
+    name = "layer parts"
+    if not torch.cuda.is_available():
+        return [Check(name, ABSENT, "norms, RoPE and activations run as in transformers; a GPU runs them fused")]
+    reason = fused_parts.unfused_reason("cuda")
+    if reason is not None:
+        return [Check(name, ABSENT, f"{reason}; norms, RoPE and activations run as in transformers")]
+    generator, parts = torch.Generator("cuda").manual_seed(0), fused_parts.Parts()
+    shapes = ((64, 8, 64), (64, 2, 64), (64,), (64,), (64, 64), (64, 64))
+    q, k, one, two, cos, sin = (torch.randn(x, generator=generator, device="cuda").bfloat16() for x in shapes)
+    operands = (q, k, torch.nn.Parameter(one, False), torch.nn.Parameter(two, False), 1e-6, cos, sin)
+    with torch.no_grad():
+        pairs = zip(parts.run(fused_parts.norm_rotate, *operands), fused_parts.norm_rotate(*operands), strict=True)
+    error = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+    good = error < HALF_TOLERANCE
+    detail = f"norms, RoPE and activations run fused (torch.compile): within {error:.1e} of transformers' (bf16)"
+    return [Check(name, OK if good else FAIL, detail, "" if good else "run pytest tests/model/test_fusing.py")]
 
 
 def _smollm2() -> Check:

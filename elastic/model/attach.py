@@ -21,8 +21,9 @@ from elastic.attention.row_slice import RowSlice
 from elastic.cache.route_record import RouteRecord, route_of
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.model.attention_function import IMPLEMENTATION, register
-from elastic.model.chunking import chunk, give_back
+from elastic.model.chunking import give_back
 from elastic.model.families import FAMILIES, RoutedAttention, attention_layers
+from elastic.model.fusing import fuse
 from elastic.model.generation import unwatch, watch
 from elastic.model.layer_hooks import before_attention, before_decoder
 from elastic.model.layer_types import stock_layers
@@ -153,7 +154,7 @@ def _install(model: CausalLM, handle: Handle, layers: list[AttentionModule], mad
     save_backbone_alone(model)
     keep_cache(model, handle.state.rope_switches)
     decoder = model.get_decoder()
-    chunk(decoder, handle.state.chunk_tokens)
+    fuse(decoder, handle.state)
     keep_linear(decoder, handle.state.windows)
     hook = partial(before_decoder, handle.state)
     handle.hooks.append(decoder.register_forward_pre_hook(hook, with_kwargs=True))

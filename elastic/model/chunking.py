@@ -5,7 +5,7 @@ intermediate results (an MLP's is 3.5 times as wide as the model, a norm's is in
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +21,42 @@ class Instead:
         self.inner = module.forward
 
 
+class Fused(Protocol):
+    """Does a module's work its own way where it can (`elastic.model.fusing`)."""
+
+    def takes(self, hidden: Tensor) -> bool:
+        """Whether it does this call."""
+        ...
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """What the module would return."""
+        ...
+
+
 class Chunked(Instead):
     """A module's forward, `size()` tokens at a time. Callable in place of the method; copies with its model.
 
     Args:
         module: maps [B, S, ...] to the same shape and dtype, every token alone; experts may return a pair.
         size: tokens at a time; 0 is all at once.
+
+    Attributes:
+        fused: what runs instead of the module where it can.
     """
 
     def __init__(self, module: nn.Module, size: Callable[[], int]) -> None:
         super().__init__(module)
         self.size = size
         self.run: Callable[..., Any] = self.inner
+        self.fused: Fused | None = None
 
     def compile(self, **settings: Any) -> None:
         """Let `torch.compile` with these settings run the module's work on a chunk."""
-        self.run = torch.compile(self.inner, **settings)
+        self.run, self.fused = torch.compile(self.inner, **settings), None
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.fused is not None and self.fused.takes(hidden):
+            return self.fused(hidden)
         size = self.size()
         if hidden.dim() < 3 or not 0 < size < hidden.shape[1] or torch.is_grad_enabled():
             return self.run(hidden, *args, **kwargs)

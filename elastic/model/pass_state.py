@@ -23,6 +23,7 @@ from elastic.attention.row_slice import RowSlice
 from elastic.cache.pieces import Pieces
 from elastic.cache.route_record import find_record
 from elastic.config import ElasticConfig, SparseConfig
+from elastic.model.fused_parts import Parts
 from elastic.protocols import KVCache
 from elastic.routing.router import Decision
 
@@ -97,6 +98,7 @@ class AttachedState:
         temperature: of the Gumbel-softmax in training.
         row_slice: which part of the rows is here.
         fused: whether the router may run as one kernel where it can; tests and timings compare both ways.
+        layer_parts: how norms, RoPE and activations run.
         last: the last decisions, by thread.
         parts: into how many parts tensor parallelism has cut the heads.
         places: by decoder layer, its place among those that have routers; a layer that is not named is its own.
@@ -108,7 +110,7 @@ class AttachedState:
         self.config, self.parts = config, parts
         self.temperature = 1.0
         self.row_slice = RowSlice()
-        self.fused = True
+        self.fused, self.layer_parts = True, Parts()
         self.last = LastPass()
         self.places = dict[int, int]()
         self.windows = dict[int, int | None]()

@@ -8,7 +8,9 @@ from transformers import DynamicCache
 
 from elastic import cli
 from elastic.bench import e2e, e2e_runs, records, tables
+from elastic.bench.e2e_floor import step_bytes
 from elastic.bench.e2e_models import random_model, route_at_random
+from elastic.bench.e2e_runs import Sizes
 from elastic.bench.e2e_tables import e2e_cells
 from elastic.bench.stock_graph import give_room, in_place_step
 from elastic.cache.elastic_cache import ElasticCache
@@ -81,6 +83,32 @@ def test_prompts_in_pieces_beside_one_pass(tmp_path, capsys):
             assert value[1200, who, metric] == value[1200, "elastic", metric]
     assert all(value[1200, who, "first token"] > 0 for who in in_pieces)
     assert "tiny 1200 elastic in 100s MSR 0.67" in capsys.readouterr().out
+
+
+def test_several_rows_compiled_and_unfused_contestants(tmp_path, monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call: compile_(call, backend="eager"))
+    options = ["--lengths", "64", "--msr", "0.7", "--contestants", "cudnn", "--batch", "3", "--compiled", "--unfused"]
+    assert bench(tmp_path, *options) == 0
+    found = records.load(tmp_path / "e2e.json")
+    assert not [r for r in found if r["metric"] == records.LEFT_OUT]
+    value = {(r["who"], r["metric"]): r["value"] for r in found}
+    assert {who for who, _ in value} == {"elastic", "elastic unfused", "cudnn", "cudnn compiled"}
+    assert value["cudnn compiled", "first token"] > 0 and ("cudnn compiled", "rest") not in value
+
+
+@torch.no_grad()
+def test_bytes_of_a_step_are_weights_and_what_the_heads_see():
+    model = random_model("tiny", torch.device("cpu"), torch.float32)
+    weights = sum(p.nbytes for p in model.model.layers.parameters()) + model.lm_head.weight.nbytes
+    route_at_random(model, 0.5, CONFIG)
+    cache = ElasticCache(3, elastic_config(model))
+    model(random_ids(1, 60), past_key_values=cache, use_cache=True)
+    model(random_ids(1, 1), past_key_values=cache, use_cache=True)
+    keys = 3 * 61 + 3 * min(61, 8 + 16)
+    seen = step_bytes(model, cache) - weights
+    granules = 3 * 8 * 2 * 16 * 4  # a streaming head sees whole blocks of its window
+    assert 0 <= keys * 2 * 16 * 4 - seen <= granules
 
 
 def row(who, msr, value):
@@ -176,7 +204,7 @@ def test_a_backend_that_cannot_decode_is_named(monkeypatch):
 
     monkeypatch.setattr(e2e_runs, "_decode", decode)
     model = random_model("tiny", torch.device("cpu"), torch.float32)
-    found = e2e_runs.stock_runs(model, "cudnn", 64, 2, 1)[-3:]
+    found = e2e_runs.stock_runs(model, "cudnn", Sizes(64, 2, 1))[-3:]
     assert [(r["metric"], r["value"]) for r in found] == [
         ("decode cudnn", 5.0),
         ("decode flash2", None),
@@ -188,11 +216,11 @@ def test_a_backend_that_cannot_decode_is_named(monkeypatch):
 @torch.no_grad()
 def test_timing_hooks_leave_the_model_as_it_was():
     model = random_model("tiny", torch.device("cpu"), torch.float32)
-    e2e_runs.stock_runs(model, "cudnn", 64, 2, 1)
+    e2e_runs.stock_runs(model, "cudnn", Sizes(64, 2, 1))
     assert model.config._attn_implementation == "sdpa"
     route_at_random(model, 0.5, CONFIG)
     set_config(model, replace(elastic_config(model), chunk_tokens=16))
-    e2e_runs.elastic_runs(model, 64, 2, 1)
+    e2e_runs.elastic_runs(model, Sizes(64, 2, 1))
     cache = ElasticCache(3, elastic_config(model))
     model(random_ids(1, 64), past_key_values=cache, use_cache=True)
     assert route_of(cache).route.float().mean() == 0.5

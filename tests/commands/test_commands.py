@@ -178,6 +178,7 @@ def test_doctor(capsys):
     out = capsys.readouterr().out
     assert "OK    self-check" in out and "of the oracle" in out
     assert "OK    stock model" in out
+    assert "layer parts" in out and "a GPU runs them fused" in out
     assert "The CPU path works." in out
 
 

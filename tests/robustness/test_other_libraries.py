@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from elastic.model import attach as attach_file
+from elastic.model import fusing
 from elastic.model.attach import (
     attach,
     detach,
@@ -69,7 +70,8 @@ STEPS = [
     (attach_file, "build_router", 1),
     (attach_file, "build_router", 3),
     (attach_file, "watch", 1),
-    (attach_file, "chunk", 1),
+    (attach_file, "fuse", 1),
+    (fusing, "FusedLayer", 2),
     (nn.Module, "add_module", 1),
     (nn.Module, "add_module", 3),
     (nn.Module, "register_forward_pre_hook", 2),
