@@ -106,13 +106,12 @@ def attach(model: Model, config: ElasticConfig | None = None) -> Model:
     bare = unwrapped(model)
     layers = attention_layers(bare)
     share = head_share(bare, layers)
-    kv_heads = bare.config.num_key_value_heads  # not of the weights, which a quantised layer packs or does not have
-    kv_heads //= share.parts
+    # Not by the weights, which a quantised layer packs or does not have.
+    kv_heads = bare.config.num_key_value_heads // share.parts
     devices = [device_of(attn, attn.layer_idx, bare.device) for attn in layers]
-    made = [
-        build_router(kv_heads, attn.head_dim, config.router, layer).to(device).train(bare.training)
-        for layer, (attn, device) in enumerate(zip(layers, devices, strict=True))
-    ]
+    with torch.device("cpu"):  # whose generator draws the same routers under every strategy, on every device
+        fresh = [build_router(kv_heads, attn.head_dim, config.router, place) for place, attn in enumerate(layers)]
+    made = [router.to(device).train(bare.training) for router, device in zip(fresh, devices, strict=True)]
     check_routers(made, share)
     register()
     named = {id(parameter): name for name, parameter in bare.named_parameters()}  # a wrapper may have more

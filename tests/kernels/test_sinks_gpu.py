@@ -10,6 +10,7 @@ from elastic.attention.layout import packed_layout
 from elastic.attention.routed import backend_for, fused, routed_attention
 from elastic.attention.torch_path import attend
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
+from elastic.console import say
 from elastic.kernels import attention_decode, attention_forward, sinks_gradient
 from elastic.kernels.attention_sinks import share_with_sinks
 from elastic.model.attach import attach, override_routes
@@ -29,8 +30,11 @@ DEVICE = torch.device("cuda", 0)
 
 @pytest.mark.parametrize("first", range(0, CASES, CHUNK))
 def test_random_problems(first: int) -> None:
-    """Poisoned outputs, every mode, packing and padding: output and LSE of all kernels, and all gradients."""
-    of_sinks = []
+    """Poisoned outputs, every mode, packing and padding: output and LSE of all kernels, and all gradients, which are
+    judged together: where one key has all the weight, eager attention is exact by luck, and a kernel that goes by its
+    rounded output is not.
+    """
+    errors: list[tuple[list[float], list[float]]] = []
     for seed in range(first, first + CHUNK):
         problem = random_problem(seed)
         sinks, grad = random_sinks(seed, problem.q.shape[2]), upstream(problem, seed)
@@ -43,15 +47,18 @@ def test_random_problems(first: int) -> None:
                 continue
             out, lse = attention_forward(*problem.args(), sinks)
             found = run_backward(problem, grad, out, lse, deterministic=seed % 2 == 1)
-            judge_gradients(found, problem, (exact[1], mean_errors(same, exact, problem)))
+            mine = judge_gradients(found, problem, (exact[1], [float("inf")] * 3))
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
         size = exact[2].norm().clamp_min(1e-2)  # less is nothing
-        mine = sinks_gradient(grad, out, lse, sinks)
-        of_sinks.append([((x - exact[2]).norm() / size).item() for x in (mine, same[2])])
-    if of_sinks:  # a single problem's error, a sum over its rows, may be small by luck
-        mine, theirs = torch.tensor(of_sinks).T
-        assert mine.isfinite().all() and mine.mean() <= 2 * theirs.mean() and mine.max() <= 2 * theirs.max()
+        of_sinks = [((x - exact[2]).norm() / size).item() for x in (sinks_gradient(grad, out, lse, sinks), same[2])]
+        errors.append(([*mine, of_sinks[0]], [*mean_errors(same, exact, problem), of_sinks[1]]))
+    if errors:
+        of_names = torch.tensor(errors).permute(2, 1, 0)
+        for name, (mine_N, theirs_N) in zip(("dq", "dk", "dv", "dsinks"), of_names, strict=True):
+            mean, largest = mine_N.mean() / theirs_N.mean(), mine_N.max() / theirs_N.max()
+            say(f"{name}: mean error {mean:.2f} of eager's, largest {largest:.2f}")
+            assert mine_N.isfinite().all() and mean <= 2 and largest <= 2, name
 
 
 @pytest.mark.parametrize("name", ["rows", "left", "right", "decode", "chunk", "packed"])
@@ -114,9 +121,9 @@ def test_a_model_with_sinks_answers_through_the_kernels(monkeypatch) -> None:
     with override_routes(model, route):
         model(ids, attention_mask=mask)
         tokens = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        assert tokens.shape == (2, 306) and "attention_forward" in backend_for(DEVICE, torch.bfloat16, 64)
         monkeypatch.setattr("elastic.attention.routed.unsupported_reason", lambda *_: "switched off by the test")
         model(ids, attention_mask=mask)
-    assert tokens.shape == (2, 306) and "attention_forward" in backend_for(DEVICE, torch.bfloat16, 64)
     kernel, in_torch = (out[mask.bool()].float() for out in (outputs[0], outputs[-1]))
     assert not torch.equal(kernel, in_torch)
     assert (kernel - in_torch).norm() <= 2e-2 * in_torch.norm()

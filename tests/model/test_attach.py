@@ -2,12 +2,13 @@
 
 import copy
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from elastic.config import ElasticConfig
+from elastic.config import ElasticConfig, RouterConfig
 from elastic.model.attach import (
     attach,
     detach,
@@ -302,3 +303,17 @@ def test_under_autocast_all_heads_full_equal_the_stock_model(family):
             assert torch.equal(model(ids).logits, stock)
         with override_routes(model, 1):
             assert not torch.equal(model(ids).logits, stock)
+
+
+@pytest.mark.parametrize("kind", ["paper", "level"])
+def test_routers_begin_the_same_whatever_device_is_ambient(kind):
+    """Lightning makes modules inside the context of a GPU under some strategies, and of none under others."""
+    config, drawn = replace(small_config(), router=RouterConfig(kind=kind, pool_tokens=16)), []
+    for device in ("cpu", "meta"):
+        model = tiny_model()
+        torch.manual_seed(0)
+        with torch.device(device):
+            attach(model, config)
+        drawn.append([weight.clone() for router in routers(model) for weight in router.parameters()])
+    assert all(weight.device.type == "cpu" for weight in drawn[1])
+    assert all(torch.equal(one, other) for one, other in zip(*drawn, strict=True))
