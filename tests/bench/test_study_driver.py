@@ -14,9 +14,10 @@ from elastic.bench.records import load
 from elastic.bench.studies.ablation import records
 from elastic.bench.studies.runs import read_study
 from elastic.data.shards import SPLITS
-from tests.bench import ablation
+from tests.bench import ablation, routing
 from tests.bench.routing_plans import KINDS
 from tests.bench.test_study import STAMP, results
+from tests.helpers.forked import forked_command
 from tests.helpers.training import ROOT, command_environment
 
 SMALL_RUN = [
@@ -46,15 +47,38 @@ def packed(tmp_path_factory):
     return folder
 
 
-def drive(folder, packed, *words, calibrate=SMALL_CALIBRATION):
+def small(packed, *words):
+    """Words of the driver that make its study small."""
+    place = ["--out", "out", "--work", "work", "--data", str(packed), "--objectives", "target"]
+    return [*place, *words, "--calibrate", SMALL_CALIBRATION, "--", *SMALL_RUN]
+
+
+def drive(folder, packed, *words):
     """Run the driver of the study, small; what it says."""
-    command = [sys.executable, str(ROOT / "tests" / "bench" / "routing.py"), "--out", "out", "--work", "work"]
-    command += ["--data", str(packed), "--objectives", "target", *words, "--calibrate", calibrate, "--", *SMALL_RUN]
+    command = [sys.executable, str(ROOT / "tests" / "bench" / "routing.py"), *small(packed, *words)]
     done = subprocess.run(
         command, cwd=folder, env=command_environment(), capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """The driver in this process, whose commands need not import everything again."""
+
+    def command(words, log, seconds, gpu):
+        return f"failed, see {log}" if forked_command(words, ROOT, log) else ""
+
+    monkeypatch.setattr(routing, "elastic_command", command)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+
+    def run(packed, *words):
+        assert routing.main(small(packed, *words)) == 0
+        return capsys.readouterr().out
+
+    return run
 
 
 def test_the_driver_trains_evaluates_and_skips_what_is_done(tmp_path, packed):
@@ -75,16 +99,16 @@ def test_the_driver_trains_evaluates_and_skips_what_is_done(tmp_path, packed):
 
 
 @pytest.mark.slow
-def test_the_whole_study_of_orders_levels_and_the_foreign_set(tmp_path, packed, capsys):
+def test_the_whole_study_of_orders_levels_and_the_foreign_set(tmp_path, packed, here, capsys):
     """The driver, then tables of both sets of rows; a cut study resumes from its small files alone."""
     words = ["--routers", "level", "need", "ordered", "--seeds", "3"]
-    said = drive(tmp_path, packed, *words, "--checkpoints", "--sets", "heldout")
+    said = here(packed, *words, "--checkpoints", "--sets", "heldout")
     assert "order-3: calibrate" in said and "ordered-target-3: fit" in said
     out = tmp_path / "out"
     assert (out / "ordered-target-3" / "checkpoint").is_dir()  # the foreign set is still to come
     for path in (tmp_path / "work").iterdir():
         path.rename(tmp_path / path.name)  # as on another machine
-    said = drive(tmp_path, packed, *words, "--checkpoints")
+    said = here(packed, *words, "--checkpoints")
     assert "order-3: was there" in said and "fit" not in said and said.count("test foreign") == 3
     assert not (out / "ordered-target-3" / "checkpoint").exists()
     runs = {run.router: run for run in read_study(out, "foreign").runs}

@@ -1,15 +1,17 @@
 """The routed engine of vLLM on a GPU beside stock vLLM, with random weights. First the checks, on small models:
 attention in every step against PyTorch, the decided routes against transformers', tokens with CUDA graphs against those
-without. Then time to first token and tokens/s of a Llama-3.1-8B shape, without chunked prefill and prefix cache.
+without, both compiled. Then time to first token and tokens/s of a Llama-3.1-8B shape, without chunked prefill and
+prefix cache.
 
     python tests/engines/gpu_engine.py --out tests/bench/results
-    python tests/engines/gpu_engine.py --lengths 8192 --batch 1 --layers 4     # a first look
+    python tests/engines/gpu_engine.py --cases 8192x1 --layers 4     # a first look
+    python tests/engines/gpu_engine.py --unchecked                   # times alone, after a run that has checked
 
 No GPU ran it yet: what it finds decides whether the option `untested_gpu` may go. Each engine has a process of its own.
+Records are written as each contestant ends, so that a run that is cut short keeps what it has.
 """
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import random
@@ -17,7 +19,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -39,9 +43,16 @@ from tests.helpers.vllm_engine import engine, routed, sampling
 
 LARGEST_ERROR, LEAST_SAME = 0.01, 0.9  # of attention in fp16; share of routes and of tokens
 TOKENS, DECODED = 24, 128
+CHECKED = [("llama", "paper"), ("qwen3", "level")]
+WAYS: dict[str, dict[str, Any]] = {
+    "eager": {"enforce_eager": True},
+    "compiled": {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "NONE"}},
+    "graphs": {"enforce_eager": False},
+}
 SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
          "vocab_size": 128256, "max_position_embeddings": 1 << 18}  # fmt: skip
-CONTESTANTS = {"vLLM": None, "plugin, all heads full": "dense", "plugin, MSR 0.7": "random:0.7"}
+CONTESTANTS = {"vLLM": None, "plugin, MSR 0.7": "random:0.7", "plugin, all heads full": "dense"}
+CASES = [(8192, 1), (8192, 8), (32768, 1), (32768, 8), (131072, 1)]  # 8 of 131072 tokens need more than an H200 has
 
 
 def apart(task: Callable[..., Any], *args: Any) -> Any:
@@ -80,13 +91,13 @@ def answers(llm: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
 
 
 def small_prompts() -> list[list[int]]:
-    """Of one token to some hundred, so that streaming heads hide keys from most."""
+    """Of one token to some hundred, so that streaming heads hide keys from most. A graph for eight runs the seven."""
     rng = random.Random(0)
-    return [[rng.randrange(4, 64) for _ in range(length)] for length in (1, 2, 17, 64, 90, 120, 150, 180)]
+    return [[rng.randrange(4, 64) for _ in range(length)] for length in (1, 2, 64, 90, 120, 150, 180)]
 
 
-def check(folder: str, checkpoint: str, eager: bool) -> dict[str, Any]:
-    """Tokens, routes and, without graphs, the largest error of attention over all steps and layers."""
+def check(folder: str, checkpoint: str, way: str) -> dict[str, Any]:
+    """Tokens, routes and, in the eager way, the largest error of attention over all steps and layers."""
     errors = [0.0]
 
     def judged(q: Tensor, cache: Tensor, step: PagedStep, mode: Tensor, sparse: Any, scale: float, out: Tensor) -> None:
@@ -96,9 +107,10 @@ def check(folder: str, checkpoint: str, eager: bool) -> dict[str, Any]:
         attend_spans(q.float().cpu(), cache.float().cpu(), there, mode.cpu(), sparse, scale, want)
         errors.append(float((out[:stop].float().cpu() - want[:stop]).abs().max() / want[:stop].abs().max()))
 
-    judge = patch.object(steps, "attend_step", judged) if eager else nullcontext()
-    # fp16, whose roundings turn fewer of a small model's tokens
-    with judge, started(folder, checkpoint, dtype="float16", enforce_eager=eager, max_model_len=256) as llm:
+    judge = patch.object(steps, "attend_step", judged) if way == "eager" else nullcontext()
+    # fp16, whose roundings turn fewer of a small model's tokens; little memory, since several run at once
+    settings = {"dtype": "float16", "max_model_len": 256, "max_num_seqs": 16, "gpu_memory_utilization": 0.1}
+    with judge, started(folder, checkpoint, **settings | WAYS[way]) as llm:
         found, asked = answers(llm, small_prompts(), TOKENS), sampling(2)
         asked.detokenize = False
         for number, ids in enumerate(small_prompts()):
@@ -108,18 +120,23 @@ def check(folder: str, checkpoint: str, eager: bool) -> dict[str, Any]:
     return {"tokens": found, "routes": [routes[str(n)] for n in range(len(found))], "error": max(errors)}
 
 
-def checks(family: str, kind: str) -> Iterator[Measurement]:
-    """Records of the checks on one tiny model, whose routers decide differently by prompt."""
+def checks() -> Iterator[Measurement]:
+    """Records of the checks on tiny models, whose routers decide differently by prompt; all engines at once."""
     with tempfile.TemporaryDirectory() as folder:
-        model = routed(Path(folder), family, kind, head_dim=64)
-        expected = [model.answer(EncodedPrompt.whole(ids))[1] for ids in small_prompts()]
-        eager, graphs = (apart(check, str(model.folder), str(model.checkpoint), way) for way in (True, False))
-    about = {"case": f"check {family}, {kind} routers", "who": "plugin"}
-    yield {**about, "metric": "largest error of attention", "value": eager["error"], "unit": "of the largest output"}
-    same = _share(_flat(eager["routes"]), _flat(expected))
-    yield {**about, "metric": "routes as transformers decides in fp32", "value": same, "unit": "share"}
-    same = _share(_flat(eager["tokens"]), _flat(graphs["tokens"]))
-    yield {**about, "metric": "tokens with graphs as without", "value": same, "unit": "share"}
+        models = [routed(Path(folder, family), family, kind, head_dim=64) for family, kind in CHECKED]
+        expected = [[model.answer(EncodedPrompt.whole(ids))[1] for ids in small_prompts()] for model in models]
+        given = [(str(model.folder), str(model.checkpoint), way) for model in models for way in WAYS]
+        with ThreadPoolExecutor() as pool:
+            found = iter(list(pool.map(lambda case: apart(check, *case), given)))
+    for (family, kind), want in zip(CHECKED, expected, strict=True):
+        eager, compiled, graphs = (next(found) for _ in WAYS)
+        about = {"case": f"check {family}, {kind} routers", "who": "plugin"}
+        error = {"metric": "largest error of attention", "value": eager["error"], "unit": "of the largest output"}
+        yield {**about, **error}
+        same = _share(_flat(eager["routes"]), _flat(want))
+        yield {**about, "metric": "routes as transformers decides in fp32", "value": same, "unit": "share"}
+        same = _share(_flat(compiled["tokens"]), _flat(graphs["tokens"]))
+        yield {**about, "metric": "tokens with graphs as without", "value": same, "unit": "share"}
 
 
 def _flat(nested: Any) -> list[Any]:
@@ -131,33 +148,45 @@ def _share(found: list[Any], expected: list[Any]) -> float:
 
 
 def times(folder: str, checkpoint: str | None, cases: list[tuple[int, int]], repeats: int) -> list[list[float]]:
-    """Of every case (length, batch): seconds to the first token of all its requests, and decoded tokens a second."""
+    """Of every case (length, batch): seconds until all its requests have a first token, and decoded tokens a second
+    from then on; medians, of two runs the better one.
+    """
     longest, most = max(length for length, _ in cases) + DECODED + 16, max(batch for _, batch in cases)
     sizes = {"max_model_len": longest, "max_num_batched_tokens": max(longest, 8192), "max_num_seqs": most}
-    found, own = (
-        [],
-        {"load_format": "dummy", "dtype": "bfloat16", "enforce_eager": False, "kv_cache_memory_bytes": None},
-    )
+    own = {"load_format": "dummy", "dtype": "bfloat16", "enforce_eager": False, "kv_cache_memory_bytes": None}
+    found = []
     with started(folder, checkpoint, **sizes, **own) as llm:
-        for length, batch in cases:
-            rng = random.Random(length)
-            prompts = [[rng.randrange(10, SHAPE["vocab_size"]) for _ in range(length)] for _ in range(batch)]
-            answers(llm, prompts, 2)  # compiles what these shapes need
-            first = statistics.median(_seconds(llm, prompts, 1) for _ in range(repeats))
-            whole = statistics.median(_seconds(llm, prompts, 1 + DECODED) for _ in range(repeats))
-            found.append([first, batch * DECODED / (whole - first)])
+        run(llm, _prompts(*min(cases)), 2)  # compiles what a step needs
+        for case in cases:
+            firsts, speeds = zip(*(run(llm, _prompts(*case), 1 + DECODED) for _ in range(repeats)), strict=True)
+            found.append([statistics.median_low(firsts), statistics.median_high(speeds)])
+            say(f"{case}: {found[-1]}")
     return found
 
 
-def _seconds(llm: Any, prompts: list[list[int]], tokens: int) -> float:
+def _prompts(length: int, batch: int) -> list[list[int]]:
+    rng = random.Random(length)
+    return [[rng.randrange(10, SHAPE["vocab_size"]) for _ in range(length)] for _ in range(batch)]
+
+
+def run(llm: Any, prompts: list[list[int]], tokens: int) -> tuple[float, float]:
+    """Seconds until every request has its first token, and tokens a second after that."""
+    from vllm.sampling_params import RequestOutputKind
+
+    asked, have, first, early = sampling(tokens), Counter[str](), 0.0, 0
+    asked.detokenize, asked.output_kind = False, RequestOutputKind.DELTA
     begun = time.perf_counter()
-    answers(llm, prompts, tokens)
-    return time.perf_counter() - begun
+    for number, ids in enumerate(prompts):
+        llm.llm_engine.add_request(str(number), {"prompt_token_ids": ids}, asked)
+    while llm.llm_engine.has_unfinished_requests():
+        have.update({output.request_id: len(output.outputs[0].token_ids) for output in llm.llm_engine.step()})
+        if not first and all(have[str(number)] for number in range(len(prompts))):
+            first, early = time.perf_counter() - begun, have.total()
+    return first, (have.total() - early) / (time.perf_counter() - begun - first)
 
 
-def races(lengths: list[int], batches: list[int], layers: int, repeats: int) -> Iterator[Measurement]:
+def races(cases: list[tuple[int, int]], layers: int, repeats: int) -> Iterator[Measurement]:
     """Records of all contestants."""
-    cases = list(itertools.product(lengths, batches))
     with tempfile.TemporaryDirectory() as folder:
         LlamaConfig(**SHAPE, num_hidden_layers=layers, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
         for who, checkpoint in CONTESTANTS.items():
@@ -171,26 +200,39 @@ def races(lengths: list[int], batches: list[int], layers: int, repeats: int) -> 
 def main(argv: Sequence[str]) -> int:
     """Check, measure, write the records, print them; 1 where a check fails, and then nothing is timed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768, 131072], help="tokens of a prompt")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="requests at once")
+    parser.add_argument("--cases", type=_case, nargs="*", default=CASES, help="tokens of a prompt x requests at once")
     parser.add_argument("--layers", type=int, default=32, help="of the 8B shape (default 32, all of it)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--unchecked", action="store_true", help="leave out the checks, which another run has passed")
+    parser.add_argument("--commit", help="commit to state where git is not at hand")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     args = parser.parse_args(argv)
-    words = [str(word) for name in ("lengths", "batch") for word in (f"--{name}", *getattr(args, name))]
-    command = f"python tests/engines/gpu_engine.py {' '.join(words)} --layers {args.layers} --repeats {args.repeats}"
-    made_by = stamp(command, None, torch.device("cuda"))
+    cases = " ".join(f"{length}x{batch}" for length, batch in args.cases)
+    command = f"python tests/engines/gpu_engine.py --cases {cases} --layers {args.layers} --repeats {args.repeats}"
+    made_by = stamp(command, args.commit, torch.device("cuda"))
     made_by["versions"]["vllm"] = version("vllm")
-    found = list(itertools.chain(checks("llama", "paper"), checks("qwen3", "level")))
+    found: list[Measurement] = []
+    if not args.unchecked:
+        _keep(checks(), found, made_by, args.out)
     bad = [r for r in found if (r["value"] > LARGEST_ERROR if r["unit"] != "share" else r["value"] < LEAST_SAME)]
-    if not bad and args.lengths:
-        found += races(args.lengths, args.batch, args.layers, args.repeats)
-    for record in found:
-        say(" ".join(str(record[name]) for name in ("case", "who", "metric", "value", "unit")))
-    say(f"wrote {save(args.out / 'vllm-gpu.json', [{**record, **made_by} for record in found])}")
     for record in bad:
         say(f"failed: {record['case']}, {record['metric']}: {record['value']}")
+    if not bad and args.cases:
+        _keep(races(args.cases, args.layers, args.repeats), found, made_by, args.out)
     return int(bool(bad))
+
+
+def _case(text: str) -> tuple[int, int]:
+    length, batch = map(int, text.split("x"))
+    return length, batch
+
+
+def _keep(records: Iterator[Measurement], found: list[Measurement], made_by: Measurement, out: Path) -> None:
+    """Add records to those that are there, and write all whenever one comes."""
+    for record in records:
+        found.append(record)
+        say(" ".join(str(record[name]) for name in ("case", "who", "metric", "value", "unit")))
+        save(out / "vllm-gpu.json", [{**record, **made_by} for record in found])
 
 
 if __name__ == "__main__":

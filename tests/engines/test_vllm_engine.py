@@ -229,7 +229,9 @@ def test_dense_decoding_and_several_answers(tmp_path):
 
 
 def test_stop_strings_and_seeded_sampling_in_one_batch(llama):
-    """What vLLM does with tokens stays its own: answers end before their own stop string, a seed repeats alone."""
+    """What vLLM does with tokens stays its own: answers end before their own stop string, a seed repeats alone (beside
+    greedy answers vLLM 0.24 does not repeat it on a CPU, with or without the plugin).
+    """
     from vllm import SamplingParams
 
     asked = prompts(llama.tokenizer, 6, random.Random(13))
@@ -240,12 +242,14 @@ def test_stop_strings_and_seeded_sampling_in_one_batch(llama):
         stops = [SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, stop=[word]) for word in words]
         seeds = [SamplingParams(temperature=1.0, max_tokens=TOKENS, ignore_eos=True, seed=n) for n in range(6)]
         found = [output.outputs[0] for output in llm.generate(given * 2, stops + seeds, use_tqdm=False)]
+        seeded = [output.outputs[0].token_ids for output in llm.generate(given, seeds, use_tqdm=False)]
         alone = [llm.generate([given[n]], seeds[n], use_tqdm=False)[0].outputs[0].token_ids for n in range(6)]
     for prompt, answer, text, word in zip(asked, found[:6], whole, words, strict=True):
         assert (answer.text, answer.finish_reason) == (text[: text.index(word)], "stop")
         tokens = list(answer.token_ids)
         assert 0 < len(tokens) < TOKENS and tokens == llama.answer(prompt)[0][: len(tokens)]
-    assert [answer.token_ids for answer in found[6:]] == alone
+    assert seeded == alone
+    assert [len(answer.token_ids) for answer in found[6:]] == [TOKENS] * 6
     assert list(alone[0]) != llama.answer(asked[0])[0][:TOKENS]
 
 

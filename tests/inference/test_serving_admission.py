@@ -15,6 +15,7 @@ from elastic.data.prompts import EncodedPrompt
 from elastic.inference.generate import generate
 from elastic.inference.serving import admission, engine
 from elastic.inference.serving.admission import TOGETHER, Admission
+from elastic.inference.serving.app import ServerLimits
 from elastic.inference.serving.jobs import Job, Sampling
 from tests.helpers.models import varied_routers
 from tests.helpers.replay import replayed
@@ -84,6 +85,38 @@ def test_as_many_begin_as_there_are_places_and_room(model):
         assert len(Admission(model[0], places, room).choose(waiting, running, held, math.inf)) == expected
     large = job(3 * STEP)  # is not overtaken by one that would fit
     assert Admission(model[0], 8, 3 * each).choose([large, job(100)], 1, each, math.inf) == []
+
+
+def test_padding_that_a_gpu_hides_is_allowed(model, monkeypatch):
+    on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), get_decoder=model[0].get_decoder)
+    weights = sum(weight.numel() for weight in model[0].get_decoder().layers[0].parameters())
+    assert (
+        admission.hidden_tokens(on_gpu) == int(1e-3 * 4e14 / (2 * weights)) and admission.hidden_tokens(model[0]) == 0
+    )
+    waiting = [job(100), job(10), job(1000)]  # 2000 with the second's padding
+    for hidden, expected in ((0, [100]), (89, [100]), (90, [100, 10]), (900, [100, 10]), (1890, [100, 10, 1000])):
+        monkeypatch.setattr(admission, "hidden_tokens", lambda _, hidden=hidden: hidden)
+        assert lengths(Admission(model[0], 8, 10**15).choose(waiting, 0, 0, math.inf)) == expected
+
+
+def test_running_answers_get_as_much_time_as_prompts_and_what_comes_meanwhile_is_read_at_once(model, monkeypatch):
+    passes, reading = Passes(monkeypatch), 1.5
+    passes.go.set()
+    begin = engine.begin
+    monkeypatch.setattr(engine, "begin", lambda *asked: (time.sleep(reading), begin(*asked))[1])
+    with serving(model, ServerLimits(max_new_tokens=2000)) as address, ThreadPoolExecutor(4) as pool:
+        long = pool.submit(ask, address, body_of(PROMPTS[0], max_tokens=400))
+        assert until(lambda: figure(address, "elastic_running_requests") == 1)
+        time.sleep(reading)  # what the first prompt took is given back
+        begun = time.monotonic()
+        answers = [pool.submit(ask, address, body_of(PROMPTS[1], max_tokens=2))]
+        assert until(lambda: len(passes.sizes) == 2)
+        answers.append(pool.submit(ask, address, body_of(PROMPTS[2], max_tokens=2)))
+        answers.append(pool.submit(ask, address, body_of(PROMPTS[3], max_tokens=2)))
+        assert [answer.result()[0] for answer in answers] == [200] * 3
+        assert time.monotonic() - begun >= 3 * reading
+        assert long.result()[0] == 200
+    assert passes.sizes == [1, 1, 2]
 
 
 def test_free_memory_is_that_of_the_device(monkeypatch):

@@ -44,7 +44,7 @@ class Watched(scaling.RandomModule):
         for router in routers(self.model):
             weight = router.head[-1].weight
             with torch.no_grad():
-                weight.copy_(0.05 * torch.randn(weight.shape, generator=generator))
+                weight.copy_(0.05 * torch.randn(weight.shape, generator=generator, device="cpu"))
 
     def _noise(self, row_samples: list[int], step: int, row: int) -> torch.Tensor:
         """That of each row is its own, however rows are joined."""

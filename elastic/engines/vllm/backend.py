@@ -1,5 +1,5 @@
-"""What vLLM (0.32) calls for attention, on any device: the metadata of a step, and a layer's attention. `cpu.py` and
-`gpu.py` say how it is plugged in there.
+"""What vLLM (0.24 and 0.32) calls for attention, on any device: the metadata of a step, and a layer's attention.
+`cpu.py` and `gpu.py` say how it is plugged in there.
 
 What it builds on: the fields of `CommonAttentionMetadata` that `RoutedMetadataBuilder.build` reads, a cache for each
 layer [N, K, T, E], and batches with single queries first (`reorder_batch_threshold`).

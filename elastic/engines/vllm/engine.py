@@ -1,6 +1,6 @@
-"""An engine of vLLM (0.32) that routes: its configuration, its scheduler's cap on shared prefixes, and its worker with
-the table of routes. Its attention is in `backend.py`, what differs by device in `cpu.py` and `gpu.py`; nothing else
-depends on vLLM's version.
+"""An engine of vLLM (0.24 and 0.32) that routes: its configuration, its scheduler's cap on shared prefixes, and its
+worker with the table of routes. Its attention is in `backend.py`, what differs by device in `cpu.py` and `gpu.py`;
+nothing else depends on vLLM's version.
 
 What it builds on: `EngineArgs.create_engine_config`, the settings `worker_cls`, `scheduler_cls` and
 `attention_config.backend`, `register_backend`, and of the V1 model runner `_update_states`, `_is_uniform_decode`,

@@ -33,7 +33,7 @@ def register() -> None:
         options = Options.of(self.additional_config)
         if options is None:
             return stock(self, *args, **kwargs)
-        check_version(vllm.__version__, options.untested_gpu)
+        check_version(vllm.__version__)
         from elastic.engines.vllm.engine import routed_config
 
         return routed_config(self, options, lambda: stock(self, *args, **kwargs))

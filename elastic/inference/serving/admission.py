@@ -12,8 +12,9 @@ from elastic.model.loading import architecture
 from elastic.model.long_rope import rotation, switch_lengths
 from elastic.protocols import CausalLM
 
-TOGETHER = 8192  # tokens of a pass over several prompts, padding included; longer ones keep any device busy alone
+TOGETHER = 8192  # tokens of a pass over several prompts, padding included; longer ones keep most devices busy alone
 MOST_PADDING = 1 / 3  # of such a pass
+LAUNCH_SECONDS, GPU_FLOPS = 1e-3, 4e14  # of a layer of a pass, by the host; of large matrix products, by a recent GPU
 
 
 class Admission:
@@ -34,7 +35,7 @@ class Admission:
         heads = shape["num_layers"] * shape["num_kv_heads"]
         self.bytes_per_token: int = 2 * heads * shape["head_dim"] * model.dtype.itemsize
         self.max_batch, self.room = max_batch, free_bytes(model.device) // 2 if room is None else room
-        self._switches, self._piece = switch_lengths(model.config), piece
+        self._switches, self._piece, self._hidden = switch_lengths(model.config), piece, hidden_tokens(model)
 
     def choose(self, waiting: Iterable[Job], running: int, held: int, longest: float) -> list[Job]:
         """The oldest request whose prompt has no more tokens than `longest`, and those after it that are read with it,
@@ -61,8 +62,8 @@ class Admission:
         return -(-(len(job.prompt) + job.limit) // STEP) * STEP * self.bytes_per_token
 
     def _together(self, chosen: list[Job], job: Job) -> bool:
-        """Whether a prompt may be read with others: under one `sparsity_bias`, rotated by the same factors, with little
-        padding, and no seed, as how sums are rounded depends on the rows of a pass.
+        """Whether a prompt may be read with others: under one `sparsity_bias`, rotated by the same factors, with
+        little or hidden padding, and no seed, as how sums are rounded depends on the rows of a pass.
         """
         first, lengths = chosen[0], [len(one.prompt) for one in (*chosen, job)]
         padded = max(lengths) * len(lengths)
@@ -71,10 +72,21 @@ class Admission:
             and job.sampling.seed is None
             and first.sampling.sparsity_bias == job.sampling.sparsity_bias
             and rotation(self._switches, lengths[0]) == rotation(self._switches, lengths[-1])
-            and padded <= TOGETHER
+            and padded <= max(TOGETHER, self._hidden)
             and (self._piece is None or max(lengths) <= self._piece)
-            and padded - sum(lengths) <= MOST_PADDING * padded
+            and padded - sum(lengths) <= max(MOST_PADDING * padded, self._hidden)
         )
+
+
+def hidden_tokens(model: CausalLM) -> int:
+    """Tokens that a GPU works through while the host launches a pass: in a pass of fewer, padding costs nothing. Of a
+    layer of n weights that the host launches in t seconds, and a GPU of F FLOP/s: t F / 2 n. 0 without a GPU.
+    """
+    if model.device.type != "cuda":
+        return 0
+    layers = model.get_decoder().layers
+    weights = sum(weight.numel() for layer in layers for weight in layer.parameters()) // len(layers)
+    return int(LAUNCH_SECONDS * GPU_FLOPS / (2 * weights))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -50,6 +50,7 @@ class Engine:
         self._batches: list[Batch] = []
         self._reading: list[Job] = []  # whose prompts are; some within a pause of others
         self._step_seconds = 0.0  # of the last token of all running answers
+        self._rest_until = 0.0  # until when running answers have the model, after prompts were read
         self._waiting: deque[Job] = deque()
         self._news = threading.Condition()
         self._closing = False
@@ -109,13 +110,15 @@ class Engine:
 
     def _turn(self, longest: float = math.inf) -> bool:
         """Begin with the oldest request whose prompt has no more tokens than that, and with those that are read with
-        it, and give every running answer a token; whether there is more to do.
+        it, unless running answers are to have the model for as long as the last prompts had it; give every running
+        answer a token; whether there is more to do.
         """
-        jobs = self._take(longest)
+        running = self._running
+        rests = running and longest == math.inf and time.monotonic() < self._rest_until
+        jobs = [] if rests else self._take(longest)
         if jobs:
             self._start(jobs)
-        begun = time.monotonic()
-        running = self._running
+        begun, running = time.monotonic(), self._running
         for batch in running:
             self._step(batch)
         self._step_seconds = time.monotonic() - begun
@@ -176,13 +179,17 @@ class Engine:
     def _read(self, jobs: list[Job]) -> Batch:
         # Between two layers others have their turns, and prompts that are read within the time of one layer begin.
         short = max(len(job.prompt) for job in jobs) / len(self.model.get_decoder().layers)
+        pauses = Pauses(jobs, lambda: self._turn(short), self._step_seconds)
         self._reading += jobs
         try:
-            with Pauses(jobs, lambda: self._turn(short), self._step_seconds).between_layers(self.model):
+            with pauses.between_layers(self.model):
                 asked, bias = [job.asked for job in jobs], jobs[0].sampling.sparsity_bias
                 drawings, token_B1, cache = begin(self.model, asked, bias, self._piece)
         finally:
             self._reading = [job for job in self._reading if job not in jobs]
+            # Meanwhile more requests come, which one pass then reads: read one by one as answers leave, prompts of a
+            # small model would cost more than all of their answers.
+            self._rest_until = time.monotonic() + pauses.owed
         own, ends = setting(self.model, {}, "stop_strings") or (), eos_ids(self.model)
         rows = [
             Row(job, drawing, TextCutter(self.tokenizer, (*job.stops, *own)), ends)

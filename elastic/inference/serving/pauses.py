@@ -26,9 +26,14 @@ class Pauses:
     """
 
     def __init__(self, jobs: Sequence[Job], turn: Callable[[], bool], turn_seconds: float) -> None:
-        self.jobs, self.turn = jobs, turn
+        self.jobs, self.turn, self._begun, self._others_had = jobs, turn, time.monotonic(), 0.0
         self._resumed, self._longest_turn, self._pausing = time.monotonic(), turn_seconds, False
         self._due = self._resumed + _PATIENCE * turn_seconds
+
+    @property
+    def owed(self) -> float:
+        """Seconds that others still have until they had as many as the prompts."""
+        return max(0.0, time.monotonic() - self._begun - 2 * self._others_had)
 
     @contextmanager
     def between_layers(self, model: CausalLM) -> Iterator[None]:
@@ -54,6 +59,7 @@ class Pauses:
             Context().run(self._others, 2 * now - self._resumed)
         finally:
             self._resumed, self._pausing = time.monotonic(), False
+            self._others_had += self._resumed - now
             self._due = self._resumed + self._longest_turn
 
     def _others(self, until: float) -> None:
