@@ -1,9 +1,9 @@
 """Products of a few tokens with weights, which take as long as reading the weights does.
 
 A decode step spends most of its time here. cuBLAS reads a layer's weights one after the other, at 40 to 74 % of the
-memory's speed (H200, widths 4096 and 12288); these kernels, in Triton, read several in one launch, at 79 to 97 % for one
-token and 60 to 79 % for up to 16, with what follows a product (bias, residual, gated activation) in the same kernel.
-Everything runs in PyTorch elsewhere.
+memory's speed (H200, widths 4096 and 12288); these kernels, in Triton, read several in one launch, at 79 to 97 % for
+one token and 60 to 79 % for up to 16, with what follows a product (bias, residual, gated activation) in the same
+kernel. Everything runs in PyTorch elsewhere.
 Legend: T tokens, F rows and K columns of a weight, which is [F, K] as in `nn.Linear`.
 """
 
