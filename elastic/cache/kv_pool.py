@@ -170,10 +170,10 @@ class KVPool:
         return self.keys, self.values
 
     def append(self, rows_BK: Tensor, k_BK1D: Tensor, v_BK1D: Tensor) -> None:
-        """Write one token per head into its row, in place. (One launch each; `index_copy_` would take three.)"""
+        """Write one token per head into its row, in place."""
         rows, dim = rows_BK.flatten(), self.keys.shape[1]
-        self.keys[rows] = k_BK1D.reshape(-1, dim)
-        self.values[rows] = v_BK1D.reshape(-1, dim)
+        self.keys.index_copy_(0, rows, k_BK1D.reshape(-1, dim))
+        self.values.index_copy_(0, rows, v_BK1D.reshape(-1, dim))
 
     def dense(self, begin_B: Tensor, count_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values by position, [B, K, length, D]: sample b's tokens start at `begin_B` as before, with

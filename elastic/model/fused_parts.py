@@ -6,7 +6,9 @@ results are not rounded; anywhere else, and for tests, the function itself runs.
 Legend: T tokens of all rows, E hidden size, F width of an MLP, H query heads, K KV heads, D head dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from types import FunctionType
 from typing import Any, cast
@@ -84,6 +86,22 @@ def _turned(halves: Sequence[Tensor], cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     return torch.cat((one * cos1 + -two * sin1, two * cos2 + one * sin2), -1)
 
 
+FEW_TOKENS = 64  # launched one by one, fewer are bound by Python, of which fused parts take more than plain ones
+_CAPTURED = ContextVar("elastic-captured-step", default=False)
+
+
+@contextmanager
+def captured_step() -> Iterator[None]:
+    """Inside the context, in this thread (or asyncio task) alone, steps of few tokens run fused: they are captured as a
+    CUDA graph, or warm up for it.
+    """
+    before = _CAPTURED.set(True)
+    try:
+        yield
+    finally:
+        _CAPTURED.reset(before)
+
+
 @cache
 def unfused_reason(device: str) -> str | None:
     """Why parts are not compiled on devices of this type; None where they are."""
@@ -114,7 +132,8 @@ class Parts:
         kind = hidden.device.type
         if not self.on or kind not in self.devices or torch.compiler.is_compiling():
             return False
-        ready = kind != "cuda" or unfused_reason(kind) is None
+        few = hidden.shape[:-1].numel() <= FEW_TOKENS and not torch.is_grad_enabled() and not _CAPTURED.get()
+        ready = kind != "cuda" or (not few and unfused_reason(kind) is None)
         return ready and all(w.device == hidden.device and not hasattr(w, "to_local") for w in weights)
 
     def run(self, function: Function, *args: Any) -> Any:

@@ -183,7 +183,7 @@ class FusedAttention(Instead):
     ) -> Any:
         """As the module's own forward."""
         attn: Any = self.module
-        norms = [fused_of(attn.get_submodule(name)) for name in ("q_norm", "k_norm") if hasattr(attn, name)]
+        norms = [fused_norm(attn.get_submodule(name)) for name in ("q_norm", "k_norm") if hasattr(attn, name)]
         ready = self.parts.take(hidden_states) and all(norm is not None and norm.takes(hidden_states) for norm in norms)
         if position_embeddings is None or not ready:
             given = (hidden_states, position_embeddings, attention_mask, past_key_values)
@@ -235,7 +235,7 @@ class FusedLayer(Instead):
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the module's own forward."""
         layer: Any = self.module
-        norm, mlp = (fused_of(part) for part in (layer.post_attention_layernorm, layer.mlp))
+        norm, mlp = fused_norm(layer.post_attention_layernorm), fused_of(layer.mlp)
         ready = norm is not None and mlp is not None and norm.takes(hidden_states) and mlp.takes(hidden_states)
         if torch.is_grad_enabled() or args or not ready:
             return self.inner(hidden_states, *args, **kwargs)
@@ -250,6 +250,12 @@ def fused_of(module: nn.Module) -> Any:
     forward = vars(module).get("forward")
     hung = module._forward_hooks or module._forward_pre_hooks
     return forward.fused if isinstance(forward, Chunked) and not hung else None
+
+
+def fused_norm(module: nn.Module) -> Any:
+    """`fused_of` a norm, if it is of the kind that other parts contain."""
+    found = fused_of(module)
+    return found if getattr(found, "function", None) is fused_parts.rms_norm else None
 
 
 def fuse(decoder: Decoder, state: AttachedState) -> None:

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.model import fused_parts, fusing
 from elastic.model.attach import attach, detach, handle_of, override_routes, routers
-from elastic.model.fused_parts import Function, Parts
+from elastic.model.fused_parts import Function, Parts, captured_step
 from elastic.model.fusing import ATTENTIONS, LAYERS, MLPS, NORMS, is_known
 from tests.helpers.models import FAMILIES, left_padded, random_ids, small_config, tiny_model, varied_routers
 from tests.kernels.gpu import needs_gpu
@@ -319,5 +319,6 @@ def answers(model: Any, rows: int) -> Tensor:
         steps = [found.logits]
         for place in range(-3, 0):
             token = ids[:, place : place + 1 or None]
-            steps.append(model(token, past_key_values=found.past_key_values, use_cache=True).logits)
+            with captured_step():
+                steps.append(model(token, past_key_values=found.past_key_values, use_cache=True).logits)
     return torch.cat(steps, 1).float().flatten(0, 1)
