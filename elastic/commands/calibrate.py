@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from elastic.data.calibration_rows import RowSet
     from elastic.training.calibration import HeadNeed
 
-SIZES = ("sink", "window", "block")
+SIZES = {"sink": "streaming", "window": "streaming", "block": "streaming", "stride": "XAttention"}  # heads of which
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--backbone", metavar="NAME", help="tiny, smollm2-135m, a folder or a hub id")
     what.add_argument("--gguf-file", metavar="FILE", help="where its weights are in GGUF format")
     what.add_argument("--dtype", help="float32, bfloat16 or float16 (default float32)")
-    for name in SIZES:
+    for name, heads in SIZES.items():
         default = getattr(SparseConfig(), name)
-        what.add_argument(f"--{name}", type=int, metavar="N", help=f"of streaming heads, in tokens (default {default})")
+        what.add_argument(f"--{name}", type=int, metavar="N", help=f"of {heads} heads, in tokens (default {default})")
     what.add_argument("--modes", choices=list(MODES), help="modes of routes 0 and 1 (default fa-ssa)")
     ways = "gradient: one backward pass for all heads; ablation: every head by itself, in rounds (default gradient)"
     what.add_argument("--by", choices=("gradient", "ablation"), default="gradient", help=ways)
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or Path("runs/calibrate") / f"{Path(target.backbone).name}.json"
     reference = check_outputs(out, args)
     if args.levels is not None:
-        check_levels(args, target)
+        check_levels(args)
     from lightning.pytorch.utilities import rank_zero_only
 
     from elastic.commands.calibration_data import Wanted, build
@@ -211,7 +211,7 @@ def check_outputs(out: Path, args: argparse.Namespace) -> Calibration | None:
     return read_calibration(args.compare[0]) if args.compare else None
 
 
-def check_levels(args: argparse.Namespace, target: Target) -> None:
+def check_levels(args: argparse.Namespace) -> None:
     """Refuse level routers that could not be fitted or written, before anything is measured.
 
     Raises:
@@ -221,10 +221,6 @@ def check_levels(args: argparse.Namespace, target: Target) -> None:
 
     if is_foreign(args.levels, METADATA):
         raise ValueError(f"--levels {args.levels} exists but is not a checkpoint that may be replaced")
-    if (target.sparse.route0, target.sparse.route1) != ("full", "streaming"):
-        raise ValueError(
-            f"--levels goes with FA-SSA, not {target.sparse.name}: routers go by what streaming heads do not see"
-        )
     RouterConfig(kind="level", budget=args.budget)
     if args.level_samples < 1:
         raise ValueError(f"--level-samples {args.level_samples} is below 1")

@@ -106,16 +106,17 @@ def checked_lengths(wanted: Wanted, limit: int) -> tuple[int, ...]:
         ValueError: lengths that the backbone does not read, or in which streaming heads see everything.
     """
     sparse = wanted.sparse
-    seen = sparse.sink + sparse.window if sparse.has("streaming") else 1024
+    beyond = sparse.has("streaming") or wanted.level_samples > 0  # level routers go by reach, whatever the modes
+    seen = sparse.sink + sparse.window if beyond else 1024
     longest = int(limit * (1 - REST)) if wanted.texts is None else limit
     lengths = wanted.lengths or tuple(seen * times for times in MULTIPLES if seen * times <= longest) or (longest,)
     if max(lengths) > limit:
         raise ValueError(f"--lengths {max(lengths)} is more than the {limit} tokens that {wanted.backbone} reads")
-    if min(lengths) <= seen and sparse.has("streaming"):
+    if min(lengths) <= seen and beyond:
+        why = "streaming heads see everything" if sparse.has("streaming") else "there is no reach for --levels to go by"
         raise ValueError(
-            f"contexts of {min(lengths)} tokens lie within sink {sparse.sink} + window {sparse.window}, where "
-            f"streaming heads see everything; ask for longer --lengths or a smaller --window ({wanted.backbone} reads "
-            f"{limit} tokens)"
+            f"contexts of {min(lengths)} tokens lie within sink {sparse.sink} + window {sparse.window}, where {why}; "
+            f"ask for longer --lengths or a smaller --window ({wanted.backbone} reads {limit} tokens)"
         )
     return lengths
 
