@@ -139,5 +139,7 @@ def footprint(
         kept += shape.sliding * square
     working = element_size * (norms * shape.hidden + mlp[1] * shape.mlp + EXPERTS[1] * wide + SCORES[1] * scores)
     mask = (1 + element_size) * tokens if shape.sliding else 0
-    weights, logits = element_size * shape.parameters // shards, LOGIT * loss_chunk * shape.vocabulary
+    weights, logits = element_size * shape.parameters, LOGIT * loss_chunk * shape.vocabulary
+    if shards > 1:
+        weights = weights // shards + 2 * weights // shape.layers  # the layer that runs and the next one are whole
     return Footprint(weights, int(kept * tokens), int((working + mask) * tokens), logits)

@@ -204,7 +204,7 @@ def test_serve_takes_the_method(file, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "no backbone is named; use --backbone NAME"),
+        ([], "no backbone is named; write its name"),
         (["-c", "tyni"], "neither a file tyni nor a shipped configuration"),
         (["--backbone", "./none"], "no backbone './none'"),
         (["--backbone", "tiny"], "contexts of 896 tokens lie within sink 128 + window 2048"),

@@ -65,7 +65,7 @@ def test_an_8b_model_by_hand():
     assert plain.kept == 32 * layer * tokens and lean.kept == (32 * 2 * 4096 + layer) * tokens
     assert plain.working == lean.working == working * tokens and plain.logits == 20 * 1024 * 128256
     assert lean.total == 16_060_522_496 + (262144 + 139264 + 143360) * 8192 + 2_626_682_880
-    assert footprint(shape, tokens, 2, True, 1024, shards=4).weights == 4_015_130_624
+    assert footprint(shape, tokens, 2, True, 1024, shards=4).weights == 4_015_130_624 + 16_060_522_496 // 16
 
 
 def test_masks_and_scores_grow_with_the_square_of_a_pass():
@@ -137,8 +137,8 @@ WIDER = {
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_estimate_is_near_what_is_alive_in_a_step(family, checkpointing):
-    """Beside the weights. Up to the first routed layer no gradient goes, so that of five layers one or two keep less than
-    is reckoned.
+    """Beside the weights. No gradient goes beyond the first routed layer, so that of five layers one or two keep less
+    than is reckoned.
     """
     told = models.FAMILIES[family]
     config = AutoConfig.for_model(family, **{**SIZES, **told, **{k: v for k, v in WIDER.items() if k in told}})
