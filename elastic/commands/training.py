@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from elastic.commands.catalogue import TRAINING
+from elastic.commands.training_data import own_data
 from elastic.commands.training_sizes import choose_sizes
 from elastic.console import hint, say
 from elastic.data.datamodule import MixtureDataModule
@@ -146,8 +147,13 @@ class ElasticCLI(LightningCLI):
         """The parent lets hyper-parameters in a checkpoint override files and flags. Here those always win."""
 
     def before_instantiate_classes(self) -> None:
-        """Choose the sizes that are left to the memory of the GPUs; what a run saves of its settings has them."""
-        told = choose_sizes(self.config[self.subcommand])
+        """Make the data of a run that names none, and choose the sizes that are left to the memory of the GPUs; what
+        a run saves of its settings has them.
+        """
+        config = self.config[self.subcommand]
+        if config["data"]["data_dir"] is None:
+            config["data"]["data_dir"] = str(own_data(config["model"]["backbone"], config["model"]["gguf_file"]))
+        told = choose_sizes(config)
         if told is not None:
             tell: Any = rank_zero_only(say)
             tell(told, stream=sys.stderr)

@@ -205,7 +205,7 @@ class MixtureDataModule(LightningDataModule):
     some are read twice where they do not divide, so that all processes take equally many steps, but count once.
 
     Args:
-        data_dir: folder written by `elastic data_prep tokenize_and_pack`.
+        data_dir: folder written by `elastic data_prep`. None: `elastic fit` packs the offline mixture for the backbone.
         weights: weight per corpus; corpora without an entry get 1, a weight of 0 leaves a corpus out.
         rows_per_step: packed rows per optimiser step and process, under context parallelism per group of processes.
         micro_batch_rows: packed rows per forward pass, in evaluation too; divides `rows_per_step` (the rest is gradient
@@ -216,7 +216,7 @@ class MixtureDataModule(LightningDataModule):
 
     def __init__(
         self,
-        data_dir: str,
+        data_dir: str | None = None,
         weights: dict[str, float] | None = None,
         rows_per_step: int = 8,
         micro_batch_rows: int | None = None,
@@ -224,6 +224,8 @@ class MixtureDataModule(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        if data_dir is None:
+            raise ValueError("data_dir is not given; name a folder that `elastic data_prep` wrote")
         micro_batch_rows = 1 if micro_batch_rows is None else micro_batch_rows
         if rows_per_step < 1 or micro_batch_rows < 1 or rows_per_step % micro_batch_rows:
             raise ValueError(
