@@ -13,7 +13,7 @@ from elastic.model.memory import Footprint, Shape, footprint
 
 GIB = 2**30
 MARGIN, RESERVE = 1.1, GIB  # of the estimate: fragments, and what is in no tensor of ours (CUDA's context, libraries)
-MOST_TOKENS = 65536  # of a pass: beyond, a GPU is no faster
+MOST_TOKENS = 65536  # of a pass; with more a GPU does not gain speed
 LOSS_CHUNKS, LOGITS_SHARE = (1024, 512, 256, 128), 16  # the first whose logits take at most this part of the memory
 
 
