@@ -24,7 +24,7 @@ FP32 = 4
 # token's experts; eager attention's [H, T, T]. And, working alone, as wide as the model around norms and residuals.
 USUAL_MLP, MLP = (3, 3), {"gpt_oss": (6, 4)}
 EXPERTS, SCORES = (1, 3), (2, 1.5)
-USUAL_NORMS, NORMS = 7, {"cohere": 20, "cohere2": 16, "gemma3_text": 15}
+USUAL_NORMS, NORMS = 4, {"gemma3_text": 10}
 LINEAR = (60, 40)  # bytes for each number of the keys and values of linear attention, every value head its own keys
 LOGIT = 20  # bytes of a logit in the loss and its backward pass: itself, fp32 copies of two models', their gradients
 
