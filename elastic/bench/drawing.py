@@ -8,7 +8,7 @@ from elastic.bench.e2e_tables import FIRST_TOKEN, e2e_figure
 from elastic.bench.pictures import attention_figure
 from elastic.bench.records import Measurement
 from elastic.bench.scaling_tables import of_scaling, scaling_figure
-from elastic.bench.studies import evaluation, routing_tables
+from elastic.bench.studies import evaluation, pareto_tables, routing_tables
 from elastic.plots import save_png
 
 
@@ -20,6 +20,8 @@ def figures(found: Sequence[Measurement]) -> dict[str, Any]:
         return {"": e2e_figure(found)}
     if any(record["metric"] == evaluation.SCORE for record in found):
         return {"": evaluation.score_figure(found)}
+    if any(record["metric"] == pareto_tables.KEPT for record in found):
+        return {"": pareto_tables.figure(found)}
     if of_scaling(found):
         return {"": scaling_figure(found)}
     if any(record["metric"] == "eff" and record.get("msr") is not None for record in found):

@@ -11,6 +11,7 @@ under the same routes as static ones, which hold from the first; and by the stoc
 
 import argparse
 import gc
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -143,6 +144,21 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"{name} {min(values)} is below {least}; use {least} or more")
     if any(not 0 <= ratio <= 1 for ratio in args.msr):
         raise ValueError(f"--msr {args.msr}: expected shares from 0 to 1")
+
+
+def sizes_of(record: Measurement) -> SparseConfig:
+    """Sink, window and block of a record, as its command says.
+
+    Raises:
+        ValueError: a record of another command.
+    """
+    words = shlex.split(record["command"])
+    if words[:3] != ["elastic", "bench", "e2e"]:
+        raise ValueError(f"{record['case']} was measured by `{record['command']}`; expected `elastic bench e2e`")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(words[3:])
+    return SparseConfig(sink=args.sink, window=args.window, block=args.block)
 
 
 def _case(shape: str, length: int, who: str, msr: float | None) -> Measurement:

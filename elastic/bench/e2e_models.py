@@ -50,6 +50,20 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def attention_shape(shape: str) -> tuple[int, int, int, int]:
+    """Layers, query heads, KV heads and head dim of a shape.
+
+    Raises:
+        ValueError: no such shape.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"shape {shape!r} is not known; use one of {', '.join(SHAPES)}")
+    of = {**_SHARED, **SHAPES[shape][1]}
+    heads = of["num_attention_heads"]
+    head_dim = of.get("head_dim", of["hidden_size"] // heads)
+    return of["num_hidden_layers"], heads, of["num_key_value_heads"], head_dim
+
+
 def random_model(shape: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> CausalLM:
     """A stock causal LM of this shape in eval mode, with all or so many of its layers; nothing is downloaded."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -7,7 +7,7 @@ from elastic.bench import gpu_state
 from elastic.bench.e2e_tables import FIRST_TOKEN, e2e_cells
 from elastic.bench.records import DIGITS, LEFT_OUT, Measurement
 from elastic.bench.scaling_tables import of_scaling, scaling_cells
-from elastic.bench.studies import ablation, evaluation, methods
+from elastic.bench.studies import ablation, evaluation, methods, pareto_tables
 from elastic.bench.studies.leads import paired_cells
 from elastic.bench.studies.routing_notes import PAIRED_NOTES, notes
 from elastic.bench.studies.routing_tables import HEADLINE, curve_cells, headline_cells, source_cells
@@ -116,6 +116,9 @@ def _section(found: list[Measurement]) -> list[str]:
     if any(record["metric"] == FIRST_TOKEN for record in found):
         left_out = [record for record in found if record["metric"] == LEFT_OUT]
         return [*_table(*e2e_cells(found)), *_list(remarks(left_out))]
+    if any(record["metric"] == pareto_tables.KEPT for record in found):
+        told = _list(pareto_tables.reasons(found))
+        return [pareto_tables.NOTES, "", *_table(*pareto_tables.cells(found)), *told]
     if of_scaling(found):
         return _table(*scaling_cells(found))
     return [*_table(*cells(found)), *_list(remarks(found))]

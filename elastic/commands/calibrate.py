@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from elastic.data.calibration_rows import RowSet
     from elastic.training.calibration import HeadNeed
 
-SIZES = ("sink", "window", "block")
+SIZES = {"sink": "streaming", "window": "streaming", "block": "streaming", "stride": "XAttention"}  # heads of which
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what is measured")
     named = "backbone, dtype and sparse settings of a shipped configuration (tiny, model/qwen3-4b) or a YAML file"
     what.add_argument("-c", "--config", action="append", default=[], metavar="NAME|FILE", help=named)
-    what.add_argument("--backbone", metavar="NAME", help="tiny, smollm2-135m, a folder or a hub id")
+    what.add_argument("name", nargs="?", metavar="BACKBONE", help="tiny, smollm2-135m, a folder or a hub id")
+    what.add_argument("--backbone", metavar="NAME", help="the same")
     what.add_argument("--gguf-file", metavar="FILE", help="where its weights are in GGUF format")
-    what.add_argument("--dtype", help="float32, bfloat16 or float16 (default float32)")
-    for name in SIZES:
-        default = getattr(SparseConfig(), name)
-        what.add_argument(f"--{name}", type=int, metavar="N", help=f"of streaming heads, in tokens (default {default})")
+    what.add_argument("--dtype", help="float32, bfloat16 or float16 (default float32, on a GPU bfloat16)")
+    for name, heads in SIZES.items():
+        told = f"of {heads} heads, in tokens (default {getattr(SparseConfig(), name)})"
+        what.add_argument(f"--{name}", type=int, metavar="N", help=told)
     what.add_argument("--modes", choices=list(MODES), help="modes of routes 0 and 1 (default fa-ssa)")
     ways = "gradient: one backward pass for all heads; ablation: every head by itself, in rounds (default gradient)"
     what.add_argument("--by", choices=("gradient", "ablation"), default="gradient", help=ways)
@@ -74,9 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("how it runs")
     run.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
     run.add_argument("--devices", type=int, default=1, metavar="N", help="processes, a GPU each (default 1)")
-    batch = "in a forward pass, at least one sample (default 32768)"
-    run.add_argument("--batch-tokens", type=int, default=32768, metavar="N", help=batch)
-    again = "recompute layers in the backward pass, for memory (default: from a billion parameters on)"
+    batch = "in a forward pass, at least one sample (default 32768, or as many as a GPU's memory holds)"
+    run.add_argument("--batch-tokens", type=int, metavar="N", help=batch)
+    again = "recompute layers in the backward pass (default: by a GPU's memory, on a CPU from a billion parameters on)"
     run.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help=again)
     out = parser.add_argument_group("what comes out")
     out.add_argument(
@@ -119,10 +120,10 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or Path("runs/calibrate") / f"{Path(target.backbone).name}.json"
     reference = check_outputs(out, args)
     if args.levels is not None:
-        check_levels(args, target)
+        check_levels(args)
     from lightning.pytorch.utilities import rank_zero_only
 
-    from elastic.commands.calibration_data import Wanted, build
+    from elastic.commands.calibration_data import Wanted, build, choose_sizes
     from elastic.model.loading import check_device
     from elastic.training.head_need import Recipe
     from elastic.training.partial_results import partial_file
@@ -133,6 +134,8 @@ def run(args: argparse.Namespace) -> None:
     recipe = Recipe(args.by, args.rates, args.draws, args.rounds, args.seed)
     tell: Callable[[str], Any] = rank_zero_only(say)  # other processes run this too
     began = time.perf_counter()
+    if told := choose_sizes(args, target):
+        tell(told)
     rows, origin = build(
         Wanted(target.backbone, target.gguf_file, target.sparse, args.samples, args.lengths, args.batch_tokens,
                args.seed, args.data, args.split, args.text, args.level_samples if args.levels else 0)
@@ -177,14 +180,17 @@ def read_target(args: argparse.Namespace) -> Target:
         except (AttributeError, TypeError) as error:
             raise ValueError(f"-c {name} is not a configuration of this project ({error})") from error
     sparse |= {name: value for name in SIZES if (value := getattr(args, name)) is not None}
-    backbone = args.backbone or model.get("backbone")
+    if args.name and args.backbone and args.name != args.backbone:
+        raise ValueError(f"two backbones are named, {args.name} and --backbone {args.backbone}; name one")
+    backbone = args.name or args.backbone or model.get("backbone")
     if not backbone:
-        raise ValueError("no backbone is named; use --backbone NAME, or -c with a configuration that has one")
+        raise ValueError("no backbone is named; write its name, or -c with a configuration that has one")
     settings = SparseConfig(**sparse)
     if args.modes:
         route0, route1 = MODES[args.modes]
         settings = replace(settings, route0=route0, route1=route1)
-    dtype, gguf_file = args.dtype or model.get("dtype") or "float32", args.gguf_file or model.get("gguf_file")
+    usual = "bfloat16" if args.device.startswith("cuda") else "float32"  # the kernels take 16 bits
+    dtype, gguf_file = args.dtype or model.get("dtype") or usual, args.gguf_file or model.get("gguf_file")
     return Target(backbone, dtype, gguf_file, settings)
 
 
@@ -211,7 +217,7 @@ def check_outputs(out: Path, args: argparse.Namespace) -> Calibration | None:
     return read_calibration(args.compare[0]) if args.compare else None
 
 
-def check_levels(args: argparse.Namespace, target: Target) -> None:
+def check_levels(args: argparse.Namespace) -> None:
     """Refuse level routers that could not be fitted or written, before anything is measured.
 
     Raises:
@@ -221,10 +227,6 @@ def check_levels(args: argparse.Namespace, target: Target) -> None:
 
     if is_foreign(args.levels, METADATA):
         raise ValueError(f"--levels {args.levels} exists but is not a checkpoint that may be replaced")
-    if (target.sparse.route0, target.sparse.route1) != ("full", "streaming"):
-        raise ValueError(
-            f"--levels goes with FA-SSA, not {target.sparse.name}: routers go by what streaming heads do not see"
-        )
     RouterConfig(kind="level", budget=args.budget)
     if args.level_samples < 1:
         raise ValueError(f"--level-samples {args.level_samples} is below 1")

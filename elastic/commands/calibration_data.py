@@ -2,23 +2,27 @@
 by seed, so every process makes the same ones.
 """
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from elastic.commands.data_prep import part
 from elastic.config import SparseConfig
 from elastic.data.calibration_rows import RowSet, batches_of, of_folder, text_samples
 from elastic.data.packing import Sample, tokenise
 from elastic.data.prompts import TEMPLATE
-from elastic.data.shards import verify
-from elastic.model.loading import TINY, load_tokenizer, longest_context
+from elastic.data.shards import row_tokens, verify
+from elastic.model.loading import TINY, backbone_config, load_tokenizer, longest_context
 from elastic.protocols import Tokenizer
 from elastic.training.resume import check_data
 
 MULTIPLES = (2, 4, 6)  # of sink + window: default lengths of the contexts, as far as the backbone reads so many tokens
+BATCH_TOKENS = 32768
 LEVEL_SEED = 1 << 20  # apart from the seeds of the other sets
 REST = 0.125  # of the longest context, left for question, template and answer
 FROM = 0.75  # of a length is the shortest context that a generator makes for it
@@ -67,6 +71,35 @@ class Wanted:
         return [self.samples, -(-self.samples // 2), *([self.level_samples] if self.level_samples else [])]
 
 
+def choose_sizes(args: Namespace, target: Any) -> str | None:
+    """Fill in `--batch-tokens` and `--checkpointing` where they are not given: on the CPU their defaults, else by the
+    GPU's memory; then the line that says so.
+
+    Args:
+        args: of the command.
+        target: what is calibrated (`elastic.commands.calibrate.Target`).
+
+    Raises:
+        FileNotFoundError, ValueError: no such backbone, or one whose configuration cannot be read.
+    """
+    given = {"batch_tokens": args.batch_tokens, "checkpointing": args.checkpointing}
+    if None not in given.values() or not args.device.startswith("cuda"):
+        args.batch_tokens = BATCH_TOKENS if args.batch_tokens is None else args.batch_tokens
+        return None
+    from elastic.model.memory import Shape
+    from elastic.training.sizes import Backbone, Room, calibration_sizes
+
+    usual = int(MULTIPLES[-1] * (target.sparse.sink + target.sparse.window) * (1 + REST))
+    asked = max(args.lengths or (usual,)) if args.data is None else row_tokens(args.data) or usual
+    longest = min(asked, longest_context(target.backbone, gguf_file=target.gguf_file))
+    shape = Shape.of(backbone_config(target.backbone, gguf_file=target.gguf_file))
+    gpus = [torch.device(args.device).index or 0] if args.devices == 1 else list(range(args.devices))
+    backbone = Backbone(shape, 4 if target.dtype == "float32" else 2)
+    sizes, told = calibration_sizes(backbone, Room.of(gpus), longest, given)
+    args.batch_tokens, args.checkpointing = sizes["batch_tokens"], sizes["checkpointing"]
+    return told
+
+
 def build(wanted: Wanted) -> tuple[list[RowSet], dict[str, Any]]:
     """The sets of rows, as many as `Wanted.counts`, which share none, and what a calibration says about them.
 
@@ -106,16 +139,17 @@ def checked_lengths(wanted: Wanted, limit: int) -> tuple[int, ...]:
         ValueError: lengths that the backbone does not read, or in which streaming heads see everything.
     """
     sparse = wanted.sparse
-    seen = sparse.sink + sparse.window if sparse.has("streaming") else 1024
+    beyond = sparse.has("streaming") or wanted.level_samples > 0  # level routers go by reach, whatever the modes
+    seen = sparse.sink + sparse.window if beyond else 1024
     longest = int(limit * (1 - REST)) if wanted.texts is None else limit
     lengths = wanted.lengths or tuple(seen * times for times in MULTIPLES if seen * times <= longest) or (longest,)
     if max(lengths) > limit:
         raise ValueError(f"--lengths {max(lengths)} is more than the {limit} tokens that {wanted.backbone} reads")
-    if min(lengths) <= seen and sparse.has("streaming"):
+    if min(lengths) <= seen and beyond:
+        why = "streaming heads see everything" if sparse.has("streaming") else "there is no reach for --levels to go by"
         raise ValueError(
-            f"contexts of {min(lengths)} tokens lie within sink {sparse.sink} + window {sparse.window}, where "
-            f"streaming heads see everything; ask for longer --lengths or a smaller --window ({wanted.backbone} reads "
-            f"{limit} tokens)"
+            f"contexts of {min(lengths)} tokens lie within sink {sparse.sink} + window {sparse.window}, where {why}; "
+            f"ask for longer --lengths or a smaller --window ({wanted.backbone} reads {limit} tokens)"
         )
     return lengths
 

@@ -56,16 +56,20 @@ def advice(found: Calibration, out: Path, levels: Path | None = None) -> str:
     """What `static:` makes of the file, and what to do next."""
     if levels is not None:
         return f'Next: elastic generate --checkpoint {shlex.quote(str(levels))} --prompt "..."'
-    level = found.level()
+    level, sizes = found.level(), found.sparse
+    beyond = "" if sizes.route0 == "full" else f" beyond what {sizes.route0} heads cost"
     if level:
-        cost = found.curve.kl[found.curve.msr.index(level)]
-        says = f"runs at MSR {level:g}, the highest level that costs at most {BUDGET} nats a token ({cost:.4f})"
+        cost = found.curve.kl[found.curve.msr.index(level)] - found.floor
+        says = f"runs at MSR {level:g}, the highest level that costs at most {BUDGET} nats a token{beyond} ({cost:.4f})"
     else:
-        says = f"is the dense model, because every level costs more than {BUDGET} nats a token; name one after an @"
-    at, sizes = shlex.quote(f"static:{out}@{level or 0.5:g}"), found.sparse
+        all_zero = f"runs all heads as {sizes.route0}" if beyond else "is the dense model"
+        says = f"{all_zero}, because every level costs more than {BUDGET} nats a token{beyond}; name one after an @"
+    at = shlex.quote(f"static:{out}@{level or 0.5:g}")
+    told = f'static:{out} {says}\nNext: elastic generate --checkpoint {at} --prompt "..."'
+    if (sizes.route0, sizes.route1) != ("full", "streaming"):
+        return told  # what `elastic eval` runs a file's heads as
     return (
-        f"static:{out} {says}\n"
-        f'Next: elastic generate --checkpoint {at} --prompt "..."\n'
+        f"{told}\n"
         f"  or: elastic eval --backbone {shlex.quote(found.backbone)} --sink {sizes.sink} --window {sizes.window} "
         f"--block {sizes.block} --methods dense {at}"
     )

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -15,8 +16,11 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # its _
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from elastic.commands.catalogue import TRAINING
+from elastic.commands.training_data import own_data
+from elastic.commands.training_sizes import choose_sizes
 from elastic.console import hint, say
 from elastic.data.datamodule import MixtureDataModule
 from elastic.files import check_place, config_names, find_config, named, read_yaml, sole_writer
@@ -141,6 +145,18 @@ class ElasticCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """The parent lets hyper-parameters in a checkpoint override files and flags. Here those always win."""
+
+    def before_instantiate_classes(self) -> None:
+        """Make the data of a run that names none, and choose the sizes that are left to the memory of the GPUs; what
+        a run saves of its settings has them.
+        """
+        config = self.config[self.subcommand]
+        if config["data"]["data_dir"] is None:
+            config["data"]["data_dir"] = str(own_data(config["model"]["backbone"], config["model"]["gguf_file"]))
+        told = choose_sizes(config)
+        if told is not None:
+            tell: Any = rank_zero_only(say)
+            tell(told, stream=sys.stderr)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """A trainer that logs to TensorBoard and saves atomically, unless its settings say otherwise."""

@@ -205,25 +205,28 @@ class MixtureDataModule(LightningDataModule):
     some are read twice where they do not divide, so that all processes take equally many steps, but count once.
 
     Args:
-        data_dir: folder written by `elastic data_prep tokenize_and_pack`.
+        data_dir: folder written by `elastic data_prep`. None: `elastic fit` packs the offline mixture for the backbone.
         weights: weight per corpus; corpora without an entry get 1, a weight of 0 leaves a corpus out.
         rows_per_step: packed rows per optimiser step and process, under context parallelism per group of processes.
         micro_batch_rows: packed rows per forward pass, in evaluation too; divides `rows_per_step` (the rest is gradient
-            accumulation).
+            accumulation). None: 1, but `elastic fit` on a GPU takes as many as its memory holds.
         seed: seed of the order.
         num_workers: processes that read ahead; 0 reads in the training process.
     """
 
     def __init__(
         self,
-        data_dir: str,
+        data_dir: str | None = None,
         weights: dict[str, float] | None = None,
         rows_per_step: int = 8,
-        micro_batch_rows: int = 1,
+        micro_batch_rows: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        if data_dir is None:
+            raise ValueError("data_dir is not given; name a folder that `elastic data_prep` wrote")
+        micro_batch_rows = 1 if micro_batch_rows is None else micro_batch_rows
         if rows_per_step < 1 or micro_batch_rows < 1 or rows_per_step % micro_batch_rows:
             raise ValueError(
                 f"rows_per_step={rows_per_step} is not a positive multiple of micro_batch_rows={micro_batch_rows}; "

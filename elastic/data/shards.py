@@ -155,6 +155,14 @@ def _check(manifest: dict[str, Any]) -> None:
             _ = [member(entry, key, dict) for key in ("tasks", "sources", "lengths")]
 
 
+def row_tokens(folder: str | Path) -> int | None:
+    """Tokens of a packed row, as the manifest says; None where it cannot be read, of which `verify` says why."""
+    try:
+        return int(read_manifest(folder)["seq_length"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def verify(data_dir: str | Path) -> dict[str, Any]:
     """Check every shard's checksum; returns the manifest.
 

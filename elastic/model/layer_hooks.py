@@ -285,7 +285,7 @@ def whole_rows_needed() -> ValueError:
 def _planned(decision: Decision, layer: int, of_pass: ForwardPass, cache: KVCache | None) -> LayerCall:
     """What attention is told of a decision, which the pass and an elastic cache remember."""
     config = of_pass.config
-    of_pass.record.decisions[layer] = decision
+    of_pass.record.decisions.setdefault(layer, decision)  # a second one's graph would keep what a layer recomputes
     if of_pass.early and decision.mode_NK is not None:  # of modes that no route may name
         plan = HeadPlan(decision.mode_NK, config.sparse.dense, of_pass.layout)
     else:

@@ -83,11 +83,21 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None) -> Tokenizer:
     return tokenizer
 
 
-def longest_context(name: str, *, gguf_file: str | None = None) -> int:
-    """Tokens that a backbone reads at most, by its configuration; no weights are loaded."""
+def backbone_config(name: str, *, gguf_file: str | None = None) -> Any:
+    """Configuration of a backbone, of its text part where it has others; no weights are loaded.
+
+    Raises:
+        FileNotFoundError: no such backbone here.
+        ValueError: a configuration that cannot be read.
+    """
     from transformers import AutoConfig
 
-    return context_length(text_config(_pretrained(AutoConfig, name, gguf_file=gguf_file)))
+    return text_config(_pretrained(AutoConfig, name, gguf_file=gguf_file))
+
+
+def longest_context(name: str, *, gguf_file: str | None = None) -> int:
+    """Tokens that a backbone reads at most, by its configuration; no weights are loaded."""
+    return context_length(backbone_config(name, gguf_file=gguf_file))
 
 
 def check_device(device: str) -> None:
@@ -132,9 +142,7 @@ def backbone_architecture(name: str) -> dict[str, Any]:
         FileNotFoundError: no such backbone here.
         ValueError: a configuration that cannot be read, or that lacks what routers depend on.
     """
-    from transformers import AutoConfig
-
-    config = text_config(_pretrained(AutoConfig, name, gguf_file=None))
+    config = backbone_config(name)
     try:
         return _shape(config)
     except AttributeError as error:

@@ -48,7 +48,8 @@ class PassRoutes:
 
 @dataclass(frozen=True, eq=False)
 class PassRecord:
-    """What the layers of one pass decided, by layer. A layer that runs again writes to its own place.
+    """What the layers of one pass decided, by layer. Of a layer that gradient checkpointing runs again the first
+    decision stays.
 
     Attributes:
         layout: where the samples lie.

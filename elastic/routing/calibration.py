@@ -67,13 +67,18 @@ class Calibration:
         """Modes and sizes that the heads were measured with."""
         return SparseConfig(**self.provenance["sparse"])
 
+    @property
+    def floor(self) -> float:
+        """Mean KL that no level avoids: of all heads on route 0, where that is not full attention; else 0."""
+        return 0.0 if self.sparse.route0 == "full" else self.curve.kl[0]
+
     def level(self, budget: float = BUDGET) -> float:
-        """The highest measured MSR up to which every level's mean KL is within the budget, in nats per answer token; 0
-        where none is.
+        """The highest measured MSR up to which every level's mean KL is within the budget beyond `floor`, in nats per
+        answer token; 0 where none is.
         """
         found = 0.0
         for msr, kl in zip(self.curve.msr, self.curve.kl, strict=True):
-            if kl > budget:
+            if kl - self.floor > budget:
                 break
             found = msr
         return found

@@ -230,12 +230,12 @@ class HeadNeed(LightningModule):
         if self.level_rows is None:
             raise ValueError("no rows were given to fit level routers to; pass level_rows")
         values = self._values(OutcomeRound())
-        reach = values[:, len(LEVELS) :].view(len(values), self.size[0], 2, self.size[1])
+        kl, reach = values[:, : len(LEVELS)], values[:, len(LEVELS) :].view(len(values), self.size[0], 2, self.size[1])
+        if self.sparse.route0 != "full":
+            kl = kl - kl[:, :1]  # routers cannot avoid what route 0 costs by itself; the budget is for what they choose
         heads = self.size[0] * self.size[1]
         ran = [round(level * heads) / heads for level in LEVELS]  # of few heads, far from the level asked for
-        return Outcomes(
-            reach, torch.tensor(self.level_rows.lengths), values[:, : len(LEVELS)], ran, self.level_rows.sources
-        )
+        return Outcomes(reach, torch.tensor(self.level_rows.lengths), kl, ran, self.level_rows.sources)
 
     def fit(self, budget: float) -> list[float]:
         """Exchange the model's static routers for level routers, fitted to what was measured.

@@ -28,7 +28,8 @@ class Outcomes:
     Attributes:
         reach_MLR: [M, L, 2, K], largest and recent reach of every head under a level in use.
         length_M: tokens of each prompt up to the end of the user's words.
-        kl_MJ: KL(dense || level) in nats per answer token.
+        kl_MJ: KL(dense || level) in nats per answer token; where route 0 is not full attention, what it exceeds that of
+            level 0 by.
         levels: MSR of the columns, ascending from 0.
         sources: name of each sample's source.
     """

@@ -49,8 +49,9 @@ class ElasticModule(RoutedModule):
         objective: `target` (the paper's) or `quality`, with its cost and budgets.
         dtype: of the backbone's weights; routers and multipliers are always float32.
         gguf_file: file name where the backbone's weights are in GGUF format.
-        gradient_checkpointing: recompute each layer in the backward pass instead of storing its activations.
-        loss_chunk: positions whose logits exist at a time.
+        gradient_checkpointing: recompute each layer in the backward pass instead of storing its activations. None: no,
+            but `elastic fit` on a GPU decides by its memory.
+        loss_chunk: positions whose logits exist at a time. None: 1024, or fewer by the memory of a GPU, likewise.
         compiled: torch.compile what surrounds attention in the backbone's layers
             (`elastic.model.compiling.compile_layers`).
         methods: what evaluation compares, by name (docs/evaluation.md, Methods); default dense and elastic.
@@ -68,17 +69,18 @@ class ElasticModule(RoutedModule):
         objective: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008 - frozen
         dtype: str = "float32",
         gguf_file: str | None = None,
-        gradient_checkpointing: bool = False,
-        loss_chunk: int = 1024,
+        gradient_checkpointing: bool | None = None,
+        loss_chunk: int | None = None,
         compiled: bool = False,
         methods: list[str] | None = None,
         routers: str | None = None,
     ) -> None:
+        loss_chunk = 1024 if loss_chunk is None else loss_chunk
         super().__init__(backbone, elastic, dtype, gguf_file, loss_chunk, methods or list(DEFAULT_METHODS), routers)
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights are not in the checkpoint; on_load_checkpoint checks the rest
         self.optimiser, self.annealing = optimiser, temperature
-        self.gradient_checkpointing, self.compiled = gradient_checkpointing, compiled
+        self.gradient_checkpointing, self.compiled = bool(gradient_checkpointing), compiled
         self.objective = build_objective(objective, targets or {}, optimiser.multiplier_limit)
         self.multipliers = self.objective.multipliers
         self.total_steps = self.noise_seed = 0

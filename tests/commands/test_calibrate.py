@@ -14,12 +14,12 @@ from elastic.commands.eval import build_parser
 from elastic.model.attach import elastic_config, last_routes, override_routes, routers
 from elastic.model.checkpoint import read_elastic
 from elastic.routing.calibration import read_calibration
+from elastic.routing.methods import MODES
 from tests.helpers.training import build_data
 from tests.test_design_page import fields_of
 
 FAST = ["--samples", "6", "--rates", "0.3", "--draws", "0"]
 TINY = ["--backbone", "tiny", "--sink", "4", "--window", "16", "--block", "4", *FAST]
-WIDE = ["--sink", "64", "--window", "64", "--block", "64"]
 PROMPT = "f4 f5 " * 30 + "key k3 1 2 3 4 " + "f6 " * 20 + "find k3"
 
 
@@ -109,6 +109,28 @@ def test_level_routers(tmp_path, capsys):
     assert metadata["recipe"]["by"] == "outcomes" and len(metadata["metrics"]["explained variance by layer"]) == 3
 
 
+@pytest.mark.parametrize("by", ["gradient", "ablation"])
+@pytest.mark.parametrize("modes", ["fa-xa", "xa-ssa"])
+def test_level_routers_of_other_modes(modes, by, tmp_path, capsys):
+    """What route 0 costs by itself is told apart from what the heads on route 1 add."""
+    out, levels = tmp_path / "cal.json", tmp_path / "levels"
+    options = [*TINY, "--stride", "4", "--modes", modes, "--by", by, "--rounds", "0", "--lengths", "100"]
+    assert run(*options, "--out", out, "--levels", levels, "--level-samples", 12) == 0
+    found = read_calibration(out)
+    alone = found.curve.kl[0]
+    assert (found.sparse.route0, found.sparse.route1) == MODES[modes] and found.sparse.stride == 4
+    assert found.floor == alone and (alone > 0.01 if modes == "xa-ssa" else alone == 0)
+    assert found.curve.kl[-1] > alone and found.provenance["by"] == by
+    model, tokenizer = elastic.load(levels)
+    assert elastic_config(model).sparse == found.sparse and elastic_config(model).router.kind == "level"
+    (answer,) = elastic.generate(model, tokenizer, PROMPT, 4)
+    assert answer.report.configuration == found.sparse.name and len(answer.token_ids) == 4
+    assert "elastic eval" not in advice(found, out), "whose files' heads are full or streaming"
+    assert ("beyond what xattention heads cost" in advice(found, out)) == (modes == "xa-ssa")
+    (dense,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("0 "))
+    assert dense.split()[1] == f"{alone:.4f}"
+
+
 def test_own_texts(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "one.txt").write_text(" ".join(f"f{i % 16} p{i % 7}" for i in range(1500)))
@@ -182,7 +204,7 @@ def test_serve_takes_the_method(file, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "no backbone is named; use --backbone NAME"),
+        ([], "no backbone is named; write its name"),
         (["-c", "tyni"], "neither a file tyni nor a shipped configuration"),
         (["--backbone", "./none"], "no backbone './none'"),
         (["--backbone", "tiny"], "contexts of 896 tokens lie within sink 128 + window 2048"),
@@ -209,7 +231,11 @@ def test_serve_takes_the_method(file, capsys, monkeypatch):
         ([*TINY, "--levels", "{folder}"], "{folder} exists but is not a checkpoint that may be replaced"),
         ([*TINY, "--levels", "new", "--level-samples", "0"], "--level-samples 0 is below 1"),
         ([*TINY, "--levels", "new", "--budget", "0"], "router.budget=0.0 is not a number above 0"),
-        (["--backbone", "tiny", *WIDE, "--levels", "new", "--modes", "fa-xa"], "--levels goes with FA-SSA, not FA-XA"),
+        (
+            [*TINY, "--stride", "4", "--modes", "fa-xa", "--lengths", "20", "--levels", "new"],
+            "contexts of 20 tokens lie within sink 4 + window 16, where there is no reach for --levels to go by",
+        ),
+        ([*TINY, "--modes", "fa-xa"], "sparse.stride=16 does not divide sparse.block=4; use 4"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(options, message, tmp_path, capsys, monkeypatch):

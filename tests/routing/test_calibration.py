@@ -46,6 +46,13 @@ def test_levels_stay_within_the_budget():
     assert made(kl=(0.1, 0.1, 0.1, 0.3, 1.2)).level() == 0.0
 
 
+def test_what_route_0_costs_by_itself_is_not_counted():
+    sparse = vars(SparseConfig(route0="xattention", route1="streaming"))
+    found = made(kl=(0.1, 0.1, 0.119, 0.3, 1.2), sparse=sparse)
+    assert (found.floor, found.level(), found.level(0.25)) == (0.1, 0.5, 0.75)
+    assert made(kl=(0.1, 0.1, 0.119, 0.3, 1.2)).floor == 0.0, "full attention costs nothing"
+
+
 def test_routes_follow_the_order(file):
     assert made().routes(0.25).tolist() == [[0, 0], [1, 0]]
     assert made().routes(0.75).tolist() == [[0, 1], [1, 1]]

@@ -2,6 +2,8 @@
 tiny backbone.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from elastic.routing.calibration import LEVELS as LEVELS_OF_FILES
 from elastic.routing.level import LevelRouter
 from elastic.training.calibration import HeadNeed
 from elastic.training.calibration_run import measure
+from elastic.training.head_need import OutcomeRound
 from elastic.training.level_fit import Outcomes, breaking_level, fit_levels
 from elastic.training.partial_results import partial_file
 from tests.training.test_calibration import GRADIENT, SPARSE, wanted
@@ -124,6 +127,22 @@ def test_from_rows_to_a_model_that_answers(tmp_path):
     loaded, tokenizer = elastic.load(elastic.save_elastic(tmp_path / "levels", module.model, "tiny"))
     (answer,) = elastic.generate(loaded, tokenizer, "f1 f2 key k1 3 4 5 6 " + "f3 f4 " * 40 + "find k1", 4)
     assert 0 <= answer.report.msr <= 1 and len(answer.token_ids) == 4
+
+
+@pytest.mark.parametrize("modes", [("full", "xattention"), ("xattention", "streaming")])
+def test_other_modes_are_judged_by_what_route_1_adds(modes, tmp_path):
+    sparse = replace(SPARSE, route0=modes[0], route1=modes[1], stride=4)
+    rows, _ = build(wanted(sparse=sparse, level_samples=8))
+    module = HeadNeed(
+        "tiny", sparse, GRADIENT, (rows[0], rows[1]), partial_file(tmp_path / "c.json"), level_rows=rows[2]
+    )
+    measure(module, progress=False)
+    measured = module._values(OutcomeRound())[:, : len(LEVELS_OF_FILES)]
+    of = module.outcomes()
+    torch.testing.assert_close(of.kl_MJ, measured - measured[:, :1])
+    assert bool((measured[:, 0] > 1e-4).any()) == (modes[0] == "xattention")
+    assert float(of.kl_MJ[:, -1].mean()) > 0.01 and float(of.reach_MLR.max()) > 0.05
+    assert all(0 <= share <= 1 for share in module.fit(budget=0.2))
 
 
 def test_rows_are_needed(tmp_path):

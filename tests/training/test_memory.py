@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from elastic.model.attach import attach, last_routes, routers
 from elastic.training.losses import chunked_cross_entropy, chunked_divergence, labelled_positions
+from tests.helpers.alive import Alive
 from tests.helpers.models import VOCAB, random_ids, small_config, tiny_model, varied_routers
 
 LENGTH, PROMPT, CHUNK, HIDDEN = 80, 24, 8, 64
@@ -103,6 +104,20 @@ def test_checkpointing_keeps_less_than_half():
             loss_of(routed_model(checkpointing), "cross entropy")
         kept.append(sum(sizes))
     assert kept[1] < kept[0] / 2
+
+
+def test_recomputed_layers_leave_nothing_but_their_input():
+    """In the backward pass too: no decision of a second run keeps its graph, and with it what a norm has read."""
+    peaks, wide, tokens = [], 128, 256
+    for layers in (3, 9):
+        model = tiny_model("llama", num_hidden_layers=layers, hidden_size=wide).bfloat16()
+        attach(model, small_config()).train().gradient_checkpointing_enable({"use_reentrant": False})
+        for counted in (False, True):  # the routers have gradients by then
+            with Alive() as alive:
+                model.get_decoder()(input_ids=random_ids(1, tokens), use_cache=False).last_hidden_state.sum().backward()
+            peaks += [alive.peak] if counted else []
+    a_layer = (peaks[1] - peaks[0]) / (6 * tokens)
+    assert a_layer < 1.2 * 2 * wide, "bytes of a token: its input in bf16"
 
 
 def router_gradients(checkpointing: bool, autocast: bool) -> list[torch.Tensor]:
