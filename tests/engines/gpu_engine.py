@@ -14,6 +14,7 @@ Records are written as each contestant ends, so that a run that is cut short kee
 import argparse
 import json
 import multiprocessing
+import os
 import random
 import statistics
 import sys
@@ -207,6 +208,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--commit", help="commit to state where git is not at hand")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     args = parser.parse_args(argv)
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # answers are greedy; FlashInfer may be missing
     cases = " ".join(f"{length}x{batch}" for length, batch in args.cases)
     command = f"python tests/engines/gpu_engine.py --cases {cases} --layers {args.layers} --repeats {args.repeats}"
     made_by = stamp(command, args.commit, torch.device("cuda"))
