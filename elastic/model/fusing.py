@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic.cache.keyword import NEW, OLD, cache_of
 from elastic.kernels.token_products import token_gated, token_products, unsupported_tokens
 from elastic.model import fused_parts
 from elastic.model.chunking import Chunked, Instead, chunk
@@ -178,26 +179,26 @@ class FusedAttention(Instead):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **options: Any,
     ) -> Any:
-        """As the module's own forward."""
+        """As the module's own forward, which transformers calls by these names and that of the KV cache."""
         attn: Any = self.module
         norms = [fused_norm(attn.get_submodule(name)) for name in ("q_norm", "k_norm") if hasattr(attn, name)]
         ready = self.parts.take(hidden_states) and all(norm is not None and norm.takes(hidden_states) for norm in norms)
         if position_embeddings is None or not ready:
-            given = (hidden_states, position_embeddings, attention_mask, past_key_values)
-            return self.inner(*given, **options)
+            return self.inner(hidden_states, position_embeddings, attention_mask, **options)
+        cache: Any = cache_of(options)
         shape = (*hidden_states.shape[:-1], -1, attn.head_dim)
         q, k, v = projected(hidden_states, attn.q_proj, attn.k_proj, attn.v_proj)
         cos_sin = [x.expand(*shape[:2], -1).flatten(0, 1) for x in position_embeddings]
         q, k = self.rotated(q.view(shape).flatten(0, 1), k.view(shape).flatten(0, 1), norms, *cos_sin)
         q, k, v = (x.view(shape).transpose(1, 2) for x in (q, k, v))
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, attn.layer_idx)
+        if cache is not None:
+            k, v = cache.update(k, v, attn.layer_idx)
         window = getattr(attn, "sliding_window", getattr(attn.config, "sliding_window", None))
+        others = {name: value for name, value in options.items() if name not in (NEW, OLD)}
         out, weights = attention_of(attn)(
-            attn, q, k, v, attention_mask, dropout=0.0, scaling=attn.scaling, sliding_window=window, **options
+            attn, q, k, v, attention_mask, dropout=0.0, scaling=attn.scaling, sliding_window=window, **others
         )
         out = out.reshape(*hidden_states.shape[:-1], -1)
         return projected(out, attn.o_proj)[0], weights
