@@ -17,6 +17,7 @@ from elastic.inference.serving import admission, engine
 from elastic.inference.serving.admission import TOGETHER, Admission
 from elastic.inference.serving.app import ServerLimits
 from elastic.inference.serving.jobs import Job, Sampling
+from elastic.inference.serving.rows import Row
 from tests.helpers.models import varied_routers
 from tests.helpers.replay import replayed
 from tests.helpers.server import ask, body_of, figure, serving, tiny_model, until
@@ -102,8 +103,9 @@ def test_padding_that_a_gpu_hides_is_allowed(model, monkeypatch):
 def test_running_answers_get_as_much_time_as_prompts_and_what_comes_meanwhile_is_read_at_once(model, monkeypatch):
     passes, reading = Passes(monkeypatch), 1.5
     passes.go.set()
-    begin = engine.begin
+    begin, take = engine.begin, Row.take
     monkeypatch.setattr(engine, "begin", lambda *asked: (time.sleep(reading), begin(*asked))[1])
+    monkeypatch.setattr(Row, "take", lambda *row: (time.sleep(0.02), take(*row))[1])  # so that one outlasts the rest
     with serving(model, ServerLimits(max_new_tokens=2000)) as address, ThreadPoolExecutor(4) as pool:
         long = pool.submit(ask, address, body_of(PROMPTS[0], max_tokens=400))
         assert until(lambda: figure(address, "elastic_running_requests") == 1)
