@@ -136,7 +136,7 @@ def checked_lengths(wanted: Wanted, limit: int) -> tuple[int, ...]:
     """The lengths asked for, or those of `MULTIPLES` that the backbone reads.
 
     Raises:
-        ValueError: lengths that the backbone does not read, or in which streaming heads see everything.
+        ValueError: lengths that the backbone does not read, or in which streaming heads see every key.
     """
     sparse = wanted.sparse
     beyond = sparse.has("streaming") or wanted.level_samples > 0  # level routers go by reach, whatever the modes
@@ -146,7 +146,7 @@ def checked_lengths(wanted: Wanted, limit: int) -> tuple[int, ...]:
     if max(lengths) > limit:
         raise ValueError(f"--lengths {max(lengths)} is more than the {limit} tokens that {wanted.backbone} reads")
     if min(lengths) <= seen and beyond:
-        why = "streaming heads see everything" if sparse.has("streaming") else "there is no reach for --levels to go by"
+        why = "streaming heads see every key" if sparse.has("streaming") else "level routers (--levels) find no reach"
         raise ValueError(
             f"contexts of {min(lengths)} tokens lie within sink {sparse.sink} + window {sparse.window}, where {why}; "
             f"ask for longer --lengths or a smaller --window ({wanted.backbone} reads {limit} tokens)"

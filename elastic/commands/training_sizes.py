@@ -11,7 +11,7 @@ SECTIONS = {"micro_batch_rows": "data", "gradient_checkpointing": "model", "loss
 
 def choose_sizes(config: Any) -> str | None:
     """Fill in the sizes of a run's settings that are None, and say so in a line; None where none is open, where no GPU
-    is used, or where there is no data yet, which is reported when it is read.
+    is used, or where the data is missing, which the data module reports.
 
     Args:
         config: settings of one command: `model`, `data` and `trainer`.

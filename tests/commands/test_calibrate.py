@@ -233,7 +233,7 @@ def test_serve_takes_the_method(file, capsys, monkeypatch):
         ([*TINY, "--levels", "new", "--budget", "0"], "router.budget=0.0 is not a number above 0"),
         (
             [*TINY, "--stride", "4", "--modes", "fa-xa", "--lengths", "20", "--levels", "new"],
-            "contexts of 20 tokens lie within sink 4 + window 16, where there is no reach for --levels to go by",
+            "contexts of 20 tokens lie within sink 4 + window 16, where level routers (--levels) find no reach",
         ),
         ([*TINY, "--modes", "fa-xa"], "sparse.stride=16 does not divide sparse.block=4; use 4"),
     ],

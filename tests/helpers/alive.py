@@ -34,5 +34,5 @@ class Alive(TorchDispatchMode):
         return out
 
     def gone(self, key: int) -> None:
-        """A storage is no more."""
+        """Called when a storage has been freed."""
         self.now -= self.sizes.pop(key, 0)
