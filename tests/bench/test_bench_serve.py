@@ -104,8 +104,9 @@ def replying(*events):
 
         def reply():
             client, _ = listening.accept()
-            with client:
-                client.recv(1 << 16)
+            with client, client.makefile("rb") as request:
+                head = b"".join(iter(request.readline, b"\r\n")).lower()
+                request.read(int(head.partition(b"content-length:")[2].split()[0]))  # unread, it resets the connection
                 client.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n")
                 client.sendall("".join(f"data: {json.dumps(event)}\n\n" for event in events).encode())
 
