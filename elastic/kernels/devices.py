@@ -1,9 +1,13 @@
 """Which kernel a device runs, and how it is launched there: chosen by compute capability alone."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._triton import has_triton
 
 from elastic.kernels import jit
 from elastic.kernels.checks import HEAD_DIMS
@@ -194,6 +198,17 @@ def shared_limit(index: int) -> int:
     """Bytes of shared memory that a CTA of this GPU can have."""
     limit: int = torch.cuda.get_device_properties(index).shared_memory_per_block_optin  # type: ignore[attr-defined]
     return limit
+
+
+@cache
+def triton_runs() -> bool:
+    """Whether Triton compiles for the GPUs of this machine."""
+    return bool(has_triton())
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """For a Triton launch, which goes to the current GPU: that of `x`. Triton's interpreter takes any tensor."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def kernel_path(device: torch.device) -> str:

@@ -8,15 +8,13 @@ Legend: T tokens, F rows and K columns of a weight, which is [F, K] as in `nn.Li
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils._triton import has_triton
 
-from elastic.kernels.devices import shared_limit
+from elastic.kernels.devices import on_device, shared_limit, triton_runs
 from elastic.kernels.params import is_half
 
 MOST_TOKENS = 16  # at 64 cuBLAS is faster
@@ -36,12 +34,7 @@ def unsupported_tokens(x: Tensor, *weights: Tensor) -> str | None:
         return "weights lie elsewhere, in another dtype or not in rows"
     if width % (8 if tokens == 1 else _TILE_COLUMNS) or any(tensor.data_ptr() % 16 for tensor in (x, *weights)):
         return f"rows of {width} numbers do not fit, of which several tokens need a multiple of {_TILE_COLUMNS}"
-    return None if _triton() else "Triton does not run on this GPU"
-
-
-@cache
-def _triton() -> bool:
-    return bool(has_triton())
+    return None if triton_runs() else "Triton does not run on this GPU"
 
 
 def token_products(x: Tensor, weights: Sequence[Tensor], added: Sequence[Tensor | None]) -> list[Tensor]:
@@ -111,7 +104,7 @@ def launch_products(x: Tensor, weights: Sequence[Tensor], added: Sequence[Tensor
     kinds = [0 if one is None else one.dim() for one in more]
     operands = (x, *_three(found), *_three(weights), *_three([x if one is None else one for one in more]))
     flags = dict(zip(("ADD0", "ADD1", "ADD2"), _three(kinds), strict=True))
-    with _on(x):
+    with on_device(x):
         if x.shape[0] == 1:
             kernels.row_products[(sum(sizes),)](*operands, *_ends(sizes), **flags, **_lines(x))
         else:
@@ -128,7 +121,7 @@ def launch_gated(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor
 
     x, rows = x.contiguous(), gate.shape[0]
     y, gelu = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device), activation == "gelu"
-    with _on(x):
+    with on_device(x):
         if x.shape[0] == 1:
             kernels.row_gated[(rows,)](x, y, gate, up, GELU=gelu, **_lines(x))
         else:
@@ -145,10 +138,6 @@ def _three(found: Sequence[Any]) -> list[Any]:
 
 def _ends(sizes: Sequence[int]) -> tuple[int, int]:
     return sizes[0], sum(sizes[:2])
-
-
-def _on(x: Tensor) -> Any:
-    return torch.cuda.device(x.device) if x.is_cuda else torch.no_grad()
 
 
 def _lines(x: Tensor) -> dict[str, int]:
