@@ -15,7 +15,7 @@ MODULES = sorted(
 )
 # What a module imports that the package itself does not need.
 NEEDS = {f"elastic.engines.vllm.{name}": "vllm" for name in ("backend", "cpu", "engine", "gpu")}
-NEEDS["elastic.kernels.token_products_triton"] = "triton"  # comes with torch's builds for GPUs
+NEEDS |= {name: "triton" for name in MODULES if name.endswith("_triton")}  # comes with torch's builds for GPUs
 HEAVY = ("torch", "cupy", "lightning", "transformers", "datasets", "matplotlib")
 
 

@@ -51,7 +51,7 @@ def _chosen_in_torch(device: torch.device, dtype: torch.dtype, head_dim: int, ch
     """Why PyTorch chooses the key blocks of a mode; None where it does not."""
     if chooser == "xattention":
         return unsupported_selection(device, dtype, head_dim)
-    return None if chooser is None else f"{chooser} has no kernel of its own"
+    return None if chooser is None else f"{chooser} has no operator of its own"
 
 
 class Routed(NamedTuple):

@@ -35,17 +35,20 @@ def sparse_of(name: str, block: int = 4, **sizes) -> SparseConfig:
     return SparseConfig("full", name, block=block, **sizes)
 
 
-def random_sample(name: str, seed: int, dtype: torch.dtype = torch.float32) -> AttentionSample:
+def random_sample(
+    name: str, seed: int, dtype: torch.dtype = torch.float32, dim: int = 16,
+    blocks: tuple[int, ...] = (4, 8, 16, 64), lengths: tuple[int, ...] = (1, 5, 37, 64, 130, 257),
+) -> AttentionSample:  # fmt: skip
     """Any length, grouping, number of cached keys, block and setting."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    block, kv_heads, group = rng.choice((4, 8, 16, 64)), rng.choice((1, 2, 3)), rng.choice((1, 2, 4))
-    length, past = rng.choice((1, 5, 37, 64, 130, 257)), rng.choice((0, 0, 0, 5, 64, 131))
-    q = 2 * torch.randn(kv_heads * group, length, 16, generator=generator)
-    k = 2 * torch.randn(kv_heads, length + past, 16, generator=generator)
+    block, kv_heads, group = rng.choice(blocks), rng.choice((1, 2, 3)), rng.choice((1, 2, 4))
+    length, past = rng.choice(lengths), rng.choice((0, 0, 0, 5, 64, 131))
+    q = 2 * torch.randn(kv_heads * group, length, dim, generator=generator)
+    k = 2 * torch.randn(kv_heads, length + past, dim, generator=generator)
     sizes = {"sink": block * rng.choice((0, 1, 2)), "window": block * rng.choice((1, 2, 4))}
     sizes |= {"top_k": rng.choice((None, 1, 2, 4)), "chunk": block * rng.choice((1, 2, 4))}
     sizes |= {"threshold": rng.choice((0.1, 0.5, 0.9)), "min_budget": block * rng.choice((1, 2))}
-    return AttentionSample(q.to(dtype), k.to(dtype), sparse_of(name, block, **sizes), SCALE)
+    return AttentionSample(q.to(dtype), k.to(dtype), sparse_of(name, block, **sizes), dim**-0.5)
 
 
 def random_samples(name: str, dtype: torch.dtype):

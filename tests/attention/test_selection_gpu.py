@@ -22,9 +22,21 @@ DEVICE = torch.device("cuda")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_choice_is_the_oracles(name, dtype):
     """In fp32 every row; in bf16 99.9 % of the rows within a block, the oracle with the same values."""
+    compare(name, dtype)
+
+
+@pytest.mark.parametrize("name", ["flexprefill", "flashprefill"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_choice_of_the_kernels_is_the_oracles(name, dtype, dim):
+    """99.9 % of the rows within a block, as those of PyTorch."""
+    compare(name, dtype, dim, blocks=(64, 128), lengths=(37, 130, 515, 900, 1500))
+
+
+def compare(name, dtype, *sizes, **more):
     differing, far, rows, seed = 0, 0, 0, 0
     while rows < ROWS:
-        sample = random_sample(name, seed, dtype)
+        sample = random_sample(name, seed, dtype, *sizes, **more)
         device = AttentionSample(sample.q_HLD.to(DEVICE), sample.k_KSD.to(DEVICE), sample.sparse, sample.scale)
         found, wanted = SELECTIONS[name].choose(device).cpu(), SELECTIONS[name].oracle(sample)
         most = torch.maximum((found & ~wanted).sum(-1), (wanted & ~found).sum(-1))
@@ -50,7 +62,7 @@ def test_the_kernel_attends_to_the_chosen_blocks(name, block):
     expected = attend(*(x.float() for x in (q, k, v)), found.plan, 128**-0.5)
     torch.testing.assert_close(found.output.float(), expected, rtol=0.02, atol=0.02)
     assert 0 < float(found.density[0, 1]) < 1
-    assert f"{name} has no kernel of its own" in backend_for(DEVICE, torch.bfloat16, 128, sparse=plan.sparse)
+    assert f"{name} has no operator of its own" in backend_for(DEVICE, torch.bfloat16, 128, sparse=plan.sparse)
 
 
 @pytest.mark.parametrize("block", [64, 128])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from elastic.attention.selection.pooling import grouped_scores, run_means
 from elastic.attention.selection.sample import AttentionSample
+from elastic.kernels.block_choice import launch_block_scores, unsupported_choice
 
 LAST_FULL = 2  # query blocks at the end that visit everything
 _CHUNK_SCORES = 1 << 26  # that exist at a time
@@ -25,20 +26,28 @@ _CHUNK_SCORES = 1 << 26  # that exist at a time
 
 def choose(sample: AttentionSample) -> Tensor:
     """Key blocks of every query head, [H, M, N]."""
-    seen_MN, block = sample.seen(), sample.sparse.block
+    seen_MN, log_HMN = sample.seen(), _log_scores(sample)
+    floor = log_HMN.amax(-1, keepdim=True) + math.log(sample.sparse.threshold)
+    heavy = (log_HMN >= floor) & (log_HMN > float("-inf"))
+    return (heavy | _always(sample)) & seen_MN
+
+
+def _log_scores(sample: AttentionSample) -> Tensor:
+    """log p [H, M, N]; -inf where no query sees the whole of a key block, and in the last query blocks."""
+    block, q_HLD = sample.sparse.block, sample.q_HLD
     k_KND = run_means(sample.k_KSD, block).to(sample.k_KSD.dtype)
-    heads, (blocks, columns) = sample.q_HLD.shape[0], seen_MN.shape
+    heads, blocks, columns = q_HLD.shape[0], sample.firsts.shape[0], k_KND.shape[1]
     scored = max(0, blocks - LAST_FULL)  # whole query blocks, all of them
-    log_HMN = torch.full((heads, blocks, columns), float("-inf"), dtype=sample.wide, device=seen_MN.device)
+    if unsupported_choice(q_HLD, sample.k_KSD, block) is None:
+        return launch_block_scores(q_HLD, k_KND, sample.past, block, scored, sample.scale)
+    log_HMN = torch.full((heads, blocks, columns), float("-inf"), dtype=sample.wide, device=q_HLD.device)
     step = max(1, _CHUNK_SCORES // (heads * sample.rows * columns))
     for begin in range(0, scored, step):
         end = min(scored, begin + step)
         width = (sample.past + end * sample.rows) // block  # key blocks that end at or before the last query
         if width:
             log_HMN[:, begin:end, :width] = _block_scores(sample, begin, end, k_KND[:, :width])
-    floor = log_HMN.amax(-1, keepdim=True) + math.log(sample.sparse.threshold)
-    heavy = (log_HMN >= floor) & (log_HMN > float("-inf"))
-    return (heavy | _always(sample)) & seen_MN
+    return log_HMN
 
 
 def _block_scores(sample: AttentionSample, begin: int, end: int, k_KWD: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from elastic.attention.selection.pooling import block_sums, covering, grouped_scores, rank_order, run_means
 from elastic.attention.selection.sample import AttentionSample
+from elastic.kernels.block_choice import launch_lines, unsupported_choice
 
 TAU = 0.1
 
@@ -51,6 +52,8 @@ def distance(one: Tensor, other: Tensor) -> Tensor:
 
 def _lines(sample: AttentionSample, last_q: Tensor) -> Tensor:
     """Attention of the last queries by key, and by distance (0 first), their mean, [2, H, S]."""
+    if unsupported_choice(last_q, sample.k_KSD, sample.sparse.block) is None:
+        return launch_lines(last_q, sample.k_KSD, sample.scale)
     keys, rows = sample.k_KSD.shape[1], last_q.shape[1]
     # Before the first key come as many that nobody sees, so that the diagonals of all rows are of one length.
     k_KPD = torch.nn.functional.pad(sample.k_KSD, (0, 0, rows - 1, 0))
@@ -83,25 +86,30 @@ def _heaviest_blocks(mass_HN: Tensor, count_H: Tensor) -> Tensor:
 def _along(distances_HN: Tensor, own_MN: Tensor) -> Tensor:
     """Key blocks at the chosen distances from each of the query block's own, [H, M, N]."""
     blocks = own_MN.shape[1]
-    number = torch.arange(blocks, device=own_MN.device)
-    low_M = own_MN.int().argmax(-1)
-    found = torch.zeros(distances_HN.shape[0], *own_MN.shape, dtype=torch.bool, device=own_MN.device)
-    for ahead in range(min(3, blocks)):  # 128 queries lie in three blocks of 64 at most
-        own_M = low_M + ahead
-        is_own_M = own_MN.gather(1, own_M.clamp(max=blocks - 1)[:, None])[:, 0] & (own_M < blocks)
-        back_MN = own_M[:, None] - number
-        found |= distances_HN[:, back_MN.clamp(0, blocks - 1)] & ((back_MN >= 0) & is_own_M[:, None])
-    return found
+    low_M, own_M = own_MN.int().argmax(-1), own_MN.sum(-1)
+    # Distances below 0 and from N on are chosen by nobody. 128 queries lie in three blocks of 64 at most: a table for
+    # one, two and three says of a distance from the first of these whether it is a chosen one from any of them.
+    padded = torch.nn.functional.pad(distances_HN, (blocks, 2))
+    tables = [padded[:, : 2 * blocks]]
+    for ahead in (1, 2):
+        tables.append(tables[-1] | padded[:, ahead : ahead + 2 * blocks])
+    back_MN = low_M[:, None] - torch.arange(blocks, device=own_MN.device) + blocks
+    place_MN = (own_M[:, None] - 1) * 2 * blocks + back_MN
+    return torch.unflatten(torch.cat(tables, 1).index_select(1, place_MN.flatten()), 1, own_MN.shape)
 
 
 def _heaviest_pairs(sample: AttentionSample, k_KND: Tensor) -> Tensor:
     """Pairs of query and key block that hold gamma of the estimate, [H, M, N]."""
-    score_HMN = grouped_scores(run_means(sample.q_HLD, sample.rows), k_KND).mul_(sample.scale)
+    score_HMN = grouped_scores(run_means(sample.q_HLD, sample.rows).mul_(sample.scale), k_KND)
     share = torch.softmax(score_HMN.masked_fill_(~sample.seen(), float("-inf")), dim=-1)
     flat = share.flatten(1)
-    cut, equal = covering(flat, flat.new_full((flat.shape[0],), sample.sparse.threshold * share.shape[1]))
-    is_cut = flat == cut
-    return ((flat > cut) | (is_cut & (is_cut.cumsum(-1) <= equal))).view_as(share)
+    need_H = flat.new_full((flat.shape[0],), sample.sparse.threshold * share.shape[1])
+    cut, equal = (x[..., None] for x in covering(flat, need_H))
+    # Of equal pairs the first. They are counted row by row, and by rows, because a GPU counts along many rows at once.
+    is_cut = share == cut
+    of_row = is_cut.sum(-1, keepdim=True)
+    left = equal - (of_row.cumsum(1) - of_row)
+    return (share > cut) | (is_cut & (is_cut.cumsum(-1, dtype=torch.int32) <= left))
 
 
 def oracle(sample: AttentionSample) -> Tensor:

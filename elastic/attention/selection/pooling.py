@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from elastic.kernels.block_choice import launch_covering, unsupported_covering
+
 
 def run_means(x_hLD: Tensor, size: int) -> Tensor:
     """Means over runs of `size` tokens, [h, ceil(L / size), D] in fp32 (fp64 for fp64 input); the last run may be
@@ -66,6 +68,14 @@ def covering(mass_hn: Tensor, need_h: Tensor) -> tuple[Tensor, Tensor]:
         mass_hn: fp32 or fp64, 0 or more.
         need_h: of each row; where it is more than the row's sum, everything is needed.
     """
+    search = launch_covering if unsupported_covering(mass_hn) is None else _halve
+    cut_h1, held_h1, equal_h1 = search(mass_hn, need_h)
+    missing_h1 = torch.ceil((need_h[:, None] - held_h1) / cut_h1)
+    return cut_h1, torch.minimum(missing_h1.nan_to_num(), equal_h1).long()
+
+
+def _halve(mass_hn: Tensor, need_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The cut, the sum of what is above it and the number of entries that equal it, all [h, 1]."""
     bits, steps = (torch.int32, 31) if mass_hn.dtype == torch.float32 else (torch.int64, 63)
     need_h1, zero = need_h[:, None], mass_hn.new_zeros(())
     low = torch.zeros(mass_hn.shape[0], 1, dtype=bits, device=mass_hn.device)
@@ -76,8 +86,7 @@ def covering(mass_hn: Tensor, need_h: Tensor) -> tuple[Tensor, Tensor]:
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
     cut_h1 = low.view(mass_hn.dtype)
     held_h1 = torch.where(mass_hn > cut_h1, mass_hn, zero).sum(-1, keepdim=True)
-    equal_h1 = torch.ceil((need_h1 - held_h1) / cut_h1)
-    return cut_h1, torch.minimum(equal_h1.nan_to_num(), (mass_hn == cut_h1).sum(-1, keepdim=True)).long()
+    return cut_h1, held_h1, (mass_hn == cut_h1).sum(-1, keepdim=True)
 
 
 def rank_order(score: Tensor, among: Tensor) -> Tensor:
