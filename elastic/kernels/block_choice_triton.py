@@ -18,7 +18,7 @@ def rows_of(x_ptr, head, head_stride, row, row_stride, end, D: tl.constexpr):
     return tl.load(at + tl.arange(0, D)[None, :], mask=row[:, None] < end, other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["past", "scored"])
 def block_scores(
     q_ptr, k_ptr, log_ptr, past, scored, columns, group, q_head, q_row, log2_scale,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr,
@@ -47,7 +47,7 @@ def block_scores(
         tl.store(log_ptr + column, tl.full((TILE,), float("-inf"), tl.float32), mask=column < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "run"])
 def partial_lse(
     q_ptr, k_ptr, lse_ptr, rows, keys, run, group, q_head, q_row, k_head, k_row, log2_scale,
     ROWS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr,
@@ -71,7 +71,7 @@ def partial_lse(
     tl.store(lse_ptr + place, (top + tl.log2(total)) * LN2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def line_shares(
     q_ptr, k_ptr, lse_ptr, lines_ptr, rows, keys, group, q_head, q_row, k_head, k_row, log2_scale,
     ROWS: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr,
