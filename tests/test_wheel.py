@@ -4,6 +4,7 @@ Three environments that borrow the dependencies of this one: a wheel (built from
 editable installation, and a clone that is not installed but on the path.
 """
 
+import json
 import os
 import re
 import shlex
@@ -46,6 +47,20 @@ print(len([*CUDA_SRC.rglob("*.cu*")]), len([*CONFIGS.glob("*.yaml")]))
 print(len(config_names()), len([*ASSETS.glob("tiny/*")]))
 """
 
+# Commands one after the other in one process: importing takes longer than most of them.
+COMMANDS = """
+import contextlib, io, json, sys
+from elastic import cli
+
+said = []
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = cli.main(words)
+    assert code == 0, (words, out.getvalue())
+    said.append(out.getvalue())
+print(json.dumps(said))
+"""
+
 
 class Place(NamedTuple):
     """A virtual environment, and an empty folder to work in."""
@@ -71,6 +86,12 @@ class Place(NamedTuple):
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+    def elastic(self, *lines: str) -> list[str]:
+        """What `elastic <line>` says on standard output, for each line."""
+        words = json.dumps([shlex.split(line) for line in lines])
+        said: list[str] = json.loads(self.run("python", "-c", COMMANDS, words).splitlines()[-1])
+        return said
 
 
 def new_place(folder: Path) -> Place:
@@ -200,18 +221,17 @@ def test_the_wheel_works_from_an_empty_folder(installed):
     from elastic import __version__
 
     assert installed.run("elastic", "--version") == f"elastic {__version__}\n"
-    assert "self-check" in installed.run("elastic", "doctor")
-    shown = installed.run("elastic", "demo", "--tiny", "--samples", "2")
-    (after,) = re.findall("Next: (.*)", shown)
-    words = shlex.split(after)
+    doctor, demo = installed.elastic("doctor", "demo --tiny --samples 2")
+    assert "self-check" in doctor
+    (after,) = re.findall("Next: (.*)", demo)
     assert " generate --checkpoint runs/demo-tiny/checkpoint --prompt " in after
-    assert installed.run("elastic", *words[words.index("generate") :])
-    options = ("--language", "tiny", "--tasks", "single_qa", "in_context", "--per-task", "16", "--words", "160")
-    installed.run("elastic", "data_prep", "build_mixture", *options, "--out", "records")
-    options = ("--records", "records", "--backbone", "tiny", "--seq-length", "256", "--out", "data/pair")
-    assert "train/single_qa: " in installed.run("elastic", "data_prep", "tokenize_and_pack", *options)
-    limits = ("--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "2")
-    installed.run("elastic", "fit", "-c", "tiny", *limits)
+    *_, packed, _ = installed.elastic(
+        after[after.index("generate ") :],
+        "data_prep build_mixture --language tiny --tasks single_qa in_context --per-task 16 --words 160 --out records",
+        "data_prep tokenize_and_pack --records records --backbone tiny --seq-length 256 --out data/pair",
+        "fit -c tiny --trainer.max_steps 2 --trainer.val_check_interval 2 --trainer.limit_val_batches 2",
+    )
+    assert "train/single_qa: " in packed
     run = installed.work / "runs" / "tiny"
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["backbone"] == "tiny"
     assert (run / "checkpoint" / "router.safetensors").is_file()

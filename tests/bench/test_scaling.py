@@ -4,74 +4,61 @@ step is communication.
 
 import argparse
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from elastic import cli
-from elastic.bench import records, tables
+from elastic.bench import records, scaling, step, tables
 from elastic.bench.drawing import figures
 from elastic.bench.records import Measurement
 from elastic.bench.scaling import communication, run
 from elastic.bench.scaling_tables import HEADER, scaling_cells
 from elastic.bench.training import add_arguments
-from tests.helpers.training import command_environment
-
-# What `elastic bench training --devices 2` and `tests.training.several_gpus` do, on shapes that a CPU can run.
-SCRIPT = """
-import argparse
-import sys
-from pathlib import Path
-
-from elastic.bench import scaling, step, training
+from tests.helpers.forked import forked_ranks, say_to
 from tests.training import several_gpus
 
-if __name__ == "__main__":
+
+def measure(place: Path) -> None:
+    """What `elastic bench training --devices 2` and `tests.training.several_gpus` do, on shapes that a CPU can run."""
+    say_to(place / "log")
+    os.chdir(place)
     several_gpus.for_cpu()
     step.SHAPES["qwen3-4b"].update(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=99)
     scaling.WARM_UP = 1024
     parser = argparse.ArgumentParser()
-    training.add_arguments(parser)
-    words = ["--devices", "2", "--length", "2304", "--msr", "0.5", "--backbones", "qwen3-4b", "--steps", "1"]
-    scaling.run(parser.parse_args([*words, "--out", "."]), "elastic bench training --devices 2")
+    add_arguments(parser)
+    words = ["--devices", "2", "--length", "1152", "--msr", "0.5", "--backbones", "qwen3-4b", "--steps", "1"]
+    run(parser.parse_args([*words, "--out", "."]), "elastic bench training --devices 2")
     raise SystemExit(several_gpus.main(Path("gradients.json")))
-"""
 
 
-def environment() -> dict[str, str]:
-    """Of a process that starts processes: no GPU, nothing of the test runner's own."""
-    clean = command_environment(MASTER_ADDR="127.0.0.1", CUDA_VISIBLE_DEVICES="")
-    for name in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"):
-        clean.pop(name, None)
-    return clean
+def compiled_gradients(place: Path) -> None:
+    say_to(place / "log")
+    several_gpus.for_cpu()
+    raise SystemExit(several_gpus.main(place / "gradients.json", compiled=True))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes wrote what they measured."""
     place = tmp_path_factory.mktemp("scaling")
-    (place / "measure.py").write_text(SCRIPT)
-    command = [sys.executable, "measure.py"]
-    done = subprocess.run(
-        command, cwd=place, env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert forked_ranks(2, measure, place, CUDA_VISIBLE_DEVICES="") == [0, 0], (place / "log").read_text()[-3000:]
     return place
 
 
 def test_records_of_two_processes(folder: Path) -> None:
     found = records.load(folder / "training.json")
     value = {(r["who"], r["metric"]): r["value"] for r in found}
-    assert {r["case"] for r in found} == {"qwen3-4b-2k"}
+    assert {r["case"] for r in found} == {"qwen3-4b-1k"}
     assert [who for who, metric in value if metric == "step time"] == [
         "1 GPU", "2 GPUs, ddp", "2 GPUs, fsdp", "2 GPUs, context",
     ]  # fmt: skip
     for who, rows in (("1 GPU", 1), ("2 GPUs, ddp", 2), ("2 GPUs, fsdp", 2), ("2 GPUs, context", 1)):
         assert value[who, "MSR"] == 0.5
-        assert value[who, "speed"] == pytest.approx(2304 * rows / value[who, "step time"] * 1e3, rel=1e-3)
+        assert value[who, "speed"] == pytest.approx(1152 * rows / value[who, "step time"] * 1e3, rel=1e-3)
         if rows > 1 or "context" in who:
             together = 2 * value["1 GPU", "speed"]
             assert value[who, "scaling efficiency"] == pytest.approx(value[who, "speed"] / together, rel=1e-3)
@@ -89,11 +76,8 @@ def same_gradients(folder: Path) -> None:
 
 
 def test_compiled_layers_have_the_same_gradients_under_every_strategy(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.training.several_gpus", "gradients.json", "--compiled"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes = forked_ranks(2, compiled_gradients, tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert codes == [0, 0], (tmp_path / "log").read_text()[-3000:]
     same_gradients(tmp_path)
 
 

@@ -12,8 +12,9 @@ import pytest
 from elastic import cli
 from elastic.model.loading import load_backbone
 from elastic.training.launch import Processes, launch
+from tests.helpers.forked import forked_ranks, run_command
 from tests.helpers.processes import gone
-from tests.helpers.training import command_environment, elastic_command
+from tests.helpers.training import command_environment
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 pytest.importorskip("wonderwords", reason="the extra `eval` is not installed")
@@ -31,30 +32,33 @@ def backbone(tmp_path_factory) -> Path:
     return folder
 
 
-def evaluated(folder: Path, backbone: Path, *more: str) -> tuple[list, list[str], str]:
+def evaluated(folder: Path, backbone: Path, processes: int) -> tuple[list, list[str], str]:
     """Every line of the result files without the times, the files' names, and the table."""
     given = ["--backbone", str(backbone), "--tasks", "ruler_fwe", "niah_single_1", "--lengths", "1024", "--limit", "3"]
     given += ["--methods", "dense", "streaming", "--batch-size", "2", "--sink", "4", "--window", "16", "--block", "4"]
-    environment = {"ELASTIC_CACHE": str(backbone / "cache"), "MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": ""}
-    done = elastic_command("eval", *given, "--out", "out", *more, cwd=folder, **environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = {"ELASTIC_CACHE": str(backbone / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    given += ["--devices", str(processes), "--out", "out"]
+    log = folder / "log"
+    log.unlink(missing_ok=True)
+    codes = forked_ranks(processes, run_command, ["eval", *given], folder, log, **environment)
+    assert codes == [0] * processes, log.read_text()[-3000:]
     files = sorted((folder / "out" / "samples").glob("*.jsonl"))
     lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
     kept = [[{k: v for k, v in line.items() if k not in TIMES} for line in file] for file in lines]
-    return kept, [file.name for file in files], done.stdout
+    return kept, [file.name for file in files], log.read_text()
 
 
 def test_two_processes_find_what_one_finds(backbone, tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    one, names, _ = evaluated(tmp_path / "one", backbone)
-    two, same, shown = evaluated(tmp_path / "two", backbone, "--devices", "2")
+    one, names, _ = evaluated(tmp_path / "one", backbone, 1)
+    two, same, shown = evaluated(tmp_path / "two", backbone, 2)
     assert names == same and len(names) == 4 and [len(file) for file in two] == [4] * 4  # a head and three samples
     for mine, theirs in zip(one, two, strict=True):
         assert mine == theirs  # predictions, scores, routes, tokens, in the order of the data
     assert shown.count("Written:") == 1 and shown.count("mean of tasks") == 1
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "two" / "out" / "samples").iterdir()}
-    evaluated(tmp_path / "two", backbone, "--devices", "2")
+    evaluated(tmp_path / "two", backbone, 2)
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "two" / "out" / "samples").iterdir()}
 
 

@@ -1,7 +1,6 @@
 """What the tests of training share: packed data for the tiny backbone, a small module, the command as a subprocess."""
 
 import io
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from lightning import Trainer, seed_everything
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.data.datamodule import MixtureDataModule
 from elastic.training.module import ElasticModule
+from tests.helpers.forked import forked, run_command
 
 ROOT = Path(__file__).parents[2]
 SMALL = ElasticConfig(RouterConfig(pool_tokens=16), SparseConfig(sink=4, window=16, block=4))
@@ -82,28 +82,19 @@ def command_environment(**extra: str) -> dict[str, str]:
 
 
 def fit_process(arguments: list[str], cwd: Path, dies: tuple[str, int] | None = None) -> Any:
-    """`elastic fit ...` in a process of its own (start it, then join it), forked from a server that has torch loaded.
+    """`elastic fit ...` in a process of its own (start it, then join it).
 
     Args:
         dies: ("step", n) sends itself SIGKILL after step n; ("save", n) in the middle of writing its n-th resume
             checkpoint; ("export", n) where the n-th export would begin; None lives.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["elastic.commands.training", "tests.helpers.training"])
-    return context.Process(target=_fit, args=(arguments, str(cwd), dies))
+    return forked(_fit, arguments, cwd, dies)
 
 
-def _fit(arguments: list[str], cwd: str, dies: tuple[str, int] | None) -> None:
-    from elastic import cli
-
-    os.chdir(cwd)
-    torch.set_num_threads(1)
-    with open("fit.log", "a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        if dies is not None:
-            _arm(*dies)
-        raise SystemExit(cli.main(["fit", *arguments]))
+def _fit(arguments: list[str], cwd: Path, dies: tuple[str, int] | None) -> None:
+    if dies is not None:
+        _arm(*dies)
+    run_command(["fit", *arguments], cwd, cwd / "fit.log")
 
 
 def _arm(moment: str, count: int) -> None:

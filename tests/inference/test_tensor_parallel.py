@@ -3,48 +3,38 @@ process has the cache of its own, and reports are of all heads.
 """
 
 import json
-import subprocess
-import sys
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-
-from elastic.config import RouterConfig
-from elastic.model.attach import attach, handle_of, routers
-from elastic.model.checkpoint import save_elastic
-from elastic.model.loading import load_backbone
-from elastic.model.ordered_routers import begin_in_order, place_in_order
-from elastic.model.tensor_parallel import HeadShare, check_routers, head_share
-from elastic.routing.kinds import build_router
-from tests.helpers.models import small_config, tiny_model, varied_routers
-from tests.helpers.training import command_environment
-
-PROMPTS = ["the red box holds 4 keys and nothing else", "who has the blue box now?"]
-
-# What each of the two processes finds; also run by one process, on the whole model.
-SCRIPT = """
-import json
-import os
-import sys
-
-import torch
 from transformers import AutoModelForCausalLM
 
 import elastic
+from elastic.config import RouterConfig
 from elastic.inference.generate import new_cache
-from elastic.model.attach import override_routes, routers
-from elastic.model.checkpoint import load_into
-from elastic.model.loading import load_tokenizer
-from tests.inference.test_tensor_parallel import PROMPTS
+from elastic.model.attach import attach, handle_of, override_routes, routers
+from elastic.model.checkpoint import load_into, save_elastic
+from elastic.model.loading import load_backbone, load_tokenizer
+from elastic.model.ordered_routers import begin_in_order, place_in_order
+from elastic.model.tensor_parallel import HeadShare, check_routers, head_share
+from elastic.routing.kinds import build_router
+from tests.helpers.forked import forked_ranks, say_to
+from tests.helpers.models import small_config, tiny_model, varied_routers
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, checkpoint, out = sys.argv[1:]
-    plan = {"tp_plan": "auto"} if "RANK" in os.environ else {}
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32, **plan)
-    load_into(model, checkpoint).eval()
+PROMPTS = ["the red box holds 4 keys and nothing else", "who has the blue box now?"]
+
+
+def find(folder: Path) -> None:
+    """What each of the two processes finds, and one process of the whole model."""
+    say_to(folder / "log")
+    several = os.environ["WORLD_SIZE"] != "1"
+    plan = {"tp_plan": "auto"} if several else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "backbone", attn_implementation="sdpa", dtype=torch.float32, **plan
+    )
+    load_into(model, folder / "checkpoint").eval()
     tokenizer, found = load_tokenizer("tiny"), {}
     for kind in ("full", "elastic"):
         answers = elastic.generate(model, tokenizer, PROMPTS, 12, kv_cache=kind, chat_template=False)
@@ -60,9 +50,7 @@ if __name__ == "__main__":
             model(ids, past_key_values=cache)
     found["logits"], found["given"], found["bytes"] = logits.tolist(), given.tolist(), cache.sample_bytes()
     found["kv_heads"] = routers(model)[0].kv_heads
-    with open(f"{out}.{os.environ.get('RANK', 'whole')}.json", "w") as stream:
-        json.dump(found, stream)
-"""
+    (folder / f"found.{os.environ['RANK'] if several else 'whole'}.json").write_text(json.dumps(found))
 
 
 @pytest.fixture(scope="module", params=["tiny", "llama"])
@@ -79,16 +67,9 @@ def found(request, tmp_path_factory) -> dict[str, dict]:
     attach(model, small_config())
     varied_routers(model)
     save_elastic(folder / "checkpoint", model, str(folder / "backbone"))
-    (folder / "parts.py").write_text(SCRIPT)
-    clean = command_environment(MASTER_ADDR="127.0.0.1", CUDA_VISIBLE_DEVICES="")
-    for name in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST", "RANK"):
-        clean.pop(name, None)
-    given = ["parts.py", str(folder / "backbone"), str(folder / "checkpoint"), str(folder / "found")]
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for words in ([], several):
-        command = [sys.executable, *words, *given]
-        done = subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for processes in (1, 2):
+        codes = forked_ranks(processes, find, folder, CUDA_VISIBLE_DEVICES="")
+        assert codes == [0] * processes, (folder / "log").read_text()[-3000:]
     return {name: json.loads(Path(folder / f"found.{name}.json").read_text()) for name in ("whole", "0", "1")}
 
 

@@ -21,6 +21,7 @@ import torch
 
 from elastic import cli
 from elastic.commands import catalogue
+from tests.helpers.forked import forked, say_to
 from tests.helpers.processes import gone
 from tests.helpers.training import build_data
 
@@ -36,10 +37,6 @@ sources:
 context: [64, 100]
 part_tokens: 500
 """
-LOADED = [
-    *("elastic.commands.training", "tests.helpers.training", "lm_eval.tasks", "elastic.evaluation.runner"),
-    *("data_prep.pack_mixture", "data_prep.tokenize_and_pack", "transformers.models.auto.tokenization_auto"),
-]
 FIT = (
     "--trainer.max_steps=12 --trainer.val_check_interval=5 --trainer.limit_val_batches=2 --model.optimiser.lr=0.01 "
     "--trainer.default_root_dir=out --resume_checkpoint.every_n_steps=3 --elastic_checkpoint.every_n_steps=4"
@@ -100,12 +97,10 @@ def fresh(given, folder):
 
 
 def begin(command, folder):
-    """The command in a session of its own, as of a terminal, just begun; forked from a server that has torch loaded."""
+    """The command in a session of its own, as of a terminal, just begun."""
     log = folder / "log"
     log.unlink(missing_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LOADED)
-    process = context.Process(target=work, args=(command.words, str(folder)))
+    process = forked(work, command.words, folder)
     process.start()
     while not log.exists() and process.is_alive():
         time.sleep(0.01)
@@ -116,12 +111,10 @@ def work(words, folder):
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # as without this server
     os.chdir(folder)
-    with open("log", "w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        code = cli.main(words)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what follows is multiprocessing's
-        raise SystemExit(code)
+    say_to(folder / "log")
+    code = cli.main(words)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what follows is multiprocessing's
+    raise SystemExit(code)
 
 
 def ended(process, folder):

@@ -1,7 +1,7 @@
 """Measuring heads on the tiny backbone: what matters comes last in the order, runs repeat, resume and share work."""
 
-import subprocess
-import sys
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from elastic.training.calibration import HeadNeed
 from elastic.training.calibration_run import measure
 from elastic.training.head_need import Recipe
 from elastic.training.partial_results import partial_file, read_partial, write_partial
+from tests.helpers.forked import forked_ranks, run_command, say_to
 from tests.helpers.models import tiny_model
-from tests.helpers.training import ROOT, command_environment
 
 SPARSE = SparseConfig(sink=4, window=16, block=4)
 GRADIENT, ABLATION = Recipe(rates=(0.1, 0.3), draws=1), Recipe("ablation", levels=(0.0, 0.5))
@@ -114,23 +114,23 @@ def test_gradients_are_those_of_each_sample_alone(rows, tmp_path):
     torch.testing.assert_close(plain.judged(batch).gradients(changed)[0], found[0])
 
 
+def die_in_the_second_round(folder):
+    say_to(folder / "log")
+    rows, _ = build(wanted())
+    step = HeadNeed.test_step
+
+    def dying(self, work, batch_idx):
+        step(self, work, batch_idx)
+        if batch_idx == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    HeadNeed.test_step = dying
+    calibrate(rows, folder / "killed.json")
+
+
 def test_a_run_that_is_killed_ends_with_the_same_bytes(tmp_path):
     """It kills itself in the second round, of which three batches are kept by then."""
-    script = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path
-from tests.training.test_calibration import *
-rows, _ = build(wanted())
-step = HeadNeed.test_step
-def dying(self, work, batch_idx):
-    step(self, work, batch_idx)
-    if batch_idx == 8: os.kill(os.getpid(), signal.SIGKILL)
-HeadNeed.test_step = dying
-calibrate(rows, Path({str(tmp_path / "killed.json")!r}))
-"""
-    done = subprocess.run([sys.executable, "-c", script], env=command_environment(), capture_output=True, text=True)
-    assert done.returncode == -9, done.stderr
+    assert forked_ranks(1, die_in_the_second_round, tmp_path) == [-signal.SIGKILL], (tmp_path / "log").read_text()
     partial = partial_file(tmp_path / "killed.json")
     kept = partial.read_bytes()
     rows, _ = build(wanted())
@@ -154,13 +154,11 @@ calibrate(rows, Path({str(tmp_path / "killed.json")!r}))
 def test_two_processes_share_the_rows_and_write_the_same_bytes(rows, tmp_path):
     arguments = ["--sink", "4", "--window", "16", "--block", "4", "--samples", "12", "--lengths", "100"]
     arguments += ["--backbone", "tiny", "--batch-tokens", "256", "--rates", "0.1,0.3", "--draws", "1", "--devices", "2"]
-    command = [sys.executable, "-m", "elastic.cli", "calibrate", *arguments, "--out", "two.json"]
-    clean = command_environment(MASTER_ADDR="127.0.0.1")
-    for name in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"):
-        clean.pop(name, None)
-    done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Rows for the order") == done.stdout.count("Written:") == 1
+    log = tmp_path / "log"
+    codes = forked_ranks(2, run_command, ["calibrate", *arguments, "--out", "two.json"], tmp_path, log)
+    said = log.read_text()
+    assert codes == [0, 0], said[-3000:]
+    assert said.count("Rows for the order") == said.count("Written:") == 1
     _, origin = build(wanted())
     calibrate(rows, tmp_path / "one.json", data=origin).write(tmp_path / "one.json")
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()

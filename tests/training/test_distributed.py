@@ -10,40 +10,39 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.tensor import DTensor
 
 import elastic
+from elastic.data.datamodule import MixtureDataModule
 from elastic.model.checkpoint import is_trainable
 from elastic.training.config import ObjectiveConfig, OptimiserConfig
-from elastic.training.sharding import average_gradients
-from tests.helpers.training import ROOT, build_data, command_environment, router_tensors, small_run
-
-# Four rows a step over all processes; the test compares with one process on four.
-SCRIPT = """
-import sys
-import torch
-from lightning import Trainer, seed_everything
-from torch.distributed.tensor import DTensor
-from elastic.data.datamodule import MixtureDataModule
-from elastic.training.sharding import ContextParallel, ShardedBackbone
 from elastic.training.module import ElasticModule
-from elastic.training.config import ObjectiveConfig, OptimiserConfig
-from tests.helpers.training import SMALL, router_tensors
+from elastic.training.sharding import ContextParallel, ShardedBackbone, average_gradients
+from tests.helpers.forked import forked_ranks, run_command, say_to
+from tests.helpers.training import ROOT, SMALL, build_data, command_environment, router_tensors, small_run
 
 
 class Watched(ElasticModule):
+    """Remembers which rows it has read."""
+
     def training_step(self, batch, batch_idx):
         self.rows = [*getattr(self, "rows", []), *(int(m["input_ids"].sum()) for m in batch)]
         super().training_step(batch, batch_idx)
 
 
-def run(data, processes, strategy, sliced, kind):
+def objective_of(kind: str) -> ObjectiveConfig:
+    return ObjectiveConfig(kind.split("-")[0], budget=1e-4, average="tasks" if "-" in kind else "tokens")
+
+
+def train(folder: Path, data: Path, processes: int, strategy: str, sliced: int, kind: str) -> None:
+    """One of the processes of a case. Four rows a step over all of them; the test compares with one process on four."""
     seed_everything(0, verbose=False)
     module = Watched(
         elastic=SMALL,
         optimiser=OptimiserConfig(lr=1e-3, multiplier_lr=0.5),
-        objective=ObjectiveConfig(kind.split("-")[0], budget=1e-4, average="tasks" if "-" in kind else "tokens"),
+        objective=objective_of(kind),
         gradient_checkpointing=kind == "quality",
     )
     strategies = {"ddp": ContextParallel, "fsdp": ShardedBackbone}
@@ -52,8 +51,8 @@ def run(data, processes, strategy, sliced, kind):
         strategy=strategies[strategy](context_parallel=sliced) if strategy == "fsdp" or sliced > 1 else "ddp",
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         limit_val_batches=1.0, num_sanity_val_steps=0, use_distributed_sampler=False,
-    )
-    loader = MixtureDataModule(data, rows_per_step=4 * sliced // processes)
+    )  # fmt: skip
+    loader = MixtureDataModule(str(data), rows_per_step=4 * sliced // processes)
     trainer.fit(module, loader)
     scalars = dict(trainer.callback_metrics)
     trainer.validate(module, loader, verbose=False)
@@ -63,17 +62,15 @@ def run(data, processes, strategy, sliced, kind):
             "results": module.results, "samples": module.sample_results,
             "sharded": sum(isinstance(p, DTensor) for p in module.parameters()),
         },
-        f"{processes}-{strategy}-{sliced}-{kind}.rank{trainer.global_rank}.pt",
-    )
+        folder / f"{processes}-{strategy}-{sliced}-{kind}.rank{trainer.global_rank}.pt",
+    )  # fmt: skip
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    data, processes, *cases = sys.argv[1:]
+def train_all(folder: Path, data: Path, cases: list[tuple[int, str, int, str]]) -> None:
+    """What a process does; its words are in a file."""
+    say_to(folder / "log")
     for case in cases:
-        strategy, sliced, kind = case.split(",")
-        run(data, int(processes), strategy, int(sliced), kind)
-"""
+        train(folder, data, *case)
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +103,10 @@ CASES = [
 def trained(data, tmp_path_factory) -> Path:
     """What every process of every case ended with, in files."""
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "train.py").write_text(SCRIPT)
     for processes in (2, 4):
-        cases = [f"{strategy},{sliced},{kind}" for of, strategy, sliced, kind in CASES if of == processes]
-        command = [sys.executable, "train.py", str(data), str(processes), *cases]
-        done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
+        cases = [case for case in CASES if case[0] == processes]
+        codes = forked_ranks(processes, train_all, folder, data, cases)
+        assert codes == [0] * processes, (folder / "log").read_text()[-3000:]
     return folder
 
 
@@ -122,9 +117,7 @@ def test_several_processes_train_the_routers_of_one(data, trained, tmp_path, pro
     one, two = ends[0], ends[-1]
     settings = {
         "optimiser": OptimiserConfig(lr=1e-3, multiplier_lr=0.5),
-        "objective": ObjectiveConfig(
-            kind.split("-")[0], budget=1e-4, average="tasks" if kind.endswith("tasks") else "tokens"
-        ),
+        "objective": objective_of(kind),
     }
     single, _, trainer = small_run(data, tmp_path, 3, rows_per_step=4, **settings)
     assert {end["step"] for end in ends} == {trainer.global_step} == {3}
@@ -162,26 +155,18 @@ def same_scalars(one, two, alone):
 
 
 def test_the_command_trains_on_two_processes_and_strategies_share_checkpoints(data, tmp_path):
-    """A DDP run of two steps resumes under FSDP2 from the same files."""
-    configs, ends = ROOT / "configs", []
+    """A DDP run of two steps, begun as users do, resumes under FSDP2 from the same files."""
+    configs, log = ROOT / "configs", tmp_path / "log"
     fixed = [f"--data.data_dir={data}", "--trainer.devices=2", "--trainer.limit_val_batches=1", "--ckpt_path=last"]
-    for steps, strategy in (
-        (2, ["--trainer.strategy=ddp"]),
-        (4, ["-c", str(configs / "strategy" / "fsdp.yaml")]),
-    ):
-        arguments = ["fit", "-c", str(configs / "debug.yaml"), *strategy, *fixed]
-        arguments += [f"--trainer.max_steps={steps}", "--trainer.default_root_dir=run"]
-        done = subprocess.run(
-            [sys.executable, "-m", "elastic.cli", *arguments],
-            cwd=tmp_path,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        ends.append(torch.load(tmp_path / "run" / "last.ckpt", weights_only=True))
-    ddp, fsdp = ends
+    fixed = ["fit", "-c", str(configs / "debug.yaml"), *fixed, "--trainer.default_root_dir=run"]
+    begun = [*fixed, "--trainer.strategy=ddp", "--trainer.max_steps=2"]
+    command = [sys.executable, "-m", "elastic.cli", *begun]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ddp = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    resumed = [*fixed, "-c", str(configs / "strategy" / "fsdp.yaml"), "--trainer.max_steps=4"]
+    assert forked_ranks(2, run_command, resumed, tmp_path, log) == [0, 0], log.read_text()[-3000:]
+    fsdp = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
     assert (ddp["global_step"], fsdp["global_step"]) == (2, 4)
     assert ddp["state_dict"].keys() == fsdp["state_dict"].keys() and all(is_trainable(n) for n in ddp["state_dict"])
     for end, steps in ((ddp, 2), (fsdp, 4)):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.forked import forked_ranks, run_command
 from tests.helpers.training import ROOT, build_data, command_environment
 
 # `elastic`, in which the process of rank $DIES sends itself SIGKILL after its third step.
@@ -37,15 +38,25 @@ def data(tmp_path_factory):
     return build_data(tmp_path_factory.mktemp("data"))
 
 
-def fit(folder: Path, data: Path, strategy: str, **environment: str) -> int:
-    """Run four steps in `folder`, saved after every second one; the exit code."""
-    (folder / "run.py").write_text(SCRIPT)
+def words_of(data: Path, strategy: str) -> list[str]:
+    """Four steps, saved after every second one."""
     arguments = ["fit", "-c", str(ROOT / "configs/debug.yaml"), *STRATEGIES[strategy], f"--data.data_dir={data}"]
     arguments += ["--trainer.devices=2", "--trainer.limit_val_batches=0", "--trainer.default_root_dir=run"]
-    clean = command_environment(MASTER_ADDR="127.0.0.1", **environment)
+    return [*arguments, "--ckpt_path=last"]
+
+
+def fit(folder: Path, data: Path, strategy: str) -> None:
+    """Run them in `folder`."""
+    assert forked_ranks(2, run_command, words_of(data, strategy), folder, folder / "log") == [0, 0]
+
+
+def fit_and_die(folder: Path, data: Path, strategy: str, rank: int) -> int:
+    """Run them as a user would, until one process kills itself; the exit code."""
+    (folder / "run.py").write_text(SCRIPT)
+    clean = command_environment(MASTER_ADDR="127.0.0.1", DIES=str(rank))
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"):
         clean.pop(name, None)
-    command = [sys.executable, "run.py", *arguments, "--ckpt_path=last"]
+    command = [sys.executable, "run.py", *words_of(data, strategy)]
     return subprocess.run(command, cwd=folder, env=clean, capture_output=True, timeout=240).returncode
 
 
@@ -54,12 +65,12 @@ def test_killed_on_one_rank_and_resumed(data, tmp_path, strategy):
     folders = [tmp_path / name for name in ("unbroken", "killed")]
     for folder in folders:
         folder.mkdir()
-    assert fit(folders[0], data, strategy) == 0
+    fit(folders[0], data, strategy)
     began = time.monotonic()
-    assert fit(folders[1], data, strategy, DIES="1") != 0
+    assert fit_and_die(folders[1], data, strategy, 1) != 0
     assert time.monotonic() - began < 200  # the process that lives does not wait for ever
     assert torch.load(folders[1] / "run/last.ckpt", weights_only=True)["global_step"] == 2
-    assert fit(folders[1], data, strategy) == 0
+    fit(folders[1], data, strategy)
     one, two = (torch.load(folder / "run/last.ckpt", weights_only=True) for folder in folders)
     assert one["global_step"] == two["global_step"] == 4
     for name, value in one["state_dict"].items():
