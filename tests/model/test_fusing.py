@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.modules.module import register_module_forward_hook
 
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.model import fused_parts, fusing
@@ -179,6 +180,83 @@ def test_hooks_and_changed_modules_run() -> None:
     torch.testing.assert_close(*(model(ids).logits for model in models), rtol=1e-5, atol=2e-5)
 
 
+def heard(fused: bool, name: str) -> list[str]:
+    """Hooks that passes of a model call: those of all modules, and all kinds of one module."""
+    model, found = prepared("qwen3", fused), list[str]()
+    module = model.model.layers[1].get_submodule(name)
+    handle = register_module_forward_hook(lambda one, *_: found.append(type(one).__name__))
+    with torch.no_grad():
+        model(random_ids(1, 45))
+    handle.remove()
+    module.register_forward_pre_hook(lambda *_: found.append("before"))
+    with torch.no_grad():
+        model(random_ids(1, 45))
+    module.register_full_backward_hook(lambda *_: found.append("backward"))
+    embeddings = torch.randn(1, 45, 64, requires_grad=True)
+    model(inputs_embeds=embeddings, use_cache=False).logits.square().mean().backward()
+    return sorted(found)
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_norm", "mlp.act_fn", "mlp", "post_attention_layernorm"])
+def test_every_kind_of_hook_is_called_once(name: str) -> None:
+    plain, fused = heard(False, name), heard(True, name)
+    assert fused == plain and fused.count("before") == 2 and fused.count("backward") == 1
+
+
+@torch.no_grad()
+def test_embeddings_in_another_order_in_memory() -> None:
+    """Those that are [S, B, E] in memory, read in chunks."""
+    for family in ("qwen3", "gemma3_text"):
+        given = torch.randn(45, 2, 64).transpose(0, 1)
+        models = [prepared(family, fused, chunk_tokens=7) for fused in (False, True)]
+        logits = [model(inputs_embeds=given, use_cache=False).logits for model in models]
+        torch.testing.assert_close(*logits, rtol=1e-5, atol=2e-5)
+
+
+class Packed(Tensor):
+    """A weight in the place of that of an `nn.Linear`, as quantisation libraries make them: without storage."""
+
+    @staticmethod
+    def __new__(cls, plain: Tensor) -> "Packed":
+        made: Any = Tensor
+        packed: Packed = made._make_wrapper_subclass(cls, plain.shape, dtype=plain.dtype)
+        return packed
+
+    def __init__(self, plain: Tensor) -> None:
+        self.plain = plain
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.linear:
+            hidden, weight, *bias = args
+            return nn.functional.linear(hidden, weight.plain, *bias)
+        return super().__torch_function__(function, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].plain)
+        raise NotImplementedError(f"{function} of a packed weight")
+
+
+@torch.no_grad()
+def test_weights_of_other_classes_are_left_to_their_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusing, "unsupported_tokens", lambda x, *_: None if x.shape[:-1].numel() == 1 else "many")
+    for name in ("token_products", "token_gated"):
+        monkeypatch.setattr(fusing, name, None)
+    ids, logits = random_ids(1, 45), []
+    for fused in (False, True):
+        model = prepared("qwen3", fused, chunk_tokens=7)
+        for layer in model.model.layers:
+            for module in layer.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight = nn.Parameter(Packed(module.weight.data), requires_grad=False)
+                    assert type(module) is nn.Linear and isinstance(module.weight, nn.Parameter)
+        found = model(ids[:, :-1], use_cache=True)
+        logits.append(model(ids[:, -1:], past_key_values=found.past_key_values).logits)
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=2e-5)
+
+
 @torch.no_grad()
 def test_norms_of_heads_copy_nothing_and_keep_the_order_in_memory() -> None:
     model = prepared("gemma3_text", True)
@@ -213,7 +291,7 @@ def test_copies_run_their_own_modules() -> None:
         parameter.zero_()
     assert torch.equal(twin(ids).logits, want)
     parts = Parts()
-    parts._compiled[fused_parts.rotate] = lambda: None
+    parts._compiled[fused_parts.rotate,] = lambda: None
     assert pickle.loads(pickle.dumps(parts))._compiled == {}
 
 
@@ -264,6 +342,22 @@ def test_compiled_functions_and_their_gradients() -> None:
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
         frames.append(backend.frame_count)
     assert frames[1:] == frames[1:2] * 4, "lengths share their graphs"
+
+
+def test_no_use_of_a_model_is_one_too_many_for_the_compiler() -> None:
+    """It compiles a code object 8 times, then leaves it to Python; widths, dtypes and uses of one model are more."""
+    torch.compiler.reset()
+    backend = CompileCounterWithBackend("eager")
+    parts, count = Parts(("cpu",), backend=backend), 0
+    for width in (64, 32, 16):
+        for dtype in (torch.float32, torch.bfloat16):
+            for use in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+                for grad in (False, True):
+                    hidden = torch.randn(7, width, dtype=dtype, requires_grad=grad)
+                    with use():
+                        parts.run(fused_parts.rms_norm, hidden, weight(width).to(dtype), 1e-6)
+                    count += 1
+    assert backend.frame_count == count
 
 
 @pytest.mark.gpu
