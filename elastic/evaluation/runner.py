@@ -208,8 +208,8 @@ def _evaluate(
     chat = plan.chat and first.benchmark.takes_chat(first.task)
     requests = [Request(cell.task, cell.length, plan.samples, tokenizer, plan.seed, chat) for cell in cells]
     shape = architecture(model)
-    route = method.routes(shape["num_layers"], shape["num_kv_heads"], shape)
     sparse = method.sparse(plan.sparse if method.checkpoint is None else elastic_config(model).sparse)
+    route = method.routes(shape["num_layers"], shape["num_kv_heads"], shape, sparse)
     routed = Routed(plan.backbone, model, tokenizer, route, sparse, plan.batch_size)
 
     def mine() -> list[tuple[int, int, dict[str, Any]]]:

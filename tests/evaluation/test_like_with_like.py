@@ -15,6 +15,7 @@ from elastic.model.attach import attach, elastic_config
 from elastic.model.checkpoint import save_elastic
 from elastic.model.loading import ASSETS, architecture, load_backbone
 from tests.helpers.models import tiny_model
+from tests.routing.test_calibration import made
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 pytest.importorskip("wonderwords", reason="the extra `eval` is not installed")
@@ -165,6 +166,16 @@ def test_sizes_are_those_asked_for_then_of_the_checkpoints_then_the_usual(folder
         found("streaming", sink=3)
     assert common_sizes(methods(wide), NOT_ASKED).granule == "block"
     assert common_sizes(methods(small, wide), NOT_ASKED).granule == "token"
+
+
+def test_calibrations_of_other_modes_are_refused_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "load_model", None)
+    file, out = tmp_path / "cal.json", tmp_path / "out"
+    made(sparse=vars(SparseConfig(route1="xattention"))).write(file)
+    command = ["eval", "--backbone", "tiny", "--lengths", "64", "--methods", "dense", f"static:{file}@0.5"]
+    assert cli.main([*command, "--out", str(out)]) == 2
+    assert "of heads that choose between full and xattention, but here they choose betw" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_differences_are_told(folder):
