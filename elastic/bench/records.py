@@ -37,6 +37,8 @@ REQUIRED: dict[str, tuple[type, ...]] = {
     "command": (str,),
 }
 STAMPED = ("gpu", "kernel", "versions", "commit", "command", "config", "flags", "routers", "sparse")
+UNNAMED = ("shape", "timed_length")  # what tells figures apart beside case, contestant and metric
+ALIKE = ("gpu", "heads", "kv_heads", "head_dim", "dtype", "hidden", "batch")  # and what does not, but could
 FORMAT, DIGITS = 2, 5
 PACKAGES = ("elastic-attention", "cupy-cuda12x", "cupy-cuda13x", "triton", "flash-attn-4")
 
@@ -121,13 +123,37 @@ def rounded(value: Any) -> Any:
 def merge(runs: Sequence[Sequence[Measurement]]) -> tuple[list[Measurement], int]:
     """Records of several runs as those of one, and how many were left out because an earlier run has that figure. Cases
     are sorted by shape and length where they have them, else kept in the order of the runs.
+
+    Raises:
+        ValueError: a case of the same name that was another one, or on another GPU (`ALIKE`).
     """
     found: dict[tuple[Any, ...], Measurement] = {}
     for record in (record for run in runs for record in run):
-        found.setdefault((record["case"], record["who"], record["metric"]), record)
+        figure = (*(record[name] for name in ("case", "who", "metric")), *map(record.get, UNNAMED))
+        there = found.setdefault(figure, record)
+        for name in ALIKE:
+            if there.get(name) != record.get(name):
+                raise ValueError(
+                    f"{record['metric']} of {record['who']} in {record['case']} was measured with {name} "
+                    f"{there.get(name)} and {record.get(name)}, which one table cannot tell apart; merge runs of one"
+                )
     shapes = list(dict.fromkeys(record.get("shape") for record in found.values()))
     merged = sorted(found.values(), key=lambda r: (shapes.index(r.get("shape")), r.get("length") or 0))
     return merged, sum(map(len, runs)) - len(merged)
+
+
+def check_replaced(path: Path, command: str) -> None:
+    """Refuse to write over what another command made, and may have taken hours to.
+
+    Raises:
+        ValueError: naming both; also a file that holds no records.
+    """
+    others = [record["command"] for record in (load(path) if path.exists() else []) if record["command"] != command]
+    if others:
+        raise ValueError(
+            f"{path} holds records of `{others[0]}`, which those of `{command}` would replace; give them another --tag "
+            "or --out, or delete the file"
+        )
 
 
 def load(path: Path) -> list[Measurement]:

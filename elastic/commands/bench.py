@@ -38,9 +38,12 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.benchmark in OTHERS:
         return OTHERS[args.benchmark](args)
-    from elastic.bench.records import command_line
+    from elastic.bench.records import check_replaced, command_line
 
-    code: int = _benchmark(args.benchmark).run(args, command_line(argv))
+    command = command_line(argv)
+    if getattr(args, "tag", None) is not None:
+        check_replaced(args.out / f"{args.tag}.json", command)
+    code: int = _benchmark(args.benchmark).run(args, command)
     return code
 
 
