@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import BloomConfig, GPT2Config
 
 from elastic.commands import calibrate, calibration_data
 from elastic.commands import training_sizes as of_run
@@ -119,6 +120,8 @@ def test_the_gpus_of_a_run(monkeypatch):
     assert of_run.gpus_of(trainer(devices=[3])) == [3]
     assert of_run.gpus_of(trainer(accelerator="cpu")) == []
     assert (Room.of([3]).free, Room.of([0, 1]).free) == (100 * GIB, 140 * GIB), "several must agree"
+    for devices in ([4], [-1], "0,7", [0, 4]):
+        assert of_run.gpus_of(trainer(devices=devices)) == [], "the trainer says that there is none"
     gpus(monkeypatch, 0)
     assert of_run.gpus_of(trainer()) == []
 
@@ -167,6 +170,12 @@ def test_a_cpu_keeps_the_defaults(data, tmp_path, monkeypatch):
     assert (cli.datamodule.micro_batch_rows, cli.model.gradient_checkpointing, cli.model.loss_chunk) == (1, False, 1024)
 
 
+def test_families_that_are_not_supported_are_refused_by_name():
+    for config in (GPT2Config(), BloomConfig()):
+        with pytest.raises(ValueError, match=f"family '{config.model_type}' is not supported; tested families are co"):
+            Shape.of(config)
+
+
 def arguments(*more):
     args = calibrate.build_parser().parse_args(["tiny", "--sink", "4", "--window", "16", "--block", "4", *more])
     return args, calibrate.read_target(args)
@@ -184,6 +193,8 @@ def test_the_sizes_of_a_calibration(data, monkeypatch):
     args, target = arguments("--device", "cuda", "--batch-tokens", "99", "--data", str(data), "--dtype", "float32")
     assert "up to 128 tokens: batch_tokens 99 (given)" in calibration_data.choose_sizes(args, target)
     assert target.dtype == "float32"
+    with pytest.raises(ValueError, match="--devices 2 is more than the 1 CUDA GPUs that torch sees"):
+        calibration_data.choose_sizes(*arguments("--device", "cuda", "--devices", "2"))
     args, target = arguments("--device", "cuda", "--batch-tokens", "99", "--no-checkpointing", "--devices", "2")
     assert calibration_data.choose_sizes(args, target) is None
 
