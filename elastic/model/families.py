@@ -106,8 +106,7 @@ def attention_layers(model: CausalLM) -> list[AttentionModule]:
     for number, window in stock_layers(config).items():
         if window is None and not hasattr(layers[number], "linear_attn"):
             raise ValueError(
-                f"layer {number} is of type {LINEAR!r}, but has no linear_attn; expected a model without such "
-                "layers"
+                f"layer {number} is of type {LINEAR!r}, but has no linear_attn; expected a model without such layers"
             )
     for number in routed_layers(config):
         found.append(layers[number].self_attn)
