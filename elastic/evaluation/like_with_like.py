@@ -31,12 +31,15 @@ VOCABULARY = "vocab_size"  # which a backbone may extend without becoming anothe
 
 @dataclass(frozen=True)
 class Trained:
-    """What a checkpoint says about the model that it is of."""
+    """What a checkpoint says about the model that it is of, and how its routers run (all of its settings but those of
+    the sparse pattern).
+    """
 
     path: str
     backbone: str
     architecture: Mapping[str, Any]
     sparse: SparseConfig
+    routers: Mapping[str, Any]
     template: Mapping[str, Any]
 
 
@@ -47,8 +50,10 @@ def trained(path: str) -> Trained:
         FileNotFoundError, ValueError: as `read_elastic`.
     """
     found = read_elastic(path)
-    sparse = ElasticConfig.from_dict(found["config"]).sparse
-    return Trained(path, found["backbone"], found["architecture"], sparse, {**TEMPLATE_KWARGS, **found[TEMPLATE]})
+    config = ElasticConfig.from_dict(found["config"])
+    routers = {name: value for name, value in config.to_dict().items() if name != "sparse"}
+    template = {**TEMPLATE_KWARGS, **found[TEMPLATE]}
+    return Trained(path, found["backbone"], found["architecture"], config.sparse, routers, template)
 
 
 def common_template(methods: Sequence[Method]) -> dict[str, Any]:
