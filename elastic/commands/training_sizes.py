@@ -39,12 +39,19 @@ def gpus_of(trainer: Any) -> list[int]:
     """The GPUs of this machine that a trainer's settings name; none where it runs on the CPU, or where one that is not
     there is named, which the trainer says.
     """
-    found, there = _named_gpus(trainer)
+    try:
+        found, there = _named_gpus(trainer)
+    except ValueError:  # no numbers
+        return []
     return found if set(found) <= set(there) else []
 
 
 def _named_gpus(trainer: Any) -> tuple[list[int], list[int]]:
-    """Those that the settings name, and all of this machine."""
+    """Those that the settings name, and all of this machine.
+
+    Raises:
+        ValueError: something else than numbers.
+    """
     import torch
 
     if trainer["accelerator"] not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import BloomConfig, GPT2Config
 
+from elastic import cli
 from elastic.commands import calibrate, calibration_data
 from elastic.commands import training_sizes as of_run
 from elastic.data.shards import row_tokens
@@ -120,7 +121,7 @@ def test_the_gpus_of_a_run(monkeypatch):
     assert of_run.gpus_of(trainer(devices=[3])) == [3]
     assert of_run.gpus_of(trainer(accelerator="cpu")) == []
     assert (Room.of([3]).free, Room.of([0, 1]).free) == (100 * GIB, 140 * GIB), "several must agree"
-    for devices in ([4], [-1], "0,7", [0, 4]):
+    for devices in ([4], [-1], "0,7", [0, 4], "two", "1,x", ","):
         assert of_run.gpus_of(trainer(devices=devices)) == [], "the trainer says that there is none"
     gpus(monkeypatch, 0)
     assert of_run.gpus_of(trainer()) == []
@@ -203,3 +204,11 @@ def test_two_names_are_one_too_many():
     with pytest.raises(ValueError, match="two backbones are named, tiny and --backbone smollm2-135m; name one"):
         arguments("--backbone", "smollm2-135m")
     assert isinstance(arguments("--backbone", "tiny")[0], Namespace)
+
+
+@pytest.mark.parametrize(("name", "value"), [("devices", "two"), ("accelerator", "tpu")])
+def test_what_no_trainer_can_be_made_with_is_told_in_one_line(name, value, data, tmp_path, capsys):
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    assert cli.main(["fit", "-c", "tiny", f"--data.data_dir={data}", folder, f"--trainer.{name}={value}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no trainer can be made with {'accelerator': " in line and f"'{name}': '{value}'" in line
