@@ -52,9 +52,10 @@ LAYERS = {f"{name}DecoderLayer" for name in _LAYERS.split()}
 
 
 def is_known(module: nn.Module, names: Any) -> bool:
-    """Whether a module is of one of these classes of transformers, not of a subclass."""
+    """Whether a module is of one of these classes of transformers, not of a subclass, and the class as it was."""
     kind = type(module)
-    return kind.__module__.startswith("transformers.models.") and kind.__name__ in names
+    ours = kind.__module__.startswith("transformers.models.") and kind.__name__ in names
+    return ours and kind.forward.__module__ == kind.__module__  # else somebody put another forward into the class
 
 
 class FusedNorm:
@@ -102,7 +103,9 @@ class FusedMLP:
     def takes(self, hidden: Tensor) -> bool:
         """Whether this call runs fused; the activation may have been changed since."""
         act: Any = self.module.act_fn
-        return type(act).__name__ in ACTIVATIONS and is_bare(act) and self.parts.take(hidden)
+        kind = type(act)
+        known = kind.__name__ in ACTIVATIONS and kind.__module__.startswith(("torch.nn.", "transformers."))
+        return known and is_bare(act) and self.parts.take(hidden)
 
     def product(self, hidden: Tensor) -> Tensor:
         """What `down_proj` reads."""
