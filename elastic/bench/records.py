@@ -183,9 +183,14 @@ def _stamped(content: dict[str, Any], path: Path) -> list[Measurement]:
     given = content.get("format")
     if given != FORMAT:
         raise ValueError(f"{path} has format {given!r}, expected {FORMAT}; a later version of elastic reads it")
-    stamps, found = content.get("stamps", []), []
-    for number, record in enumerate(content.get("records", [])):
-        place = record.pop("stamp", None) if isinstance(record, dict) else None
+    stamps, listed, found = content.get("stamps", []), content.get("records", []), []
+    for name, of in (("stamps", stamps), ("records", listed)):
+        if not isinstance(of, list) or not all(isinstance(one, dict) for one in of):
+            raise ValueError(
+                f"{path} holds no list of objects under {name!r}; expected it as `elastic bench` writes it"
+            )
+    for number, record in enumerate(listed):
+        place = record.pop("stamp", None)
         if not isinstance(place, int) or not 0 <= place < len(stamps):
             raise ValueError(f"record {number} of {path}: 'stamp' is {place!r}, expected one of 0 to {len(stamps) - 1}")
         found.append({**record, **stamps[place]})

@@ -211,7 +211,8 @@ def _checked(values: dict[str, Any]) -> Calibration:
         raise ValueError("the curve's levels are not ascending, or not as many as its values")
     if not all(0 <= msr <= 1 for msr in curve.msr):
         raise ValueError("a level of the curve is outside [0, 1]")
-    member(values, "backbone", str)
+    for name in ("backbone", "by"):
+        member(values, name, str)
     ElasticConfig.from_dict({"sparse": member(values, "sparse", dict)})
     provenance = {key: value for key, value in values.items() if key not in ("format", "need", "order", "curve")}
     return Calibration(need, order, curve, provenance)

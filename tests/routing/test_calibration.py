@@ -112,6 +112,7 @@ def test_another_architecture_is_refused_by_both_names(file):
         ({"sparse": {"window": 5}}, "is not a multiple of sparse.block"),
         ({"architecture": None}, "damaged"),
         ({"backbone": None}, "backbone' is missing"),
+        ({"by": 3}, "damaged"),
     ],
 )
 def test_broken_files_are_refused(file, change, message):
