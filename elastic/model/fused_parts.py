@@ -9,14 +9,14 @@ Legend: T tokens of all rows, E hidden size, F width of an MLP, H query heads, K
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from types import FunctionType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._triton import has_triton
+
+from elastic.kernels.triton_host import triton_reason
 
 Function = Callable[..., Any]
 
@@ -102,12 +102,9 @@ def captured_step() -> Iterator[None]:
         _CAPTURED.reset(before)
 
 
-@cache
 def unfused_reason(device: str) -> str | None:
     """Why parts are not compiled on devices of this type; None where they are."""
-    if device != "cuda":
-        return f"devices of type {device} run transformers' own code"
-    return None if has_triton() else "torch.compile has no Triton for this GPU"
+    return triton_reason() if device == "cuda" else f"devices of type {device} run transformers' own code"
 
 
 class Parts:
