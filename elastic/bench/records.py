@@ -71,12 +71,17 @@ def git_commit(folder: Path | None = None) -> str:
 
 def command_line(argv: Sequence[str]) -> str:
     """How to repeat a run, without the folder that its records went to."""
-    words, skip = ["elastic", "bench"], False
-    for word in argv:
-        if not skip and word != "--out" and not word.startswith("--out="):
-            words.append(word)
-        skip = word == "--out"
-    return shlex.join(words)
+    return shlex.join(["elastic", "bench", *_without("--out", argv)])
+
+
+def _without(option: str, words: Iterable[str]) -> list[str]:
+    """The words of a command but for an option and its value."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and word != option and not word.startswith(f"{option}="):
+            kept.append(word)
+        skip = word == option
+    return kept
 
 
 def stamp(command: str, commit: str | None, device: torch.device) -> Measurement:
@@ -143,12 +148,14 @@ def merge(runs: Sequence[Sequence[Measurement]]) -> tuple[list[Measurement], int
 
 
 def check_replaced(path: Path, command: str) -> None:
-    """Refuse to write over what another command made, and may have taken hours to.
+    """Refuse to write over what another command made, and may have taken hours to; the same one may be of a new commit.
 
     Raises:
         ValueError: naming both; also a file that holds no records.
     """
-    others = [record["command"] for record in (load(path) if path.exists() else []) if record["command"] != command]
+    own = _without("--commit", shlex.split(command))
+    made = dict.fromkeys(record["command"] for record in (load(path) if path.exists() else []))
+    others = [other for other in made if _without("--commit", shlex.split(other)) != own]
     if others:
         raise ValueError(
             f"{path} holds records of `{others[0]}`, which those of `{command}` would replace; give them another --tag "

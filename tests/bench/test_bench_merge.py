@@ -36,7 +36,7 @@ def test_lengths_and_ratios_of_several_runs_stand_in_one_table(tmp_path, capsys)
 
 def test_records_of_another_command_are_not_replaced(tmp_path, capsys):
     first = bench(tmp_path, "e2e", "--lengths", "64", "--msr", "0")
-    again = bench(tmp_path, "e2e", "--lengths", "64", "--msr", "0")
+    again = bench(tmp_path, "e2e", "--lengths", "64", "--msr", "0", "--commit", "new")
     before = again.read_bytes()
     capsys.readouterr()
     words = ["--device", "cpu", "--shapes", "tiny", "--lengths", "128", "--out", str(tmp_path)]
