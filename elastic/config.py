@@ -26,6 +26,12 @@ CacheKind = Literal["full", "elastic"]
 
 _LARGEST = 2**31 - 1  # 32 bits
 BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
+SIZES: dict[Mode, tuple[str, ...]] = {  # settings of `SparseConfig` that what a mode attends to depends on
+    "full": (), "streaming": ("sink", "window", "granule"), "xattention": ("block", "stride", "threshold"),
+    "moba": ("block", "top_k", "chunk"), "nsa": ("window", "block", "top_k"),
+    "infllm": ("sink", "window", "block", "top_k"), "flexprefill": ("block", "threshold", "min_budget"),
+    "flashprefill": ("sink", "window", "block", "threshold"),
+}  # fmt: skip
 UNTOLD = {"pool_over": "prompt"}  # router settings of files from before there was a choice
 
 
@@ -143,6 +149,12 @@ class SparseConfig:
     def has(self, mode: Mode) -> bool:
         """Whether one of the two routes leads to this mode."""
         return mode in (self.route0, self.route1)
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """Names of the settings that what its heads attend to depends on, beside the modes."""
+        by_block = ("block",) if self.has("streaming") and self.granule == "block" else ()
+        return tuple(dict.fromkeys((*SIZES[self.route0], *SIZES[self.route1], *by_block)))
 
     @property
     def chooser(self) -> Mode | None:

@@ -37,6 +37,8 @@ REQUIRED: dict[str, tuple[type, ...]] = {
     "command": (str,),
 }
 STAMPED = ("gpu", "kernel", "versions", "commit", "command", "config", "flags", "routers", "sparse")
+UNNAMED = ("shape", "timed_length")  # what tells figures apart beside case, contestant and metric
+ALIKE = ("gpu", "heads", "kv_heads", "head_dim", "dtype", "hidden", "batch")  # and what does not, but could
 FORMAT, DIGITS = 2, 5
 PACKAGES = ("elastic-attention", "cupy-cuda12x", "cupy-cuda13x", "triton", "flash-attn-4")
 
@@ -69,12 +71,17 @@ def git_commit(folder: Path | None = None) -> str:
 
 def command_line(argv: Sequence[str]) -> str:
     """How to repeat a run, without the folder that its records went to."""
-    words, skip = ["elastic", "bench"], False
-    for word in argv:
-        if not skip and word != "--out" and not word.startswith("--out="):
-            words.append(word)
-        skip = word == "--out"
-    return shlex.join(words)
+    return shlex.join(["elastic", "bench", *_without("--out", argv)])
+
+
+def _without(option: str, words: Iterable[str]) -> list[str]:
+    """The words of a command but for an option and its value."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and word != option and not word.startswith(f"{option}="):
+            kept.append(word)
+        skip = word == option
+    return kept
 
 
 def stamp(command: str, commit: str | None, device: torch.device) -> Measurement:
@@ -121,13 +128,39 @@ def rounded(value: Any) -> Any:
 def merge(runs: Sequence[Sequence[Measurement]]) -> tuple[list[Measurement], int]:
     """Records of several runs as those of one, and how many were left out because an earlier run has that figure. Cases
     are sorted by shape and length where they have them, else kept in the order of the runs.
+
+    Raises:
+        ValueError: a case of the same name that was another one, or on another GPU (`ALIKE`).
     """
     found: dict[tuple[Any, ...], Measurement] = {}
     for record in (record for run in runs for record in run):
-        found.setdefault((record["case"], record["who"], record["metric"]), record)
+        figure = (*(record[name] for name in ("case", "who", "metric")), *map(record.get, UNNAMED))
+        there = found.setdefault(figure, record)
+        for name in ALIKE:
+            if there.get(name) != record.get(name):
+                raise ValueError(
+                    f"{record['metric']} of {record['who']} in {record['case']} was measured with {name} "
+                    f"{there.get(name)} and {record.get(name)}, which one table cannot tell apart; merge runs of one"
+                )
     shapes = list(dict.fromkeys(record.get("shape") for record in found.values()))
     merged = sorted(found.values(), key=lambda r: (shapes.index(r.get("shape")), r.get("length") or 0))
     return merged, sum(map(len, runs)) - len(merged)
+
+
+def check_replaced(path: Path, command: str) -> None:
+    """Refuse to write over what another command made, and may have taken hours to; the same one may be of a new commit.
+
+    Raises:
+        ValueError: naming both; also a file that holds no records.
+    """
+    own = _without("--commit", shlex.split(command))
+    made = dict.fromkeys(record["command"] for record in (load(path) if path.exists() else []))
+    others = [other for other in made if _without("--commit", shlex.split(other)) != own]
+    if others:
+        raise ValueError(
+            f"{path} holds records of `{others[0]}`, which those of `{command}` would replace; give them another --tag "
+            "or --out, or delete the file"
+        )
 
 
 def load(path: Path) -> list[Measurement]:
@@ -157,9 +190,14 @@ def _stamped(content: dict[str, Any], path: Path) -> list[Measurement]:
     given = content.get("format")
     if given != FORMAT:
         raise ValueError(f"{path} has format {given!r}, expected {FORMAT}; a later version of elastic reads it")
-    stamps, found = content.get("stamps", []), []
-    for number, record in enumerate(content.get("records", [])):
-        place = record.pop("stamp", None) if isinstance(record, dict) else None
+    stamps, listed, found = content.get("stamps", []), content.get("records", []), []
+    for name, of in (("stamps", stamps), ("records", listed)):
+        if not isinstance(of, list) or not all(isinstance(one, dict) for one in of):
+            raise ValueError(
+                f"{path} holds no list of objects under {name!r}; expected it as `elastic bench` writes it"
+            )
+    for number, record in enumerate(listed):
+        place = record.pop("stamp", None)
         if not isinstance(place, int) or not 0 <= place < len(stamps):
             raise ValueError(f"record {number} of {path}: 'stamp' is {place!r}, expected one of 0 to {len(stamps) - 1}")
         found.append({**record, **stamps[place]})

@@ -80,6 +80,9 @@ def markdown(runs: Mapping[str, list[Measurement]], pictures: Sequence[str] = ()
         runs: records by name of the run; those that `ablation_pages` tells of are left to it.
         pictures: their paths by the side of the page.
         pages: paths of the pages that `ablation_pages` makes, to point to.
+
+    Raises:
+        ValueError: records that lack what their table shows.
     """
     lines = [HEADING, ""]
     if pages:
@@ -87,13 +90,22 @@ def markdown(runs: Mapping[str, list[Measurement]], pictures: Sequence[str] = ()
         lines += [f"On pages of their own: {links}.", ""]
     order = [name for name in HEADLINES if name in runs] + [name for name in runs if name not in HEADLINES]
     for name in (name for name in order if not _is_ablation(runs[name])):
-        found = runs[name]
-        shapes = dict.fromkeys(shape_of(record) for record in found if "heads" in record)
-        on = ", ".join(dict.fromkeys(record["gpu"] for record in found))
-        lines += [f"## {name}", "", f"{'; '.join([on, *shapes])}.", "", *_section(found)]
-        lines += [f"![{Path(path).stem}]({path})\n" for path in pictures if _belongs(path, name)]
-        lines += _provenance(found)
+        try:
+            lines += _run(name, runs[name], [path for path in pictures if _belongs(path, name)])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"the records of {name} do not fit its table ({type(error).__name__}: {error}); expected them as "
+                "`elastic bench` wrote them"
+            ) from error
     return "\n".join(lines)
+
+
+def _run(name: str, found: list[Measurement], pictures: Sequence[str]) -> list[str]:
+    """A run's part of the page."""
+    shapes = dict.fromkeys(shape_of(record) for record in found if "heads" in record)
+    on = ", ".join(dict.fromkeys(record["gpu"] for record in found))
+    shown = [f"![{Path(path).stem}]({path})\n" for path in pictures]
+    return [f"## {name}", "", f"{'; '.join([on, *shapes])}.", "", *_section(found), *shown, *_provenance(found)]
 
 
 def ablation_pages(runs: Mapping[str, list[Measurement]]) -> dict[str, str]:

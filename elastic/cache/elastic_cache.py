@@ -51,7 +51,7 @@ class ElasticCache(Cache):
         num_layers: decoder layers.
         config: the attached model's configuration; `kv_cache` says what streaming heads keep.
         reserve: tokens that the storage has room for beyond a prompt, before it grows by `step`; give the number of
-            tokens to be generated and no step will move memory.
+            tokens to be generated and no step will move memory. Of several prompts, for each or for all.
         step: tokens by which the storage grows.
         windows: of the layers without routers, see `elastic.model.layer_types.stock_layers`. Sliding ones keep their
             last tokens, those of linear attention their states, as they do in transformers' cache.
@@ -65,10 +65,10 @@ class ElasticCache(Cache):
     keeps_its_record = True  # its own operations move it
 
     def __init__(
-        self, num_layers: int, config: ElasticConfig, reserve: int = 0, step: int = STEP,
+        self, num_layers: int, config: ElasticConfig, reserve: int | Sequence[int] = 0, step: int = STEP,
         windows: Mapping[int, int | None] | None = None,
     ) -> None:  # fmt: skip
-        if reserve < 0 or step < 1:
+        if min([reserve] if isinstance(reserve, int) else reserve, default=0) < 0 or step < 1:
             raise ValueError(f"reserve={reserve}, step={step}; expected 0 or more and 1 or more tokens")
         self.windows = dict(windows or {})
         made: list[Any] = [
@@ -164,7 +164,8 @@ class ElasticCache(Cache):
             return
         self._check_kept(override, config.dense_decode)
         if any(count >= room for count, room in zip(self.counts, self.routed[0].held().capacity, strict=True)):
-            self._resize(list(range(len(self.counts))), [self._room(count + 1) for count in self.counts])
+            more = self.reserve if isinstance(self.reserve, int) else 0
+            self._resize(list(range(len(self.counts))), [self._room(count + 1, more) for count in self.counts])
         if self.base_LBK.numel() == 0:
             pools = [layer.held() for layer in self.routed]
             self.base_LBK = torch.stack([pool.base_BK for pool in pools])
@@ -238,13 +239,16 @@ class ElasticCache(Cache):
         if modes is None:
             raise ValueError("a layer was given keys but no routes; its attention must run before the cache is used")
         rings = modes.get() == STREAMING if self.config.kv_cache == "elastic" else torch.zeros(modes.host.shape)
-        capacity = [self._room(count) for count in layout.lengths]
+        more = [self.reserve] * len(layout.lengths) if isinstance(self.reserve, int) else self.reserve
+        if len(more) != len(layout.lengths):
+            raise ValueError(f"reserve={list(more)} is of {len(more)} samples, but {len(layout.lengths)} were read")
+        capacity = [self._room(count, extra) for count, extra in zip(layout.lengths, more, strict=True)]
         begin, count = layout.begin_N, layout.end_N - layout.begin_N
         layer.waiting = layer.modes = None
         layer.pool = KVPool.build(k, v, begin, count, rings.bool().tolist(), capacity, self.config.sparse)
 
-    def _room(self, count: int) -> int:
-        return -(-(count + self.reserve) // self.step) * self.step
+    def _room(self, count: int, reserve: int) -> int:
+        return -(-(count + reserve) // self.step) * self.step
 
     def _resize(self, samples: list[int], capacity: list[int]) -> None:
         for layer in self.routed:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic.commands.calibration_report import advice, comparison, cost_table, describe, draw
 from elastic.commands.catalogue import COMMANDS
-from elastic.config import RouterConfig, SparseConfig
+from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.console import Parser, complain, hint, say
 from elastic.files import check_place, find_config, is_foreign, read_yaml
 from elastic.routing.calibration import Calibration, read_calibration
@@ -118,9 +118,9 @@ def run(args: argparse.Namespace) -> None:
     """Check everything that can be checked, measure, write the file, say what it is good for."""
     target = read_target(args)
     out = args.out or Path("runs/calibrate") / f"{Path(target.backbone).name}.json"
-    reference = check_outputs(out, args)
+    reference = check_outputs(out, args, target)
     if args.levels is not None:
-        check_levels(args)
+        check_levels(args, target)
     from lightning.pytorch.utilities import rank_zero_only
 
     from elastic.commands.calibration_data import Wanted, build, choose_sizes
@@ -194,11 +194,11 @@ def read_target(args: argparse.Namespace) -> Target:
     return Target(backbone, dtype, gguf_file, settings)
 
 
-def check_outputs(out: Path, args: argparse.Namespace) -> Calibration | None:
+def check_outputs(out: Path, args: argparse.Namespace, target: Target) -> Calibration | None:
     """Refuse what could not be written before anything is measured; the calibration to compare with, if one is named.
 
     Raises:
-        ValueError: names that do not fit, or a file that is something else.
+        ValueError: names that do not fit, or a file that is something else, or of another backbone or modes.
     """
     check_place("--out", out)
     if args.picture is not None:
@@ -209,24 +209,46 @@ def check_outputs(out: Path, args: argparse.Namespace) -> Calibration | None:
         raise ValueError(f"--out {out} does not end in .json; a calibration is a JSON file")
     if out.exists():
         try:
-            read_calibration(out)
+            there = read_calibration(out)
         except (ValueError, OSError) as error:
             raise ValueError(f"--out {out} exists but is not a calibration that may be replaced ({error})") from error
+        _check_replaced("--out", out, "a calibration", there.backbone, there.sparse, target)
     if args.picture is not None and args.picture.suffix.lower() != ".png":
         raise ValueError(f"--picture {args.picture} does not end in .png; pictures are written as PNG")
     return read_calibration(args.compare[0]) if args.compare else None
 
 
-def check_levels(args: argparse.Namespace) -> None:
+def _check_replaced(flag: str, path: Path, what: str, backbone: str, sparse: SparseConfig, target: Target) -> None:
+    """What takes long to make is replaced by the like of it alone.
+
+    Raises:
+        ValueError: naming both.
+    """
+    from elastic.model.loading import backbone_id
+
+    mine = f"{backbone_id(target.backbone)!r} for {target.sparse.name}"
+    if mine != (theirs := f"{backbone!r} for {sparse.name}"):
+        raise ValueError(f"{flag} {path} is {what} of {theirs}, which one of {mine} would replace; name another place")
+
+
+def check_levels(args: argparse.Namespace, target: Target) -> None:
     """Refuse level routers that could not be fitted or written, before anything is measured.
 
     Raises:
         ValueError: with the reason.
     """
-    from elastic.model.checkpoint import METADATA
+    from elastic.model.checkpoint import METADATA, read_elastic
 
     if is_foreign(args.levels, METADATA):
         raise ValueError(f"--levels {args.levels} exists but is not a checkpoint that may be replaced")
+    if (args.levels / METADATA).exists():
+        there = read_elastic(args.levels)
+        config = ElasticConfig.from_dict(there["config"])
+        if config.router.kind != "level":
+            raise ValueError(
+                f"--levels {args.levels} holds routers of kind {config.router.kind}, which stay; name another place"
+            )
+        _check_replaced("--levels", args.levels, "a checkpoint", there["backbone"], config.sparse, target)
     RouterConfig(kind="level", budget=args.budget)
     if args.level_samples < 1:
         raise ValueError(f"--level-samples {args.level_samples} is below 1")

@@ -94,6 +94,8 @@ def choose_sizes(args: Namespace, target: Any) -> str | None:
     longest = min(asked, longest_context(target.backbone, gguf_file=target.gguf_file))
     shape = Shape.of(backbone_config(target.backbone, gguf_file=target.gguf_file))
     gpus = [torch.device(args.device).index or 0] if args.devices == 1 else list(range(args.devices))
+    if len(gpus) > (there := torch.cuda.device_count()):
+        raise ValueError(f"--devices {args.devices} is more than the {there} CUDA GPUs that torch sees")
     backbone = Backbone(shape, 4 if target.dtype == "float32" else 2)
     sizes, told = calibration_sizes(backbone, Room.of(gpus), longest, given)
     args.batch_tokens, args.checkpointing = sizes["batch_tokens"], sizes["checkpointing"]

@@ -108,7 +108,13 @@ def run(args: argparse.Namespace) -> None:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the package {package} is missing; run `pip install 'elastic-attention[eval]'`")
     from elastic.evaluation.comparison import references
-    from elastic.evaluation.like_with_like import common_backbone, common_sizes, common_template, uneven
+    from elastic.evaluation.like_with_like import (
+        check_orders,
+        common_backbone,
+        common_sizes,
+        common_template,
+        uneven,
+    )
     from elastic.evaluation.runner import run
     from elastic.evaluation.sweep import make_ranking, sweep_methods
     from elastic.training.launch import launch
@@ -117,6 +123,7 @@ def run(args: argparse.Namespace) -> None:
     against = references(methods, args.against)
     sizes = {"sink": args.sink, "window": args.window, "block": args.block, "stride": args.stride}
     backbone, sparse = common_backbone(methods, args.backbone), common_sizes(methods, sizes)
+    check_orders(methods, sparse)
     notes = [f"Uneven: {difference}" for difference in uneven(methods, sparse)]
     notes += [f"Caveat: {caveat}" for caveat in caveats(methods)]
     tasks, samples = _tasks(args)

@@ -159,7 +159,11 @@ class ElasticCLI(LightningCLI):
             tell(told, stream=sys.stderr)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """A trainer that logs to TensorBoard and saves atomically, unless its settings say otherwise."""
+        """A trainer that logs to TensorBoard and saves atomically, unless its settings say otherwise.
+
+        Raises:
+            ValueError: devices that Lightning cannot read, or an accelerator whose package is missing.
+        """
         config = self._get(self.config_init, "trainer")
         check_place("trainer.default_root_dir", config["default_root_dir"], folder=True)
         if config.get("logger") in (None, True):
@@ -169,7 +173,11 @@ class ElasticCLI(LightningCLI):
         bar = [] if config.get("enable_progress_bar") is False else [RunProgress()]
         callbacks = [StopSignal(), *bar, RoutingPictures(), ResultsFile(), PredictionFile()]  # a table after the bar
         kwargs["callbacks"] = [*(config.get("callbacks") or []), *callbacks]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (TypeError, ImportError) as error:
+            place = {name: config.get(name) for name in ("accelerator", "devices", "strategy")}
+            raise ValueError(f"no trainer can be made with {place} ({error}); see `elastic fit --help`") from error
 
     def _run_subcommand(self, subcommand: str) -> None:
         """The parent's, as the only process that trains into its folder; errors of the disk name that."""

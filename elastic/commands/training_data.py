@@ -7,9 +7,9 @@ from pathlib import Path
 
 from elastic.commands.data_prep import part
 from elastic.console import say
-from elastic.data.shards import MANIFEST
+from elastic.data.shards import MANIFEST, tokenizer_hash
 from elastic.files import alone, cache_folder, find_config, text_sha256
-from elastic.model.loading import longest_context
+from elastic.model.loading import load_tokenizer, longest_context
 
 MIXTURE = "mixture/offline"
 
@@ -28,7 +28,9 @@ def own_data(backbone: str, gguf_file: str | None = None) -> Path:
             f"no data.data_dir is given, and {backbone} reads {limit} tokens, but rows of {MIXTURE} have "
             f"{mixture.seq_length}; pack data with shorter ones (elastic data_prep) and name its folder"
         )
-    name = f"{Path(backbone).name}-{text_sha256(json.dumps(mixture.to_dict(), sort_keys=True))[:12]}"
+    # By its tokenizer too: a folder of the same name may hold another model than it did, or than one elsewhere.
+    told = json.dumps([mixture.to_dict(), tokenizer_hash(load_tokenizer(backbone))], sort_keys=True)
+    name = f"{Path(backbone).name}-{text_sha256(told)[:12]}"
     folder = cache_folder() / "data" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with alone(folder.with_name(f"{name}.lock")):

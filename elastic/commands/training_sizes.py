@@ -36,20 +36,35 @@ def choose_sizes(config: Any) -> str | None:
 
 
 def gpus_of(trainer: Any) -> list[int]:
-    """The GPUs of this machine that a trainer's settings name; none where it runs on the CPU."""
+    """The GPUs of this machine that a trainer's settings name; none where it runs on the CPU, or where one that is not
+    there is named, which the trainer says.
+    """
+    try:
+        found, there = _named_gpus(trainer)
+    except ValueError:  # no numbers
+        return []
+    return found if set(found) <= set(there) else []
+
+
+def _named_gpus(trainer: Any) -> tuple[list[int], list[int]]:
+    """Those that the settings name, and all of this machine.
+
+    Raises:
+        ValueError: something else than numbers.
+    """
     import torch
 
     if trainer["accelerator"] not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
-        return []
+        return [], []
     devices, there = trainer["devices"], list(range(torch.cuda.device_count()))
     if isinstance(devices, list):
-        return [int(device) for device in devices]
+        return [int(device) for device in devices], there
     if isinstance(devices, str) and devices not in ("auto", "-1"):
         named = [int(part) for part in devices.split(",") if part.strip()]
-        return named if "," in devices else there[: named[0]]
+        return (named if "," in devices else there[: named[0]]), there
     count = len(there) if devices in ("auto", "-1", -1) else int(devices)
     alone = count == 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1 and trainer["num_nodes"] == 1
-    return there[:count] if count > 1 or alone else there
+    return (there[:count] if count > 1 or alone else there), there
 
 
 def shared(trainer: Any, gpus: int) -> tuple[int, int]:

@@ -5,12 +5,14 @@ Both are those of the checkpoints that methods name, unless the command line say
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.data.prompts import TEMPLATE, TEMPLATE_KWARGS
 from elastic.model.checkpoint import read_elastic
 from elastic.model.loading import SMOLLM2, backbone_architecture, backbone_id
+from elastic.routing.calibration import is_calibration, read_calibration
 from elastic.routing.methods import Method
 
 ALONE = SparseConfig(sink=64, window=256, block=64)  # sizes where no method names a checkpoint
@@ -29,12 +31,15 @@ VOCABULARY = "vocab_size"  # which a backbone may extend without becoming anothe
 
 @dataclass(frozen=True)
 class Trained:
-    """What a checkpoint says about the model that it is of."""
+    """What a checkpoint says about the model that it is of, and how its routers run (all of its settings but those of
+    the sparse pattern).
+    """
 
     path: str
     backbone: str
     architecture: Mapping[str, Any]
     sparse: SparseConfig
+    routers: Mapping[str, Any]
     template: Mapping[str, Any]
 
 
@@ -45,8 +50,10 @@ def trained(path: str) -> Trained:
         FileNotFoundError, ValueError: as `read_elastic`.
     """
     found = read_elastic(path)
-    sparse = ElasticConfig.from_dict(found["config"]).sparse
-    return Trained(path, found["backbone"], found["architecture"], sparse, {**TEMPLATE_KWARGS, **found[TEMPLATE]})
+    config = ElasticConfig.from_dict(found["config"])
+    routers = {name: value for name, value in config.to_dict().items() if name != "sparse"}
+    template = {**TEMPLATE_KWARGS, **found[TEMPLATE]}
+    return Trained(path, found["backbone"], found["architecture"], config.sparse, routers, template)
 
 
 def common_template(methods: Sequence[Method]) -> dict[str, Any]:
@@ -136,6 +143,18 @@ def common_sizes(methods: Sequence[Method], asked: Mapping[str, int | None]) -> 
         stride=sizes["stride"],
         granule=granules.pop() if len(granules) == 1 else ALONE.granule,
     )
+
+
+def check_orders(methods: Sequence[Method], sparse: SparseConfig) -> None:
+    """Refuse calibrations of other modes than those that heads of `static` methods choose between.
+
+    Raises:
+        OSError, ValueError: a file that cannot be read, or is damaged; `Calibration.check_sparse`.
+    """
+    for method in methods:
+        if method.file is not None and Path(method.file).is_file() and is_calibration(Path(method.file)):
+            found = read_calibration(method.file)
+            found.check_sparse(method.sparse(sparse), method.file, method.msr is not None)
 
 
 def uneven(methods: Sequence[Method], sparse: SparseConfig) -> list[str]:

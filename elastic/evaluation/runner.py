@@ -27,6 +27,7 @@ from elastic.routing.methods import Method
 from elastic.training.launch import Processes
 
 RANDOM_SEED = "random_seed"  # what the heads of a random method were drawn by, in the origin of its results
+ROUTERS = "routers"  # settings of a checkpoint beside its weights
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,8 @@ def _evaluate(
     chat = plan.chat and first.benchmark.takes_chat(first.task)
     requests = [Request(cell.task, cell.length, plan.samples, tokenizer, plan.seed, chat) for cell in cells]
     shape = architecture(model)
-    route = method.routes(shape["num_layers"], shape["num_kv_heads"], shape)
     sparse = method.sparse(plan.sparse if method.checkpoint is None else elastic_config(model).sparse)
+    route = method.routes(shape["num_layers"], shape["num_kv_heads"], shape, sparse)
     routed = Routed(plan.backbone, model, tokenizer, route, sparse, plan.batch_size)
 
     def mine() -> list[tuple[int, int, dict[str, Any]]]:
@@ -233,7 +234,7 @@ def _evaluate(
 
 def _origin(plan: EvaluationPlan, method: Method, cell: Cell) -> dict[str, Any]:
     """What a result file depends on and how it was made; it is used again only where all but the batch size agrees."""
-    own = plan.sparse if method.checkpoint is None else trained(method.checkpoint).sparse
+    of = None if method.checkpoint is None else trained(method.checkpoint)
     chat = plan.chat and cell.benchmark.takes_chat(cell.task)
     return {
         "method": method.name,
@@ -247,7 +248,8 @@ def _origin(plan: EvaluationPlan, method: Method, cell: Cell) -> dict[str, Any]:
         "dtype": plan.dtype,
         "device": plan.device.partition(":")[0],  # any GPU's results are as good as another's
         "batch_size": plan.batch_size,
-        "sparse": asdict(method.sparse(own)),
+        "sparse": asdict(method.sparse(plan.sparse if of is None else of.sparse)),
+        **({} if of is None else {ROUTERS: dict(of.routers)}),
         **({RANDOM_SEED: method.seed} if method.kind == "random" else {}),
         **({"rope": f"{plan.rope}:{factor:g}"} if (factor := plan.stretched(cell.length)) > 1 else {}),
         "checkpoint": _stamp(method),
@@ -281,6 +283,8 @@ def _read(file: Path, origin: dict[str, Any]) -> list[dict[str, Any]] | None:
         return None
     if RANDOM_SEED in origin:  # older files lack it: there the seed of the samples drew the heads
         first = {RANDOM_SEED: first.get("seed"), **first}
+    if ROUTERS in origin:  # older files lack it
+        first = {ROUTERS: origin[ROUTERS], **first}
     if isinstance(first.get("sparse"), dict):  # older files lack later settings, which they had the defaults of
         first = {**first, "sparse": {**asdict(SparseConfig()), **first["sparse"]}}
     if origin["method"] == "dense":  # no head has the sizes, and by default they follow the checkpoints beside it

@@ -238,12 +238,13 @@ def answer_tokens(
     return [Generation(*parts) for parts in zip(texts, answers, reports, strict=True)]
 
 
-def new_cache(model: CausalLM, max_new_tokens: int = 0, kv_cache: str | None = None) -> ElasticCache:
+def new_cache(model: CausalLM, max_new_tokens: int | Sequence[int] = 0, kv_cache: str | None = None) -> ElasticCache:
     """An empty KV cache for `model.generate(..., past_key_values=cache)`; it also remembers the routes.
 
     Args:
         model: an attached model.
-        max_new_tokens: tokens to have room for beyond the prompt, so that no decode step moves memory.
+        max_new_tokens: tokens to have room for beyond the prompt, so that no decode step moves memory; of several
+            prompts, those of each or one number for all.
         kv_cache: `full` or `elastic`; default: as the model's configuration says.
 
     Raises:

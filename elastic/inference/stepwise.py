@@ -26,7 +26,7 @@ class Asked:
 
     Attributes:
         prompt: in tokens.
-        max_new_tokens: of the answer; the cache has room for as many.
+        max_new_tokens: of the answer; the cache has room for as many, whatever is asked for beside it.
         seed: of the answer's own random numbers, which are those after `torch.manual_seed(seed)`.
         options: of `model.generate`.
     """
@@ -100,7 +100,7 @@ def begin(
     drawings = [_drawing(model, one) for one in asked]
     prompts, room = [one.prompt for one in asked], max(one.max_new_tokens for one in asked)
     ids, mask = left_pad([prompt.ids for prompt in prompts], _ANY, model.device)
-    cache = new_cache(model, room)
+    cache = new_cache(model, [one.max_new_tokens for one in asked])
     pieces = {} if prefill_chunk_size is None else {"prefill_chunk_size": prefill_chunk_size}
     judge(model, pieces)
     piece, longest = setting(model, pieces, "prefill_chunk_size"), max(len(prompt.ids) for prompt in prompts)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from elastic.kernels.checks import HEAD_DIMS
-from elastic.kernels.devices import on_device, triton_runs
+from elastic.kernels.devices import on_device
 from elastic.kernels.params import QUERY_BLOCK, is_half
+from elastic.kernels.triton_host import triton_reason
 
 BLOCKS = (64, 128)  # of keys
 _TILE = 128  # keys that the lines' programs take at once
@@ -24,14 +25,14 @@ def unsupported_choice(q_HLD: Tensor, k_KSD: Tensor, block: int) -> str | None:
         return f"the kernels take bf16 and fp16 on NVIDIA GPUs, not {q_HLD.dtype} on {q_HLD.device.type}"
     if q_HLD.shape[2] not in HEAD_DIMS or block not in BLOCKS:
         return f"head dim {q_HLD.shape[2]}, blocks of {block}: the kernels take head dims and blocks of 64 and 128"
-    return None if triton_runs() else "Triton does not run on this GPU"
+    return triton_reason()
 
 
 def unsupported_covering(mass_hn: Tensor) -> str | None:
     """Why the kernel does not search these rows; None if it does."""
     if mass_hn.device.type != "cuda" or mass_hn.dtype != torch.float32:
         return f"the kernel takes fp32 on NVIDIA GPUs, not {mass_hn.dtype} on {mass_hn.device.type}"
-    return None if triton_runs() else "Triton does not run on this GPU"
+    return triton_reason()
 
 
 def launch_block_scores(q_HLD: Tensor, k_KND: Tensor, past: int, block: int, scored: int, scale: float) -> Tensor:

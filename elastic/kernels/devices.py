@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._triton import has_triton
 
 from elastic.kernels import jit
 from elastic.kernels.checks import HEAD_DIMS
@@ -198,12 +197,6 @@ def shared_limit(index: int) -> int:
     """Bytes of shared memory that a CTA of this GPU can have."""
     limit: int = torch.cuda.get_device_properties(index).shared_memory_per_block_optin  # type: ignore[attr-defined]
     return limit
-
-
-@cache
-def triton_runs() -> bool:
-    """Whether Triton compiles for the GPUs of this machine."""
-    return bool(has_triton())
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

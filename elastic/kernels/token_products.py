@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from elastic.kernels.devices import on_device, shared_limit, triton_runs
+from elastic.kernels.devices import on_device, shared_limit
 from elastic.kernels.params import is_half
+from elastic.kernels.triton_host import triton_reason
 
 MOST_TOKENS = 16  # at 64 cuBLAS is faster
 _WEIGHTS = 3  # of a launch
@@ -34,7 +35,7 @@ def unsupported_tokens(x: Tensor, *weights: Tensor) -> str | None:
         return "weights lie elsewhere, in another dtype or not in rows"
     if width % (8 if tokens == 1 else _TILE_COLUMNS) or any(tensor.data_ptr() % 16 for tensor in (x, *weights)):
         return f"rows of {width} numbers do not fit, of which several tokens need a multiple of {_TILE_COLUMNS}"
-    return None if triton_runs() else "Triton does not run on this GPU"
+    return triton_reason()
 
 
 def token_products(x: Tensor, weights: Sequence[Tensor], added: Sequence[Tensor | None]) -> list[Tensor]:

@@ -76,6 +76,17 @@ def linear_attention(layer: DecoderLayer) -> nn.Module:
     return module
 
 
+def check_family(family: str, has_decoder: bool = True) -> None:
+    """Refuse what is not one of `FAMILIES`.
+
+    Raises:
+        ValueError: with those that are.
+    """
+    if family not in FAMILIES or not has_decoder:
+        told = "; give its text part, elastic.model.text_part.text_part(model)" if family in WITH_TEXT else ""
+        raise ValueError(f"model family {family!r} is not supported; tested families are {', '.join(FAMILIES)}{told}")
+
+
 def attention_layers(model: CausalLM) -> list[AttentionModule]:
     """The attention modules of a transformers causal LM that get routers, in layer order.
 
@@ -84,10 +95,7 @@ def attention_layers(model: CausalLM) -> list[AttentionModule]:
             every layer, dropout, an attribute `router`.
     """
     config: Any = getattr(model, "config", None)
-    family = getattr(config, "model_type", type(model).__name__)
-    if family not in FAMILIES or not hasattr(model, "get_decoder"):
-        told = "; give its text part, elastic.model.text_part.text_part(model)" if family in WITH_TEXT else ""
-        raise ValueError(f"model family {family!r} is not supported; tested families are {', '.join(FAMILIES)}{told}")
+    check_family(getattr(config, "model_type", type(model).__name__), hasattr(model, "get_decoder"))
     expected = stock_implementation(config)
     if config._attn_implementation != expected:
         raise ValueError(
@@ -98,8 +106,7 @@ def attention_layers(model: CausalLM) -> list[AttentionModule]:
     for number, window in stock_layers(config).items():
         if window is None and not hasattr(layers[number], "linear_attn"):
             raise ValueError(
-                f"layer {number} is of type {LINEAR!r}, but has no linear_attn; expected a {family} model without such "
-                "layers"
+                f"layer {number} is of type {LINEAR!r}, but has no linear_attn; expected a model without such layers"
             )
     for number in routed_layers(config):
         found.append(layers[number].self_attn)

@@ -9,14 +9,14 @@ Legend: T tokens of all rows, E hidden size, F width of an MLP, H query heads, K
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from types import FunctionType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._triton import has_triton
+
+from elastic.kernels.triton_host import triton_reason
 
 Function = Callable[..., Any]
 
@@ -102,12 +102,9 @@ def captured_step() -> Iterator[None]:
         _CAPTURED.reset(before)
 
 
-@cache
 def unfused_reason(device: str) -> str | None:
     """Why parts are not compiled on devices of this type; None where they are."""
-    if device != "cuda":
-        return f"devices of type {device} run transformers' own code"
-    return None if has_triton() else "torch.compile has no Triton for this GPU"
+    return triton_reason() if device == "cuda" else f"devices of type {device} run transformers' own code"
 
 
 class Parts:
@@ -123,7 +120,7 @@ class Parts:
 
     def __init__(self, devices: tuple[str, ...] = ("cuda",), **settings: Any) -> None:
         self.devices, self.settings, self.on = devices, settings, True
-        self._compiled = dict[Function, Function]()
+        self._compiled = dict[tuple[Any, ...], Function]()
 
     def take(self, hidden: Tensor, *weights: Tensor) -> bool:
         """Whether parts over these operands run here. Weights that are offloaded or cut among processes are left to
@@ -140,16 +137,25 @@ class Parts:
         """A function above of these operands, compiled. What is not a parameter has tokens on its first axis, of any
         number; numbers are constants (`dynamic=True` would make eps a variable in fp64).
         """
-        if function not in self._compiled:
-            # The compiler counts recompilations by code object, for all models of the process: each gets its own.
+        alike = (function, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(_kind, args))
+        if alike not in self._compiled:
+            # The compiler counts recompilations by code object, for all models of the process, and gives up after some:
+            # each gets its own, and so does whatever else than the number of tokens would be compiled anew.
             plain = cast(FunctionType, function)
             own = FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__)
-            self._compiled[function] = torch.compile(own, **self.settings)
+            self._compiled[alike] = torch.compile(own, **self.settings)
         for operand in args:
             if isinstance(operand, Tensor) and not isinstance(operand, nn.Parameter) and operand.shape[0] > 1:
                 torch._dynamo.maybe_mark_dynamic(operand, 0)
-        return self._compiled[function](*args)
+        return self._compiled[alike](*args)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles compile for themselves."""
         return {**vars(self), "_compiled": {}}
+
+
+def _kind(operand: Any) -> Any:
+    """What operands have in common that share a kernel: all but values and the number of tokens; numbers themselves."""
+    if not isinstance(operand, Tensor):
+        return operand
+    return operand.shape[1:], operand.dtype, operand.device, operand.requires_grad

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from elastic.cache.keyword import NEW, OLD, cache_of
 from elastic.kernels.token_products import token_gated, token_products, unsupported_tokens
@@ -51,9 +52,10 @@ LAYERS = {f"{name}DecoderLayer" for name in _LAYERS.split()}
 
 
 def is_known(module: nn.Module, names: Any) -> bool:
-    """Whether a module is of one of these classes of transformers, not of a subclass."""
+    """Whether a module is of one of these classes of transformers, not of a subclass, and the class as it was."""
     kind = type(module)
-    return kind.__module__.startswith("transformers.models.") and kind.__name__ in names
+    ours = kind.__module__.startswith("transformers.models.") and kind.__name__ in names
+    return ours and kind.forward.__module__ == kind.__module__  # else somebody put another forward into the class
 
 
 class FusedNorm:
@@ -100,7 +102,10 @@ class FusedMLP:
 
     def takes(self, hidden: Tensor) -> bool:
         """Whether this call runs fused; the activation may have been changed since."""
-        return type(self.module.act_fn).__name__ in ACTIVATIONS and self.parts.take(hidden)
+        act: Any = self.module.act_fn
+        kind = type(act)
+        known = kind.__name__ in ACTIVATIONS and kind.__module__.startswith(("torch.nn.", "transformers."))
+        return known and is_bare(act) and self.parts.take(hidden)
 
     def product(self, hidden: Tensor) -> Tensor:
         """What `down_proj` reads."""
@@ -119,7 +124,8 @@ class FusedMLP:
         size = self.size()
         if not 0 < size < hidden.shape[:-1].numel() or torch.is_grad_enabled():
             return projected(self.product(hidden), mlp.down_proj)[0]
-        out, plain = torch.empty_like(hidden), is_plain(mlp.down_proj, hidden) and mlp.down_proj.bias is None
+        plain = is_plain(mlp.down_proj, hidden) and mlp.down_proj.bias is None
+        out = torch.empty_like(hidden, memory_format=torch.contiguous_format)  # of which parts are views
         for part, place in zip(*(x.flatten(0, -2).split(size) for x in (hidden, out)), strict=True):
             if plain:
                 torch.mm(self.product(part), mlp.down_proj.weight.t(), out=place)
@@ -149,8 +155,9 @@ def is_plain(linear: nn.Module, hidden: Tensor) -> bool:
     if type(linear) is not nn.Linear or not is_bare(linear):
         return False
     weight, kind = linear.weight, hidden.device.type
-    alike = (weight.dtype, weight.device) == (hidden.dtype, hidden.device) and isinstance(weight, nn.Parameter)
-    return alike and not hasattr(weight, "to_local") and not torch.is_autocast_enabled(kind)
+    alike = (weight.dtype, weight.device) == (hidden.dtype, hidden.device)
+    # Of no subclass, which may hold quantised numbers or a part of them; and no view that FSDP puts in its place.
+    return alike and type(weight) is nn.Parameter and not torch.is_autocast_enabled(kind)
 
 
 def projected(hidden: Tensor, *linears: nn.Module) -> list[Tensor]:
@@ -164,7 +171,13 @@ def projected(hidden: Tensor, *linears: nn.Module) -> list[Tensor]:
 
 def is_bare(module: nn.Module) -> bool:
     """Whether nothing was hung on a module that its call would run."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    return "forward" not in vars(module) and not is_hooked(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of a module would run hooks, its own or those of all modules, in either direction."""
+    forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    return bool(forward or backward or module._backward_pre_hooks or _has_any_global_hook())
 
 
 class FusedAttention(Instead):
@@ -249,8 +262,7 @@ class FusedLayer(Instead):
 def fused_of(module: nn.Module) -> Any:
     """The fused part that runs in place of a module, unless something was hung on the module that must run with it."""
     forward = vars(module).get("forward")
-    hung = module._forward_hooks or module._forward_pre_hooks
-    return forward.fused if isinstance(forward, Chunked) and not hung else None
+    return forward.fused if isinstance(forward, Chunked) and not is_hooked(module) else None
 
 
 def fused_norm(module: nn.Module) -> Any:

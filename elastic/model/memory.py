@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from elastic.model.families import check_family
 from elastic.model.layer_types import has_sinks, stock_layers
 from elastic.model.text_part import text_config
 
@@ -65,11 +66,16 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any) -> "Shape":
-        """The shape of the causal LM that transformers makes of a configuration; no weights are made."""
+        """The shape of the causal LM that transformers makes of a configuration; no weights are made.
+
+        Raises:
+            ValueError: a family that is not supported.
+        """
         import torch
         from transformers import AutoModelForCausalLM
 
         config = text_config(config)
+        check_family(config.model_type)
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         heads, kv_heads, hidden = config.num_attention_heads, config.num_key_value_heads, config.hidden_size

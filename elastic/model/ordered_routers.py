@@ -69,7 +69,7 @@ def attach_static(model: Model, path: str | Path, msr: float | None, sparse: Spa
         OSError, ValueError: a file that cannot be read or does not fit the model.
     """
     shape = architecture(model)
-    order, level = head_order(Path(path), shape["num_layers"], shape["num_kv_heads"], msr, shape)
+    order, level = head_order(Path(path), shape["num_layers"], shape["num_kv_heads"], msr, shape, sparse)
     return begin_in_order(attach(model, ElasticConfig(RouterConfig(kind="static"), sparse)), order, level)
 
 

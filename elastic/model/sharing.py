@@ -95,7 +95,8 @@ def _is_on_hub(name: str) -> bool:
             "the command elsewhere for the repository"
         )
     if not (is_hub_id(name) or name.startswith((".", "/")) or Path(name).is_dir()):
-        raise ValueError(f"{name} is neither owner/name on the hub nor a folder here; write ./{name} for a new folder")
+        way = "name a repository by these alone" if "://" in name else f"write ./{name} for a new folder"
+        raise ValueError(f"{name} is neither owner/name on the hub nor a folder here; {way}")
     return is_hub_id(name)
 
 

@@ -106,6 +106,33 @@ class Calibration:
                 "this backbone, or use the one that was measured"
             )
 
+    def check_sparse(self, sparse: SparseConfig, path: str | Path, level_named: bool) -> None:
+        """Refuse heads that choose between other modes than the measured ones and, where the level is the file's, whose
+        sizes are others: what the order costs would be another thing.
+
+        Args:
+            sparse: what heads choose between here.
+            path: the file, for the message.
+            level_named: the MSR does not come from the file.
+
+        Raises:
+            ValueError: naming both.
+        """
+        mine = self.sparse
+        if (mine.route0, mine.route1) != (sparse.route0, sparse.route1):
+            raise ValueError(
+                f"calibration {path} is of heads that choose between {mine.route0} and {mine.route1}, but here they "
+                f"choose between {sparse.route0} and {sparse.route1}; calibrate these modes (elastic calibrate "
+                "--modes), or run the file by elastic.load, elastic generate or serve, which take its own"
+            )
+        differing = [name for name in mine.sizes if getattr(mine, name) != getattr(sparse, name)]
+        if differing and not level_named:
+            there, here = (", ".join(f"{name} {getattr(of, name)}" for name in differing) for of in (mine, sparse))
+            raise ValueError(
+                f"calibration {path} was measured with {there}, but heads have {here} here, with which the level that "
+                "it would choose costs something else; name a level, as in @0.5, or use the same sizes"
+            )
+
     def write(self, path: str | Path) -> None:
         """Write the file, whole or not at all; the same calibration gives the same bytes."""
         curve = {"msr": self.curve.msr, "kl": self.curve.kl, "sources": dict(self.curve.sources)}
@@ -184,7 +211,8 @@ def _checked(values: dict[str, Any]) -> Calibration:
         raise ValueError("the curve's levels are not ascending, or not as many as its values")
     if not all(0 <= msr <= 1 for msr in curve.msr):
         raise ValueError("a level of the curve is outside [0, 1]")
-    member(values, "backbone", str)
+    for name in ("backbone", "by"):
+        member(values, name, str)
     ElasticConfig.from_dict({"sparse": member(values, "sparse", dict)})
     provenance = {key: value for key, value in values.items() if key not in ("format", "need", "order", "curve")}
     return Calibration(need, order, curve, provenance)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic.config import SparseConfig
 from elastic.routing.calibration import first_heads, is_calibration, read_calibration
 
 
@@ -26,19 +27,29 @@ def drawn(layers: int, kv_heads: int, msr: float, seed: int) -> Tensor:
 
 
 def of_pattern(
-    path: Path, layers: int, kv_heads: int, msr: float | None = None, architecture: Mapping[str, Any] | None = None
+    path: Path,
+    layers: int,
+    kv_heads: int,
+    msr: float | None = None,
+    architecture: Mapping[str, Any] | None = None,
+    sparse: SparseConfig | None = None,
 ) -> Tensor:
     """Routes [L, K] of a pattern file or a calibration: the first heads of its order (`head_order`) on route 1.
 
     Raises:
         OSError, ValueError: as `head_order`.
     """
-    order, level = head_order(path, layers, kv_heads, msr, architecture)
+    order, level = head_order(path, layers, kv_heads, msr, architecture, sparse)
     return first_heads(order, level, layers, kv_heads)
 
 
 def head_order(
-    path: Path, layers: int, kv_heads: int, msr: float | None = None, architecture: Mapping[str, Any] | None = None
+    path: Path,
+    layers: int,
+    kv_heads: int,
+    msr: float | None = None,
+    architecture: Mapping[str, Any] | None = None,
+    sparse: SparseConfig | None = None,
 ) -> tuple[Sequence[int], float]:
     """All heads (layer * K + KV head) of a file, those first that need full attention least, and the share of them that
     runs on route 1.
@@ -50,15 +61,18 @@ def head_order(
     Args:
         msr: the share; None: the heads below 0.5 of a pattern, `Calibration.level()` of a calibration.
         architecture: of the backbone, which a calibration must be of, as far as it is known.
+        sparse: what the heads choose between, which a calibration must have measured; None: not known yet.
 
     Raises:
         OSError: a file that cannot be read.
-        ValueError: not numbers, not as many as the backbone has layers and KV heads, or a calibration that is damaged
-            or of another architecture.
+        ValueError: not numbers, not as many as the backbone has layers and KV heads, or a calibration that is damaged,
+            of another architecture or of other modes (`Calibration.check_sparse`).
     """
     if is_calibration(path):
         found = read_calibration(path)
         found.check_backbone(architecture or {"num_layers": layers, "num_kv_heads": kv_heads}, path)
+        if sparse is not None:
+            found.check_sparse(sparse, path, msr is not None)
         return found.order, found.level() if msr is None else msr
     score_LK = _scores(path, layers, kv_heads)
     below = float((score_LK < 0.5).float().mean())

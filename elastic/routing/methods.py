@@ -125,23 +125,29 @@ class Method:
         return replace(own, route0=route0, route1=route1, threshold=threshold)
 
     def routes(
-        self, layers: int, kv_heads: int, architecture: Mapping[str, Any] | None = None
-    ) -> "Tensor | None":  # fmt: skip
+        self,
+        layers: int,
+        kv_heads: int,
+        architecture: Mapping[str, Any] | None = None,
+        sparse: SparseConfig | None = None,
+    ) -> "Tensor | None":
         """Routes [L, K] in {0, 1} for `override_routes`; None lets the routers decide.
 
         Args:
             architecture: of the backbone (`elastic.model.loading.architecture`), which a calibration must be of.
+            sparse: what the method runs, which a calibration must have measured; None: not known yet.
 
         Raises:
             OSError: a file that cannot be read.
-            ValueError: one that does not fit L layers of K KV heads, or a calibration of another architecture.
+            ValueError: one that does not fit L layers of K KV heads, or a calibration of another architecture or other
+                modes.
         """
         from elastic.routing.fixed_routes import drawn, of_pattern, uniform
 
         if self.kind == "random":
             return drawn(layers, kv_heads, self.msr or 0.0, self.seed)
         if self.file is not None:
-            return of_pattern(Path(self.file), layers, kv_heads, self.msr, architecture)
+            return of_pattern(Path(self.file), layers, kv_heads, self.msr, architecture, sparse)
         return uniform(layers, kv_heads, _UNIFORM[self.kind]) if self.kind in _UNIFORM else None
 
 

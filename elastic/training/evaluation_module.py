@@ -110,7 +110,9 @@ class RoutedModule(LightningModule):
                 )
             shard_backbone(self.model, self.device_mesh["data_parallel"])
         size = self.shape["num_layers"], self.shape["num_kv_heads"]
-        self.fixed_routes = [method.routes(*size, self.shape) for method in self.methods]
+        self.fixed_routes = [
+            method.routes(*size, self.shape, method.sparse(self.elastic.sparse)) for method in self.methods
+        ]
         self.columns = judged_columns(self.methods)
         self.means = TaskMeans(self.columns)
         manifest = getattr(data, "manifest", None) or {"splits": {}}
@@ -146,7 +148,7 @@ class RoutedModule(LightningModule):
         """Routers of the configured kind, in the order of a pattern file or a calibration."""
         shape = architecture(model)
         size = shape["num_layers"], shape["num_kv_heads"]
-        order, level = head_order(Path(str(method.file)), *size, method.msr, shape)
+        order, level = head_order(Path(str(method.file)), *size, method.msr, shape, self.elastic.sparse)
         return begin_in_order(attach(model, self.elastic), order, level)
 
     def hidden_states(self, batch: Batch) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic.bench.drawing import draw
-from elastic.bench.records import git_commit, load, save
+from elastic.bench.records import Measurement, git_commit, load, save
 from elastic.bench.studies.pareto import Judged, records
 from elastic.bench.studies.pareto_tables import cells
 from elastic.config import SparseConfig
@@ -70,6 +70,20 @@ def _check(rows: Sequence[dict[str, Any]], folder: Path) -> None:
             )
 
 
+def timed(files: Sequence[Path]) -> list[Measurement]:
+    """The records of these files.
+
+    Raises:
+        OSError, ValueError: as `load`; times of different GPUs, which do not add up.
+    """
+    found = [record for file in files for record in load(file)]
+    if others := sorted({record["gpu"] for record in found} - {found[0]["gpu"]}):
+        raise ValueError(
+            f"the times are of {found[0]['gpu']} and of {', '.join(others)}, which do not add up; name files of one GPU"
+        )
+    return found
+
+
 def build_parser() -> argparse.ArgumentParser:
     """What is joined."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,7 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Read, join, write records and picture, print the table."""
     args = build_parser().parse_args(argv)
-    times = [record for file in args.times for record in load(file)]
+    try:
+        times = timed(args.times)
+        found = records(list(judged(args.folder, args.sets, args.methods)), times, args.shape, args.at)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"pareto: error: {error}") from error
     words = [
         f"--{name} {shlex.join(map(str, of))}" for name, of in (("sets", args.sets), ("methods", args.methods)) if of
     ]
@@ -100,10 +118,6 @@ def main(argv: list[str]) -> int:
         "commit": args.commit or git_commit(),
         "command": " ".join(["python tests/bench/pareto.py", args.folder.name, *(f.name for f in args.times), *words]),
     }
-    try:
-        found = records(list(judged(args.folder, args.sets, args.methods)), times, args.shape, args.at)
-    except ValueError as error:
-        raise SystemExit(f"pareto: error: {error}") from error
     say(table(*cells(found)))
     path = save(args.out / f"{args.tag}.json", [{**record, **stamp} for record in found])
     say(f"wrote {', '.join(map(str, [path, *draw(path, found)]))}")

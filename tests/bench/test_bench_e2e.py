@@ -148,6 +148,7 @@ def test_cases_after_the_time_limit_and_failures_are_records(tmp_path, capsys, m
         raise torch.OutOfMemoryError("CUDA out of\nmemory")
 
     monkeypatch.setattr(e2e, "stock_runs", fails)
+    (tmp_path / "e2e.json").unlink()
     assert bench(tmp_path, "--lengths", "64", "--msr", "0.5", "--contestants", "cudnn") == 0
     left = [r for r in records.load(tmp_path / "e2e.json") if r["metric"] == records.LEFT_OUT]
     assert [(r["who"], r["why"]) for r in left] == [("cudnn", "out of memory: CUDA out of memory")]

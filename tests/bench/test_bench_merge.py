@@ -1,5 +1,7 @@
 """`elastic bench merge`: runs that shared their work become one record file, one table and one picture."""
 
+import pytest
+
 from elastic import cli
 from elastic.bench import records, tables
 
@@ -30,3 +32,37 @@ def test_lengths_and_ratios_of_several_runs_stand_in_one_table(tmp_path, capsys)
     assert "![e2e](page/e2e.png)" in page
     timed = {r["value"] for r in records.load(long) if r["metric"] == "first token" and r["who"] == "cudnn"}
     assert timed < {r["value"] for r in found if r["metric"] == "first token"}
+
+
+def test_records_of_another_command_are_not_replaced(tmp_path, capsys):
+    first = bench(tmp_path, "e2e", "--lengths", "64", "--msr", "0")
+    again = bench(tmp_path, "e2e", "--lengths", "64", "--msr", "0", "--commit", "new")
+    before = again.read_bytes()
+    capsys.readouterr()
+    words = ["--device", "cpu", "--shapes", "tiny", "--lengths", "128", "--out", str(tmp_path)]
+    assert cli.main(["bench", "e2e", *words]) == 2
+    err = capsys.readouterr().err
+    assert "e2e.json holds records of `elastic bench e2e --device cpu --dtype" in err and "another --tag" in err
+    assert first.read_bytes() == before
+    first.write_text("[1, 2]")
+    assert cli.main(["bench", "e2e", *words]) == 2
+    assert first.read_text() == "[1, 2]"
+
+
+def record(case="dense-8k", value=1.0, **about):
+    made = {"gpu": "A", "kernel": "cpu", "versions": {}, "commit": "abc", "command": "elastic bench attention"}
+    return {"case": case, "who": "ours", "metric": "time", "value": value, "unit": "ms", **made, **about}
+
+
+@pytest.mark.parametrize("name", ["heads", "dtype", "gpu"])
+def test_figures_that_a_table_cannot_tell_apart_are_not_merged(name):
+    one, other = record(heads=32, dtype="bf16"), record(heads=32, dtype="bf16") | {name: "other"}
+    assert records.merge([[one], [one]]) == ([one], 1)
+    with pytest.raises(ValueError, match=f"time of ours in dense-8k was measured with {name} .* and other"):
+        records.merge([[one], [other]])
+
+
+def test_figures_of_several_shapes_and_lengths_are_all_kept():
+    runs = [[record(shape=shape, timed_length=length)] for shape in "ab" for length in (1, 2)]
+    merged, repeated = records.merge([*runs, runs[0]])
+    assert len(merged) == 4 and repeated == 1

@@ -130,6 +130,10 @@ def test_bad_records_are_named(tmp_path):
         (json.dumps({**held, "records": []}), "holds no records"),
         (json.dumps({**held, "records": [{**bare, "stamp": 1}]}), "record 0 .*'stamp' is 1, expected one of 0 to 0"),
         (json.dumps({**held, "records": [bare]}), "record 0 .*'stamp' is None"),
+        (json.dumps({**held, "records": 1.5}), "no list of objects under 'records'"),
+        (json.dumps({**held, "records": [1]}), "no list of objects under 'records'"),
+        (json.dumps({**held, "stamps": 3}), "no list of objects under 'stamps'"),
+        (json.dumps({**held, "stamps": ["x"]}), "no list of objects under 'stamps'"),
         (json.dumps({**held, "stamps": [{"gpu": "a GPU"}]}), "record 0 .*'kernel' is nothing, expected str"),
     ):
         path.write_text(broken)
@@ -138,6 +142,14 @@ def test_bad_records_are_named(tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match=r"no \*.json in"):
         records.load_folder(tmp_path)
+
+
+def test_records_without_what_their_table_shows_are_named(tmp_path, capsys):
+    bare = {name: value for name, value in given_records()[0].items() if name != "kv_heads"}
+    assert "heads" in bare
+    records.save(tmp_path / "run.json", [bare])
+    assert cli.main(["bench", "table", str(tmp_path)]) == 2
+    assert "the records of run do not fit its table (KeyError: 'kv_heads')" in capsys.readouterr().err
 
 
 def test_stamp_states_the_run():

@@ -10,7 +10,7 @@ from elastic import cli
 from elastic.bench import selection, tables
 from elastic.bench.drawing import draw
 from elastic.bench.e2e_models import SHAPES, attention_shape
-from elastic.bench.records import load, load_folder
+from elastic.bench.records import load, load_folder, save
 from elastic.bench.studies.pareto import Judged, records
 from elastic.bench.studies.pareto_tables import FRONT, KEPT, UNTIMED, cells, figure, front
 from elastic.bench.studies.prefill import Prefill, density_of
@@ -135,6 +135,30 @@ def test_table_picture_and_what_nothing_beats():
     drawn = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     assert drawn["static:a"] == [0.97, 0.4] and drawn[FRONT] == [0.5, 0.97, 1.0]
     assert axes.get_title() == "own, 8192 tokens" and "prefill of 8192 tokens, llama-3.1-8b" in axes.get_xlabel()
+
+
+def test_times_of_several_shapes_are_rows_and_panels_of_their_own():
+    ours = [judged("dense", 1.0, 1.0), judged("streaming", 0.9, STREAMS)]
+    other = [{**r, "shape": "llama-3.1-8b-16layers"} if "shape" in r else r for r in of_e2e()]
+    found = records(ours, of_e2e(), "llama-3.1-8b", None) + records(ours, other, "llama-3.1-8b-16layers", None)
+    rows = cells(found)[1]
+    assert [row[-1].partition(", ")[2] for row in rows[::2]] == [
+        "llama-3.1-8b at 8192",
+        "llama-3.1-8b-16layers at 8192",
+    ]
+    assert len(figure(found).axes) == 2 and all(row[-2].count("*") == 1 for row in rows)
+
+
+def test_times_that_do_not_belong_together_are_refused(tmp_path):
+    stamp = {"unit": "", "gpu": "one", "kernel": "", "versions": {}, "commit": ""}
+    for name, more in (("a", {}), ("b", {"gpu": "two"})):
+        save(tmp_path / f"{name}.json", [{**r, **stamp, **more} for r in of_e2e()])
+    with pytest.raises(SystemExit, match="the times are of one and of two, which do not add up"):
+        pareto.main([str(tmp_path), *(str(tmp_path / f"{name}.json") for name in "ab")])
+    for broken, message in (("{", "c.json is not JSON"), (None, "No such file")):
+        (tmp_path / "c.json").write_text(broken) if broken else (tmp_path / "c.json").unlink()
+        with pytest.raises(SystemExit, match=message):
+            pareto.main([str(tmp_path), str(tmp_path / "c.json")])
 
 
 def test_from_the_programs_to_the_page(small_on_cpu, tmp_path, capsys, monkeypatch):  # noqa: F811

@@ -11,8 +11,9 @@ import elastic
 from elastic import cli
 from elastic.commands.calibration_report import advice
 from elastic.commands.eval import build_parser
-from elastic.model.attach import elastic_config, last_routes, override_routes, routers
-from elastic.model.checkpoint import read_elastic
+from elastic.model.attach import attach, elastic_config, last_routes, override_routes, routers
+from elastic.model.checkpoint import read_elastic, save_elastic
+from elastic.model.loading import load_backbone
 from elastic.routing.calibration import read_calibration
 from elastic.routing.methods import MODES
 from tests.helpers.training import build_data
@@ -129,6 +130,20 @@ def test_level_routers_of_other_modes(modes, by, tmp_path, capsys):
     assert ("beyond what xattention heads cost" in advice(found, out)) == (modes == "xa-ssa")
     (dense,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("0 "))
     assert dense.split()[1] == f"{alone:.4f}"
+
+
+def test_only_the_like_is_replaced(file, tmp_path, capsys):
+    """A calibration of the same backbone and modes; not one of others, nor routers that were trained."""
+    before = file.read_bytes()
+    assert run(*TINY, "--modes", "fa-xa", "--stride", 4, "--out", file) == 2
+    assert "is a calibration of 'tiny' for FA-SSA, which one of 'tiny' for FA-XA would re" in capsys.readouterr().err
+    assert run(*FAST, "smollm2-135m", "--out", file) == 2
+    assert "which one of 'smollm2-135m' for FA-SSA would replace" in capsys.readouterr().err
+    assert file.read_bytes() == before
+    model, _ = load_backbone("tiny")
+    trained = save_elastic(tmp_path / "trained", attach(model), "tiny")
+    assert run(*TINY, "--out", tmp_path / "cal.json", "--levels", trained) == 2
+    assert "trained holds routers of kind paper, which stay" in capsys.readouterr().err
 
 
 def test_own_texts(tmp_path):

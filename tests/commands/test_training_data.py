@@ -1,10 +1,16 @@
 """A run that names no data: the mixture is packed for its backbone once, and the settings name it."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import yaml
 
 from elastic.commands import training_data
+from elastic.commands.data_prep import part
 from elastic.data.shards import read_manifest
+from elastic.model.loading import ASSETS, load_tokenizer
+from elastic.training.resume import check_tokenizer
 from tests.test_configs import build
 
 SMALL = {
@@ -33,6 +39,18 @@ def test_data_is_packed_once_for_the_backbone(small, capsys):
     assert sorted(read_manifest(folder)["splits"]) == ["test", "train", "validation"]
     (small / "own").mkdir()
     assert build("--data.data_dir", str(small / "own"), *CPU).datamodule.data_dir == str(small / "own")
+
+
+def test_a_folder_that_holds_another_model_now_has_its_own_data(small):
+    folder = Path(shutil.copytree(ASSETS / "tiny", small / "mine"))
+    first = training_data.own_data("mine")
+    tokenizer = load_tokenizer("mine")
+    tokenizer.chat_template = f"{tokenizer.chat_template} "
+    tokenizer.save_pretrained(folder)
+    part("pack_mixture")._tokenizer.cache_clear()  # as in a process of its own
+    second = training_data.own_data("mine")
+    assert first != second and training_data.own_data("mine") == second
+    check_tokenizer(read_manifest(second), load_tokenizer("mine"), "mine")
 
 
 def test_backbones_that_cannot_read_its_rows_are_refused(small):

@@ -10,11 +10,13 @@ import pytest
 
 from elastic import cli
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
-from elastic.files import unsealed
+from elastic.files import sealed, unsealed
 from elastic.model.attach import attach, elastic_config
-from elastic.model.checkpoint import save_elastic
+from elastic.model.checkpoint import METADATA, save_elastic
 from elastic.model.loading import ASSETS, architecture, load_backbone
 from tests.helpers.models import tiny_model
+from tests.helpers.training import build_data
+from tests.routing.test_calibration import made
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 pytest.importorskip("wonderwords", reason="the extra `eval` is not installed")
@@ -167,6 +169,30 @@ def test_sizes_are_those_asked_for_then_of_the_checkpoints_then_the_usual(folder
     assert common_sizes(methods(small, wide), NOT_ASKED).granule == "token"
 
 
+def test_calibrations_of_other_modes_are_refused_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "load_model", None)
+    file, out = tmp_path / "cal.json", tmp_path / "out"
+    made(sparse=vars(SparseConfig(route1="xattention"))).write(file)
+    command = ["eval", "--backbone", "tiny", "--lengths", "64", "--methods", "dense", f"static:{file}@0.5"]
+    assert cli.main([*command, "--out", str(out)]) == 2
+    assert "of heads that choose between full and xattention, but here they choose betw" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_routers_under_other_settings_are_measured_again(folder, tmp_path):
+    """Their weights are the same."""
+    place, out = shutil.copytree(folder / "small", tmp_path / "mine"), tmp_path / "out"
+    command = ["eval", "--rows", f"own={build_data(tmp_path / 'data')}", "--tasks", "own", "--lengths", "128"]
+    found = []
+    for bias in (-1e4, 1e4):
+        values = unsealed((place / METADATA).read_text())
+        values["config"]["sparsity_bias"] = bias
+        (place / METADATA).write_text(sealed(values))
+        assert cli.main([*command, "--limit", "2", "--methods", f"elastic:{place}", "--out", str(out)]) == 0
+        found.append({row["msr"] for row in json.loads((out / "summary.json").read_text())})
+    assert found == [{0.0}, {1.0}]
+
+
 def test_differences_are_told(folder):
     small, wide, xa = (f"elastic:{folder / name}" for name in ("small", "wide", "xa"))
     own = common_sizes(methods(small), NOT_ASKED)
@@ -238,6 +264,18 @@ def test_a_record_of_another_backbone_or_window_is_not_taken_up(folder, tmp_path
         first = {**origin, "backbone": backbone, "sparse": {**origin["sparse"], **sparse}, "count": 1}
         file.write_text("".join(json.dumps(line) + "\n" for line in (first, {"score": 1.0})))
         assert (runner._read(file, origin) == [{"score": 1.0}]) == same, (name, backbone, sparse)
+    origin = runner._origin(plan, parse_method(f"elastic:{folder / 'small'}"), plan.cells()[0])
+    changed = (
+        {"sparsity_bias": 3.0},
+        {"dense_decode": True},
+        {"router": {**origin["routers"]["router"], "caution": 1.0}},
+    )
+    for other, same in (({}, True), *((one, False) for one in changed), (None, True)):
+        first = {**origin, "routers": {**origin["routers"], **(other or {})}, "count": 1}
+        if other is None:  # from before it was written down
+            del first["routers"]
+        file.write_text("".join(json.dumps(line) + "\n" for line in (first, {"score": 1.0})))
+        assert (runner._read(file, origin) == [{"score": 1.0}]) == same, other
     modes = runner._origin(plan, parse_method(f"elastic:{folder / 'xa'}"), plan.cells()[0])["sparse"]
     assert (modes["route1"], modes["stride"], modes["window"]) == ("xattention", 8, 512)
 

@@ -17,6 +17,7 @@ from elastic.inference.serving import admission, engine
 from elastic.inference.serving.admission import TOGETHER, Admission
 from elastic.inference.serving.app import ServerLimits
 from elastic.inference.serving.jobs import Job, Sampling
+from elastic.inference.serving.metrics import Metrics
 from elastic.inference.serving.rows import Row
 from tests.helpers.models import varied_routers
 from tests.helpers.replay import replayed
@@ -119,6 +120,33 @@ def test_running_answers_get_as_much_time_as_prompts_and_what_comes_meanwhile_is
         assert time.monotonic() - begun >= 3 * reading
         assert long.result()[0] == 200
     assert passes.sizes == [1, 1, 2]
+
+
+def test_nobody_rests_from_a_prompt_that_no_answer_waited_for(model, monkeypatch):
+    reading, begin, take = 3.0, engine.begin, Row.take
+
+    def slow(model, asked, *how):
+        time.sleep(reading * (len(asked[0].prompt) > 100))
+        return begin(model, asked, *how)
+
+    monkeypatch.setattr(engine, "begin", slow)
+    monkeypatch.setattr(Row, "take", lambda *row: (time.sleep(0.01), take(*row))[1])
+    with serving(model, ServerLimits(max_new_tokens=2000)) as address, ThreadPoolExecutor(1) as pool:
+        long = pool.submit(ask, address, body_of("f1 f3 " * 100 + "find k1", max_tokens=500))
+        assert until(lambda: figure(address, "elastic_batch_size_count") > 3)
+        begun = time.monotonic()
+        assert ask(address, body_of(PROMPTS[0], max_tokens=1))[0] == 200
+        assert time.monotonic() - begun < reading / 2 and not long.done()
+        assert long.result()[0] == 200
+
+
+def test_every_answer_holds_the_memory_of_its_own_limit(model):
+    """Also where prompts are read together, one of which may be answered at length."""
+    own = engine.Engine(*model, max_batch=8, max_queue=8, metrics=Metrics())
+    jobs = [job(100, limit) for limit in (8, 3 * STEP, 8)]
+    batch = own._read(jobs)
+    assert [row.held for row in batch.rows] == [own._admission.bytes_of(one) for one in jobs]
+    assert batch.rows[1].held == 4 * batch.rows[0].held and own.close(10)
 
 
 def test_free_memory_is_that_of_the_device(monkeypatch):

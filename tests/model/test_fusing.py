@@ -154,29 +154,13 @@ def test_nothing_runs_fused_on_the_cpu_and_detach_gives_all_back() -> None:
 
 
 @torch.no_grad()
-def test_hooks_and_changed_modules_run() -> None:
-    """What something hung on a module is heard, and a module that is not what its class says runs its own code."""
-    ids = random_ids(1, 45)
-    for name in (
-        "post_attention_layernorm",
-        "mlp",
-        "mlp.down_proj",
-        "mlp.up_proj",
-        "self_attn.q_norm",
-        "self_attn.o_proj",
-    ):
-        models = [prepared("qwen3", fused) for fused in (False, True)]
-        logits = []
-        for model in models:
-            module = model.model.layers[1].get_submodule(name)
-            module.register_forward_hook(lambda _module, _args, out: out * 1.5)
-            found = model(ids, use_cache=True)
-            logits.append(torch.cat([found.logits, model(ids[:, :1], past_key_values=found.past_key_values).logits], 1))
+def test_embeddings_in_another_order_in_memory() -> None:
+    """Those that are [S, B, E] in memory, read in chunks."""
+    for family in ("qwen3", "gemma3_text"):
+        given = torch.randn(45, 2, 64).transpose(0, 1)
+        models = [prepared(family, fused, chunk_tokens=7) for fused in (False, True)]
+        logits = [model(inputs_embeds=given, use_cache=False).logits for model in models]
         torch.testing.assert_close(*logits, rtol=1e-5, atol=2e-5)
-    models = [prepared("llama", fused) for fused in (False, True)]
-    for model in models:
-        model.model.layers[0].mlp.act_fn = nn.ReLU()
-    torch.testing.assert_close(*(model(ids).logits for model in models), rtol=1e-5, atol=2e-5)
 
 
 @torch.no_grad()
@@ -213,7 +197,7 @@ def test_copies_run_their_own_modules() -> None:
         parameter.zero_()
     assert torch.equal(twin(ids).logits, want)
     parts = Parts()
-    parts._compiled[fused_parts.rotate] = lambda: None
+    parts._compiled[fused_parts.rotate,] = lambda: None
     assert pickle.loads(pickle.dumps(parts))._compiled == {}
 
 
@@ -264,6 +248,22 @@ def test_compiled_functions_and_their_gradients() -> None:
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
         frames.append(backend.frame_count)
     assert frames[1:] == frames[1:2] * 4, "lengths share their graphs"
+
+
+def test_no_use_of_a_model_is_one_too_many_for_the_compiler() -> None:
+    """It compiles a code object 8 times, then leaves it to Python; widths, dtypes and uses of one model are more."""
+    torch.compiler.reset()
+    backend = CompileCounterWithBackend("eager")
+    parts, count = Parts(("cpu",), backend=backend), 0
+    for width in (64, 32, 16):
+        for dtype in (torch.float32, torch.bfloat16):
+            for use in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+                for grad in (False, True):
+                    hidden = torch.randn(7, width, dtype=dtype, requires_grad=grad)
+                    with use():
+                        parts.run(fused_parts.rms_norm, hidden, weight(width).to(dtype), 1e-6)
+                    count += 1
+    assert backend.frame_count == count
 
 
 @pytest.mark.gpu

@@ -318,7 +318,8 @@ def test_a_folder_of_the_name_of_a_repository(hub, one, two):
 @pytest.mark.parametrize("name", ["routers", "a/b/c", "https://huggingface.co/me/routers", "~/routers"])
 def test_a_name_that_is_neither_of_the_hub_nor_of_a_folder(hub, one, name):
     for refused in (lambda: push(one, name), lambda: pull(name, "out")):
-        with pytest.raises(ValueError, match=rf"{name} is neither owner/name on the hub nor a folder here; write \./"):
+        way = "name a repository by these alone" if "://" in name else r"write \./"
+        with pytest.raises(ValueError, match=rf"{name} is neither owner/name on the hub nor a folder here; {way}"):
             refused()
     assert not hub.asked and not Path(name).exists()
 

@@ -64,6 +64,29 @@ def test_routes_follow_the_order(file):
         assert torch.equal(method.routes(2, 2, SHAPE), made().routes(method.msr))
 
 
+def test_other_modes_are_refused_and_other_sizes_where_the_file_chooses_the_level(file):
+    def routes(sparse, at=""):
+        return parse_method(f"static:{file}{at}").routes(2, 2, SHAPE, sparse)
+
+    other = replace(SPARSE, route1="xattention", stride=4)
+    for at in ("", "@0.5"):
+        with pytest.raises(
+            ValueError, match=r"cal\.json is of heads that choose between full and streaming, .* full and xatt"
+        ):
+            routes(other, at)
+    wide = replace(SPARSE, window=64, sink=0)
+    with pytest.raises(ValueError, match="was measured with sink 4, window 32, but heads have sink 0, window 64 here"):
+        routes(wide)
+    assert routes(wide, "@0.5").sum() == 2 and routes(SPARSE).sum() == 2
+    assert routes(replace(SPARSE, stride=1, threshold=0.5, block=2**2)).sum() == 2, "what no head reads"
+    made(sparse=vars(other)).write(file)
+    assert routes(other, "@0.25").sum() == 1 and routes(replace(other, window=64)).sum() == 2
+    with pytest.raises(ValueError, match=r"measured with threshold 0\.9, but heads have threshold 0\.5"):
+        routes(replace(other, threshold=0.5))
+    with pytest.raises(ValueError, match="between full and xattention, but here they choose between full and stream"):
+        routes(SPARSE, "@0.5")
+
+
 def test_another_architecture_is_refused_by_both_names(file):
     method = parse_method(f"static:{file}@0.5")
     with pytest.raises(
@@ -89,6 +112,7 @@ def test_another_architecture_is_refused_by_both_names(file):
         ({"sparse": {"window": 5}}, "is not a multiple of sparse.block"),
         ({"architecture": None}, "damaged"),
         ({"backbone": None}, "backbone' is missing"),
+        ({"by": 3}, "damaged"),
     ],
 )
 def test_broken_files_are_refused(file, change, message):

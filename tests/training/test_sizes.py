@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import BloomConfig, GPT2Config
 
+from elastic import cli
 from elastic.commands import calibrate, calibration_data
 from elastic.commands import training_sizes as of_run
 from elastic.data.shards import row_tokens
@@ -119,6 +121,8 @@ def test_the_gpus_of_a_run(monkeypatch):
     assert of_run.gpus_of(trainer(devices=[3])) == [3]
     assert of_run.gpus_of(trainer(accelerator="cpu")) == []
     assert (Room.of([3]).free, Room.of([0, 1]).free) == (100 * GIB, 140 * GIB), "several must agree"
+    for devices in ([4], [-1], "0,7", [0, 4], "two", "1,x", ","):
+        assert of_run.gpus_of(trainer(devices=devices)) == [], "the trainer says that there is none"
     gpus(monkeypatch, 0)
     assert of_run.gpus_of(trainer()) == []
 
@@ -167,6 +171,12 @@ def test_a_cpu_keeps_the_defaults(data, tmp_path, monkeypatch):
     assert (cli.datamodule.micro_batch_rows, cli.model.gradient_checkpointing, cli.model.loss_chunk) == (1, False, 1024)
 
 
+def test_families_that_are_not_supported_are_refused_by_name():
+    for config in (GPT2Config(), BloomConfig()):
+        with pytest.raises(ValueError, match=f"family '{config.model_type}' is not supported; tested families are co"):
+            Shape.of(config)
+
+
 def arguments(*more):
     args = calibrate.build_parser().parse_args(["tiny", "--sink", "4", "--window", "16", "--block", "4", *more])
     return args, calibrate.read_target(args)
@@ -184,6 +194,8 @@ def test_the_sizes_of_a_calibration(data, monkeypatch):
     args, target = arguments("--device", "cuda", "--batch-tokens", "99", "--data", str(data), "--dtype", "float32")
     assert "up to 128 tokens: batch_tokens 99 (given)" in calibration_data.choose_sizes(args, target)
     assert target.dtype == "float32"
+    with pytest.raises(ValueError, match="--devices 2 is more than the 1 CUDA GPUs that torch sees"):
+        calibration_data.choose_sizes(*arguments("--device", "cuda", "--devices", "2"))
     args, target = arguments("--device", "cuda", "--batch-tokens", "99", "--no-checkpointing", "--devices", "2")
     assert calibration_data.choose_sizes(args, target) is None
 
@@ -192,3 +204,11 @@ def test_two_names_are_one_too_many():
     with pytest.raises(ValueError, match="two backbones are named, tiny and --backbone smollm2-135m; name one"):
         arguments("--backbone", "smollm2-135m")
     assert isinstance(arguments("--backbone", "tiny")[0], Namespace)
+
+
+@pytest.mark.parametrize(("name", "value"), [("devices", "two"), ("accelerator", "tpu")])
+def test_what_no_trainer_can_be_made_with_is_told_in_one_line(name, value, data, tmp_path, capsys):
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    assert cli.main(["fit", "-c", "tiny", f"--data.data_dir={data}", folder, f"--trainer.{name}={value}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no trainer can be made with {'accelerator': " in line and f"'{name}': '{value}'" in line

@@ -25,7 +25,10 @@ def front(found: Sequence[Measurement]) -> list[Measurement]:
 
 
 def cells(found: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a line for every set, length and method, by rising time."""
+    """Header and rows: a line for every set, length and method, by rising time; where times are of several shapes or
+    lengths, with which.
+    """
+    several = len({(r["shape"], r["timed_length"]) for mine in _by_case(found).values() for r in mine}) > 1
     header = ["set", "tokens", "method", "n", "MSR", "density", "prefill s", "x dense", "quality kept", "timed as"]
     rows = []
     for mine in _by_case(found).values():
@@ -34,7 +37,8 @@ def cells(found: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]:
             kept = f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]{'*' * (r['who'] in best)}"
             speed = f"{r['dense_seconds'] / r['seconds']:.2f}"
             about = [r["set"], str(r["length"]), r["who"], str(r["n"]), f"{r['msr']:.2f}", f"{r['density']:.3f}"]
-            rows.append([*about, f"{r['seconds']:.3f}", speed, kept, r["timed_as"]])
+            timed_as = f"{r['timed_as']}, {r['shape']} at {r['timed_length']}" if several else r["timed_as"]
+            rows.append([*about, f"{r['seconds']:.3f}", speed, kept, timed_as])
     return header, rows
 
 
@@ -61,11 +65,12 @@ def figure(found: Sequence[Measurement]) -> Any:
     return panels_figure(in_rows(panels))
 
 
-def _by_case(found: Sequence[Measurement]) -> dict[str, list[Measurement]]:
-    cases: dict[str, list[Measurement]] = {}
+def _by_case(found: Sequence[Measurement]) -> dict[tuple[Any, ...], list[Measurement]]:
+    """Those of one set and length whose times are of one shape and length."""
+    cases: dict[tuple[Any, ...], list[Measurement]] = {}
     for record in found:
         if record["metric"] == KEPT:
-            cases.setdefault(record["case"], []).append(record)
+            cases.setdefault((record["case"], record["shape"], record["timed_length"]), []).append(record)
     return cases
 
 

@@ -109,7 +109,7 @@ def _fixed(method: Method, shape: dict[str, Any]) -> tuple[ElasticConfig, list[R
         if not file.is_file():
             raise FileNotFoundError(f"{method.name}: no file {file}; `elastic calibrate --out {file}` writes one")
         sparse = read_calibration(file).sparse if is_calibration(file) else sparse
-        place_in_order(routers, *head_order(file, layers, kv_heads, method.msr, shape))
+        place_in_order(routers, *head_order(file, layers, kv_heads, method.msr, shape, sparse))
     else:
         routes = method.routes(layers, kv_heads, shape)
         assert routes is not None  # only of routers that decide by themselves

@@ -50,7 +50,8 @@ class Engine:
         self._batches: list[Batch] = []
         self._reading: list[Job] = []  # whose prompts are; some within a pause of others
         self._step_seconds = 0.0  # of the last token of all running answers
-        self._rest_until = 0.0  # until when running answers have the model, after prompts were read
+        self._rest_until = 0.0  # until when answers that waited for a prompt have the model
+        self._waited: list[Row] = []  # these answers
         self._waiting: deque[Job] = deque()
         self._news = threading.Condition()
         self._closing = False
@@ -110,11 +111,11 @@ class Engine:
 
     def _turn(self, longest: float = math.inf) -> bool:
         """Begin with the oldest request whose prompt has no more tokens than that, and with those that are read with
-        it, unless running answers are to have the model for as long as the last prompts had it; give every running
-        answer a token; whether there is more to do.
+        it, unless answers that waited for the last prompts are to have the model for as long; give every running answer
+        a token; whether there is more to do.
         """
-        running = self._running
-        rests = running and longest == math.inf and time.monotonic() < self._rest_until
+        waited = any(row.reason is None for row in self._waited)
+        rests = waited and longest == math.inf and time.monotonic() < self._rest_until
         jobs = [] if rests else self._take(longest)
         if jobs:
             self._start(jobs)
@@ -180,6 +181,7 @@ class Engine:
         # Between two layers others have their turns, and prompts that are read within the time of one layer begin.
         short = max(len(job.prompt) for job in jobs) / len(self.model.get_decoder().layers)
         pauses = Pauses(jobs, lambda: self._turn(short), self._step_seconds)
+        waited = [row for batch in self._running for row in batch.rows]
         self._reading += jobs
         try:
             with pauses.between_layers(self.model):
@@ -189,7 +191,8 @@ class Engine:
             self._reading = [job for job in self._reading if job not in jobs]
             # Meanwhile more requests come, which one pass then reads: read one by one as answers leave, prompts of a
             # small model would cost more than all of their answers.
-            self._rest_until = time.monotonic() + pauses.owed
+            if waited:
+                self._rest_until, self._waited = time.monotonic() + pauses.owed, waited
         own, ends = setting(self.model, {}, "stop_strings") or (), eos_ids(self.model)
         rows = [
             Row(job, drawing, TextCutter(self.tokenizer, (*job.stops, *own)), ends)
