@@ -150,7 +150,12 @@ def test_chats_by_their_text(llama):
 def test_a_calibration_file(llama, tmp_path, bias):
     """`static:<file>@<msr>` as `elastic.load` takes it; a bias moves the level."""
     heads, shape = LAYERS * KV_HEADS, architecture(llama.model)
-    provenance = {"backbone": str(llama.folder), "architecture": shape, "sparse": dataclasses.asdict(SPARSE)}
+    provenance = {
+        "backbone": str(llama.folder),
+        "architecture": shape,
+        "sparse": dataclasses.asdict(SPARSE),
+        "by": "test",
+    }
     order = tuple(random.Random(8).sample(range(heads), heads))
     curve = Curve((0.0, 1.0), (0.0, 0.1), {"x": (0.0, 0.1)})
     Calibration(((0.1,) * KV_HEADS,) * LAYERS, order, curve, provenance).write(tmp_path / "heads.json")
