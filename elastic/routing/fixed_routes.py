@@ -26,23 +26,6 @@ def drawn(layers: int, kv_heads: int, msr: float, seed: int) -> Tensor:
     return first_heads(order.tolist(), msr, layers, kv_heads)
 
 
-def of_pattern(
-    path: Path,
-    layers: int,
-    kv_heads: int,
-    msr: float | None = None,
-    architecture: Mapping[str, Any] | None = None,
-    sparse: SparseConfig | None = None,
-) -> Tensor:
-    """Routes [L, K] of a pattern file or a calibration: the first heads of its order (`head_order`) on route 1.
-
-    Raises:
-        OSError, ValueError: as `head_order`.
-    """
-    order, level = head_order(path, layers, kv_heads, msr, architecture, sparse)
-    return first_heads(order, level, layers, kv_heads)
-
-
 def head_order(
     path: Path,
     layers: int,

@@ -142,12 +142,14 @@ class Method:
             ValueError: one that does not fit L layers of K KV heads, or a calibration of another architecture or other
                 modes.
         """
-        from elastic.routing.fixed_routes import drawn, of_pattern, uniform
+        from elastic.routing.calibration import first_heads
+        from elastic.routing.fixed_routes import drawn, head_order, uniform
 
         if self.kind == "random":
             return drawn(layers, kv_heads, self.msr or 0.0, self.seed)
         if self.file is not None:
-            return of_pattern(Path(self.file), layers, kv_heads, self.msr, architecture, sparse)
+            order, level = head_order(Path(self.file), layers, kv_heads, self.msr, architecture, sparse)
+            return first_heads(order, level, layers, kv_heads)
         return uniform(layers, kv_heads, _UNIFORM[self.kind]) if self.kind in _UNIFORM else None
 
 

@@ -13,7 +13,6 @@ pytest.importorskip("wonderwords", reason="the extra `eval` is not installed")
 from elastic.commands import eval as command
 from elastic.evaluation import retrieval, runner, sweep
 from elastic.model.loading import load_backbone
-from elastic.routing.fixed_routes import of_pattern
 from elastic.routing.methods import parse_method
 
 
@@ -72,7 +71,7 @@ def test_samples_without_a_needle_are_refused(words):
 def test_the_ranking_is_a_pattern_file(tmp_path):
     score = torch.tensor([[0.5, 0.1], [0.0, 0.9], [0.3, 0.2]])
     retrieval.write_ranking(score, tmp_path / "heads.tsv", {"backbone": "tiny"})
-    assert of_pattern(tmp_path / "heads.tsv", 3, 2).tolist() == [[0, 1], [1, 0], [0, 1]]
+    assert parse_method(f"static:{tmp_path / 'heads.tsv'}").routes(3, 2).tolist() == [[0, 1], [1, 0], [0, 1]]
     assert parse_method(f"static:{tmp_path / 'heads.tsv'}@0.34").routes(3, 2).tolist() == [[0, 1], [1, 0], [0, 0]]
     assert json.loads((tmp_path / "heads.json").read_text()) == {
         "backbone": "tiny",

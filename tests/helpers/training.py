@@ -14,7 +14,7 @@ from lightning import Trainer, seed_everything
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.data.datamodule import MixtureDataModule
 from elastic.training.module import ElasticModule
-from tests.helpers.forked import forked, run_command
+from tests.helpers.forked import RUNNER, forked, run_command
 
 ROOT = Path(__file__).parents[2]
 SMALL = ElasticConfig(RouterConfig(pool_tokens=16), SparseConfig(sink=4, window=16, block=4))
@@ -77,8 +77,9 @@ def elastic_command(*arguments: str, cwd: Path, **environment: str) -> subproces
 
 
 def command_environment(**extra: str) -> dict[str, str]:
-    """Environment of the command: this checkout, one thread."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **extra}
+    """Environment of the command: this checkout, one thread, nothing of the test runner's own."""
+    kept = {name: value for name, value in os.environ.items() if name not in RUNNER}
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **extra}
 
 
 def fit_process(arguments: list[str], cwd: Path, dies: tuple[str, int] | None = None) -> Any:

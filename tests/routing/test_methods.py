@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from elastic import cli
 from elastic.config import SparseConfig
-from elastic.routing.fixed_routes import of_pattern
 from elastic.routing.methods import (
     FORMS,
     GRAMMAR,
@@ -263,10 +262,10 @@ def test_methods_choose_their_routes(tmp_path):
     assert routes(f"static:{file}@0.75", 2, 2).tolist() == [[0, 1], [1, 1]]
     assert routes(f"static:{file}@0.25", 2, 2).tolist() == [[0, 0], [1, 0]]
     with pytest.raises(ValueError, match=r"has 2 lines of \[2\] numbers; this backbone needs 3 lines"):
-        of_pattern(file, 3, 2)
+        routes(f"static:{file}", 3, 2)
     file.write_text("a b\n")
     with pytest.raises(ValueError, match="is not a table of numbers"):
-        of_pattern(file, 1, 2)
+        routes(f"static:{file}", 1, 2)
 
 
 def test_columns_of_results():

@@ -78,14 +78,6 @@ def data(tmp_path_factory):
     return build_data(tmp_path_factory.mktemp("data"))
 
 
-def environment() -> dict[str, str]:
-    """Of a process that starts processes: nothing of the test runner's own."""
-    clean = command_environment(MASTER_ADDR="127.0.0.1")
-    for name in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"):
-        clean.pop(name, None)
-    return clean
-
-
 # Processes, strategy, processes that share rows, objective (and what it averages over).
 CASES = [
     (2, "ddp", 1, "target"),
@@ -161,7 +153,8 @@ def test_the_command_trains_on_two_processes_and_strategies_share_checkpoints(da
     fixed = ["fit", "-c", str(configs / "debug.yaml"), *fixed, "--trainer.default_root_dir=run"]
     begun = [*fixed, "--trainer.strategy=ddp", "--trainer.max_steps=2"]
     command = [sys.executable, "-m", "elastic.cli", *begun]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    environment = command_environment(MASTER_ADDR="127.0.0.1")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     ddp = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
     resumed = [*fixed, "-c", str(configs / "strategy" / "fsdp.yaml"), "--trainer.max_steps=4"]

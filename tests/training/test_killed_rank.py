@@ -53,11 +53,9 @@ def fit(folder: Path, data: Path, strategy: str) -> None:
 def fit_and_die(folder: Path, data: Path, strategy: str, rank: int) -> int:
     """Run them as a user would, until one process kills itself; the exit code."""
     (folder / "run.py").write_text(SCRIPT)
-    clean = command_environment(MASTER_ADDR="127.0.0.1", DIES=str(rank))
-    for name in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"):
-        clean.pop(name, None)
+    environment = command_environment(MASTER_ADDR="127.0.0.1", DIES=str(rank))
     command = [sys.executable, "run.py", *words_of(data, strategy)]
-    return subprocess.run(command, cwd=folder, env=clean, capture_output=True, timeout=240).returncode
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=240).returncode
 
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
