@@ -17,9 +17,14 @@ from elastic.protocols import CausalLM, KVCache
 _REPEATS = 3
 
 
+def has_experts(model: CausalLM) -> bool:
+    """Whether tokens go to experts: what a prompt multiplies and a step reads then depends on the tokens."""
+    return any("experts" in name for name, _ in model.get_decoder().named_modules())
+
+
 def products_ms(model: CausalLM, length: int, chunk: int) -> float:
     """Milliseconds of the matrix products of all decoder layers over a prompt, one after the other, as the model runs
-    them: MLPs in chunks of tokens, everything else at once. Experts are not counted.
+    them: MLPs in chunks of tokens, everything else at once. For models without experts.
     """
     device, dtype = model.device, model.dtype
     inputs, outputs = dict[int, Tensor](), dict[int, Tensor]()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elastic.attention.row_slice import RowSlice
-from elastic.bench.e2e_floor import bytes_per_second, products_ms, step_bytes
+from elastic.bench.e2e_floor import bytes_per_second, has_experts, products_ms, step_bytes
 from elastic.bench.records import Measurement
 from elastic.bench.stock_graph import captured, give_room, in_place_step
 from elastic.cache.elastic_cache import ElasticCache
@@ -67,7 +67,7 @@ def elastic_runs(model: CausalLM, sizes: Sizes, fused: bool = True) -> Run:
         with _timed_elastic(model) as clock:
             found, cache, token = _prefills(model, new_cache, sizes, clock)
         found.append(_record("MSR", float(route_of(cache).route.float().mean()), ""))
-        if model.device.type == "cuda":
+        if model.device.type == "cuda" and not has_experts(model):
             found.append(_beside_products(model, found, sizes.length))
         if sizes.new_tokens:
             found += _elastic_steps(model, cache, token, sizes)
@@ -82,7 +82,7 @@ def _elastic_steps(model: CausalLM, cache: ElasticCache, token_11: Tensor, sizes
     found = [_decode("decode", _stepper(model, cache), token_B1, sizes.new_tokens)]
     if model.device.type == "cuda":
         found.append(_decode("decode graph", DecodeGraph(model, cache).step, token_B1, sizes.new_tokens))
-        found.append(_beside_floor(model, cache, found[-1], sizes.batch))
+        found += _beside_floor(model, cache, found[-1:], sizes.batch)
     return found
 
 
@@ -92,10 +92,12 @@ def _beside_products(model: CausalLM, found: Run, length: int) -> Measurement:
     return _record("rest over products", rest / products_ms(model, length, elastic_config(model).chunk_tokens), "x")
 
 
-def _beside_floor(model: CausalLM, cache: KVCache, decoded: Measurement, batch: int) -> Measurement:
-    """Which share of the tokens a second that the memory's speed allows is reached."""
+def _beside_floor(model: CausalLM, cache: KVCache, decoded: Run, batch: int) -> Run:
+    """Which share of the tokens a second that the memory's speed allows is reached; nothing of a model with experts."""
+    if has_experts(model):
+        return []
     allowed = batch * bytes_per_second(model.device) / step_bytes(model, cache)
-    return _record("share of bandwidth", decoded["value"] / allowed, "")
+    return [_record("share of bandwidth", record["value"] / allowed, "") for record in decoded]
 
 
 def given_runs(model: CausalLM, sizes: Sizes, route_LK: Tensor) -> Run:
@@ -128,7 +130,7 @@ def stock_runs(model: CausalLM, name: str, sizes: Sizes, compiled: bool = False)
             new = sizes.new_tokens
             timed = _fastest(model, "decode graph", lambda: captured(step, token_B1), token_B1, new, backends)
             best = [record for record in timed if record["metric"] == "decode graph"]
-            found += [*timed, *(_beside_floor(model, cache, record, sizes.batch) for record in best)]
+            found += [*timed, *_beside_floor(model, cache, best, sizes.batch)]
     return found
 
 

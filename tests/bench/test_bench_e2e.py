@@ -8,8 +8,8 @@ from transformers import DynamicCache
 
 from elastic import cli
 from elastic.bench import e2e, e2e_runs, records, tables
-from elastic.bench.e2e_floor import step_bytes
-from elastic.bench.e2e_models import random_model, route_at_random
+from elastic.bench.e2e_floor import has_experts, step_bytes
+from elastic.bench.e2e_models import SHAPES, random_model, route_at_random
 from elastic.bench.e2e_runs import Sizes
 from elastic.bench.e2e_tables import e2e_cells
 from elastic.bench.stock_graph import give_room, in_place_step
@@ -225,3 +225,15 @@ def test_timing_hooks_leave_the_model_as_it_was():
     cache = ElasticCache(3, elastic_config(model))
     model(random_ids(1, 64), past_key_values=cache, use_cache=True)
     assert route_of(cache).route.float().mean() == 0.5
+
+
+def test_a_mixture_of_experts_has_no_floor(tmp_path, monkeypatch):
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 97, "num_experts": 8}
+    monkeypatch.setitem(SHAPES, "qwen3-30b-a3b", ("qwen3_moe", {**SHAPES["qwen3-30b-a3b"][1], **sizes}))
+    model = random_model("qwen3-30b-a3b", torch.device("cpu"), torch.float32)
+    assert has_experts(model) and not has_experts(random_model("tiny", torch.device("cpu"), torch.float32))
+    assert bench(tmp_path, "--shapes", "qwen3-30b-a3b", "--lengths", "200", "--msr", "0.5") == 0
+    found = records.load(tmp_path / "e2e.json")
+    assert {r["value"] for r in found if r["metric"] == "MSR"} == {0.5}
+    assert {"first token", "decode"} <= {r["metric"] for r in found if r["who"] == "cudnn"}
