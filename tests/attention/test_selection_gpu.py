@@ -21,7 +21,7 @@ DEVICE = torch.device("cuda")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_choice_is_the_oracles(name, dtype):
-    """In fp32 every row; in bf16 99.9 % of the rows within a block, the oracle with the same values."""
+    """In fp32 every row; in half precision 99.9 % of the rows within a block, the oracle with the same values."""
     compare(name, dtype)
 
 
@@ -43,7 +43,7 @@ def compare(name, dtype, *sizes, **more):
         differing, far = differing + int((most > 0).sum()), far + int((most > 1).sum())
         rows, seed = rows + most.numel(), seed + 1
     say(f"{name} {dtype}: {differing} of {rows} rows differ, {far} by more than a block")
-    assert far <= rows / 1000 and (differing == 0 or dtype == torch.bfloat16)
+    assert far <= rows / 1000 and (differing == 0 or dtype != torch.float32)
 
 
 def operands(length, heads=8, kv_heads=2, dim=128):

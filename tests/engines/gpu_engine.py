@@ -1,6 +1,6 @@
 """The routed engine of vLLM on a GPU beside stock vLLM, with random weights. First the checks, on small models:
-attention in every step against PyTorch, the decided routes against transformers', tokens with CUDA graphs against those
-without, both compiled. Then time to first token and tokens/s of a Llama-3.1-8B shape, without chunked prefill and
+attention in every step against PyTorch, the decided routes against transformers', answers with CUDA graphs against
+those without, both compiled. Then time to first token and tokens/s of a Llama-3.1-8B shape, without chunked prefill and
 prefix cache.
 
     python tests/engines/gpu_engine.py --out tests/bench/results
@@ -42,7 +42,8 @@ from elastic.engines.vllm import step as steps
 from elastic.engines.vllm.paged import PagedStep, attend_launches, attend_spans
 from tests.helpers.vllm_engine import engine, routed, sampling
 
-LARGEST_ERROR, LEAST_SAME = 0.01, 0.9  # of attention in fp16; share of routes and of tokens
+LARGEST_ERROR, LEAST_SAME = 0.01, 0.9  # of attention in fp16; share of routes and of answers
+TIE = 0.02  # nats between two tokens that fp16 may take for one another
 TOKENS, DECODED = 24, 128
 CHECKED = [("llama", "paper"), ("qwen3", "level")]
 WAYS: dict[str, dict[str, Any]] = {
@@ -83,12 +84,30 @@ def started(folder: str, checkpoint: str | None, **options: Any) -> Any:
     return engine(Path(folder), own, **settings | options)
 
 
-def answers(llm: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """Greedy tokens."""
+Ranked = list[tuple[int, list[tuple[int, float]]]]
+
+
+def answers(llm: Any, prompts: list[list[int]], tokens: int) -> list[Ranked]:
+    """Greedy tokens, each with the likeliest two and their log-probabilities."""
     asked = sampling(tokens)
-    asked.detokenize = False  # there is no tokenizer
+    asked.detokenize, asked.logprobs = False, 2  # there is no tokenizer
     found = llm.generate([{"prompt_token_ids": ids} for ids in prompts], asked, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in found]
+    return [
+        [(token, [(other, one.logprob) for other, one in ranked.items()])
+         for token, ranked in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)]
+        for output in found
+    ]  # fmt: skip
+
+
+def alike(found: Ranked, expected: Ranked) -> bool:
+    """Whether two answers are the same, or part where the likeliest two tokens are as good as equal: what follows such
+    a tie has another beginning.
+    """
+    for (token, _), (other, ranked) in zip(found, expected, strict=True):
+        if token != other:
+            chances = dict(ranked)
+            return token in chances and abs(chances[token] - chances[other]) <= TIE
+    return True
 
 
 def small_prompts() -> list[list[int]]:
@@ -98,7 +117,7 @@ def small_prompts() -> list[list[int]]:
 
 
 def check(folder: str, checkpoint: str, way: str) -> dict[str, Any]:
-    """Tokens, routes and, in the eager way, the largest error of attention over all steps and layers."""
+    """Answers, routes and, in the eager way, the largest error of attention over all steps and layers."""
     errors = [0.0]
 
     def judged(q: Tensor, cache: Tensor, step: PagedStep, mode: Tensor, sparse: Any, scale: float, out: Tensor) -> None:
@@ -118,7 +137,7 @@ def check(folder: str, checkpoint: str, way: str) -> dict[str, Any]:
             llm.llm_engine.add_request(str(number), {"prompt_token_ids": ids}, asked)
         llm.llm_engine.step()
         routes = {name.split("-")[0]: of for name, of in llm.collective_rpc("routes")[0].items()}
-    return {"tokens": found, "routes": [routes[str(n)] for n in range(len(found))], "error": max(errors)}
+    return {"answers": found, "routes": [routes[str(n)] for n in range(len(found))], "error": max(errors)}
 
 
 def checks() -> Iterator[Measurement]:
@@ -136,8 +155,8 @@ def checks() -> Iterator[Measurement]:
         yield {**about, **error}
         same = _share(_flat(eager["routes"]), _flat(want))
         yield {**about, "metric": "routes as transformers decides in fp32", "value": same, "unit": "share"}
-        same = _share(_flat(compiled["tokens"]), _flat(graphs["tokens"]))
-        yield {**about, "metric": "tokens with graphs as without", "value": same, "unit": "share"}
+        same = statistics.mean(map(alike, graphs["answers"], compiled["answers"]))
+        yield {**about, "metric": "answers with graphs as without, but for ties", "value": same, "unit": "share"}
 
 
 def _flat(nested: Any) -> list[Any]:

@@ -200,9 +200,16 @@ def test_the_script_for_a_machine_with_a_gpu(monkeypatch, tmp_path):
     options = ["--cases", "64x2", "--layers", "2", "--repeats", "1", "--commit", "abc", "--out", str(tmp_path)]
     assert gpu_engine.main(options) == 0
     found = load_records(tmp_path / "vllm-gpu.json")
-    assert [record["value"] for record in found if record["metric"].startswith("tokens with")] == [1.0, 1.0]
+    assert [record["value"] for record in found if record["metric"].startswith("answers with")] == [1.0, 1.0]
     assert all(record["value"] > 0 for record in found if record["unit"] in ("s", "tokens/s"))
     assert len(found) == 2 * 3 + 2 * 2 and {record["commit"] for record in found} == {"abc"}
+
+
+def test_answers_part_at_ties_alone():
+    near, far = [[3, [[3, -1.0], [4, -1.01]]], [9, [[9, -1.0], [2, -3.0]]]], [[3, [[3, -1.0], [4, -2.0]]]]
+    assert gpu_engine.alike(near, near)
+    assert gpu_engine.alike([[4, []], [1, []]], near) and not gpu_engine.alike([[5, []], [9, []]], near)
+    assert not gpu_engine.alike([[3, []], [2, []]], near) and not gpu_engine.alike([[4, []]], far)
 
 
 @pytest.mark.parametrize(("unit", "value"), [("share", 0.5), ("of the largest output", 0.5)])
