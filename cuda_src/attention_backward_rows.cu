@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(256)
     if (lse == minus_infinity()) delta = 0.0f; else lse2 = lse * kLog2e;
     if (lane == 0) {
       p.rows[at * kRows + r] = lse2;
-      p.rows[all + at * kRows + r] = delta;
+      p.rows[all + at * kRows + r] = -delta;
     }
   }
 }

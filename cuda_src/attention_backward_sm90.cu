@@ -11,6 +11,9 @@
 namespace elastic {
 
 constexpr int kS = kRows / 2, kAcc = kD / 2;  // accumulator registers of 64 keys by kRows queries, and by kD columns
+// Whether dP starts from -delta, lse2 is fetched while the scores are computed and the exponentials run beside dP. At
+// D 64 there are not enough registers for it, and it was slower.
+constexpr bool kAhead = kD == 128;
 
 struct Consumer {
   const BackwardParams& p;
@@ -24,13 +27,14 @@ struct Consumer {
     if (kArrivals == 32 || lane == 0) arrive(bar);
   }
 
-  // s[64 keys x kRows queries] = A B^T: K Q^T or V dO^T.
+  // s[64 keys x kRows queries] = A B^T, or += it: K Q^T or V dO^T.
+  template <int kAdd>
   ELASTIC_FN void scores(float (&s)[kS], int a_tile, int b_tile) const {
     const u64 a = descriptor(kDescK, base + a_tile + group * (64 * 128)), b = descriptor(kDescK, base + b_tile);
 #pragma unroll
     for (int kk = 0; kk < kD / 16; ++kk) {
       const u64 da = a + (kk / 4) * (kKeys * 8) + (kk % 4) * 2, db = b + (kk / 4) * (kRows * 8) + (kk % 4) * 2;
-      if (kk == 0) wgmma_ss<0, 0, 0>(s, da, db); else wgmma_ss<1, 0, 0>(s, da, db);
+      if (kk == 0) wgmma_ss<kAdd, 0, 0>(s, da, db); else wgmma_ss<1, 0, 0>(s, da, db);
     }
     wgmma_commit();
   }
@@ -71,7 +75,7 @@ struct Consumer {
     named_sync(kClear, 256);
   }
 
-  // Per-query values of the lane's columns: lse2 or delta of column 8 i + 2 (lane % 4) + {0, 1}.
+  // Per-query values of the lane's columns: lse2 or -delta of column 8 i + 2 (lane % 4) + {0, 1}.
   ELASTIC_FN float2 column(u32 values, int i) const {
     float2 x;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
@@ -81,10 +85,32 @@ struct Consumer {
     return x;
   }
 
-  ELASTIC_FN void probabilities(float (&s)[kS], u32 lse2) const {
+  // Where dP starts from.
+  ELASTIC_FN void minus_delta(float (&dp)[kS], u32 delta) const {
 #pragma unroll
     for (int i = 0; i < kS / 4; ++i) {
-      const float2 l = column(lse2, i);
+      const float2 d = column(delta, i);
+      dp[4 * i] = dp[4 * i + 2] = d.x;
+      dp[4 * i + 1] = dp[4 * i + 3] = d.y;
+    }
+    pin(dp);
+  }
+
+  ELASTIC_FN void hide(float (&s)[kS], const Step& step, int key) const {
+    const u32 masked = kMask << group, hidden = kHidden << group;
+    // One rare branch for both. At D 64 ptxas makes better code of the second alone.
+    if (kD == 128 && !(step.flags & (masked | hidden))) return;
+    if (step.flags & masked) mask_transposed(s, key, step.m0 + c.header.delta, c.header.rule, lane);
+    if (step.flags & hidden) {
+#pragma unroll
+      for (int i = 0; i < kS; ++i) s[i] = minus_infinity();
+    }
+  }
+
+  ELASTIC_FN void probabilities(float (&s)[kS], const float2 (&fetched)[kS / 4], u32 lse2) const {
+#pragma unroll
+    for (int i = 0; i < kS / 4; ++i) {
+      const float2 l = kAhead ? fetched[i] : column(lse2, i);
 #pragma unroll
       for (int y = 0; y < 2; ++y) {
         s[4 * i + 2 * y] = exp2_approx(fmaf(s[4 * i + 2 * y], p.f.scale_log2, -l.x));
@@ -97,13 +123,25 @@ struct Consumer {
   ELASTIC_FN void score_gradient(float (&dp)[kS], const float (&prob)[kS], u32 delta) const {
 #pragma unroll
     for (int i = 0; i < kS / 4; ++i) {
-      const float2 d = column(delta, i);
+      const float2 d = kAhead ? make_float2(0.0f, 0.0f) : column(delta, i);
 #pragma unroll
       for (int y = 0; y < 2; ++y) {
-        dp[4 * i + 2 * y] = prob[4 * i + 2 * y] * (dp[4 * i + 2 * y] - d.x);
-        dp[4 * i + 2 * y + 1] = prob[4 * i + 2 * y + 1] * (dp[4 * i + 2 * y + 1] - d.y);
+        float* at = dp + 4 * i + 2 * y;
+        if (!kAhead) at[0] += d.x, at[1] += d.y;
+        at[0] *= prob[4 * i + 2 * y];
+        at[1] *= prob[4 * i + 2 * y + 1];
       }
     }
+  }
+
+  // ptxas would hoist the wait for dP above most exponentials and so undo their overlap. A store that depends on all of
+  // them (and never happens: probabilities have no sign) keeps its place, and the wait keeps its own after it.
+  ELASTIC_FN void keep_order(const u32 (&prob)[kS / 2]) const {
+    u32 any = 0;
+#pragma unroll
+    for (int j = 0; j < kS / 2; j += 2) any = any | prob[j] | prob[j + 1];
+    asm volatile("{\n .reg .pred p;\n setp.lt.s32 p, %0, 0;\n @p st.shared.u32 [%1], %0;\n}" ::"r"(any), "r"(base)
+                 : "memory");
   }
 
   ELASTIC_FN void pack_all(u32 (&a)[kS / 2], const float (&s)[kS]) const {
@@ -188,22 +226,28 @@ struct Consumer {
           }
           float s[kS], dp[kS], dq[32];
           u32 prob[kS / 2], ds[kS / 2];
+          float2 lse2[kS / 4];
+          if (kAhead) minus_delta(dp, rows + kRows * 4);
           wgmma_fence();
-          scores(s, BackwardLayout::k, q);
-          scores(dp, BackwardLayout::v, grad);
+          scores<0>(s, BackwardLayout::k, q);
+          scores<kAhead>(dp, BackwardLayout::v, grad);
+          if (kAhead) {
+#pragma unroll
+            for (int i = 0; i < kS / 4; ++i) lse2[i] = column(rows, i);
+          }
           wgmma_wait<1>();
           pin(s);
-          if (step.flags & (kMask << group)) mask_transposed(s, key, step.m0 + c.header.delta, c.header.rule, lane);
-          if (step.flags & (kHidden << group)) {
-#pragma unroll
-            for (int i = 0; i < kS; ++i) s[i] = minus_infinity();
-          }
-          probabilities(s, rows);
+          hide(s, step, key);
+          probabilities(s, lse2, rows);
           pin(s);
+          if (kAhead) {
+            pack_all(prob, s);
+            keep_order(prob);
+          }
           wgmma_wait<0>();
           pin(dp);
           score_gradient(dp, s, rows + kRows * 4);
-          pack_all(prob, s);
+          if (!kAhead) pack_all(prob, s);
           pack_all(ds, dp);
           stage(ds, ds_tile);
           fence_async();

@@ -1,7 +1,7 @@
 // Fused causal GQA attention for compute capability 9.0: every KV head full, streaming or block-sparse in one persistent
 // launch. Warpgroup 0 produces (TMA, one lane; it alone knows the modes), warpgroups 1 and 2 consume 64 query rows each
-// with wgmma. Two overlaps: the warpgroups take turns on the tensor cores (ping-pong), and inside a warpgroup the
-// scores of block i run beside the output of block i - 1. The protocol is in protocol_sm90.cuh.
+// with wgmma, each at its own pace: taking turns on the tensor cores was slower. Inside a warpgroup the scores of block i
+// run beside the output of block i - 1. The protocol is in protocol_sm90.cuh.
 // Compile-time: ELASTIC_HEAD_DIM (64, 128), ELASTIC_BF16 (1, else fp16); ELASTIC_PAGED (16, 32, 64: keys and values lie
 // in pages of a multiple of so many tokens, pages.cuh).
 #include "elastic/params.cuh"
@@ -11,7 +11,7 @@
 
 namespace elastic {
 
-constexpr int kPingPong = 1, kGroupBarrier = 4;  // named barriers: + warpgroup
+constexpr int kGroupBarrier = 4;  // named barriers: + warpgroup
 
 struct Consumer {
   const Params& p;
@@ -128,7 +128,6 @@ struct Consumer {
   ELASTIC_FN void run() const {
     Ring<2> q{0, 0};
     Ring<kStages> kv{0, 0};
-    if (group == 1) named_arrive(kPingPong, 256);  // warpgroup 0 goes first
     float o[kD / 2], s[64];
     u32 prob[32];
     Softmax softmax;
@@ -159,14 +158,12 @@ struct Consumer {
         while (!(e.flags & kLast)) {
           wait(&c.full_k[kv.slot], kv.phase);
           const Entry next = c.ring[kv.slot];
-          named_sync(kPingPong + group, 256);
           wgmma_fence();
           scores(s, desc_q, kv.slot);
           wait(&c.full_v[v.slot], v.phase);
           if (e.flags & kTail) clear_tail(e, h.len_k, v.slot);
           wgmma_fence();  // the branch above ends the reach of the first fence
           output(o, prob, v.slot);
-          named_arrive(kPingPong + 1 - group, 256);
           wgmma_wait<1>();
           pin(s);
           release(&c.empty_k[kv.slot]);

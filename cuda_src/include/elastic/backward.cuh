@@ -8,7 +8,7 @@ namespace elastic {
 struct BackwardParams {
   Params f;  // map_o and stride_o describe dO; `out` is the forward output, `lse` its log-sum-exp
   const void* grad_out;
-  float* rows;    // lse2 then delta, each [H, row_tiles, tile rows]
+  float* rows;    // lse2 then -delta, each [H, row_tiles, tile rows]
   float* dq_sum;  // fp32 [H, row_tiles, 8192] in the order of the accumulators
   int* turns;     // [H, row_tiles, 2] zeros, or null: dQ adds up in the order of the key blocks (deterministic)
   void *dq, *dk, *dv;

@@ -78,9 +78,6 @@ ELASTIC_FN void named_sync(int id, int threads) {
   stress(4);
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-ELASTIC_FN void named_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 
 // Box of a rank-4 map (head dim, token, head, batch row) into shared memory; bytes are counted on `bar`.
 ELASTIC_FN void tma_load(const TensorMap& map, u64* bar, u32 shared, int d, int token, int head, int row, u64 hint) {
