@@ -1,5 +1,6 @@
 """Timers: CUDA events for device time, the host's clock for the launch path, the allocator for memory."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -42,8 +43,9 @@ def measure(call: Callable[[], Any], budget_ms: float = 400.0) -> Timing:
 
 
 def measure_in_turn(calls: Mapping[str, Callable[[], Any]], budget_ms: float = 400.0) -> dict[str, list[float]]:
-    """Milliseconds of each call in each of 3 to 50 rounds, in which all run one after the other: what the GPU's clock
-    does meanwhile meets them alike. `budget_ms` is for each call.
+    """Milliseconds of each call in each of 3 to 50 rounds, in which all run one after the other in an order drawn anew:
+    what the GPU's clock does meanwhile, and what a call leaves to the next one, meets them alike. `budget_ms` is for
+    each call.
     """
     for call in calls.values():
         call()
@@ -54,8 +56,10 @@ def measure_in_turn(calls: Mapping[str, Callable[[], Any]], budget_ms: float = 4
     torch.cuda.synchronize()
     rounds = repeats_within((time.perf_counter() - start) * 1e3 / len(calls), budget_ms)
     marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
+    drawn = random.Random(0)
     for _ in range(rounds):
-        for name, call in calls.items():
+        for name in drawn.sample(list(calls), len(calls)):
+            call = calls[name]
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
             call()

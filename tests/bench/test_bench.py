@@ -18,7 +18,7 @@ from elastic import cli
 from elastic.bench import attention, backward, contestants, gpu_state, race, records, tables
 from elastic.bench.cases import BLOCK, SINK, WINDOW, Case
 from elastic.bench.contestants import COMPETITORS, Contestant, block_lists, forward, split_lists
-from elastic.bench.timing import repeats_within
+from elastic.bench.timing import measure_in_turn, repeats_within
 from elastic.kernels.block_bits import mask_from_bits
 from elastic.visibility import visible
 
@@ -313,3 +313,14 @@ def test_without_the_drivers_tool_nothing_is_told(monkeypatch, tmp_path):
     with gpu_state.watched(torch.device("cuda", 0)) as state:
         pass
     assert state == [] and gpu_state.ranges(state) == []
+
+
+def test_rounds_have_an_order_of_their_own(monkeypatch):
+    done = []
+    event = types.SimpleNamespace(record=lambda: None, elapsed_time=lambda _: 1.0)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = measure_in_turn({name: partial(done.append, name) for name in "abc"}, 1e9)
+    rounds = ["".join(done[at : at + 3]) for at in range(6, len(done), 3)]  # after two calls that are not timed
+    assert [len(times) for times in found.values()] == [len(rounds)] * 3 == [50] * 3
+    assert {"".join(sorted(order)) for order in rounds} == {"abc"} and len(set(rounds)) == 6
