@@ -50,8 +50,10 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def block_lists(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts int32 [...] and ascending block numbers int32 [..., N] of a boolean [..., N] mask, unused entries last."""
-    order = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    """Counts int32 [...] and ascending block numbers int32 [..., N] of a boolean [..., N] mask, unused entries last;
+    contiguous, also of a transposed mask.
+    """
+    order = mask.contiguous().to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
     return mask.sum(-1, dtype=torch.int32), order.int()
 
 

@@ -65,6 +65,7 @@ def test_block_lists_hold_every_block_once_in_ascending_order():
     for row, count, listed in zip(mask.flatten(0, 2), counts.flatten(), indices.flatten(0, 2), strict=True):
         assert listed[:count].tolist() == row.nonzero().flatten().tolist()
     assert counts.dtype == indices.dtype == torch.int32
+    assert block_lists(mask.transpose(-1, -2))[1].is_contiguous()  # flash-attn-4 takes no other
     few, first, many, rest = split_lists(torch.ones(5, 5).tril().bool())
     assert few.tolist() == [1] * 5 and first[:, 0].tolist() == [0, 1, 2, 3, 4]
     assert many.tolist() == [0, 1, 2, 3, 4] and rest[4, :4].tolist() == [0, 1, 2, 3]
