@@ -37,7 +37,10 @@ def main(argv: list[str]) -> int:
     }
     if has_rows(args.study, FOREIGN):
         foreign = read_study(args.study, FOREIGN)
-        stored["metrics"][FOREIGN] = headlines(named(foreign, args.run).tested, foreign.dense)
+        tested = named(foreign, args.run).tested
+        if tested is None:
+            raise SystemExit(f"{run.folder} has no test results on the foreign set; let tests/bench/routing.py finish")
+        stored["metrics"][FOREIGN] = headlines(tested, foreign.dense)
     for key in ("gpu", "commit", "command"):
         stored["recipe"][key] = study.stamp[key]
     shutil.rmtree(args.target, ignore_errors=True)
