@@ -307,3 +307,7 @@ def test_the_shipped_checkpoint_stands_at_the_chosen_point(study, tmp_path):
     assert found["metrics"]["rows"].startswith("500 samples of the test split")
     with pytest.raises(SystemExit, match=r"static-0 has no results_test\.json yet"):
         ship.main([words[0], "static-0", words[2]])
+    (source.parent / "foreign").mkdir()
+    (source.parent / "foreign" / "results_validation.json").write_text(json.dumps(results("input", ("dense",))))
+    with pytest.raises(SystemExit, match="no test results on the foreign set"):
+        ship.main(words)
