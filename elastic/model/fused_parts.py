@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from elastic.kernels.triton_host import triton_reason
+from elastic.protocols import Decoder
 
 Function = Callable[..., Any]
 
@@ -86,20 +87,30 @@ def _turned(halves: Sequence[Tensor], cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     return torch.cat((one * cos1 + -two * sin1, two * cos2 + one * sin2), -1)
 
 
-FEW_TOKENS = 64  # launched one by one, fewer are bound by Python, of which fused parts take more than plain ones
+LAUNCH_SECONDS, GPU_FLOPS = 1e-3, 4e14  # of a layer of a pass, by the host; of large matrix products, by a recent GPU
 _CAPTURED = ContextVar("elastic-captured-step", default=False)
 
 
 @contextmanager
 def captured_step() -> Iterator[None]:
-    """Inside the context, in this thread (or asyncio task) alone, steps of few tokens run fused: they are captured as a
-    CUDA graph, or warm up for it.
+    """Inside the context, in this thread (or asyncio task) alone, passes of few tokens run fused too: they are captured
+    as a CUDA graph, or warm up for it.
     """
     before = _CAPTURED.set(True)
     try:
         yield
     finally:
         _CAPTURED.reset(before)
+
+
+def hidden_tokens(decoder: Decoder) -> int:
+    """Tokens that a GPU works through while the host launches a pass. In a pass of fewer the host is what takes time:
+    padding costs nothing, and fused parts more than the model's own modules, for they take more of Python. Of a layer
+    of n weights that the host launches in t seconds, and a GPU of F FLOP/s: t F / 2 n.
+    """
+    layers = decoder.layers
+    weights = sum(weight.numel() for layer in layers for weight in layer.parameters()) // len(layers)
+    return int(LAUNCH_SECONDS * GPU_FLOPS / (2 * max(weights, 1)))
 
 
 def unfused_reason(device: str) -> str | None:
@@ -116,10 +127,11 @@ class Parts:
 
     Attributes:
         on: False leaves everything to the model's own modules.
+        few: tokens at most of an inference pass that is left to them too, unless a CUDA graph hides Python.
     """
 
     def __init__(self, devices: tuple[str, ...] = ("cuda",), **settings: Any) -> None:
-        self.devices, self.settings, self.on = devices, settings, True
+        self.devices, self.settings, self.on, self.few = devices, settings, True, 0
         self._compiled = dict[tuple[Any, ...], Function]()
 
     def take(self, hidden: Tensor, *weights: Tensor) -> bool:
@@ -129,7 +141,7 @@ class Parts:
         kind = hidden.device.type
         if not self.on or kind not in self.devices or torch.compiler.is_compiling():
             return False
-        few = hidden.shape[:-1].numel() <= FEW_TOKENS and not torch.is_grad_enabled() and not _CAPTURED.get()
+        few = hidden.shape[:-1].numel() <= self.few and not torch.is_grad_enabled() and not _CAPTURED.get()
         ready = kind != "cuda" or (not few and unfused_reason(kind) is None)
         return ready and all(w.device == hidden.device and not hasattr(w, "to_local") for w in weights)
 

@@ -275,6 +275,7 @@ def fuse(decoder: Decoder, state: AttachedState) -> None:
     """Chunk a decoder's MLPs and norms, and let what is known run fused where `state.layer_parts` says so."""
     modules = [module for module in decoder.modules() if "forward" not in vars(module)]  # of nobody else
     chunk(decoder, state.chunk_tokens)
+    state.layer_parts.few = fused_parts.hidden_tokens(decoder)
     for module in modules:
         forward = vars(module).get("forward")
         if isinstance(forward, Chunked) and is_known(module, NORMS):

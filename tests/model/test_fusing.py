@@ -6,6 +6,7 @@ import copy
 import pickle
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def prepared(family: str, fused: bool, **changes: Any) -> Any:
     model = attach(tiny_model(family, initializer_range=0.1), replace(small_config(), **changes))
     varied_routers(model)
     parts = handle_of(model).state.layer_parts
-    parts.devices, parts.on = ("cpu",), fused
+    parts.devices, parts.on, parts.few = ("cpu",), fused, 0
     parts.run = plainly
     return model
 
@@ -266,6 +267,25 @@ def test_no_use_of_a_model_is_one_too_many_for_the_compiler() -> None:
     assert backend.frame_count == count
 
 
+def test_passes_of_few_tokens_are_left_to_the_models_own_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the host is what takes time, unless a graph or gradients are being made."""
+    monkeypatch.setattr(fused_parts, "unfused_reason", lambda _: None)
+    model = attach(tiny_model("llama"), small_config())
+    weights = sum(weight.numel() for weight in model.get_decoder().layers[0].parameters())
+    parts = handle_of(model).state.layer_parts
+    assert parts.few == int(1e-3 * 4e14 / (2 * weights))
+
+    def taken(tokens: int) -> bool:
+        return parts.take(SimpleNamespace(device=torch.device("cuda"), shape=torch.Size((2, tokens // 2, 8))))  # type: ignore[arg-type]
+
+    parts.few = 10
+    assert taken(2)
+    with torch.no_grad():
+        assert [taken(tokens) for tokens in (2, 10, 12)] == [False, False, True]
+        with captured_step():
+            assert taken(2)
+
+
 @pytest.mark.gpu
 @needs_gpu
 def test_kernels_are_as_exact_as_the_functions() -> None:
@@ -305,7 +325,8 @@ def test_models_answer_as_unfused_on_the_gpu(family: str) -> None:
     for name, dtype, fused in (("exact", torch.float32, False), ("plain", torch.bfloat16, False),
                                ("fused", torch.bfloat16, True)):  # fmt: skip
         model = attach(tiny_model(family, **changes).to(dtype), config).to("cuda")
-        handle_of(model).state.layer_parts.on = fused
+        parts = handle_of(model).state.layer_parts
+        parts.on, parts.few = fused, 0
         logits[name] = torch.cat([answers(model, rows) for rows in (1, 2)])
     error, allowed = ((logits[name] - logits["exact"]).norm() for name in ("fused", "plain"))
     assert error <= 1.2 * allowed

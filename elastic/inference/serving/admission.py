@@ -8,13 +8,13 @@ import torch
 
 from elastic.cache.elastic_cache import STEP
 from elastic.inference.serving.jobs import Job
+from elastic.model.fused_parts import hidden_tokens
 from elastic.model.loading import architecture
 from elastic.model.long_rope import rotation, switch_lengths
 from elastic.protocols import CausalLM
 
 TOGETHER = 8192  # tokens of a pass over several prompts, padding included; longer ones keep most devices busy alone
 MOST_PADDING = 1 / 3  # of such a pass
-LAUNCH_SECONDS, GPU_FLOPS = 1e-3, 4e14  # of a layer of a pass, by the host; of large matrix products, by a recent GPU
 
 
 class Admission:
@@ -28,6 +28,9 @@ class Admission:
         max_batch: answers at a time, whatever the memory.
         room: bytes for keys and values; default as above.
         piece: tokens of a prompt that are read at a time; longer prompts are read alone. None: prompts are read whole.
+
+    Attributes:
+        hidden: tokens of a pass that take no more time than its launches, padding included; 0 without a GPU.
     """
 
     def __init__(self, model: CausalLM, max_batch: int, room: int | None = None, piece: int | None = None) -> None:
@@ -35,7 +38,8 @@ class Admission:
         heads = shape["num_layers"] * shape["num_kv_heads"]
         self.bytes_per_token: int = 2 * heads * shape["head_dim"] * model.dtype.itemsize
         self.max_batch, self.room = max_batch, free_bytes(model.device) // 2 if room is None else room
-        self._switches, self._piece, self._hidden = switch_lengths(model.config), piece, hidden_tokens(model)
+        self._switches, self._piece = switch_lengths(model.config), piece
+        self.hidden = hidden_tokens(model.get_decoder()) if model.device.type == "cuda" else 0
 
     def choose(self, waiting: Iterable[Job], running: int, held: int, longest: float) -> list[Job]:
         """The oldest request whose prompt has no more tokens than `longest`, and those after it that are read with it,
@@ -72,21 +76,10 @@ class Admission:
             and job.sampling.seed is None
             and first.sampling.sparsity_bias == job.sampling.sparsity_bias
             and rotation(self._switches, lengths[0]) == rotation(self._switches, lengths[-1])
-            and padded <= max(TOGETHER, self._hidden)
+            and padded <= max(TOGETHER, self.hidden)
             and (self._piece is None or max(lengths) <= self._piece)
-            and padded - sum(lengths) <= max(MOST_PADDING * padded, self._hidden)
+            and padded - sum(lengths) <= max(MOST_PADDING * padded, self.hidden)
         )
-
-
-def hidden_tokens(model: CausalLM) -> int:
-    """Tokens that a GPU works through while the host launches a pass: in a pass of fewer, padding costs nothing. Of a
-    layer of n weights that the host launches in t seconds, and a GPU of F FLOP/s: t F / 2 n. 0 without a GPU.
-    """
-    if model.device.type != "cuda":
-        return 0
-    layers = model.get_decoder().layers
-    weights = sum(weight.numel() for layer in layers for weight in layer.parameters()) // len(layers)
-    return int(LAUNCH_SECONDS * GPU_FLOPS / (2 * weights))
 
 
 def free_bytes(device: torch.device) -> int:
