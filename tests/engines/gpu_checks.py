@@ -32,11 +32,11 @@ from tests.helpers.vllm_reference import DenseThenRouted
 from tests.helpers.vllm_schedules import count_preemptions, remember
 
 SHARE, ERROR, NATS = "share", "of the largest output", "nats"
-LARGEST = {ERROR: 0.01, NATS: 0.05}  # in fp16, where answers of vLLM's CPU engine were 0.0008 nats behind
+LARGEST = {ERROR: 0.01, NATS: 0.02}  # in fp16; by vLLM's CPU engine they are 0.0005 and 0.003
 LEAST = {SHARE: 0.9}
 
 CHECKED = [("llama", "paper", 64), ("qwen3", "level", 128)]  # family, routers, head dim
-SPARSE = SparseConfig(sink=4, window=60, block=4)  # requests may share four pages
+SPARSE = SparseConfig(sink=4, window=60, block=4)  # requests may share four pages of a prefix, which has ten
 TOKENS, PAGES = 24, 40  # of an answer; for all requests
 _CHUNKS = {"enable_chunked_prefill": True, "max_num_batched_tokens": 64}
 _GRAPHS = {"enforce_eager": False}
@@ -60,7 +60,7 @@ def prompts() -> list[list[int]]:
     """
     rng = random.Random(0)
     shared, *rest = (
-        [rng.randrange(4, 64) for _ in range(n)] for n in (70, 1, 2, 64, 90, 120, 150, 220, 3, 40, 80, 130)
+        [rng.randrange(4, 64) for _ in range(n)] for n in (160, 1, 2, 64, 90, 120, 150, 220, 1, 17, 33, 70)
     )
     return [*rest[:7], *(shared + ids for ids in rest[7:])] * 2
 
