@@ -91,6 +91,7 @@ def test_the_configuration_for_a_gpu(request, model, ahead):
     [
         ("attention", "backend", AttentionBackendEnum.FLASH_ATTN),
         ("parallel", "enable_dbo", True),
+        ("model", "enable_sleep_mode", True),  # 0.24 lets go of what metadata builders hold, the table of modes too
         ("parallel", "worker_cls", "vllm.v1.worker.cpu_worker.CPUWorker"),
     ],
 )
