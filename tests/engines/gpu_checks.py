@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from elastic.bench.records import Measurement
+from elastic.bench.records import LEFT_OUT, Measurement
 from elastic.config import SparseConfig
 from elastic.data.prompts import EncodedPrompt
 from elastic.engines.vllm import step as steps
@@ -49,9 +49,11 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def failed(record: Measurement) -> bool:
-    """Whether a check's record says that it failed; what is not a number has."""
+    """Whether a check's record says that it failed: also one whose engine ended with an error, or whose value is not a
+    number.
+    """
     value, unit = record["value"], record["unit"]
-    return not (value >= LEAST[unit] if unit in LEAST else value <= LARGEST[unit])
+    return value is None or not (value >= LEAST[unit] if unit in LEAST else value <= LARGEST[unit])
 
 
 def prompts() -> list[list[int]]:
@@ -67,10 +69,10 @@ def prompts() -> list[list[int]]:
 
 def check(folder: str, checkpoint: str, way: str) -> Iterator[dict[str, Any]]:
     """Of one engine, yielded once: the answer, routes and dense tokens of every request; where it is eager, the largest
-    error of attention over all layers and steps; and counts of what happened.
+    error of attention over all layers and steps; counts of what happened; and the scheduler's class.
 
     Raises:
-        RuntimeError: the engine was never short of room, so that the check says less than it should.
+        RuntimeError: something that the check is about did not happen, such as a preemption.
     """
     torch.set_num_threads(1)  # several run at once
     errors, counts = [0.0], Counter[str]()
@@ -78,10 +80,12 @@ def check(folder: str, checkpoint: str, way: str) -> Iterator[dict[str, Any]]:
     room = {"num_gpu_blocks_override": PAGES, "gpu_memory_utilization": 0.1}
     eager = WAYS[way].get("enforce_eager", True)
     judge = patch.object(steps, "attend_step", _judged(errors, counts)) if eager else nullcontext()
-    with judge, vllm_gpu.started(folder, checkpoint, **settings | room | WAYS[way]) as llm:
+    with vllm_gpu.started(folder, checkpoint, **settings | room | WAYS[way]) as llm:
         seen = remember(llm)
         count_preemptions(llm.llm_engine, counts)
-        answers = ask(llm.llm_engine, counts)
+        scheduler = type(llm.llm_engine.engine_core.engine_core.scheduler).__name__
+        with judge:
+            answers = ask(llm.llm_engine, counts)
         requests = [_told(answers[str(number)], seen[str(number)]) for number in range(len(answers))]
     counts["prompts that began dense"] = sum(bool(request["dense"]) for request in requests)
     wanted = ["preempted", "prefix cache hits", "steps in which requests waited"]
@@ -89,7 +93,12 @@ def check(folder: str, checkpoint: str, way: str) -> Iterator[dict[str, Any]]:
         wanted += ["prompts that began dense", *(["steps of both kinds"] if eager else [])]
     if missing := [name for name in wanted if not counts[name]]:
         raise RuntimeError(f"{way}: no {' and no '.join(missing)}, of {dict(counts)}; the check is about them too")
-    yield {"requests": requests, "error": max(errors) if eager else None, "counts": dict(counts)}
+    yield {
+        "requests": requests,
+        "error": max(errors) if eager else None,
+        "counts": dict(counts),
+        "scheduler": scheduler,
+    }
 
 
 def _told(answer: list[int], request: RoutedRequest) -> dict[str, Any]:
@@ -106,7 +115,7 @@ def _judged(errors: list[float], counts: Counter[str]) -> Any:
         want, stop = torch.empty(out.shape), step.bounds[-1]
         attend_spans(q.float().cpu(), cache.float().cpu(), there, mode.cpu(), sparse, scale, want)
         error = float((out[:stop].float().cpu() - want[:stop]).abs().max() / want[:stop].abs().max())
-        errors.append(math.inf if math.isnan(error) else error)
+        errors.append(math.inf if math.isnan(error) else error)  # `max` would overlook it
         counts["steps of both kinds"] += len({launch.starts is None for launch in step.launches}) > 1
 
     return judged
@@ -130,35 +139,47 @@ def ask(engine: Any, counts: Counter[str]) -> dict[str, list[int]]:
 
 
 def judge(model: Routed, found: list[dict[str, Any]]) -> tuple[float, float]:
-    """Share of routes as transformers decides them; and how far any token of any answer is behind the likeliest one by
-    transformers under the routes that the engine decided, in nats.
+    """Share of routes as transformers decides them; and how much less likely, in nats, any token of any answer is than
+    the likeliest one, to transformers under the routes that the engine decided.
     """
-    reference, same, behind = DenseThenRouted(model), [], [0.0]
+    reference, same, gaps = DenseThenRouted(model), [], [0.0]
     for ids, request in zip(prompts(), found, strict=True):
         _, wanted = reference.answer(EncodedPrompt.whole(ids), request["dense"], 0)
         for layer, expected in zip(request["routes"], wanted, strict=True):
             same += [a == b for a, b in zip(layer, expected, strict=True)]
         if len(request["answer"]) != TOKENS:
             raise RuntimeError(f"an answer has {len(request['answer'])} tokens, {TOKENS} were asked for")
-        behind += reference.behind(ids, request["dense"], request["routes"], request["answer"])
-    return sum(same) / len(same), max(behind)
+        gaps += reference.gaps(ids, request["dense"], request["routes"], request["answer"])
+    return sum(same) / len(same), max(gaps)
 
 
 def checks() -> Iterator[Measurement]:
-    """Records of all checks, whose engines run at once."""
+    """Records of all checks, whose engines run at once; one that fails does not keep the others from being told."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(CHECKED) * len(WAYS)) as pool:
         models = [
             routed(Path(folder, family), family, kind, head_dim=head_dim, sparse=SPARSE)
             for family, kind, head_dim in CHECKED
         ]
-        given = [(model, way) for model in models for way in WAYS]
-        ran = pool.map(lambda of: list(vllm_gpu.apart(check, str(of[0].folder), str(of[0].checkpoint), of[1])), given)
-        for (model, way), (found,) in zip(given, ran, strict=True):
-            family, kind, head_dim = CHECKED[models.index(model)]
+        given = [(number, way) for number in range(len(models)) for way in WAYS]
+        ran = pool.map(lambda of: _ran(models[of[0]], of[1]), given)
+        for (number, way), found in zip(given, ran, strict=True):
+            family, kind, head_dim = CHECKED[number]
             about = {"case": f"check {family}, {kind} routers, head dim {head_dim}: {way}", "who": "plugin"}
-            about |= {"counts": found["counts"]}
-            same, behind = judge(model, found["requests"])
+            if isinstance(found, str):
+                yield {**about, "metric": LEFT_OUT, "value": None, "unit": "", "why": found}
+                continue
+            about |= {name: found[name] for name in ("counts", "scheduler")}
+            same, gap = judge(models[number], found["requests"])
             if found["error"] is not None:
                 yield {**about, "metric": "largest error of attention", "value": found["error"], "unit": ERROR}
             yield {**about, "metric": "routes as transformers decides in fp32", "value": same, "unit": SHARE}
-            yield {**about, "metric": "largest gap to transformers' token in fp32", "value": behind, "unit": NATS}
+            yield {**about, "metric": "largest gap to transformers' token in fp32", "value": gap, "unit": NATS}
+
+
+def _ran(model: Routed, way: str) -> dict[str, Any] | str:
+    """What `check` found in a process of its own, or why it found nothing."""
+    try:
+        (found,) = vllm_gpu.apart(check, str(model.folder), str(model.checkpoint), way)
+    except RuntimeError as error:
+        return str(error)
+    return dict(found)

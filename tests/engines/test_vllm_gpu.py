@@ -5,6 +5,7 @@ calls of the paged kernels in place of PyTorch. `gpu_engine.py` is for a machine
 import inspect
 import math
 import random
+from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -227,17 +228,32 @@ def divided(number, others):
     yield from (number / other for other in others)
 
 
-def test_another_token_or_route_is_far_behind(model):
+def test_an_engine_that_fails_is_a_check_that_failed(monkeypatch):
+    """The others are told all the same."""
+
+    def apart(task, folder, checkpoint, way):
+        if way.startswith("chunks"):
+            raise RuntimeError("it ended with 1")
+        yield {"requests": [], "error": 0.001, "counts": {}, "scheduler": "a scheduler"}
+
+    monkeypatch.setattr(vllm_gpu, "apart", apart)
+    monkeypatch.setattr(gpu_checks, "judge", lambda *_: (1.0, 0.0))
+    found = list(gpu_checks.checks())
+    assert {r["why"] for r in found if gpu_checks.failed(r)} == {"it ended with 1"}
+    assert Counter(gpu_checks.failed(r) for r in found) == {True: 2 * 2, False: 2 * 2 * 3}
+
+
+def test_another_token_or_route_is_a_gap(model):
     prompt = EncodedPrompt.whole([random.Random(7).randrange(4, 64) for _ in range(90)])
     answer, decided = model.answer(prompt)
     routes, reference = [list(layer) for layer in decided], DenseThenRouted(model)
     assert reference.answer(prompt, 0, 0) == ([], routes)
-    assert max(reference.behind(prompt.ids, 0, routes, answer)) == 0
+    assert max(reference.gaps(prompt.ids, 0, routes, answer)) == 0
     other = [*answer[:5], answer[5] + 1, *answer[6:]]
-    gaps = reference.behind(prompt.ids, 0, routes, other)
+    gaps = reference.gaps(prompt.ids, 0, routes, other)
     assert max(gaps[:5]) == 0 and gaps[5] > gpu_checks.LARGEST["nats"]
     flipped = [[1 - route for route in layer] for layer in routes]
-    assert max(reference.behind(prompt.ids, 0, flipped, answer)) > gpu_checks.LARGEST["nats"]
+    assert max(reference.gaps(prompt.ids, 0, flipped, answer)) > gpu_checks.LARGEST["nats"]
 
 
 @pytest.mark.parametrize(

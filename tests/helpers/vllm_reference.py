@@ -68,7 +68,7 @@ class DenseThenRouted:
         return ids[self.prompt :], self.routes
 
     @torch.no_grad()
-    def behind(self, prompt: list[int], cut: int, routes: list[list[int]], answer: list[int]) -> list[float]:
+    def gaps(self, prompt: list[int], cut: int, routes: list[list[int]], answer: list[int]) -> list[float]:
         """How much less likely each token of an answer is than the likeliest one there, in nats; 0 where it is that.
         For answers in half precision, which may choose the other of two that are as good as equal.
 
