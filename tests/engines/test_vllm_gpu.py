@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -23,13 +24,14 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from elastic.bench.records import load as load_records
 from elastic.bench.records import stamp
 from elastic.data.prompts import EncodedPrompt
 from elastic.engines.vllm import step as steps
-from elastic.engines.vllm.engine import RoutedWorker, routed_config
+from elastic.engines.vllm.engine import RoutedAsyncScheduler, RoutedWorker, routed_config
 from elastic.engines.vllm.gpu import GpuBackend, GpuImpl, GpuWorker
 from elastic.engines.vllm.options import Options
 from elastic.engines.vllm.paged import attend_launches, write_pages
@@ -168,6 +170,37 @@ def test_random_schedules_by_the_calls_of_the_kernels(tmp_path, monkeypatch, chu
     assert counts["answers compared"] > 20 and counts["different routes"] > 2
     kinds = {tuple(launch.starts is None for launch in launches) for launches in calls}
     assert {(True,), (False,), (True, False)} <= kinds
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """CPU engines plan a step while the one before runs, as vLLM does on a GPU; streams and events do nothing. Yields
+    the schedulers.
+    """
+    platform, schedulers = type(current_platform), []
+    update, begin = platform.check_and_update_config, RoutedAsyncScheduler.__init__
+
+    def check_and_update_config(config):
+        update(config)
+        config.scheduler_config.async_scheduling = True
+
+    def remembered(self, *args, **kwargs):
+        schedulers.append(self)
+        begin(self, *args, **kwargs)
+
+    monkeypatch.setattr(platform, "check_and_update_config", staticmethod(check_and_update_config))
+    monkeypatch.setattr(RoutedAsyncScheduler, "__init__", remembered)
+    monkeypatch.setattr(GPUModelRunner, "_get_or_create_async_output_copy_stream", MagicMock())
+    for owner, name in ((torch, "Event"), *((torch.cuda, name) for name in ("Event", "stream", "current_stream"))):
+        monkeypatch.setattr(owner, name, MagicMock())
+    return schedulers
+
+
+@pytest.mark.parametrize(("kind", "chunk"), [("paper", 0), ("level", 24)])
+def test_random_schedules_with_steps_planned_ahead(ahead, tmp_path, kind, chunk):
+    counts = run(routed(tmp_path, "llama", kind), 8, seed=5, chunk=chunk)
+    assert counts["answers compared"] > 30 and counts["preempted"] and counts["prefix cache hits"] and counts["aborted"]
+    assert len(ahead) == 1
 
 
 def test_no_step_in_which_layers_decide_may_be_the_replay_of_a_graph(model):
