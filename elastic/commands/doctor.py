@@ -111,7 +111,7 @@ def _self_check() -> list[Check]:
         gradients = torch.autograd.grad((out * weight).sum(), (q, k, v, route))
         results.append((out.detach(), *gradients))
     errors = [float((a - b).abs().max() / b.abs().max().clamp_min(1)) for a, b in zip(*results, strict=True)]
-    good = max(errors) < TOLERANCE
+    good = all(error < TOLERANCE for error in errors)  # false for NaN, which `max` may overlook
     detail = (
         f"{backend_for(q.device, q.dtype, q.shape[-1])}: output and gradients within {max(errors):.1e} of the oracle"
     )

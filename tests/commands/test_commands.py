@@ -2,9 +2,11 @@
 
 import io
 import json
+import math
 import sys
 
 import pytest
+import torch
 
 from elastic.commands import doctor, generate
 from elastic.model import loading
@@ -200,6 +202,17 @@ def test_doctor_finds_wrong_attention(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "FAIL  self-check" in out and "-> allowed is 2e-05; report it" in out
     assert "The CPU path does not work" in out
+
+
+def test_doctor_finds_gradients_that_are_no_numbers(capsys, monkeypatch):
+    """The output is right, so that the largest error in Python's order would be."""
+    right = torch.autograd.grad
+    broken = iter([lambda *found: (found[0] * math.nan, *found[1:])])
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda *args, **kwargs: next(broken, lambda *found: found)(*right(*args, **kwargs))
+    )
+    assert doctor.main([]) == 1
+    assert "FAIL  self-check" in capsys.readouterr().out
 
 
 def test_doctor_finds_a_missing_and_an_old_package(capsys, monkeypatch):

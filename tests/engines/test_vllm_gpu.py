@@ -3,10 +3,12 @@ calls of the paged kernels in place of PyTorch. `gpu_engine.py` is for a machine
 """
 
 import inspect
-import json
+import math
 import random
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -22,18 +24,21 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from elastic.bench.records import load as load_records
 from elastic.bench.records import stamp
 from elastic.data.prompts import EncodedPrompt
 from elastic.engines.vllm import step as steps
-from elastic.engines.vllm.engine import RoutedWorker, routed_config
+from elastic.engines.vllm.engine import RoutedAsyncScheduler, RoutedWorker, routed_config
 from elastic.engines.vllm.gpu import GpuBackend, GpuImpl, GpuWorker
 from elastic.engines.vllm.options import Options
 from elastic.engines.vllm.paged import attend_launches, write_pages
-from tests.engines import gpu_engine
+from tests.engines import gpu_checks, gpu_engine
+from tests.helpers import vllm_gpu
 from tests.helpers.vllm_engine import engine, routed, sampling
+from tests.helpers.vllm_reference import DenseThenRouted
 from tests.helpers.vllm_schedules import run
 
 
@@ -89,6 +94,7 @@ def test_the_configuration_for_a_gpu(request, model, ahead):
     [
         ("attention", "backend", AttentionBackendEnum.FLASH_ATTN),
         ("parallel", "enable_dbo", True),
+        ("model", "enable_sleep_mode", True),  # 0.24 lets go of what metadata builders hold, the table of modes too
         ("parallel", "worker_cls", "vllm.v1.worker.cpu_worker.CPUWorker"),
     ],
 )
@@ -166,6 +172,37 @@ def test_random_schedules_by_the_calls_of_the_kernels(tmp_path, monkeypatch, chu
     assert {(True,), (False,), (True, False)} <= kinds
 
 
+@pytest.fixture
+def ahead(monkeypatch):
+    """CPU engines plan a step while the one before runs, as vLLM does on a GPU; streams and events do nothing. Yields
+    the schedulers.
+    """
+    platform, schedulers = type(current_platform), []
+    update, begin = platform.check_and_update_config, RoutedAsyncScheduler.__init__
+
+    def check_and_update_config(config):
+        update(config)
+        config.scheduler_config.async_scheduling = True
+
+    def remembered(self, *args, **kwargs):
+        schedulers.append(self)
+        begin(self, *args, **kwargs)
+
+    monkeypatch.setattr(platform, "check_and_update_config", staticmethod(check_and_update_config))
+    monkeypatch.setattr(RoutedAsyncScheduler, "__init__", remembered)
+    monkeypatch.setattr(GPUModelRunner, "_get_or_create_async_output_copy_stream", MagicMock())
+    for owner, name in ((torch, "Event"), *((torch.cuda, name) for name in ("Event", "stream", "current_stream"))):
+        monkeypatch.setattr(owner, name, MagicMock())
+    return schedulers
+
+
+@pytest.mark.parametrize(("kind", "chunk"), [("paper", 0), ("level", 24)])
+def test_random_schedules_with_steps_planned_ahead(ahead, tmp_path, kind, chunk):
+    counts = run(routed(tmp_path, "llama", kind), 8, seed=5, chunk=chunk)
+    assert counts["answers compared"] > 30 and counts["preempted"] and counts["prefix cache hits"] and counts["aborted"]
+    assert len(ahead) == 1
+
+
 def test_no_step_in_which_layers_decide_may_be_the_replay_of_a_graph(model):
     """A prompt of one token looks like decoding; the step after it is."""
     found = []
@@ -186,11 +223,16 @@ def test_no_step_in_which_layers_decide_may_be_the_replay_of_a_graph(model):
 
 def test_the_script_for_a_machine_with_a_gpu(monkeypatch, tmp_path):
     """All of it, on the CPU, in this process and with a shape that one can hold."""
-    on_cpu = {"block_size": 32, "enforce_eager": True, "kv_cache_memory_bytes": 1 << 26}  # stock vLLM takes no other
-    started, sizes = gpu_engine.started, {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2}
-    monkeypatch.setattr(gpu_engine, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(1))
-    monkeypatch.setattr(gpu_engine, "apart", lambda task, *args: json.loads(json.dumps(task(*args))))
-    monkeypatch.setattr(gpu_engine, "started", lambda *args, **options: started(*args, **options | on_cpu))
+    started, sizes = vllm_gpu.started, {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2}
+
+    def on_cpu(folder, checkpoint, **options):
+        own = {"block_size": 32} if checkpoint is None else {}  # stock vLLM takes no other
+        return started(folder, checkpoint, **options | own | {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 26})
+
+    in_turn = SimpleNamespace(map=map)  # a process has one engine at a time
+    monkeypatch.setattr(gpu_checks, "ThreadPoolExecutor", lambda _: nullcontext(in_turn))
+    monkeypatch.setattr(vllm_gpu, "apart", lambda task, *args: task(*args))
+    monkeypatch.setattr(vllm_gpu, "started", on_cpu)
     monkeypatch.setattr(gpu_engine, "stamp", lambda command, commit, _: stamp(command, commit, torch.device("cpu")))
     monkeypatch.setattr(gpu_engine, "version", lambda _: "0.32.0")
     monkeypatch.setattr(steps, "attend_step", attend_launches)
@@ -200,19 +242,57 @@ def test_the_script_for_a_machine_with_a_gpu(monkeypatch, tmp_path):
     options = ["--cases", "64x2", "--layers", "2", "--repeats", "1", "--commit", "abc", "--out", str(tmp_path)]
     assert gpu_engine.main(options) == 0
     found = load_records(tmp_path / "vllm-gpu.json")
-    assert [record["value"] for record in found if record["metric"].startswith("answers with")] == [1.0, 1.0]
-    assert all(record["value"] > 0 for record in found if record["unit"] in ("s", "tokens/s"))
-    assert len(found) == 2 * 3 + 2 * 2 and {record["commit"] for record in found} == {"abc"}
+    checked, timed = [r for r in found if "counts" in r], [r for r in found if "counts" not in r]
+    assert [r["value"] for r in checked if r["unit"] == "share"] == [1.0] * 8
+    assert all(r["value"] < 0.01 for r in checked if r["unit"] != "share") and len(checked) == 2 * 2 * (3 + 2)
+    assert all(r["counts"]["prompts that began dense"] > 5 for r in checked if "chunks" in r["case"])
+    assert all(r["value"] > 0 for r in timed) and len(timed) == 2 * 2
+    assert {r["commit"] for r in found} == {"abc"}
 
 
-def test_answers_part_at_ties_alone():
-    near, far = [[3, [[3, -1.0], [4, -1.01]]], [9, [[9, -1.0], [2, -3.0]]]], [[3, [[3, -1.0], [4, -2.0]]]]
-    assert gpu_engine.alike(near, near)
-    assert gpu_engine.alike([[4, []], [1, []]], near) and not gpu_engine.alike([[5, []], [9, []]], near)
-    assert not gpu_engine.alike([[3, []], [2, []]], near) and not gpu_engine.alike([[4, []]], far)
+def test_what_a_process_yields_comes_at_once_and_its_fault_after_it():
+    found = vllm_gpu.apart(divided, 6, [3, 2, 0])
+    assert [next(found), next(found)] == [2.0, 3.0]
+    with pytest.raises(RuntimeError, match=r"divided\(\[3, 2, 0\],\) ended with 1"):
+        next(found)
 
 
-@pytest.mark.parametrize(("unit", "value"), [("share", 0.5), ("of the largest output", 0.5)])
+def divided(number, others):
+    yield from (number / other for other in others)
+
+
+def test_an_engine_that_fails_is_a_check_that_failed(monkeypatch):
+    """The others are told all the same."""
+
+    def apart(task, folder, checkpoint, way):
+        if way.startswith("chunks"):
+            raise RuntimeError("it ended with 1")
+        yield {"requests": [], "error": 0.001, "counts": {}, "scheduler": "a scheduler"}
+
+    monkeypatch.setattr(vllm_gpu, "apart", apart)
+    monkeypatch.setattr(gpu_checks, "judge", lambda *_: (1.0, 0.0))
+    found = list(gpu_checks.checks())
+    assert {r["why"] for r in found if gpu_checks.failed(r)} == {"it ended with 1"}
+    assert Counter(gpu_checks.failed(r) for r in found) == {True: 2 * 2, False: 2 * 2 * 3}
+
+
+def test_another_token_or_route_is_a_gap(model):
+    prompt = EncodedPrompt.whole([random.Random(7).randrange(4, 64) for _ in range(90)])
+    answer, decided = model.answer(prompt)
+    routes, reference = [list(layer) for layer in decided], DenseThenRouted(model)
+    assert reference.answer(prompt, 0, 0) == ([], routes)
+    assert max(reference.gaps(prompt.ids, 0, routes, answer)) == 0
+    other = [*answer[:5], answer[5] + 1, *answer[6:]]
+    gaps = reference.gaps(prompt.ids, 0, routes, other)
+    assert max(gaps[:5]) == 0 and gaps[5] > gpu_checks.LARGEST["nats"]
+    flipped = [[1 - route for route in layer] for layer in routes]
+    assert max(reference.gaps(prompt.ids, 0, flipped, answer)) > gpu_checks.LARGEST["nats"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "value"),
+    [("share", 0.5), ("of the largest output", 0.5), ("nats", 0.1), ("of the largest output", math.inf)],
+)
 def test_a_check_that_fails_ends_the_script_before_anything_is_timed(monkeypatch, tmp_path, unit, value):
     bad = {"case": "check llama", "who": "plugin", "metric": "a metric", "value": value, "unit": unit}
     monkeypatch.setattr(gpu_engine, "checks", lambda *_: iter([bad]))

@@ -50,7 +50,7 @@ class Routed:
 
 def routed(
     folder: Path, family: str, kind: str, seed: int = 0, kv_heads: int = KV_HEADS, layers: int = LAYERS,
-    head_dim: int = 32, **config: Any,
+    head_dim: int = 32, sparse: SparseConfig = SPARSE, **config: Any,
 ) -> Routed:  # fmt: skip
     """A random backbone whose answers vary, with routers of a kind whose decisions vary, both saved."""
     tokenizer = load_tokenizer("tiny")
@@ -63,7 +63,7 @@ def routed(
     model.save_pretrained(folder / "backbone")
     tokenizer.save_pretrained(folder / "backbone")
     model, _ = load_backbone(str(folder / "backbone"))
-    attach(model, ElasticConfig(RouterConfig(pool_tokens=8, kind=kind), SPARSE, **config))
+    attach(model, ElasticConfig(RouterConfig(pool_tokens=8, kind=kind), sparse, **config))
     generator = torch.Generator().manual_seed(seed)
     if kind == "paper":
         varied_routers(model, seed)

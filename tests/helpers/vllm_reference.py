@@ -67,9 +67,24 @@ class DenseThenRouted:
             ids.append(int(self._read(ids).argmax()))
         return ids[self.prompt :], self.routes
 
+    @torch.no_grad()
+    def gaps(self, prompt: list[int], cut: int, routes: list[list[int]], answer: list[int]) -> list[float]:
+        """How much less likely each token of an answer is than the likeliest one there, in nats; 0 where it is that.
+        For answers in half precision, which may choose the other of two that are as good as equal.
+
+        Args:
+            cut: tokens of the prompt that run dense; the rest and the answer run under `routes`.
+        """
+        self.cut, self.prompt, self.routes = cut, len(prompt), routes
+        logits = self._logits([*prompt, *answer])[len(prompt) - 1 : -1]
+        return (logits.amax(1) - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]).tolist()
+
     def _read(self, ids: list[int]) -> Tensor:
+        return self._logits(ids)[-1]
+
+    def _logits(self, ids: list[int]) -> Tensor:
         self.seen, self.keys = [], []
-        logits: Tensor = self.model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        logits: Tensor = self.model(torch.tensor([ids]), use_cache=False).logits[0]
         return logits
 
     def _decide(self, layer: int, user: tuple[int, int], earlier: Tensor | None) -> tuple[list[int], Tensor | None]:

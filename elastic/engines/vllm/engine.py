@@ -113,6 +113,7 @@ def _check_settings(made: Any, worker: str) -> None:
             ("kv_transfer_config", made.kv_transfer_config, (None,)),
             ("model_impl", model.model_impl, ("auto", "vllm")),
             ("enable_prompt_embeds", model.enable_prompt_embeds, (False,)),
+            ("enable_sleep_mode", model.enable_sleep_mode, (False,)),  # waking leaves garbage in the table of modes
             ("sliding_window", model.get_sliding_window(), (None,)),
         )
         if value not in usual
