@@ -4,12 +4,16 @@ Prompts that are read in one pass are its left-padded rows, each with its own ro
 Legend: B rows, S tokens, V vocabulary.
 """
 
+import marshal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
+from transformers.generation import logits_process as known
 
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.keyword import given
@@ -42,13 +46,13 @@ class Drawing:
     """How the tokens of one answer are drawn.
 
     Attributes:
-        ids_1S: int64; the prompt and the answer so far, which the processors read.
+        ids_1S: int64; the prompt and the answer so far, which the processors read; None where none of them does.
         processors: a list, what transformers does to logits [1, V] under the settings of the call and of the model.
         do_sample: draw at random; else the largest.
         generator: random numbers of a seeded answer; None: those of torch.
     """
 
-    ids_1S: Tensor
+    ids_1S: Tensor | None
     processors: Any
     do_sample: bool
     generator: torch.Generator | None
@@ -65,7 +69,8 @@ class Drawing:
             token = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)
         else:
             token = scores.argmax(-1, keepdim=True)
-        self.ids_1S = torch.cat([self.ids_1S, token], -1)
+        if self.ids_1S is not None:
+            self.ids_1S = torch.cat([self.ids_1S, token], -1)
         return token
 
 
@@ -117,17 +122,57 @@ def begin(
 _ANY = 0  # a token in the place of padding, which nothing reads
 
 
+# What transformers does to logits whatever came before them, each by its exact class.
+_BLIND = (
+    known.InfNanRemoveLogitsProcessor, known.LogitNormalization, known.MinPLogitsWarper, known.TemperatureLogitsWarper,
+    known.TopKLogitsWarper, known.TopPLogitsWarper,
+)  # fmt: skip
+_MOST_LEARNT = 256  # settings by model
+_learnt = WeakKeyDictionary[Any, dict[bytes, Drawing]]()  # by model and settings, where no prompt has a part in it
+
+
 def _drawing(model: CausalLM, asked: Asked) -> Drawing:
     options = dict(asked.options)
     judge(model, options)
     if (setting(model, options, "num_beams") or 1) != 1:
         raise ValueError("the generation config asks for beams, which are not made token by token; set num_beams=1")
+    settings, learnt = _settings(model, options), _learnt.setdefault(model, {})
+    if asked.max_new_tokens < 1 or settings is None:
+        drawing = _asked_of_generate(model, asked, options)
+    elif settings in learnt:
+        drawing = replace(learnt[settings])
+    else:
+        drawing = _asked_of_generate(model, asked, options)
+        if drawing.ids_1S is None:
+            if len(learnt) >= _MOST_LEARNT:
+                learnt.clear()
+            learnt[settings] = replace(drawing)
+    if asked.seed is not None:
+        drawing.generator = torch.Generator(model.device).manual_seed(asked.seed)
+    return drawing
+
+
+def _settings(model: CausalLM, options: dict[str, Any]) -> bytes | None:
+    """All that decides how tokens are drawn, but for the prompt: the call's options and the model's generation config,
+    as they are now. None where that cannot be told: with objects among them, or code that is not transformers' own.
+    """
+    part: Any = model
+    methods = {"generate": part.generate.inner, "_get_logits_processor": part._get_logits_processor}
+    if any(getattr(found, "__func__", None) is not getattr(GenerationMixin, name) for name, found in methods.items()):
+        return None
+    try:
+        return marshal.dumps((options, vars(model.generation_config)), 2)
+    except ValueError:
+        return None
+
+
+def _asked_of_generate(model: CausalLM, asked: Asked, options: dict[str, Any]) -> Drawing:
     ids = torch.tensor([asked.prompt.ids], device=model.device)
     drawing: Drawing = _called(
         model, ids, torch.ones_like(ids), _prepared, max_new_tokens=asked.max_new_tokens, **options
     )
-    if asked.seed is not None:
-        drawing.generator = torch.Generator(model.device).manual_seed(asked.seed)
+    if drawing.ids_1S is ids and all(type(one) in _BLIND for one in drawing.processors):
+        drawing.ids_1S = None
     return drawing
 
 
