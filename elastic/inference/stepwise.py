@@ -5,7 +5,9 @@ Legend: B rows, S tokens, V vocabulary.
 """
 
 import marshal
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -15,13 +17,18 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.generation import logits_process as known
 
+from elastic.attention.layout import sent
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.keyword import given
 from elastic.data.prompts import EncodedPrompt, left_pad, padded_spans
 from elastic.inference.generate import new_cache
-from elastic.model.attach import biased, user_wrote
+from elastic.model.attach import biased, handle_of, user_wrote
 from elastic.model.generation import judge, setting
+from elastic.model.pass_state import masked
 from elastic.protocols import CausalLM
+
+# Releases of transformers before 5.24 warn of ids on the host, which `_read` sends to the model itself.
+warnings.filterwarnings("ignore", r"You are calling \.generate\(\) with the `input_ids`.* is on cpu, ", UserWarning)
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,8 @@ def begin(
     """
     drawings = [_drawing(model, one) for one in asked]
     prompts, room = [one.prompt for one in asked], max(one.max_new_tokens for one in asked)
-    ids, mask = left_pad([prompt.ids for prompt in prompts], _ANY, model.device)
+    host = torch.device("cpu")  # where transformers prepares the pass without waiting for a GPU time and again
+    ids, mask = left_pad([prompt.ids for prompt in prompts], _ANY, host)
     cache = new_cache(model, [one.max_new_tokens for one in asked])
     pieces = {} if prefill_chunk_size is None else {"prefill_chunk_size": prefill_chunk_size}
     judge(model, pieces)
@@ -114,7 +122,7 @@ def begin(
             f"prompts of up to {longest} tokens are not read together in pieces of {piece}: which tokens of one are in "
             "the last piece would depend on the others; read each alone"
         )
-    with biased(model, sparsity_bias), user_wrote(model, padded_spans(prompts, torch.device("cpu"))):
+    with biased(model, sparsity_bias), user_wrote(model, padded_spans(prompts, host)):
         logits = _called(model, ids, mask, _read, max_new_tokens=room, **given(cache), **pieces)
     return drawings, draw_each(drawings, logits), cache
 
@@ -194,5 +202,9 @@ def _read(model: Any, input_ids: Tensor, generation_config: Any, **inputs: Any) 
     """A decoding method that reads the prompts and makes no token: the logits [B, V] that follow them."""
     for name in ("logits_processor", "stopping_criteria"):
         del inputs[name]  # whoever asks for tokens draws them, and decides when they are enough
-    logits: Tensor = model._prefill(input_ids, generation_config, inputs).logits[:, -1]
+    mask = inputs.get("attention_mask")
+    ids, *there = (sent(x, model.device) if isinstance(x, Tensor) else x for x in (input_ids, *inputs.values()))
+    with nullcontext() if mask is None else masked(handle_of(model).state, mask):
+        output = model._prefill(ids, generation_config, dict(zip(inputs, there, strict=True)))
+    logits: Tensor = output.logits[:, -1]
     return logits

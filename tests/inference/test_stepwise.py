@@ -13,6 +13,7 @@ from elastic.inference import stepwise as stepwise_module
 from elastic.inference.decode_graph import DecodeGraph
 from elastic.inference.generate import generate, route_report
 from elastic.inference.stepwise import Asked, begin, draw_each
+from elastic.model import layer_hooks
 from tests.helpers.models import varied_routers
 from tests.helpers.server import tiny_model
 
@@ -182,3 +183,26 @@ def test_code_that_is_not_transformers_own_is_always_asked(routed, prepared, mon
     for _ in range(2):
         stepwise_module._drawing(model, one)
     assert len(prepared) == 2
+
+
+def test_a_pass_is_prepared_on_the_host_which_then_knows_where_its_prompts_lie(routed, monkeypatch):
+    """What the model is given is elsewhere, as on a GPU, and is not read back."""
+    sent, given = [], []
+
+    def elsewhere(values, device):
+        sent.append((values, values.clone()))
+        return sent[-1][1]
+
+    def layout(*args):
+        given.append(args[4])
+        return batch_layout(*args)
+
+    batch_layout = layer_hooks.batch_layout
+    monkeypatch.setattr(layer_hooks, "batch_layout", layout)
+    monkeypatch.setattr(stepwise_module, "sent", elsewhere)
+    expected = stepwise(routed, PROMPT, "find k1")
+    (mask,) = given
+    assert mask.tolist() == [[1] * mask.shape[1], [0] * (mask.shape[1] - int(mask[1].sum())) + [1] * int(mask[1].sum())]
+    assert any(mask is here for here, _ in sent) and not any(mask is there for _, there in sent)
+    monkeypatch.undo()
+    assert stepwise(routed, PROMPT, "find k1") == expected
