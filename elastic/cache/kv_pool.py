@@ -7,6 +7,7 @@ attention. Padding is never stored: position 0 is a sample's first valid token.
 Legend: B samples, K KV heads, S tokens, D head dim, R rows of the pool, p positions, L layers.
 """
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from elastic.attention.layout import sent
 from elastic.config import SparseConfig
 from elastic.visibility import lower_bound
 
@@ -67,8 +69,9 @@ def visible_slots(count: Tensor, streaming: Tensor, ring: Tensor, sparse: Sparse
 
 def upload(values: Iterable[int], device: torch.device) -> Tensor:
     """int64 tensor of host values; on a GPU from pinned memory, without waiting for the device."""
-    host = torch.tensor(list(values), dtype=torch.int64, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+    numbers = array("q", values)
+    host = torch.frombuffer(numbers, dtype=torch.int64) if numbers else torch.empty(0, dtype=torch.int64)
+    return sent(host, device)
 
 
 class PromptRows:
