@@ -20,6 +20,7 @@ from transformers.generation import logits_process as known
 from elastic.attention.layout import sent
 from elastic.cache.elastic_cache import ElasticCache
 from elastic.cache.keyword import given
+from elastic.cache.kv_pool import upload
 from elastic.data.prompts import EncodedPrompt, left_pad, padded_spans
 from elastic.inference.generate import new_cache
 from elastic.model.attach import biased, handle_of, user_wrote
@@ -69,9 +70,9 @@ class Drawing:
         """Whether the next token is that of the largest logit, whatever came before."""
         return not self.do_sample and not self.processors
 
-    def draw(self, logits_1V: Tensor) -> Tensor:
-        """The next token, int64 [1, 1]."""
-        scores = self.processors(self.ids_1S, logits_1V.to(torch.float32, copy=True))
+    def draw(self, logits_RV: Tensor) -> Tensor:
+        """The next token, int64 [R, 1]: of this answer, or, where nothing before counts, of R that are drawn alike."""
+        scores = self.processors(self.ids_1S, logits_RV.to(torch.float32, copy=True))
         if self.do_sample:
             token = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)
         else:
@@ -82,11 +83,18 @@ class Drawing:
 
 
 def draw_each(drawings: Sequence[Drawing], logits_BV: Tensor) -> Tensor:
-    """The next token of every row, int64 [B, 1]; those of plain rows at once."""
-    token_B1 = logits_BV.argmax(-1, keepdim=True)
+    """The next token of every row, int64 [B, 1]; those of plain rows at once, and so those of rows whose processors are
+    the same and look at their logits alone.
+    """
+    token_B1, alike = logits_BV.argmax(-1, keepdim=True), dict[int, list[int]]()
     for at, drawing in enumerate(drawings):
-        if not drawing.plain:
+        if drawing.ids_1S is None and drawing.generator is None and not drawing.plain:
+            alike.setdefault(id(drawing.processors), []).append(at)
+        elif not drawing.plain:
             token_B1[at] = drawing.draw(logits_BV[at : at + 1])[0]
+    for rows in alike.values():
+        index = upload(rows, logits_BV.device)
+        token_B1.index_copy_(0, index, drawings[rows[0]].draw(logits_BV.index_select(0, index)))
     return token_B1
 
 

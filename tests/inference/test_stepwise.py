@@ -15,6 +15,7 @@ from elastic.inference.generate import generate, route_report
 from elastic.inference.stepwise import Asked, begin, draw_each
 from elastic.model import layer_hooks
 from tests.helpers.models import varied_routers
+from tests.helpers.operations import Operations
 from tests.helpers.server import tiny_model
 
 PROMPT = "key k1 5 4 3 2 " + "f1 f2 f3 " * 6 + "find k1"
@@ -206,3 +207,25 @@ def test_a_pass_is_prepared_on_the_host_which_then_knows_where_its_prompts_lie(r
     assert any(mask is here for here, _ in sent) and not any(mask is there for _, there in sent)
     monkeypatch.undo()
     assert stepwise(routed, PROMPT, "find k1") == expected
+
+
+def test_rows_that_are_drawn_alike_are_drawn_at_once(routed):
+    model, prompts = routed[0], [EncodedPrompt.whole([5, 6, 7]), EncodedPrompt.whole([8, 9])]
+    nearly_greedy, usual = {"do_sample": True, "top_k": 1, "temperature": 0.7}, {"do_sample": True, "top_k": 0}
+    asked = [Asked(prompts[n % 2], 9, None, {**nearly_greedy, "top_p": 0.9 - n % 2 / 4}) for n in range(7)]
+    asked += [Asked(prompts[0], 9), Asked(prompts[0], 9, 3, usual), Asked(prompts[1], 9, 3, usual)]
+    drawings = [stepwise_module._drawing(model, one) for one in asked]
+    logits = torch.randn(10, 97, generator=torch.Generator().manual_seed(0))
+    token = draw_each(drawings, logits)
+    assert torch.equal(token[:8, 0], logits[:8].argmax(-1))
+    for at in (8, 9):
+        drawing = stepwise_module._drawing(model, asked[at])
+        assert torch.equal(token[at : at + 1], drawing.draw(logits[at : at + 1]))
+    counts = []
+    for rows in ([0, 2, 1], [0, 2, 4, 6, 1, 3, 5]):
+        with Operations() as counted:
+            draw_each([drawings[at] for at in rows], logits[rows])
+        counts.append(counted.launched)
+    assert counts[0] == counts[1]
+    many = stepwise_module._drawing(model, Asked(prompts[0], 9, None, usual))
+    assert len(draw_each([many] * 500, torch.zeros(1, 97).expand(500, -1)).unique()) > 80  # each by its own numbers
