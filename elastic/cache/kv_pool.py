@@ -236,8 +236,9 @@ class KVPool:
 
 def heads_of(pools: Sequence[KVPool], samples: Sequence[int]) -> tuple[Tensor, Tensor]:
     """`base` and `ring` of samples in several layers, int64 and bool [L, B, K] on the device, in one transfer."""
-    tables = (getattr(pool, name)[b] for name in ("base", "ring") for pool in pools for b in samples)
-    both = upload(chain.from_iterable(tables), pools[0].keys.device).view(2, len(pools), len(samples), -1)
+    tables: list[Sequence[Sequence[int]]] = [*(pool.base for pool in pools), *(pool.ring for pool in pools)]
+    entries = [entry for of_pool in tables for b in samples for entry in of_pool[b]]
+    both = upload(entries, pools[0].keys.device).view(2, len(pools), len(samples), -1)
     return both[0], both[1].bool()
 
 
