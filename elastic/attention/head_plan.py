@@ -14,6 +14,13 @@ from elastic.config import SparseConfig
 from elastic.kernels import Pattern
 
 
+def modes_of(route: Tensor, zero: int, one: int) -> Tensor:
+    """int32; mode `one` where the route, bool, is 1, else `zero`."""
+    if (zero, one) == (0, 1):  # as of full and streaming heads, in one launch
+        return route.to(torch.int32)
+    return torch.where(route, one, zero).to(torch.int32)
+
+
 @dataclass(frozen=True)
 class HeadPlan:
     """Metadata of one attention launch: mode per (sample, KV head), pattern sizes, and the layout.
@@ -56,7 +63,7 @@ class HeadPlan:
             )
         if mode_NK is None or layout.queries == 1:  # which may run other modes
             zero, one = mode_ids(sparse, layout.queries)
-            mode_NK = torch.where(route_NK.detach() > 0.5, one, zero).to(torch.int32)
+            mode_NK = modes_of(route_NK.detach() > 0.5, zero, one)
         return cls(mode_NK, sparse, layout, gradient_share)
 
     @property

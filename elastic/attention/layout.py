@@ -122,7 +122,8 @@ def batch_layout(
     """One sample per row.
 
     Args:
-        attention_mask: [B, Lk] with 1 on valid tokens, which must be one run per row (left or right padding).
+        attention_mask: [B, Lk] with 1 on valid tokens, which must be one run per row (left or right padding). Of one on
+            the host nothing is read back from a GPU.
         prompt_end: [B], key positions; default the end of the valid tokens.
         user_spans: [B, 2], key positions; default the whole prompt.
         begun: of a piece of prompts, see `Layout`. A row may then hold no valid token yet; its sample will begin after
@@ -135,10 +136,11 @@ def batch_layout(
     row = torch.arange(rows, device=device)
     begin, end = torch.zeros_like(row), torch.full_like(row, keys)
     padded = padded_right = False
+    spans: list[tuple[int, int, int]] | None = None
     if attention_mask is not None:
         if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < keys:
             raise _bad_mask(attention_mask, rows, keys)
-        valid = attention_mask[:, :keys].to(device).bool()
+        valid = attention_mask[:, :keys].bool()
         count = valid.sum(1)
         begin = torch.where(count > 0, valid.int().argmax(1), keys)
         end = begin + count
@@ -152,9 +154,15 @@ def batch_layout(
             if bool((last + 1 != end).any()):
                 raise ValueError("attention_mask has padding between valid tokens; pad on one side only")
             padded_right = bool((end < keys).any())
+        if valid.device.type == "cpu":
+            spans = list(zip(range(rows), begin.tolist(), end.tolist(), strict=True))
+        begin, end = sent(torch.stack([begin, end]), device).unbind(0)
     prompt_end = end if prompt_end is None else prompt_end.to(device)
     user = _user(user_spans, begin, prompt_end)
-    return Layout(row, begin, end, prompt_end, *user, rows, queries, keys, False, padded, padded_right, begun=begun)
+    made = Layout(row, begin, end, prompt_end, *user, rows, queries, keys, False, padded, padded_right, begun=begun)
+    if spans is not None:
+        vars(made)["spans"] = spans  # known already
+    return made
 
 
 def decode_layout(
@@ -299,8 +307,15 @@ def _user(spans: Tensor | None, begin_N: Tensor, prompt_end_N: Tensor) -> tuple[
     """Begin and end of what the user wrote; the whole prompt where nobody says."""
     if spans is None:
         return begin_N, prompt_end_N
-    begin, end = spans.to(device=begin_N.device, dtype=torch.int64).unbind(1)
+    begin, end = sent(spans.to(torch.int64), begin_N.device).unbind(1)
     return begin, end
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """The values on a device; from the host to a GPU without waiting for it."""
+    if values.device.type == "cpu" and device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def _bad_mask(mask: Tensor, rows: int, keys: int) -> ValueError:

@@ -20,10 +20,12 @@ def check_user(layout: Layout, spans: Tensor) -> None:
         raise ValueError(f"user_spans has {spans.shape[0]} parts for {samples} samples; expected one each")
     if spans.device.type != "cpu":
         return
-    whole = not (layout.padded or layout.packed) and layout.prompt_end_N is layout.end_N
-    limits = [[0, layout.keys]] * samples  # known here: nothing is read back from a GPU
-    if not whole:
+    if layout.prompt_end_N is not layout.end_N:
         limits = torch.stack([layout.begin_N, layout.prompt_end_N], 1).tolist()
+    elif layout.padded or layout.packed:
+        limits = [[begin, end] for _, begin, end in layout.spans]
+    else:
+        limits = [[0, layout.keys]] * samples  # known here: nothing is read back from a GPU
     for n, ((start, stop), (begin, end)) in enumerate(zip(spans.tolist(), limits, strict=True)):
         if not begin <= start < stop <= end:
             raise ValueError(

@@ -25,11 +25,13 @@ class Stored:
 
     Attributes:
         pool: the layer's keys and values.
+        base_BK: int64; first row of every head.
         visible: what its heads see, [B, K].
         begin_B, count_B: padding before, and valid tokens of every sample.
     """
 
     pool: KVPool
+    base_BK: Tensor
     visible: Visible
     begin_B: Tensor
     count_B: Tensor
@@ -51,7 +53,7 @@ def decode_attention(
         q_BH1D = q_BH1D.to(stored.pool.keys.dtype)  # under autocast the cache holds what the model stored
         if kernel:
             pool = stored.pool
-            return _launch(q_BH1D, pool.keys, pool.values, pool.base_BK, stored.visible, plan, scale)
+            return _launch(q_BH1D, pool.keys, pool.values, stored.base_BK, stored.visible, plan, scale)
         k, v = stored.pool.dense(stored.begin_B, stored.count_B, plan.layout.keys)
         return attend(q_BH1D, k, v, plan, scale)
     if kernel and k_BKTD.is_contiguous() and v_BKTD.is_contiguous():

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from elastic.attention.layout import Layout, right_padding
 from elastic.attention.modes import STREAMING
 from elastic.cache.decode_attention import Stored
-from elastic.cache.kv_pool import KVPool, Visible, slot_of, upload, visible_slots
+from elastic.cache.kv_pool import KVPool, PromptRows, Visible, heads_of, slot_of, upload, visible_slots
 from elastic.cache.layer import ElasticLayer
 from elastic.cache.linear_layer import LinearLayer
 from elastic.cache.route_record import (
@@ -85,6 +85,7 @@ class ElasticCache(Cache):
     def reset(self) -> None:
         """Empty the cache."""
         self.counts = list[int]()
+        self._tokens: PromptRows | None = None  # of the layers that are not all settled yet
         self.pooled_B = self.begin_B = self.count_B = torch.zeros(0, dtype=torch.int64)
         self.visible_LBK: Visible | None = None
         self.rows_LBK = self.base_LBK = self.ring_LBK = torch.zeros(0)
@@ -110,7 +111,7 @@ class ElasticCache(Cache):
             return None
         self.settle()
         sparse = self.config.sparse
-        return self.routed[index].held().ring_BK & (self.count_B > sparse.sink + sparse.window)[:, None]
+        return self.routed[index].held().heads[1] & (self.count_B > sparse.sink + sparse.window)[:, None]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -160,6 +161,7 @@ class ElasticCache(Cache):
                 "cache with elastic.new_cache(model)"
             )
         self.settle()
+        self._tokens = None
         if mode_LBK is None:
             return
         self._check_kept(override, config.dense_decode)
@@ -167,9 +169,8 @@ class ElasticCache(Cache):
             more = self.reserve if isinstance(self.reserve, int) else 0
             self._resize(list(range(len(self.counts))), [self._room(count + 1, more) for count in self.counts])
         if self.base_LBK.numel() == 0:
-            pools = [layer.held() for layer in self.routed]
-            self.base_LBK = torch.stack([pool.base_BK for pool in pools])
-            self.ring_LBK = torch.stack([pool.ring_BK for pool in pools])
+            samples = range(len(self.counts))
+            self.base_LBK, self.ring_LBK = heads_of([layer.held() for layer in self.routed], samples)
         sparse, count = self.config.sparse, self.count_B[:, None]
         self.rows_LBK = self.base_LBK + slot_of(count, self.ring_LBK, sparse)
         self.visible_LBK = visible_slots(count + 1, mode_LBK == STREAMING, self.ring_LBK, sparse)
@@ -217,7 +218,7 @@ class ElasticCache(Cache):
         """A layer in the present decode step."""
         assert self.visible_LBK is not None
         visible = Visible(*(part[index] for part in self.visible_LBK))
-        return Stored(self.routed[index].held(), visible, self.begin_B, self.count_B)
+        return Stored(self.routed[index].held(), self.base_LBK[index], visible, self.begin_B, self.count_B)
 
     @property
     def steps_left(self) -> int:
@@ -242,10 +243,14 @@ class ElasticCache(Cache):
         more = [self.reserve] * len(layout.lengths) if isinstance(self.reserve, int) else self.reserve
         if len(more) != len(layout.lengths):
             raise ValueError(f"reserve={list(more)} is of {len(more)} samples, but {len(layout.lengths)} were read")
-        capacity = [self._room(count, extra) for count, extra in zip(layout.lengths, more, strict=True)]
-        begin, count = layout.begin_N, layout.end_N - layout.begin_N
         layer.waiting = layer.modes = None
-        layer.pool = KVPool.build(k, v, begin, count, rings.bool().tolist(), capacity, self.config.sparse)
+        if self._tokens is None:
+            capacity = [self._room(count, extra) for count, extra in zip(layout.lengths, more, strict=True)]
+            count = layout.end_N - layout.begin_N
+            self._tokens = PromptRows(layout.begin_N, count, capacity, self.config.sparse)
+        layer.pool = KVPool.build(k, v, self._tokens, rings.bool().tolist())
+        if layer is self.routed[-1]:
+            self._tokens = None
 
     def _room(self, count: int, reserve: int) -> int:
         return -(-(count + reserve) // self.step) * self.step

@@ -5,12 +5,9 @@ Legend: L layers, B samples, K KV heads.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
-
-import torch
 
 from elastic.cache.elastic_cache import ElasticCache
-from elastic.cache.kv_pool import upload
+from elastic.cache.kv_pool import heads_of, upload
 from elastic.cache.route_record import keep_record, route_of
 
 
@@ -29,10 +26,7 @@ class Frame(ElasticCache):
         record.select(index)
         keep_record(self, record)
         self._modes_LBK = record.modes(None, self.config.dense_decode, self.config.sparse)
-        pools = [layer.held().view(list(rows)) for layer in cache.routed]
-        self.base_LBK, self.ring_LBK = (
-            torch.stack([getattr(pool, name) for pool in pools]) for name in ("base_BK", "ring_BK")
-        )
+        self.base_LBK, self.ring_LBK = heads_of([layer.held() for layer in cache.routed], rows)
         self.count_B, self.begin_B = cache.count_B[index], cache.begin_B[index]
         self.show(cache, rows)
 
@@ -45,16 +39,12 @@ class Frame(ElasticCache):
     def show(self, cache: ElasticCache, rows: Sequence[int]) -> None:
         """Show these rows from now on, as many as before."""
         index, pools = upload(rows, cache.count_B.device), [layer.held() for layer in cache.routed]
-        for mine, name in ((self.base_LBK, "base_BK"), (self.ring_LBK, "ring_BK")):
-            mine.copy_(torch.stack([getattr(pool, name) for pool in pools])[:, index])
+        for mine, told in zip((self.base_LBK, self.ring_LBK), heads_of(pools, rows), strict=True):
+            mine.copy_(told)
         modes_LBK = route_of(cache).modes(None, self.config.dense_decode, self.config.sparse)
         self._modes_LBK.copy_(modes_LBK[:, index])
         self.count_B.copy_(cache.count_B[index])
         self.begin_B.copy_(cache.begin_B[index])
         self.counts, route_of(self).rotation = [cache.counts[row] for row in rows], route_of(cache).rotation
-        for place, (layer, pool) in enumerate(zip(self.routed, pools, strict=True)):
-            layer.seen = cache.seen
-            layer.pool = replace(
-                pool, base_BK=self.base_LBK[place], ring_BK=self.ring_LBK[place],
-                ring=[pool.ring[row] for row in rows], capacity=[pool.capacity[row] for row in rows],
-            )  # fmt: skip
+        for layer, pool in zip(self.routed, pools, strict=True):
+            layer.seen, layer.pool = cache.seen, pool.view(list(rows))

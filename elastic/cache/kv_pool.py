@@ -7,13 +7,17 @@ attention. Padding is never stored: position 0 is a sample's first valid token.
 Legend: B samples, K KV heads, S tokens, D head dim, R rows of the pool, p positions, L layers.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from elastic.attention.layout import sent
 from elastic.config import SparseConfig
 from elastic.visibility import lower_bound
 
@@ -63,9 +67,59 @@ def visible_slots(count: Tensor, streaming: Tensor, ring: Tensor, sparse: Sparse
     return Visible(*(x.to(torch.int32) for x in found))
 
 
-def upload(values: Sequence[int], device: torch.device) -> Tensor:
+def upload(values: Iterable[int], device: torch.device) -> Tensor:
     """int64 tensor of host values; on a GPU from pinned memory, without waiting for the device."""
-    return torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    numbers = array("q", values)
+    host = torch.frombuffer(numbers, dtype=torch.int64) if numbers else torch.empty(0, dtype=torch.int64)
+    return sent(host, device)
+
+
+class PromptRows:
+    """Which tokens of a prompt or a turn go into a pool: what the layers share, of which each takes the parts that its
+    rings say. No host synchronisation.
+
+    Args:
+        begin_B, count_B: int64; the tokens [begin, begin + count) of every row are valid.
+        capacity: by sample, tokens that a head without a ring can hold; at least its count.
+        sparse: sizes of the streaming pattern.
+    """
+
+    def __init__(self, begin_B: Tensor, count_B: Tensor, capacity: list[int], sparse: SparseConfig) -> None:
+        self.begin_B, self.count_B, self.capacity, self.sparse = begin_B, count_B, capacity, sparse
+        self._parts: dict[tuple[int, ...], list[tuple[Tensor, ...]]] = {}
+
+    def taken(self, new: Sequence[Tensor], ring: list[list[bool]]) -> list[Tensor]:
+        """Rows [R, D] of a pool with these rings, of each of these tensors [B, K, S, D]; empty slots hold any of the
+        tokens.
+        """
+        found, index = list[Tensor](), dict[tuple[int, ...], Tensor]()
+        for one in new:
+            samples, heads, length, dim = one.shape
+            if one.stride(3) != 1 or any(stride % dim for stride in one.stride()[:3]):
+                one = one.contiguous()
+            steps = tuple(stride // dim for stride in one.stride()[:3])
+            if steps not in index:
+                parts = self._parts_of(heads, length, *steps)
+                chosen = [parts[2 * b + r][k] for b, of_sample in enumerate(ring) for k, r in enumerate(of_sample)]
+                index[steps] = torch.cat(chosen)
+            last = sum((size - 1) * step for size, step in zip((samples, heads, length), steps, strict=True))
+            found.append(one.as_strided((last + 1, dim), (dim, 1)).index_select(0, index[steps]))
+        return found
+
+    def _parts_of(self, kv_heads: int, length: int, sample: int, head: int, token: int) -> list[tuple[Tensor, ...]]:
+        """For every sample without and with a ring, by head: which row, of D numbers, each slot takes of keys or values
+        in whose memory samples, heads and tokens are so many rows apart.
+        """
+        key = (kv_heads, length, sample, head, token)
+        if key not in self._parts:
+            sizes = [size for c in self.capacity for size in (c, _ring_size(c, self.sparse))]
+            of_part, slot = _rows(upload(sizes, self.begin_B.device), sum(sizes))
+            which, ring = of_part // 2, of_part % 2 == 1
+            position = position_in(slot, self.count_B[which], ring, self.sparse).clamp_min(0)
+            row = which * sample + (self.begin_B[which] + position).clamp_max(length - 1) * token
+            heads = torch.arange(kv_heads, device=row.device)[:, None] * head
+            self._parts[key] = [part.unbind(0) for part in (row + heads).split(sizes, 1)]
+        return self._parts[key]
 
 
 @dataclass(frozen=True)
@@ -74,9 +128,8 @@ class KVPool:
 
     Attributes:
         keys, values: [R, D]; room for more rows than are used.
-        base_BK: int64; first row of every head.
-        ring_BK: bool; heads that keep sink + window only.
-        ring: the same on the host.
+        base: by sample and head, the head's first row; on the host, as all but the tensors.
+        ring: heads that keep sink + window only.
         capacity: by sample, tokens that a head without a ring can hold.
         sparse: sizes of the streaming pattern.
         used: rows from the first to the last that is used; samples that have left make gaps.
@@ -84,64 +137,39 @@ class KVPool:
 
     keys: Tensor
     values: Tensor
-    base_BK: Tensor
-    ring_BK: Tensor
+    base: list[list[int]]
     ring: list[list[bool]]
     capacity: list[int]
     sparse: SparseConfig
     used: int
 
     @classmethod
-    def build(
-        cls,
-        k_BKSD: Tensor,
-        v_BKSD: Tensor,
-        begin_B: Tensor,
-        count_B: Tensor,
-        ring: list[list[bool]],
-        capacity: list[int],
-        sparse: SparseConfig,
-    ) -> "KVPool":
-        """Keep what the heads need of the tokens [begin, begin + count) of every row; no host synchronisation.
-
-        Args:
-            begin_B, count_B: int64.
-            ring: which heads keep sink + window only.
-            capacity: by sample, at least its count.
-        """
-        device, kv_heads = k_BKSD.device, k_BKSD.shape[1]
-        sizes = _sizes(ring, capacity, sparse)
-        head, slot, base = _rows(sizes, device)
-        ring_BK = upload([int(r) for of_sample in ring for r in of_sample], device).bool()
-        sample = head // kv_heads
-        position = position_in(slot, count_B[sample], ring_BK[head], sparse).clamp_min(0)
-        index = (sample, head % kv_heads, (begin_B[sample] + position).clamp_max(k_BKSD.shape[2] - 1))
-        shape = (len(ring), kv_heads)
-        return cls(
-            k_BKSD[index], v_BKSD[index], base.view(shape), ring_BK.view(shape), ring, capacity, sparse, sum(sizes)
-        )
+    def build(cls, k_BKSD: Tensor, v_BKSD: Tensor, tokens: PromptRows, ring: list[list[bool]]) -> "KVPool":
+        """Keep what heads with and without rings need of a prompt or a turn."""
+        sizes = _sizes(ring, tokens.capacity, tokens.sparse)
+        keys, values = tokens.taken((k_BKSD, v_BKSD), ring)
+        return cls(keys, values, _bases(sizes), ring, tokens.capacity, tokens.sparse, _total(sizes))
 
     def rebuilt(self, samples: list[int], capacity: list[int]) -> "KVPool":
         """A pool of these samples of this one (repeats allowed), with other capacities by sample."""
         ring = [self.ring[b] for b in samples]
-        old = [min(self._size(b, k), self._size_at(capacity[i], r)) for i, b in enumerate(samples)
-               for k, r in enumerate(self.ring[b])]  # fmt: skip
-        device, sizes = self.keys.device, _sizes(ring, capacity, self.sparse)
-        head, slot, base = _rows(sizes, device)
-        chosen = upload(samples, device)
-        start = self.base_BK[chosen].flatten()
-        source = start[head] + slot.minimum(upload(old, device)[head] - 1)
-        shape = (len(samples), self.base_BK.shape[1])
-        return KVPool(
-            self.keys[source], self.values[source], base.view(shape), self.ring_BK[chosen], ring, capacity, self.sparse,
-            sum(sizes),
-        )  # fmt: skip
+        sizes, old = _sizes(ring, capacity, self.sparse), _sizes(self.ring, self.capacity, self.sparse)
+        base, total, heads = _bases(sizes), _total(sizes), range(len(ring[0]) if ring else 0)
+        each = [(n, b, k) for n, b in enumerate(samples) for k in heads]  # sample and head, and which they were
+        columns = [
+            [sizes[n][k] for n, _, k in each],
+            [self.base[b][k] - base[n][k] for n, b, k in each],
+            [self.base[b][k] + min(sizes[n][k], old[b][k]) - 1 for n, b, k in each],
+        ]
+        table = upload(chain.from_iterable(columns), self.keys.device).view(3, len(each))
+        moved, last = table[1:].repeat_interleave(table[0], 1, output_size=total).unbind(0)
+        source = (torch.arange(total, device=moved.device) + moved).minimum(last)
+        return KVPool(self.keys[source], self.values[source], base, ring, capacity, self.sparse, total)
 
     def view(self, samples: list[int]) -> "KVPool":
         """These samples over the same rows; a repeated one is the same one again, not a copy."""
-        chosen = upload(samples, self.keys.device)
         return replace(
-            self, base_BK=self.base_BK[chosen], ring_BK=self.ring_BK[chosen], ring=[self.ring[b] for b in samples],
+            self, base=[self.base[b] for b in samples], ring=[self.ring[b] for b in samples],
             capacity=[self.capacity[b] for b in samples],
         )  # fmt: skip
 
@@ -150,10 +178,10 @@ class KVPool:
         mine = self if self.used + other.used <= self.keys.shape[0] else self._closed_up(other.used)
         for rows, theirs in ((mine.keys, other.keys), (mine.values, other.values)):
             rows[mine.used : mine.used + other.used] = theirs[: other.used]
+        moved = [[first + mine.used for first in of_sample] for of_sample in other.base]
         return replace(
-            mine, base_BK=torch.cat([mine.base_BK, other.base_BK + mine.used]),
-            ring_BK=torch.cat([mine.ring_BK, other.ring_BK]), ring=mine.ring + other.ring,
-            capacity=mine.capacity + other.capacity, used=mine.used + other.used,
+            mine, base=mine.base + moved, ring=mine.ring + other.ring, capacity=mine.capacity + other.capacity,
+            used=mine.used + other.used,
         )  # fmt: skip
 
     def _closed_up(self, more: int) -> "KVPool":
@@ -163,6 +191,12 @@ class KVPool:
         keys, values = (rows if room == held else rows.new_empty(room, rows.shape[1]) for rows in self.rows)
         keys[: dense.used], values[: dense.used] = dense.rows
         return replace(dense, keys=keys, values=values)
+
+    @cached_property
+    def heads(self) -> tuple[Tensor, Tensor]:
+        """`base` and `ring` on the device, int64 and bool [B, K]."""
+        base_1BK, ring_1BK = heads_of([self], range(len(self.ring)))
+        return base_1BK[0], ring_1BK[0]
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -180,9 +214,10 @@ class KVPool:
         zeros for padding and for what was dropped.
         """
         position = torch.arange(length, device=self.keys.device) - begin_B[:, None, None]
-        ring, count = self.ring_BK[:, :, None], count_B[:, None, None]
+        base_BK, ring_BK = self.heads
+        ring, count = ring_BK[:, :, None], count_B[:, None, None]
         kept = is_kept(position, count, ring, self.sparse)
-        row = torch.where(kept, self.base_BK[:, :, None] + slot_of(position, ring, self.sparse), 0)
+        row = torch.where(kept, base_BK[:, :, None] + slot_of(position, ring, self.sparse), 0)
         return (
             self.keys[row].masked_fill_(~kept[..., None], 0.0),
             self.values[row].masked_fill_(~kept[..., None], 0.0),
@@ -195,26 +230,40 @@ class KVPool:
 
     def sample_bytes(self, sample: int) -> int:
         """Bytes of one sample."""
-        rows = sum(self._size(sample, k) for k in range(len(self.ring[sample])))
-        return 2 * rows * self.keys.shape[1] * self.keys.element_size()
-
-    def _size(self, sample: int, head: int) -> int:
-        return self._size_at(self.capacity[sample], self.ring[sample][head])
-
-    def _size_at(self, capacity: int, ring: bool) -> int:
-        return min(capacity, self.sparse.sink + self.sparse.window) if ring else capacity
+        (sizes,) = _sizes([self.ring[sample]], [self.capacity[sample]], self.sparse)
+        return 2 * sum(sizes) * self.keys.shape[1] * self.keys.element_size()
 
 
-def _sizes(ring: list[list[bool]], capacity: list[int], sparse: SparseConfig) -> list[int]:
-    """Rows of every head, samples first; a ring never needs more than the sample's capacity."""
-    most = sparse.sink + sparse.window
-    return [min(c, most) if r else c for of_sample, c in zip(ring, capacity, strict=True) for r in of_sample]
+def heads_of(pools: Sequence[KVPool], samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`base` and `ring` of samples in several layers, int64 and bool [L, B, K] on the device, in one transfer."""
+    tables: list[Sequence[Sequence[int]]] = [*(pool.base for pool in pools), *(pool.ring for pool in pools)]
+    entries = [entry for of_pool in tables for b in samples for entry in of_pool[b]]
+    both = upload(entries, pools[0].keys.device).view(2, len(pools), len(samples), -1)
+    return both[0], both[1].bool()
 
 
-def _rows(sizes: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Head and slot of every row of a pool, and the heads' first rows; int64, made on the device."""
-    size = upload(sizes, device)
-    base = size.cumsum(0) - size
-    heads = torch.arange(len(sizes), device=device)
-    head = torch.repeat_interleave(heads, size, output_size=sum(sizes))
-    return head, torch.arange(sum(sizes), device=device) - base[head], base
+def _ring_size(capacity: int, sparse: SparseConfig) -> int:
+    """Rows of a head with a ring, which never needs more than the sample's capacity."""
+    return min(capacity, sparse.sink + sparse.window)
+
+
+def _sizes(ring: list[list[bool]], capacity: list[int], sparse: SparseConfig) -> list[list[int]]:
+    """Rows of every head by sample."""
+    return [[_ring_size(c, sparse) if r else c for r in of_sample] for of_sample, c in zip(ring, capacity, strict=True)]
+
+
+def _total(sizes: list[list[int]]) -> int:
+    return sum(map(sum, sizes))
+
+
+def _bases(sizes: list[list[int]]) -> list[list[int]]:
+    """First row of every head by sample, each after the one before."""
+    before = accumulate(chain.from_iterable(sizes), initial=0)
+    return [[next(before) for _ in of_sample] for of_sample in sizes]
+
+
+def _rows(size: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Part and slot in it of every row of parts of these sizes, which are so many in all; int64, made on the device."""
+    parts = torch.arange(size.shape[0], device=size.device)
+    of_part = torch.repeat_interleave(parts, size, output_size=total)
+    return of_part, torch.arange(total, device=size.device) - (size.cumsum(0) - size)[of_part]

@@ -97,7 +97,7 @@ class RouteRecord:
     def read_under(self, layout: Layout, override: int | Tensor | None, rotation: int, pieces: Pieces | None) -> None:
         """Remember what a layer's routes were decided on, and by which of `override_routes`; see the attributes."""
         self.layout, self.override, self.rotation, self.pieces = layout, override, rotation, pieces
-        self.begin_N = (layout.past - layout.begin_N).clamp_min(0)
+        self.begin_N = layout.memo("read before", lambda: (layout.past - layout.begin_N).clamp_min(0))
 
     def modes(self, override: int | Tensor | None, dense: bool, sparse: SparseConfig) -> Tensor:
         """int32 [L, N, K]: what every head does in a decode step; made once and kept until something changes.
@@ -139,7 +139,9 @@ class RouteRecord:
 
     def select(self, index: Tensor) -> None:
         """Follow a cache whose samples became `index`, int64 on the device."""
-        self.layers = {layer: route[index.to(route.device)] for layer, route in self.layers.items()}
+        if self.layers:
+            route_LNK = torch.stack(list(self.layers.values()))
+            self.layers = dict(zip(self.layers, route_LNK[:, index.to(route_LNK.device)].unbind(0), strict=True))
         self.heads = {layer: total[index.to(total.device)] for layer, total in self.heads.items()}
         self.densities = {layer: density[index.to(density.device)] for layer, density in self.densities.items()}
         self.pooled_N = None if self.pooled_N is None else self.pooled_N[index]
@@ -170,7 +172,10 @@ class RouteRecord:
         if self.begin_N is not None and other.begin_N is not None:
             self.earlier = joined_turns(self.earlier, other.earlier, (self._turn, other._turn))
             self.begin_N = torch.cat([self.begin_N, other.begin_N])
-        for name in ("layers", "heads", "densities"):
+        if self.layers:
+            routes = [torch.stack([of.layers[layer] for layer in self.layers]) for of in (self, other)]
+            self.layers = dict(zip(self.layers, torch.cat(routes, 1).unbind(0), strict=True))
+        for name in ("heads", "densities"):
             ours, theirs = getattr(self, name), getattr(other, name)
             setattr(self, name, {layer: torch.cat([ours[layer], theirs[layer]]) for layer in ours})
         if self.pooled_N is not None and other.pooled_N is not None:

@@ -31,7 +31,10 @@ class Turn:
     def cpu(self) -> "Turn":
         """Itself on the host."""
         density = None if self.density_LNK is None else self.density_LNK.cpu()
-        return Turn(self.route_LNK.cpu(), density, self.begin_N.cpu(), self.end_N.cpu())
+        route, places = self.route_LNK.flatten(), torch.stack([self.begin_N, self.end_N])
+        together = torch.cat([places.flatten(), route.to(places)]).cpu()  # one transfer
+        begin, end = together[: places.numel()].view_as(places).unbind(0)
+        return Turn(together[places.numel() :].view_as(self.route_LNK).to(route.dtype), density, begin, end)
 
     def joined(self, other: "Turn") -> "Turn":
         """Its samples, then those of another one."""

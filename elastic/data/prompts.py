@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from elastic.data.context_length import context_length
 from elastic.data.control_tokens import encode_marked, mark, unmarked
@@ -253,10 +254,13 @@ def padded_spans(prompts: Sequence[EncodedPrompt], device: torch.device) -> Tens
 
 def left_pad(encoded: Sequence[list[int]], pad: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, both [B, S], with the padding on the left; rows of one length need no `pad`."""
-    longest = max(map(len, encoded))
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded], device=device)
-    return ids, mask
+    lengths = torch.tensor([len(row) for row in encoded])
+    rows, longest = [torch.tensor(row) for row in encoded], int(lengths.max())
+    if pad is None and int(lengths.min()) < longest:
+        raise TypeError(f"pad=None, but the rows have {lengths.tolist()} tokens; give a token for their padding")
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad or 0, padding_side="left")
+    mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
+    return ids.to(device), mask.to(device)
 
 
 def check_length(encoded: Sequence[EncodedPrompt], model: CausalLM, max_new_tokens: int) -> None:

@@ -266,7 +266,8 @@ def route_report(model: CausalLM, cache: KVCache) -> list[RouteReport]:
         ValueError: a cache without routes, or a model without routers.
     """
     record, sparse, head_dim = route_of(cache), elastic_config(model).sparse, architecture(model)["head_dim"]
-    samples, whole = record.route.shape[1], handle_of(model).share.whole
+    turns, whole = record.turns, handle_of(model).share.whole
+    samples = turns[-1].route_LNK.shape[1]
     states = state_bytes(cache) // samples
     if isinstance(cache, ElasticCache):
         kind, held = cache.config.kv_cache, cache.sample_bytes()
@@ -278,10 +279,10 @@ def route_report(model: CausalLM, cache: KVCache) -> list[RouteReport]:
     density = None if record.density is None else whole(record.density)
     turns = [
         replace(t, route_LNK=whole(t.route_LNK), density_LNK=None if t.density_LNK is None else whole(t.density_LNK))
-        for t in record.turns
+        for t in turns
     ]
     return route_reports(
-        whole(record.route),
+        turns[-1].route_LNK,
         record.prompt_lengths,
         sparse,
         head_dim=head_dim,

@@ -176,13 +176,14 @@ def route_reports(
     last, mean, density = _over_turns(turns or [one], sparse)
     kept = kv_bytes_kept(route, lengths_N, sparse, head_dim, element_size)
     model = _Model(route.shape[0], dict(windows or {}), route.shape[2] * 2 * head_dim * element_size, state_bytes)
+    routes, shares, lengths = route.transpose(0, 1).long().tolist(), msr(route).tolist(), lengths_N.tolist()
     return [
         RouteReport(
-            route=tuple(tuple(int(r) for r in layer[n].tolist()) for layer in route),
-            prompt_tokens=int(lengths_N[n]),
+            route=tuple(map(tuple, routes[n])),
+            prompt_tokens=lengths[n],
             configuration=sparse.name,
             **{name: getattr(sparse, name) for name in ("sink", "window", "stride", "threshold")},
-            msr=float(msr(route)[n]),
+            msr=shares[n],
             esr_last=float(last[n]),
             esr_all=float(mean[n]),
             kv_bytes_kept=int(kept[n]),
@@ -190,7 +191,7 @@ def route_reports(
             kv_cache=kv_cache,
             kv_bytes_held=held_N[n],
             density=tuple(density[n]),
-            **model.figures(int(lengths_N[n]), float(msr(route)[n]), float(mean[n]), int(kept[n])),
+            **model.figures(lengths[n], shares[n], float(mean[n]), int(kept[n])),
         )
         for n in range(route.shape[1])
     ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from elastic.cache.keyword import NEW, OLD, cache_of
-from elastic.kernels.token_products import token_gated, token_products, unsupported_tokens
+from elastic.kernels.token_products import MOST_TOKENS, token_gated, token_products, unsupported_tokens
 from elastic.model import fused_parts
 from elastic.model.chunking import Chunked, Instead, chunk
 from elastic.model.fused_parts import Function, Parts
@@ -144,7 +144,7 @@ class FusedMLP:
 
 def is_step(hidden: Tensor, *linears: nn.Module) -> bool:
     """Whether these are a few tokens at inference, whose products with these weights `token_products` takes."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or hidden.shape[:-1].numel() > MOST_TOKENS:
         return False
     weights: Any = [linear.weight for linear in linears if is_plain(linear, hidden)]
     return len(weights) == len(linears) and unsupported_tokens(hidden, *weights) is None

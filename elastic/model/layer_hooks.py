@@ -152,6 +152,7 @@ def _begin(state: AttachedState, args: Args, kwargs: dict[str, Any]) -> ForwardP
         for place, name in ((1, "attention_mask"), (2, "position_ids"))
     )
     mask = plain_mask(mask)
+    mask = mask if mask is None or forced.mask is None else forced.mask
     bounds = packed_bounds(kwargs, positions, mask, queries)
     spans, user = (kwargs.pop(name, None) for name in ("prompt_spans", "user_spans"))
     prompt_end, modes = None if spans is None else pairs("prompt_spans", spans)[:, 1], None

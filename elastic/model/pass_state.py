@@ -140,6 +140,7 @@ class Forced:
         verifying: several tokens after the prompt are candidates of its answer, not a new turn.
         gumbel_LNK2: noise [L, N, K, 2] that the routes of the passes to come are drawn by.
         prompt_end: key position where the prompt ends that is being read in pieces.
+        mask: the mask [B, S] of the prompts to come, on the host.
     """
 
     route: int | Tensor | None = None
@@ -151,6 +152,7 @@ class Forced:
     verifying: bool = False
     gumbel_LNK2: Tensor | None = None
     prompt_end: int | None = None
+    mask: Tensor | None = None
 
     def applied_to(self, config: ElasticConfig) -> ElasticConfig:
         """The configuration under these modes and this bias."""
@@ -189,6 +191,15 @@ def generating(state: AttachedState, verifying: bool) -> Iterator[None]:
 def reading(state: AttachedState, prompt_end: int) -> Iterator[None]:
     """Say that the passes to come are pieces of prompts that end at this key position, in the present thread alone."""
     with forcing(state, replace(forced_on(state), prompt_end=prompt_end)):
+        yield
+
+
+@contextmanager
+def masked(state: AttachedState, mask: Tensor) -> Iterator[None]:
+    """Say what the mask of the prompts to come is, which a pass of them then need not read back from a GPU, in the
+    present thread alone.
+    """
+    with forcing(state, replace(forced_on(state), mask=mask)):
         yield
 
 

@@ -17,7 +17,7 @@ from elastic.attention.row_slice import RowSlice
 from elastic.config import ElasticConfig
 from elastic.kernels import unsupported_reason
 from elastic.kernels.route_prompt import route_prompt
-from elastic.routing.level import LevelRouter
+from elastic.routing.level import LevelRouter, log_length
 from elastic.routing.pooling import Pooling, half_sums
 from elastic.routing.reach_router import ReachRouter
 from elastic.routing.relaxation import decide, sample_route
@@ -66,7 +66,8 @@ def decide_from_reach(
     """
     found = prompt_reach(q_BHSD, k_BKSD, layout, config.sparse, scale, kept_NHQD)
     reached = router.with_earlier(found.largest, found.recent, earlier_NR, dropped_NK)
-    features = router.features(reached, layout.user_end_N - layout.begin_N, config.sparse)
+    log_N = layout.memo("length", lambda: log_length(layout.user_end_N - layout.begin_N, config.sparse))
+    features = router.with_length(reached, log_N)
     logits = router(features)
     if level_N is not None and isinstance(router, LevelRouter):
         route = router.route_at(level_N.expand(features.shape[0]))

@@ -23,6 +23,11 @@ USUAL = 3.0  # deviations of the outline from its mean that are nothing strange
 SMALLEST = 1e-6  # variance of a feature
 
 
+def log_length(length_N: Tensor, sparse: SparseConfig) -> Tensor:
+    """Logarithm of lengths in tokens as level routers see them, [N]: beside what a streaming head sees."""
+    return torch.log(length_N.float() / (sparse.sink + sparse.window)).clamp_min(0.0)
+
+
 class LevelRouter(Router):
     """Decides how far down the order of heads an input may go.
 
@@ -75,16 +80,21 @@ class LevelRouter(Router):
         self, largest_NK: Tensor, recent_NK: Tensor, earlier_NR: Tensor | None, dropped_NK: Tensor | None
     ) -> Tensor:
         """Reach of the layers so far, [N, R]. Heads whose cached keys are not all there count as usual ones."""
-        here = torch.cat([largest_NK, recent_NK], 1)
         if dropped_NK is not None:
-            place = -1 - here.shape[1]
-            here = torch.where(dropped_NK.repeat(1, 2), self.mean[place:-1].expand_as(here), here)
-        return here if earlier_NR is None else torch.cat([earlier_NR, here], 1)
+            largest, recent = self.mean[-1 - 2 * self.kv_heads : -1].chunk(2)  # usual ones
+            largest_NK, recent_NK = (
+                torch.where(dropped_NK, usual, here) for usual, here in ((largest, largest_NK), (recent, recent_NK))
+            )
+        here = (largest_NK, recent_NK)
+        return torch.cat(here if earlier_NR is None else (earlier_NR, *here), 1)
 
     def features(self, reach_NR: Tensor, length_N: Tensor, sparse: SparseConfig) -> Tensor:
-        """Reach and log length, [N, F]; the length in tokens counts beside what a streaming head sees."""
-        length = torch.log(length_N.float() / (sparse.sink + sparse.window)).clamp_min(0.0)
-        return torch.cat([reach_NR, length[:, None]], 1)
+        """Reach and `log_length`, [N, F]."""
+        return self.with_length(reach_NR, log_length(length_N, sparse))
+
+    def with_length(self, reach_NR: Tensor, log_N: Tensor) -> Tensor:
+        """As `features`, of a length whose logarithm all layers share."""
+        return torch.cat([reach_NR, log_N[:, None]], 1)
 
     def forward(self, features_NF: Tensor) -> Tensor:
         """Logits [N, K, 2] (route 0 first), fp32."""

@@ -30,6 +30,10 @@ class ReachRouter(Router):
         """The reach itself, [N, K]."""
         return reach_NR
 
+    def with_length(self, reach_NR: Tensor, _log_N: Tensor) -> Tensor:
+        """The reach itself, [N, K]."""
+        return reach_NR
+
     def forward(self, reach_NK: Tensor) -> Tensor:
         """Logits [N, K, 2] (route 0 first), fp32."""
         sparse_NK = STEEPNESS * (0.5 - reach_NK.float())

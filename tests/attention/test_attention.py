@@ -9,6 +9,7 @@ from elastic.attention import reference
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import batch_layout, packed_layout
 from elastic.attention.routed import routed_attention
+from elastic.attention.spans import check_user
 from elastic.config import SparseConfig
 from elastic.routing.relaxation import decide, sample_route
 from elastic.visibility import lower_bound
@@ -158,3 +159,13 @@ def test_decide_breaks_ties_towards_full_attention_and_obeys_the_bias():
     assert decide(logits).tolist() == [0.0, 1.0, 0.0]
     assert decide(logits, sparsity_bias=1.5).tolist() == [1.0, 1.0, 1.0]
     assert decide(logits, sparsity_bias=-1.5).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_of_a_mask_on_the_host_nothing_is_read_back():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    layout = batch_layout(2, 4, 0, torch.device("meta"), mask)  # whose tensors cannot be read
+    assert layout.begin_N.device.type == layout.user_end_N.device.type == "meta"
+    assert layout.spans == [(0, 2, 4), (1, 0, 4)] and layout.lengths == [2, 4] and layout.padded
+    check_user(layout, torch.tensor([[2, 3], [0, 4]]))
+    with pytest.raises(ValueError, match=r"user span \[1, 3\) of sample 0 .* the tokens \[2, 4\)"):
+        check_user(layout, torch.tensor([[1, 3], [0, 4]]))

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from elastic.cache.kv_pool import KVPool, is_kept, position_in, slot_of, visible_slots
+from elastic.cache.kv_pool import KVPool, PromptRows, heads_of, is_kept, position_in, slot_of, visible_slots
 from elastic.config import SparseConfig
 from elastic.visibility import visible
+from tests.helpers.operations import Operations
 
 SIZES = [
     SparseConfig(sink=s, window=w, block=4, granule=g) for s in (0, 4, 8) for w in (4, 16) for g in ("token", "block")
@@ -52,8 +53,12 @@ def test_visible_slots_are_those_of_the_one_visibility_rule(sparse, streaming, r
 def filled(sparse, ring, begin, count, capacity, length=40, dim=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     k, v = (torch.randn(len(begin), len(ring[0]), length, dim, generator=generator) for _ in range(2))
-    pool = KVPool.build(k, v, torch.tensor(begin), torch.tensor(count), ring, capacity, sparse)
+    pool = KVPool.build(k, v, PromptRows(torch.tensor(begin), torch.tensor(count), capacity, sparse), ring)
     return k, v, pool
+
+
+def filled_from(k, v, ring, sparse):
+    return KVPool.build(k, v, PromptRows(torch.tensor(BEGIN), torch.tensor(COUNT), [48, 40, 9], sparse), ring)
 
 
 def expected_dense(x, ring, begin, count, sparse, length):
@@ -78,15 +83,49 @@ def test_build_keeps_what_heads_need_and_dense_puts_it_back():
     assert torch.equal(values, expected_dense(v, RING, BEGIN, COUNT, sparse, 40))
 
 
+@pytest.mark.parametrize("order", ["heads first", "tokens first", "of one projection", "odd rows"])
+def test_tokens_are_taken_wherever_they_lie_in_memory(order):
+    sparse = SparseConfig(sink=4, window=16, block=4)
+    k, v, expected = filled(sparse, RING, BEGIN, COUNT, [48, 40, 9])
+    if order == "tokens first":
+        k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    elif order == "of one projection":
+        k, v = torch.stack([k, v], 2).transpose(1, 3).contiguous().transpose(1, 3).unbind(2)
+    elif order == "odd rows":
+        k, v = torch.cat([k, v, v[..., :1]], 3).split([2, 2, 1], 3)[:2]
+    pool = KVPool.build(k, v, PromptRows(torch.tensor(BEGIN), torch.tensor(COUNT), [48, 40, 9], sparse), RING)
+    assert torch.equal(pool.keys, expected.keys) and torch.equal(pool.values, expected.values)
+    assert pool.base == expected.base and pool.used == expected.used
+
+
+def test_layers_share_what_their_rings_have_nothing_to_do_with():
+    sparse = SparseConfig(sink=4, window=16, block=4)
+    tokens = PromptRows(torch.tensor(BEGIN), torch.tensor(COUNT), [48, 40, 9], sparse)
+    k, v = torch.randn(2, 3, 40, 2, 5).transpose(2, 3).unbind(0)
+    KVPool.build(k, v, tokens, RING)
+    flipped = [[not r for r in of_sample] for of_sample in RING]
+    with Operations() as counted:
+        pool = KVPool.build(k, v, tokens, flipped)
+    assert torch.equal(pool.keys, filled_from(k, v, flipped, sparse).keys)
+    assert counted.launched == 3  # keys, values, and the index of both
+    with Operations() as counted:
+        pool.view([2, 0]), pool.joined(pool)
+    assert counted.launched <= 24  # to make room; rows that leave cost none
+    with Operations() as counted:
+        heads_of([pool] * 30, [2, 0, 0, 1])
+    assert counted.launched <= 3
+
+
 def test_append_grow_and_select_follow_a_pool_built_at_once():
     sparse = SparseConfig(sink=4, window=16, block=4)
     k, v, whole = filled(sparse, RING, BEGIN, COUNT, [48, 40, 9])
     count, b = torch.tensor(COUNT) - 5, torch.arange(3)
-    pool = KVPool.build(k, v, torch.tensor(BEGIN), count, RING, [35, 28, 2], sparse)
+    pool = KVPool.build(k, v, PromptRows(torch.tensor(BEGIN), count, [35, 28, 2], sparse), RING)
     pool = pool.rebuilt([0, 1, 2], [48, 40, 9])
     for _ in range(5):
         position = torch.tensor(BEGIN) + count
-        rows = pool.base_BK + slot_of(count[:, None], pool.ring_BK, sparse)
+        base, ring = pool.heads
+        rows = base + slot_of(count[:, None], ring, sparse)
         pool.append(rows, k[b, :, position][:, :, None], v[b, :, position][:, :, None])
         count = count + 1
     begin = torch.tensor(BEGIN)

@@ -64,6 +64,20 @@ def test_others_begin_within_a_pause_only_if_they_are_short(model):
     assert lengths(chosen) == [40]
 
 
+def test_nobody_begins_within_a_pass_that_a_gpu_hides(model, monkeypatch):
+    """Launching a pass of their own would take as long as the one that they wait for."""
+    layers = len(model[0].get_decoder().layers)
+    assert Admission(model[0], 8, 10**15).meanwhile([job(100), job(40)]) == 100 / layers
+    for hidden, expected in ((199, 100 / layers), (200, 0)):
+        monkeypatch.setattr(admission, "hidden_tokens", lambda _, hidden=hidden: hidden)
+        own = Admission(model[0], 8, 10**15)
+        assert own.meanwhile([job(100), job(40)]) == expected
+        assert own.choose([job(1)], 2, 0, own.meanwhile([job(100), job(40)])) == [] or expected
+    monkeypatch.setattr(admission, "hidden_tokens", lambda _: 10**9)
+    long = Admission(model[0], 8, 10**15)  # whose attention alone takes its time
+    assert (long.meanwhile([job(TOGETHER)]), long.meanwhile([job(TOGETHER + 1)])) == (0, (TOGETHER + 1) / layers)
+
+
 def test_prompts_on_both_sides_of_a_change_of_rope_are_read_apart(model, monkeypatch):
     monkeypatch.setattr(admission, "switch_lengths", lambda _: (95,))
     chosen = Admission(model[0], 8, 10**15).choose([job(90), job(100), job(94)], 0, 0, math.inf)

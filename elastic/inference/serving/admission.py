@@ -1,7 +1,7 @@
 """Which waiting requests begin, and which of them are read in one pass."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ class Admission:
 
     def __init__(self, model: CausalLM, max_batch: int, room: int | None = None, piece: int | None = None) -> None:
         shape = architecture(model)
+        self._layers = len(model.get_decoder().layers)
         heads = shape["num_layers"] * shape["num_kv_heads"]
         self.bytes_per_token: int = 2 * heads * shape["head_dim"] * model.dtype.itemsize
         self.max_batch, self.room = max_batch, free_bytes(model.device) // 2 if room is None else room
@@ -60,6 +61,15 @@ class Admission:
                 break
             chosen.append(job)
         return chosen
+
+    def meanwhile(self, reading: Sequence[Job]) -> float:
+        """Tokens of the longest prompts that may begin within a pause of prompts that are being read: as many as are
+        read within the time of one layer of theirs. None where a GPU hides their pass, for then any pass takes the
+        host as long as theirs, and one of many prompts that follows takes no longer than one of a few within it.
+        """
+        longest = max(len(job.prompt) for job in reading)
+        hides = longest <= TOGETHER and longest * len(reading) <= self._hidden
+        return 0.0 if hides else longest / self._layers
 
     def bytes_of(self, job: Job) -> int:
         """What a request needs where all heads are full."""

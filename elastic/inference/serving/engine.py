@@ -178,8 +178,7 @@ class Engine:
                 self._fail(jobs, error)
 
     def _read(self, jobs: list[Job]) -> Batch:
-        # Between two layers others have their turns, and prompts that are read within the time of one layer begin.
-        short = max(len(job.prompt) for job in jobs) / len(self.model.get_decoder().layers)
+        short = self._admission.meanwhile(jobs)  # prompts that begin while others have their turns between two layers
         pauses = Pauses(jobs, lambda: self._turn(short), self._step_seconds)
         waited = [row for batch in self._running for row in batch.rows]
         self._reading += jobs
