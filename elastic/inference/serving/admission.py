@@ -68,7 +68,7 @@ class Admission:
         host as long as theirs, and one of many prompts that follows takes no longer than one of a few within it.
         """
         longest = max(len(job.prompt) for job in reading)
-        hides = longest <= TOGETHER and longest * len(reading) <= self._hidden
+        hides = longest <= TOGETHER and longest * len(reading) <= self.hidden
         return 0.0 if hides else longest / self._layers
 
     def bytes_of(self, job: Job) -> int:
