@@ -145,6 +145,11 @@ _BLIND = (
 )  # fmt: skip
 _MOST_LEARNT = 256  # settings by model
 _learnt = WeakKeyDictionary[Any, dict[bytes, Drawing]]()  # by model and settings, where no prompt has a part in it
+# Which code of transformers decides how tokens are drawn, as it was before anybody may have patched it.
+_OWN = {
+    name: getattr(GenerationMixin, name)
+    for name in ("generate", "_prepare_generation_config", "_get_logits_processor", "_merge_criteria_processor_list")
+}
 
 
 def _drawing(model: CausalLM, asked: Asked) -> Drawing:
@@ -153,10 +158,11 @@ def _drawing(model: CausalLM, asked: Asked) -> Drawing:
     if (setting(model, options, "num_beams") or 1) != 1:
         raise ValueError("the generation config asks for beams, which are not made token by token; set num_beams=1")
     settings, learnt = _settings(model, options), _learnt.setdefault(model, {})
+    before = None if settings is None else learnt.get(settings)  # at once: another thread may clear them
     if asked.max_new_tokens < 1 or settings is None:
         drawing = _asked_of_generate(model, asked, options)
-    elif settings in learnt:
-        drawing = replace(learnt[settings])
+    elif before is not None:
+        drawing = replace(before)
     else:
         drawing = _asked_of_generate(model, asked, options)
         if drawing.ids_1S is None:
@@ -173,11 +179,13 @@ def _settings(model: CausalLM, options: dict[str, Any]) -> bytes | None:
     as they are now. None where that cannot be told: with objects among them, or code that is not transformers' own.
     """
     part: Any = model
-    methods = {"generate": part.generate.inner, "_get_logits_processor": part._get_logits_processor}
-    if any(getattr(found, "__func__", None) is not getattr(GenerationMixin, name) for name, found in methods.items()):
+    methods = {name: part.generate.inner if name == "generate" else getattr(part, name) for name in _OWN}
+    if any(getattr(found, "__func__", found) is not _OWN[name] for name, found in methods.items()):
         return None
+    told = (options, vars(model.generation_config))
     try:
-        return marshal.dumps((options, vars(model.generation_config)), 2)
+        settings = marshal.dumps(told, 2)
+        return settings if marshal.loads(settings) == told else None  # of NumPy's numbers it keeps the bytes alone
     except ValueError:
         return None
 

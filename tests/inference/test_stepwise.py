@@ -1,9 +1,12 @@
 """Answers made token by token are those of `elastic.generate`, whatever the model's generation config asks for."""
 
+from contextlib import suppress
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
+from transformers import GenerationMixin
 from transformers.generation.logits_process import EtaLogitsWarper, LogitsProcessorList
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -177,13 +180,42 @@ def test_what_is_known_of_settings_follows_every_later_change(routed, prepared):
         stepwise_module._drawing(model, replace(one, options={"num_beams": 2}))
 
 
-def test_code_that_is_not_transformers_own_is_always_asked(routed, prepared, monkeypatch):
+@pytest.mark.parametrize("where", ["model", "class"])
+@pytest.mark.parametrize("name", ["_get_logits_processor", "_prepare_generation_config"])
+def test_code_that_is_not_transformers_own_is_always_asked(routed, prepared, monkeypatch, name, where):
+    """Also code that came after the settings were learnt."""
     model, one = routed[0], Asked(EncodedPrompt.whole([5, 6, 7]), 9)
-    processor = model._get_logits_processor
-    monkeypatch.setattr(model, "_get_logits_processor", lambda **given: processor(**given), raising=False)
+    stepwise_module._drawing(model, one)
+    found = getattr(model if where == "model" else GenerationMixin, name)
+    monkeypatch.setattr(
+        model if where == "model" else GenerationMixin, name, lambda *call, **given: found(*call, **given),
+        raising=False,
+    )  # fmt: skip
     for _ in range(2):
         stepwise_module._drawing(model, one)
+    assert len(prepared) == 3
+
+
+def test_settings_of_which_the_type_cannot_be_told_are_always_asked(routed, prepared):
+    """Two of NumPy's numbers may be the same bytes."""
+    same = numpy.float64(0.5), numpy.float64(0.5).view(numpy.int64)
+    for number in same:
+        one = Asked(EncodedPrompt.whole([5, 6, 7]), 9, None, {"do_sample": True, "top_k": 0, "temperature": number})
+        with suppress(ValueError):  # of what is no temperature
+            assert stepwise_module._drawing(routed[0], one).processors[0].temperature is number
     assert len(prepared) == 2
+
+
+def test_settings_that_another_thread_has_just_forgotten_are_learnt_again(routed, monkeypatch):
+    class Forgetful(dict):
+        def __contains__(self, key):
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+    monkeypatch.setattr(stepwise_module, "_learnt", {routed[0]: Forgetful()})
+    one = Asked(EncodedPrompt.whole([5, 6, 7]), 9)
+    assert all(stepwise_module._drawing(routed[0], one).plain for _ in range(2))
 
 
 def test_a_pass_is_prepared_on_the_host_which_then_knows_where_its_prompts_lie(routed, monkeypatch):
