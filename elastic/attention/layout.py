@@ -312,10 +312,12 @@ def _user(spans: Tensor | None, begin_N: Tensor, prompt_end_N: Tensor) -> tuple[
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
-    """The values on a device; from the host to a GPU without waiting for it."""
+    """The values on a device; from the host to a GPU without waiting for it. Any other way is waited for, as on the way
+    to the host they would be read before they are there.
+    """
     if values.device.type == "cpu" and device.type == "cuda":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def _bad_mask(mask: Tensor, rows: int, keys: int) -> ValueError:

@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from elastic.attention import reference
 from elastic.attention.head_plan import HeadPlan
-from elastic.attention.layout import batch_layout, packed_layout
+from elastic.attention.layout import batch_layout, packed_layout, sent
 from elastic.attention.routed import routed_attention
 from elastic.attention.spans import check_user
 from elastic.config import SparseConfig
@@ -169,3 +170,24 @@ def test_of_a_mask_on_the_host_nothing_is_read_back():
     check_user(layout, torch.tensor([[2, 3], [0, 4]]))
     with pytest.raises(ValueError, match=r"user span \[1, 3\) of sample 0 .* the tokens \[2, 4\)"):
         check_user(layout, torch.tensor([[1, 3], [0, 4]]))
+
+
+class Copies(TorchDispatchMode):
+    """Inside the context, whether each copy to another device is waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.waited = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.waited.append(not kwargs.get("non_blocking", False))
+        return function(*args, **(kwargs or {}))
+
+
+def test_only_what_goes_from_pinned_memory_to_a_gpu_is_not_waited_for():
+    """Of a mask on a GPU for ids on the host, the host would read what is not there yet."""
+    with Copies() as copies:
+        sent(torch.ones(3), torch.device("meta"))
+        sent(torch.ones(3, device="meta"), torch.device("meta"))
+    assert copies.waited == [True]
