@@ -255,7 +255,7 @@ def padded_spans(prompts: Sequence[EncodedPrompt], device: torch.device) -> Tens
 def left_pad(encoded: Sequence[list[int]], pad: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, both [B, S], with the padding on the left; rows of one length need no `pad`."""
     lengths = torch.tensor([len(row) for row in encoded])
-    rows, longest = [torch.tensor(row) for row in encoded], int(lengths.max())
+    rows, longest = [torch.tensor(row, dtype=torch.int64) for row in encoded], int(lengths.max())
     if pad is None and int(lengths.min()) < longest:
         raise TypeError(f"pad=None, but the rows have {lengths.tolist()} tokens; give a token for their padding")
     ids = pad_sequence(rows, batch_first=True, padding_value=pad or 0, padding_side="left")

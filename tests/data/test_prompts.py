@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from elastic.data.packing import collate, pack, tokenise
-from elastic.data.prompts import encode, encode_prompt, padded_spans
+from elastic.data.prompts import encode, encode_prompt, left_pad, padded_spans
 from elastic.data.records import Record, read_records, write_records
 from tests.helpers.models import small_bpe
 
@@ -166,3 +166,9 @@ def test_a_template_that_refuses_is_heard():
         encode(chat(system="Be brief."), tokenizer, True)
     with pytest.raises(ValueError, match=said):
         tokenise(Record("code", "a", "b", "c", system="Be brief."), tokenizer)
+
+
+def test_ids_are_whole_numbers_whatever_is_empty():
+    ids, mask = left_pad([[], [5, 6]], 0, torch.device("cpu"))
+    assert ids.dtype == mask.dtype == torch.int64
+    assert (ids.tolist(), mask.tolist()) == ([[0, 0], [5, 6]], [[0, 0], [1, 1]])
