@@ -165,7 +165,7 @@ def _drawing(model: CausalLM, asked: Asked) -> Drawing:
         drawing = replace(before)
     else:
         drawing = _asked_of_generate(model, asked, options)
-        if drawing.ids_1S is None:
+        if drawing.ids_1S is None and settings == _settings(model, options):  # which another thread may have changed
             if len(learnt) >= _MOST_LEARNT:
                 learnt.clear()
             learnt[settings] = replace(drawing)

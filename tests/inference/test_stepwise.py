@@ -206,6 +206,23 @@ def test_settings_of_which_the_type_cannot_be_told_are_always_asked(routed, prep
     assert len(prepared) == 2
 
 
+def test_settings_that_another_thread_changes_meanwhile_are_not_learnt(routed, monkeypatch):
+    model, one = routed[0], Asked(EncodedPrompt.whole([5, 6, 7]), 9, None, {"do_sample": True, "top_k": 0})
+    ask, config = stepwise_module._asked_of_generate, model.generation_config
+
+    def changed(*call):
+        config.temperature = 0.25
+        return ask(*call)
+
+    config.temperature = 0.5
+    with monkeypatch.context() as patch:
+        patch.setattr(stepwise_module, "_asked_of_generate", changed)
+        stepwise_module._drawing(model, one)
+    for temperature in (0.5, 0.25):
+        config.temperature = temperature
+        assert stepwise_module._drawing(model, one).processors[0].temperature == temperature
+
+
 def test_settings_that_another_thread_has_just_forgotten_are_learnt_again(routed, monkeypatch):
     class Forgetful(dict):
         def __contains__(self, key):
