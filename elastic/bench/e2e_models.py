@@ -80,16 +80,22 @@ def attention_shape(shape: str) -> tuple[int, int, int, int]:
     return of["num_hidden_layers"], heads, of["num_key_value_heads"], head_dim
 
 
-def random_model(shape: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> CausalLM:
-    """A stock causal LM of this shape in eval mode, with all or so many of its layers; nothing is downloaded."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def config_of(shape: str, layers: int | None = None) -> Any:
+    """The configuration of a shape, with all or so many of its layers."""
+    from transformers import AutoConfig
 
     family, sizes = SHAPES[shape]
     sizes = sizes if layers is None else {**sizes, "num_hidden_layers": layers}
-    config = AutoConfig.for_model(family, **{**_SHARED, **sizes}, pad_token_id=0, eos_token_id=None)
+    return AutoConfig.for_model(family, **{**_SHARED, **sizes}, pad_token_id=0, eos_token_id=None)
+
+
+def random_model(shape: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> CausalLM:
+    """A stock causal LM of this shape in eval mode, with all or so many of its layers; nothing is downloaded."""
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config_of(shape, layers), dtype=dtype, attn_implementation="sdpa")
     stock: CausalLM = model.to(dtype).eval().requires_grad_(False)
     return stock
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from elastic.bench import records
-from elastic.model.memory import footprint
+from elastic.bench import e2e_models, records
+from elastic.model.memory import Shape, footprint
 from tests.bench import training_memory
 
 SIZES = {
@@ -17,13 +17,21 @@ SIZES = {
 def tiny(monkeypatch):
     """All shapes made small, on the CPU."""
     small = {
-        name: ({**sizes, **{key: SIZES[key] for key in sizes if key in SIZES}}, depths, (1024, 2048))
-        for name, (sizes, depths, _) in training_memory.SHAPES.items()
+        name: {**sizes, **{key: SIZES[key] for key in sizes if key in SIZES}}
+        for name, sizes in training_memory.HYBRIDS.items()
     }
-    monkeypatch.setattr(training_memory, "SHAPES", small)
+    monkeypatch.setattr(training_memory, "HYBRIDS", small)
+    for name in set(training_memory.MEASURED) - set(small):
+        family, sizes = e2e_models.SHAPES[name]
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+        monkeypatch.setitem(
+            e2e_models.SHAPES, name, (family, {**sizes, **{k: SIZES[k] for k in sizes if k in SIZES}, **heads})
+        )
+    rows = {name: (depths, (1024, 2048)) for name, (depths, _) in training_memory.MEASURED.items()}
+    monkeypatch.setattr(training_memory, "MEASURED", rows)
 
 
-@pytest.mark.parametrize("name", list(training_memory.SHAPES))
+@pytest.mark.parametrize("name", list(training_memory.MEASURED))
 def test_every_shape_is_measured_at_two_depths_and_extrapolated(tiny, monkeypatch, tmp_path, name):
     monkeypatch.setattr(
         training_memory, "peak_and_seconds",
@@ -33,11 +41,11 @@ def test_every_shape_is_measured_at_two_depths_and_extrapolated(tiny, monkeypatc
         training_memory.main(["--shapes", name, "--device", "cpu", "--commit", "abc", "--out", str(tmp_path)]) == 1
     )  # GiB, not MiB
     found = records.load(tmp_path / "training-memory.json")
-    sizes, depths, _ = training_memory.SHAPES[name]
+    depths, _ = training_memory.MEASURED[name]
     peaks = [record["value"] for record in found if record["metric"] == "peak" and record["layers"] == depths[0]]
     assert peaks == [depths[0] + 1] * 2 + [depths[0] + 2] * 2
     far = {(r["length"], r["who"]): r["value"] for r in found if r["metric"] == "peak, extrapolated"}
-    assert far[2048, "plain"] == pytest.approx(sizes["num_hidden_layers"] + 2) and len(far) == 4
+    assert far[2048, "plain"] == pytest.approx(training_memory.config_of(name).num_hidden_layers + 2) and len(far) == 4
 
 
 def test_a_step_runs_and_what_does_not_fit_is_left_out(tiny, monkeypatch, tmp_path):
@@ -58,11 +66,7 @@ def test_a_step_runs_and_what_does_not_fit_is_left_out(tiny, monkeypatch, tmp_pa
     )
     found = records.load(tmp_path / "training-memory.json")
     assert {r["why"] for r in found if r["value"] is None} == {"out of memory"}
+    shape = Shape.of(training_memory.config_of("llama-3.1-8b"))
     assert [r["value"] for r in found if r["metric"] == "reckoned over extrapolated"] == pytest.approx(
-        [footprint(shape(), 1024, 2, on, training_memory.ANSWER).total / 2**20 for on in (True, False)], rel=1e-3
+        [footprint(shape, 1024, 2, on, training_memory.ANSWER).total / 2**20 for on in (True, False)], rel=1e-3
     )
-
-
-def shape():
-    sizes, _, _ = training_memory.SHAPES["llama-3.1-8b"]
-    return training_memory.Shape.of(training_memory.config_of(sizes, sizes["num_hidden_layers"]))

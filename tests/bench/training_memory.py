@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from elastic.bench import records
+from elastic.bench import e2e_models, records
 from elastic.bench.records import LEFT_OUT, Measurement
 from elastic.bench.step import ANSWER, Step, random_row
 from elastic.config import ElasticConfig
@@ -25,54 +25,50 @@ from elastic.model.attach import attach, routers
 from elastic.model.memory import Shape, footprint
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-# Of each: the configuration, the depths that are measured, the tokens of a row.
-SHAPES: dict[str, tuple[dict[str, Any], tuple[int, int], tuple[int, ...]]] = {
-    "llama-3.1-8b": (
-        {"model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
-         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
-        (2, 4), (8192, 32768),
-    ),
-    "qwen3-30b-a3b": (
-        {"model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048, "intermediate_size": 6144,
-         "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
-         "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936},
-        (2, 4), (8192, 32768),
-    ),
-    "gpt-oss-20b": (  # its sliding layers run eager attention, whose scores grow with the square of a row
-        {"model_type": "gpt_oss", "num_hidden_layers": 24, "hidden_size": 2880, "intermediate_size": 2880,
-         "num_local_experts": 32, "num_experts_per_tok": 4, "num_attention_heads": 64, "num_key_value_heads": 8,
-         "head_dim": 64, "vocab_size": 201088, "sliding_window": 128, "layer_types": [SLIDING, FULL] * 12},
-        (2, 4), (4096, 8192),
-    ),
-    "gemma-3-12b": (
-        {"model_type": "gemma3_text", "num_hidden_layers": 48, "hidden_size": 3840, "intermediate_size": 15360,
-         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 262208,
-         "sliding_window": 1024, "query_pre_attn_scalar": 256, "layer_types": ([SLIDING] * 5 + [FULL]) * 8},
-        (6, 12), (8192, 32768),
-    ),
+# Beside the shapes of `elastic bench e2e`.
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss", "num_hidden_layers": 24, "hidden_size": 2880, "intermediate_size": 2880,
+        "num_local_experts": 32, "num_experts_per_tok": 4, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "head_dim": 64, "vocab_size": 201088, "sliding_window": 128, "layer_types": [SLIDING, FULL] * 12,
+    },
+    "gemma-3-12b": {
+        "model_type": "gemma3_text", "num_hidden_layers": 48, "hidden_size": 3840, "intermediate_size": 15360,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 262208,
+        "sliding_window": 1024, "query_pre_attn_scalar": 256, "layer_types": ([SLIDING] * 5 + [FULL]) * 8,
+    },
 }  # fmt: skip
+# Depths that are measured and tokens of a row. gpt-oss's sliding layers run eager attention, whose scores grow with the
+# square of a row.
+MEASURED = {
+    "llama-3.1-8b": ((2, 4), (8192, 32768)),
+    "qwen3-30b-a3b": ((2, 4), (8192, 32768)),
+    "gpt-oss-20b": ((2, 4), (4096, 8192)),
+    "gemma-3-12b": ((6, 12), (8192, 32768)),
+}
 
 
-def config_of(sizes: dict[str, Any], layers: int) -> Any:
-    """The configuration of a shape with so many of its layers."""
+def config_of(name: str, layers: int | None = None) -> Any:
+    """The configuration of a shape with all or so many of its layers."""
     from transformers import AutoConfig
 
-    of = {**sizes, "num_hidden_layers": layers, "max_position_embeddings": 1 << 18}
-    if "layer_types" in of:
-        of["layer_types"] = of["layer_types"][:layers]
+    if name not in HYBRIDS:
+        return e2e_models.config_of(name, layers)
+    of = {**HYBRIDS[name], "max_position_embeddings": 1 << 18}
+    layers = layers or of["num_hidden_layers"]
+    of |= {"num_hidden_layers": layers, "layer_types": of["layer_types"][:layers]}
     return AutoConfig.for_model(of.pop("model_type"), **of, pad_token_id=0, eos_token_id=1, bos_token_id=2)
 
 
-def routed(sizes: dict[str, Any], layers: int, device: torch.device) -> Any:
+def routed(name: str, layers: int, device: torch.device) -> Any:
     """A random bf16 model with routers, as `elastic fit` trains them."""
     from transformers import AutoModelForCausalLM
 
-    eager = sizes["model_type"] == "gpt_oss"
+    config = config_of(name, layers)
+    kind = "eager" if config.model_type == "gpt_oss" else "sdpa"
     torch.manual_seed(0)
     with device:
-        model: Any = AutoModelForCausalLM.from_config(
-            config_of(sizes, layers), dtype=torch.bfloat16, attn_implementation="eager" if eager else "sdpa"
-        )
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=kind)
     attach(model, ElasticConfig()).train()
     return model
 
@@ -98,10 +94,10 @@ def peak_and_seconds(model: Any, tokens: int, checkpointing: bool) -> tuple[int,
 
 def measured(name: str, device: torch.device) -> list[Measurement]:
     """Records of a shape: both depths measured, the whole one extrapolated and reckoned."""
-    sizes, depths, lengths = SHAPES[name]
-    depth, found, peaks = sizes["num_hidden_layers"], list[Measurement](), dict[tuple[int, int, bool], int]()
+    (depths, lengths), shape = MEASURED[name], Shape.of(config_of(name))
+    found, peaks = list[Measurement](), dict[tuple[int, int, bool], int]()
     for layers in depths:
-        model = routed(sizes, layers, device)
+        model = routed(name, layers, device)
         for tokens, checkpointing in ((t, c) for t in lengths for c in (True, False)):
             about = {**case(name, layers, tokens), "who": who(checkpointing)}
             try:
@@ -119,14 +115,13 @@ def measured(name: str, device: torch.device) -> list[Measurement]:
         del model
         gc.collect()
     few, many = depths
-    shape = Shape.of(config_of(sizes, depth))
     for tokens, checkpointing in ((t, c) for t in lengths for c in (True, False)):
         pair = [peaks.get((layers, tokens, checkpointing)) for layers in depths]
         if pair[0] is None or pair[1] is None:
             continue
-        need = pair[0] + (pair[1] - pair[0]) / (many - few) * (depth - few)
+        need = pair[0] + (pair[1] - pair[0]) / (many - few) * (shape.layers - few)
         reckoned = footprint(shape, tokens, 2, checkpointing, ANSWER).total
-        about = {**case(name, depth, tokens), "who": who(checkpointing)}
+        about = {**case(name, shape.layers, tokens), "who": who(checkpointing)}
         found += [
             {**about, "metric": "peak, extrapolated", "value": need / 2**30, "unit": "GiB"},
             {**about, "metric": "reckoned", "value": reckoned / 2**30, "unit": "GiB"},
@@ -148,7 +143,7 @@ def who(checkpointing: bool) -> str:
 def main(argv: list[str]) -> int:
     """Measure, write the records after every shape; 1 where the estimate is below the need."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=list(MEASURED), default=list(MEASURED))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("tests/bench/results"))
     parser.add_argument("--commit")

@@ -56,7 +56,7 @@ def routed_config(arguments: Any, options: Options, make: Callable[[], Any]) -> 
     made.parallel_config.worker_cls = own
     if current_platform.is_cuda():
         made.attention_config.backend = AttentionBackendEnum.CUSTOM  # the CPU has one backend, which is replaced
-        logger.warning("elastic: no engine with this plugin has run on a GPU yet; compare its answers")
+        logger.warning("elastic: not all of this plugin has been tested on a GPU; compare its answers")
     scheduler = RoutedAsyncScheduler if made.scheduler_config.async_scheduling else RoutedScheduler
     made.scheduler_config.scheduler_cls = f"{__name__}.{scheduler.__name__}"
     logger.info(
@@ -77,9 +77,10 @@ def _platform(options: Options) -> str:
         raise ValueError(f"{OPTION} was asked for on {device}; it runs on {' and '.join(_WORKERS)}")
     if found == "cuda" and not options.untested_gpu:
         raise ValueError(
-            f"{OPTION} was asked for on {device}, where no engine with it has run yet: its kernels have tests of their "
-            f'own, its way through vLLM ran on the CPU only. Add "untested_gpu": true to the keys of {OPTION} to try '
-            "it and compare its answers (tests/engines/gpu_engine.py does), or use `elastic serve`"
+            f"{OPTION} was asked for on {device}, where it has been tested with prompts that are read whole alone: "
+            "chunked prefill, shared prefixes and preemption ran on the CPU only. Add "
+            f'"untested_gpu": true to the keys of {OPTION} to try it and compare its answers '
+            "(tests/engines/gpu_engine.py does), or use `elastic serve`"
         )
     if os.environ.get(_RUNNER, "0") not in ("0", ""):
         raise ValueError(

@@ -17,7 +17,7 @@ class Options:
             or `dense`.
         sparsity_bias: added to the SA logit of every head, instead of the checkpoint's own bias.
         budget: level routers: divergence to stay below, in nats per answer token, instead of the checkpoint's.
-        untested_gpu: whether to run on a GPU, where no engine with the plugin has run yet.
+        untested_gpu: whether to run on a GPU, where not all of the plugin has been tested.
     """
 
     checkpoint: str
