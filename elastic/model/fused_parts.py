@@ -94,7 +94,7 @@ _CAPTURED = ContextVar("elastic-captured-step", default=False)
 @contextmanager
 def captured_step() -> Iterator[None]:
     """Inside the context, in this thread (or asyncio task) alone, passes of few tokens run fused too: they are captured
-    as a CUDA graph, or warm up for it.
+    as a CUDA graph, or warm up for it, or are compared with passes under gradients, which run fused.
     """
     before = _CAPTURED.set(True)
     try:

@@ -1,9 +1,13 @@
 """A training step is that of its rows, however they are cut into micro-batches: routes, scalars, gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from elastic.data.tasks import TASKS
+from elastic.model import fused_parts
+from elastic.model.fused_parts import Parts
 from elastic.training.config import ObjectiveConfig, OptimiserConfig
 from elastic.training.metrics import StepAverages
 from elastic.training.module import ElasticModule
@@ -46,6 +50,21 @@ def test_a_step_is_that_of_its_rows(data, tmp_path, kind):
         assert scalars == pytest.approx(whole[0], rel=1e-4, abs=1e-6)
         for name, value in trained.items():
             torch.testing.assert_close(value, whole[2][name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_both_passes_of_a_divergence_run_by_the_same_parts(data, tmp_path, monkeypatch):
+    """However few tokens they have: of a GPU that rounds, a model as dense as its teacher would else differ from it."""
+    take, runs = Parts.take, set()
+
+    def taken(parts, hidden, *weights):
+        on_gpu = SimpleNamespace(device=torch.device("cuda"), shape=hidden.shape)
+        runs.add((torch.is_grad_enabled(), take(parts, on_gpu)))
+        return take(parts, hidden, *weights)
+
+    monkeypatch.setattr(fused_parts, "unfused_reason", lambda _: None)
+    monkeypatch.setattr(Parts, "take", taken)
+    two_steps(data, tmp_path, OBJECTIVES["quality"], 8)
+    assert runs == {(False, True), (True, True)}
 
 
 def test_averages_are_over_observations_of_all_processes():
