@@ -201,7 +201,7 @@ def test_settings_of_which_the_type_cannot_be_told_are_always_asked(routed, prep
     same = numpy.float64(0.5), numpy.float64(0.5).view(numpy.int64)
     for number in same:
         one = Asked(EncodedPrompt.whole([5, 6, 7]), 9, None, {"do_sample": True, "top_k": 0, "temperature": number})
-        with suppress(ValueError):  # of what is no temperature
+        with suppress(ValueError):  # transformers refuses one of them
             assert stepwise_module._drawing(routed[0], one).processors[0].temperature is number
     assert len(prepared) == 2
 
