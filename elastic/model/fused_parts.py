@@ -141,7 +141,8 @@ class Parts:
         kind = hidden.device.type
         if not self.on or kind not in self.devices or torch.compiler.is_compiling():
             return False
-        few = hidden.shape[:-1].numel() <= self.few and not torch.is_grad_enabled() and not _CAPTURED.get()
+        tokens = hidden.shape[: min(2, len(hidden.shape) - 1)].numel()  # whatever number of heads each has
+        few = tokens <= self.few and not torch.is_grad_enabled() and not _CAPTURED.get()
         ready = kind != "cuda" or (not few and unfused_reason(kind) is None)
         return ready and all(w.device == hidden.device and not hasattr(w, "to_local") for w in weights)
 

@@ -275,13 +275,15 @@ def test_passes_of_few_tokens_are_left_to_the_models_own_modules(monkeypatch: py
     parts = handle_of(model).state.layer_parts
     assert parts.few == int(1e-3 * 4e14 / (2 * weights))
 
-    def taken(tokens: int) -> bool:
-        return parts.take(SimpleNamespace(device=torch.device("cuda"), shape=torch.Size((2, tokens // 2, 8))))  # type: ignore[arg-type]
+    def taken(tokens: int, *heads: int) -> bool:
+        shape = torch.Size((2, tokens // 2, *heads, 8))
+        return parts.take(SimpleNamespace(device=torch.device("cuda"), shape=shape))  # type: ignore[arg-type]
 
     parts.few = 10
     assert taken(2)
     with torch.no_grad():
         assert [taken(tokens) for tokens in (2, 10, 12)] == [False, False, True]
+        assert not taken(10, 6)
         with captured_step():
             assert taken(2)
 
