@@ -88,19 +88,19 @@ def _turned(halves: Sequence[Tensor], cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
 
 
 LAUNCH_SECONDS, GPU_FLOPS = 1e-3, 4e14  # of a layer of a pass, by the host; of large matrix products, by a recent GPU
-_CAPTURED = ContextVar("elastic-captured-step", default=False)
+_ALWAYS = ContextVar("elastic-always-fused", default=False)
 
 
 @contextmanager
-def captured_step() -> Iterator[None]:
-    """Inside the context, in this thread (or asyncio task) alone, passes of few tokens run fused too: they are captured
-    as a CUDA graph, or warm up for it, or are compared with passes under gradients, which run fused.
+def always_fused() -> Iterator[None]:
+    """Inside the context, in this thread (or asyncio task) alone, passes of few tokens run fused too: a CUDA graph is
+    captured, or warmed up for, or the pass is compared with one under gradients, which runs fused.
     """
-    before = _CAPTURED.set(True)
+    before = _ALWAYS.set(True)
     try:
         yield
     finally:
-        _CAPTURED.reset(before)
+        _ALWAYS.reset(before)
 
 
 def hidden_tokens(decoder: Decoder) -> int:
@@ -127,7 +127,7 @@ class Parts:
 
     Attributes:
         on: False leaves everything to the model's own modules.
-        few: tokens at most of an inference pass that is left to them too, unless a CUDA graph hides Python.
+        few: tokens at most of an inference pass that is left to them too, outside of `always_fused`.
     """
 
     def __init__(self, devices: tuple[str, ...] = ("cuda",), **settings: Any) -> None:
@@ -142,7 +142,7 @@ class Parts:
         if not self.on or kind not in self.devices or torch.compiler.is_compiling():
             return False
         tokens = hidden.shape[: min(2, len(hidden.shape) - 1)].numel()  # whatever number of heads each has
-        few = tokens <= self.few and not torch.is_grad_enabled() and not _CAPTURED.get()
+        few = tokens <= self.few and not torch.is_grad_enabled() and not _ALWAYS.get()
         ready = kind != "cuda" or (not few and unfused_reason(kind) is None)
         return ready and all(w.device == hidden.device and not hasattr(w, "to_local") for w in weights)
 

@@ -21,7 +21,7 @@ from elastic.data.tasks import TASKS
 from elastic.model.attach import drawn_by, last_features, last_routes, routers, set_temperature, update_statistics
 from elastic.model.checkpoint import MULTIPLIERS, is_trainable
 from elastic.model.compiling import compile_layers
-from elastic.model.fused_parts import captured_step
+from elastic.model.fused_parts import always_fused
 from elastic.model.loading import architecture_hash
 from elastic.model.logits import logit_head
 from elastic.routing.methods import DEFAULT_METHODS
@@ -223,7 +223,7 @@ class ElasticModule(RoutedModule):
 
     def _accumulate(self, batch: Batch, parts: int, shares: tuple[Tensor, Tensor], averages: StepAverages) -> None:
         """Forward and backward of one micro-batch out of `parts`."""
-        with captured_step():  # by the parts of the routed pass, so that what parts the two is routes, not roundings
+        with always_fused():  # by the parts of the routed pass, so that what parts the two is routes, not roundings
             dense = self._dense_answers(batch) if self.objective.needs_dense else None
         hidden = self.hidden_states(batch)
         state, task, head = last_routes(self.model), batch["task_id"], logit_head(self.model)

@@ -126,11 +126,12 @@ def ask(engine: Any, counts: Counter[str]) -> dict[str, list[int]]:
     step.
     """
     asked, waiting, found = sampling(TOKENS), list(enumerate(prompts())), {}
-    asked.detokenize, joining = False, 4  # there is no tokenizer
+    asked.detokenize = False  # there is no tokenizer
+    new = 4
     while waiting or engine.has_unfinished_requests():
-        for number, ids in waiting[:joining]:
+        for number, ids in waiting[:new]:
             engine.add_request(str(number), {"prompt_token_ids": ids}, asked)
-        waiting, joining = waiting[joining:], 1
+        waiting, new = waiting[new:], 1
         for output in engine.step():
             found[output.request_id] = list(output.outputs[0].token_ids)
             counts["prefix cache hits"] += bool(output.num_cached_tokens)

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from elastic.config import ElasticConfig, RouterConfig, SparseConfig
 from elastic.model import fused_parts, fusing
 from elastic.model.attach import attach, detach, handle_of, override_routes, routers
-from elastic.model.fused_parts import Function, Parts, captured_step
+from elastic.model.fused_parts import Function, Parts, always_fused
 from elastic.model.fusing import ATTENTIONS, LAYERS, MLPS, NORMS, is_known
 from tests.helpers.models import FAMILIES, left_padded, random_ids, small_config, tiny_model, varied_routers
 from tests.kernels.gpu import needs_gpu
@@ -284,7 +284,7 @@ def test_passes_of_few_tokens_are_left_to_the_models_own_modules(monkeypatch: py
     with torch.no_grad():
         assert [taken(tokens) for tokens in (2, 10, 12)] == [False, False, True]
         assert not taken(10, 6)
-        with captured_step():
+        with always_fused():
             assert taken(2)
 
 
@@ -342,6 +342,6 @@ def answers(model: Any, rows: int) -> Tensor:
         steps = [found.logits]
         for place in range(-3, 0):
             token = ids[:, place : place + 1 or None]
-            with captured_step():
+            with always_fused():
                 steps.append(model(token, past_key_values=found.past_key_values, use_cache=True).logits)
     return torch.cat(steps, 1).float().flatten(0, 1)

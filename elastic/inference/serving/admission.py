@@ -64,8 +64,8 @@ class Admission:
 
     def meanwhile(self, reading: Sequence[Job]) -> float:
         """Tokens of the longest prompts that may begin within a pause of prompts that are being read: as many as are
-        read within the time of one layer of theirs. None where a GPU hides their pass, for then any pass takes the
-        host as long as theirs, and one of many prompts that follows takes no longer than one of a few within it.
+        read within the time of one layer of theirs. 0 where a GPU hides their pass: any pass then takes the host as
+        long as theirs, so those who come wait for the next one and are read together.
         """
         longest = max(len(job.prompt) for job in reading)
         hides = longest <= TOGETHER and longest * len(reading) <= self.hidden
