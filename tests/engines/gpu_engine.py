@@ -6,8 +6,8 @@ two minutes; then time to first token and tokens/s of a Llama-3.1-8B shape, with
     python tests/engines/gpu_engine.py --cases 8192x1 --layers 4             # a first look
     python tests/engines/gpu_engine.py --unchecked                           # times alone, after a run that has checked
 
-What it finds decides whether the option `untested_gpu` may go. Each engine has a process of its own. Records are
-written as each case of each contestant ends, so that a run that is cut short keeps what it has.
+Each engine has a process of its own. Records are written as each case of each contestant ends, so that a run that is
+cut short keeps what it has.
 """
 
 import argparse

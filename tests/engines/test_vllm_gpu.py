@@ -55,16 +55,10 @@ def model(tmp_path_factory):
     return routed(tmp_path_factory.mktemp("llama"), "llama", "paper", head_dim=64)
 
 
-def test_a_gpu_is_refused_unless_asked_for(cuda, model):
-    arguments = EngineArgs(str(model.folder), additional_config={"elastic": {"checkpoint": "dense"}})
-    with pytest.raises(ValueError, match=r'on a GPU, where .* prompts that are read whole alone.*"untested_gpu": true'):
-        arguments.create_engine_config()
-
-
 def test_other_platforms_are_refused(monkeypatch):
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
     with pytest.raises(ValueError, match="it runs on cpu and cuda"):
-        routed_config(None, Options("dense", untested_gpu=True), lambda: None)
+        routed_config(None, Options("dense"), lambda: None)
 
 
 def made_for_a_gpu(model):
@@ -79,9 +73,7 @@ def test_the_configuration_for_a_gpu(request, model, ahead):
     made = made_for_a_gpu(model)
     made.scheduler_config.async_scheduling = ahead  # vLLM's default on a GPU
     request.getfixturevalue("cuda")
-    found = routed_config(
-        SimpleNamespace(enable_chunked_prefill=None), Options("dense", untested_gpu=True), lambda: made
-    )
+    found = routed_config(SimpleNamespace(enable_chunked_prefill=None), Options("dense"), lambda: made)
     assert found.attention_config.backend is AttentionBackendEnum.CUSTOM
     worker = resolve_obj_by_qualname(found.parallel_config.worker_cls)
     assert worker is GpuWorker and worker.__mro__[1] is RoutedWorker and issubclass(worker, Worker)
@@ -103,7 +95,7 @@ def test_settings_of_a_gpu_that_are_refused(request, model, part, name, value):
     setattr(getattr(made, f"{part}_config"), name, value)
     request.getfixturevalue("cuda")
     with pytest.raises(ValueError, match=f"{name}=.* does not go together with elastic"):
-        routed_config(SimpleNamespace(enable_chunked_prefill=None), Options("dense", untested_gpu=True), lambda: made)
+        routed_config(SimpleNamespace(enable_chunked_prefill=None), Options("dense"), lambda: made)
 
 
 def reasons(**changes):

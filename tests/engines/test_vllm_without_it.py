@@ -16,7 +16,7 @@ from elastic.engines.vllm.routers import load_routing
 from elastic.engines.vllm.shards import Shard, check_heads
 from elastic.engines.vllm.spans import ChatMarks, user_span
 from elastic.engines.vllm.table import RoutedRequest, RouteTable
-from elastic.engines.vllm.versions import check_version
+from elastic.engines.vllm.versions import check_version, untested_on_gpu
 from elastic.kernels import Pattern
 from elastic.kernels.reach_oracle import hidden_mass
 from elastic.model.attach import attach, override_routes, routers
@@ -50,6 +50,20 @@ def test_the_tested_versions_are_not(version):
     check_version(version)
 
 
+@pytest.mark.parametrize(
+    ("version", "gpus", "found"),
+    [
+        ("0.24.0", 1, None),
+        ("0.32.0", 1, "vLLM 0.32.0 tested on the CPU only"),
+        ("0.24.0", 2, "several processes tested on the CPU only"),
+        ("0.240.0", 2, "vLLM 0.240.0 and several processes tested on the CPU only"),
+    ],
+)
+def test_what_no_gpu_has_run_is_named(version, gpus, found):
+    said = untested_on_gpu(version, gpus)
+    assert said == found or said.startswith(f"{found}, GPUs with vLLM 0.24 on one;")
+
+
 def test_no_option_means_no_routing():
     assert Options.of({}) is None and Options.of(None) is None and Options.of({"other": 1}) is None
     assert Options.of({"elastic": {"checkpoint": "x", "sparsity_bias": 1}}) == Options("x", 1.0)
@@ -61,13 +75,12 @@ def test_no_option_means_no_routing():
         ("folder", "not a mapping"),
         (
             {"checkpoint": "x", "bias": 1},
-            r"unknown key elastic\.bias; known keys are checkpoint, sparsity_bias, budget, untested_gpu",
+            r"unknown key elastic\.bias; known keys are checkpoint, sparsity_bias, budget",
         ),
         ({}, r"elastic\.checkpoint=None"),
         ({"checkpoint": "x", "sparsity_bias": "1"}, r"elastic\.sparsity_bias='1' is not a finite number"),
         ({"checkpoint": "x", "budget": float("nan")}, r"elastic\.budget=nan is not a finite number"),
         ({"checkpoint": "x", "budget": 0.1, "sparsity_bias": 0.0}, "give one of them"),
-        ({"checkpoint": "x", "untested_gpu": 1}, r"elastic\.untested_gpu=1 is not true or false"),
     ],
 )
 def test_wrong_options_are_refused(given, message):

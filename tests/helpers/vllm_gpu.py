@@ -37,6 +37,6 @@ def _send(there: Connection, task: Callable[..., Iterable[Any]], args: tuple[Any
 
 def started(folder: str, checkpoint: str | None, **options: Any) -> Any:
     """An engine in this process; without a checkpoint stock vLLM."""
-    own = None if checkpoint is None else {"checkpoint": checkpoint, "untested_gpu": True}
+    own = None if checkpoint is None else {"checkpoint": checkpoint}
     settings = {"enable_prefix_caching": False, "enable_chunked_prefill": False, "skip_tokenizer_init": True}
     return engine(Path(folder), own, **settings | options)

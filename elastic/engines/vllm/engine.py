@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import vllm
 from vllm.distributed import get_tp_group
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -26,6 +27,7 @@ from elastic.engines.vllm.routers import Routing, load_routing
 from elastic.engines.vllm.shards import Shard, check_heads
 from elastic.engines.vllm.spans import ChatMarks, user_span
 from elastic.engines.vllm.table import RouteTable
+from elastic.engines.vllm.versions import untested_on_gpu
 
 # By platform: vLLM's own worker, and ours.
 _WORKERS = {
@@ -56,7 +58,8 @@ def routed_config(arguments: Any, options: Options, make: Callable[[], Any]) -> 
     made.parallel_config.worker_cls = own
     if current_platform.is_cuda():
         made.attention_config.backend = AttentionBackendEnum.CUSTOM  # the CPU has one backend, which is replaced
-        logger.warning("elastic: not all of this plugin has been tested on a GPU; compare its answers")
+        if untested := untested_on_gpu(vllm.__version__, made.parallel_config.tensor_parallel_size):
+            logger.warning("elastic: %s", untested)
     scheduler = RoutedAsyncScheduler if made.scheduler_config.async_scheduling else RoutedScheduler
     made.scheduler_config.scheduler_cls = f"{__name__}.{scheduler.__name__}"
     logger.info(
@@ -68,20 +71,11 @@ def routed_config(arguments: Any, options: Options, make: Callable[[], Any]) -> 
 
 
 def _platform(options: Options) -> str:
-    """The key of `_WORKERS`. Devices and runners that the plugin does not know are refused, and a GPU that nobody asked
-    to try.
-    """
+    """The key of `_WORKERS`. Devices and runners that the plugin does not know are refused."""
     device = current_platform.device_name or current_platform.device_type
     found = "cpu" if current_platform.is_cpu() else "cuda" if current_platform.is_cuda() else None
     if found is None:
         raise ValueError(f"{OPTION} was asked for on {device}; it runs on {' and '.join(_WORKERS)}")
-    if found == "cuda" and not options.untested_gpu:
-        raise ValueError(
-            f"{OPTION} was asked for on {device}, where it has been tested with prompts that are read whole alone: "
-            "chunked prefill, shared prefixes and preemption ran on the CPU only. Add "
-            f'"untested_gpu": true to the keys of {OPTION} to try it and compare its answers '
-            "(tests/engines/gpu_engine.py does), or use `elastic serve`"
-        )
     if os.environ.get(_RUNNER, "0") not in ("0", ""):
         raise ValueError(
             f"{_RUNNER}={os.environ[_RUNNER]} was set, but {OPTION} knows the V1 model runner only; leave it out"

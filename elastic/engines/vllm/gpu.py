@@ -1,7 +1,7 @@
 """The routed engine on vLLM's CUDA platform: attention by the paged kernels, as the backend `CUSTOM`.
 
-Not all of it has been tested on a GPU, so `engine.py` wants to be asked for it. Decisions are PyTorch on the GPU and do
-not wait for it (the line of the log does, once a prompt); steps that only decode are replayed as CUDA graphs.
+Decisions are PyTorch on the GPU and do not wait for it (the line of the log does, once a prompt); steps that only
+decode are replayed as CUDA graphs.
 Legend: S tokens of a step, K KV heads, D head dim, N pages, T tokens of a page, E = 2 D.
 """
 

@@ -17,13 +17,11 @@ class Options:
             or `dense`.
         sparsity_bias: added to the SA logit of every head, instead of the checkpoint's own bias.
         budget: level routers: divergence to stay below, in nats per answer token, instead of the checkpoint's.
-        untested_gpu: whether to run on a GPU, where not all of the plugin has been tested.
     """
 
     checkpoint: str
     sparsity_bias: float | None = None
     budget: float | None = None
-    untested_gpu: bool = False
 
     @classmethod
     def of(cls, additional: Any) -> "Options | None":
@@ -48,10 +46,7 @@ class Options:
         numbers = {name: _number(name, given.get(name)) for name in ("sparsity_bias", "budget")}
         if None not in numbers.values():
             raise ValueError(f"{OPTION}.sparsity_bias and {OPTION}.budget both say how sparse; give one of them")
-        untested = given.get("untested_gpu", False)
-        if not isinstance(untested, bool):
-            raise ValueError(f"{OPTION}.untested_gpu={untested!r} is not true or false")
-        return cls(checkpoint, **numbers, untested_gpu=untested)
+        return cls(checkpoint, **numbers)
 
 
 def _number(name: str, value: Any) -> float | None:

@@ -3,6 +3,7 @@
 import re
 
 SUPPORTED = ((0, 24), (0, 32))  # the releases whose engine the tests ran in; none between them
+_ON_GPU = "0.24"
 _SHOWN = " and ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
 
 
@@ -23,3 +24,15 @@ def check_version(version: str) -> None:
             f"builds on internals of it; install 'vllm=={SUPPORTED[-1][0]}.{SUPPORTED[-1][1]}.*', or leave `elastic` "
             "out of --additional-config"
         )
+
+
+def untested_on_gpu(version: str, gpus: int) -> str | None:
+    """What of an engine on so many GPUs ran on the CPU only; None where all of it was tested on a GPU."""
+    on_cpu = [] if version.startswith(f"{_ON_GPU}.") else [f"vLLM {version}"]
+    on_cpu += ["several processes"] if gpus > 1 else []
+    if not on_cpu:
+        return None
+    return (
+        f"{' and '.join(on_cpu)} tested on the CPU only, GPUs with vLLM {_ON_GPU} on one; compare answers "
+        "(tests/engines/gpu_engine.py does)"
+    )
