@@ -1,18 +1,19 @@
 """Like with like: the backbone that all methods of an evaluation run on, and the sizes of those without a checkpoint.
 
-Both are those of the checkpoints that methods name, unless the command line says otherwise.
+Both are those of the checkpoints that methods name, unless the command line says otherwise; without checkpoints, sizes
+are those that the calibrations among the methods were measured with.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from elastic.config import ElasticConfig, SparseConfig
 from elastic.data.prompts import TEMPLATE, TEMPLATE_KWARGS
 from elastic.model.checkpoint import read_elastic
 from elastic.model.loading import SMOLLM2, backbone_architecture, backbone_id
-from elastic.routing.calibration import is_calibration, read_calibration
+from elastic.routing.calibration import Calibration, is_calibration, read_calibration
 from elastic.routing.methods import Method
 
 ALONE = SparseConfig(sink=64, window=256, block=64)  # sizes where no method names a checkpoint
@@ -108,19 +109,19 @@ def common_backbone(methods: Sequence[Method], asked: str | None) -> str:
 
 def common_sizes(methods: Sequence[Method], asked: Mapping[str, int | None]) -> SparseConfig:
     """What methods without a checkpoint run on: full and streaming heads, of the sizes that were asked for, else those
-    of the checkpoints among the methods, else those of `ALONE`.
+    of the checkpoints among the methods, else those of the calibrations among them, else those of `ALONE`.
 
     Args:
         asked: sink, window, block and stride in tokens, by name; None: not asked for.
 
     Raises:
-        FileNotFoundError: no such checkpoint.
-        ValueError: sizes that cannot be, or checkpoints that disagree about one that a method takes from them.
+        OSError, ValueError: no such checkpoint, or a calibration that cannot be read; sizes that cannot be, or
+            checkpoints (calibrations) that disagree about one that a method takes from them.
     """
-    named = [(method, trained(method.checkpoint)) for method in methods if method.checkpoint is not None]
+    named = _measured(methods)
     wanted = {size for method in methods if method.checkpoint is None for size in _sizes(method, ALONE)}
     sizes: dict[str, int] = {}
-    disputed: dict[str, tuple[Trained, Trained]] = {}
+    disputed: dict[str, tuple[_Measured, _Measured]] = {}
     for size, value in asked.items():
         using = [one for method, one in named if size in _sizes(method, one.sparse)] or [one for _, one in named]
         found = {getattr(one.sparse, size): one for one in reversed(using)}  # of each value the first
@@ -132,7 +133,7 @@ def common_sizes(methods: Sequence[Method], asked: Mapping[str, int | None]) -> 
         first, other = next(iter(disputed.values()))
         here, there = (", ".join(f"{size} {getattr(one.sparse, size)}" for size in disputed) for one in (first, other))
         raise ValueError(
-            f"checkpoint {first.path} has {here}, {other.path} has {there}, so it is open what methods without a "
+            f"{first.name} has {here}, {other.name} has {there}, so it is open what methods without a "
             f"checkpoint run on; give {' and '.join(f'--{size}' for size in disputed)}, or evaluate in two commands"
         )
     granules = {one.sparse.granule for _, one in named}
@@ -145,16 +146,32 @@ def common_sizes(methods: Sequence[Method], asked: Mapping[str, int | None]) -> 
     )
 
 
+class _Measured(NamedTuple):
+    """What was trained, or measured, with these sizes."""
+
+    name: str
+    sparse: SparseConfig
+
+
+def _measured(methods: Sequence[Method]) -> list[tuple[Method, _Measured]]:
+    """Methods with a checkpoint; where none has one, those that follow a calibration."""
+    of = [(m, _Measured(f"checkpoint {m.checkpoint}", trained(m.checkpoint).sparse)) for m in methods if m.checkpoint]
+    return of or [(m, _Measured(f"calibration {m.file}", found.sparse)) for m, found in _calibrations(methods)]
+
+
+def _calibrations(methods: Sequence[Method]) -> list[tuple[Method, Calibration]]:
+    files = [(method, Path(method.file)) for method in methods if method.file is not None]
+    return [(m, read_calibration(file)) for m, file in files if file.is_file() and is_calibration(file)]
+
+
 def check_orders(methods: Sequence[Method], sparse: SparseConfig) -> None:
     """Refuse calibrations of other modes than those that heads of `static` methods choose between.
 
     Raises:
         OSError, ValueError: a file that cannot be read, or is damaged; `Calibration.check_sparse`.
     """
-    for method in methods:
-        if method.file is not None and Path(method.file).is_file() and is_calibration(Path(method.file)):
-            found = read_calibration(method.file)
-            found.check_sparse(method.sparse(sparse), method.file, method.msr is not None)
+    for method, found in _calibrations(methods):
+        found.check_sparse(method.sparse(sparse), str(method.file), method.msr is not None)
 
 
 def uneven(methods: Sequence[Method], sparse: SparseConfig) -> list[str]:

@@ -169,6 +169,22 @@ def test_sizes_are_those_asked_for_then_of_the_checkpoints_then_the_usual(folder
     assert common_sizes(methods(small, wide), NOT_ASKED).granule == "token"
 
 
+def test_without_checkpoints_sizes_are_those_that_a_calibration_was_measured_with(folder, tmp_path):
+    """Heads that the file calls needless are so with these."""
+
+    def found(*names, **asked):
+        return tuple(sizes(common_sizes(methods(*names), {**NOT_ASKED, **asked})).values())
+
+    order = f"static:{SHIPPED.parent / 'smollm2-135m-order.json'}@0.6"
+    assert found(order) == found("dense", "streaming", order, "static:heads.tsv") == (128, 512, 128, 16)
+    assert found("streaming", order, window=256) == (128, 256, 128, 16)
+    assert found(order, f"elastic:{folder / 'small'}") == (4, 32, 4, 16)
+    other = tmp_path / "other.json"
+    made(sparse=vars(SparseConfig(sink=256, window=512, block=128))).write(other)
+    with pytest.raises(ValueError, match=rf"calibration .*order.json has sink 128, calibration {other} has sink 256"):
+        found("streaming", order, f"static:{other}@0.5")
+
+
 def test_calibrations_of_other_modes_are_refused_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runner, "load_model", None)
     file, out = tmp_path / "cal.json", tmp_path / "out"
