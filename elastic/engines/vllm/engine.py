@@ -48,7 +48,7 @@ def routed_config(arguments: Any, options: Options, make: Callable[[], Any]) -> 
         ValueError: a setting or model without support, or routers that do not fit.
         FileNotFoundError: no such routers.
     """
-    stock, own = _WORKERS[_platform(options)]
+    stock, own = _WORKERS[_platform()]
     arguments.enable_chunked_prefill = bool(arguments.enable_chunked_prefill)  # vLLM's own default is to chunk
     os.environ[_RUNNER] = "0"  # read by the engine's other processes, which inherit it
     made = make()
@@ -70,7 +70,7 @@ def routed_config(arguments: Any, options: Options, make: Callable[[], Any]) -> 
     return made
 
 
-def _platform(options: Options) -> str:
+def _platform() -> str:
     """The key of `_WORKERS`. Devices and runners that the plugin does not know are refused."""
     device = current_platform.device_name or current_platform.device_type
     found = "cpu" if current_platform.is_cpu() else "cuda" if current_platform.is_cuda() else None
