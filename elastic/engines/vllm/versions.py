@@ -33,6 +33,6 @@ def untested_on_gpu(version: str, gpus: int) -> str | None:
     if not on_cpu:
         return None
     return (
-        f"tested on the CPU only: {', '.join(on_cpu)}; on a GPU it was vLLM {_ON_GPU} in one process. Compare its answers "
-        "(tests/engines/gpu_engine.py does)"
+        f"tested on the CPU only: {', '.join(on_cpu)}; on a GPU it was vLLM {_ON_GPU} in one process. Compare its "
+        "answers (tests/engines/gpu_engine.py does)"
     )
