@@ -12,7 +12,7 @@ from torch import Tensor
 
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.modes import BLOCK_SPARSE
-from elastic.attention.selection.sample import AttentionSample
+from elastic.attention.selection.sample import AttentionSample, DecodeSteps
 from elastic.attention.selection.table import SELECTIONS, Selection
 from elastic.kernels import select_blocks
 from elastic.kernels.block_bits import bits_from_mask, count_bits, query_block
@@ -43,8 +43,33 @@ def with_blocks(q_BHSD: Tensor, k_BKSD: Tensor, plan: HeadPlan, scale: float, *,
 
 def selected_bits(selection: Selection, q_BHSD: Tensor, k_BKSD: Tensor, plan: HeadPlan, scale: float) -> Tensor:
     """Bits [N, H, M, W] of a plan's block-sparse heads, 0 for the others; every sample chooses from its own tokens.
-    Nothing is read back from a GPU but the bounds of padded rows, once per forward pass.
+    Nothing is read back from a GPU but the bounds of padded rows, once per forward pass, and none for decode steps.
     """
+    if plan.layout.decoding and not plan.layout.packed:
+        return _step_bits(selection, q_BHSD, k_BKSD, plan, scale)
+    return _bits_by_sample(selection, q_BHSD, k_BKSD, plan, scale)
+
+
+def _step_bits(selection: Selection, q_BHSD: Tensor, k_BKSD: Tensor, plan: HeadPlan, scale: float) -> Tensor:
+    """Those of one query in every row, which choose all at once."""
+    layout, (rows, kv_heads, keys, _) = plan.layout, k_BKSD.shape
+    group = q_BHSD.shape[1] // kv_heads
+    if layout.padded:  # every row's own keys first
+        places_BS = layout.memo("places", lambda: _places(layout.begin_N, keys))
+        k_BKSD = k_BKSD.take_along_dim(places_BS[:, None, :, None], dim=2)
+    past_K = layout.memo(("past", kv_heads), lambda: (layout.past - layout.begin_N).repeat_interleave(kv_heads))
+    steps = DecodeSteps(q_BHSD.flatten(0, 1), k_BKSD.flatten(0, 1), plan.sparse, scale, past_K)
+    runs_BK = (plan.mode_NK == BLOCK_SPARSE) & (layout.end_N > layout.past)[:, None]
+    of_heads = torch.unflatten(bits_from_mask(selection.choose(steps)), 0, (rows, kv_heads))
+    return (of_heads * runs_BK[..., None, None]).repeat_interleave(group, dim=1)
+
+
+def _places(begin_N: Tensor, keys: int) -> Tensor:
+    return (begin_N[:, None] + torch.arange(keys, device=begin_N.device)).clamp(max=keys - 1)
+
+
+def _bits_by_sample(selection: Selection, q_BHSD: Tensor, k_BKSD: Tensor, plan: HeadPlan, scale: float) -> Tensor:
+    """Any layout's, a sample at a time."""
     layout, heads, kv_heads = plan.layout, q_BHSD.shape[1], k_BKSD.shape[1]
     size, samples = query_block(plan.sparse.block), plan.mode_NK.shape[0]
     shape = (samples, heads, -(-layout.queries // size), -(-layout.keys // (32 * plan.sparse.block)))

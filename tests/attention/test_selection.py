@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from elastic.attention import reference
+from elastic.attention import block_selection, reference
 from elastic.attention.block_selection import density
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import batch_layout, packed_layout
@@ -222,6 +222,25 @@ def test_a_decode_step_chooses_where_the_paper_does(name, block):
         for output in outputs:
             torch.testing.assert_close(output[row : row + 1], expected, rtol=0, atol=1e-5)
     assert density(plan) is None and plan.chooses_blocks == (name in CHOOSING_IN_STEPS)
+
+
+@pytest.mark.parametrize("name", CHOOSING_IN_STEPS)
+@pytest.mark.parametrize("seed", range(30))
+def test_decode_steps_of_all_rows_choose_as_each_row_alone(name, seed):
+    rng = random.Random(seed)
+    rows, block, kv_heads = rng.choice((1, 3, 5)), rng.choice((4, 64)), rng.choice((1, 2))
+    keys = rng.choice((2, 7, 65, 300, 1100))
+    q, k, _ = (x.double() for x in operands(rows, 1, keys, kv_heads * rng.choice((1, 3)), kv_heads, seed))
+    mask = torch.ones(rows, keys, dtype=torch.long)
+    for row in range(rng.choice((0, rows))):
+        mask[row, : rng.randrange(keys)] = 0
+    k = torch.where(mask[:, None, :, None] > 0, k, torch.nan)  # what padding left in the cache matters to nobody
+    sparse, layout = sparse_of(name, block, top_k=rng.choice((1, 2, 6))), batch_layout(rows, 1, keys - 1, CPU, mask)
+    route = torch.tensor([[rng.choice((0.0, 1.0)) for _ in range(kv_heads)] for _ in range(rows)])
+    plan, selection = HeadPlan.build(route, sparse, layout), SELECTIONS[name]
+    alone = block_selection._bits_by_sample(selection, q, k, plan, SCALE)
+    assert torch.equal(block_selection.selected_bits(selection, q, k, plan, SCALE), alone)
+    assert layout.decoding and bool((alone != 0).any()) == bool((route > 0).any())
 
 
 def reference_output(q, k, v, mask):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from elastic.attention import block_selection
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import batch_layout
 from elastic.attention.routed import backend_for, fused, routed_attention
@@ -10,8 +11,9 @@ from elastic.attention.selection.sample import AttentionSample
 from elastic.attention.selection.table import SELECTIONS
 from elastic.attention.torch_path import attend
 from elastic.bench.structured import structured
+from elastic.config import CHOOSING_IN_STEPS
 from elastic.console import say
-from tests.attention.test_selection import NAMES, ROWS, random_sample, sparse_of
+from tests.attention.test_selection import NAMES, ROWS, SCALE, random_sample, sparse_of
 from tests.kernels.gpu import HAS_GPU
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU that runs the kernels")]
@@ -87,3 +89,15 @@ def test_a_choice_does_not_wait_for_the_gpu(name):
         routed_attention(q, k, v, ones, plan, 128**-0.5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", CHOOSING_IN_STEPS)
+@pytest.mark.parametrize("keys", [65, 4097])
+def test_decode_steps_of_all_rows_choose_as_each_row_alone(name, keys):
+    q, k, _ = (x.repeat(3, 1, 1, 1).double() for x in operands(keys))
+    mask = torch.ones(3, keys, dtype=torch.long)
+    mask[1, :50], mask[2, : keys // 2] = 0, 0
+    layout = batch_layout(3, 1, keys - 1, DEVICE, mask.to(DEVICE))
+    plan = HeadPlan.build(torch.ones(3, 2, device=DEVICE), sparse_of(name, 64), layout)
+    alone = block_selection._bits_by_sample(SELECTIONS[name], q[:, :, -1:], k, plan, SCALE)
+    assert torch.equal(block_selection.selected_bits(SELECTIONS[name], q[:, :, -1:], k, plan, SCALE), alone)

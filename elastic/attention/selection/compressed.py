@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from elastic.attention.selection.pooling import grouped_scores, run_means
-from elastic.attention.selection.sample import AttentionSample
+from elastic.attention.selection.sample import AttentionSample, DecodeSteps
 
 STRIDE = 16  # d of both papers
 RUNS = 4  # of a query block
@@ -36,6 +36,8 @@ def cell_shares(sample: AttentionSample) -> Tensor:
     """Attention to the cells, summed over the runs of a query block and the heads of a group: [K, M, C]. 0 for cells
     that a query block does not see.
     """
+    if isinstance(sample, DecodeSteps):
+        return _step_shares(sample)
     stride, rows = cell_stride(sample.sparse.block), sample.rows
     run = rows // RUNS
     k_KCD, q_HRD = cell_keys(sample.k_KSD, stride), run_means(sample.q_HLD, run)
@@ -71,6 +73,18 @@ def _run_shares(sample: AttentionSample, q_HRD: Tensor, k_KCD: Tensor, first_run
     whole = torch.nn.functional.pad(share_HRC, (0, 0, 0, missing)) if missing else share_HRC
     # [K, G, m, RUNS, C] -> [K, m, C]
     return torch.unflatten(torch.unflatten(whole, 0, (-1, sample.group)), 2, (-1, RUNS)).sum((1, 3))
+
+
+def _step_shares(steps: DecodeSteps) -> Tensor:
+    """`cell_shares` of single queries, each at a position of its own: [K, 1, C]."""
+    stride = cell_stride(steps.sparse.block)
+    k_KCD = cell_keys(steps.k_KSD, stride)
+    score_HC = grouped_scores(steps.q_HLD.to(steps.wide) * steps.scale, k_KCD)[:, 0]
+    last_C = (torch.arange(k_KCD.shape[1], device=score_HC.device) + 2) * stride - 1
+    seen_HC = last_C <= steps.past_K.repeat_interleave(steps.group)[:, None]
+    share_HC = torch.softmax(score_HC.masked_fill(~seen_HC, float("-inf")), dim=-1)
+    share_HC = share_HC.masked_fill(~seen_HC, 0.0)  # also where a query sees no cell, whose shares are no numbers
+    return torch.unflatten(share_HC, 0, (-1, steps.group)).sum(1)[:, None]
 
 
 def oracle_shares(sample: AttentionSample) -> Tensor:

@@ -26,7 +26,7 @@ def choose(sample: AttentionSample) -> Tensor:
     window_MN, sink_MN = sample.window(sparse.window), sample.sink(sparse.sink)
     strides, share_KMC = sparse.block // cell_stride(sparse.block), cell_shares(sample)
     # Block j has the cells from the one before its first stride to its last stride's.
-    missing = seen_MN.shape[1] * strides - share_KMC.shape[-1]
+    missing = seen_MN.shape[-1] * strides - share_KMC.shape[-1]
     score_KMN = F.max_pool1d(F.pad(share_KMC, (1, missing)), strides + 1, strides)
     total_M = window_MN.sum(-1) + (sparse.top_k or PUBLISHED)
     return heaviest(score_KMN, window_MN | sink_MN, seen_MN, total_M)

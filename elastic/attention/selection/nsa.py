@@ -28,7 +28,7 @@ def choose(sample: AttentionSample) -> Tensor:
     share_KMC, strides = cell_shares(sample), sample.sparse.block // cell_stride(sample.sparse.block)
     # A stride of d tokens has the cell that begins there and the one before it, [K, M, C + 1].
     of_strides = torch.nn.functional.pad(share_KMC, (0, 1)) + torch.nn.functional.pad(share_KMC, (1, 0))
-    missing = seen_MN.shape[1] * strides - of_strides.shape[-1]
+    missing = seen_MN.shape[-1] * strides - of_strides.shape[-1]
     score_KMN = torch.nn.functional.pad(of_strides, (0, missing)).unflatten(-1, (-1, strides)).sum(-1)
     chosen = heaviest(score_KMN, own_MN | sample.sink(1), seen_MN, sample.sparse.top_k or PUBLISHED)
     return chosen | sample.window(sample.sparse.window)

@@ -69,11 +69,11 @@ class AttentionSample:
 
     def seen(self, size: int | None = None) -> Tensor:
         """Blocks that begin at or before a query block's last query."""
-        return self.begins(size) <= self.lasts[:, None]
+        return self.begins(size) <= self.lasts[..., None]
 
     def own(self, size: int | None = None) -> Tensor:
         """Blocks that hold positions of a query block."""
-        return self.seen(size) & (self.begins(size) + (size or self.sparse.block) > self.firsts[:, None])
+        return self.seen(size) & (self.begins(size) + (size or self.sparse.block) > self.firsts[..., None])
 
     def sink(self, tokens: int) -> Tensor:
         """Seen key blocks that begin within the first `tokens`."""
@@ -81,4 +81,27 @@ class AttentionSample:
 
     def window(self, tokens: int) -> Tensor:
         """The last tokens / block key blocks up to that of the first query, and all that the query block holds."""
-        return self.seen() & (self.begins() > self.firsts[:, None] - tokens) | self.own()
+        return self.seen() & (self.begins() > self.firsts[..., None] - tokens) | self.own()
+
+
+@dataclass(frozen=True)
+class DecodeSteps(AttentionSample):
+    """A query each of several samples, the heads of one after those of another: H and K count those of all samples, and
+    masks are [K, M, N] with one query block.
+
+    Attributes:
+        past_K: position of every sample's query, for each of its KV heads, on the device; what comes after it are no
+            keys of the sample.
+    """
+
+    past_K: Tensor
+
+    @cached_property
+    def firsts(self) -> Tensor:
+        """Position of the query, [K, 1]."""
+        return self.past_K[:, None]
+
+    @cached_property
+    def lasts(self) -> Tensor:
+        """The same."""
+        return self.firsts
