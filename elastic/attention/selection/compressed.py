@@ -83,7 +83,7 @@ def _step_shares(steps: DecodeSteps) -> Tensor:
     last_C = (torch.arange(k_KCD.shape[1], device=score_HC.device) + 2) * stride - 1
     seen_HC = last_C <= steps.past_K.repeat_interleave(steps.group)[:, None]
     share_HC = torch.softmax(score_HC.masked_fill(~seen_HC, float("-inf")), dim=-1)
-    share_HC = share_HC.masked_fill(~seen_HC, 0.0)  # also where a query sees no cell, whose shares are no numbers
+    share_HC = share_HC.masked_fill(~seen_HC, 0.0)  # NaN so far where a query sees no cell
     return torch.unflatten(share_HC, 0, (-1, steps.group)).sum(1)[:, None]
 
 

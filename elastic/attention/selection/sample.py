@@ -90,8 +90,8 @@ class DecodeSteps(AttentionSample):
     masks are [K, M, N] with one query block.
 
     Attributes:
-        past_K: position of every sample's query, for each of its KV heads, on the device; what comes after it are no
-            keys of the sample.
+        past_K: position of every sample's query, for each of its KV heads, on the device; keys after it are not the
+            sample's.
     """
 
     past_K: Tensor
