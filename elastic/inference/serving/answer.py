@@ -1,7 +1,6 @@
 """One request on its way through the engine, from its body to its answer; given up as soon as its client leaves."""
 
 import asyncio
-import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -13,6 +12,7 @@ from elastic.inference.serving.engine import Engine
 from elastic.inference.serving.errors import RefusedError
 from elastic.inference.serving.jobs import Event, Job, QueueFullError
 from elastic.inference.serving.limits import ServerLimits
+from elastic.inference.serving.mail import Mail
 from elastic.inference.serving.metrics import Metrics
 from elastic.inference.serving.protocol import ChatRequest, Envelope
 from elastic.inference.serving.reading import PromptReader
@@ -37,6 +37,10 @@ class Answer:
     ) -> None:
         self.jobs, self.events, self.body, self.metrics = jobs, events, body, metrics
         self.envelope = Envelope(model_name)
+        # The engine says so itself; this is for one that does not come round to it.
+        late = 0, Event("error", "the request timed out", {"status": 504})
+        wait = jobs[0].deadline + 1 - time.monotonic()
+        self._late = asyncio.get_running_loop().call_later(wait, events.put_nowait, late)
 
     @classmethod
     async def ask(
@@ -47,6 +51,7 @@ class Answer:
         body: ChatRequest,
         model_name: str,
         limits: ServerLimits,
+        mail: Mail,
     ) -> "Answer":
         """Read the prompt and queue the request.
 
@@ -72,7 +77,7 @@ class Answer:
             )
         events: asyncio.Queue[News] = asyncio.Queue()
         jobs = [
-            Job(prompt, min(wanted, room), sampling, body.stops, deadline, _teller(events, choice))
+            Job(prompt, min(wanted, room), sampling, body.stops, deadline, _teller(mail, events, choice))
             for choice, sampling in enumerate(body.samplings)
         ]
         try:
@@ -88,15 +93,12 @@ class Answer:
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     async def next_event(self) -> News:
-        """The next news, or `RefusedError` for an error of any choice or when the time is up."""
+        """The next news, or `RefusedError` for an error of any choice."""
         try:
-            choice, event = await asyncio.wait_for(self.events.get(), self.jobs[0].deadline + 1 - time.monotonic())
+            choice, event = await self.events.get()
             if event.kind == "error":
-                raise RefusedError(event.details["status"], event.text)
+                raise _refusal(event)
             return choice, event
-        except TimeoutError:
-            self._leave()
-            raise RefusedError(504, "the request timed out") from None
         except (asyncio.CancelledError, RefusedError):
             self._leave()
             raise
@@ -115,36 +117,51 @@ class Answer:
                 if len(ends) == len(self.jobs):
                     break
             choice, event = await self.next_event()
+        self._leave()
         choices = [("".join(parts), ends[number].text) for number, parts in enumerate(texts)]
         return self.envelope.whole(choices, self.usage, event.details)  # routes are the prompt's, the same for all
 
     async def stream(self, news: News) -> AsyncIterator[str]:
-        """Server-sent events of the protocol, `elastic` with the routes in the last chunk of each choice's text."""
+        """Server-sent events of the protocol, `elastic` with the routes in the last chunk of each choice's text. What
+        has come by the time that it can be sent goes out in one piece.
+        """
         self.metrics.first.observe(time.monotonic() - self.jobs[0].arrived)
         begun, left = set[int](), len(self.jobs)
         try:
             while True:
-                choice, event = news
-                if choice not in begun:
+                told = ""
+                for choice, event in (news, *self._come()):
+                    if event.kind == "error":
+                        if told:
+                            yield told
+                        raise _refusal(event)
+                    told += self._chunks(choice, event, choice not in begun)
                     begun.add(choice)
-                    yield _sse(self.envelope.piece({"role": "assistant", "content": ""}, choice))
-                if event.kind == "text":
-                    yield _sse(self.envelope.piece({"content": event.text}, choice))
-                else:
-                    yield _sse(self.envelope.piece({}, choice, event.text, elastic=event.details))
-                    left -= 1
-                    if not left:
-                        break
+                    left -= event.kind == "end"
+                if not left:
+                    break
+                yield told
                 news = await self.next_event()
             if self.body.stream_options and self.body.stream_options.include_usage:
-                yield _sse(self.envelope.usage(self.usage))
-            yield "data: [DONE]\n\n"
+                told += _sse(self.envelope.usage(self.usage))
+            yield f"{told}data: [DONE]\n\n"
         except RefusedError as error:
             yield _sse(error.body())
         finally:
             self._leave()  # the client went away, or all is said
 
+    def _chunks(self, choice: int, event: Event, first: bool) -> str:
+        head = _sse(self.envelope.piece({"role": "assistant", "content": ""}, choice)) if first else ""
+        if event.kind == "text":
+            return head + _sse(self.envelope.piece({"content": event.text}, choice))
+        return head + _sse(self.envelope.piece({}, choice, event.text, elastic=event.details))
+
+    def _come(self) -> list[News]:
+        """News that are there already."""
+        return [self.events.get_nowait() for _ in range(self.events.qsize())]
+
     def _leave(self) -> None:
+        self._late.cancel()
         for job in self.jobs:
             job.cancelled.set()
 
@@ -173,15 +190,13 @@ async def _left(request: Request) -> None:
         pass
 
 
-def _teller(events: "asyncio.Queue[News]", choice: int) -> Callable[[Event], None]:
-    """Puts events of a choice into a queue of this loop from another thread; one that has ended no longer listens."""
-    loop = asyncio.get_running_loop()
+def _teller(mail: Mail, events: "asyncio.Queue[News]", choice: int) -> Callable[[Event], None]:
+    """Sends events of a choice to a queue."""
+    return lambda event: mail.send(events, (choice, event))
 
-    def tell(event: Event) -> None:
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(events.put_nowait, (choice, event))
 
-    return tell
+def _refusal(event: Event) -> RefusedError:
+    return RefusedError(event.details["status"], event.text)
 
 
 def _sse(data: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from elastic.inference.serving.engine import Engine
 from elastic.inference.serving.errors import RefusedError, handle_errors
 from elastic.inference.serving.limits import MaxBody, ServerLimits
 from elastic.inference.serving.listening import ToldOfTheEnd
+from elastic.inference.serving.mail import Mail
 from elastic.inference.serving.metrics import Metrics
 from elastic.inference.serving.protocol import ChatRequest
 from elastic.inference.serving.reading import PromptReader
@@ -44,6 +45,7 @@ def build_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.engine = engine = make_engine(metrics)
         app.state.reader = PromptReader(engine.model, engine.tokenizer, limits.sanitize_control_tokens)
+        app.state.mail = Mail()
         yield
         app.state.reader.close()
         await asyncio.to_thread(engine.close, app.state.grace)
@@ -58,7 +60,8 @@ def build_app(
 
     @app.post(CHAT)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        asked = Answer.ask(app.state.engine, app.state.reader, metrics, body, model_name, limits)
+        state = app.state
+        asked = Answer.ask(state.engine, state.reader, metrics, body, model_name, limits, state.mail)
         answer = await while_listening(request, asked)
         if not body.stream:
             return JSONResponse(await while_listening(request, answer.whole()))

@@ -92,7 +92,8 @@ class ToldOfTheEnd:
         begun: list[dict[str, Any]] = []
 
         async def noting(message: dict[str, Any]) -> None:
-            begun.append(message)
+            if not begun:
+                begun.append(message)
             await send(message)
 
         try:
