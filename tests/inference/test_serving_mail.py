@@ -24,7 +24,7 @@ def test_the_loop_is_woken_once_for_all_that_is_sent_before_it_comes_round(monke
         for _ in range(2):
             sender = threading.Thread(target=lambda: [mail.send(queues[n % 2], n) for n in range(100)])
             sender.start()
-            sender.join()  # the loop stands still meanwhile
+            sender.join()  # the loop waits meanwhile
             assert [[await queue.get() for _ in range(50)] for queue in queues] == [
                 [*range(0, 100, 2)],
                 [*range(1, 100, 2)],

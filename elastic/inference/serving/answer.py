@@ -47,11 +47,11 @@ class Answer:
         cls,
         engine: Engine,
         reader: PromptReader,
+        mail: Mail,
         metrics: Metrics,
         body: ChatRequest,
         model_name: str,
         limits: ServerLimits,
-        mail: Mail,
     ) -> "Answer":
         """Read the prompt and queue the request.
 

@@ -52,22 +52,18 @@ def build_app(
 
     app = FastAPI(title="Elastic Attention", lifespan=lifespan)
     app.state.grace = limits.grace
-    app.add_middleware(MaxBody, limit=limits.max_body, seconds=limits.arrival)
-    app.add_middleware(Guarded, door=door or Door())
-    app.add_middleware(ToldOfTheEnd)
-    app.add_middleware(Counted, path=CHAT, tell=lambda status: metrics.requests.labels(str(status)).inc())
+    _add_middleware(app, limits, door or Door(), metrics)
     handle_errors(app)
 
     @app.post(CHAT)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        state = app.state
-        asked = Answer.ask(state.engine, state.reader, metrics, body, model_name, limits, state.mail)
+        asked = Answer.ask(app.state.engine, app.state.reader, app.state.mail, metrics, body, model_name, limits)
         answer = await while_listening(request, asked)
         if not body.stream:
             return JSONResponse(await while_listening(request, answer.whole()))
         # Errors that come before any text get their HTTP status.
-        first = await while_listening(request, answer.next_event())
-        return StreamingResponse(answer.stream(first), media_type="text/event-stream")
+        told = answer.stream(await while_listening(request, answer.next_event()))
+        return StreamingResponse(told, media_type="text/event-stream")
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -89,3 +85,11 @@ def build_app(
         return PlainTextResponse(metrics.page(app.state.engine.waiting))
 
     return app
+
+
+def _add_middleware(app: FastAPI, limits: ServerLimits, door: Door, metrics: Metrics) -> None:
+    """The last one sees a request first."""
+    app.add_middleware(MaxBody, limit=limits.max_body, seconds=limits.arrival)
+    app.add_middleware(Guarded, door=door)
+    app.add_middleware(ToldOfTheEnd)
+    app.add_middleware(Counted, path=CHAT, tell=lambda status: metrics.requests.labels(str(status)).inc())
