@@ -9,7 +9,8 @@ import yaml
 
 from elastic import cli
 from elastic.commands import catalogue
-from tests.helpers.training import ROOT, build_data, command_environment, elastic_command
+from tests.helpers.forked import forked_program
+from tests.helpers.training import ROOT, build_data, command_environment
 
 CONFIGS = ROOT / "configs"
 
@@ -329,9 +330,12 @@ def test_test_without_a_run_says_so(data, tmp_path, monkeypatch, capsys):
 
 
 def test_traceback_on_request(tmp_path):
-    arguments = ("fit", "-c", str(CONFIGS / "debug.yaml"), "--data.data_dir", "nowhere")
-    done = elastic_command(*arguments, cwd=tmp_path, ELASTIC_TRACEBACK="1")
-    assert done.returncode == 1 and "Traceback" in done.stderr and "no data at nowhere" in done.stderr
+    arguments, log = ("fit", "-c", str(CONFIGS / "debug.yaml"), "--data.data_dir", "nowhere"), tmp_path / "log"
+    process = forked_program(arguments, tmp_path, log, ELASTIC_TRACEBACK="1")
+    process.start()
+    process.join(300)
+    said = log.read_text()
+    assert process.exitcode == 1 and "Traceback" in said and "no data at nowhere" in said
 
 
 def test_a_run_that_diverges_ends_with_its_own_code(monkeypatch, capsys):

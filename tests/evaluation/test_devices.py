@@ -1,9 +1,8 @@
 """`elastic eval --devices 2`: two processes share the samples of every task; the results are those of one."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,9 +11,8 @@ import pytest
 from elastic import cli
 from elastic.model.loading import load_backbone
 from elastic.training.launch import Processes, launch
-from tests.helpers.forked import forked_ranks, run_command
+from tests.helpers.forked import forked_program, forked_ranks, run_command
 from tests.helpers.processes import gone
-from tests.helpers.training import command_environment
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 pytest.importorskip("wonderwords", reason="the extra `eval` is not installed")
@@ -70,23 +68,20 @@ def test_where_the_first_process_ends_the_others_end_without_a_word(ends, code, 
     environment = {"ELASTIC_CACHE": str(backbone / "cache"), "MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": ""}
     if code == 2:
         (samples / "streaming.ruler_fwe.1024.jsonl").mkdir(parents=True)
-    with open(tmp_path / "log", "wb") as log:
-        started = subprocess.Popen(
-            [sys.executable, "-m", "elastic", "eval", *given], cwd=tmp_path, stdout=log, stderr=log,
-            env=command_environment(**environment), start_new_session=True,
-        )  # fmt: skip
+    started = forked_program(["eval", *given], tmp_path, tmp_path / "log", **environment)
+    started.start()
     until = time.monotonic() + 120
     while not (samples / "dense.ruler_fwe.1024.jsonl").is_file():
-        assert started.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
+        assert started.is_alive() and time.monotonic() < until, (tmp_path / "log").read_text()
         time.sleep(0.05)
     if code == 130:
-        started.send_signal(getattr(signal, ends))
+        os.kill(started.pid, getattr(signal, ends))
     try:
-        ended = started.wait(60)
+        started.join(60)
     finally:
         left = not gone(started.pid)
     said = (tmp_path / "log").read_text()
-    assert not left and ended == code, said[-3000:]
+    assert not left and started.exitcode == code, said[-3000:]
     assert "Traceback" not in said and said.count("elastic eval: ") == 1, said[-3000:]
 
 

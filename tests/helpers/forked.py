@@ -2,8 +2,12 @@
 them: importing takes longer than what most of them do.
 """
 
+import ctypes
+import gc
 import os
+import runpy
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -15,6 +19,7 @@ PRELOADED = [  # what is not installed is left out
     *("elastic.evaluation.runner", "lm_eval.tasks", "data_prep.pack_mixture", "data_prep.tokenize_and_pack"),
     *("transformers.models.auto.tokenization_auto", "tests.helpers.training"),
 ]
+ROOT = Path(__file__).parents[2]
 RUNNER = ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST")  # by which libraries would take a process for a test
 
 
@@ -23,6 +28,17 @@ def forked(function: Callable[..., None], *given: Any, **environment: str) -> Ba
     context = get_context("forkserver")  # it forks processes from one that has no threads
     context.set_forkserver_preload(PRELOADED)
     return context.Process(target=_run, args=(function, given, environment))
+
+
+def forked_program(
+    words: Sequence[str], folder: Path, log: Path, script: Path | None = None, **environment: str
+) -> BaseProcess:
+    """A process that is `python -m elastic <words>`, or another script, in this folder once it is started: first of a
+    session of its own, with this process's environment and what is given, and to the end of the interpreter. Only its
+    imports are there before. What it says goes to the log.
+    """
+    kept = {name: value for name, value in os.environ.items() if name not in RUNNER}
+    return forked(_program, list(words), folder, log, script, {**kept, "PYTHONPATH": str(ROOT), **environment})
 
 
 def forked_command(words: Sequence[str], folder: Path, log: Path, **environment: str) -> int:
@@ -47,6 +63,28 @@ def run_command(words: Sequence[str], folder: Path, log: Path) -> None:
     say_to(log)
     os.chdir(folder)
     raise SystemExit(cli.main(list(words)))
+
+
+def _program(words: list[str], folder: Path, log: Path, script: Path | None, environment: dict[str, str]) -> None:
+    os.setsid()
+    say_to(log)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment, OMP_NUM_THREADS="1")
+    sys.argv = [str(script or "elastic"), *words]
+    code: Any = 0
+    try:
+        if script is None:
+            runpy.run_module("elastic", run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    except BaseException:  # noqa: BLE001 - as the interpreter ends
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    gc.freeze()  # what the process began with takes no time
+    ctypes.pythonapi.Py_Exit(int(code or 0))  # with threads, exit handlers and all, which os._exit leaves out
 
 
 def say_to(log: Path) -> None:

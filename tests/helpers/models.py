@@ -1,5 +1,6 @@
 """Tiny random backbones of every supported family, and inputs for them. Nothing is downloaded."""
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,23 @@ LAYERS, KV_HEADS = 3, 2
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
-    """A random causal LM of 3 routed layers in fp32 eval mode: 4 heads, 2 KV heads, head dim 16."""
+    """A random causal LM of 3 routed layers in fp32 eval mode: 4 heads, 2 KV heads, head dim 16.
+
+    Every call gives a model of its own, and leaves torch's generator as making one does.
+    """
+    if not all(isinstance(value, (int, float, str, None.__class__)) for value in changes.values()):
+        return _made(family, seed, changes)
+    model, state = _kept(family, seed, tuple(changes.items()))
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(family: str, seed: int, changes: tuple[tuple[str, Any], ...]) -> tuple[Any, Tensor]:
+    return _made(family, seed, dict(changes)), torch.get_rng_state()
+
+
+def _made(family: str, seed: int, changes: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings: dict[str, Any] = {

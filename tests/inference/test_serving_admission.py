@@ -111,13 +111,13 @@ def test_padding_that_a_gpu_hides_is_allowed(model):
 
 
 def test_running_answers_get_as_much_time_as_prompts_and_what_comes_meanwhile_is_read_at_once(model, monkeypatch):
-    passes, reading = Passes(monkeypatch), 1.5
+    passes, reading = Passes(monkeypatch), 0.8
     passes.go.set()
     begin, take = engine.begin, Row.take
     monkeypatch.setattr(engine, "begin", lambda *asked: (time.sleep(reading), begin(*asked))[1])
     monkeypatch.setattr(Row, "take", lambda *row: (time.sleep(0.02), take(*row))[1])  # so that one outlasts the rest
     with serving(model, ServerLimits(max_new_tokens=2000)) as address, ThreadPoolExecutor(4) as pool:
-        long = pool.submit(ask, address, body_of(PROMPTS[0], max_tokens=400))
+        long = pool.submit(ask, address, body_of(PROMPTS[0], max_tokens=220))
         assert until(lambda: figure(address, "elastic_running_requests") == 1)
         time.sleep(reading)  # what the first prompt took is given back
         begun = time.monotonic()
@@ -132,7 +132,7 @@ def test_running_answers_get_as_much_time_as_prompts_and_what_comes_meanwhile_is
 
 
 def test_nobody_rests_from_a_prompt_that_no_answer_waited_for(model, monkeypatch):
-    reading, begin, take = 3.0, engine.begin, Row.take
+    reading, begin, take = 2.0, engine.begin, Row.take
 
     def slow(model, asked, *how):
         time.sleep(reading * (len(asked[0].prompt) > 100))
@@ -141,7 +141,7 @@ def test_nobody_rests_from_a_prompt_that_no_answer_waited_for(model, monkeypatch
     monkeypatch.setattr(engine, "begin", slow)
     monkeypatch.setattr(Row, "take", lambda *row: (time.sleep(0.01), take(*row))[1])
     with serving(model, ServerLimits(max_new_tokens=2000)) as address, ThreadPoolExecutor(1) as pool:
-        long = pool.submit(ask, address, body_of("f1 f3 " * 100 + "find k1", max_tokens=500))
+        long = pool.submit(ask, address, body_of("f1 f3 " * 100 + "find k1", max_tokens=300))
         assert until(lambda: figure(address, "elastic_batch_size_count") > 3)
         begun = time.monotonic()
         assert ask(address, body_of(PROMPTS[0], max_tokens=1))[0] == 200

@@ -2,13 +2,13 @@
 scores. The row's length is odd, so the second half ends in a token of no sample.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
 
 from elastic.attention.head_plan import HeadPlan
 from elastic.attention.layout import packed_layout
@@ -24,6 +24,7 @@ from elastic.training.metrics import score_answers
 from elastic.training.multipliers import LagrangeMultipliers
 from elastic.training.objective import sparsity_loss, target_intervals
 from elastic.training.sharding import average_gradients
+from tests.helpers.forked import forked_ranks, say_to
 from tests.helpers.models import random_ids, small_config, tiny_model, varied_routers
 
 LENGTHS = ((21, 8), (40, 31), (34, 20))  # tokens and prompt of the samples; prompts cross the slices' border
@@ -102,8 +103,9 @@ def routed_model(family: str):
     return model
 
 
-def slice_process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def slice_process(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
+    say_to(folder / "log")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for family, checkpointing in (("llama", False), ("qwen3", True), ("llama+xattention", True)):
         model = routed_model(family)
@@ -132,7 +134,7 @@ def slice_process(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def slices(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("slices")
-    multiprocessing.spawn(slice_process, (str(folder),), nprocs=2)
+    assert forked_ranks(2, slice_process, folder) == [0, 0], (folder / "log").read_text()[-3000:]
     return folder
 
 

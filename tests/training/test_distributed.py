@@ -2,8 +2,6 @@
 both objectives; and through the command.
 """
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +18,8 @@ from elastic.model.checkpoint import is_trainable
 from elastic.training.config import ObjectiveConfig, OptimiserConfig
 from elastic.training.module import ElasticModule
 from elastic.training.sharding import ContextParallel, ShardedBackbone, average_gradients
-from tests.helpers.forked import forked_ranks, run_command, say_to
-from tests.helpers.training import ROOT, SMALL, build_data, command_environment, router_tensors, small_run
+from tests.helpers.forked import forked_program, forked_ranks, run_command, say_to
+from tests.helpers.training import ROOT, SMALL, build_data, router_tensors, small_run
 
 
 class Watched(ElasticModule):
@@ -152,10 +150,10 @@ def test_the_command_trains_on_two_processes_and_strategies_share_checkpoints(da
     fixed = [f"--data.data_dir={data}", "--trainer.devices=2", "--trainer.limit_val_batches=1", "--ckpt_path=last"]
     fixed = ["fit", "-c", str(configs / "debug.yaml"), *fixed, "--trainer.default_root_dir=run"]
     begun = [*fixed, "--trainer.strategy=ddp", "--trainer.max_steps=2"]
-    command = [sys.executable, "-m", "elastic.cli", *begun]
-    environment = command_environment(MASTER_ADDR="127.0.0.1")
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = forked_program(begun, tmp_path, log, MASTER_ADDR="127.0.0.1")
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0, log.read_text()[-3000:]
     ddp = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
     resumed = [*fixed, "-c", str(configs / "strategy" / "fsdp.yaml"), "--trainer.max_steps=4"]
     assert forked_ranks(2, run_command, resumed, tmp_path, log) == [0, 0], log.read_text()[-3000:]

@@ -1,15 +1,13 @@
 """A run of two processes of which one is killed ends, and resumed it ends with the weights of an unbroken one."""
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers.forked import forked_ranks, run_command
-from tests.helpers.training import ROOT, build_data, command_environment
+from tests.helpers.forked import forked_program, forked_ranks, run_command
+from tests.helpers.training import ROOT, build_data
 
 # `elastic`, in which the process of rank $DIES sends itself SIGKILL after its third step.
 SCRIPT = """
@@ -53,9 +51,14 @@ def fit(folder: Path, data: Path, strategy: str) -> None:
 def fit_and_die(folder: Path, data: Path, strategy: str, rank: int) -> int:
     """Run them as a user would, until one process kills itself; the exit code."""
     (folder / "run.py").write_text(SCRIPT)
-    environment = command_environment(MASTER_ADDR="127.0.0.1", DIES=str(rank))
-    command = [sys.executable, "run.py", *words_of(data, strategy)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=240).returncode
+    environment = {"MASTER_ADDR": "127.0.0.1", "DIES": str(rank)}
+    begun = forked_program(
+        words_of(data, strategy), folder, folder / "killed.log", script=folder / "run.py", **environment
+    )
+    begun.start()
+    begun.join(240)
+    assert begun.exitcode is not None, (folder / "killed.log").read_text()[-3000:]
+    return begun.exitcode
 
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
