@@ -2,6 +2,8 @@
 its own boundaries. Full heads must equal the stock model, whatever the door; routed ones the same batch by the usual.
 """
 
+import functools
+
 import pytest
 import torch
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache, pipeline
@@ -34,22 +36,31 @@ CACHES = {
 }
 
 
+def routed(family):
+    model = attach(tiny_model(family, initializer_range=0.3), small_config())
+    varied_routers(model)
+    return model
+
+
+@functools.cache
+def answered(family, padded):
+    """Two prompts and their mask, and what the stock model and the routed one answer on the cache that they make."""
+    ids, mask = left_padded(random_ids(2, 50), [17, 0]) if padded else (random_ids(2, 50), None)
+    stock = greedy(tiny_model(family, initializer_range=0.3), ids, mask)[:2]
+    return ids, mask, stock, greedy(routed(family), ids, mask)[:2]
+
+
 @pytest.mark.parametrize("padded", [True, False], ids=["left padded", "whole"])
 @pytest.mark.parametrize("name", CACHES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_cache_reads_the_padding(family, name, padded):
-    ids, mask = left_padded(random_ids(2, 50), [17, 0])
-    ids, mask = (ids, mask) if padded else (random_ids(2, 50), None)
-    model = tiny_model(family, initializer_range=0.3)
-    stock = greedy(model, ids, mask)
-    attach(model, small_config())
-    varied_routers(model)
-    settings = CACHES[name][1]
+    ids, mask, stock, usual = answered(family, padded)
+    model, settings = routed(family), CACHES[name][1]
     with override_routes(model, 0):
         found = greedy(model, ids, mask, **settings(model, ids))
     assert torch.equal(found[0], stock[0])
     torch.testing.assert_close(found[1], stock[1], rtol=1e-4, atol=1e-4)
-    usual, found = greedy(model, ids, mask), greedy(model, ids, mask, **settings(model, ids))
+    found = greedy(model, ids, mask, **settings(model, ids))
     assert torch.equal(found[0], usual[0])
     torch.testing.assert_close(found[1], usual[1], rtol=1e-4, atol=1e-4)
     lengths = [report.prompt_tokens for report in route_report(model, found[2])]
@@ -98,25 +109,32 @@ DOORS = {
 }
 
 
+SAMPLES = [random_ids(1, length, seed=length)[0] for length in (40, 9, 31)]
+
+
+@functools.cache
+def each_alone(family):
+    """Of every sample by itself: the stock model's logits, the routed one's, and its routes."""
+    stock, model = tiny_model(family, initializer_range=0.3), routed(family)
+    dense, logits, routes = [], [], []
+    for ids in SAMPLES:
+        dense.append(stock(ids[None]).logits[0].detach())
+        logits.append(model(ids[None]).logits[0].detach())
+        routes.append(last_routes(model).route.detach())
+    return torch.cat(dense), torch.cat(logits), torch.cat(routes, 1)
+
+
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flattened_samples_never_see_each_other(family, door, use_cache):
-    samples = [random_ids(1, length, seed=length)[0] for length in (40, 9, 31)]
-    batch = flattened(samples, **DOORS[door])
-    model = tiny_model(family, initializer_range=0.3)
-    stock = torch.cat([model(ids[None]).logits[0] for ids in samples])
-    attach(model, small_config())
+    batch, model = flattened(SAMPLES, **DOORS[door]), routed(family)
+    stock, alone, routes = each_alone(family)
     with override_routes(model, 0):
         torch.testing.assert_close(model(**batch, use_cache=use_cache).logits[0], stock, rtol=1e-4, atol=1e-4)
-    varied_routers(model)
-    alone, routes = [], []
-    for ids in samples:
-        alone.append(model(ids[None]).logits[0])
-        routes.append(last_routes(model).route)
     together = model(**batch, use_cache=use_cache).logits[0]
-    assert torch.equal(last_routes(model).route, torch.cat(routes, 1))
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert torch.equal(last_routes(model).route, routes)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
 def packed(model):

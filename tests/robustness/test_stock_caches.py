@@ -15,9 +15,13 @@ ROWS = 4
 def filled(family, ids):
     model = attach(tiny_model(family, initializer_range=0.3), small_config())
     varied_routers(model)
+    return model, filling(model, ids)
+
+
+def filling(model, ids):
     cache = DynamicCache(config=model.config)
     model(ids, past_key_values=cache)
-    return model, cache
+    return cache
 
 
 # name -> (what is done to the cache, rows that it then holds)
@@ -48,7 +52,7 @@ def test_routes_follow_rows(family, name, tokens):
     else:
         act(cache)
     assert torch.equal(route_of(cache).route, before[:, rows])
-    _, expected = filled(family, ids[rows])
+    expected = filling(model, ids[rows])
     more = random_ids(len(rows), tokens, 5)
     found, right = (model(more, past_key_values=held).logits for held in (cache, expected))
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
