@@ -62,7 +62,7 @@ class Command:
 
 
 COMMANDS = {
-    "build_mixture": Command("data_prep build_mixture --language tiny --per-task 300 --words 200 --out out", ("out",)),
+    "build_mixture": Command("data_prep build_mixture --language tiny --per-task 600 --words 200 --out out", ("out",)),
     "tokenize_and_pack": Command(
         "data_prep tokenize_and_pack --records records --backbone tiny --seq-length 128 --out out", ("out",)
     ),
