@@ -1,6 +1,7 @@
 """Every kernel variant compiles without a GPU, without spills where it must not spill and without wgmma warnings."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 import re
@@ -38,9 +39,15 @@ TARGETS = [
 ]
 
 
+@functools.cache
+def compiled(variant: jit.Variant) -> tuple[bytes, str]:
+    """Once, where several sizes run the same variant."""
+    return jit.compile_cubin(variant)
+
+
 def compiles_clean(variant: jit.Variant) -> None:
     """Raise unless it compiles within its limit of spills and without warnings about wgmma."""
-    cubin, log = jit.compile_cubin(variant)
+    cubin, log = compiled(variant)
     assert cubin[:4] == b"\x7fELF"
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
     assert spilled and max(spilled) <= LIMITS[variant.file], log
