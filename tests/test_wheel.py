@@ -47,13 +47,17 @@ print(len([*CUDA_SRC.rglob("*.cu*")]), len([*CONFIGS.glob("*.yaml")]))
 print(len(config_names()), len([*ASSETS.glob("tiny/*")]))
 """
 
-# Commands one after the other in one process: importing takes longer than most of them.
+# Commands one after the other in one process: importing takes longer than most of them. NEXT is the one that the
+# command before has named as the next.
 COMMANDS = """
-import contextlib, io, json, sys
+import contextlib, io, json, re, shlex, sys
 from elastic import cli
 
 said = []
 for words in json.loads(sys.argv[1]):
+    if words == ["NEXT"]:
+        words = shlex.split(re.findall("Next: (.*)", said[-1])[0])
+        words = words[words.index("generate"):]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         code = cli.main(words)
     assert code == 0, (words, out.getvalue())
@@ -221,16 +225,17 @@ def test_the_wheel_works_from_an_empty_folder(installed):
     from elastic import __version__
 
     assert installed.run("elastic", "--version") == f"elastic {__version__}\n"
-    doctor, demo = installed.elastic("doctor", "demo --tiny --samples 2")
-    assert "self-check" in doctor
-    (after,) = re.findall("Next: (.*)", demo)
-    assert " generate --checkpoint runs/demo-tiny/checkpoint --prompt " in after
-    *_, packed, _ = installed.elastic(
-        after[after.index("generate ") :],
+    doctor, demo, *_, packed, _ = installed.elastic(
+        "doctor",
+        "demo --tiny --samples 2",
+        "NEXT",
         "data_prep build_mixture --language tiny --tasks single_qa in_context --per-task 16 --words 160 --out records",
         "data_prep tokenize_and_pack --records records --backbone tiny --seq-length 256 --out data/pair",
         "fit -c tiny --trainer.max_steps 2 --trainer.val_check_interval 2 --trainer.limit_val_batches 2",
     )
+    assert "self-check" in doctor
+    (after,) = re.findall("Next: (.*)", demo)
+    assert " generate --checkpoint runs/demo-tiny/checkpoint --prompt " in after
     assert "train/single_qa: " in packed
     run = installed.work / "runs" / "tiny"
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["backbone"] == "tiny"
