@@ -69,7 +69,7 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
 
     Every call gives a model of its own, and leaves torch's generator as making one does.
     """
-    if not all(isinstance(value, (int, float, str, None.__class__)) for value in changes.values()):
+    if not all(isinstance(value, (int, float, str, type(None))) for value in changes.values()):
         return _made(family, seed, changes)
     model, state = _kept(family, seed, tuple(changes.items()))
     torch.set_rng_state(state)
