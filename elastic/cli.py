@@ -52,6 +52,14 @@ def main(argv: list[str] | None = None) -> int:
             raise
         complain(name, error)
         return NOT_FINITE
+    except (RuntimeError, MemoryError) as error:
+        if os.environ.get("ELASTIC_TRACEBACK") or not _ran_out_of_memory(error):
+            raise
+        return complain(
+            name,
+            f"{str(error).partition(chr(10))[0] or 'out of memory'}; use smaller batches, shorter prompts or --dtype "
+            "bfloat16, or a device whose memory no other process fills",
+        )
 
 
 def _run(name: str, rest: list[str]) -> int:
@@ -66,6 +74,12 @@ def _run(name: str, rest: list[str]) -> int:
         if was_stopped(error):
             raise KeyboardInterrupt from error
         raise
+
+
+def _ran_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had too little memory, told by torch, by CuPy or by the interpreter."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 
 from elastic import cli
@@ -347,3 +348,37 @@ def test_a_run_that_diverges_ends_with_its_own_code(monkeypatch, capsys):
     monkeypatch.setattr(training, "run", diverge)
     assert cli.main(["fit"]) == 1
     assert capsys.readouterr().err == "elastic fit: error: the loss is nan at step 3\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore"), "Tried to allocate 2 GiB."),
+        (
+            RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"),
+            "CUDA error: out of memory;",
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "DefaultCPUAllocator"),
+        (MemoryError(), "error: out of memory;"),
+    ],
+)
+def test_too_little_memory_is_one_line(error, said, monkeypatch, capsys):
+    def main(rest):
+        raise error
+
+    monkeypatch.setattr("elastic.commands.doctor.main", main)
+    assert cli.main(["doctor"]) == 2
+    told = capsys.readouterr().err
+    assert said in told and "use smaller batches" in told and told.count("\n") == 1
+    monkeypatch.setenv("ELASTIC_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        cli.main(["doctor"])
+
+
+def test_another_failure_keeps_its_traceback(monkeypatch):
+    def main(rest):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("elastic.commands.doctor.main", main)
+    with pytest.raises(RuntimeError, match="illegal"):
+        cli.main(["doctor"])

@@ -11,6 +11,7 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 
 from elastic.inference.serving.app import CHAT, build_app
 from elastic.inference.serving.limits import ServerLimits
+from elastic.inference.serving.mail import Mail
 from elastic.inference.serving.reading import PromptReader
 from elastic.model.loading import load_backbone
 from tests.helpers.damage import examples, files_of
@@ -62,7 +63,11 @@ def door():
         async def tell(message):
             heard.append(message)
 
-        asyncio.run(app(scope, receive, tell))
+        async def answer():
+            app.state.mail = Mail()  # of this loop
+            await app(scope, receive, tell)
+
+        asyncio.run(answer())
         return heard[0]["status"], b"".join(message.get("body", b"") for message in heard[1:]), queue.job
 
     yield send
