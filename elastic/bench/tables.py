@@ -7,7 +7,7 @@ from elastic.bench import gpu_state
 from elastic.bench.e2e_tables import FIRST_TOKEN, e2e_cells
 from elastic.bench.records import DIGITS, LEFT_OUT, Measurement
 from elastic.bench.scaling_tables import of_scaling, scaling_cells
-from elastic.bench.studies import ablation, evaluation, methods, pareto_tables
+from elastic.bench.studies import ablation, at_share, evaluation, methods, pareto_tables
 from elastic.bench.studies.leads import paired_cells
 from elastic.bench.studies.routing_notes import PAIRED_NOTES, notes
 from elastic.bench.studies.routing_tables import HEADLINE, curve_cells, headline_cells, source_cells
@@ -130,7 +130,8 @@ def _section(found: list[Measurement]) -> list[str]:
         return [*_table(*e2e_cells(found)), *_list(remarks(left_out))]
     if any(record["metric"] == pareto_tables.KEPT for record in found):
         told = _list(pareto_tables.reasons(found))
-        return [pareto_tables.NOTES, "", *_table(*pareto_tables.cells(found)), *told]
+        shares = _table(*at_share.cells(found)) if any(r["metric"] == at_share.AT_SHARE for r in found) else []
+        return [pareto_tables.NOTES, "", *_table(*pareto_tables.cells(found)), *told, *shares]
     if of_scaling(found):
         return _table(*scaling_cells(found))
     return [*_table(*cells(found)), *_list(remarks(found))]

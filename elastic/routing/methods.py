@@ -206,6 +206,13 @@ def parse_methods(names: Sequence[str], of_run: bool) -> list[Method]:
     return methods
 
 
+def family_of(method: Method) -> str:
+    """What a method's operating points have in common, without the numbers that tell them apart."""
+    if method.kind == "elastic":
+        return replace(method, bias=None).name
+    return f"static:{method.file}" if method.kind == "static" else method.kind
+
+
 def renamed(name: str) -> str:
     """The present name of a method in results files written before there was one grammar: `elastic:-2` is now
     `elastic@-2`, `elastic:fa-xa:1` is `elastic/fa-xa@1`. Other names are returned as they are.

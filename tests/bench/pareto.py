@@ -16,6 +16,7 @@ from typing import Any
 
 from elastic.bench.drawing import draw
 from elastic.bench.records import Measurement, git_commit, load, save
+from elastic.bench.studies import at_share
 from elastic.bench.studies.pareto import Judged, records
 from elastic.bench.studies.pareto_tables import cells
 from elastic.config import SparseConfig
@@ -93,6 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--shape", default="llama-3.1-8b", help="whose times (default llama-3.1-8b)")
     parser.add_argument("--at", type=int, metavar="N", help="tokens of the timed prompts (default: as the rows have)")
+    share = "of the dense model's score, at which methods are put side by side (default 0.97)"
+    parser.add_argument("--share", type=float, default=0.97, metavar="S", help=share)
     parser.add_argument("--sets", nargs="+", help="of the evaluation (default all)")
     parser.add_argument("--methods", nargs="+", help="of the evaluation (default all)")
     parser.add_argument("--commit", help="commit to state where git is not at hand")
@@ -107,18 +110,19 @@ def main(argv: list[str]) -> int:
     try:
         times = timed(args.times)
         found = records(list(judged(args.folder, args.sets, args.methods)), times, args.shape, args.at)
+        found += at_share.at_share(found, args.share)
     except (ValueError, OSError) as error:
         raise SystemExit(f"pareto: error: {error}") from error
     words = [
         f"--{name} {shlex.join(map(str, of))}" for name, of in (("sets", args.sets), ("methods", args.methods)) if of
     ]
-    words += [f"--shape {args.shape}", *([f"--at {args.at}"] if args.at else [])]
+    words += [f"--shape {args.shape}", *([f"--at {args.at}"] if args.at else []), f"--share {args.share:g}"]
     stamp = {
         **{key: times[0][key] for key in ("gpu", "kernel", "versions")},
         "commit": args.commit or git_commit(),
         "command": " ".join(["python tests/bench/pareto.py", args.folder.name, *(f.name for f in args.times), *words]),
     }
-    say(table(*cells(found)))
+    say(f"{table(*cells(found))}\n\n{table(*at_share.cells(found))}")
     path = save(args.out / f"{args.tag}.json", [{**record, **stamp} for record in found])
     say(f"wrote {', '.join(map(str, [path, *draw(path, found)]))}")
     return 0

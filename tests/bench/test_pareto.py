@@ -11,6 +11,7 @@ from elastic.bench import selection, tables
 from elastic.bench.drawing import draw
 from elastic.bench.e2e_models import SHAPES, attention_shape
 from elastic.bench.records import load, load_folder, save
+from elastic.bench.studies import at_share
 from elastic.bench.studies.pareto import Judged, records
 from elastic.bench.studies.pareto_tables import FRONT, KEPT, UNTIMED, cells, figure, front
 from elastic.bench.studies.prefill import Prefill, density_of
@@ -149,6 +150,47 @@ def test_times_of_several_shapes_are_rows_and_panels_of_their_own():
     assert len(figure(found).axes) == 2 and all(row[-2].count("*") == 1 for row in rows)
 
 
+def of_points(name, *points, length=LENGTH):
+    return [
+        judged(f"{name}@{bias}", kept, density, msr=msr, length=length, n=5)
+        for bias, (kept, msr, density) in zip((0.5, 0.6, 0.7, 0.8), points, strict=False)
+    ]
+
+
+def test_methods_side_by_side_where_they_keep_as_much():
+    curve = ((1.0, 0.2, 0.9), (0.98, 0.4, 0.7), (0.96, 0.6, 0.5), (0.5, 0.8, 0.3))
+    ours = [judged("dense", 1.0, 1.0), judged("streaming", 0.5, STREAMS), *of_points("static:a", *reversed(curve))]
+    ours += of_points("static:b", (0.98, 0.3, 0.8), (0.97, 0.5, 0.6)) + of_points(
+        "static:c", (0.9, 0.3, 0.8), (0.95, 0.5, 0.6)
+    )
+    found = at_share.at_share(records(ours, of_e2e(), "llama-3.1-8b", None), 0.97)
+    by = {r["who"]: r for r in found}
+    assert set(by) == {"static:a", "static:b", "static:c"}, "one point is no curve, and dense keeps all"
+    a = by["static:a"]  # half-way between its second point and its third
+    assert (a["bound"], a["n"], a["points"]) == ("", 5, 4)
+    assert [a[key] for key in ("value", "kept", "density")] == pytest.approx([0.5, 0.97, 0.6])
+    assert a["seconds"] == pytest.approx((600 + 100 + 400 * 0.6) / 1e3) and a["dense_seconds"] == 1.2
+    assert (by["static:b"]["bound"], by["static:b"]["value"]) == (at_share.AT_LEAST, pytest.approx(0.5))
+    c = by["static:c"]  # what rises is averaged
+    assert (c["bound"], c["value"], c["kept"]) == (at_share.NOT_REACHED, pytest.approx(0.3), pytest.approx(0.9))
+    header, rows = at_share.cells(found)
+    told = {row[2]: row[header.index("MSR")] for row in rows}
+    assert told == {"static:a": "0.500", "static:b": ">= 0.500", "static:c": "not reached; 0.900 at 0.300"}
+    assert rows[0][header.index("ESR")] == "0.400" and rows[0][header.index("x dense")] == f"{1.2 / 0.94:.2f}"
+    for share in (0, 1, 1.5):
+        with pytest.raises(ValueError, match="is not between 0 and 1"):
+            at_share.at_share(found, share)
+
+
+def test_lengths_count_the_same_where_prompts_of_one_length_were_timed():
+    ours = [
+        one for length, kept in ((1024, 1.0), (4096, 0.94))
+        for one in of_points("static:a", (kept, 0.2, 0.8), (0.5, 0.6, 0.4), length=length)
+    ]  # fmt: skip
+    (found,) = at_share.at_share(records(ours, of_e2e(), "llama-3.1-8b", LENGTH), 0.97)
+    assert (found["value"], found["kept"], found["n"]) == (pytest.approx(0.2), pytest.approx(0.97), 10)
+
+
 def test_times_that_do_not_belong_together_are_refused(tmp_path):
     stamp = {"unit": "", "gpu": "one", "kernel": "", "versions": {}, "commit": ""}
     for name, more in (("a", {}), ("b", {"gpu": "two"})):
@@ -197,6 +239,7 @@ def test_from_the_programs_to_the_page(small_on_cpu, tmp_path, capsys, monkeypat
     assert all(r["seconds"] > 0 and r["timed_length"] == 256 for r in found if r["metric"] == KEPT)
     assert "quality kept" in out and (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     page = tables.markdown({"pareto": load_folder(tmp_path)["pareto"]}, ["pareto.png"])
+    assert "| set | of dense | method |" not in page, "no method of several points"
     assert "| set | tokens | method |" in page and "(pareto.png)" in page and "- xattention:0.5, own_" in page
     assert draw(tmp_path / "pareto.json", found) == [tmp_path / "pareto.png"]
     with pytest.raises(SystemExit, match="tiny at 64 tokens"):

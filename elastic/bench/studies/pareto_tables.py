@@ -1,12 +1,11 @@
 """Table and picture of time and quality (`elastic.bench.studies.pareto`)."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from elastic.bench.records import Measurement
 from elastic.plots import Panel, in_rows, panels_figure
-from elastic.routing.methods import Method, parse_method
+from elastic.routing.methods import family_of, parse_method
 
 KEPT, UNTIMED, FRONT = "quality kept", "not timed", "best for its time"
 NOTES = """Score as a share of the dense model's on the same samples, with its 95 % paired bootstrap interval, and the
@@ -55,7 +54,7 @@ def figure(found: Sequence[Measurement]) -> Any:
     for mine in _by_case(found).values():
         lines: dict[str, list[Measurement]] = {FRONT: front(mine)}  # first, so that the others are drawn over it
         for record in sorted(mine, key=lambda r: r["seconds"]):
-            lines.setdefault(_family(parse_method(record["who"])), []).append(record)
+            lines.setdefault(family_of(parse_method(record["who"])), []).append(record)
         halves = {name: [(r["high"] - r["low"]) / 2 * (name != FRONT) for r in of] for name, of in lines.items()}
         points = {name: [(r["seconds"], r["value"]) for r in of] for name, of in lines.items()}
         first = mine[0]
@@ -72,10 +71,3 @@ def _by_case(found: Sequence[Measurement]) -> dict[tuple[Any, ...], list[Measure
         if record["metric"] == KEPT:
             cases.setdefault((record["case"], record["shape"], record["timed_length"]), []).append(record)
     return cases
-
-
-def _family(method: Method) -> str:
-    """What a method's operating points have in common, without the numbers that tell them apart."""
-    if method.kind == "elastic":
-        return replace(method, bias=None).name
-    return f"static:{method.file}" if method.kind == "static" else method.kind
