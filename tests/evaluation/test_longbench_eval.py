@@ -4,7 +4,6 @@ after a kill, a full disk or damage.
 
 import errno
 import json
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -21,6 +20,7 @@ pytest.importorskip("rouge", reason="the extra `eval` is not installed")
 from elastic.evaluation import longbench, runner
 from elastic.evaluation.routed_lm import RoutedLM
 from tests.evaluation.test_longbench import CLASSES, of_set, prompt, question, read, record, write
+from tests.helpers.forked import forked
 
 
 def official_folder(folder):
@@ -42,6 +42,10 @@ SPLITS = (("easy", "short"), ("hard", "medium"), ("hard", "long"), ("easy", "lon
 @pytest.fixture
 def short_answers(monkeypatch):
     """Three tokens an answer, to be quick."""
+    shorten(monkeypatch)
+
+
+def shorten(monkeypatch):
     for task in (*longbench.TASKS[longbench.E], longbench.V2):
         config = dict(longbench.task_config(task))
         config["generation_kwargs"] = {**config["generation_kwargs"], "max_gen_toks": 3}
@@ -144,27 +148,29 @@ def scores(out):
     }
 
 
+def killed_in_the_third_result(data, out):
+    """`small_run`, killed with its third result in the scratch file."""
+    replace, written = os.replace, iter(range(2))
+
+    def third(source, target):
+        os.kill(os.getpid(), signal.SIGKILL) if next(written, None) is None else replace(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        patch.setattr(os, "replace", third)
+        raise SystemExit(small_run(data, out))
+
+
 def test_a_killed_evaluation_goes_on_to_the_same_result(tmp_path, short_answers, monkeypatch):
     data, out = official_folder(tmp_path / "data"), tmp_path / "out"
     assert small_run(data, tmp_path / "whole") == 0
-    replace, evaluate = os.replace, runner._evaluate
-
-    def dying():
-        written = iter(range(2))
-
-        def third(source, target):  # killed with its result in the scratch file
-            os.kill(os.getpid(), signal.SIGKILL) if next(written, None) is None else replace(source, target)
-
-        monkeypatch.setattr(os, "replace", third)
-        small_run(data, out)
-
-    process = multiprocessing.get_context("fork").Process(target=dying)
+    process = forked(killed_in_the_third_result, data, out)
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     kept = scores(out)
     assert len(kept) == 2 and not (out / "summary.json").exists()
-    made = []
+    made, evaluate = [], runner._evaluate
     monkeypatch.setattr(runner, "_evaluate", lambda *given: made.append(given[1].name) or evaluate(*given))
     assert small_run(data, out) == 0
     assert len(made) == 2 and scores(out) == scores(tmp_path / "whole") and kept.items() <= scores(out).items()
