@@ -6,7 +6,6 @@ import importlib.util
 import os
 import socket
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,41 +71,42 @@ def serve(args: argparse.Namespace) -> None:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the package {package} is missing; run `pip install 'elastic-attention[serve]'`")
     from elastic.inference.generate import load
-    from elastic.inference.serving.app import build_app
     from elastic.inference.serving.door import LOOPBACK
     from elastic.inference.serving.engine import Engine
+    from elastic.inference.serving.front import front_of, passed_on
+    from elastic.inference.serving.host import Host
     from elastic.inference.serving.limits import ServerLimits
-    from elastic.inference.serving.listening import Listener
     from elastic.model.generation import judge
 
     door = door_of(args)
     limits = ServerLimits(args.max_new_tokens, args.timeout, args.max_body, args.grace, args.sanitize_control_tokens)
-    with listen_on(args.host, args.port) as listening:  # a used port is told before the model is loaded
+    name = args.name or Path(args.checkpoint).resolve().name
+    with (
+        listen_on(args.host, args.port) as listening,  # a used port is told before the model is loaded
+        front_of(listening, name, limits, door, args.max_queue) as (front, connection),
+    ):
         model, tokenizer = load(args.checkpoint, args.backbone, args.device, args.dtype, revision=args.revision)
         judge(model, {} if args.prefill_chunk_size is None else {"prefill_chunk_size": args.prefill_chunk_size})
-        name = args.name or Path(args.checkpoint).resolve().name
-        app = build_app(
-            name,
-            limits,
-            lambda metrics: Engine(
+        host = Host(
+            connection,
+            lambda metrics, told: Engine(
                 model,
                 tokenizer,
                 max_batch=args.max_batch,
                 max_queue=args.max_queue,
                 metrics=metrics,
                 prefill_chunk_size=args.prefill_chunk_size,
+                told=told,
             ),
-            door,
         )
         url = f"http://{args.host}:{listening.getsockname()[1]}/v1"
         say(f"model {name!r} at {url} (chat/completions, models; /health, /metrics, /docs)")
         if not door.api_keys and args.host not in LOOPBACK:
             say(f"no --api-key was given: whoever reaches {args.host} can use the model", stream=sys.stderr)
         leave_at_once(listening)
-        with suppress(KeyboardInterrupt):  # a signal is a server's usual end, which uvicorn raises again after it
-            Listener(app, limits, log_level="warning").run(sockets=[listening])
-    engine = getattr(app.state, "engine", None)
-    if engine is not None and engine.working:  # within a step of the model, which nothing can interrupt
+        with passed_on(front):
+            host.run()
+    if host.engine.working:  # within a step of the model, which nothing can interrupt
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)  # the interpreter's usual end would abort in that thread

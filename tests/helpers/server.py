@@ -6,11 +6,16 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from multiprocessing import Pipe
+
+import pytest
 
 from elastic.inference.serving.app import ServerLimits, build_app
 from elastic.inference.serving.engine import Engine
+from elastic.inference.serving.host import Host
 from elastic.inference.serving.listening import Listener
+from elastic.inference.serving.remote import RemoteEngine
 from elastic.inference.serving.rows import Row
 from elastic.model import loading
 from elastic.model.attach import attach
@@ -37,10 +42,38 @@ def slow_tokens(monkeypatch, seconds):
 
 
 @contextmanager
-def serving(model, limits=None, **engine):
+def serving(model, limits=None, remote=False, **engine):
+    """Address of a server in this process; `remote`: HTTP and engine talk as if they were two."""
     settings = {"max_batch": 4, "max_queue": 64, **engine}
     limits = limits or ServerLimits(grace=60)
-    app = build_app("tiny", limits, lambda metrics: Engine(*model, metrics=metrics, **settings))
+
+    def make(metrics):
+        return Engine(*model, metrics=metrics, **settings)
+
+    with hosted(model, settings) if remote else nullcontext(make) as make_engine, listening(make_engine, limits) as url:
+        yield url
+
+
+@contextmanager
+def hosted(model, settings, lost=None):
+    """What makes a `RemoteEngine` for an engine that a thread hosts."""
+    ours, theirs = Pipe()
+    host = Host(ours, lambda metrics, told: Engine(*model, metrics=metrics, told=told, **settings))
+    thread = threading.Thread(target=host.run)
+    thread.start()
+    ready = theirs.recv()
+    try:
+        yield lambda metrics: RemoteEngine(theirs, ready, metrics, settings["max_queue"], lost or pytest.fail)
+    finally:
+        theirs.close()
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@contextmanager
+def listening(make_engine, limits):
+    """Address of the application over such an engine."""
+    app = build_app("tiny", limits, make_engine)
     with socket.socket() as chosen:
         chosen.bind(("127.0.0.1", 0))
         port = chosen.getsockname()[1]

@@ -43,6 +43,18 @@ def model():
     return model, tokenizer
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["one process", "as two"])
+def remote(request):
+    """Whether HTTP and engine talk as if they were two processes."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def server(model, remote):
+    with serving(model, remote=remote) as address:
+        yield address
+
+
 def test_concurrent_answers_are_those_of_generate(model, server):
     expected = [generate(*model, prompt, max_new_tokens=8 + n % 3)[0] for n, prompt in enumerate(PROMPTS)]
     bodies = [body_of(prompt, max_tokens=8 + n % 3, stream=n % 2 == 1) for n, prompt in enumerate(PROMPTS)]
@@ -173,7 +185,7 @@ def test_health_models_and_metrics(server):
     assert "elastic_first_text_seconds_count" in page and "elastic_msr_bucket" in page
 
 
-def test_full_queue_and_timeouts(model, monkeypatch):
+def test_full_queue_and_timeouts(model, remote, monkeypatch):
     gate = threading.Event()
 
     def slow(*args, **options):
@@ -185,7 +197,7 @@ def test_full_queue_and_timeouts(model, monkeypatch):
     original = engine.begin
     monkeypatch.setattr(engine, "begin", slow)
     limits = ServerLimits(timeout=1.5, grace=30)
-    with serving(model, limits, max_batch=1, max_queue=1) as address, ThreadPoolExecutor(2) as pool:
+    with serving(model, limits, remote, max_batch=1, max_queue=1) as address, ThreadPoolExecutor(2) as pool:
         running = pool.submit(ask, address, body_of("find k1", max_tokens=2))
         time.sleep(0.4)
         waiting = pool.submit(ask, address, body_of("find k2", max_tokens=2))
@@ -198,7 +210,7 @@ def test_full_queue_and_timeouts(model, monkeypatch):
         assert status == 200 and answer["usage"]["completion_tokens"] == 2
 
 
-def test_a_failing_model_is_told_and_the_queue_goes_on(model, monkeypatch):
+def test_a_failing_model_is_told_and_the_queue_goes_on(model, remote, monkeypatch):
     from elastic.inference.serving import engine
 
     original, calls = engine.begin, []
@@ -210,15 +222,15 @@ def test_a_failing_model_is_told_and_the_queue_goes_on(model, monkeypatch):
         return original(*args, **options)
 
     monkeypatch.setattr(engine, "begin", broken)
-    with serving(model) as address:
+    with serving(model, remote=remote) as address:
         status, answer = ask(address, body_of("find k1", max_tokens=2))
         assert status == 500 and "out of memory" in answer["error"]["message"]
         assert ask(address, body_of("find k1", max_tokens=2))[0] == 200
 
 
-def test_shutdown_answers_what_was_taken(model):
+def test_shutdown_answers_what_was_taken(model, remote):
     with ThreadPoolExecutor(6) as pool:
-        with serving(model, max_batch=2) as address:
+        with serving(model, remote=remote, max_batch=2) as address:
             futures = [pool.submit(ask, address, body_of(prompt, max_tokens=16)) for prompt in PROMPTS[:6]]
             deadline = time.monotonic() + 30
             while "elastic_batch_size_count 0.0" in get(address, "/metrics")[1] and time.monotonic() < deadline:

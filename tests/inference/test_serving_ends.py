@@ -15,8 +15,6 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 
 from elastic.inference.serving.app import ServerLimits
 from elastic.inference.serving.rows import Row
-from elastic.model.checkpoint import save_elastic
-from elastic.model.loading import ASSETS
 from tests.helpers.forked import forked_program
 from tests.helpers.server import body_of, events_of, figure, get, post, send, serving, slow_tokens, until
 
@@ -101,18 +99,6 @@ def test_whoever_is_cut_off_when_the_server_stops_is_told(model, monkeypatch, ca
         assert "the server was stopped" in error["message"] and error["type"] == "server_error"
     assert b"503" in half.recv(1 << 16)[:20]  # what closes the connection then is the end of the process
     assert not any(record.exc_info for record in caplog.records)
-
-
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory, model):
-    """A checkpoint, and a backbone whose answers have no end."""
-    folder = tmp_path_factory.mktemp("endless")
-    for file in (ASSETS / "tiny").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    for name in ("config.json", "generation_config.json"):
-        file = folder / name
-        file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": None}))
-    return ["--checkpoint", str(save_elastic(folder / "checkpoint", model[0], "tiny")), "--backbone", str(folder)]
 
 
 BUSY = """

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from elastic.inference.serving.engine import Engine
 from elastic.inference.serving.errors import RefusedError
 from elastic.inference.serving.jobs import Event, Job, QueueFullError
 from elastic.inference.serving.limits import ServerLimits
@@ -16,6 +15,7 @@ from elastic.inference.serving.mail import Mail
 from elastic.inference.serving.metrics import Metrics
 from elastic.inference.serving.protocol import ChatRequest, Envelope
 from elastic.inference.serving.reading import PromptReader
+from elastic.inference.serving.remote import AnyEngine
 
 _T = TypeVar("_T")
 News = tuple[int, Event]  # and of which choice
@@ -45,7 +45,7 @@ class Answer:
     @classmethod
     async def ask(
         cls,
-        engine: Engine,
+        engine: AnyEngine,
         reader: PromptReader,
         mail: Mail,
         metrics: Metrics,

@@ -15,7 +15,6 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 
 from elastic.inference.serving.answer import Answer, while_listening
 from elastic.inference.serving.door import Counted, Door, Guarded
-from elastic.inference.serving.engine import Engine
 from elastic.inference.serving.errors import RefusedError, handle_errors
 from elastic.inference.serving.limits import MaxBody, ServerLimits
 from elastic.inference.serving.listening import ToldOfTheEnd
@@ -23,12 +22,13 @@ from elastic.inference.serving.mail import Mail
 from elastic.inference.serving.metrics import Metrics
 from elastic.inference.serving.protocol import ChatRequest
 from elastic.inference.serving.reading import PromptReader
+from elastic.inference.serving.remote import AnyEngine
 
 CHAT = "/v1/chat/completions"
 
 
 def build_app(
-    model_name: str, limits: ServerLimits, make_engine: Callable[[Metrics], Engine], door: Door | None = None
+    model_name: str, limits: ServerLimits, make_engine: Callable[[Metrics], AnyEngine], door: Door | None = None
 ) -> FastAPI:
     """The application; its engine starts and stops with it.
 

@@ -7,12 +7,13 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from elastic.inference.generate import eos_ids, route_report
 from elastic.inference.serving.admission import Admission
 from elastic.inference.serving.batch import Batch
-from elastic.inference.serving.jobs import Job, QueueFullError
+from elastic.inference.serving.jobs import Job, QueueFullError, check_room
 from elastic.inference.serving.pauses import GivenUpError, Pauses
 from elastic.inference.serving.rows import Row
 from elastic.inference.serving.text import TextCutter
@@ -21,7 +22,7 @@ from elastic.model.generation import setting
 from elastic.protocols import CausalLM, Tokenizer
 
 if TYPE_CHECKING:
-    from elastic.inference.serving.metrics import Metrics
+    from elastic.inference.serving.metrics import Figures, Metrics
 
 _log = logging.getLogger(__name__)
 
@@ -35,11 +36,12 @@ class Engine:
         max_queue: requests that may wait; one more is refused.
         metrics: told about waiting, running and finished requests.
         prefill_chunk_size: tokens of a prompt that are read at a time; None: as the model's generation config says.
+        told: called with the engine when all that a step has to say was told.
     """
 
     def __init__(
-        self, model: CausalLM, tokenizer: Tokenizer, *, max_batch: int, max_queue: int, metrics: "Metrics",
-        prefill_chunk_size: int | None = None,
+        self, model: CausalLM, tokenizer: Tokenizer, *, max_batch: int, max_queue: int, metrics: "Metrics | Figures",
+        prefill_chunk_size: int | None = None, told: "Callable[[Engine], None]" = lambda engine: None,
     ) -> None:  # fmt: skip
         for name, value in (("max_batch", max_batch), ("max_queue", max_queue)):
             if value < 1:
@@ -47,6 +49,7 @@ class Engine:
         self.model, self.tokenizer, self.metrics, self._piece = model, tokenizer, metrics, prefill_chunk_size
         piece = prefill_chunk_size or setting(model, {}, "prefill_chunk_size")
         self.max_queue, self._admission = max_queue, Admission(model, max_batch, piece=piece)
+        self._told = told
         self._batches: list[Batch] = []
         self._reading: list[Job] = []  # whose prompts are; some within a pause of others
         self._step_seconds = 0.0  # of the last token of all running answers
@@ -71,7 +74,12 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests in the queue, without those that nobody waits for any more."""
-        return sum(job.given_up is None for job in tuple(self._waiting))
+        return sum(job.given_up is None for job in self.queue)
+
+    @property
+    def queue(self) -> tuple[Job, ...]:
+        """Those whose turn has not come."""
+        return tuple(self._waiting)
 
     def submit(self, *jobs: Job) -> None:
         """Queue a request: all of its jobs, or none.
@@ -83,11 +91,7 @@ class Engine:
             if self._closing:
                 raise QueueFullError("the server is shutting down")
             self._drop_late()
-            if len(self._waiting) + len(jobs) > self.max_queue:
-                more = f", and {len(jobs)} more came at once" if len(jobs) > 1 else ""
-                raise QueueFullError(
-                    f"{len(self._waiting)} requests are waiting{more}; this server lets {self.max_queue} wait"
-                )
+            check_room(len(self._waiting), len(jobs), self.max_queue)
             self._waiting.extend(jobs)
             self._news.notify()
 
@@ -119,9 +123,11 @@ class Engine:
         jobs = [] if rests else self._take(longest)
         if jobs:
             self._start(jobs)
+        self._told(self)
         begun, running = time.monotonic(), self._running
         for batch in running:
             self._step(batch)
+            self._told(self)
         self._step_seconds = time.monotonic() - begun
         return bool(jobs or running)
 
@@ -152,6 +158,7 @@ class Engine:
         try:
             for job in jobs:
                 self.metrics.started(time.monotonic() - job.arrived)
+            self._told(self)  # before prompts are read, which takes long
         except Exception as error:  # noqa: BLE001 - told to the callers, and written down
             self._fail(jobs, error)
         else:

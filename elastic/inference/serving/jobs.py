@@ -53,6 +53,7 @@ class Job:
         new_tokens: tokens made so far.
         cancelled: set by whoever no longer wants the answer.
         ended: its last event was told.
+        number: under which another process knows it.
     """
 
     prompt: EncodedPrompt
@@ -65,6 +66,7 @@ class Job:
     arrived: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
     ended: bool = False
+    number: int = 0
 
     @property
     def asked(self) -> Asked:
@@ -102,3 +104,14 @@ class Job:
 
 class QueueFullError(Exception):
     """As many requests wait as the engine lets wait."""
+
+
+def check_room(waiting: int, more: int, most: int) -> None:
+    """Whether more requests may wait.
+
+    Raises:
+        QueueFullError: they would be more than `most`.
+    """
+    if waiting + more > most:
+        at_once = f", and {more} more came at once" if more > 1 else ""
+        raise QueueFullError(f"{waiting} requests are waiting{at_once}; this server lets {most} wait")

@@ -1,5 +1,7 @@
 """What an operator watches, for Prometheus."""
 
+from collections import deque
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
@@ -54,3 +56,30 @@ class Metrics:
         """Text for the scraper."""
         self.waiting.set(waiting)
         return generate_latest(self.registry)
+
+
+class Figures:
+    """What an engine tells `Metrics`, on its way to another process."""
+
+    def __init__(self) -> None:
+        self._told = deque[tuple[str, tuple[float, ...]]]()
+
+    def started(self, waited: float) -> None:
+        """As `Metrics.started`."""
+        self._told.append(("started", (waited,)))
+
+    def stepped(self, rows: int) -> None:
+        """As `Metrics.stepped`."""
+        self._told.append(("stepped", (rows,)))
+
+    def finished(self, prompt_tokens: int, new_tokens: int, msr: float) -> None:
+        """As `Metrics.finished`."""
+        self._told.append(("finished", (prompt_tokens, new_tokens, msr)))
+
+    def failed(self, requests: int) -> None:
+        """As `Metrics.failed`."""
+        self._told.append(("failed", (requests,)))
+
+    def take(self) -> list[tuple[str, tuple[float, ...]]]:
+        """Methods and arguments that were not taken yet; other threads may tell more meanwhile."""
+        return [self._told.popleft() for _ in range(len(self._told))]
