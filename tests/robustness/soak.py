@@ -301,9 +301,10 @@ class Clients:
 
 
 def memory_mb(process):
-    """Resident memory of a process in MB."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) / 1000
+    """Memory in MB of a server's two processes, without what they share: the second is a fork of the first."""
+    (http,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    parts = (Path(f"/proc/{number}/smaps_rollup").read_text() for number in (process.pid, http))
+    return sum(int(part.partition("\nPss:")[2].split()[0]) for part in parts) / 1000
 
 
 def soak(requests, seed=0, different=150):
