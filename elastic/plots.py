@@ -113,10 +113,19 @@ def panels_figure(rows: Sequence[Sequence[Panel]]) -> Any:
             axis.set_visible(False)
     if named:
         shown = [label for label in labels if label in named]
-        lines = math.ceil(sum(len(label) + 7 for label in shown) / LEGEND)
-        places = {"loc": "outside upper center", "ncols": math.ceil(len(shown) / lines), "frameon": False}
+        places = {"loc": "outside upper center", "ncols": _columns(shown), "frameon": False}
         figure.legend([named[label] for label in shown], shown, fontsize=10, **places)
     return figure
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """Columns of a legend of these labels, filled one after the other: as many as fit, at least one."""
+    for columns in range(len(labels), 1, -1):
+        lines = math.ceil(len(labels) / columns)
+        widths = [max(map(len, labels[start : start + lines])) + 7 for start in range(0, len(labels), lines)]
+        if sum(widths) <= LEGEND:
+            return columns
+    return 1
 
 
 def need_figure(need_LK: Sequence[Sequence[float]], curves: Mapping[str, Curve], title: str = "") -> Any:
@@ -155,7 +164,10 @@ def _draw(axis: Any, panel: Panel, labels: Sequence[str]) -> dict[str, Any]:
     for label, points in panel.lines.items():
         x, y = zip(*points, strict=True) if points else ((), ())
         marker = panel.marker or ("o" if panel.xticks else None)  # few points at named places
-        style = {"color": f"C{labels.index(label) % 10}", "marker": marker, "markersize": 4, "linewidth": 1.5}
+        place = labels.index(label)
+        if marker == "o":  # another one where colours come round again
+            marker = "os^"[place // 10 % 3]
+        style = {"color": f"C{place % 10}", "marker": marker, "markersize": 4, "linewidth": 1.5}
         drawn[label] = axis.plot(x, y, label=label, **style)[0]
         if panel.halves:
             axis.errorbar(x, y, panel.halves[label], fmt="none", ecolor=style["color"], elinewidth=0.8)

@@ -1,6 +1,7 @@
 """Table and picture of time and quality (`elastic.bench.studies.pareto`)."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from elastic.bench.records import Measurement
@@ -54,7 +55,7 @@ def figure(found: Sequence[Measurement]) -> Any:
     for mine in _by_case(found).values():
         lines: dict[str, list[Measurement]] = {FRONT: front(mine)}  # first, so that the others are drawn over it
         for record in sorted(mine, key=lambda r: r["seconds"]):
-            lines.setdefault(family_of(parse_method(record["who"])), []).append(record)
+            lines.setdefault(_short(record["who"]), []).append(record)
         halves = {name: [(r["high"] - r["low"]) / 2 * (name != FRONT) for r in of] for name, of in lines.items()}
         points = {name: [(r["seconds"], r["value"]) for r in of] for name, of in lines.items()}
         first = mine[0]
@@ -62,6 +63,12 @@ def figure(found: Sequence[Measurement]) -> Any:
         time = f"prefill of {first['timed_length']} tokens, {first['shape']}, s"
         panels.append(Panel(title, points, time, "score, share of dense", marker="o", halves=halves))
     return panels_figure(in_rows(panels))
+
+
+def _short(who: str) -> str:
+    """A method without its numbers and the folder of its file."""
+    kind, _, file = family_of(parse_method(who)).partition(":")
+    return f"{kind}:{Path(file).name}" if file else kind
 
 
 def _by_case(found: Sequence[Measurement]) -> dict[tuple[Any, ...], list[Measurement]]:
