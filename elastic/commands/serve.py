@@ -99,13 +99,16 @@ def serve(args: argparse.Namespace) -> None:
                 told=told,
             ),
         )
-        url = f"http://{args.host}:{listening.getsockname()[1]}/v1"
-        say(f"model {name!r} at {url} (chat/completions, models; /health, /metrics, /docs)")
-        if not door.api_keys and args.host not in LOOPBACK:
-            say(f"no --api-key was given: whoever reaches {args.host} can use the model", stream=sys.stderr)
+
+        def greet() -> None:
+            url = f"http://{args.host}:{listening.getsockname()[1]}/v1"
+            say(f"model {name!r} at {url} (chat/completions, models; /health, /metrics, /docs)")
+            if not door.api_keys and args.host not in LOOPBACK:
+                say(f"no --api-key was given: whoever reaches {args.host} can use the model", stream=sys.stderr)
+
         leave_at_once(listening)
         with passed_on(front):
-            host.run()
+            host.run(greet)
     if host.engine.working:  # within a step of the model, which nothing can interrupt
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,6 +1,7 @@
 """A real `elastic serve` on the loopback address, and requests to it."""
 
 import json
+import os
 import socket
 import threading
 import time
@@ -65,9 +66,15 @@ def hosted(model, settings, lost=None):
     try:
         yield lambda metrics: RemoteEngine(theirs, ready, metrics, settings["max_queue"], lost or pytest.fail)
     finally:
-        theirs.close()
+        hang_up(theirs)
         thread.join(60)
         assert not thread.is_alive()
+
+
+def hang_up(connection):
+    """End a connection as the end of a process does, whoever still reads from it."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        end.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager

@@ -103,6 +103,10 @@ class Engine:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
+    def join(self) -> None:
+        """Wait until it has stopped."""
+        self._thread.join()
+
     def _work(self) -> None:
         while True:
             if self._turn():

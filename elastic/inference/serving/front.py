@@ -16,6 +16,7 @@ from elastic.inference.serving.app import build_app
 from elastic.inference.serving.door import Door
 from elastic.inference.serving.limits import ServerLimits
 from elastic.inference.serving.listening import Listener
+from elastic.inference.serving.metrics import Metrics
 from elastic.inference.serving.remote import Ready, RemoteEngine
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -71,20 +72,13 @@ def _listen(
 ) -> None:  # fmt: skip
     other_end.close()  # so that the end of the other process is seen
     os.setsid()  # Ctrl-C in a terminal is the other process's, which passes it on
-    try:
+    with contextlib.suppress(KeyboardInterrupt, EOFError):  # signals end a server; EOF: the model was not loaded
+        from transformers import PreTrainedTokenizerFast  # noqa: F401 - what `Ready` is made of, while the model loads
+
         ready = connection.recv()
-    except EOFError:  # the model was not loaded, as the other process says
-        return
-    assert isinstance(ready, Ready)
-    app = build_app(
-        name,
-        limits,
-        lambda metrics: RemoteEngine(
-            connection, ready, metrics, max_queue, lambda: signal.raise_signal(signal.SIGTERM)
-        ),
-        door,
-    )
-    with contextlib.suppress(
-        KeyboardInterrupt
-    ):  # a signal is a server's usual end, which uvicorn raises again after it
-        Listener(app, limits, log_level="warning").run(sockets=[listening])
+        assert isinstance(ready, Ready)
+
+        def engine(metrics: Metrics) -> RemoteEngine:
+            return RemoteEngine(connection, ready, metrics, max_queue, lambda: signal.raise_signal(signal.SIGTERM))
+
+        Listener(build_app(name, limits, engine, door), limits, log_level="warning").run(sockets=[listening])

@@ -5,12 +5,11 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
 
 from elastic.inference.serving.engine import Engine
 from elastic.inference.serving.jobs import Event, Job, QueueFullError
 from elastic.inference.serving.metrics import Figures
-from elastic.inference.serving.remote import Cancel, Close, News, Ready, Request
+from elastic.inference.serving.remote import Cancel, Close, Listening, News, Ready, Request
 
 
 class Host:
@@ -29,21 +28,35 @@ class Host:
         self._queue, self._telling = tuple[int, ...](), threading.RLock()
         self.engine = make_engine(self._figures, self._tell)
 
-    def run(self) -> None:
-        """Take requests until the other side is gone."""
+    def run(self, listening: Callable[[], None] = lambda: None) -> None:
+        """Take requests until the other side is gone.
+
+        Args:
+            listening: called when it takes requests.
+        """
+        threading.Thread(target=self._watch, name="elastic-host", daemon=True).start()
         with contextlib.suppress(EOFError, OSError):
             self._connection.send(Ready(self.engine.model.config, self.engine.tokenizer))
             while True:
-                self._take(self._connection.recv())
+                message = self._connection.recv()
+                if isinstance(message, Listening):
+                    listening()
+                else:
+                    self._take(message)
         self.engine.close(0.0)
 
-    def _take(self, message: Any) -> None:
+    def _watch(self) -> None:
+        """Say so when the engine has stopped, as it was asked to or by an error of its own."""
+        self.engine.join()
+        self._tell(self.engine, closed=True)
+
+    def _take(self, message: Cancel | Close | list[Request]) -> None:
         if isinstance(message, Cancel):
             job = self._jobs.get(message.number)
             if job is not None:
                 job.cancelled.set()
         elif isinstance(message, Close):
-            threading.Thread(target=self._close, args=(message.seconds,), daemon=True).start()
+            self.engine.close(0.0)
         else:
             self._submit(message)
 
@@ -60,21 +73,18 @@ class Host:
                 job.fail(f"{error}; try again later", 429)
         self._tell(self.engine)
 
-    def _close(self, seconds: float) -> None:
-        self._tell(self.engine, self.engine.close(seconds))
-
     def _event(self, number: int, event: Event) -> None:
         with self._telling:
             job = self._jobs[number] if event.kind == "text" else self._jobs.pop(number)
             self._events.append((number, job.new_tokens, event))
 
-    def _tell(self, engine: Engine, closed: bool | None = None) -> None:
+    def _tell(self, engine: Engine, closed: bool = False) -> None:
         """Send what is new."""
         with self._telling:
             queue = tuple(job.number for job in engine.queue)
             events, self._events = self._events, []
             figures = self._figures.take()
-            if events or figures or queue != self._queue or closed is not None:
+            if events or figures or queue != self._queue or closed:
                 self._queue = queue
                 with contextlib.suppress(OSError):  # `run` sees the end of the other side
                     self._connection.send(News(self._received, queue, events, figures, closed))

@@ -6,6 +6,9 @@ Plain ASGI and uvicorn's own protocol, of which a connection is all that there i
 import asyncio
 import contextlib
 import json
+import math
+import time
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -16,6 +19,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from elastic.inference.serving.errors import error_of
 from elastic.inference.serving.limits import ServerLimits
 
+_AT_ONCE = 0.1  # seconds
 _STOPPED = "the server was stopped before this answer was complete; send the request again"
 
 
@@ -32,7 +36,13 @@ class Listener(uvicorn.Server):
         protocol = type("Protocol", (_Impatient,), {"seconds": limits.arrival})
         grace = int(limits.grace)
         super().__init__(uvicorn.Config(app, http=protocol, timeout_graceful_shutdown=grace, **options))
-        self.state = app.state
+        self.state, self._signalled = app.state, -math.inf
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """As uvicorn; a signal that came twice at once, from whoever sent it to both processes, counts once."""
+        before, self._signalled = self._signalled, time.monotonic()
+        if self._signalled - before > _AT_ONCE:
+            super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Stop taking requests, let answers finish, then stop the engine."""

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from elastic.protocols import Tokenizer
 
 _log = logging.getLogger(__name__)
 _ENDED = "the process of the model has ended; the server stops, see what it wrote"
+_STOPPED = "the engine has stopped; see what the server wrote, and start it again"
 
 
 class Ready(NamedTuple):
@@ -28,6 +30,10 @@ class Ready(NamedTuple):
 
     config: Any
     tokenizer: Tokenizer
+
+
+class Listening(NamedTuple):
+    """The first message from the HTTP side: requests are taken from now on."""
 
 
 class Request(NamedTuple):
@@ -48,9 +54,7 @@ class Cancel(NamedTuple):
 
 
 class Close(NamedTuple):
-    """Answer what was taken, for so many seconds at most."""
-
-    seconds: float
+    """Answer what was taken, and stop."""
 
 
 class News(NamedTuple):
@@ -61,14 +65,14 @@ class News(NamedTuple):
         waiting: numbers of those in the queue.
         events: of jobs: number, tokens made so far, what happened.
         figures: for `Metrics`: method and arguments.
-        closed: whether this is the last message, and all was answered; None: it is not the last.
+        closed: whether this is the last message: the engine answers no more requests.
     """
 
     received: int
     waiting: tuple[int, ...]
     events: list[tuple[int, int, Event]]
     figures: list[tuple[str, tuple[float, ...]]]
-    closed: bool | None = None
+    closed: bool = False
 
 
 class RemoteEngine:
@@ -87,12 +91,15 @@ class RemoteEngine:
     ) -> None:
         self.model: Any = SimpleNamespace(config=ready.config)
         self.tokenizer, self.metrics, self.max_queue = ready.tokenizer, metrics, max_queue
-        self._connection, self._lost, self._sending = connection, lost, threading.Lock()
+        self._connection, self._lost = connection, lost
         self._jobs: dict[int, Job] = {}
         self._sent, self._received, self._queue = 0, 0, tuple[int, ...]()
         self._closing, self._over, self._answered = False, threading.Event(), False
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(connection.fileno(), self._receive)
+        self._loop, self._outgoing = asyncio.get_running_loop(), SimpleQueue[Any]()
+        # Threads, for what is sent may wait until the other side has read what came before, and it until this one has.
+        for work in (self._hear, self._say):
+            threading.Thread(target=work, name="elastic-remote", daemon=True).start()
+        self._outgoing.put(Listening())
 
     @property
     def alive(self) -> bool:
@@ -112,7 +119,7 @@ class RemoteEngine:
             QueueFullError: too many wait already, or the server is shutting down.
         """
         if not self.alive:
-            raise QueueFullError("the server is shutting down")
+            raise QueueFullError("the server is shutting down" if self._closing else _STOPPED)
         check_room(self.waiting, len(jobs), self.max_queue)
         requests = []
         for job in jobs:
@@ -120,28 +127,35 @@ class RemoteEngine:
             self._jobs[self._sent] = job
             job.cancelled = _Relayed(self._sent, self._cancel)
             requests.append(Request(self._sent, job.prompt, job.limit, job.sampling, job.stops, job.deadline))
-        self._send(requests)
+        self._outgoing.put(requests)
 
     def close(self, seconds: float) -> bool:
         """Let what was taken be answered, for `seconds` at most; whether everything was. From another thread."""
         self._closing = True
-        self._send(Close(seconds))
+        self._outgoing.put(Close())
         return self._over.wait(seconds) and self._answered
 
     def _cancel(self, number: int) -> None:
         if number in self._jobs:  # else its end has been told
-            self._send(Cancel(number))
+            self._outgoing.put(Cancel(number))
 
-    def _send(self, message: Any) -> None:
-        with self._sending, contextlib.suppress(OSError):  # `_receive` sees the end of the other side
-            self._connection.send(message)
+    def _say(self) -> None:
+        with contextlib.suppress(OSError):  # `_hear` sees the end of the other side
+            for message in iter(self._outgoing.get, None):
+                self._connection.send(message)
 
-    def _receive(self) -> None:
-        try:
-            news: News = self._connection.recv()
-        except (EOFError, OSError):
-            self._end()
-            return
+    def _hear(self) -> None:
+        with contextlib.suppress(RuntimeError):  # a loop that has ended no longer listens
+            try:
+                while True:
+                    self._loop.call_soon_threadsafe(self._receive, self._connection.recv())
+            except (EOFError, OSError):
+                pass
+            finally:
+                self._outgoing.put(None)
+                self._loop.call_soon_threadsafe(self._end)
+
+    def _receive(self, news: News) -> None:
         try:
             for name, figures in news.figures:
                 getattr(self.metrics, name)(*figures)
@@ -149,25 +163,32 @@ class RemoteEngine:
             _log.exception("a figure was not counted")
         self._received, self._queue = news.received, news.waiting
         for number, new_tokens, event in news.events:
-            job = self._jobs[number]
+            job = self._jobs.get(number)
+            if job is None:  # it was told that there will be no answer
+                continue
             job.new_tokens = new_tokens
             if event.kind != "text":
                 del self._jobs[number]
             job.say(event.kind, event.text, **event.details)
-        if news.closed is not None:
-            self._answered = news.closed
+        if news.closed:
+            self._answered = self._closing
             self._over.set()
+            self._fail(_STOPPED)
 
     def _end(self) -> None:
         """The other process has ended."""
-        self._loop.remove_reader(self._connection.fileno())
-        asked, jobs = self._over.is_set() or self._closing, list(self._jobs.values())
+        asked = self._closing
         self._over.set()
-        self._jobs.clear()
-        for job in jobs:
-            job.fail(_ENDED)
+        self._fail(_ENDED)
         if not asked:
             self._lost()
+
+    def _fail(self, message: str) -> None:
+        """Tell those that still wait that there will be no answer."""
+        jobs = list(self._jobs.values())
+        self._jobs.clear()
+        for job in jobs:
+            job.fail(message)
 
 
 AnyEngine = Engine | RemoteEngine
