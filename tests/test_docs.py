@@ -333,11 +333,48 @@ def test_figures_of_the_results_page_are_in_the_records_page():
     kept = re.sub(
         r"^\| (?:routers by|one order|the heads|the paper|a learned|all heads|70 %).*$", "", page, flags=re.MULTILINE
     )
-    source = prose(ROOT / "tests" / "bench" / "RESULTS.md")
+    texts = sorted((ROOT / "tests" / "bench" / "results").glob("*.txt"))
+    source = "\n".join(map(prose, [ROOT / "tests" / "bench" / "RESULTS.md", *texts]))
     measured = [float(number) for number in re.findall(r"(?<![\w.])\d+\.\d+", source)]
     for number in re.findall(r"(?<![\w.])\d+\.\d{2,}(?![\w.])", kept):
         digits = len(number.split(".")[1])
         assert any(f"{value:.{digits}f}" == number for value in measured), number
+
+
+METHODS = {  # of the comparison, as the page calls them
+    "levels, shipped (bias -2)": "elastic:checkpoints/smollm2-135m-fa-ssa@-2",
+    "levels at bias -3": "elastic:checkpoints/smollm2-135m-fa-ssa@-3",
+    "order by need, 60 % sparse": "static:checkpoints/smollm2-135m-order.json@0.6",
+    "order by need, 70 % sparse": "static:checkpoints/smollm2-135m-order.json@0.7",
+    "levels of FA-XA, shipped (bias -3)": "elastic:checkpoints/smollm2-135m-fa-xa@-3",
+    "levels of XA-SSA, shipped (bias -2)": "elastic:checkpoints/smollm2-135m-xa-ssa@-2",
+    "FlashPrefill, 0.12": "flashprefill:0.12",
+    "FlexPrefill, 0.95": "flexprefill:0.95",
+    "InfLLM-V2, 32 blocks": "infllm:32",
+    "XAttention, 0.9": "xattention:0.9",
+    "NSA, 8 blocks": "nsa:8",
+    "MoBA, 12 blocks of 128": "moba:12:128",
+    "streaming": "streaming",
+    "streaming, 70 % at random": "random:0.7",
+}
+
+
+def test_table_of_methods_is_that_of_the_records():
+    """Means of the sets from the comparison, density and time on own rows of 8K tokens from the picture's records."""
+    table = rows(ROOT / "docs" / "results.md")
+    means = dict[str, list[str]]()
+    for line in (ROOT / "tests/bench/results/comparison.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("| ") and not line.startswith(("| ---", "| **", "| method")):
+            method, _, *scores = [cell.strip() for cell in line.strip("|").split("|")]
+            means.setdefault(method.replace("\\", ""), []).append(re.sub(r"[*†‡\\]", "", scores[4]))
+    timed = {r["who"]: r for r in records("pareto") if r["case"] == "own_sensitive@8192" and "seconds" in r}
+    for name, method in METHODS.items():
+        own = means[method]
+        assert len(own) == 5 and table[name] == [
+            *(own[place] for place in (0, 1, 2, 3, 4)),
+            f"{timed[method]['density']:.3f}",
+            f"{timed[method]['seconds']:.3f}",
+        ]
 
 
 def test_readme_says_how_long_its_commands_take_and_trains_in_seconds():
