@@ -6,6 +6,7 @@ only, so train, validation and test never share text. Read when building, never 
 """
 
 import ast
+import os
 import re
 import sysconfig
 import warnings
@@ -195,8 +196,11 @@ def _docstrings(source: str) -> list[tuple[str, list[str]]]:
 def _files(root: Path, endings: tuple[str, ...]) -> list[Path]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder; name one with files ending in {', '.join(endings[:4])} …")
-    found = (path for path in root.rglob("*") if path.suffix.lower() in endings and path.is_file())
-    return sorted(p for p in found if not set(p.relative_to(root).parts[:-1]) & set(_SKIPPED))
+    found: list[Path] = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in _SKIPPED]  # a library has far more below site-packages
+        found += [path for name in names if (path := Path(folder, name)).suffix.lower() in endings and path.is_file()]
+    return sorted(found)
 
 
 def _some(items: list[T], what: str) -> tuple[T, ...]:

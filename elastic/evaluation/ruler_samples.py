@@ -70,7 +70,7 @@ def make_samples(
     Raises:
         ValueError: a length that the smallest sample overruns, or data that cannot be read.
     """
-    with harness(seed):
+    with harness(seed, task in NEEDLES):
         source = _source(task, length, tokenizer, data)
         budget, size, made = length - new_tokens(task), source.guess, []
         for index in itertools.count() if source.questions is None else range(source.questions):
@@ -144,9 +144,12 @@ def fill(
 
 
 @contextlib.contextmanager
-def harness(seed: int) -> Iterator[None]:
+def harness(seed: int, needles: bool) -> Iterator[None]:
     """The harness' generators draw from the global generators, write to the terminal and fetch a sentence splitter
     when they are imported; inside, they are seeded, silent, and split sentences by `ruler_data.sentences`.
+
+    Args:
+        needles: whether that of needles is used. It sorts six million words when it is imported, which takes seconds.
     """
     import nltk
     import numpy as np
@@ -154,18 +157,27 @@ def harness(seed: int) -> Iterator[None]:
     state, download = (random.getstate(), np.random.get_state()), nltk.download
     nltk.download = lambda *_, **__: False
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            niah: Any = importlib.import_module("lm_eval.tasks.ruler.prepare_niah")
-            split, niah.cached_sent_tokenize = niah.cached_sent_tokenize, sentences
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            _own_sentences() if needles else contextlib.nullcontext(),
+        ):
             _seed(str(seed))
-            try:
-                yield
-            finally:
-                niah.cached_sent_tokenize = split
+            yield
     finally:
         nltk.download = download
         random.setstate(state[0])
         np.random.set_state(state[1])
+
+
+@contextlib.contextmanager
+def _own_sentences() -> Iterator[None]:
+    niah: Any = importlib.import_module("lm_eval.tasks.ruler.prepare_niah")
+    split, niah.cached_sent_tokenize = niah.cached_sent_tokenize, sentences
+    try:
+        yield
+    finally:
+        niah.cached_sent_tokenize = split
 
 
 def _seed(text: str) -> None:

@@ -16,7 +16,7 @@ from elastic.bench import training
 from elastic.bench.step import Step, bounds_of, random_backbone, random_row
 from elastic.bench.timing import Timing
 from elastic.bench.training import BothModes, both_modes, routed_output, spread_routes
-from elastic.config import SparseConfig
+from elastic.config import ElasticConfig, SparseConfig
 from elastic.data.packing import IGNORE
 from elastic.model.attach import last_routes, routers, set_row_slice
 
@@ -48,7 +48,9 @@ def test_routes_are_spread_evenly() -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """Shapes that a CPU can run, each call timed once."""
+    """Shapes that a CPU can run, with a window shorter than their rows, each call timed once."""
+    monkeypatch.setattr(training, "SparseConfig", lambda: SPARSE)
+    monkeypatch.setattr(step_module, "ElasticConfig", lambda: ElasticConfig(sparse=SPARSE))
     for module in (training, step_module):
         for name, value in {"HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 64}.items():
             monkeypatch.setattr(module, name, value, raising=False)
@@ -62,7 +64,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
     monkeypatch.setattr(training, "timed_steps", lambda call, *_: (call(), Timing(2.0, 1))[1])
     parser = argparse.ArgumentParser()
     training.add_arguments(parser)
-    return parser.parse_args(["--length", "2304", "--layers", "2", "--msr", "0.5"])
+    return parser.parse_args(["--length", "1152", "--layers", "2", "--msr", "0.5"])
 
 
 def test_records_of_attention(small: argparse.Namespace) -> None:
@@ -75,7 +77,7 @@ def test_records_of_attention(small: argparse.Namespace) -> None:
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-4b"])
 def test_a_step_of_both_recipes_has_the_same_gradients(small: argparse.Namespace, name: str) -> None:
     model = random_backbone(name, 2, small.msr, False, CPU).float()
-    batch = random_row(2304, 1, 99, CPU)
+    batch = random_row(1152, 1, 99, CPU)
     assert (batch["labels"] != IGNORE).sum() == step_module.ANSWER and bounds_of(2560, 2).tolist() == [0, 1280, 2560]
     for router in routers(model):
         torch.nn.init.normal_(router.head[-1].weight, std=0.1)
@@ -95,7 +97,7 @@ def test_a_step_of_both_recipes_has_the_same_gradients(small: argparse.Namespace
 def test_records_of_a_step(small: argparse.Namespace) -> None:
     found = training.step_records(small, CPU, "llama-3.1-8b")
     assert next(r["value"] for r in found if r["metric"] == "MSR") == small.msr
-    assert {r["case"] for r in found} == {"llama-3.1-8b-2l-2k"}
+    assert {r["case"] for r in found} == {"llama-3.1-8b-2l-1k"}
     assert [r["who"] for r in found if r["metric"] == "step time"] == [
         "both modes", "routed, share 1", "routed, share 0.125",
     ]  # fmt: skip

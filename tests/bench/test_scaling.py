@@ -27,7 +27,7 @@ def measure(place: Path) -> None:
     os.chdir(place)
     several_gpus.for_cpu()
     step.SHAPES["qwen3-4b"].update(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=99)
-    scaling.WARM_UP = 1024
+    scaling.WARM_UP = 256
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     words = ["--devices", "2", "--length", "1152", "--msr", "0.5", "--backbones", "qwen3-4b", "--steps", "1"]

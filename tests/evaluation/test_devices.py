@@ -32,7 +32,7 @@ def backbone(tmp_path_factory) -> Path:
 
 def evaluated(folder: Path, backbone: Path, processes: int) -> tuple[list, list[str], str]:
     """Every line of the result files without the times, the files' names, and the table."""
-    given = ["--backbone", str(backbone), "--tasks", "ruler_fwe", "niah_single_1", "--lengths", "1024", "--limit", "3"]
+    given = ["--backbone", str(backbone), "--tasks", "ruler_fwe", "ruler_vt", "--lengths", "1024", "--limit", "3"]
     given += ["--methods", "dense", "streaming", "--batch-size", "2", "--sink", "4", "--window", "16", "--block", "4"]
     environment = {"ELASTIC_CACHE": str(backbone / "cache"), "CUDA_VISIBLE_DEVICES": ""}
     given += ["--devices", str(processes), "--out", "out"]

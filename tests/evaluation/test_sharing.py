@@ -59,7 +59,7 @@ def test_samples_are_made_by_one_of_several_processes(tmp_path, monkeypatch):
 
     monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
     (tmp_path / "made").mkdir()
-    request = Request("niah_single_1", 1024, 3, load_tokenizer("tiny"), 0, False)
+    request = Request("ruler_vt", 1024, 3, load_tokenizer("tiny"), 0, False)
     assert together(sampler, Ruler(), request, tmp_path / "made") == [0] * PROCESSES
     assert len(list((tmp_path / "made").iterdir())) == 1
 

@@ -73,7 +73,7 @@ COMMANDS = {
     ),
     "calibrate": Command(f"calibrate --backbone tiny {ROWS} --out out.json", ("out.json",)),
     "eval": Command(
-        "eval --backbone tiny --tasks niah_single_1 ruler_vt --lengths 768 --limit 2 --batch-size 2 --out out "
+        "eval --backbone tiny --tasks ruler_fwe ruler_vt --lengths 768 --limit 2 --batch-size 2 --out out "
         "--methods dense streaming --sink 4 --window 16 --block 4",
         ("out/samples", "out/summary.json"),
     ),

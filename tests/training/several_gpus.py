@@ -16,11 +16,13 @@ import torch
 import torch.distributed as dist
 
 from elastic.bench import scaling, step
+from elastic.config import ElasticConfig, SparseConfig
 from elastic.console import say
 from elastic.data.packing import Batch
 from elastic.model.attach import last_routes, routers
 
 SHAPE = "small"
+SMALL = ElasticConfig(sparse=SparseConfig(sink=64, window=128, block=64))
 LENGTH = 4097  # odd, so that two slices do not cut it evenly
 SIZES = {
     "model_type": "qwen3",
@@ -90,12 +92,14 @@ def joined(batches: list[Batch]) -> Batch:
 
 
 def for_cpu() -> None:
-    """Sizes that a CPU can run."""
+    """Sizes that a CPU can run, with a window and answers shorter than the samples."""
+    scaling.ElasticConfig = lambda: SMALL  # type: ignore[assignment,misc]
+    step.ANSWER = 64
     torch.set_num_threads(1)
     step.SHARED.update(num_attention_heads=4, num_key_value_heads=2, head_dim=64)
     SIZES.update(hidden_size=64, intermediate_size=96, num_hidden_layers=2)
     global LENGTH
-    LENGTH = 2305
+    LENGTH = 577
 
 
 def main(out: Path, compiled: bool = False) -> int:
