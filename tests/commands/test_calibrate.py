@@ -1,8 +1,12 @@
 """`elastic calibrate`, and what its file is good for at once: `elastic.load`, `elastic generate`, `elastic serve`."""
 
 import json
+import os
 import shlex
 import shutil
+import threading
+from contextlib import contextmanager
+from multiprocessing import Pipe
 
 import pytest
 import torch
@@ -207,13 +211,30 @@ def test_generate_takes_the_method(file, other, capsys):
 
 
 def test_serve_takes_the_method(file, capsys, monkeypatch):
-    uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
-    pytest.importorskip("fastapi", reason="needs the extra serve")
-    pytest.importorskip("prometheus_client", reason="needs the extra serve")
-    served = []
-    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets=None: served.append(server.config.app))
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        pytest.importorskip(package, reason="needs the extra serve")
+    from elastic.inference.serving import front
+    from elastic.inference.serving.remote import Listening
+
+    told = []
+
+    def listen(connection):
+        told.append(connection.recv())
+        connection.send(Listening())
+        connection.close()
+
+    @contextmanager
+    def in_a_thread(listening, name, *_):
+        ours, theirs = Pipe()
+        thread = threading.Thread(target=listen, args=(theirs,))
+        thread.start()
+        yield os.getpid(), ours
+        thread.join()
+
+    monkeypatch.setattr(front, "front_of", in_a_thread)
     assert cli.main(["serve", "--checkpoint", f"static:{file}@0.5", "--port", "0"]) == 0
-    assert "model 'cal.json@0.5' at http://127.0.0.1:" in capsys.readouterr().out and len(served) == 1
+    assert "model 'cal.json@0.5' at http://127.0.0.1:" in capsys.readouterr().out
+    assert told[0].config.num_hidden_layers == 3 and told[0].tokenizer.chat_template
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_a_model_that_keeps_its_attention_is_refused(monkeypatch: pytest.MonkeyP
 # -- threads
 
 
-ROUNDS = 150
+ROUNDS = 80
 PATTERN = torch.tensor([[0, 1], [1, 0], [1, 1]])
 assert PATTERN.shape == (LAYERS, KV_HEADS)
 

@@ -15,7 +15,7 @@ from elastic.visibility import visible
 from tests.helpers.models import FAMILIES
 from tests.robustness.run_case import outcome
 
-CASES = 40
+CASES = 25
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers, about right padding
