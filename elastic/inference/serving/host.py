@@ -11,6 +11,8 @@ from elastic.inference.serving.jobs import Event, Job, QueueFullError
 from elastic.inference.serving.metrics import Figures
 from elastic.inference.serving.remote import Cancel, Close, Listening, News, Ready, Request
 
+_MOMENT = 0.5  # seconds that an engine with nothing to do has to stop in
+
 
 class Host:
     """Runs an engine for a `RemoteEngine` at the other end of a connection.
@@ -43,7 +45,7 @@ class Host:
                     listening()
                 else:
                     self._take(message)
-        self.engine.close(0.0)
+        self.engine.close(_MOMENT)
 
     def _watch(self) -> None:
         """Say so when the engine has stopped, as it was asked to or by an error of its own."""
