@@ -5,7 +5,6 @@ Legend: L layers, K KV heads.
 """
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,11 +118,11 @@ def panels_figure(rows: Sequence[Sequence[Panel]]) -> Any:
 
 
 def _columns(labels: Sequence[str]) -> int:
-    """Columns of a legend of these labels, filled one after the other: as many as fit, at least one."""
+    """Columns of a legend of these labels: as many as fit, at least one."""
+    import numpy as np
+
     for columns in range(len(labels), 1, -1):
-        lines = math.ceil(len(labels) / columns)
-        widths = [max(map(len, labels[start : start + lines])) + 7 for start in range(0, len(labels), lines)]
-        if sum(widths) <= LEGEND:
+        if sum(max(map(len, one)) + 7 for one in np.array_split(labels, columns)) <= LEGEND:  # as matplotlib fills them
             return columns
     return 1
 

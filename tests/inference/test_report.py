@@ -10,7 +10,7 @@ import torch
 from elastic import console
 from elastic.config import SparseConfig
 from elastic.inference.report import heads_that_differ, route_reports
-from elastic.plots import curves_figure, image_of, save_png, share_figure, smooth
+from elastic.plots import Panel, curves_figure, image_of, panels_figure, save_png, share_figure, smooth
 from elastic.routing.sparsity import esr
 
 SPARSE = SparseConfig(sink=4, window=16, block=4)
@@ -139,3 +139,15 @@ def test_say_escapes_what_the_stream_cannot_show():
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     console.say("naïve █", stream=stream)
     assert stream.buffer.getvalue() == b"na\\xefve \\u2588\n"
+
+
+@pytest.mark.parametrize("count", [2, 5, 9, 13])
+def test_a_legend_is_as_wide_as_the_picture_at_most_and_tells_its_lines_apart(count):
+    names = [f"{'a long name ' * (1 + 2 * (n % 3 == 0))}{n}" for n in range(count)]
+    figure = panels_figure([[Panel("all", {name: [(0, n), (1, n)] for n, name in enumerate(names)}, marker="o")]])
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+    lines = figure.axes[0].lines
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == count
