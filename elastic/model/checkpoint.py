@@ -258,12 +258,26 @@ def read_both(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: a damaged or altered file.
     """
     while True:
-        metadata = read_elastic(path)
+        before = _identity(path)
         try:
+            metadata = read_elastic(path)
             return metadata, _read_weights(path, metadata["weights_sha256"])
         except (ValueError, FileNotFoundError):
-            if read_elastic(path) == metadata:
+            if _identity(path) == before:
                 raise
+
+
+def _identity(path: Path) -> list[tuple[int, int] | None]:
+    """What tells the files of one save from those of another, also of equal content."""
+
+    def of(file: Path) -> tuple[int, int] | None:
+        try:
+            found = file.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    return [of(path / name) for name in (METADATA, WEIGHTS)]
 
 
 def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from elastic.files import SEAL, file_sha256, unsealed
+from elastic.model import checkpoint
 from elastic.model.attach import attach, elastic_config, is_attached, last_routes, override_routes, routers
 from elastic.model.checkpoint import (
     CARD,
@@ -157,6 +158,27 @@ def test_savers_and_readers_of_a_checkpoint_do_not_disturb_each_other(saved):
         for saver in savers:
             saver.result()
     assert [p.name for p in saved.parent.iterdir()] == ["ck"]
+
+
+def test_a_save_that_comes_and_goes_while_another_is_read_is_not_damage(saved, monkeypatch):
+    """The folder holds what it held before, byte for byte, but the weights in between were of another save."""
+    models, read, between = [load_into(tiny_model(), saved) for _ in range(2)], checkpoint._read_weights, []
+    with torch.no_grad():
+        routers(models[1])[0].head[0].bias.fill_(1.0)
+    save_elastic(saved, models[0], "0")
+
+    def interrupted(path, sha256):
+        if between:
+            return read(path, sha256)
+        between.append(save_elastic(saved, models[1], "1"))
+        try:
+            return read(path, sha256)
+        finally:
+            save_elastic(saved, models[0], "0")
+
+    monkeypatch.setattr(checkpoint, "_read_weights", interrupted)
+    metadata, _ = checkpoint.read_both(saved)
+    assert between and metadata["backbone"] == "0"
 
 
 def test_saving_refuses_a_foreign_folder(tmp_path):
