@@ -9,6 +9,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -32,7 +33,8 @@ class Ready(NamedTuple):
     tokenizer: Tokenizer
 
 
-class Listening(NamedTuple):
+@dataclass(frozen=True)
+class Listening:
     """The first message from the HTTP side: requests are taken from now on."""
 
 
@@ -53,7 +55,8 @@ class Cancel(NamedTuple):
     number: int
 
 
-class Close(NamedTuple):
+@dataclass(frozen=True)
+class Close:
     """Answer what was taken, and stop."""
 
 
